@@ -94,6 +94,11 @@ class Settings(BaseSettings):
         0.9, "Share of the GPU's memory to plan with (weights, activations, KV cache).", "memory", "SHARE", gt=0, le=1
     )
 
+    @property
+    def add_bos_token(self) -> bool | None:
+        """`add_bos` as the tokenizer takes it: None follows the checkpoint."""
+        return {"auto": None, "true": True, "false": False}[self.add_bos]
+
 
 GROUPS = {
     "model": "what is served",

@@ -1,0 +1,85 @@
+"""Chat turns as Persimmon was trained to read them: `human: …`, a blank line, `adept: …`.
+
+Knows nothing of tokens, of HTTP or of how an answer is generated.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+STOP = "\n\nhuman:"
+"""Where an answer has ended: the model goes on with the human's next turn."""
+
+_BLANK_LINE = "\n\n"
+_SYSTEM_ROLES = ("system", "developer")
+_LABELS = {"user": "human:", "assistant": "adept:"}
+
+
+class ChatFormatError(ValueError):
+    """A conversation that the format cannot hold.  The message is a sentence for the client."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation.
+
+    Attributes:
+        role: "system" (or "developer", which is the same), "user" or "assistant".
+        content: the message's text, rendered as it is.
+    """
+
+    role: str
+    content: str
+
+
+def render(turns: Sequence[Turn]) -> str:
+    r"""The prompt whose continuation is the assistant's next answer.
+
+    Turns are joined by blank lines: `human: {prompt}\n\nadept: {answer}\n\nhuman: {follow_up}\n\nadept:`.
+    The format has two speakers who take turns; what else a conversation may hold is mapped onto it:
+
+    - System messages are gathered in their order, wherever they stand, and put before the first turn, each
+      followed by a blank line.  Empty ones are left out.
+    - Neighbouring messages of one role become one turn, joined by blank lines.
+
+    The format has no escapes: a message that itself holds a blank line and "human:" reads like two turns.
+
+    Raises:
+        ChatFormatError: no messages, a role the format does not have, or no user message at the end.
+    """
+    for number, turn in enumerate(turns):
+        if turn.role not in _LABELS and turn.role not in _SYSTEM_ROLES:
+            raise ChatFormatError(
+                f"messages[{number}] has the role {turn.role!r}, which this model's chat format lacks: "
+                f"allowed are {', '.join([*_SYSTEM_ROLES, *_LABELS])}"
+            )
+    spoken = [turn for turn in turns if turn.role in _LABELS]
+    if not spoken or spoken[-1].role != "user":
+        found = f"the last one is from the {spoken[-1].role}" if spoken else "there is none"
+        raise ChatFormatError(
+            f"the conversation needs a user message at its end for the model to answer, but {found} "
+            "(system messages aside)"
+        )
+    parts = [turn.content for turn in turns if turn.role in _SYSTEM_ROLES and turn.content]
+    for role, neighbours in groupby(spoken, key=lambda turn: turn.role):
+        parts.append(f"{_LABELS[role]} {_BLANK_LINE.join(turn.content for turn in neighbours)}")
+    return _BLANK_LINE.join([*parts, _LABELS["assistant"]])
+
+
+class AnswerText:
+    """Takes the space after `adept:` off an answer that comes in pieces.
+
+    `render` ends with the bare label, so the model writes the space itself: one leading space is the
+    format's, any further ones are the answer's.  Push one answer's deltas, as the detokenizer gives them, and
+    look for stop strings in what comes out: that is the text the client sees.
+    """
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def push(self, delta: str) -> str:
+        """The next piece of the answer; nothing is ever held back."""
+        if self._begun or not delta:
+            return delta
+        self._begun = True
+        return delta.removeprefix(" ")

@@ -1,0 +1,226 @@
+"""PersimmonConfig: the facts of one checkpoint's network, read from its config.json and checked.
+
+Knows both spellings of Hugging Face's file, and its traps.  Knows nothing of tensors: it imports no torch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.errors import CheckpointError
+from model.json_object import JsonObject
+
+ARCHITECTURE = "PersimmonForCausalLM"
+MODEL_TYPE = "persimmon"
+DTYPES = ("float16", "bfloat16", "float32")
+
+# Adept published one vocabulary, of this size, in which |ENDOFTEXT| begins and ends every document.
+ADEPT_VOCAB_SIZE = 262144
+ADEPT_END_OF_TEXT = 71013
+
+# What Transformers' PersimmonConfig writes where nobody chose, as in its own conversion of Adept's release.
+_PLACEHOLDER_IDS = {"bos_token_id": 1, "eos_token_id": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PersimmonConfig:
+    """The shape of a Persimmon network and what its files say about its token ids.
+
+    A field without a default must be in config.json.  The defaults are those of the public checkpoints.  For
+    rope_theta, Transformers' own default was 25000 too until its version 5 made it 10000; files that it wrote
+    always have the key.
+
+    Attributes:
+        vocab_size: rows of the embedding table.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the MLP.
+        num_hidden_layers: transformer layers.
+        num_attention_heads: heads of queries, keys and values alike.
+        max_position_embeddings: the longest sequence the model was trained for, in tokens.
+        layer_norm_eps: added to the variance in every LayerNorm, those of queries and keys included.
+        rope_theta: base of the rotary frequencies.
+        partial_rotary_factor: share of each head's dimensions that the rotary embedding turns.
+        hidden_act: the MLP's activation; only "relu2", max(x, 0)², exists.
+        qk_layernorm: whether queries and keys are normalized per head before the rotary embedding.
+        tie_word_embeddings: whether the output projection is the embedding table; a checkpoint has no
+            lm_head.weight then.
+        bos_token_id: the id that begins a document, or None.
+        eos_token_ids: the ids that end a document; may be empty.
+        dtype: the type the weights were stored in, one of DTYPES; None where the file does not say.
+
+    Raises:
+        ValueError: a value is not supported, or two contradict each other.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int
+    layer_norm_eps: float = 1e-5
+    rope_theta: float = 25000.0
+    partial_rotary_factor: float = 0.5
+    hidden_act: str = "relu2"
+    qk_layernorm: bool = True
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if not 0 < self.partial_rotary_factor <= 1:
+            raise ValueError(
+                f"partial_rotary_factor is {self.partial_rotary_factor}, needed is more than 0 and at most 1"
+            )
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise ValueError(
+                f"partial_rotary_factor {self.partial_rotary_factor} of head_dim {self.head_dim} makes "
+                f"{self.rotary_dim} rotary dimensions; they turn in pairs, needed is a positive even number"
+            )
+        if self.hidden_act != "relu2":
+            raise ValueError(f"hidden_act is {self.hidden_act!r}, only 'relu2' is supported")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}, supported are {', '.join(DTYPES)}")
+
+    @property
+    def head_dim(self) -> int:
+        """Dimensions of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """The first dimensions of each head, which the rotary embedding turns.
+
+        The rotary frequencies are theta^(-2i / rotary_dim): over these dimensions, not over head_dim.
+        """
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "PersimmonConfig":
+        """Reads config.json, and generation_config.json where there is one, for its token ids.
+
+        Keys that do not belong to this network are ignored: the public files carry a stale rms_norm_eps, and
+        a hidden_dropout of 0.6 that means nothing when a model is served.
+
+        The end-of-text ids are those of both files.  With Adept's vocabulary, 1 and 2 are no such ids: they
+        are what Transformers writes where nobody chose, and a server that believed them would never stop.
+        There the id is |ENDOFTEXT|'s unless the files name another.
+
+        Args:
+            folder: a checkpoint in Hugging Face layout.
+
+        Raises:
+            CheckpointError: the folder or config.json is missing or unreadable, describes another model, or
+                has a value that cannot be served.
+        """
+        if not folder.exists():
+            raise CheckpointError(f"{folder}: no such folder")
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is a file; needed is the folder that holds config.json")
+        file = JsonObject.read(folder / "config.json")
+        if file is None:
+            raise CheckpointError(
+                f"{folder}: no config.json; needed is a checkpoint in Hugging Face layout "
+                "(config.json, tokenizer.model, model.safetensors)"
+            )
+        _check_architecture(file)
+        if file.values.get("quantization_config") is not None:
+            raise file.error("quantization_config", f"none: weights have to be in {', '.join(DTYPES)}")
+        vocab_size = file.positive_integer("vocab_size")
+        token_id_files = [file]
+        if (generation := JsonObject.read(folder / "generation_config.json")) is not None:
+            token_id_files.append(generation)
+        rotary = _rotary_tables(file)
+        try:
+            return cls(
+                vocab_size=vocab_size,
+                hidden_size=file.positive_integer("hidden_size"),
+                intermediate_size=file.positive_integer("intermediate_size"),
+                num_hidden_layers=file.positive_integer("num_hidden_layers"),
+                num_attention_heads=file.positive_integer("num_attention_heads"),
+                max_position_embeddings=file.positive_integer("max_position_embeddings"),
+                layer_norm_eps=_positive_number([file], "layer_norm_eps", cls.layer_norm_eps),
+                rope_theta=_positive_number(rotary, "rope_theta", cls.rope_theta),
+                partial_rotary_factor=_positive_number(
+                    rotary, "partial_rotary_factor", cls.partial_rotary_factor
+                ),
+                hidden_act=file.text("hidden_act") or cls.hidden_act,
+                qk_layernorm=file.flag("qk_layernorm", cls.qk_layernorm),
+                tie_word_embeddings=file.flag("tie_word_embeddings", cls.tie_word_embeddings),
+                bos_token_id=next(iter(_token_ids(token_id_files, "bos_token_id", vocab_size)), None),
+                eos_token_ids=_token_ids(token_id_files, "eos_token_id", vocab_size),
+                dtype=file.text("dtype") or file.text("torch_dtype"),
+            )
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            raise CheckpointError(f"{file.path}: {error}") from None
+
+
+def check_vocabulary(folder: Path, config: PersimmonConfig, tokenizer_vocab_size: int) -> None:
+    """Raises CheckpointError where the tokenizer can produce token ids that the embedding has no row for.
+
+    Args:
+        folder: the checkpoint, for the message.
+        config: its network.
+        tokenizer_vocab_size: how many ids its tokenizer has.
+    """
+    if tokenizer_vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {tokenizer_vocab_size} token ids but vocab_size in config.json is "
+            f"{config.vocab_size}: ids from {config.vocab_size} on are token ids beyond the embedding, "
+            "so tokenizer and weights are not of the same model"
+        )
+
+
+def _check_architecture(file: JsonObject) -> None:
+    architectures = file.values.get("architectures")
+    model_type = file.values.get("model_type")
+    # A configuration saved on its own, without a model, has no architectures; one of the two must be there.
+    if (architectures is None or (isinstance(architectures, list) and ARCHITECTURE in architectures)) and (
+        model_type == MODEL_TYPE or (model_type is None and architectures is not None)
+    ):
+        return
+    raise CheckpointError(
+        f"{file.path}: architectures is {architectures!r} and model_type {model_type!r}, "
+        f"this server serves {ARCHITECTURE} (model_type {MODEL_TYPE!r}) alone"
+    )
+
+
+def _rotary_tables(file: JsonObject) -> list[JsonObject]:
+    """Where the rotary settings may be, best first: in their own table (newer files), or at the top level."""
+    tables = [table for key in ("rope_parameters", "rope_scaling") if (table := file.table(key)) is not None]
+    for table in tables:
+        kind = table.text("rope_type") or table.text("type") or "default"
+        if kind != "default":
+            raise CheckpointError(
+                f"{file.path}: {table.prefix.rstrip('.')} asks for a {kind!r} rotary embedding; scaled ones "
+                "(linear, dynamic and others) are not supported, only 'default' is"
+            )
+    return [*tables, file]
+
+
+def _positive_number(places: Sequence[JsonObject], key: str, default: float) -> float:
+    return next((value for place in places if (value := place.positive_number(key)) is not None), default)
+
+
+def _token_ids(files: Sequence[JsonObject], key: str, vocab_size: int) -> tuple[int, ...]:
+    """The ids that the files have under a key, in order, each once."""
+    token_ids: dict[int, None] = {}
+    for file in files:
+        for token_id in file.token_ids(key):
+            if token_id >= vocab_size:
+                raise file.error(
+                    key, f"below vocab_size {vocab_size}: these are token ids beyond the embedding"
+                )
+            token_ids[token_id] = None
+    if vocab_size == ADEPT_VOCAB_SIZE:
+        token_ids.pop(_PLACEHOLDER_IDS[key], None)
+        return tuple(token_ids) or (ADEPT_END_OF_TEXT,)
+    return tuple(token_ids)

@@ -1,0 +1,92 @@
+"""From what a person gave as the model, a path or a Hugging Face Hub id, to a folder on this machine.
+
+Knows which files of a Hub repository a server needs.  Opens none of them.
+"""
+
+import os
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from model.errors import CheckpointError
+
+_DESCRIPTION_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.model",
+    "adept_vocab.model",
+    "tokenizer_config.json",
+]
+_SAFETENSORS_FILES = ["model*.safetensors", "model.safetensors.index.json"]
+_PICKLED_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+
+
+def resolve(path_or_hub_id: str) -> Path:
+    """The folder of a checkpoint; one that is on the Hub is fetched into huggingface_hub's cache first.
+
+    A folder that exists wins over a Hub id of the same name.  Pickled weights are fetched only where there
+    are no safetensors.  HF_HUB_OFFLINE, HF_TOKEN, HF_HOME and the library's other variables mean what they
+    always mean.
+
+    Args:
+        path_or_hub_id: a folder's path, where ~ is the home folder, or "owner/name".
+
+    Raises:
+        CheckpointError: there is no such folder, and no such model that can be fetched.
+    """
+    path = Path(os.path.expanduser(path_or_hub_id))  # Path's own raises for an unknown ~user
+    if path_or_hub_id and path.is_dir():
+        return path
+    if path_or_hub_id and path.exists():
+        raise CheckpointError(
+            f"{path_or_hub_id} is a file; needed is the folder that holds config.json and the weights"
+        )
+    if path_or_hub_id.startswith(("/", ".", "~")) or path_or_hub_id.count("/") > 1:
+        raise CheckpointError(f"{path_or_hub_id}: no such folder")
+    if "/" not in path_or_hub_id:
+        raise CheckpointError(
+            f"{path_or_hub_id!r}: no such folder, and no Hugging Face Hub id either: those look like "
+            "owner/name, for example adept/persimmon-8b-chat"
+        )
+    return _fetch(path_or_hub_id)
+
+
+def _fetch(hub_id: str) -> Path:
+    try:
+        folder = _snapshot(hub_id, _DESCRIPTION_FILES + _SAFETENSORS_FILES)
+        if not any(folder.glob("*.safetensors")):
+            folder = _snapshot(hub_id, _DESCRIPTION_FILES + _PICKLED_FILES)
+    except Exception as error:  # errors of the HTTP library pass through, and that has changed
+        raise CheckpointError(f"{hub_id}: no such folder, and {_explanation(hub_id, error)}") from error
+    return folder
+
+
+def _snapshot(hub_id: str, patterns: list[str]) -> Path:
+    return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
+
+
+def _explanation(hub_id: str, error: Exception) -> str:
+    """Why a model was not fetched and what to do, as the second half of a sentence."""
+    page = f"{huggingface_hub.constants.ENDPOINT}/{hub_id}"
+    match error:
+        case GatedRepoError():  # a RepositoryNotFoundError too, so it comes first
+            return f"{page} is gated: accept its terms there, then set HF_TOKEN or run `hf auth login`"
+        case RepositoryNotFoundError():
+            return f"{page} does not exist; if it is private, set HF_TOKEN or run `hf auth login`"
+        case HFValidationError():
+            return "it is no Hugging Face Hub id either: those look like owner/name"
+        case LocalEntryNotFoundError() if huggingface_hub.constants.HF_HUB_OFFLINE:
+            return (
+                "the Hugging Face Hub's copy is not, or not wholly, in the cache while HF_HUB_OFFLINE is set"
+            )
+        case LocalEntryNotFoundError():
+            return f"{page} cannot be reached, and no whole copy is in the cache: check the network"
+        case _:
+            reason = next(iter(str(error).splitlines()), "")
+            return f"{page} cannot be fetched: {type(error).__name__}: {reason}"

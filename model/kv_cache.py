@@ -1,0 +1,62 @@
+"""The device tensors that hold keys and values, in blocks.  Which block is whose is decided elsewhere."""
+
+from dataclasses import dataclass
+
+import torch
+
+from model.config import PersimmonConfig
+
+
+def block_bytes(config: PersimmonConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block: keys and values of `block_size` tokens in every layer."""
+    return 2 * config.num_hidden_layers * block_size * config.hidden_size * dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """Keys and values of every layer, each [num_blocks, heads, block_size, head_dim]."""
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+
+    @classmethod
+    def allocate(
+        cls,
+        config: PersimmonConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> "KVCache":
+        """Zeroed blocks; on a CPU the system hands out the memory as it is first written."""
+        shape = (num_blocks, config.num_attention_heads, block_size, config.head_dim)
+
+        def layers() -> list[torch.Tensor]:
+            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+
+        return cls(layers(), layers())
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the cache."""
+        return self.keys[0].shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads, each with its own keys and values."""
+        return self.keys[0].shape[1]
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block."""
+        return self.keys[0].shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self.keys[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the cache lies."""
+        return self.keys[0].device

@@ -1,0 +1,164 @@
+"""The memory plan: what weights, activations and the KV cache take, made before anything is allocated.
+
+Knows byte counts, not settings: the caller says what is asked for and prints the plan.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from model.checkpoint import expected_shapes
+from model.config import PersimmonConfig
+from model.kv_cache import block_bytes
+
+GIB = 1 << 30
+
+
+class MemoryPlanError(ValueError):
+    """What is asked for does not fit.  One line with the numbers and the flag to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes by purpose.
+
+    Attributes:
+        available: what the server may use in all.
+        weights: the parameters.
+        activations: the largest step's intermediate results, an upper estimate.
+        block_bytes: one KV block over all layers.
+        num_blocks: KV blocks.
+        block_size: tokens in a block.
+        max_model_len: most tokens of one sequence.
+    """
+
+    available: int
+    weights: int
+    activations: int
+    block_bytes: int
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+
+    @property
+    def kv_cache(self) -> int:
+        """Bytes of all KV blocks."""
+        return self.num_blocks * self.block_bytes
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self.num_blocks * self.block_size
+
+
+def plan_memory(
+    config: PersimmonConfig,
+    *,
+    available: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    block_size: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    max_model_len: int | None,
+    kv_cache_bytes: int | None,
+) -> MemoryPlan:
+    """Divides the memory.
+
+    Args:
+        config: the network.
+        available: bytes the server may use, see `available_memory`.
+        dtype: of weights and cache.
+        device: a CPU's default for the KV cache is modest, because other programs share its memory.
+        block_size: tokens in a block.
+        max_num_seqs: rows of logits in the largest step.
+        max_num_batched_tokens: tokens in the largest step.
+        max_model_len: None for as much as the model was trained for and the cache holds.
+        kv_cache_bytes: None for what is left.
+
+    Raises:
+        MemoryPlanError: it does not fit.
+    """
+    trained_for = config.max_position_embeddings
+    if max_model_len is not None and max_model_len > trained_for:
+        raise MemoryPlanError(
+            f"--max-model-len is {max_model_len} but the model was trained for {trained_for} tokens: "
+            f"give at most {trained_for}"
+        )
+    weights = sum(math.prod(shape) for shape in expected_shapes(config).values()) * dtype.itemsize
+    activations = activation_bytes(config, dtype, max_num_seqs, max_num_batched_tokens)
+    per_block = block_bytes(config, block_size, dtype)
+    left = available - weights - activations
+    wanted_len = max_model_len or trained_for
+    if kv_cache_bytes is None:
+        kv_cache_bytes = left
+        if device.type == "cpu":
+            full = max_num_seqs * -(-wanted_len // block_size) * per_block
+            kv_cache_bytes = min(full, left, available // 4)
+    num_blocks = kv_cache_bytes // per_block
+    numbers = (
+        f"weights {_gib(weights)}, activations {_gib(activations)}, KV cache {_gib(kv_cache_bytes)} "
+        f"of {_gib(available)} available"
+    )
+    if kv_cache_bytes > left or num_blocks < 1:
+        raise MemoryPlanError(
+            f"the memory does not suffice: {numbers}, one KV block {_gib(per_block)}; lower --kv-cache-memory, "
+            "--max-num-seqs or --max-num-batched-tokens, or use a 16-bit --dtype"
+        )
+    holds = num_blocks * block_size
+    if max_model_len is not None and max_model_len > holds:
+        raise MemoryPlanError(
+            f"--max-model-len is {max_model_len} but the KV cache holds {holds} tokens ({numbers}): "
+            f"lower it to {holds} or raise --kv-cache-memory"
+        )
+    return MemoryPlan(
+        available, weights, activations, per_block, num_blocks, block_size, min(wanted_len, holds)
+    )
+
+
+def activation_bytes(
+    config: PersimmonConfig, dtype: torch.dtype, max_num_seqs: int, max_num_batched_tokens: int
+) -> int:
+    """An upper estimate of the intermediate results alive at once in the largest step.
+
+    Per token: residual, norm, fused QKV, float32 queries and keys while they are normalized and rotated, attention
+    output, and the MLP's activation; per sampled row: float32 logits, a scaled copy, probabilities and their float64
+    sums.
+    """
+    square_in_float32 = 2 * config.intermediate_size * 4 if dtype.itemsize == 2 else 0
+    per_token = (8 * config.hidden_size + config.intermediate_size) * dtype.itemsize
+    per_token += 3 * 2 * config.hidden_size * 4 + square_in_float32
+    return max_num_batched_tokens * per_token + max_num_seqs * config.vocab_size * (3 * 4 + 8)
+
+
+def available_memory(device: torch.device, gpu_memory_utilization: float) -> int:
+    """Bytes the server may plan with on this device.
+
+    On a GPU a share of its whole memory, less what other programs hold beyond the rest; on a CPU what is free now,
+    within the container's limit.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return min(free, int(total * gpu_memory_utilization))
+    return min([psutil.virtual_memory().available, *_container_limit()])
+
+
+def _container_limit() -> list[int]:
+    """What the control group still grants, where there is one with a limit (cgroup v2, then v1)."""
+    for limit_file, usage_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit = int(Path(limit_file).read_text())
+            return [max(0, limit - int(Path(usage_file).read_text()))]
+        except (OSError, ValueError):  # no such file, or the word "max": no limit
+            continue
+    return []
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:.2f} GiB"

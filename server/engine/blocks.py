@@ -1,0 +1,116 @@
+"""The KV block pool: which blocks are free, who holds the others, and which prompt prefixes they still contain.
+
+Knows block numbers and hashes, not tensors: what is in a block is the runner's affair.
+"""
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+
+ROOT_HASH = b""
+"""The parent of a sequence's first block."""
+
+
+def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """The identity of a full block: these tokens after that prefix.
+
+    A 256-bit cryptographic hash, because a collision would hand one user the context of another.
+
+    Args:
+        parent: hash of the block before it, or ROOT_HASH.
+        token_ids: all tokens of the block.
+    """
+    return blake2b(array("i", token_ids).tobytes(), digest_size=32, key=parent).digest()
+
+
+class BlockPool:
+    """Reference-counted blocks with a prefix index over the full ones.
+
+    A block that nobody holds is free.  A free block keeps its content, and its place in the prefix index, until it
+    is allocated again; the block freed longest ago goes first.
+
+    Args:
+        num_blocks: blocks in the pool, numbered from 0.
+        block_size: tokens in a block.
+        prefix_caching: whether full blocks are indexed at all.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"a pool needs blocks and tokens in them, not {num_blocks} blocks of {block_size}")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.prefix_caching = prefix_caching
+        self._references = [0] * num_blocks
+        # Insertion order is the order of eviction.
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._block_of_hash: dict[bytes, int] = {}
+        self._hash_of_block: dict[int, bytes] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody holds."""
+        return len(self._free)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that so many tokens fill or begin."""
+        return -(-num_tokens // self.block_size)
+
+    def is_free(self, block: int) -> bool:
+        """Whether nobody holds this block."""
+        return self._references[block] == 0
+
+    def allocate(self, count: int) -> list[int]:
+        """Takes free blocks, each with one reference; what they cached is forgotten.
+
+        Raises:
+            ValueError: fewer are free.  Callers look at `num_free` first.
+        """
+        if count > len(self._free):
+            raise ValueError(f"{count} blocks were asked for and {len(self._free)} are free")
+        blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
+        for block in blocks:
+            self._references[block] = 1
+            block_hash = self._hash_of_block.pop(block, None)
+            if block_hash is not None:
+                del self._block_of_hash[block_hash]
+        return blocks
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """Adds a reference to each block, taking it off the free list where it was there."""
+        for block in blocks:
+            if self._references[block] == 0:
+                del self._free[block]
+            self._references[block] += 1
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Gives back one reference to each block of a sequence's table.
+
+        The last block is queued for eviction first: a prefix is worth more the shorter it is.
+        """
+        for block in reversed(blocks):
+            if self._references[block] == 0:
+                raise ValueError(f"block {block} was released more often than it was taken")
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                self._free[block] = None
+
+    def lookup(self, hashes: Iterable[bytes]) -> list[int]:
+        """The blocks that hold the longest known prefix of this chain of hashes.  Takes no reference."""
+        blocks: list[int] = []
+        for block_hash in hashes:
+            block = self._block_of_hash.get(block_hash)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def index(self, block: int, block_hash: bytes) -> None:
+        """Makes a held block whose tokens are all computed findable.
+
+        When two sequences computed the same prefix side by side, the first block indexed stays the findable one.
+        """
+        if self.prefix_caching and block_hash not in self._block_of_hash and block not in self._hash_of_block:
+            self._block_of_hash[block_hash] = block
+            self._hash_of_block[block] = block_hash

@@ -1,0 +1,168 @@
+"""Start of the engine: checkpoint, memory plan, weights, KV cache, warm-up, each shown on the console with its seconds.
+
+With core.py the only part of the server that imports torch, and like it runs in the engine process alone.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import kernels
+from model.checkpoint import Checkpoint, dummy_tensors, expected_shapes
+from model.config import PersimmonConfig
+from model.kv_cache import KVCache
+from model.memory import MemoryPlan, available_memory, plan_memory
+from model.persimmon import Persimmon
+from model.runner import Runner, SequenceInput
+from model.sampler import SamplingParams
+from server.config import Settings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A runner that has run once, and what it runs on."""
+
+    runner: Runner
+    plan: MemoryPlan
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def device_name(self) -> str:
+        """The device for people."""
+        if self.device.type == "cuda":
+            return f"{self.device} ({torch.cuda.get_device_name(self.device)})"
+        return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def load_model(settings: Settings, folder: Path, print_line: Callable[[str], None]) -> LoadedModel:
+    """Loads a checkpoint and makes it ready to serve.
+
+    Args:
+        settings: of the server.
+        folder: the checkpoint's.
+        print_line: takes one line of progress for the console.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or not Persimmon's.
+        MemoryPlanError: it does not fit as asked.
+    """
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    config = PersimmonConfig.from_folder(folder)
+    dtype = choose_dtype(settings.dtype, config.dtype, device)
+    with _phase("checkpoint", print_line):
+        checkpoint = Checkpoint.open(folder, config) if settings.load_format == "auto" else None
+    plan = plan_memory(
+        config,
+        available=available_memory(device, settings.gpu_memory_utilization),
+        dtype=dtype,
+        device=device,
+        block_size=settings.block_size,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_model_len=settings.max_model_len,
+        kv_cache_bytes=settings.kv_cache_memory,
+    )
+    _print_plan(plan, config, print_line)
+    operations = kernels.for_device(device)
+    with _phase("weights", print_line):
+        if checkpoint is not None:
+            tensors = _with_progress_bar(checkpoint.tensors(), checkpoint.total_bytes)
+        else:
+            tensors = _with_progress_bar(dummy_tensors(config, dtype, device, settings.seed), plan.weights)
+        model = Persimmon(config, tensors, dtype, device, operations)
+    with _phase("KV cache", print_line):
+        cache = KVCache.allocate(config, plan.num_blocks, plan.block_size, dtype, device)
+    runner = Runner(model, cache, operations)
+    with _phase("warm-up", print_line):
+        _warm_up(runner, plan)
+    return LoadedModel(runner, plan, device, dtype)
+
+
+def choose_dtype(asked: str, stored: str | None, device: torch.device) -> torch.dtype:
+    """The type to compute in.
+
+    `auto` is float32 on a CPU, which is exact and there no slower than float16; on a GPU it is the checkpoint's own
+    16-bit type, or float16 for one stored in float32.
+    """
+    if asked == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        asked = stored if stored in ("float16", "bfloat16") else "float16"
+    return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[asked]
+
+
+def _warm_up(runner: Runner, plan: MemoryPlan) -> None:
+    """Generates a little in the first blocks, which nobody holds yet: a prompt chunk, then a decode, then a draw."""
+    count = min(plan.max_model_len - 1, plan.kv_tokens - 1, 8)
+    table = list(range(-(-(count + 1) // plan.block_size)))
+    greedy, drawn = SamplingParams(), SamplingParams(temperature=1.0, top_p=0.9)
+    (token,) = runner.run([SequenceInput([0] * count, 0, table, greedy)])
+    runner.run([SequenceInput([token], count, table, drawn)])
+
+
+@contextmanager
+def _phase(name: str, print_line: Callable[[str], None]) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    print_line(f"  {name:<12} {time.perf_counter() - started:6.2f} s")
+
+
+def _print_plan(plan: MemoryPlan, config: PersimmonConfig, print_line: Callable[[str], None]) -> None:
+    parts = {
+        "weights": plan.weights,
+        "activations": plan.activations,
+        "KV cache": plan.kv_cache,
+    }
+    print_line("  memory       " + ", ".join(f"{name} {size(count)}" for name, count in parts.items()))
+    print_line(
+        f"               of {size(plan.available)} available; {plan.num_blocks:,} KV blocks of {plan.block_size} "
+        f"hold {plan.kv_tokens:,} tokens"
+    )
+    if plan.max_model_len < config.max_position_embeddings:
+        print_line(
+            f"               a sequence may have {plan.max_model_len:,} tokens "
+            f"(the model was trained for {config.max_position_embeddings:,})"
+        )
+
+
+def size(count: int) -> str:
+    """Bytes for people, like 1.5 GiB."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
+
+
+def _with_progress_bar(
+    tensors: Iterator[tuple[str, torch.Tensor]], total: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    with tqdm(
+        total=total, desc="  weights", unit="B", unit_scale=True, unit_divisor=1024, file=sys.stderr, leave=False,
+        disable=None,  # no bar where nobody watches: not a terminal
+    ) as bar:
+        for name, tensor in tensors:
+            yield name, tensor
+            bar.update(tensor.nbytes)
+
+
+def count_parameters(config: PersimmonConfig) -> int:
+    """Parameters of a network of this shape."""
+    total = 0
+    for shape in expected_shapes(config).values():
+        elements = 1
+        for extent in shape:
+            elements *= extent
+        total += elements
+    return total

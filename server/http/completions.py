@@ -1,0 +1,87 @@
+"""POST /v1/completions: how the answer to prompts is written, whole or as a stream."""
+
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncGenerator
+
+import msgspec
+from fastapi import Response
+from msgspec import UNSET
+from starlette.types import Receive
+
+from server.http.disconnect import until_disconnect
+from server.http.generation import Generation, Piece, UsageCount
+from server.http.protocol import CompletionRequest
+from server.http.responses import Completion, CompletionChoice
+from server.http.service import Service
+from server.http.sse import DONE, EventStream, event
+
+
+async def create_completion(
+    service: Service, request: CompletionRequest, receive: Receive, arrival: float
+) -> Response:
+    """The answer to a completion request.
+
+    Args:
+        service: what the worker serves with.
+        request: well-formed.
+        receive: the request's ASGI channel, its body read to the end.
+        arrival: when the request came, on time.perf_counter's clock.
+
+    Raises:
+        ApiError: the request asks for what the model cannot do, or the engine gave it up.
+        EngineNotReadyError: the model is still loading.
+        EngineDeadError: the engine has ended.
+        ClientDisconnect: the client went away before its answer was complete.
+    """
+    generation = await service.prepare(request, request.prompt, request.stop, arrival)
+    empty = Completion(f"cmpl-{uuid.uuid4().hex}", int(time.time()), service.served_model_name, [])
+    if request.stream:
+        return EventStream(_stream(service, request, generation, empty))
+    body = await until_disconnect(receive, _whole(service, request, generation, empty))
+    return Response(body, media_type="application/json")
+
+
+async def _whole(
+    service: Service, request: CompletionRequest, generation: Generation, empty: Completion
+) -> bytes:
+    answers, usage = await service.generator.answers(generation)
+    choices = [
+        CompletionChoice(
+            index,
+            answer.text,
+            answer.finish_reason,
+            token_ids=answer.token_ids if request.return_token_ids else UNSET,
+            prompt_token_ids=generation.prompt_token_ids(index) if request.return_token_ids else UNSET,
+        )
+        for index, answer in enumerate(answers)
+    ]
+    return msgspec.json.encode(msgspec.structs.replace(empty, choices=choices, usage=usage))
+
+
+async def _stream(
+    service: Service, request: CompletionRequest, generation: Generation, empty: Completion
+) -> AsyncGenerator[bytes, None]:
+    identity = (empty.id, empty.created, empty.model)
+    no_usage = None if request.include_usage else UNSET
+    begun: set[int] = set()
+
+    def chunk(piece: Piece) -> bytes:
+        choice = CompletionChoice(piece.choice, piece.text, piece.finish_reason)
+        if request.return_token_ids:
+            prompt = UNSET if piece.choice in begun else generation.prompt_token_ids(piece.choice)
+            begun.add(piece.choice)
+            choice = msgspec.structs.replace(choice, token_ids=piece.token_ids, prompt_token_ids=prompt)
+        return event(Completion(*identity, [choice], usage=no_usage))
+
+    count = UsageCount(generation)
+    async with contextlib.aclosing(service.generator.run(generation)) as batches:
+        async for batch in batches:
+            count.add(batch)
+            if frames := b"".join([chunk(piece) for piece in batch if piece.says(request.return_token_ids)]):
+                yield frames
+    if request.include_usage:
+        yield event(msgspec.structs.replace(empty, usage=count.usage)) + DONE
+    else:
+        yield DONE

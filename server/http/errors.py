@@ -1,0 +1,167 @@
+"""Every error a client can get, in OpenAI's shape: {"error": {"message", "type", "param", "code"}}.
+
+Knows which exception is which status.  A traceback goes to the log, never to the client.
+"""
+
+import logging
+from http import HTTPStatus
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from server.engine.client import EngineDeadError, EngineNotReadyError
+
+logger = logging.getLogger(__name__)
+
+CLIENT_CLOSED_REQUEST = 499
+"""The status of a request whose client left before the answer; nobody reads it but the metrics."""
+
+_RETRY_AFTER_LOADING = 5
+
+
+class ErrorDetail(msgspec.Struct, frozen=True):
+    """What went wrong, under OpenAI's names.
+
+    Attributes:
+        message: a sentence for a person.
+        type: "invalid_request_error" where the request is at fault, else "server_error".
+        param: the field of the request that is at fault, like "messages[0].content".
+        code: a word for programs.
+    """
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """The JSON body of an error, and the SSE frame of one that comes after a stream's first byte."""
+
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """An error with the status and the body that the client gets."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after = retry_after
+        self.body = ErrorBody(ErrorDetail(message, type, param, code))
+
+    def response(self) -> Response:
+        """The error as a whole answer."""
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        return Response(msgspec.json.encode(self.body), self.status, headers, "application/json")
+
+
+EXPECTED = (ApiError, EngineNotReadyError, EngineDeadError)
+"""Exceptions that happen to a healthy server; every other one is a bug and is logged with its traceback."""
+
+
+def bad_request(message: str, param: str | None, code: str | None = None) -> ApiError:
+    """A 400 that names the field at fault."""
+    return ApiError(HTTPStatus.BAD_REQUEST, message, param=param, code=code)
+
+
+def model_not_found(name: str, served: str) -> ApiError:
+    """A 404 for a model that is not the one served."""
+    return ApiError(
+        HTTPStatus.NOT_FOUND,
+        f"The model {name!r} does not exist; this server serves {served!r}.",
+        param="model",
+        code="model_not_found",
+    )
+
+
+def context_length_exceeded(prompt_tokens: int, max_tokens: int, limit: int, param: str) -> ApiError:
+    """A 400 for a prompt and an answer that together are longer than the model reads."""
+    return bad_request(
+        f"This model's maximum context length is {limit} tokens. However, you requested "
+        f"{prompt_tokens + max_tokens} tokens ({prompt_tokens} in the prompt, {max_tokens} for the completion). "
+        "Please shorten the prompt or ask for fewer tokens.",
+        param,
+        "context_length_exceeded",
+    )
+
+
+def generation_failed(reason: str | None) -> ApiError:
+    """A 500 for a sequence that the engine gave up, it alone."""
+    return _server_error(
+        HTTPStatus.INTERNAL_SERVER_ERROR, reason or "The generation failed.", "generation_failed"
+    )
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What the client is told of an exception; one that nobody expected becomes a 500 that gives nothing away."""
+    match error:
+        case ApiError():
+            return error
+        case EngineNotReadyError():
+            return _server_error(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                "The model is still loading. Please try again shortly.",
+                "engine_not_ready",
+                _RETRY_AFTER_LOADING,
+            )
+        case EngineDeadError():
+            return _server_error(
+                HTTPStatus.SERVICE_UNAVAILABLE, f"The server cannot answer: {error}.", "engine_dead"
+            )
+        case _:
+            return _server_error(
+                HTTPStatus.INTERNAL_SERVER_ERROR,
+                "The server had an error while it worked on your request; its log says more.",
+                "internal_error",
+            )
+
+
+def _server_error(status: int, message: str, code: str, retry_after: int | None = None) -> ApiError:
+    return ApiError(status, message, type="server_error", code=code, retry_after=retry_after)
+
+
+def install(app: FastAPI) -> None:
+    """Makes the app answer every exception in OpenAI's shape."""
+
+    async def expected(request: Request, error: Exception) -> Response:
+        return as_api_error(error).response()
+
+    async def wrong_address(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)  # noqa: S101 - registered for this class alone
+        method, path = request.method, request.url.path
+        if error.status_code == HTTPStatus.NOT_FOUND:
+            answer = ApiError(HTTPStatus.NOT_FOUND, f"Unknown URL: {method} {path}.", code="unknown_url")
+        elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            allowed = (error.headers or {}).get("Allow", "another method")
+            answer = ApiError(
+                HTTPStatus.METHOD_NOT_ALLOWED,
+                f"{method} is not allowed on {path}; use {allowed}.",
+                code="method_not_allowed",
+            )
+        else:
+            answer = ApiError(error.status_code, str(error.detail))
+        response = answer.response()
+        response.headers.update(error.headers or {})
+        return response
+
+    async def client_left(request: Request, error: Exception) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+    for known in EXPECTED:
+        app.add_exception_handler(known, expected)
+    app.add_exception_handler(HTTPException, wrong_address)
+    app.add_exception_handler(ClientDisconnect, client_left)
+    # Starlette raises what this one answers again, so that the server below logs its traceback.
+    app.add_exception_handler(Exception, expected)

@@ -1,0 +1,358 @@
+"""The requests of the OpenAI-style endpoints: fields, types and limits, under OpenAI's own names.
+
+Knows what a well-formed request is; nothing of what the served model can do with it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import msgspec
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from server.http.errors import ApiError, bad_request
+
+Neutral = Mapping[str, tuple[object, ...]]
+
+# Fields that OpenAI or vLLM know and this server does not, with the values that ask for nothing.  Any other value
+# is refused by name; null is neutral everywhere.
+_NEUTRAL: Neutral = {
+    "add_special_tokens": (True,),
+    "bad_words": ([],),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "metadata": ({},),
+    "min_tokens": (0,),
+    "presence_penalty": (0,),
+    "priority": (0,),
+    "prompt_cache_key": (),
+    "prompt_logprobs": (),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "safety_identifier": (),
+    "service_tier": ("auto", "default"),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "stop_token_ids": ([],),
+    "store": (False,),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+}
+_NEUTRAL_COMPLETION: Neutral = _NEUTRAL | {"logprobs": (), "suffix": ()}
+_NEUTRAL_CHAT: Neutral = _NEUTRAL | {
+    "add_generation_prompt": (True,),
+    "audio": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+_NEUTRAL_MESSAGE: Neutral = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "name": (),
+    "refusal": (),
+    "tool_calls": ([],),
+}
+_NEUTRAL_STREAM_OPTIONS: Neutral = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_LENGTH = 1000
+
+
+class _Object(BaseModel):
+    """A JSON object of a request: strict types, null as good as absent, no field passed over in silence."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    neutral: ClassVar[Neutral] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral_fields(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for name, value in data.items():
+            if value is None:
+                continue
+            if (allowed := cls.neutral.get(name)) is None:
+                kept[name] = value
+            elif value not in allowed:
+                raise PydanticCustomError("unsupported", "", {"field": name, "allowed": allowed})
+        return kept
+
+
+def _token_ids(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+
+
+def _prompts(value: object) -> list[str | list[int]]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if _token_ids(value):
+            return [value]
+        if all(isinstance(item, str) for item in value) or all(map(_token_ids, value)):
+            return value
+    raise ValueError("it must be a string, a list of strings, a list of token ids or a list of such lists, not empty")
+
+
+def _message_text(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value:
+        parts = [
+            part["text"]
+            for part in value
+            if isinstance(part, dict)
+            and part.keys() == {"type", "text"}
+            and part["type"] == "text"
+            and isinstance(part["text"], str)
+        ]
+        if len(parts) == len(value):
+            return "\n".join(parts)
+    raise ValueError(
+        'it must be a string or a list of parts like {"type": "text", "text": "..."}; this model reads only text'
+    )
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+_StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_STRING_LENGTH)]
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}},
+        {"type": "array", "items": {"type": "integer"}},
+        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+    ]
+}
+_STOP_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+_CONTENT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["type", "text"],
+                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+            },
+        },
+    ]
+}
+
+
+class StreamOptions(_Object):
+    """Options of a streamed answer."""
+
+    neutral = _NEUTRAL_STREAM_OPTIONS
+
+    include_usage: bool = Field(False, description="Send a last chunk with the usage and no choices.")
+
+
+class GenerationRequest(_Object):
+    """What completions and chat have in common.
+
+    Attributes:
+        is_chat: whether the answer is a turn of a conversation.
+        prompt_field: the field that holds the prompt.
+        default_max_tokens: the limit of a request that gives none; None is what the context leaves.
+    """
+
+    is_chat: ClassVar[bool]
+    prompt_field: ClassVar[str]
+    default_max_tokens: ClassVar[int | None]
+
+    model: str | None = Field(None, description="The served model's name, which is also the default.")
+    temperature: float = Field(1.0, ge=0, le=2, description="0 takes the most probable token.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Draw from the most probable tokens of this total share.")
+    top_k: int = Field(0, ge=-1, description="Draw from this many most probable tokens; 0 or -1: from all.")
+    min_p: float = Field(0.0, ge=0, lt=1, description="Drop tokens below this share of the best one's probability.")
+    seed: int | None = Field(None, description="The same seed, prompt and parameters draw the same tokens.")
+    stop: Annotated[
+        list[_StopString],
+        BeforeValidator(_as_list),
+        WithJsonSchema(_STOP_SCHEMA),
+        Field(max_length=MAX_STOP_STRINGS),
+    ] = Field(default=[], description="Strings that end the answer and are not part of it.")
+    ignore_eos: bool = Field(
+        False,
+        description="Go on past the model's own end of the answer (end-of-text, in chat the next human turn too).",
+    )
+    n: int = Field(1, ge=1, le=128, description="Answers to each prompt.")
+    stream: bool = Field(False, description="Send the answer in pieces, as server-sent events.")
+    stream_options: StreamOptions | None = Field(None, description="Only with stream.")
+    return_token_ids: bool = Field(False, description="Add the token ids of prompts and answers.")
+    user: str | None = Field(None, description="A name for the end user; it has no effect.")
+
+    @field_validator("stream_options")
+    @classmethod
+    def _only_in_a_stream(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if value is not None and not info.data.get("stream", True):
+            raise ValueError("it is only allowed when stream is true")
+        return value
+
+    @property
+    def token_limit(self) -> tuple[str, int | None]:
+        """The field that limits the answer's tokens, and what it says."""
+        raise NotImplementedError
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a usage chunk."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(GenerationRequest):
+    """The body of POST /v1/completions."""
+
+    neutral = _NEUTRAL_COMPLETION
+    is_chat = False
+    prompt_field = "prompt"
+    default_max_tokens = 16
+
+    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)] = Field(
+        description="One or more texts, or lists of token ids, to continue."
+    )
+    max_tokens: int | None = Field(
+        None, ge=1, description="At most this many tokens. Default: 16, or what the context leaves if that is less."
+    )
+    best_of: int | None = Field(None, description="Accepted when it equals n.")
+
+    @field_validator("best_of")
+    @classmethod
+    def _as_many_as_n(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and value != info.data.get("n", value):
+            raise PydanticCustomError("unsupported", "", {"field": None, "allowed": (info.data["n"],)})
+        return value
+
+    @property
+    def token_limit(self) -> tuple[str, int | None]:
+        """The field that limits the answer's tokens, and what it says."""
+        return "max_tokens", self.max_tokens
+
+
+class ChatMessage(_Object):
+    """One message of a conversation."""
+
+    neutral = _NEUTRAL_MESSAGE
+
+    role: str = Field(description='"system" (or "developer"), "user" or "assistant".')
+    content: Annotated[str, PlainValidator(_message_text), WithJsonSchema(_CONTENT_SCHEMA)] = Field(
+        description="A text, or text parts, which become one text with a line for each."
+    )
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """The body of POST /v1/chat/completions."""
+
+    neutral = _NEUTRAL_CHAT
+    is_chat = True
+    prompt_field = "messages"
+    default_max_tokens = None
+
+    messages: list[ChatMessage] = Field(min_length=1, description="The conversation; a user message ends it.")
+    max_tokens: int | None = Field(None, ge=1, description="The older name of max_completion_tokens.")
+    max_completion_tokens: int | None = Field(
+        None, ge=1, description="At most this many tokens. Default: what the context leaves."
+    )
+
+    @field_validator("max_completion_tokens")
+    @classmethod
+    def _same_as_max_tokens(cls, value: int | None, info: ValidationInfo) -> int | None:
+        older = info.data.get("max_tokens")
+        if value is not None and older is not None and value != older:
+            raise ValueError(f"it is {value} but max_tokens is {older}; give one of the two")
+        return value
+
+    @property
+    def token_limit(self) -> tuple[str, int | None]:
+        """The field that limits the answer's tokens, and what it says."""
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return "max_tokens", self.max_tokens
+
+
+_Request = TypeVar("_Request", bound=GenerationRequest)
+
+
+def parse(body: bytes, kind: type[_Request]) -> _Request:
+    """The request in a JSON body.
+
+    Raises:
+        ApiError: a 400 with the first thing that is wrong, and the field it is in.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _bad_request(error.errors(include_url=False)[0]) from None
+
+
+def _bad_request(error: ErrorDetails) -> ApiError:
+    context = error.get("ctx", {})
+    path = _path(error["loc"])
+    match error["type"]:
+        case "json_invalid":
+            return bad_request(f"The body is not valid JSON: {context['error']}.", None, "invalid_json")
+        case "model_type" if not path:
+            return bad_request("The body must be a JSON object.", None)
+        case "missing":
+            return bad_request(f"Missing required parameter: '{path}'.", path, "missing_required_parameter")
+        case "extra_forbidden":
+            return bad_request(f"Unknown parameter: '{path}'.", path, "unknown_parameter")
+        case "unsupported":
+            path = _path((*error["loc"], context["field"])) if context["field"] else path
+            allowed = ", ".join(msgspec.json.encode(value).decode() for value in context["allowed"])
+            remedy = f"leave it out or send {allowed}" if allowed else "leave it out"
+            return bad_request(
+                f"'{path}' is not supported by this server; {remedy}.", path, "unsupported_parameter"
+            )
+        case "value_error":
+            return bad_request(f"Invalid '{path}': {context['error']}.", path)
+        case _:
+            return bad_request(f"Invalid '{path}': {_requirement(error)}.", path)
+
+
+def _requirement(error: ErrorDetails) -> str:
+    value = error["input"]
+    sentence = error["msg"][0].lower() + error["msg"][1:]
+    if isinstance(value, str | int | float) and len(given := repr(value)) <= 40:
+        return f"{sentence}, not {given}"
+    return sentence
+
+
+def _path(location: Sequence[str | int]) -> str:
+    """A place in the body as OpenAI writes it: messages[0].content."""
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path

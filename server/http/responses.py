@@ -1,0 +1,118 @@
+"""The answers of the OpenAI-style endpoints, under OpenAI's own names; a chunk of a stream included.
+
+msgspec structs: one is built and encoded for every token.  A field that is UNSET does not appear in the JSON.
+"""
+
+from msgspec import UNSET, Struct, UnsetType
+
+
+class PromptTokensDetails(Struct, frozen=True):
+    """Where the prompt's tokens came from."""
+
+    cached_tokens: int
+
+
+class Usage(Struct, frozen=True):
+    """The tokens of a request: each prompt counted once, every answer counted, its end-of-text token too."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class CompletionChoice(Struct, frozen=True):
+    """One answer of a completion, or the next piece of it."""
+
+    index: int
+    text: str
+    finish_reason: str | None
+    logprobs: None = None
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class Completion(Struct, frozen=True):
+    """The answer of POST /v1/completions; a chunk looks the same."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    object: str = "text_completion"
+    usage: Usage | UnsetType | None = UNSET
+
+
+class ChatMessage(Struct, frozen=True):
+    """A whole answer."""
+
+    content: str
+    role: str = "assistant"
+
+
+class ChatChoice(Struct, frozen=True):
+    """One answer of a chat completion."""
+
+    index: int
+    message: ChatMessage
+    finish_reason: str | None
+    logprobs: None = None
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatCompletion(Struct, frozen=True):
+    """The answer of POST /v1/chat/completions."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    object: str = "chat.completion"
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatDelta(Struct, frozen=True):
+    """What a chunk adds to an answer."""
+
+    role: str | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class ChatChunkChoice(Struct, frozen=True):
+    """The next piece of one answer of a chat completion."""
+
+    index: int
+    delta: ChatDelta
+    finish_reason: str | None = None
+    logprobs: None = None
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatCompletionChunk(Struct, frozen=True):
+    """A chunk of a streamed chat completion."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    object: str = "chat.completion.chunk"
+    usage: Usage | UnsetType | None = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class Model(Struct, frozen=True):
+    """A model that the server serves."""
+
+    id: str
+    created: int
+    max_model_len: int | UnsetType
+    object: str = "model"
+    owned_by: str = "persimmon"
+
+
+class ModelList(Struct, frozen=True):
+    """The answer of GET /v1/models."""
+
+    data: list[Model]
+    object: str = "list"

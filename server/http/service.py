@@ -1,0 +1,156 @@
+"""What an API worker serves with, handed to every endpoint, and the checks that need to know the served model."""
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from model.config import PersimmonConfig
+from model.tokenizer import Tokenizer
+from server.engine.client import EngineClient, EngineDeadError, EngineNotReadyError
+from server.engine.messages import Sampling
+from server.http.errors import bad_request, context_length_exceeded, model_not_found
+from server.http.generation import Generation, Generator, Prompt
+from server.http.protocol import GenerationRequest
+from server.http.stop_strings import StopStrings
+from server.metrics import Metrics
+
+MAX_CHOICES = 2048
+"""Sequences that one request may ask for: its prompts times its n."""
+
+_SEEDS = 2**63
+# Tokenizing this many characters takes about a millisecond; a longer text would hold up the other streams.
+_CHARACTERS_AT_ONCE = 16384
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the endpoints share.
+
+    Attributes:
+        engine: the connection to the engine.
+        tokenizer: the served model's.
+        config: the served model's.
+        served_model_name: its name in the API.
+        metrics: what this worker measures.
+        seeds: gives a seed to each prompt of a request that brings none.
+        created: when the worker started, in seconds since 1970.
+    """
+
+    engine: EngineClient
+    tokenizer: Tokenizer
+    config: PersimmonConfig
+    served_model_name: str
+    metrics: Metrics
+    seeds: random.Random
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def generator(self) -> Generator:
+        """Runs what `prepare` has made."""
+        return Generator(self.engine, self.tokenizer, self.metrics)
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens that a prompt and its answer may have together.
+
+        Raises:
+            EngineNotReadyError: the model is still loading.
+            EngineDeadError: the engine has ended.
+        """
+        if self.engine.dead:
+            raise EngineDeadError("the engine has stopped")
+        if self.engine.info is None:
+            raise EngineNotReadyError("the model is still loading")
+        return self.engine.info.max_model_len
+
+    def check_model(self, name: str | None) -> None:
+        """Raises the ApiError for a model that is not the one served; None is whatever is served."""
+        if name not in (None, self.served_model_name):
+            raise model_not_found(str(name), self.served_model_name)
+
+    async def prepare(
+        self,
+        request: GenerationRequest,
+        prompts: Sequence[str | list[int]],
+        stop: Sequence[str],
+        arrival: float,
+    ) -> Generation:
+        """Checks a request against the model and tokenizes its prompts.
+
+        Args:
+            request: what both endpoints have in common is read from it.
+            prompts: texts or token ids.
+            stop: strings that end an answer.
+            arrival: when the request came, on time.perf_counter's clock.
+
+        Raises:
+            ApiError: another model's name, too many choices, an empty prompt or one that is too long, a token id
+                outside the vocabulary.
+            EngineNotReadyError: the model is still loading.
+            EngineDeadError: the engine has ended.
+        """
+        self.check_model(request.model)
+        limit = self.max_model_len
+        if len(prompts) * request.n > MAX_CHOICES:
+            raise bad_request(
+                f"{len(prompts)} prompts with n = {request.n} are {len(prompts) * request.n} answers; "
+                f"one request may ask for {MAX_CHOICES}.",
+                "n",
+            )
+        names = [
+            request.prompt_field if len(prompts) == 1 else f"{request.prompt_field}[{index}]"
+            for index in range(len(prompts))
+        ]
+        for name, prompt in zip(names, prompts, strict=True):
+            if isinstance(prompt, list):
+                self._check_token_ids(name, prompt)
+        encoded = await self._encode(prompts)
+        return Generation(
+            prompts=[
+                Prompt(token_ids, _max_tokens(request, name, len(token_ids), limit), self._sampling(request))
+                for name, token_ids in zip(names, encoded, strict=True)
+            ],
+            n=request.n,
+            stop_token_ids=[] if request.ignore_eos else list(self.config.eos_token_ids),
+            stop_strings=StopStrings(stop),
+            is_chat=request.is_chat,
+            arrival=arrival,
+        )
+
+    def _check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
+        size = self.config.vocab_size
+        if wrong := next((token_id for token_id in token_ids if not 0 <= token_id < size), None):
+            raise bad_request(
+                f"{name} holds the token id {wrong}, but this model's are 0 to {size - 1}.", name
+            )
+
+    def _sampling(self, request: GenerationRequest) -> Sampling:
+        # A seed for each prompt: equal prompts in one request should not all get the same answer.
+        seed = self.seeds.randrange(_SEEDS) if request.seed is None else request.seed % _SEEDS
+        top_k = request.top_k if 0 < request.top_k < self.config.vocab_size else 0
+        return Sampling(request.temperature, request.top_p, top_k, request.min_p, seed)
+
+    async def _encode(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        def encode() -> list[list[int]]:
+            return [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+        if sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) <= _CHARACTERS_AT_ONCE:
+            return encode()
+        return await asyncio.to_thread(encode)
+
+
+def _max_tokens(request: GenerationRequest, name: str, prompt_tokens: int, limit: int) -> int:
+    """New tokens that a prompt may get."""
+    if prompt_tokens == 0:
+        raise bad_request(f"{name} is empty, and this model puts no token before a text; give it some.", name)
+    left = limit - prompt_tokens
+    field, asked = request.token_limit
+    if left < 1:
+        raise context_length_exceeded(prompt_tokens, asked or 1, limit, name)
+    if asked is None:
+        return left if request.default_max_tokens is None else min(left, request.default_max_tokens)
+    if asked > left:
+        raise context_length_exceeded(prompt_tokens, asked, limit, field)
+    return asked
