@@ -12,6 +12,8 @@ import torch
 from kernels import reference
 from kernels.reference import AttentionPlan
 
+__all__ = ["AttentionPlan", "Kernels", "for_device"]
+
 
 class Kernels(Protocol):
     """What an implementation offers; shapes, dtypes and maths are documented in `kernels.reference`."""

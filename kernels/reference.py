@@ -79,7 +79,7 @@ def prepare_weight(weight: torch.Tensor) -> torch.Tensor:
 
     Takes 0.5 to 0.6 of the time of an unpacked float32 product at 1 to 64 rows.
     """
-    if weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and _packs(weight.dtype):
+    if weight.device.type == "cpu" and torch._C.has_mkldnn and _packs(weight.dtype):
         packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         return packed
     return weight
@@ -94,7 +94,7 @@ def _packs(dtype: torch.dtype) -> bool:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x @ weight.T + bias.
+    """X @ weight.T + bias.
 
     Args:
         x: [T, in].
@@ -180,9 +180,7 @@ def plan_attention(
     decodes = list(_decode_groups(block_tables[:num_decodes], lengths, num_blocks, num_heads, block_size))
     chunks: list[ChunkPlan] = []
     first = num_decodes
-    for table, start, count in zip(
-        block_tables[num_decodes:], starts[num_decodes:], counts[num_decodes:], strict=True
-    ):
+    for table, start, count in zip(block_tables[num_decodes:], starts[num_decodes:], counts[num_decodes:], strict=True):
         used = np.asarray(table[: -(-(start + count) // block_size)], dtype=np.int64)
         tiles = (used[None, :] * num_heads + heads[:, None]).reshape(-1)
         chunks.append(ChunkPlan(first, first + count, start, tensor(tiles)))
@@ -208,9 +206,7 @@ def _decode_groups(
                 break
             longest, total = longest_with, total_with
             end += 1
-        yield _decode_group(
-            tables[begin:end], lengths[begin:end], longest, begin, num_blocks, num_heads, block_size
-        )
+        yield _decode_group(tables[begin:end], lengths[begin:end], longest, begin, num_blocks, num_heads, block_size)
         begin = end
 
 
@@ -298,9 +294,7 @@ def qk_norm_rotary_store(
     return qk[:, :, 0]
 
 
-def paged_attention(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: AttentionPlan
-) -> torch.Tensor:
+def paged_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
     """Causal softmax(q k^T / sqrt(D)) v over each sequence's own blocks.
 
     Reads no row that its sequence has not written, so what other sequences left behind, NaN included, is harmless.
@@ -321,9 +315,7 @@ def paged_attention(
     return out.view(out.shape[0], -1)
 
 
-def _attend_in_place(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, group: DecodeGroup
-) -> torch.Tensor:
+def _attend_in_place(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, group: DecodeGroup) -> torch.Tensor:
     """One query a sequence, with the block table as a sparse matrix: no key or value is copied.
 
     Scores are the entries of Q K^T at the sparse pattern; the output is a weighted sum of V's rows, which is an
@@ -337,14 +329,16 @@ def _attend_in_place(
         scores.view(size, heads, -1).masked_fill_(group.padding, float("-inf"))
     weights = scores.view(size * heads, -1).softmax(-1).view(-1)
     attended = F.embedding_bag(
-        group.scores.col_indices(), v_cache.view(-1, dim), group.offsets, mode="sum", per_sample_weights=weights
+        group.scores.col_indices(),
+        v_cache.view(-1, dim),
+        group.offsets,
+        mode="sum",
+        per_sample_weights=weights,
     )
     return attended.view(size, heads, dim)
 
 
-def _attend_gathered(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, chunk: ChunkPlan
-) -> torch.Tensor:
+def _attend_gathered(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, chunk: ChunkPlan) -> torch.Tensor:
     """A chunk of queries against one sequence's context, copied out of its blocks."""
     count, heads, dim = q.shape
     length = chunk.start + count

@@ -130,9 +130,7 @@ class Checkpoint:
                 if name in found:
                     raise CheckpointError(f"{file.path}: tensor {name} is also in {found[name][0].name}")
                 found[name] = (file.path, header)
-            absent = [
-                name for name, shard in index.items() if shard == file.path.name and name not in headers
-            ]
+            absent = [name for name, shard in index.items() if shard == file.path.name and name not in headers]
             if absent:
                 raise CheckpointError(
                     f"{file.path}: tensor {absent[0]} is missing here, where {listing.name} says it is"
@@ -186,9 +184,7 @@ class _SafetensorsFile:
         with self._opened() as file:
             slices = {name: file.get_slice(name) for name in file.offset_keys()}
             return {
-                name: _Header(
-                    tuple(part.get_shape()), _SAFETENSORS_DTYPES.get(part.get_dtype(), part.get_dtype())
-                )
+                name: _Header(tuple(part.get_shape()), _SAFETENSORS_DTYPES.get(part.get_dtype(), part.get_dtype()))
                 for name, part in slices.items()
             }
 
@@ -260,9 +256,7 @@ def _find_files(folder: Path) -> tuple[Path, tuple[_WeightFile, ...], dict[str, 
     shards = [folder / name for name in sorted(set(index.values()))]
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
-        raise CheckpointError(
-            f"{folder / missing[0]} is missing, {listing.name} names it{_and_more(missing)}"
-        )
+        raise CheckpointError(f"{folder / missing[0]} is missing, {listing.name} names it{_and_more(missing)}")
     return listing, tuple(map(_weight_file, shards)), index
 
 
@@ -277,12 +271,8 @@ def _read_index(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path} is missing")
     shards = index.table("weight_map")
     # A name with a folder in it would lead out of the checkpoint.
-    if shards is None or not all(
-        isinstance(name, str) and Path(name).name == name for name in shards.values.values()
-    ):
-        raise index.error(
-            "weight_map", "each tensor's name with the name of its shard, a file beside the index"
-        )
+    if shards is None or not all(isinstance(name, str) and Path(name).name == name for name in shards.values.values()):
+        raise index.error("weight_map", "each tensor's name with the name of its shard, a file beside the index")
     return shards.values
 
 
@@ -293,22 +283,16 @@ def _check_readable(path: Path) -> None:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if beginning.startswith(b"version https://git-lfs"):
-        raise CheckpointError(
-            f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` where it was cloned"
-        )
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` where it was cloned")
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
     reason = next(iter(str(error).splitlines()), "") or type(error).__name__
     size = path.stat().st_size
-    return CheckpointError(
-        f"{path} is truncated or damaged ({size:,} bytes; {reason}): copy or download it again"
-    )
+    return CheckpointError(f"{path} is truncated or damaged ({size:,} bytes; {reason}): copy or download it again")
 
 
-def _compare(
-    listing: Path, found: Mapping[str, tuple[Path, _Header]], expected: Mapping[str, tuple[int, ...]]
-) -> None:
+def _compare(listing: Path, found: Mapping[str, tuple[Path, _Header]], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raises CheckpointError unless exactly the expected tensors were found, of their shapes, in floats."""
     missing = [name for name in expected if name not in found]
     if missing:
@@ -321,13 +305,10 @@ def _compare(
     for name, (path, header) in found.items():
         if header.shape != expected[name]:
             raise CheckpointError(
-                f"{path}: tensor {name} has shape {list(header.shape)}, "
-                f"config.json needs {list(expected[name])}"
+                f"{path}: tensor {name} has shape {list(header.shape)}, config.json needs {list(expected[name])}"
             )
         if header.dtype not in _BYTES:
-            raise CheckpointError(
-                f"{path}: tensor {name} is {header.dtype}, needed is one of {', '.join(_BYTES)}"
-            )
+            raise CheckpointError(f"{path}: tensor {name} is {header.dtype}, needed is one of {', '.join(_BYTES)}")
 
 
 def _is_buffer(name: str) -> bool:

@@ -71,8 +71,7 @@ class PersimmonConfig:
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} is not divisible by "
-                f"num_attention_heads {self.num_attention_heads}"
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
             )
         if not 0 < self.partial_rotary_factor <= 1:
             raise ValueError(
@@ -147,9 +146,7 @@ class PersimmonConfig:
                 max_position_embeddings=file.positive_integer("max_position_embeddings"),
                 layer_norm_eps=_positive_number([file], "layer_norm_eps", cls.layer_norm_eps),
                 rope_theta=_positive_number(rotary, "rope_theta", cls.rope_theta),
-                partial_rotary_factor=_positive_number(
-                    rotary, "partial_rotary_factor", cls.partial_rotary_factor
-                ),
+                partial_rotary_factor=_positive_number(rotary, "partial_rotary_factor", cls.partial_rotary_factor),
                 hidden_act=file.text("hidden_act") or cls.hidden_act,
                 qk_layernorm=file.flag("qk_layernorm", cls.qk_layernorm),
                 tie_word_embeddings=file.flag("tie_word_embeddings", cls.tie_word_embeddings),
@@ -216,9 +213,7 @@ def _token_ids(files: Sequence[JsonObject], key: str, vocab_size: int) -> tuple[
     for file in files:
         for token_id in file.token_ids(key):
             if token_id >= vocab_size:
-                raise file.error(
-                    key, f"below vocab_size {vocab_size}: these are token ids beyond the embedding"
-                )
+                raise file.error(key, f"below vocab_size {vocab_size}: these are token ids beyond the embedding")
             token_ids[token_id] = None
     if vocab_size == ADEPT_VOCAB_SIZE:
         token_ids.pop(_PLACEHOLDER_IDS[key], None)

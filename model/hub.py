@@ -82,9 +82,7 @@ def _explanation(hub_id: str, error: Exception) -> str:
         case HFValidationError():
             return "it is no Hugging Face Hub id either: those look like owner/name"
         case LocalEntryNotFoundError() if huggingface_hub.constants.HF_HUB_OFFLINE:
-            return (
-                "the Hugging Face Hub's copy is not, or not wholly, in the cache while HF_HUB_OFFLINE is set"
-            )
+            return "the Hugging Face Hub's copy is not, or not wholly, in the cache while HF_HUB_OFFLINE is set"
         case LocalEntryNotFoundError():
             return f"{page} cannot be reached, and no whole copy is in the cache: check the network"
         case _:

@@ -114,9 +114,7 @@ def plan_memory(
             f"--max-model-len is {max_model_len} but the KV cache holds {holds} tokens ({numbers}): "
             f"lower it to {holds} or raise --kv-cache-memory"
         )
-    return MemoryPlan(
-        available, weights, activations, per_block, num_blocks, block_size, min(wanted_len, holds)
-    )
+    return MemoryPlan(available, weights, activations, per_block, num_blocks, block_size, min(wanted_len, holds))
 
 
 def activation_bytes(

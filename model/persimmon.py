@@ -144,9 +144,7 @@ class Persimmon:
             normed = kernels.layer_norm(x, layer.mlp_norm.weight, layer.mlp_norm.bias, eps)
             activation = kernels.relu_squared(kernels.linear(normed, layer.mlp_up.weight, layer.mlp_up.bias))
             x += kernels.linear(activation, layer.mlp_down.weight, layer.mlp_down.bias)
-        wanted = kernels.layer_norm(
-            x[step.logits_rows], self._final_norm.weight, self._final_norm.bias, eps
-        )
+        wanted = kernels.layer_norm(x[step.logits_rows], self._final_norm.weight, self._final_norm.bias, eps)
         return kernels.linear(wanted, self._head.weight, self._head.bias).float()
 
 

@@ -92,7 +92,7 @@ def _draw(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tenso
 
 def _truncate(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
     """Top-k, then top-p over what it kept; the rest becomes -inf.  Among equal logits the lowest id is kept."""
-    ordered, ids = logits.sort(-1, descending=True, stable=True)
+    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[1], device=logits.device)
     top_k = torch.tensor([own.top_k or logits.shape[1] for own in params], device=logits.device)[:, None]
     ordered.masked_fill_(rank >= top_k, float("-inf"))
@@ -116,7 +116,7 @@ def uniform(params: Sequence[SamplingParams]) -> np.ndarray:
     counter[1] = [own.sample_index for own in params]
     words = philox(counter, np.stack((key & _MASK, key >> _SHIFT)))
     bits = (words[0] << np.uint64(21)) ^ (words[1] >> np.uint64(11))
-    return bits.astype(np.float64) * 2.0**-53
+    return np.ldexp(bits.astype(np.float64), -53)
 
 
 def philox(counter: np.ndarray, key: np.ndarray) -> np.ndarray:

@@ -72,9 +72,7 @@ class Tokenizer:
         path = _model_path(folder)
         model = _read_model(path)
         _make_control(model, settings)
-        bos_token_id = next(
-            (id for id, piece in enumerate(model.pieces) if piece.piece == settings.bos_token), None
-        )
+        bos_token_id = next((id for id, piece in enumerate(model.pieces) if piece.piece == settings.bos_token), None)
         add_bos = settings.add_bos if add_bos is None else add_bos
         if add_bos and bos_token_id is None:
             raise CheckpointError(

@@ -20,7 +20,7 @@ class SettingsError(ValueError):
 
 
 def _setting(default: Any, help: str, group: str, metavar: str | None = None, **constraints: Any) -> Any:
-    extra = {"group": group} | ({"metavar": metavar} if metavar else {})
+    extra: dict[str, Any] = {"group": group} | ({"metavar": metavar} if metavar else {})
     return Field(default, description=help, json_schema_extra=extra, **constraints)
 
 
@@ -54,7 +54,12 @@ class Settings(BaseSettings):
         "model",
     )
     seed: int = _setting(
-        0, "Seed of dummy weights, and of requests that bring no seed of their own.", "model", "N", ge=0, lt=2**63
+        0,
+        "Seed of dummy weights, and of requests that bring no seed of their own.",
+        "model",
+        "N",
+        ge=0,
+        lt=2**63,
     )
 
     host: str = _setting("127.0.0.1", "Address to listen on; 0.0.0.0 is every interface.", "http", "ADDRESS")
@@ -91,7 +96,12 @@ class Settings(BaseSettings):
         gt=0,
     )
     gpu_memory_utilization: float = _setting(
-        0.9, "Share of the GPU's memory to plan with (weights, activations, KV cache).", "memory", "SHARE", gt=0, le=1
+        0.9,
+        "Share of the GPU's memory to plan with (weights, activations, KV cache).",
+        "memory",
+        "SHARE",
+        gt=0,
+        le=1,
     )
 
     @property
@@ -127,9 +137,11 @@ def default_text(field: FieldInfo) -> str | None:
     """A setting's default as a person would type it; None where the help text explains it."""
     if field.default is None:
         return None
-    return {True: "on", False: "off"}.get(field.default, str(field.default)) if isinstance(
-        field.default, bool
-    ) else str(field.default)
+    return (
+        {True: "on", False: "off"}.get(field.default, str(field.default))
+        if isinstance(field.default, bool)
+        else str(field.default)
+    )
 
 
 def group(field: FieldInfo) -> str:

@@ -20,9 +20,15 @@ _REQUEST_SECONDS = (0.1, 0.2, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
 
 _COUNTERS = {
     "persimmon_steps": ("steps", "Engine steps run."),
-    "persimmon_prompt_tokens": ("prompt_tokens", "Prompt tokens of admitted sequences, prefix hits included."),
+    "persimmon_prompt_tokens": (
+        "prompt_tokens",
+        "Prompt tokens of admitted sequences, prefix hits included.",
+    ),
     "persimmon_generated_tokens": ("generated_tokens", "Tokens generated."),
-    "persimmon_prefix_cache_queried_tokens": ("queried_tokens", "Prompt tokens looked up in the prefix cache."),
+    "persimmon_prefix_cache_queried_tokens": (
+        "queried_tokens",
+        "Prompt tokens looked up in the prefix cache.",
+    ),
     "persimmon_prefix_cache_hit_tokens": ("cached_tokens", "Prompt tokens taken from the prefix cache."),
     "persimmon_preemptions": ("preemptions", "Times a sequence lost its KV blocks to older ones."),
     "persimmon_recomputed_tokens": ("recomputed_tokens", "Computed tokens that preemptions threw away."),
@@ -101,9 +107,7 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield _gauge("persimmon_engine_ready", "1 while the engine serves, else 0.", self._engine.ready)
-        yield _gauge(
-            "persimmon_open_streams", "This API worker's unfinished sequences.", self._engine.open_streams
-        )
+        yield _gauge("persimmon_open_streams", "This API worker's unfinished sequences.", self._engine.open_streams)
         stats = self._engine.stats
         if stats is None:
             return

@@ -39,8 +39,8 @@ def supervise(settings: Settings, folder: Path, served_model_name: str) -> int:
         served_model_name: the model's name in the API.
 
     Returns:
-        The exit code: 0 after SIGTERM or Ctrl-C; 2 when the checkpoint or the settings do not allow a start, which
-        the engine has explained on the console; 1 when a process ended that should not have.
+        The exit code: 0 after SIGTERM or Ctrl-C; 2 when the checkpoint or the settings do not allow a start,
+        which the engine has explained on the console; 1 when a process ended that should not have.
 
     Raises:
         ListenError: the port is taken, or the address is not this machine's.
@@ -53,14 +53,17 @@ def supervise(settings: Settings, folder: Path, served_model_name: str) -> int:
 
 
 def _run(
-    settings: Settings, folder: Path, served_model_name: str, listener: socket.socket, address: str, signals: int
+    settings: Settings,
+    folder: Path,
+    served_model_name: str,
+    listener: socket.socket,
+    address: str,
+    signals: int,
 ) -> int:
     spawn = multiprocessing.get_context("spawn")
     engine_report, engine_end = spawn.Pipe(duplex=False)
     worker_report, worker_end = spawn.Pipe(duplex=False)
-    engine = spawn.Process(
-        target=_engine_main, args=(settings, folder, address, engine_end), name="persimmon-engine"
-    )
+    engine = spawn.Process(target=_engine_main, args=(settings, folder, address, engine_end), name="persimmon-engine")
     worker = spawn.Process(
         target=_worker_main,
         args=(settings, folder, served_model_name, address, listener, worker_end),
@@ -79,6 +82,7 @@ def _run(
         if engine.sentinel in happened:
             return _engine_ended(engine, worker)
         if worker.sentinel in happened:
+            worker.join()
             say(f"persimmon: error: the API process ended with code {worker.exitcode}")
             _end(engine)
             return 1
@@ -122,10 +126,12 @@ def _announce(listener: socket.socket, served_model_name: str, ready: Ready) -> 
 
 
 def _engine_ended(engine: SpawnProcess, worker: SpawnProcess) -> int:
+    engine.join()
     if engine.exitcode == 2:  # it could not start, and has said why
         _end(worker)
         return 2
-    say(f"persimmon: error: the engine process ended with code {engine.exitcode}; open requests end with an error")
+    code = engine.exitcode
+    say(f"persimmon: error: the engine process ended with code {code}; open requests end with an error")
     worker.terminate()
     worker.join(FLUSH_SECONDS)
     _end(worker)

@@ -144,7 +144,10 @@ class Engine:
             self._sequences[worker].discard(sequence_id)
             outputs.setdefault(worker, []).append(
                 SequenceOutput(
-                    sequence_id, [], finish_reason="error", error="the model failed on this request; see the log"
+                    sequence_id,
+                    [],
+                    finish_reason="error",
+                    error="the model failed on this request; see the log",
                 )
             )
 

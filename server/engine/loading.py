@@ -145,11 +145,15 @@ def size(count: int) -> str:
     return f"{value:.2f} GiB"
 
 
-def _with_progress_bar(
-    tensors: Iterator[tuple[str, torch.Tensor]], total: int
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _with_progress_bar(tensors: Iterator[tuple[str, torch.Tensor]], total: int) -> Iterator[tuple[str, torch.Tensor]]:
     with tqdm(
-        total=total, desc="  weights", unit="B", unit_scale=True, unit_divisor=1024, file=sys.stderr, leave=False,
+        total=total,
+        desc="  weights",
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        file=sys.stderr,
+        leave=False,
         disable=None,  # no bar where nobody watches: not a terminal
     ) as bar:
         for name, tensor in tensors:

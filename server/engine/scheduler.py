@@ -5,7 +5,8 @@ is never preempted, so everything that is admitted finishes.
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence as Ids
+from collections.abc import Hashable
+from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 
 from server.engine.blocks import BlockPool
@@ -55,9 +56,7 @@ class Scheduler:
         ValueError: the limits contradict each other.
     """
 
-    def __init__(
-        self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
-    ) -> None:
+    def __init__(self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
                 f"a step of {max_num_batched_tokens} tokens cannot advance {max_num_seqs} running sequences"
@@ -180,9 +179,8 @@ class Scheduler:
                 self._index_full_blocks(sequence, item.start)
             if token is not None:
                 self._generated_tokens += 1
-                sequence.append(token)
                 advanced.append((sequence, token))
-                if sequence.finished:
+                if sequence.append(token):
                     any_finished = True
                     del self._by_key[sequence.key]
                     self._release(sequence)

@@ -1,6 +1,7 @@
 """One sequence: its tokens, its stop rules, where its keys and values are."""
 
-from collections.abc import Hashable, Sequence as Ids
+from collections.abc import Hashable
+from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 
 from server.engine.blocks import ROOT_HASH, hash_block
@@ -68,10 +69,11 @@ class Sequence:
             hashes.append(hash_block(parent, self.token_ids[start : start + block_size]))
         return hashes[:count]
 
-    def append(self, token_id: int) -> None:
-        """Takes the next sampled token and applies the stop rules."""
+    def append(self, token_id: int) -> bool:
+        """Takes the next sampled token and applies the stop rules; whether it was the last."""
         self.token_ids.append(token_id)
         if token_id in self.stop_token_ids:
             self.finish_reason = "stop"
         elif self.num_output_tokens >= self.max_tokens:
             self.finish_reason = "length"
+        return self.finished

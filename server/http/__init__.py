@@ -1,0 +1,1 @@
+"""The HTTP surface: OpenAI-style requests in, text out."""

@@ -68,6 +68,8 @@ async def _stream(
     begun: set[int] = set()
 
     def chunk(piece: Piece) -> bytes:
+        if not (piece.text or piece.finish_reason or (request.return_token_ids and piece.token_ids)):
+            return b""
         choice = CompletionChoice(piece.choice, piece.text, piece.finish_reason)
         if request.return_token_ids:
             prompt = UNSET if piece.choice in begun else generation.prompt_token_ids(piece.choice)
@@ -79,7 +81,7 @@ async def _stream(
     async with contextlib.aclosing(service.generator.run(generation)) as batches:
         async for batch in batches:
             count.add(batch)
-            if frames := b"".join([chunk(piece) for piece in batch if piece.says(request.return_token_ids)]):
+            if frames := b"".join(map(chunk, batch)):
                 yield frames
     if request.include_usage:
         yield event(msgspec.structs.replace(empty, usage=count.usage)) + DONE

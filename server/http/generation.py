@@ -61,6 +61,10 @@ class Generation:
         """Samples in all; choice prompt_index * n + sample_index is a prompt's sample."""
         return len(self.prompts) * self.n
 
+    def prompt_token_ids(self, choice: int) -> list[int]:
+        """The tokens of the prompt that a choice continues."""
+        return self.prompts[choice // self.n].token_ids
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:

@@ -120,7 +120,9 @@ def _prompts(value: object) -> list[str | list[int]]:
             return [value]
         if all(isinstance(item, str) for item in value) or all(map(_token_ids, value)):
             return value
-    raise ValueError("it must be a string, a list of strings, a list of token ids or a list of such lists, not empty")
+    raise ValueError(
+        "it must be a string, a list of strings, a list of token ids or a list of such lists, not empty"
+    )
 
 
 def _message_text(value: object) -> str:
@@ -194,9 +196,13 @@ class GenerationRequest(_Object):
 
     model: str | None = Field(None, description="The served model's name, which is also the default.")
     temperature: float = Field(1.0, ge=0, le=2, description="0 takes the most probable token.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Draw from the most probable tokens of this total share.")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Draw from the most probable tokens of this total share."
+    )
     top_k: int = Field(0, ge=-1, description="Draw from this many most probable tokens; 0 or -1: from all.")
-    min_p: float = Field(0.0, ge=0, lt=1, description="Drop tokens below this share of the best one's probability.")
+    min_p: float = Field(
+        0.0, ge=0, lt=1, description="Drop tokens below this share of the best one's probability."
+    )
     seed: int | None = Field(None, description="The same seed, prompt and parameters draw the same tokens.")
     stop: Annotated[
         list[_StopString],
@@ -240,11 +246,13 @@ class CompletionRequest(GenerationRequest):
     prompt_field = "prompt"
     default_max_tokens = 16
 
-    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)] = Field(
-        description="One or more texts, or lists of token ids, to continue."
+    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)] = (
+        Field(description="One or more texts, or lists of token ids, to continue.")
     )
     max_tokens: int | None = Field(
-        None, ge=1, description="At most this many tokens. Default: 16, or what the context leaves if that is less."
+        None,
+        ge=1,
+        description="At most this many tokens. Default: 16, or what the context leaves if that is less.",
     )
     best_of: int | None = Field(None, description="Accepted when it equals n.")
 

@@ -121,7 +121,8 @@ class Service:
 
     def _check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
         size = self.config.vocab_size
-        if wrong := next((token_id for token_id in token_ids if not 0 <= token_id < size), None):
+        wrong = next((token_id for token_id in token_ids if not 0 <= token_id < size), None)
+        if wrong is not None:
             raise bad_request(
                 f"{name} holds the token id {wrong}, but this model's are 0 to {size - 1}.", name
             )
@@ -134,7 +135,9 @@ class Service:
 
     async def _encode(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
         def encode() -> list[list[int]]:
-            return [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+            return [
+                self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts
+            ]
 
         if sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) <= _CHARACTERS_AT_ONCE:
             return encode()

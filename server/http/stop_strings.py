@@ -63,7 +63,9 @@ class StopStrings:
             for character, after in self._next[state].items():
                 self._fallbacks[after] = self.step(self._fallbacks[state], character)
                 queue.append(after)
-            self.match_lengths[state] = self.match_lengths[state] or self.match_lengths[self._fallbacks[state]]
+            self.match_lengths[state] = (
+                self.match_lengths[state] or self.match_lengths[self._fallbacks[state]]
+            )
 
 
 class StopChecker:
