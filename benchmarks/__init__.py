@@ -1,1 +1,1 @@
-"""Measurements: what the README's figures come from."""
+"""What the README's figures come from: each program prints a table and writes JSON."""

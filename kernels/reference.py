@@ -79,7 +79,7 @@ def prepare_weight(weight: torch.Tensor) -> torch.Tensor:
 
     Takes 0.5 to 0.6 of the time of an unpacked float32 product at 1 to 64 rows.
     """
-    if weight.device.type == "cpu" and torch._C.has_mkldnn and _packs(weight.dtype):
+    if weight.device.type == "cpu" and torch._C._has_mkldnn and _packs(weight.dtype):
         packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         return packed
     return weight

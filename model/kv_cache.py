@@ -28,11 +28,14 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> "KVCache":
-        """Zeroed blocks; on a CPU the system hands out the memory as it is first written."""
+        """Blocks with nothing in them: no kernel reads a row that its sequence has not written.
+
+        On a CPU the system hands out the memory as it is first written, so a large cache costs nothing at start.
+        """
         shape = (num_blocks, config.num_attention_heads, block_size, config.head_dim)
 
         def layers() -> list[torch.Tensor]:
-            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+            return [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
 
         return cls(layers(), layers())
 

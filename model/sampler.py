@@ -116,7 +116,8 @@ def uniform(params: Sequence[SamplingParams]) -> np.ndarray:
     counter[1] = [own.sample_index for own in params]
     words = philox(counter, np.stack((key & _MASK, key >> _SHIFT)))
     bits = (words[0] << np.uint64(21)) ^ (words[1] >> np.uint64(11))
-    return np.ldexp(bits.astype(np.float64), -53)
+    draws: np.ndarray = bits.astype(np.float64) * 2.0**-53
+    return draws
 
 
 def philox(counter: np.ndarray, key: np.ndarray) -> np.ndarray:

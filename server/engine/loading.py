@@ -5,6 +5,7 @@ With core.py the only part of the server that imports torch, and like it runs in
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -146,6 +147,8 @@ def size(count: int) -> str:
 
 
 def _with_progress_bar(tensors: Iterator[tuple[str, torch.Tensor]], total: int) -> Iterator[tuple[str, torch.Tensor]]:
+    # One process draws it; tqdm's own lock, made for several, would leave a semaphore behind.
+    tqdm.set_lock(threading.RLock())
     with tqdm(
         total=total,
         desc="  weights",

@@ -1,1 +1,1 @@
-"""The HTTP surface: OpenAI-style requests in, text out."""
+"""The HTTP side: validates, tokenizes, streams.  Reaches the engine through its client alone."""

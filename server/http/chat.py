@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: from messages to a prompt, and how the answer is written, whole or as a stream."""
+"""POST /v1/chat/completions: from messages to a prompt, and how the answer is written, whole or streamed."""
 
 import contextlib
 import time

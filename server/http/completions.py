@@ -1,4 +1,4 @@
-"""POST /v1/completions: how the answer to prompts is written, whole or as a stream."""
+"""POST /v1/completions: how the answer to prompts is written, whole or streamed."""
 
 import contextlib
 import time
@@ -18,9 +18,7 @@ from server.http.service import Service
 from server.http.sse import DONE, EventStream, event
 
 
-async def create_completion(
-    service: Service, request: CompletionRequest, receive: Receive, arrival: float
-) -> Response:
+async def create_completion(service: Service, request: CompletionRequest, receive: Receive, arrival: float) -> Response:
     """The answer to a completion request.
 
     Args:
@@ -43,9 +41,7 @@ async def create_completion(
     return Response(body, media_type="application/json")
 
 
-async def _whole(
-    service: Service, request: CompletionRequest, generation: Generation, empty: Completion
-) -> bytes:
+async def _whole(service: Service, request: CompletionRequest, generation: Generation, empty: Completion) -> bytes:
     answers, usage = await service.generator.answers(generation)
     choices = [
         CompletionChoice(

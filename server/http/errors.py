@@ -90,8 +90,8 @@ def context_length_exceeded(prompt_tokens: int, max_tokens: int, limit: int, par
     """A 400 for a prompt and an answer that together are longer than the model reads."""
     return bad_request(
         f"This model's maximum context length is {limit} tokens. However, you requested "
-        f"{prompt_tokens + max_tokens} tokens ({prompt_tokens} in the prompt, {max_tokens} for the completion). "
-        "Please shorten the prompt or ask for fewer tokens.",
+        f"{prompt_tokens + max_tokens} tokens ({prompt_tokens} in the prompt, {max_tokens} for the completion)."
+        " Please shorten the prompt or ask for fewer tokens.",
         param,
         "context_length_exceeded",
     )
@@ -99,13 +99,11 @@ def context_length_exceeded(prompt_tokens: int, max_tokens: int, limit: int, par
 
 def generation_failed(reason: str | None) -> ApiError:
     """A 500 for a sequence that the engine gave up, it alone."""
-    return _server_error(
-        HTTPStatus.INTERNAL_SERVER_ERROR, reason or "The generation failed.", "generation_failed"
-    )
+    return _server_error(HTTPStatus.INTERNAL_SERVER_ERROR, reason or "The generation failed.", "generation_failed")
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What the client is told of an exception; one that nobody expected becomes a 500 that gives nothing away."""
+    """What the client is told of an exception; one that nobody expected becomes a bare 500."""
     match error:
         case ApiError():
             return error
@@ -117,9 +115,7 @@ def as_api_error(error: Exception) -> ApiError:
                 _RETRY_AFTER_LOADING,
             )
         case EngineDeadError():
-            return _server_error(
-                HTTPStatus.SERVICE_UNAVAILABLE, f"The server cannot answer: {error}.", "engine_dead"
-            )
+            return _server_error(HTTPStatus.SERVICE_UNAVAILABLE, f"The server cannot answer: {error}.", "engine_dead")
         case _:
             return _server_error(
                 HTTPStatus.INTERNAL_SERVER_ERROR,

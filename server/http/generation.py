@@ -232,9 +232,7 @@ class Generator:
             AnswerText() if generation.is_chat else None,
         )
         latency, last = self._metrics.time_to_first_token, generation.arrival
-        with self._engine.submit(
-            prompt.token_ids, prompt.max_tokens, generation.stop_token_ids, sampling
-        ) as outputs:
+        with self._engine.submit(prompt.token_ids, prompt.max_tokens, generation.stop_token_ids, sampling) as outputs:
             async for output in outputs:
                 if output.finish_reason == "error":
                     raise generation_failed(output.error)

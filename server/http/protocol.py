@@ -3,8 +3,8 @@
 Knows what a well-formed request is; nothing of what the served model can do with it.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
 from pydantic import (
@@ -23,10 +23,10 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from server.http.errors import ApiError, bad_request
 
-Neutral = Mapping[str, tuple[object, ...]]
+Neutral = dict[str, tuple[object, ...]]
 
-# Fields that OpenAI or vLLM know and this server does not, with the values that ask for nothing.  Any other value
-# is refused by name; null is neutral everywhere.
+# Fields that OpenAI or vLLM know and this server does not, with the values that ask for nothing.  Any other
+# value is refused by name; null is neutral everywhere.
 _NEUTRAL: Neutral = {
     "add_special_tokens": (True,),
     "bad_words": ([],),
@@ -120,9 +120,7 @@ def _prompts(value: object) -> list[str | list[int]]:
             return [value]
         if all(isinstance(item, str) for item in value) or all(map(_token_ids, value)):
             return value
-    raise ValueError(
-        "it must be a string, a list of strings, a list of token ids or a list of such lists, not empty"
-    )
+    raise ValueError("it must be a string, a list of strings, a list of token ids or a list of such lists, not empty")
 
 
 def _message_text(value: object) -> str:
@@ -139,9 +137,7 @@ def _message_text(value: object) -> str:
         ]
         if len(parts) == len(value):
             return "\n".join(parts)
-    raise ValueError(
-        'it must be a string or a list of parts like {"type": "text", "text": "..."}; this model reads only text'
-    )
+    raise ValueError('it must be a string or a list of parts like {"type": "text", "text": "..."}; only text is read')
 
 
 def _as_list(value: object) -> object:
@@ -196,13 +192,9 @@ class GenerationRequest(_Object):
 
     model: str | None = Field(None, description="The served model's name, which is also the default.")
     temperature: float = Field(1.0, ge=0, le=2, description="0 takes the most probable token.")
-    top_p: float = Field(
-        1.0, gt=0, le=1, description="Draw from the most probable tokens of this total share."
-    )
+    top_p: float = Field(1.0, gt=0, le=1, description="Draw from the most probable tokens of this total share.")
     top_k: int = Field(0, ge=-1, description="Draw from this many most probable tokens; 0 or -1: from all.")
-    min_p: float = Field(
-        0.0, ge=0, lt=1, description="Drop tokens below this share of the best one's probability."
-    )
+    min_p: float = Field(0.0, ge=0, lt=1, description="Drop tokens below this share of the best one's probability.")
     seed: int | None = Field(None, description="The same seed, prompt and parameters draw the same tokens.")
     stop: Annotated[
         list[_StopString],
@@ -212,7 +204,7 @@ class GenerationRequest(_Object):
     ] = Field(default=[], description="Strings that end the answer and are not part of it.")
     ignore_eos: bool = Field(
         False,
-        description="Go on past the model's own end of the answer (end-of-text, in chat the next human turn too).",
+        description="Go on past the answer's own end: end-of-text, and in chat the next human turn.",
     )
     n: int = Field(1, ge=1, le=128, description="Answers to each prompt.")
     stream: bool = Field(False, description="Send the answer in pieces, as server-sent events.")
@@ -246,8 +238,8 @@ class CompletionRequest(GenerationRequest):
     prompt_field = "prompt"
     default_max_tokens = 16
 
-    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)] = (
-        Field(description="One or more texts, or lists of token ids, to continue.")
+    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)] = Field(
+        description="One or more texts, or lists of token ids, to continue."
     )
     max_tokens: int | None = Field(
         None,
@@ -341,9 +333,7 @@ def _bad_request(error: ErrorDetails) -> ApiError:
             path = _path((*error["loc"], context["field"])) if context["field"] else path
             allowed = ", ".join(msgspec.json.encode(value).decode() for value in context["allowed"])
             remedy = f"leave it out or send {allowed}" if allowed else "leave it out"
-            return bad_request(
-                f"'{path}' is not supported by this server; {remedy}.", path, "unsupported_parameter"
-            )
+            return bad_request(f"'{path}' is not supported by this server; {remedy}.", path, "unsupported_parameter")
         case "value_error":
             return bad_request(f"Invalid '{path}': {context['error']}.", path)
         case _:

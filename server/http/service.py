@@ -1,4 +1,4 @@
-"""What an API worker serves with, handed to every endpoint, and the checks that need to know the served model."""
+"""What an API worker serves with, handed to every endpoint, and the checks that need to know the model."""
 
 import asyncio
 import random
@@ -86,8 +86,8 @@ class Service:
             arrival: when the request came, on time.perf_counter's clock.
 
         Raises:
-            ApiError: another model's name, too many choices, an empty prompt or one that is too long, a token id
-                outside the vocabulary.
+            ApiError: another model's name, too many choices, an empty prompt or one that is too long, a
+                token id outside the vocabulary.
             EngineNotReadyError: the model is still loading.
             EngineDeadError: the engine has ended.
         """
@@ -123,9 +123,7 @@ class Service:
         size = self.config.vocab_size
         wrong = next((token_id for token_id in token_ids if not 0 <= token_id < size), None)
         if wrong is not None:
-            raise bad_request(
-                f"{name} holds the token id {wrong}, but this model's are 0 to {size - 1}.", name
-            )
+            raise bad_request(f"{name} holds the token id {wrong}, but this model's are 0 to {size - 1}.", name)
 
     def _sampling(self, request: GenerationRequest) -> Sampling:
         # A seed for each prompt: equal prompts in one request should not all get the same answer.
@@ -135,9 +133,7 @@ class Service:
 
     async def _encode(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
         def encode() -> list[list[int]]:
-            return [
-                self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts
-            ]
+            return [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
         if sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) <= _CHARACTERS_AT_ONCE:
             return encode()

@@ -29,11 +29,11 @@ def event(payload: Any) -> bytes:
 class EventStream(Response):
     """A stream of events.
 
-    The status line waits for the first frame, so that an error before it is an ordinary error response.  A later
-    one is a last event of OpenAI's error shape, with no [DONE] after it.
+    The status line waits for the first frame, so that an error before it is an ordinary error response.  A
+    later one is a last event of OpenAI's error shape, with no [DONE] after it.
 
     Args:
-        frames: encoded events; several in one item are one write.  Closed when the stream ends, however it does.
+        frames: encoded events; several in one item are one write.  Closed when the stream ends, in any way.
     """
 
     media_type = "text/event-stream"

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """The strings that end a text, as an automaton (Aho and Corasick, 1975) that all of a request's samples share.
+    """The strings that end a text, as an automaton that all of a request's samples share.
 
-    A state stands for the longest end of the text so far that begins some stop string; state 0 is the empty one.
+    The automaton is Aho and Corasick's (1975).  A state stands for the longest end of the text so far that begins
+    some stop string; state 0 for the empty one.
 
     Args:
         strings: none of them empty.  With no strings nothing ever matches.
@@ -63,17 +64,15 @@ class StopStrings:
             for character, after in self._next[state].items():
                 self._fallbacks[after] = self.step(self._fallbacks[state], character)
                 queue.append(after)
-            self.match_lengths[state] = (
-                self.match_lengths[state] or self.match_lengths[self._fallbacks[state]]
-            )
+            self.match_lengths[state] = self.match_lengths[state] or self.match_lengths[self._fallbacks[state]]
 
 
 class StopChecker:
     """Finds where one text ends while it arrives, and lets through only what is certain to be part of it.
 
     The match that is complete first wins; of those complete at the same character, the one that began first.
-    What comes out, all together, is the text before that match, or the whole text if there is none.  Held back
-    is the longest end of the text that begins a stop string, and nothing else.
+    What comes out, all together, is the text before that match, or the whole text if there is none.  Held
+    back is the longest end of the text that begins a stop string, and nothing else.
 
     Args:
         strings: shared by all samples of a request.

@@ -30,11 +30,15 @@ def make_checkpoint(
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "50GB",
 ) -> Path:
-    """Writes a checkpoint whose every parameter matters: leaving out a bias or a norm changes the tokens.
+    """Writes a checkpoint whose every parameter matters: without any norm or bias, greedy output is another.
 
-    Norm weights are uniform in 0.5 to 1.5 and biases N(0, 0.2²), far from the ones and zeros they start as.
-    Matrices keep the scale of what passes through them and each token's embedding stands out from the biases, so
-    that greedy output changes from token to token.  The demo's tokenizer is beside it where its ids fit.
+    Norm weights are uniform in 0.5 to 1.5 and biases N(0, 0.2²), far from the ones and zeros they start as;
+    those of queries and keys are twice that.  Matrices keep the scale of what passes through, but attention's
+    output is doubled, and each token's embedding stands out from the biases.  So a head looks at few
+    positions, a token depends on where and after what it stands, and greedy output goes on changing from
+    token to token (not with
+    tie_word_embeddings: there a token's likeliest successor is itself).  The demo's tokenizer lies beside it
+    where its ids fit.
 
     Args:
         folder: where to write; made if need be.
@@ -83,6 +87,8 @@ def make_checkpoint(
                 parameter.normal_(0, 1, generator=generator)
             else:
                 parameter.normal_(0, 1 / math.sqrt(parameter.shape[-1]), generator=generator)
+            if any(part in name for part in ("q_layernorm", "k_layernorm", "self_attn.dense.weight")):
+                parameter.mul_(2)
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     if vocab_size >= DEMO_VOCAB_SIZE:
         for name in _TOKENIZER_FILES:

@@ -1,0 +1,293 @@
+"""This server beside vLLM's CPU build: the same random checkpoint, the same load, the two servers in turn.
+
+    python -m benchmarks.peers --vllm VENV/bin/vllm --rounds 3 --streams 1 8 64 --out benchmarks/results/NAME.json
+
+One server runs at a time, started afresh for every round; a warm-up comes before each measurement.  Prints medians
+over the rounds and their ratios, and writes every figure as JSON with the machine's description.  Machines and
+hours differ: read each figure beside the other server's from the same run.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import uvloop
+
+from benchmarks.checkpoint import write_checkpoint
+from benchmarks.serve import Report, Round, Workload, add_workload_arguments, measure_warm
+from benchmarks.servers import RunningServer, Server, ServerFailedError, running
+
+OURS, VLLM = "ours", "vLLM"
+LISTEN = ("--dtype", "float32", "--host", "127.0.0.1", "--port", "{port}")
+VLLM_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+
+def our_server(limits: tuple[str, ...]) -> Server:
+    """This project's server, run by this interpreter."""
+    program = (sys.executable, "-m", "server.cli", "serve")
+    return Server(OURS, program, "persimmon serve", ("--model", "{checkpoint}", *LISTEN, *limits), {})
+
+
+def vllm_server(command: Path, environment: dict[str, str], limits: tuple[str, ...]) -> Server:
+    """Its CPU build through the Transformers fallback, the only way in which it still runs Persimmon."""
+    arguments = ("{checkpoint}", "--model-impl", "transformers", *LISTEN, *limits)
+    return Server(VLLM, (str(command), "serve"), "vllm serve", arguments, VLLM_ENVIRONMENT | environment)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measured round of one server."""
+
+    server: str
+    round: int
+    start_s: float
+    report: Report
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """The figures of the table, by title."""
+        figures = {"output tokens/s": self.report.output_tokens_per_s, "requests/s": self.report.requests_per_s}
+        for title, distribution in {
+            "TTFT": self.report.ttft_ms,
+            "ITL": self.report.itl_ms,
+            "whole answer": self.report.e2e_ms,
+        }.items():
+            if distribution is not None:
+                figures |= {f"{title} median, ms": distribution.median, f"{title} p99, ms": distribution.p99}
+        return figures | {"start to healthy, s": self.start_s}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How many prompts of a round got the same text from both servers.
+
+    Greedy float32 answers part where two tokens nearly tie, so a few may differ; most must not.
+    """
+
+    round: int
+    streams: int
+    prompts: int
+    same_text: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One figure of one server at one number of streams, over the rounds."""
+
+    streams: int
+    figure: str
+    server: str
+    median: float
+    least: float
+    most: float
+
+    def __str__(self) -> str:
+        return f"{self.median:,.1f} ({self.least:,.1f}-{self.most:,.1f})"
+
+
+def measure_server(
+    server: RunningServer, arguments: argparse.Namespace, round_number: int
+) -> list[tuple[Measurement, Round]]:
+    """Measures a running server at each number of streams.
+
+    Raises:
+        ServerFailedError: a request failed: a round with errors measures nothing.
+    """
+    measured = []
+    for streams in arguments.streams:
+        workload = workload_at(streams, arguments, round_number)
+        result = uvloop.run(measure_warm(server.endpoint, None, workload, arguments.timeout))
+        if result.report.errors:
+            raise ServerFailedError(f"{server.name} at {streams} streams: {result.report.errors}", server.log)
+        print(f"\nround {round_number}, {server.name}:\n{result.report}", flush=True)
+        measured.append((Measurement(server.name, round_number, server.start_s, result.report), result))
+    return measured
+
+
+def workload_at(streams: int, arguments: argparse.Namespace, round_number: int) -> Workload:
+    """The workload for a number of streams: fewer prompts where there are few, other prompts in every round."""
+    return Workload(
+        prompts=min(arguments.prompts, 8 * streams),
+        streams=streams,
+        input_len=arguments.input_len,
+        output_len=arguments.output_len,
+        token_ids=arguments.token_ids,
+        seed=arguments.seed + round_number,
+    )
+
+
+def agreement(round_number: int, first: Round, second: Round) -> Agreement:
+    """Compares the texts of two servers' answers to the same prompts."""
+    pairs = list(zip(first.answers, second.answers, strict=True))
+    same = sum(one is not None and other is not None and one.text == other.text for one, other in pairs)
+    return Agreement(round_number, first.report.workload.streams, len(pairs), same)
+
+
+def summarize(measurements: list[Measurement]) -> list[Summary]:
+    """Median, least and most of every figure, per number of streams and server, in the order measured."""
+    samples: dict[tuple[int, str, str], list[float]] = {}
+    for measured in measurements:
+        for figure, value in measured.figures.items():
+            samples.setdefault((measured.report.workload.streams, figure, measured.server), []).append(value)
+    return [Summary(*key, statistics.median(sample), min(sample), max(sample)) for key, sample in samples.items()]
+
+
+def table(summaries: list[Summary]) -> str:
+    """The summaries side by side, as Markdown, with the ratio of medians where both servers were measured."""
+    rows: dict[tuple[int, str], dict[str, Summary]] = {}
+    for summary in summaries:
+        rows.setdefault((summary.streams, summary.figure), {})[summary.server] = summary
+    lines = [f"| streams | median (least-most) | {OURS} | {VLLM} | ratio |", "| ---: | --- | ---: | ---: | ---: |"]
+    for (streams, figure), by_server in rows.items():
+        ours, theirs = by_server.get(OURS), by_server.get(VLLM)
+        ratio = f"{ours.median / theirs.median:.2f}" if ours and theirs and theirs.median else ""
+        lines.append(f"| {streams} | {figure} | {ours or ''} | {theirs or ''} | {ratio} |")
+    return "\n".join(lines)
+
+
+def compare(servers: list[Server], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Runs all rounds, prints each as it ends and the table after the last.
+
+    Returns:
+        What the JSON file holds.
+
+    Raises:
+        ServerFailedError: a server did not start, or a request failed.
+        OSError: a server's program cannot be started.
+    """
+    started = _now()
+    measurements: list[Measurement] = []
+    agreements: list[Agreement] = []
+    versions: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="persimmon-peers-") as scratch:
+        checkpoint = Path(scratch) / "checkpoint"
+        parameters = write_checkpoint(checkpoint)
+        for round_number in range(1, arguments.rounds + 1):
+            by_server: list[list[Round]] = []
+            for server in servers:
+                log = Path(scratch) / f"{server.name}.log"
+                with running(server, checkpoint, log, arguments.start_timeout) as live:
+                    versions[server.name] = live.version
+                    measured = measure_server(live, arguments, round_number)
+                measurements += [measurement for measurement, _ in measured]
+                by_server.append([result for _, result in measured])
+            if len(by_server) == 2:
+                agreements += [agreement(round_number, *both) for both in zip(*by_server, strict=True)]
+    summaries = summarize(measurements)
+    print(f"\n{table(summaries)}")
+    if agreements:
+        same, prompts = sum(each.same_text for each in agreements), sum(each.prompts for each in agreements)
+        print(f"{same} of {prompts} answers are the same text from both")
+    return {
+        "started": started,
+        "ended": _now(),
+        "device": device(),
+        "checkpoint": {"parameters": parameters, "dtype": "float32", "weights": "random"},
+        "servers": {
+            server.name: {"version": versions[server.name], "command": server.shown_command} for server in servers
+        },
+        "summary": [asdict(summary) for summary in summaries],
+        "agreement": [asdict(each) for each in agreements],
+        "measurements": [asdict(measurement) for measurement in measurements],
+    }
+
+
+def device() -> dict[str, Any]:
+    """The machine, as far as it explains the figures."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
+    return {
+        "cpu": ", ".join(sorted(names)) or "unknown",
+        "cores": len(os.sched_getaffinity(0)),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "python": sys.version.split()[0],
+        "torch": version("torch"),
+    }
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _name_and_value(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.peers", description="Measure this server beside vLLM's CPU build."
+    )
+    parser.add_argument(
+        "--vllm", type=Path, metavar="FILE", help="vLLM's command, VENV/bin/vllm; without it, ours alone is measured"
+    )
+    parser.add_argument("--vllm-only", action="store_true", help="measure vLLM alone")
+    parser.add_argument(
+        "--vllm-env",
+        type=_name_and_value,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an environment variable for vLLM; may be given again",
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="starts of each server [default: %(default)s]")
+    parser.add_argument(
+        "--streams",
+        type=int,
+        nargs="+",
+        default=[64],
+        metavar="N",
+        help="requests in flight, measured one after the other; N streams get at most 8 N prompts [default: 64]",
+    )
+    add_workload_arguments(parser)
+    parser.add_argument("--max-model-len", default="1024", help="of both servers [default: %(default)s]")
+    parser.add_argument("--max-num-seqs", default="64", help="of both servers [default: %(default)s]")
+    parser.add_argument(
+        "--start-timeout", type=float, default=600.0, help="seconds to become healthy [default: %(default)s]"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write all figures as JSON")
+    return parser
+
+
+def main() -> int:
+    parser = _parser()
+    arguments = parser.parse_args()
+    if arguments.vllm_only and not arguments.vllm:
+        parser.error("--vllm-only needs --vllm VENV/bin/vllm")
+    if arguments.rounds < 1:
+        parser.error(f"--rounds is {arguments.rounds}: it needs at least 1")
+    try:
+        for streams in arguments.streams:
+            workload_at(streams, arguments, round_number=0)
+    except ValueError as error:
+        parser.error(str(error))
+    limits = ("--max-model-len", arguments.max_model_len, "--max-num-seqs", arguments.max_num_seqs)
+    servers = [] if arguments.vllm_only else [our_server(limits)]
+    if arguments.vllm:
+        servers.append(vllm_server(arguments.vllm, dict(arguments.vllm_env), limits))
+    try:
+        result = compare(servers, arguments)
+    except (ServerFailedError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""Starts a server for a measurement and stops it again: a free port, a fresh process group, a log to quote from.
+
+Knows nothing of what is measured.
+"""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.streaming_client import Endpoint
+
+STOP_SECONDS = 30.0
+LOG_TAIL_LINES = 40
+
+
+class ServerFailedError(Exception):
+    """A server did not start, or did not answer as it should; the message ends with the tail of its log."""
+
+    def __init__(self, message: str, log: Path) -> None:
+        tail = log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        super().__init__("\n".join([f"{message}; the end of its log:", *(f"    {line}" for line in tail)]))
+
+
+@dataclass(frozen=True)
+class Server:
+    """How a server is started.
+
+    Attributes:
+        name: a short name for tables.
+        program: the first words of its command line, with paths of this machine.
+        shown_program: the same for reports.
+        arguments: the rest, with {checkpoint} and {port} to be filled in.
+        environment: variables to add to those of this process.
+    """
+
+    name: str
+    program: tuple[str, ...]
+    shown_program: str
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str]
+
+    def command(self, checkpoint: Path, port: int) -> list[str]:
+        """The command line to run."""
+        return [*self.program, *(word.format(checkpoint=checkpoint, port=port) for word in self.arguments)]
+
+    @property
+    def shown_command(self) -> str:
+        """The command line for reports, free of paths."""
+        variables = [f"{name}={value}" for name, value in self.environment.items()]
+        arguments = [word.format(checkpoint="CHECKPOINT", port="PORT") for word in self.arguments]
+        return " ".join([*variables, self.shown_program, *arguments])
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """A server that has answered /health.
+
+    Attributes:
+        name: the server's.
+        endpoint: where it listens.
+        start_s: seconds from starting its process to its first healthy answer.
+        version: as its /version says.
+        log: the file that its output goes to.
+    """
+
+    name: str
+    endpoint: Endpoint
+    start_s: float
+    version: str
+    log: Path
+
+
+@contextlib.contextmanager
+def running(server: Server, checkpoint: Path, log: Path, start_timeout_s: float) -> Iterator[RunningServer]:
+    """Starts a server in a process group of its own; leaving the block stops the whole group.
+
+    Args:
+        server: what to start.
+        checkpoint: the folder it serves.
+        log: the file to write its output to.
+        start_timeout_s: the longest it may take to become healthy.
+
+    Raises:
+        ServerFailedError: its process ended, or it was not healthy in time.
+        OSError: its program cannot be started.
+    """
+    port = _free_port()
+    started = time.perf_counter()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            server.command(checkpoint, port),
+            env={**os.environ, **server.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        while _get(port, "/health") is None:
+            if process.poll() is not None:
+                raise ServerFailedError(f"{server.name} ended with code {process.returncode}", log)
+            if time.perf_counter() - started > start_timeout_s:
+                raise ServerFailedError(f"{server.name} was not healthy in {start_timeout_s:g} s", log)
+            time.sleep(0.05)
+        start_s = round(time.perf_counter() - started, 2)
+        yield RunningServer(server.name, Endpoint("127.0.0.1", port), start_s, _version(port), log)
+    finally:
+        _stop(process)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def _version(port: int) -> str:
+    answer = json.loads(_get(port, "/version") or b"{}")
+    return str(answer.get("version", "unknown"))
+
+
+def _get(port: int, path: str) -> bytes | None:
+    """The body of a 200 answer, else None."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.read() if response.status == 200 else None
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    _signal_group(process.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_SECONDS)
+    _signal_group(process.pid, signal.SIGKILL)  # a child that outlives its parent would share the cores
+    process.wait()
+
+
+def _signal_group(group: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)

@@ -1,0 +1,126 @@
+"""The HTTP application of an API worker: its routes, and what happens to every request on the way in and out.
+
+Knows no endpoint's insides.
+"""
+
+import random
+import time
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from model.config import PersimmonConfig
+from model.tokenizer import Tokenizer
+from server.engine.client import EngineClient
+from server.http import errors, status
+from server.http.chat import create_chat_completion
+from server.http.completions import create_completion
+from server.http.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest, parse
+from server.http.service import Service
+from server.metrics import Metrics
+
+COMPLETIONS = "/v1/completions"
+CHAT_COMPLETIONS = "/v1/chat/completions"
+
+MAX_BODY_BYTES = 32 * 2**20
+"""The longest request body: a text of 16,384 tokens is some 100 KB, and a request may bring many."""
+
+
+def create_app(
+    engine: EngineClient,
+    tokenizer: Tokenizer,
+    config: PersimmonConfig,
+    served_model_name: str,
+    seed: int = 0,
+) -> FastAPI:
+    """The application of one API worker.
+
+    Args:
+        engine: the connection to the engine, which the caller starts and closes.
+        tokenizer: the served model's.
+        config: the served model's.
+        served_model_name: its name in the API.
+        seed: of the seeds that requests without one get.
+    """
+    metrics = Metrics(engine)
+    # Sampling wants reproducible seeds, not secret ones.
+    seeds = random.Random(seed)  # noqa: S311
+    service = Service(engine, tokenizer, config, served_model_name, metrics, seeds)
+    app = FastAPI(
+        title="Persimmon server",
+        version=version("persimmon-server"),
+        description="OpenAI-style completions and chat for Adept's Persimmon models.",
+    )
+    errors.install(app)
+    app.add_middleware(_Measured, metrics=metrics)
+    app.include_router(status.router(service))
+
+    @app.post(COMPLETIONS, openapi_extra=_documented(COMPLETIONS, CompletionRequest))
+    async def completions(request: Request) -> Response:
+        """Continues one or more prompts."""
+        arrival = time.perf_counter()
+        body = parse(await _body(request), CompletionRequest)
+        return await create_completion(service, body, request.receive, arrival)
+
+    @app.post(CHAT_COMPLETIONS, openapi_extra=_documented(CHAT_COMPLETIONS, ChatCompletionRequest))
+    async def chat_completions(request: Request) -> Response:
+        """Answers the last message of a conversation."""
+        arrival = time.perf_counter()
+        body = parse(await _body(request), ChatCompletionRequest)
+        return await create_chat_completion(service, body, request.receive, arrival)
+
+    return app
+
+
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY_BYTES:
+            raise errors.ApiError(413, f"The body is longer than {MAX_BODY_BYTES} bytes.", code="request_too_large")
+    return bytes(body)
+
+
+def _documented(path: str, kind: type[GenerationRequest]) -> dict[str, Any]:
+    """The body's schema for /docs, where the endpoint itself reads the bytes."""
+    here = f"#/paths/{path.replace('/', '~1')}/post/requestBody/content/application~1json/schema"
+    schema = kind.model_json_schema(ref_template=here + "/$defs/{model}")
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+class _Measured:
+    """Counts every request by endpoint and status, and times those that were generated to their end."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status_code = errors.CLIENT_CLOSED_REQUEST
+        complete = False
+        started = time.perf_counter()
+
+        async def watched(message: Message) -> None:
+            nonlocal status_code, complete
+            if message["type"] == "http.response.start":
+                status_code = message["status"]
+            elif not message.get("more_body", False):
+                complete = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception:
+            status_code = 500
+            raise
+        finally:
+            # The route's own path, not the client's: a label's values must be few.
+            endpoint = getattr(scope.get("route"), "path", "unknown")
+            self._metrics.http_requests.labels(endpoint, status_code).inc()
+            if complete and status_code == 200 and endpoint in (COMPLETIONS, CHAT_COMPLETIONS):
+                self._metrics.request_latency.observe(time.perf_counter() - started)

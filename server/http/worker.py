@@ -1,0 +1,131 @@
+"""An API worker process: one event loop that serves HTTP on a socket it was handed.
+
+Knows how to start, drain and end; nothing of requests.  Imports no torch: the model is the engine's.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import uvicorn
+import uvloop
+
+from model.config import PersimmonConfig
+from model.tokenizer import Tokenizer
+from server.child_process import follow_supervisor
+from server.config import Settings
+from server.engine.client import EngineClient
+from server.http.app import create_app
+
+READY = "ready"
+"""What a worker sends once, when it accepts connections."""
+
+DRAIN_SECONDS = 25.0
+"""How long open requests may go on after SIGTERM before they end with an error.  The supervisor waits longer."""
+
+# Longer than clients and proxies keep an idle connection, so that none of them sends a request into a closing one.
+KEEP_ALIVE_SECONDS = 75
+
+_LAST_WORDS_SECONDS = 2  # for those errors to reach clients that read
+
+
+def run_api_worker(
+    settings: Settings,
+    folder: Path,
+    served_model_name: str,
+    engine_address: str,
+    listener: socket.socket,
+    report: Connection,
+    drain_seconds: float = DRAIN_SECONDS,
+) -> None:
+    """Serves HTTP until SIGTERM, then lets open requests finish and returns.
+
+    The entry point of a process, which ends at once if its supervisor does.
+
+    Args:
+        settings: of the server.
+        folder: the checkpoint, of which config.json and the tokenizer are read.
+        served_model_name: the model's name in the API.
+        engine_address: the engine's ZeroMQ endpoint.
+        listener: bound and listening.
+        report: gets READY when connections are accepted.
+        drain_seconds: how long open requests may go on after SIGTERM.
+
+    Raises:
+        CheckpointError: config.json or the tokenizer cannot be used.
+    """
+    follow_supervisor()
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s api worker: %(message)s")
+    config = PersimmonConfig.from_folder(folder)
+    tokenizer = Tokenizer.from_folder(folder, {"auto": None, "true": True, "false": False}[settings.add_bos])
+
+    async def main() -> None:
+        engine = EngineClient(engine_address)
+        app = create_app(engine, tokenizer, config, served_model_name, settings.seed)
+        server_config = uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=math.ceil(drain_seconds) + _LAST_WORDS_SECONDS,
+        )
+        server = _Server(server_config, lambda: report.send(READY))
+        await engine.start()
+        await _serve(server, engine, listener, drain_seconds)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with a word when it has started and its own idea of signals.
+
+    Args:
+        config: uvicorn's.
+        on_started: called once connections are accepted.
+
+    Attributes:
+        stopping: set when SIGTERM has come.
+    """
+
+    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.stopping = asyncio.Event()
+        self._on_started = on_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_started()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        # uvicorn would raise SIGTERM again at the end, and a drained worker has ended well.
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._stop)
+        yield
+        loop.remove_signal_handler(signal.SIGTERM)
+
+    def _stop(self) -> None:
+        self.should_exit = True
+        self.stopping.set()
+
+
+async def _serve(server: _Server, engine: EngineClient, listener: socket.socket, drain_seconds: float) -> None:
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    stopping = asyncio.create_task(server.stopping.wait())
+    await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait((serving,), timeout=drain_seconds)
+    # What is still open gets an error of its own from here, instead of a connection that breaks.
+    await engine.close()
+    stopping.cancel()
+    await serving

@@ -1,0 +1,331 @@
+"""PersimmonConfig: both spellings of config.json, its traps, and one clear line for each file that is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.config import PersimmonConfig, check_vocabulary
+from model.errors import CheckpointError
+from tests.model.checkpoints import DEMO
+
+# What Adept's public checkpoints say, stale and meaningless keys included.
+PUBLIC: dict[str, Any] = {
+    "architectures": ["PersimmonForCausalLM"],
+    "bos_token_id": 71013,
+    "eos_token_id": 71013,
+    "hidden_act": "relu2",
+    "hidden_dropout": 0.6,
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 16384,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 16384,
+    "model_type": "persimmon",
+    "num_attention_heads": 64,
+    "num_hidden_layers": 36,
+    "qk_layernorm": True,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 25000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "use_cache": True,
+    "vocab_size": 262144,
+}
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+ABSENT: Any = object()
+
+
+def read(folder: Path, generation: dict[str, Any] | None = None, **changes: Any) -> PersimmonConfig:
+    """Reads the public config.json with some keys changed, or left out where the value is ABSENT."""
+    values = {key: value for key, value in (PUBLIC | changes).items() if value is not ABSENT}
+    (folder / "config.json").write_text(json.dumps(values))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return PersimmonConfig.from_folder(folder)
+
+
+def error(folder: Path, generation: dict[str, Any] | None = None, **changes: Any) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        read(folder, generation, **changes)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_public_checkpoint_is_read(tmp_path: Path) -> None:
+    assert read(tmp_path) == PersimmonConfig(
+        vocab_size=262144,
+        hidden_size=4096,
+        intermediate_size=16384,
+        num_hidden_layers=36,
+        num_attention_heads=64,
+        max_position_embeddings=16384,
+        layer_norm_eps=1e-5,
+        rope_theta=25000.0,
+        partial_rotary_factor=0.5,
+        hidden_act="relu2",
+        qk_layernorm=True,
+        tie_word_embeddings=False,
+        bos_token_id=71013,
+        eos_token_ids=(71013,),
+        dtype="float16",
+    )
+
+
+def test_new_spelling_means_the_same_as_the_old(tmp_path: Path) -> None:
+    table = {"rope_type": "default", "rope_theta": 25000.0, "partial_rotary_factor": 0.5}
+    new: dict[str, Any] = {"rope_theta": ABSENT, "rope_scaling": ABSENT, "rope_parameters": table}
+    assert read(tmp_path, torch_dtype=ABSENT, dtype="float16", **new) == read(tmp_path)
+
+
+def test_demo_checkpoint_is_read() -> None:
+    config = PersimmonConfig.from_folder(DEMO)
+    assert (config.head_dim, config.rotary_dim) == (64, 32)
+    assert (config.bos_token_id, config.eos_token_ids, config.dtype) == (1, (1,), "float16")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rope_theta": 500.0, "partial_rotary_factor": 0.25, "layer_norm_eps": 1e-6},
+        {"rope_theta": 500, "rope_scaling": {"type": "default"}},
+        {"rope_theta": ABSENT, "rope_scaling": {"rope_type": "default", "rope_theta": 300.0}},
+        {"rope_theta": 500.0, "rope_parameters": {"rope_theta": 300.0, "partial_rotary_factor": 0.25}},
+        {"rope_theta": 500.0, "rope_parameters": {"partial_rotary_factor": 1.0}},
+        {"partial_rotary_factor": 1.0, "rope_parameters": {"rope_type": "default", "rope_theta": 25000.0}},
+        {"tie_word_embeddings": True, "qk_layernorm": False},
+        {"hidden_act": ABSENT, "layer_norm_eps": ABSENT, "qk_layernorm": ABSENT, "tie_word_embeddings": ABSENT},
+    ],
+)
+def test_numbers_are_those_that_transformers_reads(tmp_path: Path, changes: dict[str, Any]) -> None:
+    from transformers import PersimmonConfig as Reference
+
+    ours, theirs = read(tmp_path, **changes), Reference.from_pretrained(tmp_path)
+    for field in (*REQUIRED, "layer_norm_eps", "hidden_act", "qk_layernorm", "tie_word_embeddings"):
+        assert getattr(ours, field) == getattr(theirs, field), field
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.partial_rotary_factor == theirs.rope_parameters["partial_rotary_factor"]
+
+
+def test_config_that_transformers_writes_is_read(tmp_path: Path) -> None:
+    from transformers import PersimmonConfig as Reference
+
+    rope = {"rope_type": "default", "rope_theta": 777.0, "partial_rotary_factor": 0.25}
+    # Saved on its own, a configuration has no architectures.
+    theirs = Reference(hidden_size=256, num_attention_heads=4, rope_parameters=rope, dtype="bfloat16")
+    theirs.save_pretrained(tmp_path)
+    ours = PersimmonConfig.from_folder(tmp_path)
+    assert (ours.hidden_size, ours.rope_theta, ours.rotary_dim, ours.dtype) == (256, 777.0, 16, "bfloat16")
+
+
+def test_absent_partial_rotary_factor_is_a_half(tmp_path: Path) -> None:
+    assert "partial_rotary_factor" not in PUBLIC
+    config = read(tmp_path)
+    assert config.partial_rotary_factor == 0.5
+    assert (config.head_dim, config.rotary_dim) == (64, 32)
+
+
+def test_absent_rope_theta_is_that_of_the_public_checkpoints(tmp_path: Path) -> None:
+    assert read(tmp_path, rope_theta=ABSENT).rope_theta == 25000.0
+    assert read(tmp_path, rope_theta=ABSENT, rope_parameters={"rope_type": "default"}).rope_theta == 25000.0
+
+
+def test_absent_layer_norm_eps_is_1e_5_whatever_rms_norm_eps_says(tmp_path: Path) -> None:
+    assert read(tmp_path, layer_norm_eps=ABSENT, rms_norm_eps=1e-6).layer_norm_eps == 1e-5
+    assert read(tmp_path, layer_norm_eps=1e-4, rms_norm_eps=1e-6).layer_norm_eps == 1e-4
+
+
+def test_keys_of_no_meaning_here_are_ignored(tmp_path: Path) -> None:
+    meaningless: dict[str, Any] = {
+        "hidden_dropout": 0.6,
+        "attention_dropout": 0.3,
+        "rms_norm_eps": 1.0,
+        "use_cache": False,
+    }
+    assert read(tmp_path, **meaningless) == read(tmp_path)
+
+
+@pytest.mark.parametrize("ids", [ABSENT, None, 2])
+def test_end_of_text_of_adepts_vocabulary_is_known_without_config_json(tmp_path: Path, ids: Any) -> None:
+    config = read(tmp_path, bos_token_id=1 if ids == 2 else ids, eos_token_id=ids)
+    assert config.bos_token_id == 71013
+    assert config.eos_token_ids == (71013,)
+
+
+def test_generation_config_corrects_placeholder_ids(tmp_path: Path) -> None:
+    config = read(tmp_path, {"bos_token_id": 71013, "eos_token_id": [71013, 9]}, bos_token_id=1, eos_token_id=2)
+    assert config.bos_token_id == 71013
+    assert config.eos_token_ids == (71013, 9)
+
+
+def test_other_vocabularies_have_the_ids_their_files_name_and_no_others(tmp_path: Path) -> None:
+    assert read(tmp_path, vocab_size=80000, bos_token_id=1, eos_token_id=2).bos_token_id == 1
+    assert read(tmp_path, vocab_size=80000, bos_token_id=1, eos_token_id=2).eos_token_ids == (2,)
+    assert read(tmp_path, vocab_size=80000, bos_token_id=ABSENT, eos_token_id=ABSENT).bos_token_id is None
+    assert read(tmp_path, vocab_size=80000, bos_token_id=ABSENT, eos_token_id=None).eos_token_ids == ()
+
+
+@pytest.mark.parametrize(
+    ("in_config", "in_generation_config", "expected"),
+    [
+        (71013, 5, (71013, 5)),
+        ([7, 5], [5, 3, 7], (7, 5, 3)),
+        (None, 71013, (71013,)),
+        (ABSENT, [4, 71013], (4, 71013)),
+        (6, None, (6,)),
+        (6, ABSENT, (6,)),
+    ],
+)
+def test_eos_ids_are_those_of_both_files(
+    tmp_path: Path, in_config: Any, in_generation_config: Any, expected: tuple[int, ...]
+) -> None:
+    generation = {} if in_generation_config is ABSENT else {"eos_token_id": in_generation_config}
+    assert read(tmp_path, generation, eos_token_id=in_config).eos_token_ids == expected
+
+
+def test_stored_dtype_may_be_unsaid(tmp_path: Path) -> None:
+    assert read(tmp_path, torch_dtype=ABSENT).dtype is None
+    assert read(tmp_path, torch_dtype=None).dtype is None
+
+
+@pytest.mark.parametrize("key", REQUIRED)
+def test_size_that_is_missing_is_named(tmp_path: Path, key: str) -> None:
+    assert error(tmp_path, **{key: ABSENT}) == f"{tmp_path}/config.json: {key} is missing"
+
+
+@pytest.mark.parametrize("key", REQUIRED)
+@pytest.mark.parametrize("value", [0, -3, 2.5, "12", True, [1]])
+def test_size_has_to_be_a_positive_integer(tmp_path: Path, key: str, value: Any) -> None:
+    assert (
+        error(tmp_path, **{key: value}) == f"{tmp_path}/config.json: {key} is {value!r}, needed is a positive integer"
+    )
+
+
+@pytest.mark.parametrize("key", ["layer_norm_eps", "rope_theta", "partial_rotary_factor"])
+@pytest.mark.parametrize("value", [0, -0.5, "0.5", False, float("nan"), float("inf")])
+def test_number_has_to_be_positive(tmp_path: Path, key: str, value: Any) -> None:
+    needed = "needed is a positive number"
+    assert error(tmp_path, **{key: value}) == f"{tmp_path}/config.json: {key} is {value!r}, {needed}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "LlamaForCausalLM"),
+        ({"architectures": ["FuyuForCausalLM"], "model_type": "fuyu"}, "model_type 'fuyu'"),
+        ({"model_type": "llama"}, "model_type 'llama'"),
+        ({"architectures": ABSENT, "model_type": ABSENT}, "architectures is None"),
+        ({"architectures": "PersimmonForCausalLM"}, "architectures is 'PersimmonForCausalLM'"),
+        ({"hidden_size": 4100}, "hidden_size 4100 is not divisible by num_attention_heads 64"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5, needed is more than 0 and at most 1"),
+        ({"partial_rotary_factor": 0.4}, "0.4 of head_dim 64 makes 25 rotary dimensions"),
+        ({"partial_rotary_factor": 0.01}, "makes 0 rotary dimensions"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', only 'relu2' is supported"),
+        ({"hidden_act": 2}, "hidden_act is 2, needed is a string"),
+        ({"torch_dtype": "int8"}, "dtype is 'int8', supported are float16, bfloat16, float32"),
+        ({"qk_layernorm": "yes"}, "qk_layernorm is 'yes', needed is true or false"),
+        ({"tie_word_embeddings": 0}, "tie_word_embeddings is 0, needed is true or false"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling asks for a 'linear' rotary"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_parameters asks for a 'dynamic'"),
+        ({"rope_parameters": {"rope_theta": "big"}}, "rope_parameters.rope_theta is 'big'"),
+        ({"rope_parameters": [1]}, "rope_parameters is [1], needed is an object"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, needed is none"),
+        ({"eos_token_id": 262144}, "eos_token_id is 262144, needed is below vocab_size 262144"),
+        ({"eos_token_id": [5, 262145]}, "token ids beyond the embedding"),
+        ({"bos_token_id": 300000}, "bos_token_id is 300000"),
+        ({"vocab_size": 4096}, "bos_token_id is 71013, needed is below vocab_size 4096"),
+        ({"eos_token_id": -1}, "eos_token_id is -1, needed is a token id or a list of them"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>', needed is a token id or a list of them"),
+        ({"eos_token_id": [True]}, "eos_token_id is [True]"),
+    ],
+)
+def test_value_that_cannot_be_served_is_named_with_its_file(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    found = error(tmp_path, **changes)
+    assert found.startswith(f"{tmp_path}/config.json: ")
+    assert message in found
+
+
+def test_other_architecture_is_told_what_is_served(tmp_path: Path) -> None:
+    assert error(tmp_path, architectures=["LlamaForCausalLM"], model_type="llama") == (
+        f"{tmp_path}/config.json: architectures is ['LlamaForCausalLM'] and model_type 'llama', "
+        "this server serves PersimmonForCausalLM (model_type 'persimmon') alone"
+    )
+
+
+def test_token_id_beyond_the_embedding_is_named_with_the_file_that_has_it(tmp_path: Path) -> None:
+    message = error(tmp_path, {"eos_token_id": 262150})
+    assert message.startswith(f"{tmp_path}/generation_config.json: eos_token_id is 262150")
+
+
+def test_long_values_are_cut_in_messages(tmp_path: Path) -> None:
+    assert len(error(tmp_path, eos_token_id=["x" * 100_000])) < 500 + len(str(tmp_path))
+
+
+def test_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere: no such folder"):
+        PersimmonConfig.from_folder(tmp_path / "nowhere")
+
+
+def test_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    with pytest.raises(CheckpointError, match=r"model.safetensors is a file; needed is the folder"):
+        PersimmonConfig.from_folder(file)
+
+
+def test_folder_without_config_json_is_told_what_is_needed(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no config.json; needed is a checkpoint in Hugging Face"):
+        PersimmonConfig.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"vocab_size": 1,}', "is not valid JSON: "),
+        (b"", "is not valid JSON: "),
+        (b"\xff\xfe{}", "is not valid JSON: "),
+        (b"[1, 2]", "holds a JSON list, needed is an object"),
+    ],
+)
+def test_broken_json_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    read(tmp_path, {})
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        PersimmonConfig.from_folder(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}/{name} {message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_config_json_that_is_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"config.json cannot be read: Is a directory"):
+        PersimmonConfig.from_folder(tmp_path)
+
+
+def test_tokenizer_with_ids_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
+    config = read(tmp_path)
+    check_vocabulary(tmp_path, config, 262144)
+    check_vocabulary(tmp_path, config, 4096)
+    with pytest.raises(CheckpointError, match=r"tokenizer has 262145 token ids but vocab_size .* is 262144"):
+        check_vocabulary(tmp_path, config, 262145)
+
+
+def test_reading_a_configuration_needs_no_torch() -> None:
+    program = "import sys, model.config, model.hub; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,0 +1,164 @@
+"""An engine without a model: a real ROUTER socket that speaks the engine's messages and says what it is told to."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Self
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from server.engine.messages import (
+    Abort,
+    EngineStats,
+    Hello,
+    Ready,
+    SequenceOutput,
+    StepOutput,
+    Submit,
+    ToEngine,
+)
+
+Script = Callable[[Submit], Sequence[SequenceOutput]]
+"""The outputs that a submitted sequence gets, one step each."""
+
+MAX_MODEL_LEN = 2048
+STATS = EngineStats(
+    running=3,
+    waiting=2,
+    free_blocks=25,
+    total_blocks=100,
+    steps=7,
+    prompt_tokens=11,
+    generated_tokens=13,
+    cached_tokens=17,
+    queried_tokens=19,
+    preemptions=23,
+    recomputed_tokens=29,
+)
+
+
+def outputs(
+    sequence_id: int, steps: Sequence[Sequence[int]], finish_reason: str = "length", cached_tokens: int = 0
+) -> list[SequenceOutput]:
+    """One output for each step's tokens; the last one finishes the sequence."""
+    reasons = [None] * (len(steps) - 1) + [finish_reason]
+    return [
+        SequenceOutput(sequence_id, list(tokens), reason, cached_tokens)
+        for tokens, reason in zip(steps, reasons, strict=True)
+    ]
+
+
+def says(token_ids: Sequence[int], eos: int | None = None, cached_tokens: int = 0) -> Script:
+    """A script: these tokens, one a step, then the end-of-text token if there is one and it stops the sequence."""
+
+    def script(submit: Submit) -> list[SequenceOutput]:
+        stops = eos is not None and eos in submit.stop_token_ids
+        tokens = [*token_ids, eos] if stops and eos is not None else list(token_ids)
+        finish_reason = "stop" if len(tokens) <= submit.max_tokens and stops else "length"
+        steps = [[token] for token in tokens[: submit.max_tokens]]
+        return outputs(submit.sequence_id, steps, finish_reason, cached_tokens)
+
+    return script
+
+
+def silent(submit: Submit) -> list[SequenceOutput]:
+    """A script: nothing; what comes is up to `FakeEngine.send`."""
+    return []
+
+
+class FakeEngine:
+    """The engine's end of the socket, served by a task of the running event loop.
+
+    Attributes:
+        script: what new sequences get.
+        submitted: all sequences that came, in order.
+        aborted: all ids that were aborted, in order.
+        address: where it listens.
+    """
+
+    def __init__(self, script: Script = silent, ready: bool = True) -> None:
+        self.script = script
+        self.submitted: list[Submit] = []
+        self.aborted: list[int] = []
+        self._ready = ready
+        self._workers: list[bytes] = []
+        self._owners: dict[int, bytes] = {}
+        self._changed = asyncio.Condition()
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.set_hwm(0)
+        self._socket.bind("tcp://127.0.0.1:*")
+        self.address = self._socket.getsockopt(zmq.LAST_ENDPOINT).decode()  # type: ignore[union-attr]
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._serve())
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.die()
+
+    async def die(self) -> None:
+        """Ends as a killed process does: the connection is gone."""
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+        self._socket.close()
+        self._context.term()
+
+    async def become_ready(self) -> None:
+        """Answers the workers that have asked so far, and later ones at once."""
+        self._ready = True
+        for worker in self._workers:
+            await self._send(worker, self._welcome())
+
+    async def send(self, sequence_id: int, token_ids: Sequence[int], finish_reason: str | None = None) -> None:
+        """A step's output for one sequence."""
+        await self.send_output(SequenceOutput(sequence_id, list(token_ids), finish_reason))
+
+    async def send_output(self, output: SequenceOutput) -> None:
+        """A step's output for one sequence."""
+        await self._send(self._owners[output.sequence_id], StepOutput([output], STATS))
+
+    async def until(self, condition: Callable[[Self], bool]) -> None:
+        """Returns once the condition holds; the workers' messages may make it true."""
+        async with asyncio.timeout(20), self._changed:
+            await self._changed.wait_for(lambda: condition(self))
+
+    async def submissions(self, count: int) -> list[Submit]:
+        """The first `count` sequences, once they have come."""
+        await self.until(lambda engine: len(engine.submitted) >= count)
+        return self.submitted[:count]
+
+    async def aborts(self, count: int) -> list[int]:
+        """The first `count` aborted ids, once they have come."""
+        await self.until(lambda engine: len(engine.aborted) >= count)
+        return self.aborted[:count]
+
+    async def _serve(self) -> None:
+        while True:
+            worker, body = await self._socket.recv_multipart()
+            match self._decoder.decode(body):
+                case Hello():
+                    self._workers.append(worker)
+                    if self._ready:
+                        await self._send(worker, self._welcome())
+                case Submit() as submit:
+                    self.submitted.append(submit)
+                    self._owners[submit.sequence_id] = worker
+                    for output in self.script(submit):
+                        await self._send(worker, StepOutput([output], STATS))
+                case Abort(sequence_ids):
+                    self.aborted += sequence_ids
+            async with self._changed:
+                self._changed.notify_all()
+
+    def _welcome(self) -> Ready:
+        return Ready(MAX_MODEL_LEN, block_size=32, total_blocks=100, device="cpu", dtype="float32", stats=STATS)
+
+    async def _send(self, worker: bytes, message: Ready | StepOutput) -> None:
+        await self._socket.send_multipart([worker, self._encoder.encode(message)])
