@@ -17,10 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from model.config import PersimmonConfig
 from model.errors import CheckpointError
-from model.hub import resolve
 from model.json_object import JsonObject
-
-__all__ = ["Checkpoint", "dummy_tensors", "expected_shapes", "resolve"]
 
 # In the order Transformers looks for them: a folder may hold several formats of the same weights.
 _WEIGHT_FILES = (

@@ -40,10 +40,16 @@ def resolve(path_or_hub_id: str) -> Path:
     Raises:
         CheckpointError: there is no such folder, and no such model that can be fetched.
     """
+    if not path_or_hub_id:
+        raise CheckpointError("the model's name is empty; needed is a folder or a Hugging Face Hub id")
     path = Path(os.path.expanduser(path_or_hub_id))  # Path's own raises for an unknown ~user
-    if path_or_hub_id and path.is_dir():
-        return path
-    if path_or_hub_id and path.exists():
+    try:
+        if path.is_dir():
+            return path
+        is_file = path.exists()
+    except OSError as error:  # no permission to look, for one
+        raise CheckpointError(f"{path_or_hub_id} cannot be read: {error.strerror}") from error
+    if is_file:
         raise CheckpointError(
             f"{path_or_hub_id} is a file; needed is the folder that holds config.json and the weights"
         )

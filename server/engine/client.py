@@ -102,6 +102,7 @@ class EngineClient:
         self._ids = itertools.count(1)
         self._streams: dict[int, SequenceStream] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._answered = asyncio.Event()
         self.info: Ready | None = None
         self.stats: EngineStats | None = None
         self.dead = False
@@ -126,6 +127,10 @@ class EngineClient:
         ]
         self._send(Hello())
 
+    async def wait_until_ready(self) -> None:
+        """Returns when the engine has loaded its model; never, if it dies before."""
+        await self._answered.wait()
+
     async def close(self) -> None:
         """Disconnects.  Streams still open end with EngineDeadError."""
         for task in self._tasks:
@@ -135,8 +140,7 @@ class EngineClient:
                 await task
         self._die("the server is shutting down")
         self._socket.disable_monitor()
-        self._socket.close()
-        self._context.term()
+        self._context.destroy(linger=0)  # the monitor's socket too: while one is open, a context does not end
 
     @contextlib.contextmanager
     def submit(
@@ -172,6 +176,7 @@ class EngineClient:
             self.stats = message.stats
             if isinstance(message, Ready):
                 self.info = message
+                self._answered.set()
                 continue
             self._dispatch(message)
 

@@ -9,7 +9,7 @@ import logging
 import math
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from server.engine.client import EngineClient
 from server.http.app import create_app
 
 READY = "ready"
-"""What a worker sends once, when it accepts connections."""
+"""What a worker sends once, when it accepts connections and the engine answers."""
 
 DRAIN_SECONDS = 25.0
 """How long open requests may go on after SIGTERM before they end with an error.  The supervisor waits longer."""
@@ -54,7 +54,7 @@ def run_api_worker(
         served_model_name: the model's name in the API.
         engine_address: the engine's ZeroMQ endpoint.
         listener: bound and listening.
-        report: gets READY when connections are accepted.
+        report: gets READY when connections are accepted and the engine answers.
         drain_seconds: how long open requests may go on after SIGTERM.
 
     Raises:
@@ -79,9 +79,9 @@ def run_api_worker(
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=math.ceil(drain_seconds) + _LAST_WORDS_SECONDS,
         )
-        server = _Server(server_config, lambda: report.send(READY))
+        server = _Server(server_config)
         await engine.start()
-        await _serve(server, engine, listener, drain_seconds)
+        await _serve(server, engine, listener, drain_seconds, report)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main())
@@ -92,20 +92,20 @@ class _Server(uvicorn.Server):
 
     Args:
         config: uvicorn's.
-        on_started: called once connections are accepted.
 
     Attributes:
+        accepting: set when connections are accepted.
         stopping: set when SIGTERM has come.
     """
 
-    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
+        self.accepting = asyncio.Event()
         self.stopping = asyncio.Event()
-        self._on_started = on_started
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._on_started()
+        self.accepting.set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -120,12 +120,22 @@ class _Server(uvicorn.Server):
         self.stopping.set()
 
 
-async def _serve(server: _Server, engine: EngineClient, listener: socket.socket, drain_seconds: float) -> None:
+async def _report_ready(server: _Server, engine: EngineClient, report: Connection) -> None:
+    await server.accepting.wait()
+    await engine.wait_until_ready()
+    report.send(READY)
+
+
+async def _serve(
+    server: _Server, engine: EngineClient, listener: socket.socket, drain_seconds: float, report: Connection
+) -> None:
     serving = asyncio.create_task(server.serve(sockets=[listener]))
+    reporting = asyncio.create_task(_report_ready(server, engine, report))
     stopping = asyncio.create_task(server.stopping.wait())
     await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
     await asyncio.wait((serving,), timeout=drain_seconds)
     # What is still open gets an error of its own from here, instead of a connection that breaks.
     await engine.close()
+    reporting.cancel()
     stopping.cancel()
     await serving

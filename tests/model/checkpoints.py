@@ -35,10 +35,9 @@ def make_checkpoint(
     Norm weights are uniform in 0.5 to 1.5 and biases N(0, 0.2²), far from the ones and zeros they start as;
     those of queries and keys are twice that.  Matrices keep the scale of what passes through, but attention's
     output is doubled, and each token's embedding stands out from the biases.  So a head looks at few
-    positions, a token depends on where and after what it stands, and greedy output goes on changing from
-    token to token (not with
-    tie_word_embeddings: there a token's likeliest successor is itself).  The demo's tokenizer lies beside it
-    where its ids fit.
+    positions, a token depends on where and after what it stands, and greedy output goes on changing.  (Not
+    with tie_word_embeddings: there a token's likeliest successor is itself.)  The demo's tokenizer lies beside
+    it where its ids fit.
 
     Args:
         folder: where to write; made if need be.

@@ -1,0 +1,29 @@
+"""What tests of several folders share: checkpoints and models that are made once a run.
+
+Imports torch only inside the fixtures that need it, so that tests of the torch-free parts start at once.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# The models here are too small to gain from a second thread, and idle OpenMP threads spin: on a busy machine one
+# thread is ten times as fast.  Read when torch is first imported, and inherited by the servers that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint() -> Path:
+    """The checkpoint that comes with the project: trained weights, stored in float16."""
+    from tests.model.checkpoints import DEMO
+
+    return DEMO
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random checkpoint whose norms and biases are far from ones and zeros; not to be changed."""
+    from tests.model.checkpoints import make_checkpoint
+
+    return make_checkpoint(tmp_path_factory.mktemp("random-checkpoint"))

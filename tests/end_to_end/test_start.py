@@ -1,0 +1,156 @@
+"""What the person at the console sees: a start that explains itself, or one line that says what to do."""
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import model
+
+DEMO = Path(model.__path__[0]) / "demo"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "server.cli", *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def copy_of_demo(folder: Path) -> Path:
+    shutil.copytree(DEMO, folder / "checkpoint", ignore=shutil.ignore_patterns("*.py", "LICENSE*"))
+    return folder / "checkpoint"
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def no_such_path(folder: Path) -> str:
+    return str(folder / "nothing-here")
+
+
+def no_config(folder: Path) -> str:
+    (folder / "config.json").unlink()
+    return str(folder)
+
+
+def another_architecture(folder: Path) -> str:
+    change_config(folder, architectures=["LlamaForCausalLM"], model_type="llama")
+    return str(folder)
+
+
+def truncated_weights(folder: Path) -> str:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5_000_000])
+    return str(folder)
+
+
+def missing_tensor(folder: Path) -> str:
+    change_config(folder, num_hidden_layers=7)
+    return str(folder)
+
+
+def unexpected_tensor(folder: Path) -> str:
+    change_config(folder, num_hidden_layers=5)
+    return str(folder)
+
+
+def wrong_shape(folder: Path) -> str:
+    change_config(folder, intermediate_size=2048)
+    return str(folder)
+
+
+def ids_beyond_the_embedding(folder: Path) -> str:
+    change_config(folder, vocab_size=4000)
+    return str(folder)
+
+
+def no_tokenizer(folder: Path) -> str:
+    (folder / "tokenizer.model").unlink()
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (no_such_path, "nothing-here"),
+        (no_config, "config.json"),
+        (another_architecture, "LlamaForCausalLM"),
+        (truncated_weights, "model.safetensors"),
+        (missing_tensor, "model.layers.6."),
+        (unexpected_tensor, "model.layers.5."),
+        (wrong_shape, "config.json needs [256, 2048]"),
+        (ids_beyond_the_embedding, "4096"),
+        (no_tokenizer, "tokenizer.model"),
+    ],
+)
+def test_a_bad_checkpoint_is_one_line_and_exit_code_2(damage, named, tmp_path):
+    ended = run("serve", "--port", "0", "--model", damage(copy_of_demo(tmp_path)))
+    errors = [line for line in ended.stderr.splitlines() if "error" in line.lower()]
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    assert len(errors) == 1
+    assert errors[0].startswith("persimmon: error: ")
+    assert named in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--max-model-len", "4096"], ["--max-model-len", "4096", "2048"]),
+        (["--max-model-len", "1024", "--kv-cache-memory", "1MB"], ["--max-model-len", "--kv-cache-memory"]),
+        (["--kv-cache-memory", "900TB"], ["--kv-cache-memory", "available"]),
+        (["--max-num-seqs", "64", "--max-num-batched-tokens", "32"], ["--max-num-batched-tokens", "--max-num-seqs"]),
+        (["--dtype", "int8"], ["--dtype", "int8", "float16"]),
+        (["--block-size", "17"], ["--block-size", "17"]),
+        (["--port", "70000"], ["--port", "65535", "70000"]),
+        (["--host", "203.0.113.1"], ["203.0.113.1", "--host"]),
+    ],
+)
+def test_a_setting_that_cannot_be_is_one_line_with_the_numbers(arguments, named):
+    ended = run("serve", "--port", "0", *arguments)
+    errors = [line for line in ended.stderr.splitlines() if "error" in line.lower()]
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    assert len(errors) == 1
+    for text in named:
+        assert text in errors[0]
+
+
+def test_a_taken_port_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = run("serve", "--port", str(port))
+    assert ended.returncode == 2
+    assert f"127.0.0.1:{port}" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_an_environment_variable_is_read_and_checked(monkeypatch):
+    monkeypatch.setenv("PERSIMMON_BLOCK_SIZE", "17")
+    ended = run("serve", "--port", "0")
+    assert ended.returncode == 2
+    assert "PERSIMMON_BLOCK_SIZE" in ended.stderr
+
+
+def test_the_console_tells_each_phase_the_memory_plan_and_where_to_go(demo):
+    console = "\n".join(demo.lines)
+    assert "demo checkpoint" in demo.lines[0]
+    for phase in ("checkpoint", "weights", "KV cache", "warm-up"):
+        assert re.search(rf"^  {phase} +\d+\.\d\d s$", console, flags=re.MULTILINE), phase
+    assert re.search(r"weights 26\.\d MiB, activations \d+\.\d MiB, KV cache 2\d\.\d MiB", console)
+    assert re.search(r"\d+ KV blocks of 32 hold [\d,]+ tokens", console)
+    assert f"curl {demo.url}/v1/chat/completions" in console
+
+
+def test_the_printed_curl_works(demo):
+    command = next(line.strip() for line in demo.lines if line.strip().startswith("curl "))
+    ended = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=True)
+    answer = json.loads(ended.stdout)
+    assert answer["choices"][0]["message"]["role"] == "assistant"

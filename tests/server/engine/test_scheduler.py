@@ -1,0 +1,479 @@
+"""The scheduler: whatever comes, in whatever order, everybody finishes with the tokens they would get alone."""
+
+import random
+
+import pytest
+from hypothesis import event, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from server.engine.blocks import BlockPool
+from server.engine.scheduler import Scheduler
+from server.engine.sequence import Sequence
+from tests.server.engine.simulation import VOCABULARY, Simulation, generate_alone
+
+UNKNOWN_KEY = -1
+STEMS = [[0, 1, 2, 0, 2, 1] * 5, [2, 2, 1, 0, 0, 1] * 5]
+"""What prompts begin with, so that they meet in the prefix cache."""
+
+
+@st.composite
+def prompts(draw: st.DrawFn) -> list[int]:
+    stem = draw(st.sampled_from(STEMS))[: draw(st.integers(0, 20))]
+    return stem + draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=3))
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Adds, steps and aborts in any order; `Simulation` checks after each of them."""
+
+    @initialize(
+        block_size=st.integers(1, 4),
+        max_model_len=st.integers(2, 24),
+        spare_blocks=st.integers(0, 8),
+        max_num_seqs=st.integers(1, 5),
+        spare_budget=st.integers(0, 12),
+        prefix_caching=st.sampled_from([True, True, False]),
+    )
+    def create(
+        self,
+        block_size: int,
+        max_model_len: int,
+        spare_blocks: int,
+        max_num_seqs: int,
+        spare_budget: int,
+        prefix_caching: bool,
+    ) -> None:
+        self.simulation = Simulation(
+            num_blocks=-(-max_model_len // block_size) + spare_blocks,
+            block_size=block_size,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_seqs + spare_budget,
+            prefix_caching=prefix_caching,
+        )
+
+    @rule(
+        prompt=prompts(),
+        max_tokens=st.integers(1, 16),
+        stops=st.just(frozenset()) | st.frozensets(st.integers(0, VOCABULARY - 1), max_size=1),
+    )
+    def add(self, prompt: list[int], max_tokens: int, stops: frozenset[int]) -> None:
+        prompt = prompt[: self.simulation.max_model_len - 1]
+        room = self.simulation.max_model_len - len(prompt)
+        self.simulation.add(prompt, min(max_tokens, room), stops)
+
+    @precondition(lambda self: self.simulation.live)
+    @rule(data=st.data())
+    def add_what_is_refused(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(self.simulation.live)))
+        with pytest.raises(ValueError, match="exists already"):
+            self.simulation.scheduler.add(Sequence(key, [0], 1))
+        with pytest.raises(ValueError, match="more than"):
+            self.simulation.scheduler.add(Sequence(UNKNOWN_KEY, [0], self.simulation.max_model_len))
+
+    @precondition(lambda self: self.simulation.plan_under_way is None)
+    @rule()
+    def plan(self) -> None:
+        self.simulation.plan()
+
+    @precondition(lambda self: self.simulation.plan_under_way is not None)
+    @rule()
+    def commit(self) -> None:
+        self.simulation.commit()
+
+    @precondition(lambda self: self.simulation.plan_under_way is None)
+    @rule(count=st.integers(1, 6))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.simulation.step()
+
+    @precondition(lambda self: self.simulation.live)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.simulation.abort(data.draw(st.sampled_from(sorted(self.simulation.live))))
+
+    @rule()
+    def abort_an_unknown_one(self) -> None:
+        self.simulation.abort(UNKNOWN_KEY)
+
+    @precondition(lambda self: self.simulation.finished)
+    @rule(data=st.data())
+    def abort_a_finished_one(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(self.simulation.finished)))
+        reason = self.simulation.finished[key].finish_reason
+        self.simulation.abort(key)
+        assert self.simulation.finished[key].finish_reason == reason
+
+    def teardown(self) -> None:
+        if hasattr(self, "simulation"):
+            self.simulation.drain()
+            stats = self.simulation.stats
+            event(f"preemptions: {min(stats.preemptions, 3)}")
+            event(f"prefix hits: {stats.cached_tokens > 0}")
+            for state in self.simulation.aborts:
+                event(f"aborted: {state}")
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(deadline=None, max_examples=100, stateful_step_count=40)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_traffic_preempts_hits_aborts_and_still_yields_the_right_tokens(seed: int) -> None:
+    rng = random.Random(seed)
+    simulation = Simulation(
+        num_blocks=14, block_size=3, max_model_len=36, max_num_seqs=6, max_num_batched_tokens=10
+    )
+
+    def abort_sometimes() -> None:
+        if simulation.live and rng.random() < 0.04:
+            simulation.abort(rng.choice(list(simulation.live)))
+
+    for _ in range(300):
+        if rng.random() < 0.25:
+            stem = rng.choice(STEMS)[: rng.randrange(20)]
+            prompt = [*stem, rng.randrange(VOCABULARY)]
+            stops = {rng.randrange(VOCABULARY)} if rng.random() < 0.2 else set()
+            simulation.add(prompt, rng.randint(1, 36 - len(prompt)), stops)
+        abort_sometimes()
+        simulation.plan()
+        abort_sometimes()
+        simulation.commit()
+    simulation.drain()
+
+    assert simulation.stats.preemptions > 5
+    assert simulation.stats.cached_tokens > 100
+    assert set(simulation.aborts) == {"queued", "running", "in a step"}
+    assert {sequence.finish_reason for sequence in simulation.finished.values()} == {"stop", "length"}
+
+
+def test_a_long_prompt_never_delays_a_running_decode() -> None:
+    simulation = Simulation(
+        num_blocks=40, block_size=4, max_model_len=100, max_num_seqs=2, max_num_batched_tokens=8
+    )
+    short = simulation.add([1], 20)
+    simulation.step()
+    long = simulation.add([2] * 60, 3)
+    while long.num_output_tokens == 0:
+        before = short.num_output_tokens
+        plan = simulation.step()
+        assert plan.scheduled[0].sequence is short
+        assert short.num_output_tokens == before + 1
+        assert plan.num_tokens == 8 or long.num_output_tokens == 1, "the rest of the budget is the prompt's"
+    assert short.num_output_tokens == 1 + 9  # 60 tokens in chunks of 7
+
+
+def test_short_prompts_behind_a_long_one_use_what_its_last_chunk_leaves() -> None:
+    simulation = Simulation(
+        num_blocks=40, block_size=4, max_model_len=100, max_num_seqs=4, max_num_batched_tokens=8
+    )
+    simulation.add([2] * 12, 2)
+    second, third = simulation.add([1] * 3, 2), simulation.add([0] * 3, 2)
+    simulation.step()
+    plan = simulation.step()
+    assert [item.count for item in plan.scheduled] == [4, 3, 1]
+    assert (second.num_output_tokens, third.num_output_tokens) == (1, 0)
+
+
+def test_no_more_than_max_num_seqs_run_and_the_next_in_line_follows() -> None:
+    simulation = Simulation(num_blocks=40, block_size=4, max_model_len=20, max_num_seqs=2)
+    first, second, third = (simulation.add([i], 2 + i) for i in range(3))
+    simulation.step()
+    assert simulation.running == [first, second]
+    simulation.step()
+    assert first.finished
+    simulation.step()
+    assert simulation.running == [third]
+    assert second.finished
+
+
+def test_a_sequence_that_does_not_fit_is_not_overtaken() -> None:
+    simulation = Simulation(num_blocks=6, block_size=4, max_model_len=24, prefix_caching=False)
+    first = simulation.add([0] * 9, 3)
+    large, small = simulation.add([1] * 20, 2), simulation.add([2], 1)
+    simulation.step()
+    assert simulation.running == [first]
+    assert simulation.waiting == [large, small]
+    simulation.drain()
+
+
+def test_newest_sequence_is_preempted_first() -> None:
+    simulation = Simulation(num_blocks=9, block_size=2, max_model_len=18, prefix_caching=False)
+    oldest, middle, newest = (simulation.add([i] * 2, 12) for i in range(3))
+    simulation.step()
+    assert simulation.running == [oldest, middle, newest]
+    while simulation.stats.preemptions == 0:
+        simulation.step()
+    assert simulation.running == [oldest, middle]
+    assert newest.num_computed == 0
+    while simulation.stats.preemptions == 1:
+        simulation.step()
+    assert simulation.running == [oldest]
+    assert simulation.waiting == [middle, newest]
+    simulation.drain()
+    assert list(simulation.finished.values()) == [oldest, middle, newest]
+
+
+def test_a_preempted_sequence_comes_back_before_those_that_wait() -> None:
+    simulation = Simulation(num_blocks=6, block_size=2, max_model_len=12, max_num_seqs=2, prefix_caching=False)
+    oldest, victim, later = (simulation.add([i] * 2, 9) for i in range(3))
+    while simulation.stats.preemptions == 0:
+        simulation.step()
+    assert simulation.waiting == [victim, later]
+    while not oldest.finished:
+        simulation.step()
+    simulation.step()
+    assert simulation.running[0] is victim
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_preempted_sequence_yields_the_same_tokens(prefix_caching: bool) -> None:
+    simulation = Simulation(num_blocks=7, block_size=2, max_model_len=14, prefix_caching=prefix_caching)
+    simulation.add([0, 1], 12)
+    victim = simulation.add([2, 1], 12)
+    while simulation.stats.preemptions == 0:
+        simulation.step()
+    assert 0 < victim.num_output_tokens < 12
+    assert simulation.waiting == [victim]
+    simulation.drain()
+    assert victim.token_ids == [2, 1, *generate_alone([2, 1], 12)[0]]
+
+
+def test_a_sequence_preempted_while_its_prompt_is_computed_yields_the_same_tokens() -> None:
+    simulation = Simulation(
+        num_blocks=10, block_size=2, max_model_len=20, max_num_seqs=2, max_num_batched_tokens=2
+    )
+    simulation.add([0], 19)
+    simulation.step()
+    victim = simulation.add([1] * 17, 2)
+    while simulation.stats.preemptions == 0:
+        simulation.step()
+    assert victim.num_output_tokens == 0
+    assert simulation.stats.recomputed_tokens > 0
+    simulation.drain()
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+@pytest.mark.parametrize("max_num_batched_tokens", [8, 13, 500])
+def test_thirty_percent_of_the_blocks_needed_change_no_token(
+    prefix_caching: bool, max_num_batched_tokens: int
+) -> None:
+    block_size, prompt_length, max_tokens = 4, 12, 28
+    needed = 8 * -(-(prompt_length + max_tokens) // block_size)
+    simulation = Simulation(
+        num_blocks=needed * 3 // 10,
+        block_size=block_size,
+        max_model_len=prompt_length + max_tokens,
+        max_num_batched_tokens=max_num_batched_tokens,
+        prefix_caching=prefix_caching,
+    )
+    sequences = [simulation.add(([i, *STEMS[i % 2]] * 2)[:prompt_length], max_tokens) for i in (0, 1, 2, 0) * 2]
+    simulation.drain()
+    assert simulation.stats.preemptions > 0
+    for sequence in sequences:
+        prompt = sequence.token_ids[:prompt_length]
+        assert sequence.token_ids[prompt_length:] == generate_alone(prompt, max_tokens)[0]
+
+
+@pytest.mark.parametrize(("prompt_length", "start"), [(13, 12), (12, 8), (11, 8), (4, 0), (1, 0)])
+def test_whole_prompt_cached_recomputes_the_last_token(prompt_length: int, start: int) -> None:
+    simulation = Simulation(num_blocks=10, block_size=4, max_model_len=20)
+    prompt = STEMS[0][:prompt_length]
+    simulation.add(prompt, 4)
+    simulation.drain()
+    again = simulation.add(prompt, 4)
+    (item,) = simulation.plan().scheduled
+    assert (item.sequence, item.start, item.count) == (again, start, prompt_length - start)
+    assert item.samples
+    assert again.cached_tokens == start
+    simulation.drain()
+
+
+def test_prefix_hits_cost_no_budget() -> None:
+    simulation = Simulation(
+        num_blocks=20, block_size=4, max_model_len=20, max_num_seqs=4, max_num_batched_tokens=5
+    )
+    simulation.add(STEMS[0][:17], 1)
+    simulation.drain()
+    known, new = simulation.add(STEMS[0][:17], 1), simulation.add([2] * 4, 1)
+    plan = simulation.plan()
+    assert [(item.sequence, item.count, item.samples) for item in plan.scheduled] == [
+        (known, 1, True),
+        (new, 4, True),
+    ]
+    simulation.drain()
+
+
+def test_generated_tokens_are_found_by_the_next_turn_of_a_conversation() -> None:
+    simulation = Simulation(num_blocks=20, block_size=4, max_model_len=40)
+    first = simulation.add(STEMS[0][:6], 11)
+    simulation.drain()
+    second = simulation.add([*first.token_ids, 0, 1], 2)
+    simulation.step()
+    # Of 17 tokens the last was sampled and never computed.
+    assert second.cached_tokens == 16
+
+
+def test_two_running_sequences_share_the_blocks_of_their_prefix() -> None:
+    simulation = Simulation(num_blocks=20, block_size=4, max_model_len=40)
+    simulation.add(STEMS[0][:9], 8)
+    simulation.step()
+    held = simulation.pool.num_blocks - simulation.pool.num_free
+    simulation.add(STEMS[0][:9], 8)
+    simulation.step()
+    assert simulation.pool.num_blocks - simulation.pool.num_free == held + 1
+    simulation.drain()
+
+
+def test_a_prefix_is_found_only_once_it_is_computed() -> None:
+    simulation = Simulation(num_blocks=20, block_size=4, max_model_len=40)
+    twins = [simulation.add(STEMS[0][:9], 2) for _ in range(2)]
+    plan = simulation.plan()
+    assert [item.start for item in plan.scheduled] == [0, 0]
+    late = simulation.add(STEMS[0][:9], 2)
+    simulation.commit()
+    simulation.step()
+    assert [sequence.cached_tokens for sequence in [*twins, late]] == [0, 0, 8]
+    simulation.drain()
+
+
+def test_without_prefix_caching_everything_is_computed() -> None:
+    simulation = Simulation(num_blocks=20, block_size=4, max_model_len=40, prefix_caching=False)
+    for _ in range(2):
+        sequence = simulation.add(STEMS[0][:9], 2)
+        simulation.drain()
+        assert sequence.cached_tokens == 0
+    assert simulation.stats.cached_tokens == 0
+
+
+def test_cached_tokens_are_those_of_the_first_admission() -> None:
+    simulation = Simulation(num_blocks=7, block_size=2, max_model_len=14)
+    simulation.add([0, 1], 12)
+    victim = simulation.add([2, 1], 12)
+    while simulation.stats.preemptions == 0:
+        simulation.step()
+    simulation.drain()
+    assert simulation.stats.cached_tokens > 0, "coming back, it found some of what it had computed before"
+    assert victim.cached_tokens == 0
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64])
+def test_chunks_of_any_size_yield_the_same_tokens(chunk: int) -> None:
+    simulation = Simulation(
+        num_blocks=20, block_size=4, max_model_len=40, max_num_seqs=1, max_num_batched_tokens=chunk
+    )
+    sequence = simulation.add(STEMS[1][:23], 4)
+    counts = []
+    while sequence.num_output_tokens == 0:
+        counts.append(simulation.step().num_tokens)
+    assert counts == [chunk] * (23 // chunk) + [23 % chunk] * (23 % chunk > 0)
+    simulation.drain()
+
+
+def test_abort_between_plan_and_commit_frees_blocks_at_once() -> None:
+    simulation = Simulation(num_blocks=20, block_size=4, max_model_len=40)
+    gone, stays = simulation.add([0] * 9, 8), simulation.add([1] * 9, 8)
+    simulation.plan()
+    held = simulation.pool.num_free
+    simulation.abort(0)
+    assert simulation.pool.num_free == held + 3
+    assert [sequence for sequence, _ in simulation.commit()] == [stays]
+    assert gone.num_output_tokens == 0
+    # What the step computed for it is not findable: its blocks may be somebody else's by now.
+    third = simulation.add([0] * 9, 1)
+    simulation.step()
+    assert third.cached_tokens == 0
+
+
+def test_aborted_sequences_let_those_behind_them_in() -> None:
+    simulation = Simulation(num_blocks=20, block_size=4, max_model_len=40, max_num_seqs=1)
+    for i in range(3):
+        simulation.add([i], 8)
+    simulation.step()
+    simulation.abort(1)
+    simulation.abort(0)
+    simulation.step()
+    assert list(simulation.live) == [2]
+    assert simulation.stats.running == 1
+
+
+def test_unknown_and_finished_sequences_can_be_aborted() -> None:
+    simulation = Simulation(num_blocks=20, block_size=4, max_model_len=40)
+    simulation.add([1], 1)
+    simulation.drain()
+    simulation.abort(0)
+    simulation.abort(99)
+    assert simulation.finished[0].finish_reason == "length"
+
+
+def test_a_key_can_be_used_again_once_its_sequence_has_ended() -> None:
+    scheduler = Scheduler(BlockPool(4, 4), max_num_seqs=1, max_num_batched_tokens=4, max_model_len=16)
+    old = Sequence("a", [1], 8)
+    scheduler.add(old)
+    plan = scheduler.plan()
+    scheduler.abort("a")
+    new = Sequence("a", [2], 8)
+    scheduler.add(new)
+    assert scheduler.commit(plan, [7]) == [], "the token was the old one's"
+    assert new.token_ids == [2]
+    assert scheduler.commit(scheduler.plan(), [7]) == [(new, 7)]
+
+
+def test_stats_add_up() -> None:
+    simulation = Simulation(num_blocks=8, block_size=4, max_model_len=32)
+    simulation.add(STEMS[0][:9], 3)
+    simulation.drain()
+    simulation.add(STEMS[0][:9], 3)
+    simulation.add([2, 2], 9)
+    simulation.step()
+    stats = simulation.stats
+    assert (stats.running, stats.waiting, stats.total_blocks, stats.free_blocks) == (2, 0, 8, 4)
+    assert (stats.steps, stats.prompt_tokens, stats.generated_tokens) == (4, 20, 5)
+    assert (stats.queried_tokens, stats.cached_tokens) == (20, 8)
+    assert (stats.preemptions, stats.recomputed_tokens) == (0, 0)
+
+
+def test_an_idle_scheduler_plans_nothing() -> None:
+    scheduler = Scheduler(BlockPool(4, 4), max_num_seqs=1, max_num_batched_tokens=4, max_model_len=16)
+    assert not scheduler.has_work
+    assert scheduler.plan().scheduled == []
+
+
+def test_a_budget_below_one_token_per_sequence_is_refused() -> None:
+    with pytest.raises(ValueError, match="a step of 7 tokens cannot advance 8 running sequences"):
+        Scheduler(BlockPool(8, 4), max_num_seqs=8, max_num_batched_tokens=7, max_model_len=16)
+
+
+def test_a_pool_too_small_for_one_sequence_is_refused() -> None:
+    with pytest.raises(ValueError, match="one sequence of 17 tokens needs 5 blocks, the pool has 4"):
+        Scheduler(BlockPool(4, 4), max_num_seqs=1, max_num_batched_tokens=4, max_model_len=17)
+
+
+def test_one_sequence_can_fill_the_whole_pool() -> None:
+    simulation = Simulation(num_blocks=4, block_size=4, max_model_len=16, max_num_seqs=2)
+    for i in range(3):
+        simulation.add([i], 15)
+    simulation.drain()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "message"),
+    [
+        ([], 4, "0 prompt tokens and 4 new ones"),
+        ([1], 0, "1 prompt tokens and 0 new ones"),
+        ([1] * 10, 7, "10 prompt tokens and 7 new ones are more than the 16"),
+        ([1] * 17, 1, "17 prompt tokens and 1 new ones are more than the 16"),
+    ],
+)
+def test_a_sequence_that_could_never_run_is_refused(prompt: list[int], max_tokens: int, message: str) -> None:
+    scheduler = Scheduler(BlockPool(4, 4), max_num_seqs=1, max_num_batched_tokens=4, max_model_len=16)
+    with pytest.raises(ValueError, match=message):
+        scheduler.add(Sequence("a", prompt, max_tokens))
+    assert not scheduler.has_work
+
+
+def test_a_key_in_use_is_refused() -> None:
+    scheduler = Scheduler(BlockPool(4, 4), max_num_seqs=1, max_num_batched_tokens=4, max_model_len=16)
+    scheduler.add(Sequence("a", [1], 1))
+    with pytest.raises(ValueError, match="'a' exists already"):
+        scheduler.add(Sequence("a", [2], 1))

@@ -1,0 +1,277 @@
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from model.tokenizer import Tokenizer
+from server.engine.messages import SequenceOutput, Submit
+from server.http.generation import SampleText
+from server.http.stop_strings import StopChecker, StopStrings
+from tests.server.http.conftest import LiveServer
+from tests.server.http.fake_engine import FakeEngine, outputs, says, silent
+
+pytestmark = pytest.mark.anyio
+
+EOS = 1
+Tokens = Callable[[str], list[int]]
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+
+
+def events(body: str) -> list[str]:
+    assert body.endswith("\n\n")
+    frames = body.split("\n\n")[:-1]
+    assert all(frame.startswith("data: ") and "\n" not in frame for frame in frames)
+    return [frame.removeprefix("data: ") for frame in frames]
+
+
+async def stream(http: httpx.AsyncClient, path: str, **body: object) -> list[dict]:
+    """The chunks of a stream that ends well."""
+    asked = {"prompt": "Hello"} if path == COMPLETIONS else {"messages": [{"role": "user", "content": "Hi"}]}
+    response = await http.post(path, json={**asked, **body, "stream": True})
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert response.headers["cache-control"] == "no-cache"
+    assert response.headers["x-accel-buffering"] == "no"
+    *chunks, done = events(response.text)
+    assert done == "[DONE]"
+    parsed = [json.loads(chunk) for chunk in chunks]
+    assert len({(chunk["id"], chunk["created"], chunk["model"], chunk["object"]) for chunk in parsed}) == 1
+    return parsed
+
+
+async def test_a_completion_stream_is_one_chunk_a_token(
+    http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens
+) -> None:
+    ids = tokens("a sweet fruit")
+    engine.script = says(ids, EOS)
+    chunks = await stream(http, COMPLETIONS, max_tokens=50)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == " a sweet fruit"
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+    assert all(chunk["object"] == "text_completion" and "usage" not in chunk for chunk in chunks)
+    assert len(chunks) <= len(ids) + 1
+
+
+async def test_a_chat_stream_begins_with_the_role_and_ends_with_the_reason(
+    http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens
+) -> None:
+    engine.script = says(tokens("Hello you!"), EOS)
+    first, *middle, last = await stream(http, CHAT)
+    assert first["object"] == "chat.completion.chunk"
+    assert first["choices"] == [
+        {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None, "logprobs": None}
+    ]
+    assert all(set(chunk["choices"][0]["delta"]) == {"content"} for chunk in middle)
+    assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in middle) == "Hello you!"
+    assert last["choices"] == [{"index": 0, "delta": {}, "finish_reason": "stop", "logprobs": None}]
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_usage_comes_last_without_choices_and_only_when_asked_for(
+    http: httpx.AsyncClient, engine: FakeEngine, path: str
+) -> None:
+    engine.script = says([9, 10], EOS, cached_tokens=1)
+    *chunks, last = await stream(http, path, stream_options={"include_usage": True})
+    prompt_tokens = len(engine.submitted[0].token_ids)
+    assert last["choices"] == []
+    assert last["usage"] == {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": 3,
+        "total_tokens": prompt_tokens + 3,
+        "prompt_tokens_details": {"cached_tokens": 1},
+    }
+    assert all(chunk["choices"] and chunk["usage"] is None for chunk in chunks)
+    for options in ({"include_usage": False}, None):
+        chunks = await stream(http, path, stream_options=options)
+        assert all(chunk["choices"] and "usage" not in chunk for chunk in chunks)
+
+
+async def test_a_stop_string_never_shows_and_a_false_start_does(
+    http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens
+) -> None:
+    engine.script = says(tokens("ST is no end but STOP is and more"))
+    chunks = await stream(http, COMPLETIONS, stop=["STOP"], max_tokens=50)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == " ST is no end but "
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_no_chunk_is_empty_but_the_last(http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens) -> None:
+    engine.script = says(tokens("🙂🙃"), EOS)  # each token of a character but its last one is no text yet
+    chunks = await stream(http, COMPLETIONS, max_tokens=50)
+    texts = [chunk["choices"][0]["text"] for chunk in chunks]
+    assert texts == [" ", "🙂", "🙃", ""]
+
+
+async def test_chunks_carry_their_token_ids_when_asked_for(
+    http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens
+) -> None:
+    ids = tokens("🙂 yes")
+    engine.script = says(ids, EOS)
+    chunks = await stream(http, COMPLETIONS, prompt=[5, 6], return_token_ids=True, n=2, max_tokens=50)
+    for index in (0, 1):
+        choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
+        assert [token for choice in choices for token in choice["token_ids"]] == [*ids, EOS]
+        assert choices[0]["prompt_token_ids"] == [5, 6]
+        assert all("prompt_token_ids" not in choice for choice in choices[1:])
+
+
+async def test_a_chat_stream_carries_the_prompts_ids_once(
+    http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens
+) -> None:
+    engine.script = says(tokens("yes"), EOS)
+    first, *others = await stream(http, CHAT, return_token_ids=True, n=2)
+    assert first["prompt_token_ids"] == engine.submitted[0].token_ids
+    assert all("prompt_token_ids" not in chunk for chunk in others)
+    ids = [
+        token
+        for chunk in others
+        for choice in chunk["choices"]
+        if choice["index"] == 1
+        for token in choice.get("token_ids", [])
+    ]
+    assert ids == [*tokens("yes"), EOS]
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_the_choices_of_a_stream_are_those_of_the_whole_answer(
+    http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens, path: str
+) -> None:
+    def script(submit: Submit) -> list[SequenceOutput]:
+        return outputs(submit.sequence_id, [[token] for token in tokens(f"number {submit.sampling.sample_index}")])
+
+    engine.script = script
+    chunks = await stream(http, path, n=5, max_tokens=50)
+    texts = [""] * 5
+    reasons: list[list[str]] = [[] for _ in range(5)]
+    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+        texts[choice["index"]] += choice["text"] if path == COMPLETIONS else choice["delta"].get("content", "")
+        if choice["finish_reason"]:
+            reasons[choice["index"]].append(choice["finish_reason"])
+    space = " " if path == COMPLETIONS else ""
+    assert texts == [f"{space}number {index}" for index in range(5)]
+    assert reasons == [["length"]] * 5
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_an_error_before_the_first_token_is_an_ordinary_error(
+    http: httpx.AsyncClient, engine: FakeEngine, path: str
+) -> None:
+    engine.script = lambda submit: [SequenceOutput(submit.sequence_id, [], "error", error="It cannot be run.")]
+    asked = {"prompt": "Hello", "messages": [{"role": "user", "content": "Hi"}]}
+    asked.pop("messages" if path == COMPLETIONS else "prompt")
+    response = await http.post(path, json={**asked, "stream": True})
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "generation_failed"
+
+
+async def test_an_error_after_the_first_token_is_the_streams_last_event(
+    http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens
+) -> None:
+    engine.script = lambda submit: [
+        SequenceOutput(submit.sequence_id, tokens("yes")),
+        SequenceOutput(submit.sequence_id, [], "error", error="It broke."),
+    ]
+    response = await http.post(COMPLETIONS, json={"prompt": "Hello", "stream": True})
+    first, last = map(json.loads, events(response.text))
+    assert first["choices"][0]["text"] == " yes"
+    assert last == {
+        "error": {"message": "It broke.", "type": "server_error", "param": None, "code": "generation_failed"}
+    }
+
+
+async def test_a_bug_in_the_middle_of_a_stream_shows_no_insides(
+    http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: SampleText, output: SequenceOutput) -> None:
+        if output.token_ids == [10]:
+            raise ZeroDivisionError("secret")
+        return unbroken(self, output)  # type: ignore[return-value]
+
+    unbroken = SampleText.push
+    monkeypatch.setattr(SampleText, "push", broken)
+    engine.script = lambda submit: outputs(submit.sequence_id, [tokens("yes"), [10], [11]])
+    response = await http.post(COMPLETIONS, json={"prompt": "Hello", "stream": True, "n": 2})
+    *_, last = map(json.loads, events(response.text))
+    assert last["error"]["code"] == "internal_error"
+    assert "secret" not in response.text
+
+
+async def next_event(lines: AsyncIterator[str]) -> dict:
+    async with asyncio.timeout(20):
+        async for line in lines:
+            if line:
+                return json.loads(line.removeprefix("data: "))
+    raise AssertionError("the stream has ended")
+
+
+async def test_a_token_is_on_its_way_before_the_next_one_is_made(
+    server: LiveServer, engine: FakeEngine, tokens: Tokens
+) -> None:
+    engine.script = silent
+    async with (
+        httpx.AsyncClient(base_url=server.url) as client,
+        asyncio.TaskGroup() as tasks,
+    ):
+
+        async def first_token() -> None:
+            [submit] = await engine.submissions(1)
+            await engine.send(submit.sequence_id, tokens("yes"))
+
+        tasks.create_task(first_token())
+        async with client.stream("POST", COMPLETIONS, json={"prompt": "Hello", "stream": True}) as response:
+            lines = response.aiter_lines()
+            assert (await next_event(lines))["choices"][0]["text"] == " yes"
+            await engine.send(engine.submitted[0].sequence_id, tokens("no"), "length")
+            assert (await next_event(lines))["choices"][0]["text"] == " no"
+
+
+async def test_when_the_engine_dies_every_open_stream_ends_with_an_error(
+    server: LiveServer, engine: FakeEngine, tokens: Tokens
+) -> None:
+    engine.script = lambda submit: [SequenceOutput(submit.sequence_id, tokens("yes"))]
+    async with httpx.AsyncClient(base_url=server.url) as client:
+        first_seen = asyncio.Semaphore(0)
+
+        async def last_event() -> dict:
+            async with client.stream("POST", COMPLETIONS, json={"prompt": "Hello", "stream": True}) as response:
+                lines = response.aiter_lines()
+                await next_event(lines)
+                first_seen.release()
+                return await next_event(lines)
+
+        streams = [asyncio.create_task(last_event()) for _ in range(3)]
+        plain = asyncio.create_task(client.post(COMPLETIONS, json={"prompt": "Hello"}))
+        for _ in streams:
+            await first_seen.acquire()
+        await engine.submissions(4)
+        await engine.die()
+        for task in streams:
+            assert (await task)["error"]["code"] == "engine_dead"
+        assert (await plain).status_code == 503
+        assert (await client.post(COMPLETIONS, json={"prompt": "Hello"})).status_code == 503
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@given(
+    token_ids=st.lists(st.one_of(st.integers(2, 4095), st.integers(3, 258)), max_size=12),
+    cuts=st.sets(st.integers(0, 12)),
+    stop=st.lists(st.sampled_from(["a", "e ", "\N{REPLACEMENT CHARACTER}", "th", "\n\n"]), max_size=2),
+)
+def test_the_pieces_of_a_text_join_to_the_same_text_however_its_tokens_come(
+    tokenizer: Tokenizer, token_ids: list[int], cuts: set[int], stop: list[str]
+) -> None:
+    bounds = sorted({0, *(cut for cut in cuts if cut < len(token_ids)), len(token_ids)})
+    steps = [token_ids[start:end] for start, end in zip(bounds, bounds[1:], strict=False)] or [[]]
+    sample = SampleText(0, tokenizer.detokenizer(), StopChecker(StopStrings(stop)))
+    text = ""
+    for output in outputs(1, steps):
+        piece = sample.push(output)
+        text += piece.text
+        if piece.finish_reason is not None:
+            break
+    checker = StopChecker(StopStrings(stop))
+    assert text == checker.push(tokenizer.decode(token_ids)) + checker.finish()
+    assert piece.finish_reason == ("stop" if checker.matched else "length")
