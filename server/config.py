@@ -5,10 +5,9 @@ A flag wins over its environment variable, which wins over the default.
 """
 
 import argparse
-from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import ByteSize, Field, ValidationError
+from pydantic import ByteSize, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -104,6 +103,12 @@ class Settings(BaseSettings):
         le=1,
     )
 
+    @field_validator("block_size", mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        # Flags and variables are text, and the allowed values are numbers.
+        return int(value) if isinstance(value, str) and value.isdecimal() else value
+
     @property
     def add_bos_token(self) -> bool | None:
         """`add_bos` as the tokenizer takes it: None follows the checkpoint."""
@@ -135,13 +140,9 @@ def choices(field: FieldInfo) -> tuple[Any, ...] | None:
 
 def default_text(field: FieldInfo) -> str | None:
     """A setting's default as a person would type it; None where the help text explains it."""
-    if field.default is None:
-        return None
-    return (
-        {True: "on", False: "off"}.get(field.default, str(field.default))
-        if isinstance(field.default, bool)
-        else str(field.default)
-    )
+    if isinstance(field.default, bool):
+        return "on" if field.default else "off"
+    return None if field.default is None else str(field.default)
 
 
 def group(field: FieldInfo) -> str:
@@ -181,19 +182,12 @@ def read_settings(given: dict[str, Any]) -> Settings:
         SettingsError: naming the flag, the value and what is allowed.
     """
     try:
-        return _checked(Settings(**{name: _literal(name, value) for name, value in given.items()}))
+        return _checked(Settings(**given))
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
-        raise SettingsError(
-            f"{flag(name)} (or {environment_variable(name)}): {first['msg']}, not {first['input']!r}"
-        ) from None
-
-
-def _literal(name: str, value: Any) -> Any:
-    # pydantic compares Literal[16, 32, 64] with the value as it is, and a flag's value is text.
-    allowed = choices(Settings.model_fields[name]) or ()
-    return next((option for option in allowed if str(option) == value), value)
+        rule = first["msg"][0].lower() + first["msg"][1:]
+        raise SettingsError(f"{flag(name)} (or {environment_variable(name)}) is {first['input']}: {rule}") from None
 
 
 def _checked(settings: Settings) -> Settings:
@@ -206,6 +200,20 @@ def _checked(settings: Settings) -> Settings:
     return settings
 
 
-def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
-    """Parses a command line; unknown flags end the program with argparse's own message and exit code 2."""
-    return parser.parse_args(arguments)
+def settings_table() -> str:
+    """Every setting as a Markdown table, for the README."""
+    lines = ["| Flag | Environment | Default | |", "| --- | --- | --- | --- |"]
+    for name, field in Settings.model_fields.items():
+        shown = f"`{flag(name)}`"
+        if field.annotation is bool:
+            shown += f", `{flag('no_' + name)}`"
+        allowed = choices(field)
+        values = f" One of {', '.join(f'`{value}`' for value in allowed)}." if allowed else ""
+        default = default_text(field)
+        shown_default = f"`{default}`" if default is not None else "see text"
+        lines.append(f"| {shown} | `{environment_variable(name)}` | {shown_default} | {field.description}{values} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(settings_table())

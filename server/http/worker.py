@@ -63,7 +63,7 @@ def run_api_worker(
     follow_supervisor()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s api worker: %(message)s")
     config = PersimmonConfig.from_folder(folder)
-    tokenizer = Tokenizer.from_folder(folder, {"auto": None, "true": True, "false": False}[settings.add_bos])
+    tokenizer = Tokenizer.from_folder(folder, settings.add_bos_token)
 
     async def main() -> None:
         engine = EngineClient(engine_address)

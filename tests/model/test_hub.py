@@ -99,11 +99,20 @@ def resolve_elsewhere(tmp_path: Path, endpoint: str) -> Resolve:
     )
 
     def run(name: str, **environment: str) -> tuple[str, str]:
-        defaults = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-        defaults |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_ETAG_TIMEOUT": "60", "NO_PROXY": "*"}
+        settings = {
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        inherited = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("HF_", "HUGGINGFACE_")) and not key.lower().endswith("_proxy")
+        }
         finished = subprocess.run(
             [sys.executable, "-c", program, name],
-            env=os.environ | defaults | environment,
+            env=inherited | settings | environment,
             capture_output=True,
             text=True,
             check=False,
@@ -139,13 +148,13 @@ def test_path_that_does_not_exist_is_no_hub_id(name: str) -> None:
 
 def test_single_word_may_have_been_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="'persimmon': no such folder, and no Hugging Face Hub id.*owner/name"):
+    with pytest.raises(CheckpointError, match=r"'persimmon': no such folder, and no Hugging Face Hub id.*owner/name"):
         resolve("persimmon")
 
 
 def test_file_is_not_a_folder(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(CheckpointError, match="model.safetensors is a file; needed is the folder"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is a file; needed is the folder"):
         resolve(str(tmp_path / "model.safetensors"))
 
 

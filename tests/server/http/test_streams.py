@@ -1,6 +1,8 @@
 import asyncio
+import contextlib
+import functools
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import httpx
 import pytest
@@ -12,7 +14,7 @@ from server.engine.messages import SequenceOutput, Submit
 from server.http.generation import SampleText
 from server.http.stop_strings import StopChecker, StopStrings
 from tests.server.http.conftest import LiveServer
-from tests.server.http.fake_engine import FakeEngine, outputs, says, silent
+from tests.server.http.fake_engine import FakeEngine, outputs, says
 
 pytestmark = pytest.mark.anyio
 
@@ -98,13 +100,6 @@ async def test_a_stop_string_never_shows_and_a_false_start_does(
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
 
 
-async def test_no_chunk_is_empty_but_the_last(http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens) -> None:
-    engine.script = says(tokens("🙂🙃"), EOS)  # each token of a character but its last one is no text yet
-    chunks = await stream(http, COMPLETIONS, max_tokens=50)
-    texts = [chunk["choices"][0]["text"] for chunk in chunks]
-    assert texts == [" ", "🙂", "🙃", ""]
-
-
 async def test_chunks_carry_their_token_ids_when_asked_for(
     http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens
 ) -> None:
@@ -167,91 +162,126 @@ async def test_an_error_before_the_first_token_is_an_ordinary_error(
     assert response.json()["error"]["code"] == "generation_failed"
 
 
-async def test_an_error_after_the_first_token_is_the_streams_last_event(
-    http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens
-) -> None:
-    engine.script = lambda submit: [
-        SequenceOutput(submit.sequence_id, tokens("yes")),
-        SequenceOutput(submit.sequence_id, [], "error", error="It broke."),
-    ]
-    response = await http.post(COMPLETIONS, json={"prompt": "Hello", "stream": True})
-    first, last = map(json.loads, events(response.text))
-    assert first["choices"][0]["text"] == " yes"
-    assert last == {
-        "error": {"message": "It broke.", "type": "server_error", "param": None, "code": "generation_failed"}
-    }
+class OpenStream:
+    """A stream over TCP, read event by event while the engine is told what to say next."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self._lines = response.aiter_lines()
+
+    async def event(self) -> str:
+        """The next event's data; an empty text when the stream has ended."""
+        async with asyncio.timeout(20):
+            async for line in self._lines:
+                if line:
+                    return line.removeprefix("data: ")
+        return ""
+
+    async def text(self) -> str:
+        """The next chunk's text."""
+        return json.loads(await self.event())["choices"][0]["text"]
+
+    async def error(self) -> dict:
+        """The last event's error."""
+        error = json.loads(await self.event())["error"]
+        assert await self.event() == ""
+        return error
 
 
-async def test_a_bug_in_the_middle_of_a_stream_shows_no_insides(
-    http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(self: SampleText, output: SequenceOutput) -> None:
-        if output.token_ids == [10]:
-            raise ZeroDivisionError("secret")
-        return unbroken(self, output)  # type: ignore[return-value]
+@contextlib.asynccontextmanager
+async def opened(
+    server: LiveServer, engine: FakeEngine, token_ids: list[int]
+) -> AsyncIterator[tuple[OpenStream, Callable[..., Awaitable[None]]]]:
+    """A completion's stream that begins with these tokens, and how its sequence gets more."""
+    sequence = len(engine.submitted)
 
-    unbroken = SampleText.push
-    monkeypatch.setattr(SampleText, "push", broken)
-    engine.script = lambda submit: outputs(submit.sequence_id, [tokens("yes"), [10], [11]])
-    response = await http.post(COMPLETIONS, json={"prompt": "Hello", "stream": True, "n": 2})
-    *_, last = map(json.loads, events(response.text))
-    assert last["error"]["code"] == "internal_error"
-    assert "secret" not in response.text
+    async def first_tokens() -> None:
+        submits = await engine.submissions(sequence + 1)
+        await engine.send(submits[-1].sequence_id, token_ids)
 
-
-async def next_event(lines: AsyncIterator[str]) -> dict:
-    async with asyncio.timeout(20):
-        async for line in lines:
-            if line:
-                return json.loads(line.removeprefix("data: "))
-    raise AssertionError("the stream has ended")
+    async with httpx.AsyncClient(base_url=server.url) as client, asyncio.TaskGroup() as tasks:
+        tasks.create_task(first_tokens())
+        body = {"prompt": "Hello", "stream": True, "max_tokens": 50}
+        async with client.stream("POST", COMPLETIONS, json=body) as response:
+            yield OpenStream(response), functools.partial(engine.send, engine.submitted[sequence].sequence_id)
 
 
 async def test_a_token_is_on_its_way_before_the_next_one_is_made(
     server: LiveServer, engine: FakeEngine, tokens: Tokens
 ) -> None:
-    engine.script = silent
-    async with (
-        httpx.AsyncClient(base_url=server.url) as client,
-        asyncio.TaskGroup() as tasks,
-    ):
-
-        async def first_token() -> None:
-            [submit] = await engine.submissions(1)
-            await engine.send(submit.sequence_id, tokens("yes"))
-
-        tasks.create_task(first_token())
-        async with client.stream("POST", COMPLETIONS, json={"prompt": "Hello", "stream": True}) as response:
-            lines = response.aiter_lines()
-            assert (await next_event(lines))["choices"][0]["text"] == " yes"
-            await engine.send(engine.submitted[0].sequence_id, tokens("no"), "length")
-            assert (await next_event(lines))["choices"][0]["text"] == " no"
+    async with opened(server, engine, tokens("one")) as (stream, send):
+        assert await stream.text() == " one"
+        await send(tokens("two"))
+        assert await stream.text() == " two"
+        await send(tokens("three"), "length")
+        assert await stream.text() == " three"
+        assert await stream.event() == "[DONE]"
 
 
-async def test_when_the_engine_dies_every_open_stream_ends_with_an_error(
+async def test_no_chunk_is_empty_but_the_last(server: LiveServer, engine: FakeEngine, tokens: Tokens) -> None:
+    async with opened(server, engine, tokens("yes")) as (stream, send):
+        assert await stream.text() == " yes"
+        space, *byte_tokens = tokens("🙂")
+        assert len(byte_tokens) == 4
+        for token in [space, *byte_tokens]:
+            await send([token])
+        seen = ""
+        while seen != " 🙂":  # the space may come with the character, but no byte of it alone
+            text = await stream.text()
+            assert text in (" ", "🙂", " 🙂")
+            seen += text
+        await send([EOS], "stop")
+        assert await stream.text() == ""
+        assert await stream.event() == "[DONE]"
+
+
+async def test_an_error_after_the_first_token_is_the_streams_last_event(
     server: LiveServer, engine: FakeEngine, tokens: Tokens
 ) -> None:
-    engine.script = lambda submit: [SequenceOutput(submit.sequence_id, tokens("yes"))]
-    async with httpx.AsyncClient(base_url=server.url) as client:
-        first_seen = asyncio.Semaphore(0)
+    async with opened(server, engine, tokens("yes")) as (stream, _):
+        assert await stream.text() == " yes"
+        await engine.send_output(SequenceOutput(engine.submitted[0].sequence_id, [], "error", error="It broke."))
+        assert await stream.error() == {
+            "message": "It broke.",
+            "type": "server_error",
+            "param": None,
+            "code": "generation_failed",
+        }
 
-        async def last_event() -> dict:
-            async with client.stream("POST", COMPLETIONS, json={"prompt": "Hello", "stream": True}) as response:
-                lines = response.aiter_lines()
-                await next_event(lines)
-                first_seen.release()
-                return await next_event(lines)
 
-        streams = [asyncio.create_task(last_event()) for _ in range(3)]
+async def test_a_bug_in_the_middle_of_a_stream_shows_no_insides_and_aborts(
+    server: LiveServer, engine: FakeEngine, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: SampleText, output: SequenceOutput) -> None:
+        raise ZeroDivisionError("secret")
+
+    async with opened(server, engine, tokens("yes")) as (stream, send):
+        assert await stream.text() == " yes"
+        monkeypatch.setattr(SampleText, "push", broken)
+        await send(tokens("no"))
+        error = await stream.error()
+        assert error["code"] == "internal_error"
+        assert "secret" not in error["message"]
+        assert await engine.aborts(1) == [engine.submitted[0].sequence_id]
+
+
+async def test_when_the_engine_dies_every_open_request_ends_with_an_error(
+    server: LiveServer, engine: FakeEngine, tokens: Tokens
+) -> None:
+    async with (
+        httpx.AsyncClient(base_url=server.url) as client,
+        opened(server, engine, tokens("yes")) as (first, _),
+        opened(server, engine, tokens("yes")) as (second, _),
+    ):
         plain = asyncio.create_task(client.post(COMPLETIONS, json={"prompt": "Hello"}))
-        for _ in streams:
-            await first_seen.acquire()
-        await engine.submissions(4)
+        await engine.submissions(3)
+        await first.text()
+        await second.text()
         await engine.die()
-        for task in streams:
-            assert (await task)["error"]["code"] == "engine_dead"
-        assert (await plain).status_code == 503
-        assert (await client.post(COMPLETIONS, json={"prompt": "Hello"})).status_code == 503
+        assert (await first.error())["code"] == "engine_dead"
+        assert (await second.error())["code"] == "engine_dead"
+        for response in (await plain, await client.post(COMPLETIONS, json={"prompt": "Hello"})):
+            assert response.status_code == 503
+            assert response.json()["error"]["code"] == "engine_dead"
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)

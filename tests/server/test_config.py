@@ -1,0 +1,63 @@
+from pathlib import Path
+
+import pytest
+
+from server.config import Settings, SettingsError, environment_variable, flag, read_settings, settings_table
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_a_flag_wins_over_its_environment_variable_which_wins_over_the_default(monkeypatch):
+    assert read_settings({}).port == 8000
+    monkeypatch.setenv("PERSIMMON_PORT", "9000")
+    assert read_settings({}).port == 9000
+    assert read_settings({"port": "9001"}).port == 9001
+
+
+@pytest.mark.parametrize("value", ["16", "32", "64"])
+def test_a_block_size_may_come_from_either(value, monkeypatch):
+    assert read_settings({"block_size": value}).block_size == int(value)
+    monkeypatch.setenv("PERSIMMON_BLOCK_SIZE", value)
+    assert read_settings({}).block_size == int(value)
+
+
+def test_sizes_are_read_with_their_unit():
+    assert read_settings({"kv_cache_memory": "1.5GiB"}).kv_cache_memory == 3 * 2**29
+    assert read_settings({"kv_cache_memory": "800MB"}).kv_cache_memory == 800_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("port", "65536", "65535"),
+        ("dtype", "int8", "'float16'"),
+        ("block_size", "17", "16, 32 or 64"),
+        ("max_num_seqs", "0", "1"),
+        ("gpu_memory_utilization", "1.5", "1"),
+        ("seed", "-1", "0"),
+        ("kv_cache_memory", "lots", "byte"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named_with_flag_variable_and_what_is_allowed(name, value, allowed):
+    with pytest.raises(SettingsError) as raised:
+        read_settings({name: value})
+    message = str(raised.value)
+    for text in (flag(name), environment_variable(name), f"is {value}: ", allowed):
+        assert text in message
+    assert "\n" not in message
+
+
+def test_a_token_budget_below_the_number_of_sequences_is_refused():
+    with pytest.raises(SettingsError, match="--max-num-batched-tokens is 8 but --max-num-seqs is 16"):
+        read_settings({"max_num_batched_tokens": "8", "max_num_seqs": "16"})
+
+
+def test_add_bos_follows_the_checkpoint_unless_told():
+    assert read_settings({}).add_bos_token is None
+    assert read_settings({"add_bos": "true"}).add_bos_token is True
+    assert read_settings({"add_bos": "false"}).add_bos_token is False
+
+
+def test_every_setting_is_in_the_readme_as_the_code_has_it():
+    assert settings_table() in README.read_text()
+    assert all(flag(name) in settings_table() for name in Settings.model_fields)
