@@ -4,7 +4,8 @@
 
 One server runs at a time, started afresh for every round; a warm-up comes before each measurement.  Prints medians
 over the rounds and their ratios, and writes every figure as JSON with the machine's description.  Machines and
-hours differ: read each figure beside the other server's from the same run.
+hours differ: read each figure beside the other server's from the same run, and look at how busy other processes
+kept the machine meanwhile ("cores busy with other work").
 """
 
 import argparse
@@ -24,7 +25,7 @@ import torch
 import uvloop
 
 from benchmarks.checkpoint import write_checkpoint
-from benchmarks.serve import Report, Round, Workload, add_workload_arguments, measure_warm
+from benchmarks.serve import Report, Round, Workload, add_workload_arguments, measure, served_model, warm_up
 from benchmarks.servers import RunningServer, Server, ServerFailedError, running
 
 OURS, VLLM = "ours", "vLLM"
@@ -46,12 +47,23 @@ def vllm_server(command: Path, environment: dict[str, str], limits: tuple[str, .
 
 @dataclass(frozen=True)
 class Measurement:
-    """One measured round of one server."""
+    """One measured round of one server.
+
+    Attributes:
+        server: its name.
+        round: counted from 1.
+        start_s: seconds from its start to its first healthy answer.
+        report: the client's figures.
+        server_cores: cores that the server kept busy, on average.
+        other_cores: cores that other processes kept busy; a figure from a busy machine says little.
+    """
 
     server: str
     round: int
     start_s: float
     report: Report
+    server_cores: float
+    other_cores: float
 
     @property
     def figures(self) -> dict[str, float]:
@@ -64,7 +76,11 @@ class Measurement:
         }.items():
             if distribution is not None:
                 figures |= {f"{title} median, ms": distribution.median, f"{title} p99, ms": distribution.p99}
-        return figures | {"start to healthy, s": self.start_s}
+        return figures | {
+            "cores busy with serving": self.server_cores,
+            "cores busy with other work": self.other_cores,
+            "start to healthy, s": self.start_s,
+        }
 
 
 @dataclass(frozen=True)
@@ -92,7 +108,8 @@ class Summary:
     most: float
 
     def __str__(self) -> str:
-        return f"{self.median:,.1f} ({self.least:,.1f}-{self.most:,.1f})"
+        digits = 1 if self.median >= 10 else 2
+        return f"{self.median:,.{digits}f} ({self.least:,.{digits}f}-{self.most:,.{digits}f})"
 
 
 def measure_server(
@@ -106,12 +123,27 @@ def measure_server(
     measured = []
     for streams in arguments.streams:
         workload = workload_at(streams, arguments, round_number)
-        result = uvloop.run(measure_warm(server.endpoint, None, workload, arguments.timeout))
-        if result.report.errors:
-            raise ServerFailedError(f"{server.name} at {streams} streams: {result.report.errors}", server.log)
-        print(f"\nround {round_number}, {server.name}:\n{result.report}", flush=True)
-        measured.append((Measurement(server.name, round_number, server.start_s, result.report), result))
+        model = uvloop.run(served_model(server.endpoint))
+        uvloop.run(warm_up(server.endpoint, model, workload, arguments.timeout))
+        server_before, machine_before = server.cpu_seconds(), _machine_cpu_seconds()
+        result = uvloop.run(measure(server.endpoint, model, workload, arguments.timeout))
+        server_cpu, machine_cpu = server.cpu_seconds() - server_before, _machine_cpu_seconds() - machine_before
+        report = result.report
+        if report.errors:
+            raise ServerFailedError(f"{server.name} at {streams} streams: {report.errors}", server.log)
+        print(f"\nround {round_number}, {server.name}:\n{report}", flush=True)
+        server_cores = round(server_cpu / report.duration_s, 2)
+        other_cores = round(max(0.0, machine_cpu - server_cpu - report.client_cpu_s) / report.duration_s, 2)
+        measured.append(
+            (Measurement(server.name, round_number, server.start_s, report, server_cores, other_cores), result)
+        )
     return measured
+
+
+def _machine_cpu_seconds() -> float:
+    """Processor time since boot of everything on this machine, and of what its host gave to other machines."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
 
 
 def workload_at(streams: int, arguments: argparse.Namespace, round_number: int) -> Workload:

@@ -16,7 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -331,8 +331,14 @@ def _read_round(
     return Round(report, tuple(answers))
 
 
+async def warm_up(endpoint: Endpoint, model: str, workload: Workload, timeout_s: float = 600.0) -> None:
+    """Sends a workload's like, with other prompts: the measured ones must not be in a prefix cache already."""
+    other = replace(workload, seed=workload.seed + WARM_UP_SEED_OFFSET)
+    await measure(endpoint, model, other, timeout_s)
+
+
 async def measure_warm(endpoint: Endpoint, model: str | None, workload: Workload, timeout_s: float = 600.0) -> Round:
-    """A warm-up round, then a measured one whose prompts the server has not seen.
+    """A warm-up round, then a measured one.
 
     Args:
         endpoint: the server.
@@ -345,13 +351,8 @@ async def measure_warm(endpoint: Endpoint, model: str | None, workload: Workload
         RequestFailedError: no model was named and the server lists none.
     """
     model = model or await served_model(endpoint)
-    await measure(endpoint, model, _unseen(workload), timeout_s)
+    await warm_up(endpoint, model, workload, timeout_s)
     return await measure(endpoint, model, workload, timeout_s)
-
-
-def _unseen(workload: Workload) -> Workload:
-    fields = {**vars(workload), "seed": workload.seed + WARM_UP_SEED_OFFSET}
-    return Workload(**fields)
 
 
 def number_range(text: str) -> tuple[int, int]:

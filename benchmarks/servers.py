@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from benchmarks.streaming_client import Endpoint
 
 STOP_SECONDS = 30.0
@@ -69,6 +71,7 @@ class RunningServer:
         start_s: seconds from starting its process to its first healthy answer.
         version: as its /version says.
         log: the file that its output goes to.
+        process_id: of its first process.
     """
 
     name: str
@@ -76,6 +79,13 @@ class RunningServer:
     start_s: float
     version: str
     log: Path
+    process_id: int
+
+    def cpu_seconds(self) -> float:
+        """Processor time of its living processes, since each started."""
+        first = psutil.Process(self.process_id)
+        times = [process.cpu_times() for process in (first, *first.children(recursive=True))]
+        return sum(time.user + time.system for time in times)
 
 
 @contextlib.contextmanager
@@ -111,7 +121,7 @@ def running(server: Server, checkpoint: Path, log: Path, start_timeout_s: float)
                 raise ServerFailedError(f"{server.name} was not healthy in {start_timeout_s:g} s", log)
             time.sleep(0.05)
         start_s = round(time.perf_counter() - started, 2)
-        yield RunningServer(server.name, Endpoint("127.0.0.1", port), start_s, _version(port), log)
+        yield RunningServer(server.name, Endpoint("127.0.0.1", port), start_s, _version(port), log, process.pid)
     finally:
         _stop(process)
 

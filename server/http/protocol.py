@@ -198,9 +198,9 @@ class GenerationRequest(_Object):
     seed: int | None = Field(None, description="The same seed, prompt and parameters draw the same tokens.")
     stop: Annotated[
         list[_StopString],
+        Field(max_length=MAX_STOP_STRINGS),
         BeforeValidator(_as_list),
         WithJsonSchema(_STOP_SCHEMA),
-        Field(max_length=MAX_STOP_STRINGS),
     ] = Field(default=[], description="Strings that end the answer and are not part of it.")
     ignore_eos: bool = Field(
         False,

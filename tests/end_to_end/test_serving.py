@@ -22,7 +22,6 @@ def asynchronous(demo) -> openai.AsyncOpenAI:
         api_key="none",
         max_retries=0,
         timeout=300,
-        http_client=httpx.AsyncClient(limits=httpx.Limits(max_connections=400), timeout=300),
     )
 
 

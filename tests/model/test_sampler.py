@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def naive_distribution(logits: Sequence[float], params: SamplingParams) -> dict[
     if params.top_k > 0:
         ranked = ranked[: params.top_k]
     total = math.fsum(weight[token] for token in ranked)
-    kept = []
+    kept: list[int] = []
     reached = 0.0
     for token in ranked:
         if kept and params.top_p < 1 and reached >= params.top_p:
@@ -165,7 +166,7 @@ class TestDistribution:
         ],
         ids=str,
     )
-    def test_keeps_what_the_naive_version_keeps(self, settings_: dict[str, float]) -> None:
+    def test_keeps_what_the_naive_version_keeps(self, settings_: dict[str, Any]) -> None:
         params = replace(SamplingParams(temperature=1.0, seed=2), **settings_)
         expected = naive_distribution(self.LOGITS, params)
         tokens = draw(self.LOGITS, params, 20_000)
@@ -240,7 +241,7 @@ class TestExtremes:
 
     @pytest.mark.parametrize("extra", [{}, {"top_p": 0.9}, {"top_k": 2}, {"min_p": 0.1}], ids=str)
     @pytest.mark.parametrize("scale", [1e4, 1e30, 3e38])
-    def test_huge_logits_do_not_overflow(self, scale: float, extra: dict[str, float]) -> None:
+    def test_huge_logits_do_not_overflow(self, scale: float, extra: dict[str, Any]) -> None:
         params = replace(SamplingParams(temperature=0.5, seed=1), **extra)
         assert set(draw([-scale, scale, 0.0, scale], params, 500)) == {1, 3}
         assert draw([-scale, -scale / 2, -scale], params, 200) == [1] * 200

@@ -5,7 +5,7 @@ stale, wrongly shared or overwritten is seen by the first step that reads it.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ids
 from zlib import crc32
 
@@ -93,6 +93,7 @@ class Simulation:
         self.max_model_len = max_model_len
         self.live: dict[int, Sequence] = {}
         self.finished: dict[int, Sequence] = {}
+        self.arrivals = 0
         self.plan_under_way: StepPlan | None = None
         self.aborts: Counter[str] = Counter()
         """How many sequences were aborted in which state: "queued", "running" or "in a step"."""
@@ -100,7 +101,6 @@ class Simulation:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._model = FakeModel(num_blocks, block_size)
         self._sampled: list[int] = []
-        self._arrivals = 0
         self._first_hits: dict[int, int] = {}
         self._expected = EngineStats(
             running=0, waiting=0, free_blocks=num_blocks, total_blocks=num_blocks, steps=0, prompt_tokens=0,
@@ -122,34 +122,36 @@ class Simulation:
         return [sequence for sequence in self.live.values() if not sequence.block_table]
 
     def add(self, prompt: Ids[int], max_tokens: int, stop_token_ids: Iterable[int] = ()) -> Sequence:
-        sequence = Sequence(self._arrivals, list(prompt), max_tokens, frozenset(stop_token_ids))
+        sequence = Sequence(self.arrivals, list(prompt), max_tokens, frozenset(stop_token_ids))
         self.scheduler.add(sequence)
-        self.live[self._arrivals] = sequence
-        self._arrivals += 1
+        self.live[self.arrivals] = sequence
+        self.arrivals += 1
         self.check()
         return sequence
 
     def abort(self, key: int) -> None:
+        ended = self.finished.get(key)
+        reason = ended.finish_reason if ended else None
         sequence = self.live.pop(key, None)
         if sequence is not None:
             under_way = self.plan_under_way.scheduled if self.plan_under_way else []
             in_step = any(item.sequence is sequence for item in under_way)
             self.aborts["in a step" if in_step else "running" if sequence.block_table else "queued"] += 1
         self.scheduler.abort(key)
+        assert ended is None or ended.finish_reason == reason
         assert sequence is None or (sequence.finish_reason == "abort" and sequence.block_table == [])
         self.check()
 
     def plan(self) -> StepPlan:
         """Plans a step and runs it; `commit` ends it."""
         assert self.plan_under_way is None
-        ran_before = [(sequence, sequence.num_computed) for sequence in self.running]
+        before = {key: (own.num_computed, list(own.block_table)) for key, own in self.live.items()}
         decoding = [sequence for sequence in self.running if sequence.num_uncomputed == 1]
         missing = sum(map(self._table_is_full, decoding)) - self.pool.num_free
         plan = self.scheduler.plan()
-        self._account_for(ran_before)
-        self._check_plan(plan, decoding)
-        preempted = [sequence for sequence, _ in ran_before if not sequence.block_table]
+        preempted = self._account_for(before)
         assert not preempted or missing > 0, "sequences were preempted although there were free blocks"
+        self._check_plan(plan, [sequence for sequence in decoding if sequence not in preempted])
         self._sampled = self._model.run(plan)
         self.plan_under_way = plan
         self.check()
@@ -181,11 +183,19 @@ class Simulation:
         self.commit()
         return plan
 
+    def step_until(self, happened: Callable[[], bool]) -> None:
+        """Steps until this is so, which it must be before everything has finished."""
+        for _ in range(self._steps_left()):
+            if happened():
+                return
+            self.step()
+        assert happened()
+
     def drain(self) -> None:
         """Runs until all sequences have finished, which takes no more steps than they have tokens."""
         if self.plan_under_way is not None:
             self.commit()
-        for _ in range(sum(sequence.prompt_length + sequence.max_tokens for sequence in self.live.values())):
+        for _ in range(self._steps_left()):
             if self.live:
                 self.step()
         assert not self.live, f"sequences {list(self.live)} never finished"
@@ -213,6 +223,10 @@ class Simulation:
         )
         assert self.stats == self._expected
 
+    def _steps_left(self) -> int:
+        # Each step computes at least a token of the oldest sequence, and that one is never preempted.
+        return sum(sequence.prompt_length + sequence.max_tokens for sequence in self.live.values())
+
     def _check_plan(self, plan: StepPlan, decoding: list[Sequence]) -> None:
         scheduled = [item.sequence for item in plan.scheduled]
         assert len(set(map(id, scheduled))) == len(scheduled), "a sequence was scheduled twice"
@@ -220,8 +234,7 @@ class Simulation:
         assert bool(scheduled) == bool(self.live)
         if self.running:
             assert self.running[0] in scheduled, "the oldest sequence does not advance"
-        still_decoding = [sequence for sequence in decoding if sequence.block_table]
-        assert scheduled[: len(still_decoding)] == still_decoding, "decodes come first, and all of them"
+        assert scheduled[: len(decoding)] == decoding, "decodes come first, and all that were not preempted"
         for item in plan.scheduled:
             sequence, end = item.sequence, item.start + item.count
             assert item.start == sequence.num_computed
@@ -242,28 +255,40 @@ class Simulation:
         assert sequence.cached_tokens == self._first_hits[key]
         self.finished[key] = self.live.pop(key)
 
-    def _account_for(self, ran_before: list[tuple[Sequence, int]]) -> None:
-        """Adds to the expected totals what a plan did, seen from which sequences hold blocks before and after it."""
-        lost = [computed for sequence, computed in ran_before if not sequence.block_table]
-        ran = {id(sequence) for sequence, _ in ran_before}
-        prompt_tokens = cached_tokens = queried_tokens = 0
+    def _account_for(self, before: dict[int, tuple[int, list[int]]]) -> list[Sequence]:
+        """Adds to the expected totals what a plan did, as seen from the block tables before and after it.
+
+        Returns:
+            The sequences it preempted.  Some may have come straight back: where twins had computed the same prefix
+            side by side, the one that was preempted can share the other's blocks.
+        """
+        preempted = []
+        prompt_tokens = cached_tokens = queried_tokens = recomputed_tokens = 0
         for key, sequence in self.live.items():
-            if not sequence.block_table or id(sequence) in ran:
-                continue
-            cached_tokens += sequence.num_computed
-            queried_tokens += sequence.num_tokens
-            if key not in self._first_hits:
-                self._first_hits[key] = sequence.num_computed
-                prompt_tokens += sequence.prompt_length
-        before = self._expected
+            num_computed, block_table = before[key]
+            kept = (
+                sequence.num_computed == num_computed
+                and sequence.block_table[: len(block_table)] == block_table != []
+            )
+            if block_table and not kept:
+                preempted.append(sequence)
+                recomputed_tokens += num_computed
+            if sequence.block_table and not kept:
+                cached_tokens += sequence.num_computed
+                queried_tokens += sequence.num_tokens
+                if key not in self._first_hits:
+                    self._first_hits[key] = sequence.num_computed
+                    prompt_tokens += sequence.prompt_length
+        totals = self._expected
         self._expected = msgspec.structs.replace(
-            before,
-            prompt_tokens=before.prompt_tokens + prompt_tokens,
-            cached_tokens=before.cached_tokens + cached_tokens,
-            queried_tokens=before.queried_tokens + queried_tokens,
-            preemptions=before.preemptions + len(lost),
-            recomputed_tokens=before.recomputed_tokens + sum(lost),
+            totals,
+            prompt_tokens=totals.prompt_tokens + prompt_tokens,
+            cached_tokens=totals.cached_tokens + cached_tokens,
+            queried_tokens=totals.queried_tokens + queried_tokens,
+            preemptions=totals.preemptions + len(preempted),
+            recomputed_tokens=totals.recomputed_tokens + recomputed_tokens,
         )
+        return preempted
 
     def _table_is_full(self, sequence: Sequence) -> bool:
         return sequence.num_computed == len(sequence.block_table) * self.pool.block_size

@@ -22,6 +22,14 @@ def hash_chain(tokens: Ids[int], block_size: int) -> list[bytes]:
     return hashes[1:]
 
 
+@st.composite
+def prompts(draw: st.DrawFn) -> list[int]:
+    """One to twelve tokens; the beginnings are often the same."""
+    stem = draw(st.sampled_from([[0, 1] * 5, [1] * 10, []]))
+    length = draw(st.integers(0, len(stem)))
+    return stem[:length] + draw(st.lists(st.integers(0, 1), min_size=1, max_size=2))
+
+
 class Table:
     """What a sequence holds: blocks, the tokens meant for them, and how many blocks of these are computed."""
 
@@ -35,8 +43,8 @@ class PoolMachine(RuleBasedStateMachine):
     """Sequences come, share what is known, compute the rest, and go; the model is lists and a dictionary."""
 
     @initialize(
-        num_blocks=st.integers(1, 10),
-        block_size=st.integers(1, 3),
+        num_blocks=st.sampled_from([8, 5, 3, 1]),
+        block_size=st.sampled_from([2, 1, 3]),
         prefix_caching=st.sampled_from([True, True, True, False]),
     )
     def create(self, num_blocks: int, block_size: int, prefix_caching: bool) -> None:
@@ -49,41 +57,43 @@ class PoolMachine(RuleBasedStateMachine):
         """What was last computed in each block: all tokens up to its end."""
         self.tables: list[Table] = []
 
-    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=12))
-    def admit(self, tokens: list[int]) -> None:
-        hits = self.lookup(tokens)
-        fresh = self.pool.blocks_for(len(tokens)) - len(hits)
-        fresh_free = len([block for block in self.free if block not in hits])
-        if fresh > fresh_free:
+    @rule(prompt=prompts(), computes=st.booleans())
+    def admit(self, prompt: list[int], computes: bool) -> None:
+        hits = self.hits(prompt)
+        fresh = self.pool.blocks_for(len(prompt)) - len(hits)
+        if fresh > len([block for block in self.free if block not in hits]):
             event("a prompt does not fit")
             return
         event(f"hits: {min(len(hits), 3)}")
         self.pool.share(hits)
         self.free = [block for block in self.free if block not in hits]
-        self.tables.append(Table(hits + self.allocate(fresh), tokens, len(hits)))
+        self.tables.append(Table(hits + self.allocate(fresh), prompt, len(hits)))
+        if computes:
+            self.compute_all(self.tables[-1])
 
-    @rule(count=st.integers(0, 4))
-    def take_without_a_prompt(self, count: int) -> None:
-        if count <= len(self.free):
-            self.tables.append(Table(self.allocate(count), [], 0))
-
-    @precondition(lambda self: any(self.uncomputed()))
+    @precondition(lambda self: self.tables)
     @rule(data=st.data())
     def compute(self, data: st.DataObject) -> None:
-        table = data.draw(st.sampled_from(self.uncomputed()))
-        size = self.pool.block_size
-        prefix = tuple(table.tokens[: (table.computed + 1) * size])
-        block = table.blocks[table.computed]
-        self.content[block] = prefix
-        self.pool.index(block, hash_chain(prefix, size)[-1])
-        if self.pool.prefix_caching and prefix not in self.found_as:
-            self.found_as[prefix] = block
-        else:
-            event("a prefix was computed twice")
-        table.computed += 1
+        self.compute_all(data.draw(st.sampled_from(self.tables)))
 
-    @rule(tokens=st.lists(st.integers(0, 1), max_size=12))
-    def lookup(self, tokens: list[int]) -> list[int]:
+    def compute_all(self, table: Table) -> None:
+        size = self.pool.block_size
+        while (table.computed + 1) * size <= len(table.tokens):
+            prefix = tuple(table.tokens[: (table.computed + 1) * size])
+            block = table.blocks[table.computed]
+            self.content[block] = prefix
+            self.pool.index(block, hash_chain(prefix, size)[-1])
+            if prefix in self.found_as:
+                event("a prefix was computed twice")
+            elif self.pool.prefix_caching:
+                self.found_as[prefix] = block
+            table.computed += 1
+
+    @rule(prompt=prompts())
+    def look_up(self, prompt: list[int]) -> None:
+        self.hits(prompt)
+
+    def hits(self, tokens: list[int]) -> list[int]:
         size = self.pool.block_size
         prefixes = [tuple(tokens[:end]) for end in range(size, len(tokens) + 1, size)]
         known = [prefix in self.found_as for prefix in prefixes]
@@ -149,10 +159,6 @@ class PoolMachine(RuleBasedStateMachine):
 
     def held(self) -> Counter[int]:
         return Counter(block for table in self.tables for block in table.blocks)
-
-    def uncomputed(self) -> list[Table]:
-        size = self.pool.block_size
-        return [table for table in self.tables if (table.computed + 1) * size <= len(table.tokens)]
 
 
 TestPool = PoolMachine.TestCase

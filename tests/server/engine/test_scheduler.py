@@ -12,26 +12,28 @@ from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
 from tests.server.engine.simulation import VOCABULARY, Simulation, generate_alone
 
-UNKNOWN_KEY = -1
 STEMS = [[0, 1, 2, 0, 2, 1] * 5, [2, 2, 1, 0, 0, 1] * 5]
 """What prompts begin with, so that they meet in the prefix cache."""
 
 
 @st.composite
-def prompts(draw: st.DrawFn) -> list[int]:
-    stem = draw(st.sampled_from(STEMS))[: draw(st.integers(0, 20))]
-    return stem + draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=3))
+def requests(draw: st.DrawFn) -> tuple[list[int], int, frozenset[int]]:
+    """A prompt, max_tokens and stop tokens; long answers are the ones that fill the pool."""
+    stem = draw(st.sampled_from(STEMS))[: draw(st.sampled_from([0, 4, 9, 20]))]
+    prompt = stem + draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=3))
+    stops = draw(st.sampled_from([frozenset(), frozenset(), frozenset({0})]))
+    return prompt, draw(st.sampled_from([20, 7, 2, 1])), stops
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     """Adds, steps and aborts in any order; `Simulation` checks after each of them."""
 
     @initialize(
-        block_size=st.integers(1, 4),
-        max_model_len=st.integers(2, 24),
+        block_size=st.sampled_from([2, 1, 3, 4]),
+        max_model_len=st.sampled_from([24, 16, 9, 2]),
         spare_blocks=st.integers(0, 8),
-        max_num_seqs=st.integers(1, 5),
-        spare_budget=st.integers(0, 12),
+        max_num_seqs=st.sampled_from([5, 3, 2, 1]),
+        spare_budget=st.sampled_from([12, 5, 1, 0]),
         prefix_caching=st.sampled_from([True, True, False]),
     )
     def create(
@@ -52,15 +54,31 @@ class SchedulerMachine(RuleBasedStateMachine):
             prefix_caching=prefix_caching,
         )
 
-    @rule(
-        prompt=prompts(),
-        max_tokens=st.integers(1, 16),
-        stops=st.just(frozenset()) | st.frozensets(st.integers(0, VOCABULARY - 1), max_size=1),
-    )
-    def add(self, prompt: list[int], max_tokens: int, stops: frozenset[int]) -> None:
-        prompt = prompt[: self.simulation.max_model_len - 1]
-        room = self.simulation.max_model_len - len(prompt)
-        self.simulation.add(prompt, min(max_tokens, room), stops)
+    @rule(arrivals=st.lists(requests(), min_size=1, max_size=4))
+    def add(self, arrivals: list[tuple[list[int], int, frozenset[int]]]) -> None:
+        for prompt, max_tokens, stops in arrivals:
+            fitting = prompt[: self.simulation.max_model_len - 1]
+            room = self.simulation.max_model_len - len(fitting)
+            self.simulation.add(fitting, min(max_tokens, room), stops)
+
+    @rule()
+    def plan_or_commit(self) -> None:
+        if self.simulation.plan_under_way is None:
+            self.simulation.plan()
+        else:
+            self.simulation.commit()
+
+    @rule(count=st.integers(1, 15))
+    def steps(self, count: int) -> None:
+        if self.simulation.plan_under_way is not None:
+            self.simulation.commit()
+        for _ in range(count):
+            self.simulation.step()
+
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        """One that lives, has finished, was aborted before or never existed."""
+        self.simulation.abort(data.draw(st.integers(-1, self.simulation.arrivals)))
 
     @precondition(lambda self: self.simulation.live)
     @rule(data=st.data())
@@ -69,40 +87,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         with pytest.raises(ValueError, match="exists already"):
             self.simulation.scheduler.add(Sequence(key, [0], 1))
         with pytest.raises(ValueError, match="more than"):
-            self.simulation.scheduler.add(Sequence(UNKNOWN_KEY, [0], self.simulation.max_model_len))
-
-    @precondition(lambda self: self.simulation.plan_under_way is None)
-    @rule()
-    def plan(self) -> None:
-        self.simulation.plan()
-
-    @precondition(lambda self: self.simulation.plan_under_way is not None)
-    @rule()
-    def commit(self) -> None:
-        self.simulation.commit()
-
-    @precondition(lambda self: self.simulation.plan_under_way is None)
-    @rule(count=st.integers(1, 6))
-    def steps(self, count: int) -> None:
-        for _ in range(count):
-            self.simulation.step()
-
-    @precondition(lambda self: self.simulation.live)
-    @rule(data=st.data())
-    def abort(self, data: st.DataObject) -> None:
-        self.simulation.abort(data.draw(st.sampled_from(sorted(self.simulation.live))))
-
-    @rule()
-    def abort_an_unknown_one(self) -> None:
-        self.simulation.abort(UNKNOWN_KEY)
-
-    @precondition(lambda self: self.simulation.finished)
-    @rule(data=st.data())
-    def abort_a_finished_one(self, data: st.DataObject) -> None:
-        key = data.draw(st.sampled_from(sorted(self.simulation.finished)))
-        reason = self.simulation.finished[key].finish_reason
-        self.simulation.abort(key)
-        assert self.simulation.finished[key].finish_reason == reason
+            self.simulation.scheduler.add(Sequence("new", [0], self.simulation.max_model_len))
 
     def teardown(self) -> None:
         if hasattr(self, "simulation"):
@@ -202,12 +187,10 @@ def test_newest_sequence_is_preempted_first() -> None:
     oldest, middle, newest = (simulation.add([i] * 2, 12) for i in range(3))
     simulation.step()
     assert simulation.running == [oldest, middle, newest]
-    while simulation.stats.preemptions == 0:
-        simulation.step()
+    simulation.step_until(lambda: simulation.stats.preemptions == 1)
     assert simulation.running == [oldest, middle]
     assert newest.num_computed == 0
-    while simulation.stats.preemptions == 1:
-        simulation.step()
+    simulation.step_until(lambda: simulation.stats.preemptions == 2)
     assert simulation.running == [oldest]
     assert simulation.waiting == [middle, newest]
     simulation.drain()
@@ -217,11 +200,9 @@ def test_newest_sequence_is_preempted_first() -> None:
 def test_a_preempted_sequence_comes_back_before_those_that_wait() -> None:
     simulation = Simulation(num_blocks=6, block_size=2, max_model_len=12, max_num_seqs=2, prefix_caching=False)
     oldest, victim, later = (simulation.add([i] * 2, 9) for i in range(3))
-    while simulation.stats.preemptions == 0:
-        simulation.step()
+    simulation.step_until(lambda: simulation.stats.preemptions == 1)
     assert simulation.waiting == [victim, later]
-    while not oldest.finished:
-        simulation.step()
+    simulation.step_until(lambda: oldest.finished)
     simulation.step()
     assert simulation.running[0] is victim
 
@@ -231,8 +212,7 @@ def test_preempted_sequence_yields_the_same_tokens(prefix_caching: bool) -> None
     simulation = Simulation(num_blocks=7, block_size=2, max_model_len=14, prefix_caching=prefix_caching)
     simulation.add([0, 1], 12)
     victim = simulation.add([2, 1], 12)
-    while simulation.stats.preemptions == 0:
-        simulation.step()
+    simulation.step_until(lambda: simulation.stats.preemptions == 1)
     assert 0 < victim.num_output_tokens < 12
     assert simulation.waiting == [victim]
     simulation.drain()
@@ -241,13 +221,12 @@ def test_preempted_sequence_yields_the_same_tokens(prefix_caching: bool) -> None
 
 def test_a_sequence_preempted_while_its_prompt_is_computed_yields_the_same_tokens() -> None:
     simulation = Simulation(
-        num_blocks=10, block_size=2, max_model_len=20, max_num_seqs=2, max_num_batched_tokens=2
+        num_blocks=11, block_size=2, max_model_len=20, max_num_seqs=2, max_num_batched_tokens=2
     )
     simulation.add([0], 19)
     simulation.step()
     victim = simulation.add([1] * 17, 2)
-    while simulation.stats.preemptions == 0:
-        simulation.step()
+    simulation.step_until(lambda: simulation.stats.preemptions == 1)
     assert victim.num_output_tokens == 0
     assert simulation.stats.recomputed_tokens > 0
     simulation.drain()
@@ -348,12 +327,10 @@ def test_without_prefix_caching_everything_is_computed() -> None:
 
 def test_cached_tokens_are_those_of_the_first_admission() -> None:
     simulation = Simulation(num_blocks=7, block_size=2, max_model_len=14)
-    simulation.add([0, 1], 12)
-    victim = simulation.add([2, 1], 12)
-    while simulation.stats.preemptions == 0:
-        simulation.step()
+    _, victim = simulation.add([0, 1, 2, 0], 10), simulation.add([0, 1, 2, 0], 10)
+    simulation.step_until(lambda: simulation.stats.preemptions == 1)
     simulation.drain()
-    assert simulation.stats.cached_tokens > 0, "coming back, it found some of what it had computed before"
+    assert simulation.stats.cached_tokens > 0, "it came back on the blocks of its twin"
     assert victim.cached_tokens == 0
 
 

@@ -75,6 +75,7 @@ class FakeEngine:
         script: what new sequences get.
         submitted: all sequences that came, in order.
         aborted: all ids that were aborted, in order.
+        workers: the identities of the API workers that said hello.
         address: where it listens.
     """
 
@@ -83,7 +84,7 @@ class FakeEngine:
         self.submitted: list[Submit] = []
         self.aborted: list[int] = []
         self._ready = ready
-        self._workers: list[bytes] = []
+        self.workers: list[bytes] = []
         self._owners: dict[int, bytes] = {}
         self._changed = asyncio.Condition()
         self._context = zmq.asyncio.Context()
@@ -113,7 +114,7 @@ class FakeEngine:
     async def become_ready(self) -> None:
         """Answers the workers that have asked so far, and later ones at once."""
         self._ready = True
-        for worker in self._workers:
+        for worker in self.workers:
             await self._send(worker, self._welcome())
 
     async def send(self, sequence_id: int, token_ids: Sequence[int], finish_reason: str | None = None) -> None:
@@ -144,7 +145,7 @@ class FakeEngine:
             worker, body = await self._socket.recv_multipart()
             match self._decoder.decode(body):
                 case Hello():
-                    self._workers.append(worker)
+                    self.workers.append(worker)
                     if self._ready:
                         await self._send(worker, self._welcome())
                 case Submit() as submit:

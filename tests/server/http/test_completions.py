@@ -116,9 +116,7 @@ async def test_a_top_k_that_keeps_every_token_is_no_top_k(
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, -(10**40), 10**40])
-async def test_any_seed_is_taken_into_the_engines_range(
-    http: httpx.AsyncClient, engine: FakeEngine, seed: int
-) -> None:
+async def test_any_seed_is_taken_into_the_engines_range(http: httpx.AsyncClient, engine: FakeEngine, seed: int) -> None:
     engine.script = says([9])
     await complete(http, seed=seed)
     await complete(http, seed=seed)

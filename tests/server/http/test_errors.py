@@ -1,0 +1,386 @@
+from typing import Any
+
+import httpx
+import pytest
+
+from server.engine.client import EngineClient
+from server.http import app, protocol
+from tests.server.http.fake_engine import FakeEngine, says
+
+pytestmark = pytest.mark.anyio
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+HELLO: dict[str, Any] = {"prompt": "Hello"}
+ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
+PROMPT_FORMS = "it must be a string, a list of strings, a list of token ids or a list of such lists, not empty"
+CONTENT_FORMS = 'it must be a string or a list of parts like {"type": "text", "text": "..."}; only text is read'
+
+
+def messages(*contents: object) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content} for content in contents]}
+
+
+BAD_REQUESTS: list[tuple[str, dict[str, Any], str, str | None, str | None]] = [
+    (COMPLETIONS, {}, "Missing required parameter: 'prompt'.", "prompt", "missing_required_parameter"),
+    (COMPLETIONS, {"prompt": None}, "Missing required parameter: 'prompt'.", "prompt", "missing_required_parameter"),
+    (CHAT, {}, "Missing required parameter: 'messages'.", "messages", "missing_required_parameter"),
+    *(
+        (COMPLETIONS, {"prompt": prompt}, f"Invalid 'prompt': {PROMPT_FORMS}.", "prompt", None)
+        for prompt in ([], [[]], 5, {"text": "a"}, [1.5], [True], ["a", 5], ["a", [5]], [[5], []], [[[5]]])
+    ),
+    (
+        COMPLETIONS,
+        {"prompt": [4096]},
+        "prompt holds the token id 4096, but this model's are 0 to 4095.",
+        "prompt",
+        None,
+    ),
+    (
+        COMPLETIONS,
+        {"prompt": [[5], [-1]]},
+        "prompt[1] holds the token id -1, but this model's are 0 to 4095.",
+        "prompt[1]",
+        None,
+    ),
+    (
+        COMPLETIONS,
+        HELLO | {"max_tokens": 0},
+        "Invalid 'max_tokens': input should be greater than or equal to 1, not 0.",
+        "max_tokens",
+        None,
+    ),
+    (
+        COMPLETIONS,
+        HELLO | {"max_tokens": 2.5},
+        "Invalid 'max_tokens': input should be a valid integer, not 2.5.",
+        "max_tokens",
+        None,
+    ),
+    (
+        COMPLETIONS,
+        HELLO | {"temperature": -0.1},
+        "Invalid 'temperature': input should be greater than or equal to 0, not -0.1.",
+        "temperature",
+        None,
+    ),
+    (
+        COMPLETIONS,
+        HELLO | {"temperature": 2.1},
+        "Invalid 'temperature': input should be less than or equal to 2, not 2.1.",
+        "temperature",
+        None,
+    ),
+    (
+        COMPLETIONS,
+        HELLO | {"temperature": "hot"},
+        "Invalid 'temperature': input should be a valid number, not 'hot'.",
+        "temperature",
+        None,
+    ),
+    (
+        COMPLETIONS,
+        HELLO | {"top_p": 0},
+        "Invalid 'top_p': input should be greater than 0, not 0.",
+        "top_p",
+        None,
+    ),
+    (
+        COMPLETIONS,
+        HELLO | {"top_k": -2},
+        "Invalid 'top_k': input should be greater than or equal to -1, not -2.",
+        "top_k",
+        None,
+    ),
+    (COMPLETIONS, HELLO | {"min_p": 1}, "Invalid 'min_p': input should be less than 1, not 1.", "min_p", None),
+    (
+        COMPLETIONS,
+        HELLO | {"n": 0},
+        "Invalid 'n': input should be greater than or equal to 1, not 0.",
+        "n",
+        None,
+    ),
+    (
+        COMPLETIONS,
+        HELLO | {"n": 129},
+        "Invalid 'n': input should be less than or equal to 128, not 129.",
+        "n",
+        None,
+    ),
+    (COMPLETIONS, HELLO | {"n": True}, "Invalid 'n': input should be a valid integer, not True.", "n", None),
+    (COMPLETIONS, HELLO | {"seed": "x"}, "Invalid 'seed': input should be a valid integer, not 'x'.", "seed", None),
+    (
+        COMPLETIONS,
+        HELLO | {"stop": ""},
+        "Invalid 'stop[0]': string should have at least 1 character, not ''.",
+        "stop[0]",
+        None,
+    ),
+    (
+        COMPLETIONS,
+        HELLO | {"stop": ["a", 5]},
+        "Invalid 'stop[1]': input should be a valid string, not 5.",
+        "stop[1]",
+        None,
+    ),
+    (
+        COMPLETIONS,
+        HELLO | {"stop": ["a"] * 17},
+        "Invalid 'stop': list should have at most 16 items after validation, not 17.",
+        "stop",
+        None,
+    ),
+    (
+        COMPLETIONS,
+        HELLO | {"stop": "a" * 1001},
+        "Invalid 'stop[0]': string should have at most 1000 characters.",
+        "stop[0]",
+        None,
+    ),
+    (
+        COMPLETIONS,
+        HELLO | {"stream": "yes"},
+        "Invalid 'stream': input should be a valid boolean, not 'yes'.",
+        "stream",
+        None,
+    ),
+    (
+        COMPLETIONS,
+        HELLO | {"stream_options": {"include_usage": True}},
+        "Invalid 'stream_options': it is only allowed when stream is true.",
+        "stream_options",
+        None,
+    ),
+    (
+        COMPLETIONS,
+        HELLO | {"stream": True, "stream_options": {"include_usage": 1}},
+        "Invalid 'stream_options.include_usage': input should be a valid boolean, not 1.",
+        "stream_options.include_usage",
+        None,
+    ),
+    (
+        COMPLETIONS,
+        {"prompt": ["a"] * 17, "n": 128},
+        "17 prompts with n = 128 are 2176 answers; one request may ask for 2048.",
+        "n",
+        None,
+    ),
+    (COMPLETIONS, HELLO | {"temprature": 1}, "Unknown parameter: 'temprature'.", "temprature", "unknown_parameter"),
+    (
+        COMPLETIONS,
+        HELLO | {"logprobs": 1},
+        "'logprobs' is not supported by this server; leave it out.",
+        "logprobs",
+        "unsupported_parameter",
+    ),
+    (
+        COMPLETIONS,
+        HELLO | {"best_of": 3, "n": 2},
+        "'best_of' is not supported by this server; leave it out or send 2.",
+        "best_of",
+        "unsupported_parameter",
+    ),
+    (
+        CHAT,
+        ASK | {"response_format": {"type": "json_object"}},
+        '\'response_format\' is not supported by this server; leave it out or send {"type":"text"}.',
+        "response_format",
+        "unsupported_parameter",
+    ),
+    (
+        CHAT,
+        ASK | {"max_tokens": 3, "max_completion_tokens": 4},
+        "Invalid 'max_completion_tokens': it is 4 but max_tokens is 3; give one of the two.",
+        "max_completion_tokens",
+        None,
+    ),
+    (
+        CHAT,
+        {"messages": []},
+        "Invalid 'messages': list should have at least 1 item after validation, not 0.",
+        "messages",
+        None,
+    ),
+    (CHAT, {"messages": "Hi"}, "Invalid 'messages': input should be a valid array, not 'Hi'.", "messages", None),
+    (
+        CHAT,
+        {"messages": [{"role": "user"}]},
+        "Missing required parameter: 'messages[0].content'.",
+        "messages[0].content",
+        "missing_required_parameter",
+    ),
+    *(
+        (CHAT, messages(content), f"Invalid 'messages[0].content': {CONTENT_FORMS}.", "messages[0].content", None)
+        for content in (5, [], ["a"], [{"type": "image_url", "image_url": {"url": "x"}}], [{"type": "text"}])
+    ),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": "a", "name": "Ann"}]},
+        "'messages[0].name' is not supported by this server; leave it out.",
+        "messages[0].name",
+        "unsupported_parameter",
+    ),
+    (
+        CHAT,
+        {"messages": [{"role": "tool", "content": "a"}]},
+        "Invalid 'messages': messages[0] has the role 'tool', which this model's chat format lacks: "
+        "allowed are system, developer, user, assistant.",
+        "messages",
+        None,
+    ),
+    (
+        COMPLETIONS,
+        {"prompt": [5] * 2048},
+        "This model's maximum context length is 2048 tokens. However, you requested 2049 tokens "
+        "(2048 in the prompt, 1 for the completion). Please shorten the prompt or ask for fewer tokens.",
+        "prompt",
+        "context_length_exceeded",
+    ),
+    (
+        COMPLETIONS,
+        {"prompt": [5] * 2000, "max_tokens": 49},
+        "This model's maximum context length is 2048 tokens. However, you requested 2049 tokens "
+        "(2000 in the prompt, 49 for the completion). Please shorten the prompt or ask for fewer tokens.",
+        "max_tokens",
+        "context_length_exceeded",
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "message", "param", "code"), BAD_REQUESTS)
+async def test_a_bad_request_is_a_400_that_says_what_is_wrong_and_where(
+    http: httpx.AsyncClient,
+    engine: FakeEngine,
+    path: str,
+    body: dict[str, Any],
+    message: str,
+    param: str | None,
+    code: str | None,
+) -> None:
+    response = await http.post(path, json=body)
+    assert response.status_code == 400
+    assert response.headers["content-type"] == "application/json"
+    error = {"message": message, "type": "invalid_request_error", "param": param, "code": code}
+    assert response.json() == {"error": error}
+    assert engine.submitted == []
+
+
+@pytest.mark.parametrize(
+    ("content", "param", "code"),
+    [
+        (b"", None, "invalid_json"),
+        (b"{", None, "invalid_json"),
+        (b"\xff", None, "invalid_json"),
+        (b'{"prompt": "\\ud800"}', None, "invalid_json"),
+        (b'{"prompt": "a", "seed": 1' + b"0" * 5000 + b"}", None, "invalid_json"),
+        (b"[" * 1000 + b"]" * 1000, None, "invalid_json"),
+        (b'"prompt"', None, None),
+        (b"[1, 2]", None, None),
+        (b'{"prompt": "a", "temperature": NaN}', "temperature", None),
+        (b'{"prompt": "a", "top_p": Infinity}', "top_p", None),
+        (b'{"prompt": "a", "min_p": -Infinity}', "min_p", None),
+        (b'{"prompt": "a", "temperature": 1e999}', "temperature", None),
+        (b'{"prompt": [1e999]}', "prompt", None),
+        (b'{"prompt": [99999999999999999999999999]}', "prompt", None),
+    ],
+)
+async def test_a_body_that_no_client_should_send_is_a_400(
+    http: httpx.AsyncClient, engine: FakeEngine, content: bytes, param: str | None, code: str | None
+) -> None:
+    response = await http.post(COMPLETIONS, content=content)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
+    assert engine.submitted == []
+
+
+UNSUPPORTED = [
+    (path, field, values)
+    for path, kind in ((COMPLETIONS, protocol.CompletionRequest), (CHAT, protocol.ChatCompletionRequest))
+    for field, values in kind.neutral.items()
+]
+
+
+@pytest.mark.parametrize(("path", "field", "neutral"), UNSUPPORTED)
+async def test_an_unsupported_field_is_accepted_only_where_it_asks_for_nothing(
+    http: httpx.AsyncClient, engine: FakeEngine, path: str, field: str, neutral: tuple[object, ...]
+) -> None:
+    engine.script = says([9])
+    body = (HELLO if path == COMPLETIONS else ASK) | {"max_tokens": 1}
+    for value in (None, *neutral):
+        assert (await http.post(path, json=body | {field: value})).status_code == 200, value
+    response = await http.post(path, json=body | {field: "anything else"})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == field
+    assert response.json()["error"]["code"] == "unsupported_parameter"
+
+
+async def test_every_supported_field_may_be_null(http: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.script = says([9])
+    for path, kind, body in (
+        (COMPLETIONS, protocol.CompletionRequest, HELLO),
+        (CHAT, protocol.ChatCompletionRequest, ASK),
+    ):
+        nulls = dict.fromkeys(kind.model_fields.keys() - body.keys())
+        response = await http.post(path, json=body | nulls)
+        assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(("path", "body"), [(COMPLETIONS, HELLO), (CHAT, ASK)])
+async def test_another_model_is_a_404(http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> None:
+    response = await http.post(path, json=body | {"model": "gpt-4"})
+    assert response.status_code == 404
+    assert response.json() == {
+        "error": {
+            "message": "The model 'gpt-4' does not exist; this server serves 'demo'.",
+            "type": "invalid_request_error",
+            "param": "model",
+            "code": "model_not_found",
+        }
+    }
+
+
+async def test_an_unknown_url_is_a_404_of_the_same_shape(http: httpx.AsyncClient) -> None:
+    response = await http.get("/v1/embeddings")
+    assert response.status_code == 404
+    assert response.json() == {
+        "error": {
+            "message": "Unknown URL: GET /v1/embeddings.",
+            "type": "invalid_request_error",
+            "param": None,
+            "code": "unknown_url",
+        }
+    }
+
+
+async def test_a_wrong_method_is_a_405_of_the_same_shape(http: httpx.AsyncClient) -> None:
+    response = await http.get(COMPLETIONS)
+    assert response.status_code == 405
+    assert response.headers["allow"] == "POST"
+    assert response.json()["error"]["message"] == "GET is not allowed on /v1/completions; use POST."
+
+
+async def test_a_body_without_end_is_refused(http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "MAX_BODY_BYTES", 1000)
+    response = await http.post(COMPLETIONS, json={"prompt": "a" * 1000})
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "request_too_large"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_bug_is_a_500_that_shows_no_insides(
+    http: httpx.AsyncClient, engine_client: EngineClient, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(engine_client, "submit", broken)
+    response = await http.post(COMPLETIONS, json=HELLO | {"stream": stream})
+    assert response.status_code == 500
+    assert response.json() == {
+        "error": {
+            "message": "The server had an error while it worked on your request; its log says more.",
+            "type": "server_error",
+            "param": None,
+            "code": "internal_error",
+        }
+    }

@@ -1,0 +1,135 @@
+"""The worker as a process of its own."""
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server.config import Settings
+from server.http.worker import READY, run_api_worker
+from tests.server.http.conftest import DEMO
+from tests.server.http.fake_engine import FakeEngine, says
+
+pytestmark = pytest.mark.anyio
+
+Tokens = Callable[[str], list[int]]
+STREAM = {"prompt": "Hello", "stream": True, "max_tokens": 50}
+
+SUPERVISOR = """
+import multiprocessing, pathlib, socket, sys, time
+from server.config import Settings
+from server.http.worker import run_api_worker
+
+if __name__ == "__main__":
+    spawn = multiprocessing.get_context("spawn")
+    receiver, sender = spawn.Pipe(duplex=False)
+    listener = socket.create_server(("127.0.0.1", 0))
+    arguments = (Settings(), pathlib.Path(sys.argv[1]), "demo", "tcp://127.0.0.1:9", listener, sender)
+    spawn.Process(target=run_api_worker, args=arguments).start()
+    receiver.recv()
+    print(listener.getsockname()[1], flush=True)
+    time.sleep(600)
+"""
+
+
+@contextlib.asynccontextmanager
+async def worker(engine: FakeEngine, drain_seconds: float) -> AsyncIterator[tuple[SpawnProcess, httpx.AsyncClient]]:
+    """A worker process that serves, and a client of it."""
+    spawn = multiprocessing.get_context("spawn")
+    receiver, sender = spawn.Pipe(duplex=False)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        arguments = (Settings(), DEMO, "demo", engine.address, listener, sender, drain_seconds)
+        process = spawn.Process(target=run_api_worker, args=arguments)
+        process.start()
+    sender.close()  # so that a worker that cannot start is an EOFError here
+    try:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            assert await asyncio.to_thread(receiver.recv) == READY
+            async with asyncio.timeout(60):
+                while (await client.get("/readyz")).status_code != 200:
+                    await asyncio.sleep(0.01)
+            yield process, client
+    finally:
+        process.kill()
+        process.join()
+
+
+async def test_a_stream_goes_on_after_sigterm_to_its_end(engine: FakeEngine, tokens: Tokens) -> None:
+    async with worker(engine, drain_seconds=120) as (process, client):
+        async with asyncio.TaskGroup() as tasks:
+            asking = tasks.create_task(client.post("/v1/completions", json=STREAM))
+            [submit] = await engine.submissions(1)
+            await engine.send(submit.sequence_id, tokens("one"))
+            process.terminate()
+            with contextlib.suppress(httpx.TransportError):
+                while True:  # until it listens no more
+                    await client.get("/livez", headers={"Connection": "close"})
+            await engine.send(submit.sequence_id, tokens("two"), "length")
+        response = asking.result()
+        await asyncio.to_thread(process.join)
+    assert " one" in response.text
+    assert " two" in response.text
+    assert response.text.endswith("data: [DONE]\n\n")
+    assert process.exitcode == 0
+
+
+async def test_a_stream_that_takes_too_long_after_sigterm_ends_with_an_error(
+    engine: FakeEngine, tokens: Tokens
+) -> None:
+    async with worker(engine, drain_seconds=0.1) as (process, client):
+        async with asyncio.TaskGroup() as tasks:
+            asking = tasks.create_task(client.post("/v1/completions", json=STREAM))
+            [submit] = await engine.submissions(1)
+            await engine.send(submit.sequence_id, tokens("one"))
+            process.terminate()
+        response = asking.result()
+        await asyncio.to_thread(process.join)
+    assert '"code":"engine_dead"' in response.text
+    assert "the server is shutting down" in response.text
+    assert process.exitcode == 0
+
+
+async def test_an_idle_worker_ignores_ctrl_c_and_ends_at_sigterm(engine: FakeEngine, tokens: Tokens) -> None:
+    engine.script = says(tokens("yes"))
+    async with worker(engine, drain_seconds=120) as (process, client):
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGINT)
+        answer = await client.post("/v1/completions", json={"prompt": "Hello"})
+        assert answer.json()["choices"][0]["text"] == " yes"
+        process.terminate()
+        await asyncio.to_thread(process.join)
+    assert process.exitcode == 0
+
+
+def test_a_worker_ends_when_its_supervisor_is_killed(tmp_path: Path) -> None:
+    program = tmp_path / "supervisor.py"
+    program.write_text(SUPERVISOR)
+    with subprocess.Popen([sys.executable, program, DEMO], stdout=subprocess.PIPE, text=True) as supervisor:
+        assert supervisor.stdout is not None
+        try:
+            port = int(supervisor.stdout.readline())
+            with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+                connection.sendall(b"GET /livez HTTP/1.1\r\nHost: server\r\n\r\n")
+                assert b"200 OK" in connection.recv(4096)
+                supervisor.kill()
+                with contextlib.suppress(ConnectionResetError):
+                    while connection.recv(4096):
+                        pass  # until the worker is gone and its connections with it
+        finally:
+            supervisor.kill()
+
+
+def test_a_worker_never_imports_torch() -> None:
+    program = "import sys, server.http.worker; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
