@@ -89,10 +89,10 @@ def plan_memory(
             f"give at most {trained_for}"
         )
     weights = sum(math.prod(shape) for shape in expected_shapes(config).values()) * dtype.itemsize
-    activations = activation_bytes(config, dtype, max_num_seqs, max_num_batched_tokens)
-    per_block = block_bytes(config, block_size, dtype)
-    left = available - weights - activations
     wanted_len = max_model_len or trained_for
+    activations = activation_bytes(config, dtype, max_num_seqs, max_num_batched_tokens, wanted_len)
+    per_block = block_bytes(config, block_size, dtype)
+    left = max(0, available - weights - activations)
     if kv_cache_bytes is None:
         kv_cache_bytes = left
         if device.type == "cpu":
@@ -118,43 +118,55 @@ def plan_memory(
 
 
 def activation_bytes(
-    config: PersimmonConfig, dtype: torch.dtype, max_num_seqs: int, max_num_batched_tokens: int
+    config: PersimmonConfig, dtype: torch.dtype, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
 ) -> int:
     """An upper estimate of the intermediate results alive at once in the largest step.
 
     Per token: residual, norm, fused QKV, float32 queries and keys while they are normalized and rotated, attention
-    output, and the MLP's activation; per sampled row: float32 logits, a scaled copy, probabilities and their float64
-    sums.
+    output, and the MLP's activation; for the longest context: its keys and values, gathered and once more packed
+    for the product, and the chunk's mask, as booleans and as numbers; per sampled row: the logits, three further
+    float32 copies, and the ids, probabilities and sums, of 8 bytes each, that top-p sorts out.
     """
     square_in_float32 = 2 * config.intermediate_size * 4 if dtype.itemsize == 2 else 0
     per_token = (8 * config.hidden_size + config.intermediate_size) * dtype.itemsize
     per_token += 3 * 2 * config.hidden_size * 4 + square_in_float32
-    return max_num_batched_tokens * per_token + max_num_seqs * config.vocab_size * (3 * 4 + 8)
+    context = max_model_len * 2 * 2 * config.hidden_size * dtype.itemsize
+    mask = min(max_num_batched_tokens, max_model_len) * max_model_len * (1 + dtype.itemsize)
+    logits = max_num_seqs * config.vocab_size * (4 * 4 + 4 * 8)
+    return max_num_batched_tokens * per_token + context + mask + logits
 
 
-def available_memory(device: torch.device, gpu_memory_utilization: float) -> int:
+def available_memory(device: torch.device, gpu_memory_utilization: float, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes the server may plan with on this device.
 
     On a GPU a share of its whole memory, less what other programs hold beyond the rest; on a CPU what is free now,
     within the container's limit.
+
+    Args:
+        device: to plan for.
+        gpu_memory_utilization: the share.
+        cgroup: where the control group's files are.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return min(free, int(total * gpu_memory_utilization))
-    return min([psutil.virtual_memory().available, *_container_limit()])
+    return min([psutil.virtual_memory().available, *_container_limit(cgroup)])
 
 
-def _container_limit() -> list[int]:
+def _container_limit(cgroup: Path) -> list[int]:
     """What the control group still grants, where there is one with a limit (cgroup v2, then v1)."""
-    for limit_file, usage_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    for limit_file, usage_file, stat_file, cache in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
     ):
         try:
-            limit = int(Path(limit_file).read_text())
-            return [max(0, limit - int(Path(usage_file).read_text()))]
+            limit = int((cgroup / limit_file).read_text())
+            usage = int((cgroup / usage_file).read_text())
+            statistics = dict(line.split() for line in (cgroup / stat_file).read_text().splitlines())
         except (OSError, ValueError):  # no such file, or the word "max": no limit
             continue
+        # File pages that nobody uses make room when asked to; a checkpoint read before leaves gigabytes of them.
+        return [max(0, limit - usage + int(statistics.get(cache, 0)))]
     return []
 
 

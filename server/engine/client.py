@@ -172,7 +172,13 @@ class EngineClient:
 
     async def _receive(self) -> None:
         while True:
-            message = self._decoder.decode(await self._socket.recv())
+            payload = await self._socket.recv()
+            try:
+                message = self._decoder.decode(payload)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                # It may have been the end of any stream, so none can be waited for any more.
+                self._die(f"the engine sent a message that cannot be read: {error}")
+                return
             self.stats = message.stats
             if isinstance(message, Ready):
                 self.info = message

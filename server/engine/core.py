@@ -84,21 +84,32 @@ class Engine:
         arrived = False
         while True:
             try:
-                worker, payload = self._socket.recv_multipart(zmq.NOBLOCK)
+                worker, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return arrived
             arrived = True
-            match self._decoder.decode(payload):
-                case Submit() as submit:
-                    self._submit(worker, submit, outputs)
-                case Abort(sequence_ids):
-                    for sequence_id in sequence_ids:
-                        self._scheduler.abort((worker, sequence_id))
-                        self._sequences[worker].discard(sequence_id)
-                case Hello():
-                    self._workers.add(worker)
-                    self._sequences.setdefault(worker, set())
-                    self._send(worker, msgspec.structs.replace(self._limits, stats=self._scheduler.stats()))
+            try:
+                message = self._decoder.decode(b"".join(frames))
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                logger.error("a message from an API worker cannot be read and is ignored: %s", error)
+                continue
+            self._handle(worker, message, outputs)
+
+    def _handle(self, worker: bytes, message: ToEngine, outputs: dict[bytes, list[SequenceOutput]]) -> None:
+        match message:
+            case Hello():
+                self._workers.add(worker)
+                self._sequences.setdefault(worker, set())
+                self._send(worker, msgspec.structs.replace(self._limits, stats=self._scheduler.stats()))
+            case _ if worker not in self._workers:
+                # It does not keep to the protocol, or sent this before it went and that was noticed first.
+                logger.warning("a message from an API worker that has gone or has not said hello is ignored")
+            case Submit():
+                self._submit(worker, message, outputs)
+            case Abort(sequence_ids):
+                for sequence_id in sequence_ids:
+                    self._scheduler.abort((worker, sequence_id))
+                    self._sequences[worker].discard(sequence_id)
 
     def _submit(self, worker: bytes, submit: Submit, outputs: dict[bytes, list[SequenceOutput]]) -> None:
         sequence = Sequence(
@@ -153,10 +164,13 @@ class Engine:
 
     def _publish(self, outputs: dict[bytes, list[SequenceOutput]]) -> None:
         stats = self._scheduler.stats()
-        for worker in list(self._workers):
-            self._send(worker, StepOutput(outputs.get(worker, []), stats))
+        reached = [self._send(worker, StepOutput(outputs.get(worker, []), stats)) for worker in list(self._workers)]
+        if not all(reached):
+            # Perhaps no step follows that would tell the others what is free now.
+            self._publish({})
 
-    def _send(self, worker: bytes, message: FromEngine) -> None:
+    def _send(self, worker: bytes, message: FromEngine) -> bool:
+        """Sends a message; False when the worker has gone, whose sequences then end."""
         try:
             self._socket.send_multipart((worker, self._encoder.encode(message)))
         except zmq.ZMQError as error:
@@ -167,6 +181,8 @@ class Engine:
             logger.warning("an API worker has gone; its %d sequences end", len(orphans))
             for sequence_id in orphans:
                 self._scheduler.abort((worker, sequence_id))
+            return False
+        return True
 
 
 def _key(sequence: Sequence) -> SequenceKey:

@@ -3,7 +3,6 @@
 Knows which exception is which status.  A traceback goes to the log, never to the client.
 """
 
-import logging
 from http import HTTPStatus
 
 import msgspec
@@ -12,8 +11,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from server.engine.client import EngineDeadError, EngineNotReadyError
-
-logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499
 """The status of a request whose client left before the answer; nobody reads it but the metrics."""
@@ -131,33 +128,28 @@ def _server_error(status: int, message: str, code: str, retry_after: int | None 
 def install(app: FastAPI) -> None:
     """Makes the app answer every exception in OpenAI's shape."""
 
-    async def expected(request: Request, error: Exception) -> Response:
+    async def answer(request: Request, error: Exception) -> Response:
         return as_api_error(error).response()
 
-    async def wrong_address(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)  # noqa: S101 - registered for this class alone
+    for known in EXPECTED:
+        app.add_exception_handler(known, answer)
+    # Starlette raises what this one has answered once more, so that the server below it logs the traceback.
+    app.add_exception_handler(Exception, answer)
+
+    @app.exception_handler(HTTPException)
+    async def wrong_address(request: Request, error: HTTPException) -> Response:
         method, path = request.method, request.url.path
         if error.status_code == HTTPStatus.NOT_FOUND:
-            answer = ApiError(HTTPStatus.NOT_FOUND, f"Unknown URL: {method} {path}.", code="unknown_url")
+            message, code = f"Unknown URL: {method} {path}.", "unknown_url"
         elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             allowed = (error.headers or {}).get("Allow", "another method")
-            answer = ApiError(
-                HTTPStatus.METHOD_NOT_ALLOWED,
-                f"{method} is not allowed on {path}; use {allowed}.",
-                code="method_not_allowed",
-            )
+            message, code = f"{method} is not allowed on {path}; use {allowed}.", "method_not_allowed"
         else:
-            answer = ApiError(error.status_code, str(error.detail))
-        response = answer.response()
+            message, code = str(error.detail), None
+        response = ApiError(error.status_code, message, code=code).response()
         response.headers.update(error.headers or {})
         return response
 
-    async def client_left(request: Request, error: Exception) -> Response:
+    @app.exception_handler(ClientDisconnect)
+    async def client_left(request: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-
-    for known in EXPECTED:
-        app.add_exception_handler(known, expected)
-    app.add_exception_handler(HTTPException, wrong_address)
-    app.add_exception_handler(ClientDisconnect, client_left)
-    # Starlette raises what this one answers again, so that the server below logs its traceback.
-    app.add_exception_handler(Exception, expected)

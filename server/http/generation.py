@@ -66,8 +66,7 @@ class Generation:
         return self.prompts[choice // self.n].token_ids
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True):
     """What one output of the engine adds to one choice.
 
     Attributes:

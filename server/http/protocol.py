@@ -210,6 +210,7 @@ class GenerationRequest(_Object):
     stream: bool = Field(False, description="Send the answer in pieces, as server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
     return_token_ids: bool = Field(False, description="Add the token ids of prompts and answers.")
+    max_tokens: int | None = Field(None, ge=1, description="At most this many new tokens.")
     user: str | None = Field(None, description="A name for the end user; it has no effect.")
 
     @field_validator("stream_options")
@@ -222,7 +223,7 @@ class GenerationRequest(_Object):
     @property
     def token_limit(self) -> tuple[str, int | None]:
         """The field that limits the answer's tokens, and what it says."""
-        raise NotImplementedError
+        return "max_tokens", self.max_tokens
 
     @property
     def include_usage(self) -> bool:
@@ -254,11 +255,6 @@ class CompletionRequest(GenerationRequest):
         if value is not None and value != info.data.get("n", value):
             raise PydanticCustomError("unsupported", "", {"field": None, "allowed": (info.data["n"],)})
         return value
-
-    @property
-    def token_limit(self) -> tuple[str, int | None]:
-        """The field that limits the answer's tokens, and what it says."""
-        return "max_tokens", self.max_tokens
 
 
 class ChatMessage(_Object):
@@ -299,7 +295,7 @@ class ChatCompletionRequest(GenerationRequest):
         """The field that limits the answer's tokens, and what it says."""
         if self.max_completion_tokens is not None:
             return "max_completion_tokens", self.max_completion_tokens
-        return "max_tokens", self.max_tokens
+        return super().token_limit
 
 
 _Request = TypeVar("_Request", bound=GenerationRequest)

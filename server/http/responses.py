@@ -1,6 +1,7 @@
 """The answers of the OpenAI-style endpoints, under OpenAI's own names; a chunk of a stream included.
 
-msgspec structs: one is built and encoded for every token.  A field that is UNSET does not appear in the JSON.
+msgspec structs: one is built and encoded for every token.  A field that is UNSET does not appear in the JSON;
+what OpenAI calls "object", the kind of answer, is the struct's tag.
 """
 
 from msgspec import UNSET, Struct, UnsetType
@@ -32,14 +33,13 @@ class CompletionChoice(Struct, frozen=True):
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
-class Completion(Struct, frozen=True):
+class Completion(Struct, frozen=True, tag_field="object", tag="text_completion"):
     """The answer of POST /v1/completions; a chunk looks the same."""
 
     id: str
     created: int
     model: str
     choices: list[CompletionChoice]
-    object: str = "text_completion"
     usage: Usage | UnsetType | None = UNSET
 
 
@@ -60,7 +60,7 @@ class ChatChoice(Struct, frozen=True):
     token_ids: list[int] | UnsetType = UNSET
 
 
-class ChatCompletion(Struct, frozen=True):
+class ChatCompletion(Struct, frozen=True, tag_field="object", tag="chat.completion"):
     """The answer of POST /v1/chat/completions."""
 
     id: str
@@ -68,7 +68,6 @@ class ChatCompletion(Struct, frozen=True):
     model: str
     choices: list[ChatChoice]
     usage: Usage
-    object: str = "chat.completion"
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
@@ -89,30 +88,27 @@ class ChatChunkChoice(Struct, frozen=True):
     token_ids: list[int] | UnsetType = UNSET
 
 
-class ChatCompletionChunk(Struct, frozen=True):
+class ChatCompletionChunk(Struct, frozen=True, tag_field="object", tag="chat.completion.chunk"):
     """A chunk of a streamed chat completion."""
 
     id: str
     created: int
     model: str
     choices: list[ChatChunkChoice]
-    object: str = "chat.completion.chunk"
     usage: Usage | UnsetType | None = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
-class Model(Struct, frozen=True):
+class Model(Struct, frozen=True, tag_field="object", tag="model"):
     """A model that the server serves."""
 
     id: str
     created: int
     max_model_len: int | UnsetType
-    object: str = "model"
     owned_by: str = "persimmon"
 
 
-class ModelList(Struct, frozen=True):
+class ModelList(Struct, frozen=True, tag_field="object", tag="list"):
     """The answer of GET /v1/models."""
 
     data: list[Model]
-    object: str = "list"

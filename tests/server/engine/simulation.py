@@ -25,9 +25,7 @@ def next_token(token_ids: Ids[int]) -> int:
     return crc32(bytes(token_ids)) % VOCABULARY
 
 
-def generate_alone(
-    prompt: Ids[int], max_tokens: int, stop_token_ids: Iterable[int] = ()
-) -> tuple[list[int], str]:
+def generate_alone(prompt: Ids[int], max_tokens: int, stop_token_ids: Iterable[int] = ()) -> tuple[list[int], str]:
     """The answer and finish reason of a sequence that shares the machine with nobody."""
     token_ids, stops = list(prompt), set(stop_token_ids)
     for _ in range(max_tokens):
@@ -267,8 +265,7 @@ class Simulation:
         for key, sequence in self.live.items():
             num_computed, block_table = before[key]
             kept = (
-                sequence.num_computed == num_computed
-                and sequence.block_table[: len(block_table)] == block_table != []
+                sequence.num_computed == num_computed and sequence.block_table[: len(block_table)] == block_table != []
             )
             if block_table and not kept:
                 preempted.append(sequence)

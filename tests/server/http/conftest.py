@@ -54,16 +54,11 @@ async def engine_client(engine: FakeEngine) -> AsyncIterator[EngineClient]:
     client = EngineClient(engine.address)
     await client.start()
     try:
-        await until_ready(client)
+        async with asyncio.timeout(20):
+            await client.wait_until_ready()
         yield client
     finally:
         await client.close()
-
-
-async def until_ready(client: EngineClient) -> None:
-    async with asyncio.timeout(20):
-        while not client.ready:
-            await asyncio.sleep(0.001)
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ async def test_messages_become_the_models_own_format(
     http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens
 ) -> None:
     engine.script = says([9], EOS)
-    earlier = {"role": "assistant", "content": "It is.", "refusal": None, "tool_calls": None, "annotations": []}
+    earlier: dict = {"role": "assistant", "content": "It is.", "refusal": None, "tool_calls": None, "annotations": []}
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     await chat(http, messages=[{"role": "user", "content": "Is it?"}, earlier, {"role": "user", "content": parts}])
     text = "human: Is it?\n\nadept: It is.\n\nhuman: one\ntwo\n\nadept:"

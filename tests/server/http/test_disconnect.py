@@ -79,9 +79,9 @@ async def test_a_client_that_reads_to_the_end_causes_no_abort(
     server: LiveServer, engine: FakeEngine, tokens: Tokens
 ) -> None:
     async with httpx.AsyncClient(base_url=server.url) as client:
-        for stream in (False, True):
+        for count, stream in enumerate((False, True), 1):
             asking = asyncio.create_task(client.post(COMPLETIONS, json={"prompt": "Hello", "stream": stream}))
-            await engine.until(lambda engine: len(engine.submitted) > stream)
+            await engine.submissions(count)
             await engine.send(engine.submitted[-1].sequence_id, tokens("yes"), "length")
             assert (await asking).status_code == 200
     async with request(server, COMPLETIONS):  # its abort is the only one: messages arrive in order
@@ -104,13 +104,13 @@ async def test_a_crowd_that_leaves_at_once_leaves_nothing_open(
 
 async def test_a_client_that_left_is_counted_as_such(server: LiveServer, engine: FakeEngine) -> None:
     async with httpx.AsyncClient(base_url=server.url) as client:
-        for stream in (False, True):
+        for count, stream in enumerate((False, True), 1):
             async with request(server, COMPLETIONS, stream=stream):
-                await engine.until(lambda engine: len(engine.submitted) > stream)
+                await engine.submissions(count)
         counted = 'persimmon_http_requests_total{endpoint="/v1/completions",status="499"} 2.0'
         async with asyncio.timeout(20):
             while counted not in (await client.get("/metrics")).text:
-                await asyncio.sleep(0.01)
+                pass
 
 
 async def never_receives() -> Message:

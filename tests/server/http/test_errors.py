@@ -15,6 +15,8 @@ ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 PROMPT_FORMS = "it must be a string, a list of strings, a list of token ids or a list of such lists, not empty"
 CONTENT_FORMS = 'it must be a string or a list of parts like {"type": "text", "text": "..."}; only text is read'
 
+BAD_PROMPTS: list[object] = [[], [[]], 5, {"text": "a"}, [1.5], [True], ["a", 5], ["a", [5]], [[5], []], [[[5]]]]
+
 
 def messages(*contents: object) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": content} for content in contents]}
@@ -26,7 +28,7 @@ BAD_REQUESTS: list[tuple[str, dict[str, Any], str, str | None, str | None]] = [
     (CHAT, {}, "Missing required parameter: 'messages'.", "messages", "missing_required_parameter"),
     *(
         (COMPLETIONS, {"prompt": prompt}, f"Invalid 'prompt': {PROMPT_FORMS}.", "prompt", None)
-        for prompt in ([], [[]], 5, {"text": "a"}, [1.5], [True], ["a", 5], ["a", [5]], [[5], []], [[[5]]])
+        for prompt in BAD_PROMPTS
     ),
     (
         COMPLETIONS,

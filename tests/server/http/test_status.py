@@ -6,9 +6,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from model.config import PersimmonConfig
 from model.tokenizer import Tokenizer
-from server.engine.client import EngineClient
+from server.engine.client import EngineClient, EngineDeadError
+from server.engine.messages import Sampling
 from server.http.app import create_app
-from tests.server.http.conftest import until_ready
 from tests.server.http.fake_engine import MAX_MODEL_LEN, FakeEngine, says
 
 pytestmark = pytest.mark.anyio
@@ -54,21 +54,22 @@ async def test_probes_follow_the_engine_from_loading_to_its_end(tokenizer: Token
 
             await engine.until(lambda engine: bool(engine.workers))
             await engine.become_ready()
-            await until_ready(client)
+            async with asyncio.timeout(20):
+                await client.wait_until_ready()
             assert await statuses() == [200, 200, 200, 200]
             assert (await http.get("/health")).json() == {"status": "ready"}
 
-            await engine.die()
-            async with asyncio.timeout(20):
-                while client.ready:
-                    await asyncio.sleep(0.001)
+            assert engine.submitted == []  # no probe asked it for anything
+            with client.submit([5], 9, [], Sampling()) as outputs:
+                await engine.die()
+                with pytest.raises(EngineDeadError):
+                    await anext(outputs)
             assert await statuses() == [503, 503, 200, 200]
             assert (await http.get("/health")).json()["status"] == "dead"
             refused = await http.post(COMPLETIONS, json={"prompt": "Hello"})
             assert refused.status_code == 503
             assert refused.json()["error"]["code"] == "engine_dead"
         await client.close()
-        assert engine.submitted == []
 
 
 async def test_the_served_model_is_listed_and_no_other(http: httpx.AsyncClient) -> None:

@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import functools
+import itertools
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 
@@ -294,7 +295,7 @@ def test_the_pieces_of_a_text_join_to_the_same_text_however_its_tokens_come(
     tokenizer: Tokenizer, token_ids: list[int], cuts: set[int], stop: list[str]
 ) -> None:
     bounds = sorted({0, *(cut for cut in cuts if cut < len(token_ids)), len(token_ids)})
-    steps = [token_ids[start:end] for start, end in zip(bounds, bounds[1:], strict=False)] or [[]]
+    steps = [token_ids[start:end] for start, end in itertools.pairwise(bounds)] or [[]]
     sample = SampleText(0, tokenizer.detokenizer(), StopChecker(StopStrings(stop)))
     text = ""
     for output in outputs(1, steps):

@@ -34,7 +34,7 @@ if __name__ == "__main__":
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
     listener = socket.create_server(("127.0.0.1", 0))
-    arguments = (Settings(), pathlib.Path(sys.argv[1]), "demo", "tcp://127.0.0.1:9", listener, sender)
+    arguments = (Settings(), pathlib.Path(sys.argv[1]), "demo", sys.argv[2], listener, sender)
     spawn.Process(target=run_api_worker, args=arguments).start()
     receiver.recv()
     print(listener.getsockname()[1], flush=True)
@@ -56,9 +56,7 @@ async def worker(engine: FakeEngine, drain_seconds: float) -> AsyncIterator[tupl
     try:
         async with httpx.AsyncClient(base_url=url, timeout=60) as client:
             assert await asyncio.to_thread(receiver.recv) == READY
-            async with asyncio.timeout(60):
-                while (await client.get("/readyz")).status_code != 200:
-                    await asyncio.sleep(0.01)
+            assert (await client.get("/readyz")).status_code == 200
             yield process, client
     finally:
         process.kill()
@@ -112,22 +110,25 @@ async def test_an_idle_worker_ignores_ctrl_c_and_ends_at_sigterm(engine: FakeEng
     assert process.exitcode == 0
 
 
-def test_a_worker_ends_when_its_supervisor_is_killed(tmp_path: Path) -> None:
+async def test_a_worker_ends_when_its_supervisor_is_killed(engine: FakeEngine, tmp_path: Path) -> None:
     program = tmp_path / "supervisor.py"
     program.write_text(SUPERVISOR)
-    with subprocess.Popen([sys.executable, program, DEMO], stdout=subprocess.PIPE, text=True) as supervisor:
-        assert supervisor.stdout is not None
-        try:
-            port = int(supervisor.stdout.readline())
-            with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
-                connection.sendall(b"GET /livez HTTP/1.1\r\nHost: server\r\n\r\n")
-                assert b"200 OK" in connection.recv(4096)
-                supervisor.kill()
-                with contextlib.suppress(ConnectionResetError):
-                    while connection.recv(4096):
-                        pass  # until the worker is gone and its connections with it
-        finally:
+    supervisor = await asyncio.create_subprocess_exec(
+        sys.executable, program, DEMO, engine.address, stdout=asyncio.subprocess.PIPE
+    )
+    assert supervisor.stdout is not None
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(await supervisor.stdout.readline()))
+        writer.write(b"GET /livez HTTP/1.1\r\nHost: server\r\n\r\n")
+        assert b"200 OK" in await reader.readline()
+        supervisor.kill()
+        with contextlib.suppress(ConnectionError):
+            await reader.read()  # to the end, which comes when the worker is gone
+        writer.close()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
             supervisor.kill()
+        await supervisor.communicate()  # to the end of its output, which the worker has too
 
 
 def test_a_worker_never_imports_torch() -> None:

@@ -1,0 +1,110 @@
+import json
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks.peers import OURS, VLLM, Measurement, agreement, our_server, summarize, table, vllm_server
+from benchmarks.serve import Answer, Distribution, Report, Round, Workload
+from benchmarks.servers import Server, ServerFailedError, running
+
+LIMITS = ("--max-model-len", "64", "--max-num-seqs", "4")
+HEALTHY = """
+import http.server, json, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = json.dumps({"version": "7", "child": child.pid}).encode()
+        self.send_response(200); self.send_header("Content-Length", str(len(body))); self.end_headers()
+        self.wfile.write(body)
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def python_server(script: str) -> Server:
+    return Server("fake", (sys.executable, "-c", script), "fake", ("{port}", "{checkpoint}"), {})
+
+
+def measurement(server: str, tokens_per_s: float) -> Measurement:
+    latency = Distribution.of([0.25, 0.5])
+    report = Report(
+        Workload(prompts=2, streams=2),
+        1.0,
+        2,
+        {},
+        6,
+        8,
+        tokens_per_s,
+        2.0,
+        1.0,
+        latency,
+        latency,
+        latency,
+        latency,
+        0.1,
+    )
+    return Measurement(server, 1, 3.0, report, 1.5, 0.1)
+
+
+def round_of(*texts: str) -> Round:
+    answers = tuple(Answer(0.0, (1.0,), 2.0, text, 3, 4) for text in texts)
+    return Round(measurement(OURS, 1.0).report, answers)
+
+
+def test_a_server_that_ends_at_once_is_reported_with_its_log(tmp_path: Path) -> None:
+    broken = python_server("import sys; print('cannot open the checkpoint'); sys.exit(2)")
+    with (
+        pytest.raises(ServerFailedError, match=r"(?s)ended with code 2.*cannot open the checkpoint"),
+        running(broken, tmp_path, tmp_path / "log", start_timeout_s=60),
+    ):
+        pass
+
+
+def test_a_server_that_is_never_healthy_is_reported_and_stopped(tmp_path: Path) -> None:
+    stuck = python_server("import time; print('loading', flush=True); time.sleep(600)")
+    with (
+        pytest.raises(ServerFailedError, match=r"(?s)not healthy in 1 s"),
+        running(stuck, tmp_path, tmp_path / "log", start_timeout_s=1),
+    ):
+        pass
+    assert not [child for child in psutil.Process().children() if "time.sleep" in " ".join(child.cmdline())]
+
+
+def test_no_process_of_a_server_outlives_its_measurement(tmp_path: Path) -> None:
+    with running(python_server(HEALTHY), tmp_path, tmp_path / "log", start_timeout_s=60) as server:
+        first = psutil.Process(server.process_id)
+        family = [first, *first.children()]
+        assert len(family) == 2
+        assert server.version == "7"
+        assert server.cpu_seconds() > 0
+    assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_reported_commands_carry_no_path_of_this_machine(tmp_path: Path) -> None:
+    for server in (our_server(LIMITS), vllm_server(tmp_path / "bin" / "vllm", {"OMP_NUM_THREADS": "2"}, LIMITS)):
+        assert "/" not in server.shown_command
+        assert "CHECKPOINT" in server.shown_command
+        assert str(tmp_path / "model") in server.command(tmp_path / "model", 8000)
+        assert "8000" in server.command(tmp_path / "model", 8000)
+
+
+def test_the_table_has_the_ratio_of_medians() -> None:
+    rounds = [measurement(OURS, tokens) for tokens in (300.0, 100.0, 200.0)]
+    rounds += [measurement(VLLM, tokens) for tokens in (80.0, 100.0, 5000.0)]
+    row = next(line for line in table(summarize(rounds)).splitlines() if "output tokens/s" in line)
+    assert row == "| 2 | output tokens/s | 200.0 (100.0-300.0) | 100.0 (80.0-5,000.0) | 2.00 |"
+
+
+def test_the_table_stands_with_one_server_alone() -> None:
+    row = next(line for line in table(summarize([measurement(OURS, 100.0)])).splitlines() if "output tokens/s" in line)
+    assert row == "| 2 | output tokens/s | 100.0 (100.0-100.0) |  |  |"
+
+
+def test_answers_agree_where_their_texts_do() -> None:
+    compared = agreement(1, round_of("a", "b", "c"), round_of("a", "x", "c"))
+    assert (compared.prompts, compared.same_text) == (3, 2)
+
+
+def test_summaries_can_be_written_as_json() -> None:
+    assert json.loads(json.dumps([vars(summary) for summary in summarize([measurement(OURS, 1.0)])]))

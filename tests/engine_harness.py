@@ -1,0 +1,132 @@
+"""Scheduler, block pool and runner in one process, wired as the engine process wires them, without sockets.
+
+Every KV row is NaN until a sequence writes it, so a kernel that reads what it must not read is found out.
+"""
+
+from collections.abc import Sequence as Ids
+from pathlib import Path
+
+import torch
+
+import kernels
+from model.checkpoint import Checkpoint
+from model.config import PersimmonConfig
+from model.kv_cache import KVCache
+from model.persimmon import Persimmon
+from model.runner import Runner
+from server.engine.blocks import BlockPool
+from server.engine.messages import EngineStats, Sampling
+from server.engine.process import PlanRunner
+from server.engine.scheduler import Scheduler
+from server.engine.sequence import Sequence
+
+CPU = torch.device("cpu")
+GREEDY = Sampling(temperature=0.0)
+
+
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Persimmon:
+    """A checkpoint's network on the CPU."""
+    config = PersimmonConfig.from_folder(folder)
+    tensors = Checkpoint.open(folder, config).tensors()
+    return Persimmon(config, tensors, dtype, CPU, kernels.for_device(CPU))
+
+
+def poisoned_cache(model: Persimmon, num_blocks: int, block_size: int) -> KVCache:
+    """A KV cache full of NaN."""
+    cache = KVCache.allocate(model.config, num_blocks, block_size, model.dtype, CPU)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.fill_(float("nan"))
+    return cache
+
+
+def blocks_for(lengths: Ids[int], block_size: int) -> int:
+    """Blocks that sequences of these lengths fill or begin."""
+    return sum(-(-length // block_size) for length in lengths)
+
+
+class Harness:
+    """An engine that generates for whoever calls it.
+
+    Args:
+        model: the network.
+        num_blocks: KV blocks.
+        block_size: tokens in a block.
+        max_num_seqs: most sequences that run at once.
+        max_num_batched_tokens: token budget of a step.
+        prefix_caching: whether full blocks are found again.
+    """
+
+    def __init__(
+        self,
+        model: Persimmon,
+        *,
+        num_blocks: int,
+        block_size: int = 16,
+        max_num_seqs: int = 32,
+        max_num_batched_tokens: int = 2048,
+        prefix_caching: bool = False,
+    ) -> None:
+        self.pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching)
+        self.scheduler = Scheduler(
+            self.pool,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=min(num_blocks * block_size, model.config.max_position_embeddings),
+        )
+        cache = poisoned_cache(model, num_blocks, block_size)
+        self._run = PlanRunner(Runner(model, cache, kernels.for_device(CPU)))
+
+    def generate(
+        self,
+        prompts: Ids[list[int]],
+        max_tokens: int,
+        *,
+        sampling: Ids[Sampling] | None = None,
+        arrivals: Ids[int] | None = None,
+    ) -> list[Sequence]:
+        """Runs until all have finished, and checks that every block is free then.
+
+        Args:
+            prompts: token ids.
+            max_tokens: new tokens for each.
+            sampling: how each draws; greedily by default.
+            arrivals: before which step each arrives, in any order; all before the first by default.
+
+        Returns:
+            The finished sequences, in the order of the prompts.
+        """
+        sequences = [
+            Sequence(key=key, token_ids=list(prompt), max_tokens=max_tokens, sampling=own)
+            for key, (prompt, own) in enumerate(
+                zip(prompts, sampling if sampling is not None else [GREEDY] * len(prompts), strict=True)
+            )
+        ]
+        steps = arrivals if arrivals is not None else [0] * len(prompts)
+        waiting = [sequence for _, sequence in sorted(zip(steps, sequences, strict=True), key=lambda pair: pair[0])]
+        due = sorted(steps)
+        step = 0
+        while waiting or self.scheduler.has_work:
+            while waiting and due[0] <= step:
+                self.scheduler.add(waiting.pop(0))
+                del due[0]
+            if self.scheduler.has_work:
+                plan = self.scheduler.plan()
+                self.scheduler.commit(plan, self._run(plan))
+            step += 1
+        if self.pool.num_free != self.pool.num_blocks:
+            raise AssertionError(f"{self.pool.num_blocks - self.pool.num_free} blocks are still held")
+        return sequences
+
+    def outputs(self, prompts: Ids[list[int]], max_tokens: int, arrivals: Ids[int] | None = None) -> list[list[int]]:
+        """Greedy continuations."""
+        return [new_tokens(sequence) for sequence in self.generate(prompts, max_tokens, arrivals=arrivals)]
+
+    @property
+    def stats(self) -> EngineStats:
+        """The scheduler's counts."""
+        return self.scheduler.stats()
+
+
+def new_tokens(sequence: Sequence) -> list[int]:
+    """What was generated."""
+    return sequence.token_ids[sequence.prompt_length :]

@@ -1,0 +1,263 @@
+"""The memory plan: its sums, its errors, the container's limit, and its estimate against what a step allocates."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import kernels
+from model.checkpoint import dummy_tensors
+from model.config import PersimmonConfig
+from model.kv_cache import KVCache, block_bytes
+from model.memory import GIB, MemoryPlan, MemoryPlanError, activation_bytes, available_memory, plan_memory
+from model.persimmon import Persimmon
+from model.runner import Runner, SequenceInput
+from model.sampler import SamplingParams
+
+CPU = torch.device("cpu")
+GPU = torch.device("cuda")
+MIB = 1 << 20
+
+PERSIMMON_8B = PersimmonConfig(
+    vocab_size=262144,
+    hidden_size=4096,
+    intermediate_size=16384,
+    num_hidden_layers=36,
+    num_attention_heads=64,
+    max_position_embeddings=16384,
+)
+SMALL = PersimmonConfig(
+    vocab_size=4096,
+    hidden_size=128,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=4096,
+)
+
+
+def plan(config: PersimmonConfig = SMALL, **changes: Any) -> MemoryPlan:
+    arguments: dict[str, Any] = {
+        "available": GIB,
+        "dtype": torch.float32,
+        "device": CPU,
+        "block_size": 16,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 256,
+        "max_model_len": None,
+        "kv_cache_bytes": None,
+    }
+    return plan_memory(config, **(arguments | changes))
+
+
+class TestPlan:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+    @pytest.mark.parametrize("available", [64 * MIB, 200 * MIB, 4 * GIB])
+    def test_parts_fit_into_what_is_available(self, available: int, device: torch.device, dtype: torch.dtype) -> None:
+        made = plan(available=available, device=device, dtype=dtype)
+        assert made.available == available
+        assert made.weights + made.activations + made.kv_cache <= available
+        assert made.kv_cache == made.num_blocks * made.block_bytes
+        assert made.kv_tokens == made.num_blocks * 16
+        assert 1 <= made.max_model_len <= made.kv_tokens
+
+    def test_persimmon_8b_has_the_known_sizes(self) -> None:
+        made = plan(PERSIMMON_8B, available=80 * GIB, device=GPU, dtype=torch.float16)
+        assert made.weights == 2 * 9_397_175_296
+        assert made.block_bytes == 16 * 589_824
+        assert made.max_model_len == 16384
+
+    def test_weights_are_the_model_s(self) -> None:
+        tensors = dummy_tensors(SMALL, torch.float32, CPU, 0)
+        assert plan().weights == sum(tensor.nbytes for _, tensor in tensors)
+
+    def test_tied_embeddings_are_counted_once(self) -> None:
+        table = SMALL.vocab_size * SMALL.hidden_size * 4
+        assert plan(replace(SMALL, tie_word_embeddings=True)).weights == plan().weights - table
+
+    @pytest.mark.parametrize("block_size", [16, 32, 64])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_block_bytes_are_what_the_cache_allocates(self, dtype: torch.dtype, block_size: int) -> None:
+        cache = KVCache.allocate(SMALL, 5, block_size, dtype, CPU)
+        allocated = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
+        assert allocated == 5 * block_bytes(SMALL, block_size, dtype)
+
+    def test_a_gpu_gives_the_cache_all_that_is_left(self) -> None:
+        made = plan(device=GPU)
+        assert 0 <= GIB - made.weights - made.activations - made.kv_cache < made.block_bytes
+
+    def test_a_cpu_gives_the_cache_room_for_every_sequence_and_no_more(self) -> None:
+        made = plan(available=64 * GIB, max_model_len=1000, max_num_seqs=3)
+        assert made.num_blocks == 3 * 63
+
+    def test_a_cpu_gives_the_cache_at_most_a_quarter_of_the_memory(self) -> None:
+        made = plan(max_num_seqs=1000, available=2 * GIB)
+        assert GIB // 2 - made.block_bytes < made.kv_cache <= GIB // 2
+
+    def test_an_explicit_cache_is_as_large_as_asked(self) -> None:
+        made = plan(kv_cache_bytes=10 * MIB)
+        assert 10 * MIB - made.block_bytes < made.kv_cache <= 10 * MIB
+
+
+class TestMaxModelLen:
+    def test_is_what_the_model_was_trained_for(self) -> None:
+        assert plan().max_model_len == 4096
+
+    def test_shrinks_to_what_the_cache_holds_when_nobody_chose_it(self) -> None:
+        made = plan(kv_cache_bytes=10 * plan().block_bytes)
+        assert made.num_blocks == 10
+        assert made.max_model_len == 160
+
+    def test_is_what_was_asked_for(self) -> None:
+        assert plan(max_model_len=1000).max_model_len == 1000
+        assert plan(max_model_len=160, kv_cache_bytes=10 * plan().block_bytes).max_model_len == 160
+
+
+class TestErrors:
+    """One line with the numbers and the flag to change."""
+
+    @staticmethod
+    def error(config: PersimmonConfig = SMALL, **changes: Any) -> str:
+        with pytest.raises(MemoryPlanError) as caught:
+            plan(config, **changes)
+        message = str(caught.value)
+        assert "\n" not in message
+        assert "-0." not in message
+        return message
+
+    def test_more_tokens_than_the_model_was_trained_for(self) -> None:
+        message = self.error(max_model_len=4097)
+        assert "--max-model-len is 4097" in message
+        assert "give at most 4096" in message
+
+    def test_more_tokens_than_the_cache_holds(self) -> None:
+        message = self.error(max_model_len=161, kv_cache_bytes=10 * plan().block_bytes)
+        assert "--max-model-len is 161" in message
+        assert "holds 160 tokens" in message
+        assert "lower it to 160" in message
+        assert "--kv-cache-memory" in message
+
+    def test_the_advised_length_is_accepted(self) -> None:
+        message = self.error(max_model_len=4096, kv_cache_bytes=3 * MIB)
+        advised = re.search(r"lower it to (\d+)", message)
+        assert advised is not None
+        assert plan(max_model_len=int(advised[1]), kv_cache_bytes=3 * MIB).max_model_len == int(advised[1])
+
+    def test_a_cache_larger_than_the_memory(self) -> None:
+        message = self.error(kv_cache_bytes=2 * GIB)
+        assert "KV cache 2.00 GiB of 1.00 GiB available" in message
+        assert "lower --kv-cache-memory" in message
+
+    def test_a_cache_smaller_than_a_block(self) -> None:
+        assert "one KV block" in self.error(kv_cache_bytes=1000)
+
+    @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+    def test_weights_larger_than_the_memory(self, device: torch.device) -> None:
+        message = self.error(PERSIMMON_8B, available=16 * GIB, device=device, dtype=torch.float16)
+        assert "weights 17.50 GiB" in message
+        assert "KV cache 0.00 GiB of 16.00 GiB available" in message
+        assert "--max-num-batched-tokens" in message
+
+    def test_nothing_left_for_the_cache(self) -> None:
+        made = plan()
+        message = self.error(available=made.weights + made.activations + made.block_bytes - 1)
+        assert "the memory does not suffice" in message
+        assert plan(available=made.weights + made.activations + made.block_bytes).num_blocks == 1
+
+
+class TestAvailableMemory:
+    @staticmethod
+    def write(folder: Path, files: Mapping[str, object]) -> Path:
+        for name, content in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(f"{content}\n")
+        return folder
+
+    @pytest.fixture(autouse=True)
+    def machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A machine with 10 GiB free."""
+        memory = psutil.virtual_memory()._replace(available=10 * GIB)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+
+    def test_is_what_the_machine_has_free_without_a_container(self, tmp_path: Path) -> None:
+        assert available_memory(CPU, 0.9, tmp_path) == 10 * GIB
+
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_is_what_the_container_still_grants(self, tmp_path: Path, version: int) -> None:
+        assert available_memory(CPU, 0.9, self.container(tmp_path, version, 4 * GIB, 3 * GIB, 0)) == GIB
+
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_counts_the_container_s_idle_file_pages_as_free(self, tmp_path: Path, version: int) -> None:
+        assert available_memory(CPU, 0.9, self.container(tmp_path, version, 4 * GIB, 3 * GIB, 2 * GIB)) == 3 * GIB
+
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_is_never_negative(self, tmp_path: Path, version: int) -> None:
+        assert available_memory(CPU, 0.9, self.container(tmp_path, version, GIB, 2 * GIB, 0)) == 0
+
+    def test_a_container_cannot_have_more_than_the_machine(self, tmp_path: Path) -> None:
+        assert available_memory(CPU, 0.9, self.container(tmp_path, 1, 2**63 - 4096, GIB, 0)) == 10 * GIB
+
+    def test_a_container_without_a_limit_has_the_machine_s(self, tmp_path: Path) -> None:
+        files = {"memory.max": "max", "memory.current": GIB, "memory.stat": "inactive_file 0"}
+        assert available_memory(CPU, 0.9, self.write(tmp_path, files)) == 10 * GIB
+
+    def container(self, folder: Path, version: int, limit: int, usage: int, idle: int) -> Path:
+        """The files of a control group."""
+        statistics = f"cache 1\n{'total_' if version == 1 else ''}inactive_file {idle}\nrss 2"
+        names = {
+            1: ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+            2: ("memory.max", "memory.current", "memory.stat"),
+        }[version]
+        return self.write(folder, dict(zip(names, (limit, usage, statistics), strict=True)))
+
+
+class TestActivations:
+    @pytest.mark.parametrize(
+        ("sequences", "tokens", "context", "sampling"),
+        [
+            pytest.param(1, 512, 0, SamplingParams(), id="a prompt"),
+            pytest.param(1, 512, 2048, SamplingParams(), id="a chunk after a long context"),
+            pytest.param(1, 64, 4032, SamplingParams(), id="a small chunk after the longest context"),
+            pytest.param(64, 64, 300, SamplingParams(), id="decodes"),
+            pytest.param(64, 64, 10, SamplingParams(temperature=1.0), id="draws"),
+            pytest.param(64, 64, 10, SamplingParams(temperature=1.0, top_p=0.9, min_p=0.1), id="draws with top-p"),
+            pytest.param(32, 512, 500, SamplingParams(temperature=1.0, top_k=5, top_p=0.5), id="everything at once"),
+        ],
+    )
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_estimate_is_not_below_what_a_step_allocates(
+        self, dtype: torch.dtype, sequences: int, tokens: int, context: int, sampling: SamplingParams
+    ) -> None:
+        operations = kernels.for_device(CPU)
+        model = Persimmon(SMALL, dummy_tensors(SMALL, dtype, CPU, 0), dtype, CPU, operations)
+        blocks = list(range(-(-(context + tokens) // 16)))
+        cache = KVCache.allocate(SMALL, len(blocks), 16, dtype, CPU)
+        for tensor in (*cache.keys, *cache.values):
+            tensor.zero_()
+        # All read and write the same blocks: it is the sizes that count here.
+        counts = [1] * (sequences - 1) + [tokens - sequences + 1]
+        batch = [SequenceInput([5] * count, context, blocks, sampling) for count in counts]
+        runner = Runner(model, cache, operations)
+        runner.run(batch)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            runner.run(batch)
+        peak = _peak_bytes(profiler)
+        assert peak > 0
+        assert peak <= activation_bytes(SMALL, dtype, sequences, tokens, context + tokens)
+
+
+def _peak_bytes(profiler: Any) -> int:
+    """The most that was allocated at once, beyond what was there before."""
+    allocated = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
+    return peak

@@ -1,0 +1,290 @@
+"""The asyncio side of the engine: streams get their own tokens, end once, and never wait for a dead engine."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+import msgspec
+import pytest
+
+from server.engine.client import EngineClient, EngineDeadError, EngineNotReadyError, SequenceStream
+from server.engine.messages import Sampling, SequenceOutput, StepOutput, Submit
+from tests.server.http.fake_engine import MAX_MODEL_LEN, STATS, FakeEngine, outputs, says
+
+pytestmark = pytest.mark.anyio
+
+PATIENCE = 20.0
+SAMPLING = Sampling(temperature=0.5, seed=3)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@contextlib.asynccontextmanager
+async def connected(engine: FakeEngine) -> AsyncIterator[EngineClient]:
+    client = EngineClient(engine.address)
+    await client.start()
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+@pytest.fixture
+async def engine(anyio_backend: str) -> AsyncIterator[FakeEngine]:
+    async with FakeEngine() as engine:
+        yield engine
+
+
+@pytest.fixture
+async def client(engine: FakeEngine) -> AsyncIterator[EngineClient]:
+    async with connected(engine) as client:
+        async with asyncio.timeout(PATIENCE):
+            await client.wait_until_ready()
+        yield client
+
+
+async def read(stream: SequenceStream) -> SequenceOutput:
+    async with asyncio.timeout(PATIENCE):
+        return await anext(stream)
+
+
+async def read_all(stream: SequenceStream) -> SequenceOutput:
+    """Everything that comes until the end, as one output."""
+    tokens: list[int] = []
+    while True:
+        output = await read(stream)
+        tokens += output.token_ids
+        if stream.finished:
+            return msgspec.structs.replace(output, token_ids=tokens)
+
+
+async def until(happened: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not happened():  # noqa: ASYNC110 - the client has no event for it
+            await asyncio.sleep(0.002)
+
+
+async def news_has_come(engine: FakeEngine, client: EngineClient) -> None:
+    """Returns once the client has taken all that the engine has sent so far."""
+    with client.submit([0], 2, [], SAMPLING) as stream:
+        await engine.until(lambda engine: stream.sequence_id in [submit.sequence_id for submit in engine.submitted])
+        await engine.send(stream.sequence_id, [0], "length")
+        await read(stream)
+
+
+async def test_nothing_is_submitted_while_the_model_loads() -> None:
+    async with FakeEngine(ready=False) as engine, connected(engine) as client:
+        await engine.until(lambda engine: len(engine.workers) == 1)
+        assert client.info is None
+        with pytest.raises(EngineNotReadyError), client.submit([1], 1, [], SAMPLING):
+            pass
+        await engine.become_ready()
+        async with asyncio.timeout(PATIENCE):
+            await client.wait_until_ready()
+        assert client.ready
+        assert client.open_streams == 0
+        assert engine.submitted == []
+
+
+async def test_the_engines_limits_and_state_are_known_when_it_is_ready(client: EngineClient) -> None:
+    assert client.info is not None
+    assert client.info.max_model_len == MAX_MODEL_LEN
+    assert client.stats == STATS
+
+
+async def test_a_submission_carries_all_that_was_asked_for(client: EngineClient, engine: FakeEngine) -> None:
+    with client.submit([5, 6], 9, [7, 8], SAMPLING) as stream:
+        (submit,) = await engine.submissions(1)
+        assert submit == Submit(stream.sequence_id, [5, 6], 9, [7, 8], SAMPLING)
+
+
+async def test_a_stream_yields_its_tokens_and_ends(client: EngineClient, engine: FakeEngine) -> None:
+    with client.submit([1], 9, [], SAMPLING) as stream:
+        await engine.submissions(1)
+        for token, reason in ((4, None), (5, None), (6, "stop")):
+            await engine.send(stream.sequence_id, [token], reason)
+            output = await read(stream)
+            assert (output.token_ids, output.finish_reason) == ([token], reason)
+        assert stream.finished
+        assert [output async for output in stream] == []
+    assert client.open_streams == 0
+
+
+async def test_concurrent_streams_get_their_own_tokens(client: EngineClient, engine: FakeEngine) -> None:
+    engine.script = lambda submit: outputs(submit.sequence_id, [[token] for token in submit.token_ids])
+
+    async def generate(prompt: list[int]) -> list[int]:
+        with client.submit(prompt, 3, [], SAMPLING) as stream:
+            return (await read_all(stream)).token_ids
+
+    prompts = [[i, i + 1, 2 * i] for i in range(50)]
+    assert await asyncio.gather(*map(generate, prompts)) == prompts
+    assert engine.aborted == []
+
+
+async def test_the_engines_error_reaches_the_reader(client: EngineClient, engine: FakeEngine) -> None:
+    with client.submit([1], 9, [], SAMPLING) as stream:
+        await engine.submissions(1)
+        await engine.send_output(SequenceOutput(stream.sequence_id, [], "error", error="it is too long"))
+        output = await read(stream)
+    assert (output.finish_reason, output.error) == ("error", "it is too long")
+    assert stream.finished
+
+
+async def test_leaving_early_aborts_once(client: EngineClient, engine: FakeEngine) -> None:
+    with client.submit([1], 9, [], SAMPLING) as stream:
+        await engine.submissions(1)
+        await engine.send(stream.sequence_id, [4])
+        await read(stream)
+    assert client.open_streams == 0
+    assert await engine.aborts(1) == [stream.sequence_id]
+    await news_has_come(engine, client)
+    assert engine.aborted == [stream.sequence_id]
+
+
+async def test_leaving_before_anything_has_come_aborts(client: EngineClient, engine: FakeEngine) -> None:
+    with client.submit([1], 9, [], SAMPLING) as stream:
+        pass
+    assert await engine.aborts(1) == [stream.sequence_id]
+
+
+async def test_a_cancelled_reader_aborts(client: EngineClient, engine: FakeEngine) -> None:
+    async def generate() -> None:
+        with client.submit([1], 9, [], SAMPLING) as stream:
+            await read_all(stream)
+
+    reader = asyncio.create_task(generate())
+    (submit,) = await engine.submissions(1)
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    assert await engine.aborts(1) == [submit.sequence_id]
+
+
+async def test_nothing_is_aborted_after_the_end(client: EngineClient, engine: FakeEngine) -> None:
+    engine.script = says([3, 4])
+    with client.submit([1], 2, [], SAMPLING) as stream:
+        await read_all(stream)
+    engine.script = lambda submit: []
+    await news_has_come(engine, client)
+    assert engine.aborted == []
+
+
+async def test_nothing_is_aborted_when_the_end_came_unread(client: EngineClient, engine: FakeEngine) -> None:
+    with client.submit([1], 2, [], SAMPLING) as stream:
+        await engine.submissions(1)
+        await engine.send(stream.sequence_id, [4], "stop")
+        await news_has_come(engine, client)
+    await news_has_come(engine, client)
+    assert engine.aborted == []
+
+
+async def test_outputs_for_sequences_that_were_left_or_never_were_are_ignored(
+    client: EngineClient, engine: FakeEngine
+) -> None:
+    with client.submit([1], 9, [], SAMPLING) as left:
+        await engine.submissions(1)
+    with client.submit([2], 9, [], SAMPLING) as stream:
+        await engine.submissions(2)
+        others = [
+            SequenceOutput(left.sequence_id, [7], "stop"),
+            SequenceOutput(999, [8]),
+            SequenceOutput(998, [], "stop"),
+        ]
+        own = SequenceOutput(stream.sequence_id, [9], "stop")
+        await engine._send(engine.workers[0], StepOutput([*others, own], STATS))
+        assert (await read_all(stream)).token_ids == [9]
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0):
+            await anext(left)
+
+
+async def test_open_streams_end_when_the_engine_dies(client: EngineClient, engine: FakeEngine) -> None:
+    with client.submit([1], 9, [], SAMPLING) as one, client.submit([1], 9, [], SAMPLING) as other:
+        await engine.submissions(2)
+        waiting = asyncio.create_task(read(one))
+        await engine.send(other.sequence_id, [4])
+        assert (await read(other)).token_ids == [4]
+        await engine.die()
+        for reader in (waiting, read(other), read(other)):
+            with pytest.raises(EngineDeadError):
+                await reader
+    assert client.dead
+    assert not client.ready
+    assert client.open_streams == 0
+
+
+async def test_nothing_is_submitted_to_a_dead_engine(client: EngineClient, engine: FakeEngine) -> None:
+    await engine.die()
+    await until(lambda: client.dead)
+    with pytest.raises(EngineDeadError), client.submit([1], 1, [], SAMPLING):
+        pass
+
+
+async def test_an_engine_that_dies_while_it_loads_is_dead() -> None:
+    async with FakeEngine(ready=False) as engine, connected(engine) as client:
+        await engine.until(lambda engine: len(engine.workers) == 1)
+        await engine.die()
+        await until(lambda: client.dead)
+        with pytest.raises(EngineDeadError), client.submit([1], 1, [], SAMPLING):
+            pass
+
+
+@pytest.mark.parametrize("garbage", [b"", b"\xffnoise", b"\x92\xa5rea\x93y\x91\x01"])
+async def test_streams_end_when_the_engine_cannot_be_understood(
+    client: EngineClient, engine: FakeEngine, garbage: bytes
+) -> None:
+    with client.submit([1], 9, [], SAMPLING) as stream:
+        await engine.submissions(1)
+        await engine._socket.send_multipart([engine.workers[0], garbage])
+        with pytest.raises(EngineDeadError, match="cannot be read"):
+            await read(stream)
+    assert client.dead
+
+
+async def test_closing_ends_open_streams(engine: FakeEngine) -> None:
+    client = EngineClient(engine.address)
+    await client.start()
+    async with asyncio.timeout(PATIENCE):
+        await client.wait_until_ready()
+    with client.submit([1], 9, [], SAMPLING) as stream:
+        await engine.submissions(1)
+        waiting = asyncio.create_task(read(stream))
+        await asyncio.sleep(0)
+        await client.close()
+        with pytest.raises(EngineDeadError, match="shutting down"):
+            await waiting
+    assert client.open_streams == 0
+    with pytest.raises(EngineDeadError), client.submit([1], 1, [], SAMPLING):
+        pass
+
+
+async def test_outputs_that_come_while_the_reader_is_busy_are_merged() -> None:
+    stream = SequenceStream(1)
+    stream.put(SequenceOutput(1, [4], cached_tokens=2))
+    stream.put(SequenceOutput(1, [5, 6], cached_tokens=2))
+    assert await read(stream) == SequenceOutput(1, [4, 5, 6], None, cached_tokens=2)
+    assert not stream.finished
+    stream.put(SequenceOutput(1, [7], cached_tokens=2))
+    stream.put(SequenceOutput(1, [], "error", cached_tokens=2, error="the model failed"))
+    assert await read(stream) == SequenceOutput(1, [7], "error", cached_tokens=2, error="the model failed")
+    assert stream.finished
+
+
+async def test_what_came_before_the_engine_died_is_read_first() -> None:
+    stream = SequenceStream(1)
+    stream.put(SequenceOutput(1, [4]))
+    stream.fail(EngineDeadError("the engine process has ended"))
+    assert (await read(stream)).token_ids == [4]
+    with pytest.raises(EngineDeadError):
+        await read(stream)
+
+
+async def test_a_stream_that_ended_before_the_engine_died_has_ended() -> None:
+    stream = SequenceStream(1)
+    stream.put(SequenceOutput(1, [4], "length"))
+    stream.fail(EngineDeadError("the engine process has ended"))
+    assert [output.token_ids async for output in stream] == [[4]]

@@ -1,0 +1,466 @@
+"""The engine's turns over a real socket: everybody gets their own tokens, and no one's end is another's."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import zmq
+
+from server.engine.blocks import BlockPool
+from server.engine.core import MAX_FAILED_STEPS, Engine
+from server.engine.messages import (
+    Abort,
+    EngineStats,
+    FromEngine,
+    Hello,
+    Ready,
+    Sampling,
+    SequenceOutput,
+    StepOutput,
+    Submit,
+    ToEngine,
+)
+from server.engine.scheduler import Scheduler, StepPlan
+from tests.server.engine.simulation import generate_alone, next_token
+
+PATIENCE_MS = 10_000
+LONG = 10_000
+"""More tokens than any test waits for."""
+
+
+class Worker:
+    """An API worker's end of the socket."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+        self.socket = context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.connect(address)
+
+    def send(self, *messages: ToEngine) -> None:
+        for message in messages:
+            self.socket.send(msgspec.msgpack.encode(message))
+
+    def receive(self) -> FromEngine:
+        assert self.socket.poll(PATIENCE_MS), "the engine said nothing"
+        return msgspec.msgpack.decode(self.socket.recv(), type=FromEngine)
+
+    def received(self) -> list[FromEngine]:
+        """What has come until now."""
+        messages = []
+        while self.socket.poll(0):
+            messages.append(self.receive())
+        return messages
+
+    def outputs(self) -> list[SequenceOutput]:
+        """What has come until now of sequences."""
+        steps = [message for message in self.received() if isinstance(message, StepOutput)]
+        return [output for step in steps for output in step.outputs]
+
+
+class House:
+    """An engine whose turns the test takes, with a model that may be told to fail."""
+
+    def __init__(self, address: str, *, max_model_len: int = 2 * LONG, max_num_seqs: int = 4) -> None:
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.address = address
+        self.socket = self.context.socket(zmq.ROUTER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.bind(address)
+        self.pool = BlockPool(-(-max_model_len // 4) + 8, 4)
+        self.scheduler = Scheduler(
+            self.pool, max_num_seqs=max_num_seqs, max_num_batched_tokens=64, max_model_len=max_model_len
+        )
+        self.failures_to_come = 0
+        ready = Ready(
+            max_model_len=max_model_len,
+            block_size=4,
+            total_blocks=self.pool.num_blocks,
+            device="cpu",
+            dtype="float32",
+            stats=self.scheduler.stats(),
+        )
+        self.engine = Engine(self.socket, self.scheduler, self._run, ready)
+
+    def worker(self) -> Worker:
+        """A worker that has been welcomed."""
+        worker = Worker(self.context, self.address)
+        worker.send(Hello())
+        self.turn()
+        assert isinstance(worker.receive(), Ready)
+        return worker
+
+    def turn(self) -> None:
+        # The engine itself waits for ever where nothing is to be done; a test should not.
+        assert self.scheduler.has_work or self.socket.poll(PATIENCE_MS), "nothing has come"
+        self.engine.turn()
+
+    def turn_until(self, happened: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE_MS / 1000
+        while not happened():
+            assert time.monotonic() < deadline
+            if self.scheduler.has_work or self.socket.poll(10):
+                self.engine.turn()
+
+    def finish(self) -> None:
+        while self.scheduler.has_work:
+            self.engine.turn()
+
+    def is_empty(self) -> bool:
+        return not self.scheduler.has_work and self.pool.num_free == self.pool.num_blocks
+
+    def _run(self, plan: StepPlan) -> list[int]:
+        if self.failures_to_come:
+            self.failures_to_come -= 1
+            raise RuntimeError("out of memory")
+        return [next_token(item.sequence.token_ids) for item in plan.scheduled if item.samples]
+
+
+@pytest.fixture
+def house() -> Iterator[House]:
+    """An engine reached within the process, where what was sent has arrived."""
+    house = House("inproc://engine")
+    yield house
+    house.context.destroy(linger=0)
+
+
+@pytest.fixture(params=["inproc", "ipc"])
+def reachable_house(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[House]:
+    """An engine reached within the process, or as it is in production."""
+    house = House("inproc://engine" if request.param == "inproc" else f"ipc://{tmp_path}/e")
+    yield house
+    house.context.destroy(linger=0)
+
+
+def submit(sequence_id: int, prompt: list[int], max_tokens: int, stops: list[int] | None = None) -> Submit:
+    return Submit(sequence_id, prompt, max_tokens, stops or [], Sampling())
+
+
+def tokens_of(outputs: list[SequenceOutput], sequence_id: int) -> list[int]:
+    return [token for output in outputs if output.sequence_id == sequence_id for token in output.token_ids]
+
+
+def last_stats(worker: Worker) -> EngineStats:
+    return worker.received()[-1].stats
+
+
+def test_a_hello_is_answered_with_the_limits_and_the_state(reachable_house: House) -> None:
+    first = reachable_house.worker()
+    first.send(submit(1, [1, 2], LONG))
+    reachable_house.turn()
+    second = Worker(reachable_house.context, reachable_house.address)
+    second.send(Hello())
+    reachable_house.turn_until(lambda: bool(second.socket.poll(0)))
+    ready = second.receive()
+    assert isinstance(ready, Ready)
+    assert (ready.max_model_len, ready.block_size) == (2 * LONG, 4)
+    assert ready.stats.running == 1
+
+
+def test_a_submitted_sequence_gets_its_tokens_one_a_step(reachable_house: House) -> None:
+    worker = reachable_house.worker()
+    worker.send(submit(7, [1, 2, 0], 3))
+    reachable_house.turn_until(lambda: reachable_house.scheduler.stats().generated_tokens == 3)
+    outputs: list[SequenceOutput] = []
+    while len(outputs) < 3:
+        message = worker.receive()
+        assert isinstance(message, StepOutput)
+        outputs += message.outputs
+    assert [output.sequence_id for output in outputs] == [7, 7, 7]
+    assert [output.finish_reason for output in outputs] == [None, None, "length"]
+    assert [output.token_ids for output in outputs] == [[token] for token in generate_alone([1, 2, 0], 3)[0]]
+    assert reachable_house.is_empty()
+
+
+def test_a_stop_token_is_reported_with_its_reason(house: House) -> None:
+    worker = house.worker()
+    expected, reason = generate_alone([1, 2, 0], 50, [1])
+    assert reason == "stop"
+    worker.send(submit(1, [1, 2, 0], 50, [1]))
+    house.turn()
+    house.finish()
+    outputs = worker.outputs()
+    assert tokens_of(outputs, 1) == expected
+    assert outputs[-1].finish_reason == "stop"
+
+
+def test_workers_may_use_the_same_ids_and_get_their_own_tokens(house: House) -> None:
+    workers = [house.worker() for _ in range(3)]
+    prompts = [[1, 1], [2, 0, 1], [0]]
+    for worker, prompt in zip(workers, prompts, strict=True):
+        worker.send(submit(1, prompt, 9), submit(2, [*prompt, 2], 9))
+    house.turn()
+    house.finish()
+    for worker, prompt in zip(workers, prompts, strict=True):
+        outputs = worker.outputs()
+        assert tokens_of(outputs, 1) == generate_alone(prompt, 9)[0]
+        assert tokens_of(outputs, 2) == generate_alone([*prompt, 2], 9)[0]
+
+
+def test_an_id_may_be_used_again_after_its_sequence_has_ended(house: House) -> None:
+    worker = house.worker()
+    for prompt in ([1], [2, 2]):
+        worker.send(submit(1, prompt, 4))
+        house.turn()
+        house.finish()
+        assert tokens_of(worker.outputs(), 1) == generate_alone(prompt, 4)[0]
+
+
+def test_cached_prompt_tokens_are_reported(house: House) -> None:
+    worker = house.worker()
+    for cached in (0, 8):
+        worker.send(submit(1, [0, 1, 2, 0, 1, 2, 0, 1, 2], 2))
+        house.turn()
+        house.finish()
+        assert [output.cached_tokens for output in worker.outputs()] == [cached, cached]
+
+
+def test_every_worker_hears_of_the_state_after_each_step(house: House) -> None:
+    busy, idle = house.worker(), house.worker()
+    idle.received()
+    busy.send(submit(1, [1], 2))
+    house.turn()
+    house.turn()
+    messages = idle.received()
+    assert [message.stats.generated_tokens for message in messages] == [1, 2]
+    assert [message.stats.running for message in messages] == [1, 0]
+    assert all(isinstance(message, StepOutput) and not message.outputs for message in messages)
+
+
+def test_a_running_sequence_is_aborted_before_the_next_step(house: House) -> None:
+    worker = house.worker()
+    worker.send(submit(1, [1], LONG), submit(2, [2], 5))
+    house.turn()
+    worker.send(Abort([1]))
+    worker.outputs()
+    house.turn()
+    assert house.scheduler.num_running == 1
+    house.finish()
+    outputs = worker.outputs()
+    assert [output.sequence_id for output in outputs] == [2] * 4
+    assert house.is_empty()
+
+
+def test_the_last_abort_is_news_for_the_workers(house: House) -> None:
+    worker = house.worker()
+    worker.send(submit(1, [1], LONG))
+    house.turn()
+    worker.send(Abort([1]))
+    house.turn()
+    stats = last_stats(worker)
+    assert (stats.running, stats.waiting, stats.free_blocks) == (0, 0, house.pool.num_blocks)
+
+
+def test_a_queued_sequence_can_be_aborted(house: House) -> None:
+    worker = house.worker()
+    worker.send(*(submit(i, [1], 3) for i in range(4)), submit(4, [2], 3))
+    house.turn()
+    assert house.scheduler.num_waiting == 1
+    worker.send(Abort([4]))
+    house.turn()
+    assert house.scheduler.num_waiting == 0
+    house.finish()
+    assert tokens_of(worker.outputs(), 4) == []
+
+
+def test_an_abort_that_comes_with_its_submission_leaves_nothing(house: House) -> None:
+    worker = house.worker()
+    worker.received()
+    worker.send(submit(1, [1], LONG), Abort([1]))
+    house.turn()
+    assert house.is_empty()
+    assert worker.outputs() == []
+
+
+def test_aborts_of_unknown_and_finished_sequences_are_ignored(house: House) -> None:
+    worker = house.worker()
+    worker.send(submit(1, [1], 1))
+    house.turn()
+    worker.send(Abort([1, 99]), submit(2, [2], 3))
+    house.turn()
+    house.finish()
+    assert tokens_of(worker.outputs(), 2) == generate_alone([2], 3)[0]
+
+
+def test_one_worker_cannot_abort_anothers_sequence(house: House) -> None:
+    owner, other = house.worker(), house.worker()
+    owner.send(submit(1, [1], 4))
+    other.send(Abort([1]))
+    house.turn()
+    house.finish()
+    assert tokens_of(owner.outputs(), 1) == generate_alone([1], 4)[0]
+
+
+@pytest.mark.parametrize("bad", [submit(2, [1], 2 * LONG), submit(2, [], 4), submit(2, [1], 0)])
+def test_a_sequence_that_cannot_run_ends_with_an_error_and_harms_nobody(house: House, bad: Submit) -> None:
+    worker = house.worker()
+    worker.send(submit(1, [1], 4), bad, submit(3, [2], 4))
+    house.turn()
+    house.finish()
+    outputs = worker.outputs()
+    (refusal,) = (output for output in outputs if output.sequence_id == 2)
+    assert (refusal.token_ids, refusal.finish_reason) == ([], "error")
+    assert refusal.error is not None
+    assert "prompt tokens" in refusal.error
+    assert tokens_of(outputs, 1) == generate_alone([1], 4)[0]
+    assert tokens_of(outputs, 3) == generate_alone([2], 4)[0]
+
+
+def test_a_refusal_is_sent_though_no_step_follows(house: House) -> None:
+    worker = house.worker()
+    worker.send(submit(1, [], 4))
+    house.turn()
+    assert [output.finish_reason for output in worker.outputs()] == ["error"]
+
+
+def test_a_failed_step_ends_its_sequences_with_an_error_and_the_next_request_works(house: House) -> None:
+    worker = house.worker()
+    worker.send(*(submit(i, [1, i % 3], 4) for i in range(5)))
+    house.failures_to_come = 1
+    house.turn()
+    outputs = worker.outputs()
+    assert [(output.sequence_id, output.finish_reason) for output in outputs] == [(i, "error") for i in range(4)]
+    assert all(output.error for output in outputs)
+    house.finish()
+    # The fifth was waiting, so the failure was none of its own.
+    assert tokens_of(worker.outputs(), 4) == generate_alone([1, 1], 4)[0]
+    worker.send(submit(0, [2], 3))
+    house.turn()
+    house.finish()
+    assert tokens_of(worker.outputs(), 0) == generate_alone([2], 3)[0]
+    assert house.is_empty()
+
+
+def test_nothing_of_a_failed_step_is_found_in_the_prefix_cache(house: House) -> None:
+    worker = house.worker()
+    prompt = [0, 1, 2, 0, 1, 2]
+    house.failures_to_come = 1
+    for _ in range(2):
+        worker.send(submit(1, prompt, 1))
+        house.turn()
+    assert [output.finish_reason for output in worker.outputs()] == ["error", "length"]
+    assert house.scheduler.stats().cached_tokens == 0
+
+
+def test_an_engine_whose_steps_keep_failing_ends(house: House) -> None:
+    worker = house.worker()
+    house.failures_to_come = MAX_FAILED_STEPS
+    for i in range(MAX_FAILED_STEPS - 1):
+        worker.send(submit(i, [1], 4))
+        house.turn()
+    worker.send(submit(9, [1], 4))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        house.turn()
+
+
+def test_failures_between_good_steps_do_not_end_the_engine(house: House) -> None:
+    worker = house.worker()
+    for i in range(2 * MAX_FAILED_STEPS):
+        house.failures_to_come = i % 2
+        worker.send(submit(i, [1], 1))
+        house.turn()
+    reasons = [output.finish_reason for output in worker.outputs()]
+    assert reasons == ["length", "error"] * MAX_FAILED_STEPS
+
+
+def test_the_sequences_of_a_worker_that_has_gone_end_and_others_go_on(reachable_house: House) -> None:
+    house = reachable_house
+    gone, stays = house.worker(), house.worker()
+    gone.send(submit(1, [1], LONG), submit(2, [2], LONG))
+    stays.send(submit(1, [0], LONG))
+    house.turn_until(lambda: house.scheduler.num_running == 3)
+    gone.socket.close()
+    house.turn_until(lambda: house.scheduler.num_running == 1)
+    before = house.scheduler.stats().generated_tokens
+    house.turn()
+    assert house.scheduler.stats().generated_tokens == before + 1
+    stays.send(Abort([1]))
+    house.turn_until(house.is_empty)
+
+
+def test_the_other_workers_hear_of_blocks_that_a_gone_one_leaves(reachable_house: House) -> None:
+    house = reachable_house
+    gone, stays = house.worker(), house.worker()
+    gone.send(submit(1, [1], LONG))
+    house.turn_until(lambda: house.scheduler.num_running == 1)
+    gone.socket.close()
+    house.turn_until(house.is_empty)
+    while stays.receive().stats != house.scheduler.stats():
+        pass  # news from before
+
+
+def test_a_worker_that_goes_after_submitting_leaves_nothing(reachable_house: House) -> None:
+    house = reachable_house
+    stays = house.worker()
+    gone = house.worker()
+    gone.send(submit(1, [1], LONG), Abort([1]), submit(2, [1], LONG))
+    # Closing without linger may drop what is under way: either way nothing of it may stay.
+    gone.socket.close()
+    stays.send(submit(1, [2], 300))
+    house.turn_until(lambda: house.scheduler.stats().generated_tokens >= 300 and house.is_empty())
+
+
+def test_a_worker_that_comes_back_is_a_new_one(house: House) -> None:
+    for _ in range(3):
+        worker = house.worker()
+        worker.send(submit(1, [1], LONG))
+        house.turn_until(lambda: house.scheduler.num_running == 1)
+        worker.socket.close()
+        house.turn_until(house.is_empty)
+
+
+GARBAGE = {
+    "nothing": [b""],
+    "noise": [b"\xff\x00garbage"],
+    "another type": [msgspec.msgpack.encode({"sequence_id": 1})],
+    "unknown message": [msgspec.msgpack.encode(["restart", 1])],
+    "wrong field": [msgspec.msgpack.encode(["abort", "all"])],
+    "cut short": [msgspec.msgpack.encode(submit(1, [1, 2], 3))[:-2]],
+    "not UTF-8": [b"\x92\xa5abor\x93\x91\x01"],
+    "too deep": [b"\x92\xa5hello" + b"\x91" * 100_000],
+    "two parts": [msgspec.msgpack.encode(Hello()), msgspec.msgpack.encode(Hello())],
+}
+
+
+@pytest.mark.parametrize("frames", GARBAGE.values(), ids=GARBAGE)
+def test_what_is_no_message_is_logged_and_ignored(
+    house: House, frames: list[bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    worker, other = house.worker(), house.worker()
+    other.send(submit(1, [1], 4))
+    worker.socket.send_multipart(frames)
+    worker.send(submit(1, [2], 4))
+    house.turn()
+    house.finish()
+    assert tokens_of(other.outputs(), 1) == generate_alone([1], 4)[0]
+    assert tokens_of(worker.outputs(), 1) == generate_alone([2], 4)[0]
+    assert "cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize("message", [Abort([1]), submit(1, [1], LONG)])
+def test_a_worker_that_has_not_said_hello_is_not_served(
+    house: House, message: Abort | Submit, caplog: pytest.LogCaptureFixture
+) -> None:
+    polite, rude = house.worker(), Worker(house.context, house.address)
+    rude.send(message)
+    polite.send(submit(1, [2], 3))
+    house.turn()
+    house.finish()
+    assert tokens_of(polite.outputs(), 1) == generate_alone([2], 3)[0]
+    assert rude.received() == []
+    assert house.is_empty()
+    assert "has not said hello" in caplog.text
+
+
+def test_a_second_hello_keeps_the_sequences(house: House) -> None:
+    worker = house.worker()
+    worker.send(submit(1, [1], 3))
+    house.turn()
+    worker.send(Hello())
+    house.turn()
+    house.finish()
+    messages = worker.received()
+    outputs = [output for message in messages if isinstance(message, StepOutput) for output in message.outputs]
+    assert sum(isinstance(message, Ready) for message in messages) == 1
+    assert tokens_of(outputs, 1) == generate_alone([1], 3)[0]
