@@ -233,6 +233,8 @@ class Simulation:
         if self.running:
             assert self.running[0] in scheduled, "the oldest sequence does not advance"
         assert scheduled[: len(decoding)] == decoding, "decodes come first, and all that were not preempted"
+        for sequence in self.running:
+            assert len(sequence.block_table) == self.pool.blocks_for(sequence.num_tokens)
         for item in plan.scheduled:
             sequence, end = item.sequence, item.start + item.count
             assert item.start == sequence.num_computed

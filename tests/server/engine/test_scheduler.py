@@ -186,6 +186,19 @@ def test_a_sequence_that_does_not_fit_is_not_overtaken() -> None:
     simulation.drain()
 
 
+@pytest.mark.parametrize(("prompt_length", "admitted"), [(16, True), (17, False)])
+def test_admission_leaves_a_spare_block_for_each_that_runs(prompt_length: int, admitted: bool) -> None:
+    simulation = Simulation(num_blocks=6, block_size=4, max_model_len=24)
+    simulation.add([0] * 4, 8)
+    simulation.step()
+    # Five blocks are free.  To fill them all would mean to be preempted in the next step.
+    second = simulation.add([1] * prompt_length, 4)
+    simulation.step()
+    assert (second in simulation.running) == admitted
+    simulation.drain()
+    assert simulation.stats.preemptions == 0
+
+
 def test_newest_sequence_is_preempted_first() -> None:
     simulation = Simulation(num_blocks=9, block_size=2, max_model_len=18, prefix_caching=False)
     oldest, middle, newest = (simulation.add([i] * 2, 12) for i in range(3))
