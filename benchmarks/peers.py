@@ -12,6 +12,7 @@ import argparse
 import datetime
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -33,10 +34,10 @@ LISTEN = ("--dtype", "float32", "--host", "127.0.0.1", "--port", "{port}")
 VLLM_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
-def our_server(limits: tuple[str, ...]) -> Server:
+def our_server(environment: dict[str, str], limits: tuple[str, ...]) -> Server:
     """This project's server, run by this interpreter."""
     program = (sys.executable, "-m", "server.cli", "serve")
-    return Server(OURS, program, "persimmon serve", ("--model", "{checkpoint}", *LISTEN, *limits), {})
+    return Server(OURS, program, "persimmon serve", ("--model", "{checkpoint}", *LISTEN, *limits), environment)
 
 
 def vllm_server(command: Path, environment: dict[str, str], limits: tuple[str, ...]) -> Server:
@@ -267,14 +268,15 @@ def _parser() -> argparse.ArgumentParser:
         "--vllm", type=Path, metavar="FILE", help="vLLM's command, VENV/bin/vllm; without it, ours alone is measured"
     )
     parser.add_argument("--vllm-only", action="store_true", help="measure vLLM alone")
-    parser.add_argument(
-        "--vllm-env",
-        type=_name_and_value,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an environment variable for vLLM; may be given again",
-    )
+    for name, server in {"ours": "this server", "vllm": "vLLM"}.items():
+        parser.add_argument(
+            f"--{name}-env",
+            type=_name_and_value,
+            action="append",
+            default=[],
+            metavar="NAME=VALUE",
+            help=f"an environment variable for {server}; may be given again",
+        )
     parser.add_argument("--rounds", type=int, default=3, help="starts of each server [default: %(default)s]")
     parser.add_argument(
         "--streams",
@@ -307,9 +309,11 @@ def main() -> int:
     except ValueError as error:
         parser.error(str(error))
     limits = ("--max-model-len", arguments.max_model_len, "--max-num-seqs", arguments.max_num_seqs)
-    servers = [] if arguments.vllm_only else [our_server(limits)]
+    servers = [] if arguments.vllm_only else [our_server(dict(arguments.ours_env), limits)]
     if arguments.vllm:
         servers.append(vllm_server(arguments.vllm, dict(arguments.vllm_env), limits))
+    # Like an interrupt, so that the server that is running is stopped, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         result = compare(servers, arguments)
     except (ServerFailedError, OSError) as error:

@@ -95,6 +95,9 @@ def _run(
 
 
 def _engine_main(*args: object) -> None:
+    # Read when torch is first imported.  Idle OpenMP threads would otherwise spin on the cores that the API worker
+    # needs, and every parallel region would wait for a thread that is not running: several times slower there.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Imported here because it brings torch, which the supervisor and the API workers live without.
     from server.engine.process import run_engine
 

@@ -82,7 +82,7 @@ def test_no_process_of_a_server_outlives_its_measurement(tmp_path: Path) -> None
 
 
 def test_reported_commands_carry_no_path_of_this_machine(tmp_path: Path) -> None:
-    for server in (our_server(LIMITS), vllm_server(tmp_path / "bin" / "vllm", {"OMP_NUM_THREADS": "2"}, LIMITS)):
+    for server in (our_server({}, LIMITS), vllm_server(tmp_path / "bin" / "vllm", {"OMP_NUM_THREADS": "2"}, LIMITS)):
         assert "/" not in server.shown_command
         assert "CHECKPOINT" in server.shown_command
         assert str(tmp_path / "model") in server.command(tmp_path / "model", 8000)

@@ -5,7 +5,7 @@ from collections.abc import Sequence as Ids
 from itertools import pairwise
 
 import pytest
-from hypothesis import event, settings
+from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -178,7 +178,9 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(deadline=None, max_examples=200, stateful_step_count=40)
+TestPool.settings = settings(
+    deadline=None, max_examples=200, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
 def computed(pool: BlockPool, tokens: list[int]) -> list[int]:
@@ -241,6 +243,17 @@ def test_equal_blocks_after_different_prefixes_are_different() -> None:
     computed(pool, [1, 1, 5, 5])
     assert pool.lookup(hash_chain([2, 2, 5, 5], 2)) == []
     assert pool.lookup(hash_chain([5, 5], 2)) == []
+
+
+def test_lookup_ends_at_the_first_block_that_is_gone() -> None:
+    pool = BlockPool(3, 1)
+    blocks = computed(pool, [1, 2, 3])
+    pool.share(blocks[2:])
+    pool.release(blocks)
+    pool.allocate(1)
+    assert pool.lookup(hash_chain([1, 2, 3], 1)) == blocks[:1]
+    pool.allocate(1)
+    assert pool.lookup(hash_chain([1, 2, 3], 1)) == []
 
 
 def test_the_first_of_two_equal_blocks_stays_the_one_that_is_found() -> None:

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import event, settings
+from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
@@ -110,7 +110,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(deadline=None, max_examples=300, stateful_step_count=40)
+TestScheduler.settings = settings(
+    deadline=None, max_examples=300, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -186,12 +188,12 @@ def test_a_sequence_that_does_not_fit_is_not_overtaken() -> None:
     simulation.drain()
 
 
-@pytest.mark.parametrize(("prompt_length", "admitted"), [(16, True), (17, False)])
+@pytest.mark.parametrize(("prompt_length", "admitted"), [(12, True), (13, False)])
 def test_admission_leaves_a_spare_block_for_each_that_runs(prompt_length: int, admitted: bool) -> None:
     simulation = Simulation(num_blocks=6, block_size=4, max_model_len=24)
     simulation.add([0] * 4, 8)
     simulation.step()
-    # Five blocks are free.  To fill them all would mean to be preempted in the next step.
+    # The next token of the first takes its second block.  Whoever fills the four that remain is preempted soon.
     second = simulation.add([1] * prompt_length, 4)
     simulation.step()
     assert (second in simulation.running) == admitted

@@ -1,7 +1,7 @@
 """A sequence counts its tokens, knows when it ends, and names its blocks by all that came before them."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.blocks import ROOT_HASH, hash_block
@@ -73,6 +73,7 @@ def test_block_hashes_are_the_chain_over_full_blocks(block_size: int) -> None:
     assert list(named.block_hashes(1, block_size)) == chain[:1]
 
 
+@settings(deadline=None)
 @given(prompt=st.lists(st.integers(0, 2), min_size=6, max_size=6), outputs=st.lists(st.integers(0, 2), max_size=6))
 def test_block_hashes_do_not_depend_on_when_a_token_became_known(prompt: list[int], outputs: list[int]) -> None:
     grown = sequence(list(prompt), max_tokens=100)
@@ -87,6 +88,7 @@ TOKENS = st.lists(st.integers(0, 2**18 - 1), min_size=1, max_size=6)
 PARENTS = st.just(ROOT_HASH) | st.binary(min_size=32, max_size=32)
 
 
+@settings(deadline=None)
 @given(one=st.tuples(PARENTS, TOKENS), other=st.tuples(PARENTS, TOKENS))
 def test_blocks_share_a_hash_only_with_the_same_tokens_after_the_same_prefix(
     one: tuple[bytes, list[int]], other: tuple[bytes, list[int]]
