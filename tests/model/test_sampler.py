@@ -149,6 +149,7 @@ class TestDistribution:
             {"top_k": 9},
             {"top_k": 10},
             {"top_k": 1000},
+            {"top_p": 0.0},
             {"top_p": 1e-9},
             {"top_p": 0.2},
             {"top_p": 0.5},
@@ -249,6 +250,14 @@ class TestExtremes:
     def test_a_token_of_probability_zero_is_never_drawn(self) -> None:
         tokens = draw([-INFINITY, 0.0, -INFINITY, 0.0, -INFINITY], SamplingParams(temperature=1.0, seed=1), 2000)
         assert set(tokens) == {1, 3}
+
+    def test_a_draw_on_a_border_takes_the_next_token_that_has_a_probability(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        draws = [0.0, 0.25, 0.5, 0.75, 1 - 2**-53]
+        monkeypatch.setattr("model.sampler.uniform", lambda params: np.array(draws))
+        logits = torch.tensor([[-INFINITY, 0.0, -INFINITY, 0.0, 0.0, 0.0, -INFINITY]]).repeat(len(draws), 1)
+        assert sample(logits, [SamplingParams(temperature=1.0)] * len(draws)).tolist() == [1, 3, 4, 5, 5]
 
     def test_a_vocabulary_of_one_token_is_drawn_from(self) -> None:
         assert draw([0.5], SamplingParams(temperature=1.0, top_k=3, top_p=0.5, min_p=0.5, seed=1), 20) == [0] * 20
