@@ -56,8 +56,8 @@ class Engine:
         self._scheduler = scheduler
         self._run = run
         self._limits = limits
-        self._workers: set[bytes] = set()
-        self._sequences: dict[bytes, set[int]] = {}
+        # The workers that have said hello, each with its live sequences.
+        self._workers: dict[bytes, set[int]] = {}
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
         self._failed_steps = 0
@@ -98,8 +98,7 @@ class Engine:
     def _handle(self, worker: bytes, message: ToEngine, outputs: dict[bytes, list[SequenceOutput]]) -> None:
         match message:
             case Hello():
-                self._workers.add(worker)
-                self._sequences.setdefault(worker, set())
+                self._workers.setdefault(worker, set())
                 self._send(worker, msgspec.structs.replace(self._limits, stats=self._scheduler.stats()))
             case _ if worker not in self._workers:
                 # It does not keep to the protocol, or sent this before it went and that was noticed first.
@@ -109,7 +108,7 @@ class Engine:
             case Abort(sequence_ids):
                 for sequence_id in sequence_ids:
                     self._scheduler.abort((worker, sequence_id))
-                    self._sequences[worker].discard(sequence_id)
+                    self._workers[worker].discard(sequence_id)
 
     def _submit(self, worker: bytes, submit: Submit, outputs: dict[bytes, list[SequenceOutput]]) -> None:
         sequence = Sequence(
@@ -126,7 +125,7 @@ class Engine:
                 SequenceOutput(submit.sequence_id, [], finish_reason="error", error=str(error))
             )
         else:
-            self._sequences[worker].add(submit.sequence_id)
+            self._workers[worker].add(submit.sequence_id)
 
     def _step(self, outputs: dict[bytes, list[SequenceOutput]]) -> None:
         plan = self._scheduler.plan()
@@ -146,13 +145,13 @@ class Engine:
                 SequenceOutput(sequence_id, [token], sequence.finish_reason, sequence.cached_tokens or 0)
             )
             if sequence.finished:
-                self._sequences[worker].discard(sequence_id)
+                self._workers[worker].discard(sequence_id)
 
     def _fail(self, plan: StepPlan, outputs: dict[bytes, list[SequenceOutput]]) -> None:
         for item in plan.scheduled:
             worker, sequence_id = _key(item.sequence)
             self._scheduler.abort(item.sequence.key)
-            self._sequences[worker].discard(sequence_id)
+            self._workers[worker].discard(sequence_id)
             outputs.setdefault(worker, []).append(
                 SequenceOutput(
                     sequence_id,
@@ -176,8 +175,7 @@ class Engine:
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
-            orphans = self._sequences.pop(worker, set())
-            self._workers.discard(worker)
+            orphans = self._workers.pop(worker, set())
             logger.warning("an API worker has gone; its %d sequences end", len(orphans))
             for sequence_id in orphans:
                 self._scheduler.abort((worker, sequence_id))

@@ -164,7 +164,13 @@ class Scheduler:
         Returns:
             Each sequence that got a token, with that token.  Those that are `finished` hold no blocks any more.
             Sequences aborted since the plan was made are left out.
+
+        Raises:
+            ValueError: there are fewer or more tokens than sequences that sample.
         """
+        wanted = sum(item.samples for item in plan.scheduled)
+        if len(sampled) != wanted:
+            raise ValueError(f"the step sampled {len(sampled)} tokens for {wanted} sequences")
         self._steps += 1
         tokens = iter(sampled)
         advanced: list[tuple[Sequence, int]] = []

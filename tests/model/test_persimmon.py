@@ -52,7 +52,9 @@ def transformers_logits(folder: Path, token_ids: list[int]) -> torch.Tensor:
 
 def assert_equal_transformers(folder: Path, token_ids: list[int]) -> None:
     actual, expected = logits_of(load_model(folder), token_ids), transformers_logits(folder, token_ids)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=LOGITS_TOLERANCE)
+    # Logits have a standard deviation of one, but ten with tied embeddings: rounding grows with them.
+    tolerance = LOGITS_TOLERANCE * max(1.0, float(expected.std()))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
 def with_config(checkpoint: Path, folder: Path, change: Change) -> Path:
