@@ -150,11 +150,15 @@ def _get(port: int, path: str) -> bytes | None:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
+    family: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = psutil.Process(process.pid).children(recursive=True)
     _signal_group(process.pid, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(STOP_SECONDS)
     _signal_group(process.pid, signal.SIGKILL)  # a child that outlives its parent would share the cores
     process.wait()
+    psutil.wait_procs(family, timeout=STOP_SECONDS)
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:

@@ -207,6 +207,15 @@ class TestPrefixCache:
             for sequence, prompt in zip(again, prompts, strict=True)
         )
 
+    def test_a_known_block_after_another_beginning_is_not_reused(self, case: Case) -> None:
+        one, other = (random.Random(seed).choices(range(2, 4096), k=33) for seed in (1, 2))
+        harness = self.harness(case)
+        harness.generate([one, other], 1)
+        mixed = other[:16] + one[16:]
+        (sequence,) = harness.generate([mixed], 16)
+        assert sequence.cached_tokens == 16
+        assert [new_tokens(sequence)] == Harness(case.model, num_blocks=8).outputs([mixed], 16)
+
     def test_twins_that_share_blocks_while_they_run_give_the_same_tokens(self, case: Case) -> None:
         index = max(range(NUM_PROMPTS), key=lambda index: len(case.reference.prompts[index]))
         harness = self.harness(case)
