@@ -95,9 +95,11 @@ def _run(
 
 
 def _engine_main(*args: object) -> None:
-    # Read when torch is first imported.  Idle OpenMP threads would otherwise spin on the cores that the API worker
-    # needs, and every parallel region would wait for a thread that is not running: several times slower there.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read when torch is first imported.  Idle OpenMP threads spin for milliseconds by default, on cores that the API
+    # worker or another program may need, and every parallel region then waits for a thread that is not running.
+    # Some microseconds bridge the gap between two operations just as well.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     # Imported here because it brings torch, which the supervisor and the API workers live without.
     from server.engine.process import run_engine
 
