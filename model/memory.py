@@ -13,6 +13,7 @@ import torch
 from model.checkpoint import expected_shapes
 from model.config import PersimmonConfig
 from model.kv_cache import block_bytes
+from model.sampler import rows_at_once
 
 GIB = 1 << 30
 
@@ -124,15 +125,17 @@ def activation_bytes(
 
     Per token: residual, norm, fused QKV, float32 queries and keys while they are normalized and rotated, attention
     output, and the MLP's activation; for the longest context: its keys and values, gathered and once more packed
-    for the product, and the chunk's mask, as booleans and as numbers; per sampled row: the logits, three further
-    float32 copies, and the ids, probabilities and sums, of 8 bytes each, that top-p sorts out.
+    for the product, and the chunk's mask, as booleans and as numbers; per sampled row: the logits, in
+    16 bits too; per row that draws at once: three further float32 copies, and the ids, probabilities and sums, of
+    8 bytes each, that top-p sorts out.
     """
     square_in_float32 = 2 * config.intermediate_size * 4 if dtype.itemsize == 2 else 0
     per_token = (8 * config.hidden_size + config.intermediate_size) * dtype.itemsize
     per_token += 3 * 2 * config.hidden_size * 4 + square_in_float32
     context = max_model_len * 2 * 2 * config.hidden_size * dtype.itemsize
     mask = min(max_num_batched_tokens, max_model_len) * max_model_len * (1 + dtype.itemsize)
-    logits = max_num_seqs * config.vocab_size * (4 * 4 + 4 * 8)
+    drawing = min(max_num_seqs, rows_at_once(config.vocab_size))
+    logits = config.vocab_size * (max_num_seqs * (4 + dtype.itemsize) + drawing * (3 * 4 + 4 * 8))
     return max_num_batched_tokens * per_token + context + mask + logits
 
 

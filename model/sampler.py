@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+_LOGITS_AT_ONCE = 2**23
+
 _MASK = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 
@@ -53,7 +55,7 @@ def sample(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tens
     Temperature comes first, then min-p, top-k and top-p, each on what the one before kept.
 
     Args:
-        logits: [R, vocab_size] float32; rows that draw are overwritten.
+        logits: [R, vocab_size] float32.
         params: R of them.
 
     Returns:
@@ -61,12 +63,17 @@ def sample(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tens
     """
     tokens = logits.argmax(-1)
     drawing = [row for row, own in enumerate(params) if not own.greedy]
-    if not drawing:
-        return tokens
-    rows = torch.tensor(drawing, device=logits.device)
-    own = [params[row] for row in drawing]
-    tokens[rows] = _draw(logits.index_select(0, rows), own)
+    at_once = rows_at_once(logits.shape[1])
+    for begin in range(0, len(drawing), at_once):
+        some = drawing[begin : begin + at_once]
+        rows = torch.tensor(some, device=logits.device)
+        tokens[rows] = _draw(logits.index_select(0, rows), [params[row] for row in some])
     return tokens
+
+
+def rows_at_once(vocab_size: int) -> int:
+    """Rows that draw together: a draw takes many times the memory of its logits, and a large vocabulary is 1 MiB a row."""
+    return max(1, _LOGITS_AT_ONCE // vocab_size)
 
 
 def _draw(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:

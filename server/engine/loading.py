@@ -58,6 +58,9 @@ def load_model(settings: Settings, folder: Path, print_line: Callable[[str], Non
         MemoryPlanError: it does not fit as asked.
     """
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    # cuBLAS would otherwise add up split products in 16 bits, which squared ReLU's magnitudes do not survive.
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     config = PersimmonConfig.from_folder(folder)
     dtype = choose_dtype(settings.dtype, config.dtype, device)
     with _phase("checkpoint", print_line):
