@@ -72,7 +72,7 @@ def sample(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tens
 
 
 def rows_at_once(vocab_size: int) -> int:
-    """Rows that draw together: a draw takes many times the memory of its logits, and a large vocabulary is 1 MiB a row."""
+    """Rows that draw together: a draw takes many times its logits' memory, which is 1 MiB a row of 262,144."""
     return max(1, _LOGITS_AT_ONCE // vocab_size)
 
 

@@ -41,9 +41,7 @@ def test_a_follow_up_repeats_the_conversation() -> None:
 
 @pytest.mark.parametrize("turns", PLAIN_CONVERSATIONS)
 @pytest.mark.parametrize("transformers_options", [True, False])
-def test_plain_conversations_render_as_the_demos_chat_template(
-    turns: list[Turn], transformers_options: bool
-) -> None:
+def test_plain_conversations_render_as_the_demos_chat_template(turns: list[Turn], transformers_options: bool) -> None:
     environment = Environment(trim_blocks=transformers_options, lstrip_blocks=transformers_options)
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     assert render(turns) == environment.from_string(TEMPLATE).render(messages=messages)

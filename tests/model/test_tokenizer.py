@@ -131,9 +131,7 @@ def checkpoint(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.mark.parametrize("text", [*HARD_STRINGS, *CONTROL_STRINGS, *BYTE_STRINGS, *SPACE_MARKS])
-def test_ids_are_sentencepieces_own(
-    tokenizer: Tokenizer, sentencepiece: SentencePieceProcessor, text: str
-) -> None:
+def test_ids_are_sentencepieces_own(tokenizer: Tokenizer, sentencepiece: SentencePieceProcessor, text: str) -> None:
     assert tokenizer.encode(text, add_bos=False) == sentencepiece.encode(text)
 
 
@@ -163,9 +161,7 @@ def test_any_text_has_sentencepieces_ids_and_comes_back(
 
 @given(text=st.text(st.characters(codec="utf-8") | st.sampled_from("etaoin shrdlu\n'")))
 @settings(deadline=None, max_examples=300, derandomize=True)
-def test_any_text_has_the_ids_of_tokenizer_json(
-    tokenizer: Tokenizer, transformers_tokenizer: Any, text: str
-) -> None:
+def test_any_text_has_the_ids_of_tokenizer_json(tokenizer: Tokenizer, transformers_tokenizer: Any, text: str) -> None:
     assume(not any(token in text for token in (END_OF_TEXT, "<unk>", "<0x")))
     assert tokenizer.encode(text) == transformers_tokenizer.encode(text)
 
@@ -242,9 +238,7 @@ def test_user_defined_pieces_that_are_text_stay_text(checkpoint: Callable[..., P
     assert tokenizer.decode(ids, from_start=True) == "a |BEGIN|\n\nb"
 
 
-def test_a_word_used_as_padding_token_stays_a_word(
-    checkpoint: Callable[..., Path], tokenizer: Tokenizer
-) -> None:
+def test_a_word_used_as_padding_token_stays_a_word(checkpoint: Callable[..., Path], tokenizer: Tokenizer) -> None:
     word = "▁the"
     config = {"pad_token": word, "added_tokens_decoder": {"9": {"content": word, "special": True}}}
     ids = Tokenizer.from_folder(checkpoint(settings=config)).encode("the end of the day")
@@ -305,9 +299,7 @@ def test_bos_that_is_not_in_the_vocabulary_is_an_error_only_where_it_is_wanted(
     checkpoint: Callable[..., Path],
 ) -> None:
     folder = checkpoint(settings={"add_bos_token": True, "bos_token": "<start>"})
-    with pytest.raises(
-        CheckpointError, match=r"tokenizer\.model: .*'<start>', which is not in its vocabulary"
-    ):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model: .*'<start>', which is not in its vocabulary"):
         Tokenizer.from_folder(folder)
     without = Tokenizer.from_folder(folder, add_bos=False)
     assert without.bos_token_id is None
@@ -328,9 +320,7 @@ def test_a_folder_without_tokenizer_names_the_files_that_were_looked_for(tmp_pat
     with pytest.raises(CheckpointError, match=r"looked for tokenizer\.model and adept_vocab\.model$"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(
-        CheckpointError, match=r"there is a tokenizer\.json, but SentencePiece's own file is needed"
-    ):
+    with pytest.raises(CheckpointError, match=r"there is a tokenizer\.json, but SentencePiece's own file is needed"):
         Tokenizer.from_folder(tmp_path)
 
 
@@ -353,9 +343,7 @@ def damaged_files() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(("what", "content"), damaged_files().items())
-def test_a_damaged_tokenizer_is_one_line_that_names_the_file(
-    tmp_path: Path, what: str, content: bytes
-) -> None:
+def test_a_damaged_tokenizer_is_one_line_that_names_the_file(tmp_path: Path, what: str, content: bytes) -> None:
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(CheckpointError) as caught:
         Tokenizer.from_folder(tmp_path)
