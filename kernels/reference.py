@@ -75,8 +75,9 @@ class AttentionPlan:
 
 
 def prepare_weight(weight: torch.Tensor) -> torch.Tensor:
-    """The form of a [out, in] weight that `linear` reads fastest; on a CPU, oneDNN's blocked layout, which saves every
-    product from laying it out anew.
+    """The form of a [out, in] weight that `linear` reads fastest; on a CPU, oneDNN's blocked layout.
+
+    Laid out once here, instead of anew in every product.
     """
     if weight.device.type == "cpu" and torch._C._has_mkldnn and _packs(weight.dtype):
         packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())

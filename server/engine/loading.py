@@ -95,7 +95,8 @@ def load_model(settings: Settings, folder: Path, print_line: Callable[[str], Non
 def choose_dtype(asked: str, stored: str | None, device: torch.device) -> torch.dtype:
     """The type to compute in.
 
-    `auto` is float32 on a CPU, the exact choice; on a GPU it is the checkpoint's own 16-bit type, or float16 for one stored in float32.
+    `auto` is float32 on a CPU, the exact choice; on a GPU it is the checkpoint's own 16-bit type, or
+    float16 for one stored in float32.
     """
     if asked == "auto":
         if device.type == "cpu":
