@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import kernels
-from model.checkpoint import Checkpoint, dummy_tensors, expected_shapes
+from model.checkpoint import Checkpoint, dummy_tensors
 from model.config import PersimmonConfig
 from model.kv_cache import KVCache
 from model.memory import MemoryPlan, available_memory, plan_memory
@@ -165,14 +165,3 @@ def _with_progress_bar(tensors: Iterator[tuple[str, torch.Tensor]], total: int) 
         for name, tensor in tensors:
             yield name, tensor
             bar.update(tensor.nbytes)
-
-
-def count_parameters(config: PersimmonConfig) -> int:
-    """Parameters of a network of this shape."""
-    total = 0
-    for shape in expected_shapes(config).values():
-        elements = 1
-        for extent in shape:
-            elements *= extent
-        total += elements
-    return total

@@ -1,11 +1,16 @@
 """What the person at the console sees: a start that explains itself, or one line that says what to do."""
 
+import fcntl
 import json
+import os
+import pty
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -154,3 +159,21 @@ def test_the_printed_curl_works(demo):
     ended = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=True)
     answer = json.loads(ended.stdout)
     assert answer["choices"][0]["message"]["role"] == "assistant"
+
+
+def test_a_terminal_shows_a_progress_bar_for_the_weights():
+    master, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 110, 0, 0))
+    command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--kv-cache-memory", "64MB"]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=terminal) as process:
+        os.close(terminal)
+        shown = b""
+        while b"Serving" not in shown:
+            shown += os.read(master, 4096)
+        process.terminate()
+    os.close(master)
+    assert re.search(rb"\r  weights: +\d+%\|", shown)
+
+
+def test_a_log_file_gets_no_progress_bar(demo):
+    assert not any("%|" in line for line in demo.lines)
