@@ -5,28 +5,29 @@ tested against.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from kernels import reference
-from kernels.reference import AttentionPlan
+from kernels.operands import Linear, Norm, Residual, Rotary, StepLimits
 
-__all__ = ["AttentionPlan", "Kernels", "for_device"]
+__all__ = ["Kernels", "Linear", "Norm", "Residual", "Rotary", "StepLimits", "for_device"]
+
+Plan = TypeVar("Plan")
 
 
-class Kernels(Protocol):
-    """What an implementation offers; shapes, dtypes and maths are documented in `kernels.reference`."""
+class Kernels(Protocol[Plan]):
+    """What an implementation offers; shapes, dtypes and maths are documented in `kernels.reference`.
 
-    def prepare_weight(self, weight: torch.Tensor) -> torch.Tensor: ...  # noqa: D102
+    `Plan` is what the implementation makes of a step's sequences, once, for all layers.
+    """
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor: ...  # noqa: D102
+    def workspace_bytes(self, limits: StepLimits) -> int: ...  # noqa: D102
 
-    def layer_norm(  # noqa: D102
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-    ) -> torch.Tensor: ...
+    def reserve(self, limits: StepLimits) -> None: ...  # noqa: D102
 
-    def relu_squared(self, x: torch.Tensor) -> torch.Tensor: ...  # noqa: D102
+    def prepare_weight(self, weight: torch.Tensor, *, sparse_input: bool = False) -> torch.Tensor: ...  # noqa: D102
 
     def plan_attention(  # noqa: D102
         self,
@@ -39,27 +40,36 @@ class Kernels(Protocol):
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
-    ) -> AttentionPlan: ...
+    ) -> Plan: ...
 
-    def qk_norm_rotary_store(  # noqa: D102
+    def rotary_at(self, table: Rotary, plan: Plan) -> Rotary: ...  # noqa: D102
+
+    def embed(  # noqa: D102
+        self, token_ids: torch.Tensor, sampled: torch.Tensor | None, table: torch.Tensor, plan: Plan
+    ) -> Residual: ...
+
+    def norm_linear(self, x: Residual, norm: Norm, linear: Linear, plan: Plan) -> torch.Tensor: ...  # noqa: D102
+
+    def attention(  # noqa: D102
         self,
         qkv: torch.Tensor,
-        norm_weight: torch.Tensor | None,
-        norm_bias: torch.Tensor | None,
-        eps: float,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
+        qk_norm: Norm | None,
+        rotary: Rotary,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
-        plan: AttentionPlan,
+        plan: Plan,
     ) -> torch.Tensor: ...
 
-    def paged_attention(  # noqa: D102
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: AttentionPlan
-    ) -> torch.Tensor: ...
+    def add_linear_(self, x: Residual, attended: torch.Tensor, linear: Linear, plan: Plan) -> None: ...  # noqa: D102
+
+    def add_mlp_(self, x: Residual, norm: Norm, up: Linear, down: Linear, plan: Plan) -> None: ...  # noqa: D102
+
+    def norm_rows(self, x: Residual, norm: Norm, rows: torch.Tensor | None) -> torch.Tensor: ...  # noqa: D102
+
+    def logits(self, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor: ...  # noqa: D102
 
 
-def for_device(device: torch.device) -> Kernels:
+def for_device(device: torch.device) -> Kernels[Any]:
     """The implementation that runs on this device.
 
     The reference runs everywhere torch does, CUDA included, until a faster implementation takes that device over.

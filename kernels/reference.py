@@ -17,6 +17,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from kernels.operands import Linear, Norm, Residual, Rotary, StepLimits
+
 PADDING_LIMIT = 1.25
 """Decoding sequences share one attention call while padding them to the longest costs at most this factor."""
 
@@ -74,11 +76,27 @@ class AttentionPlan:
     chunks: list[ChunkPlan]
 
 
-def prepare_weight(weight: torch.Tensor) -> torch.Tensor:
+def workspace_bytes(limits: StepLimits) -> int:
+    """Bytes that `reserve` takes: none."""
+    del limits
+    return 0
+
+
+def reserve(limits: StepLimits) -> None:
+    """Makes the buffers that steps within these limits share; there are none here."""
+    del limits
+
+
+def prepare_weight(weight: torch.Tensor, *, sparse_input: bool = False) -> torch.Tensor:
     """The form of a [out, in] weight that `linear` reads fastest; on a CPU, oneDNN's blocked layout.
 
     Laid out once here, instead of anew in every product.
+
+    Args:
+        weight: [out, in].
+        sparse_input: whether most numbers it is multiplied by are zero, of which nothing is made here.
     """
+    del sparse_input
     if weight.device.type == "cpu" and torch._C._has_mkldnn and _packs(weight.dtype):
         packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         return packed
@@ -248,6 +266,95 @@ def _decode_group(
     return DecodeGroup(first, first + size, scores, bounds[:-1], padding)
 
 
+def rotary_at(table: Rotary, plan: AttentionPlan) -> Rotary:
+    """What `attention` takes as rotary in this step: here the angles of each of its tokens, [T, R/2]."""
+    return Rotary(table.cos[plan.positions], table.sin[plan.positions])
+
+
+def embed(token_ids: torch.Tensor, sampled: torch.Tensor | None, table: torch.Tensor, plan: AttentionPlan) -> Residual:
+    """The tokens' embeddings, where the residual stream begins.
+
+    Args:
+        token_ids: [T] int64.  A negative one, -1 - r, stands for `sampled[r]`: a step may begin before the tokens
+            of the one before it are known to the host.
+        sampled: [*] int64; None where no id is negative.
+        table: [vocab_size, hidden].
+        plan: the step's.
+    """
+    del plan
+    if sampled is not None:
+        token_ids = torch.where(token_ids < 0, sampled[(-1 - token_ids).clamp_min(0)], token_ids)
+    return Residual(F.embedding(token_ids, table))
+
+
+def norm_linear(x: Residual, norm: Norm, linear: Linear, plan: AttentionPlan) -> torch.Tensor:
+    """LayerNorm, then a projection: [T, out]."""
+    del plan
+    return project(layer_norm(x.values, norm.weight, norm.bias, norm.eps), linear)
+
+
+def attention(
+    qkv: torch.Tensor,
+    qk_norm: Norm | None,
+    rotary: Rotary,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    plan: AttentionPlan,
+) -> torch.Tensor:
+    """QK-norm, rotary embedding, keys and values into the cache, and attention over it.
+
+    Args:
+        qkv: [T, H, 3, D], the fused projection as it comes: per head its query, key and value.
+        qk_norm: [2, D] each, or None where the model has none.
+        rotary: what `rotary_at` made for this step.
+        k_cache, v_cache: [N, H, S, D].
+        plan: the step's.
+
+    Returns:
+        [T, H * D].
+    """
+    weight, bias, eps = (qk_norm.weight, qk_norm.bias, qk_norm.eps) if qk_norm else (None, None, 0.0)
+    cos, sin = rotary.cos[:, None, None], rotary.sin[:, None, None]
+    q = qk_norm_rotary_store(qkv, weight, bias, eps, cos, sin, k_cache, v_cache, plan)
+    return paged_attention(q, k_cache, v_cache, plan)
+
+
+def add_linear_(x: Residual, attended: torch.Tensor, linear: Linear, plan: AttentionPlan) -> None:
+    """Adds a projection of `attended` [T, in] to the residual stream."""
+    del plan
+    x.values += project(attended, linear)
+
+
+def add_mlp_(x: Residual, norm: Norm, up: Linear, down: Linear, plan: AttentionPlan) -> None:
+    """Adds the MLP, down(relu(up(norm(x)))^2), to the residual stream."""
+    x.values += project(relu_squared(norm_linear(x, norm, up, plan)), down)
+
+
+def norm_rows(x: Residual, norm: Norm, rows: torch.Tensor | None) -> torch.Tensor:
+    """LayerNorm of some rows of the residual stream.
+
+    Args:
+        x: the residual stream.
+        norm: the LayerNorm.
+        rows: [R] int64, or None for all.
+
+    Returns:
+        [R, hidden].
+    """
+    values = x.values if rows is None else x.values[rows]
+    return layer_norm(values, norm.weight, norm.bias, norm.eps)
+
+
+def logits(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """[R, vocab_size] float32: hidden [R, hidden] times head as `prepare_weight` made it of [vocab_size, hidden]."""
+    return linear(hidden, head, None).float()
+
+
+def project(x: torch.Tensor, by: Linear) -> torch.Tensor:
+    """`linear` with a projection's own weight and bias."""
+    return linear(x, by.weight, by.bias)
+
+
 def qk_norm_rotary_store(
     qkv: torch.Tensor,
     norm_weight: torch.Tensor | None,
@@ -269,7 +376,7 @@ def qk_norm_rotary_store(
         norm_weight, norm_bias: [2, D], for queries and for keys, shared by all heads; both None where the model has
             no QK-norm.
         eps: of the LayerNorms.
-        cos, sin: [T, 1, 1, R/2] float32, of each token's angles.
+        cos, sin: [T, 1, 1, R/2] float32, of each token's angle.
         k_cache, v_cache: [N, H, S, D], written at `plan.store_rows`.
         plan: the step's.
 

@@ -7,11 +7,11 @@ Pre-norm blocks with sequential residuals: x += attention(norm(x)); x += mlp(nor
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 
-from kernels import AttentionPlan, Kernels
+from kernels import Kernels, Linear, Norm, Rotary
 from model.config import PersimmonConfig
 from model.kv_cache import KVCache
 
@@ -21,30 +21,16 @@ class Step:
     """What one pass of the network computes; T tokens of several sequences, one sequence after the other.
 
     Attributes:
-        token_ids: [T] int64.
-        attention: positions, where keys and values go, and who attends to what.
-        logits_rows: [R] int64, the tokens whose next-token logits are wanted.
+        token_ids: [T] int64; a negative one, -1 - r, stands for `sampled[r]`.
+        attention: where keys and values go and who attends to what, as `Kernels.plan_attention` made it.
+        logits_rows: [R] int64, the tokens whose next-token logits are wanted; None for all.
+        sampled: [*] int64 tokens that the device knows before the host does.
     """
 
     token_ids: torch.Tensor
-    attention: AttentionPlan
-    logits_rows: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """A LayerNorm's weight and bias, each [hidden]."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """A projection: weight as `Kernels.prepare_weight` made it of [out, in], bias [out] or None."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+    attention: Any
+    logits_rows: torch.Tensor | None
+    sampled: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +64,7 @@ class Persimmon:
         tensors: Iterable[tuple[str, torch.Tensor]],
         dtype: torch.dtype,
         device: torch.device,
-        kernels: Kernels,
+        kernels: Kernels[Any],
     ) -> None:
         self.config = config
         self.dtype = dtype
@@ -89,80 +75,74 @@ class Persimmon:
             # A copy even where nothing changes: a checkpoint file that is replaced must not change the model.
             parameter = tensor.to(device=device, dtype=dtype, copy=True)
             is_projection = parameter.ndim == 2 and name != "model.embed_tokens.weight"
-            parameters[name] = kernels.prepare_weight(parameter) if is_projection else parameter
+            if is_projection:
+                # Squared ReLU leaves most of the MLP's activations zero.
+                parameter = kernels.prepare_weight(parameter, sparse_input=name.endswith("dense_4h_to_h.weight"))
+            parameters[name] = parameter
         self._embedding = parameters["model.embed_tokens.weight"]
         self._layers = [self._layer(parameters, index) for index in range(config.num_hidden_layers)]
-        self._final_norm = _norm(parameters, "model.final_layernorm")
-        head = self._embedding if config.tie_word_embeddings else parameters["lm_head.weight"]
-        self._head = Linear(head, None)
-        self._cos, self._sin = rotary_table(config, device)
+        self._final_norm = self._norm(parameters, "model.final_layernorm")
+        self._head = self._embedding if config.tie_word_embeddings else parameters["lm_head.weight"]
+        self._rotary = rotary_table(config, device)
+
+    @property
+    def head(self) -> torch.Tensor:
+        """lm_head as `Kernels.prepare_weight` made it of [vocab_size, hidden]."""
+        return self._head
 
     def _layer(self, parameters: dict[str, torch.Tensor], index: int) -> Layer:
         prefix = f"model.layers.{index}"
         qk_norm = None
         if self.config.qk_layernorm:
-            query = _norm(parameters, f"{prefix}.self_attn.q_layernorm")
-            key = _norm(parameters, f"{prefix}.self_attn.k_layernorm")
-            qk_norm = Norm(torch.stack((query.weight, key.weight)), torch.stack((query.bias, key.bias)))
+            query = self._norm(parameters, f"{prefix}.self_attn.q_layernorm")
+            key = self._norm(parameters, f"{prefix}.self_attn.k_layernorm")
+            qk_norm = Norm(
+                torch.stack((query.weight, key.weight)), torch.stack((query.bias, key.bias)), self.config.layer_norm_eps
+            )
         return Layer(
-            attention_norm=_norm(parameters, f"{prefix}.input_layernorm"),
+            attention_norm=self._norm(parameters, f"{prefix}.input_layernorm"),
             query_key_value=_linear(parameters, f"{prefix}.self_attn.query_key_value"),
             qk_norm=qk_norm,
             attention_out=_linear(parameters, f"{prefix}.self_attn.dense"),
-            mlp_norm=_norm(parameters, f"{prefix}.post_attention_layernorm"),
+            mlp_norm=self._norm(parameters, f"{prefix}.post_attention_layernorm"),
             mlp_up=_linear(parameters, f"{prefix}.mlp.dense_h_to_4h"),
             mlp_down=_linear(parameters, f"{prefix}.mlp.dense_4h_to_h"),
         )
+
+    def _norm(self, parameters: dict[str, torch.Tensor], name: str) -> Norm:
+        return Norm(parameters[f"{name}.weight"], parameters[f"{name}.bias"], self.config.layer_norm_eps)
 
     @torch.inference_mode()
     def forward(self, step: Step, cache: KVCache) -> torch.Tensor:
         """Runs one step and writes its keys and values into the cache.
 
         Returns:
-            [R, vocab_size] float32, the logits at `step.logits_rows`.
+            [R, hidden], the final LayerNorm's output at `step.logits_rows`, of which `logits` makes logits.
         """
-        kernels, eps = self._kernels, self.config.layer_norm_eps
-        positions = step.attention.positions
-        cos, sin = self._cos[positions], self._sin[positions]
-        x = F.embedding(step.token_ids, self._embedding)
+        kernels, plan = self._kernels, step.attention
+        heads, head_dim = self.config.num_attention_heads, self.config.head_dim
+        rotary = kernels.rotary_at(self._rotary, plan)
+        x = kernels.embed(step.token_ids, step.sampled, self._embedding, plan)
         for layer, k_cache, v_cache in zip(self._layers, cache.keys, cache.values, strict=True):
-            normed = kernels.layer_norm(x, layer.attention_norm.weight, layer.attention_norm.bias, eps)
-            qkv = kernels.linear(normed, layer.query_key_value.weight, layer.query_key_value.bias)
-            q = kernels.qk_norm_rotary_store(
-                qkv.view(-1, self.config.num_attention_heads, 3, self.config.head_dim),
-                layer.qk_norm.weight if layer.qk_norm else None,
-                layer.qk_norm.bias if layer.qk_norm else None,
-                eps,
-                cos,
-                sin,
-                k_cache,
-                v_cache,
-                step.attention,
-            )
-            attended = kernels.paged_attention(q, k_cache, v_cache, step.attention)
-            x += kernels.linear(attended, layer.attention_out.weight, layer.attention_out.bias)
-            normed = kernels.layer_norm(x, layer.mlp_norm.weight, layer.mlp_norm.bias, eps)
-            activation = kernels.relu_squared(kernels.linear(normed, layer.mlp_up.weight, layer.mlp_up.bias))
-            x += kernels.linear(activation, layer.mlp_down.weight, layer.mlp_down.bias)
-        wanted = kernels.layer_norm(x[step.logits_rows], self._final_norm.weight, self._final_norm.bias, eps)
-        return kernels.linear(wanted, self._head.weight, self._head.bias).float()
+            qkv = kernels.norm_linear(x, layer.attention_norm, layer.query_key_value, plan)
+            qkv = qkv.view(-1, heads, 3, head_dim)
+            attended = kernels.attention(qkv, layer.qk_norm, rotary, k_cache, v_cache, plan)
+            kernels.add_linear_(x, attended, layer.attention_out, plan)
+            kernels.add_mlp_(x, layer.mlp_norm, layer.mlp_up, layer.mlp_down, plan)
+        return kernels.norm_rows(x, self._final_norm, step.logits_rows)
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, vocab_size] float32 logits of what `forward` returned."""
+        return self._kernels.logits(hidden, self._head)
 
 
-def rotary_table(config: PersimmonConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of position * theta^(-2i/R) for every position, R being the rotary dimensions of a head.
-
-    Returns:
-        Two [max_position_embeddings, 1, 1, R/2] float32 tensors, ready to broadcast over heads, queries and keys.
-    """
+def rotary_table(config: PersimmonConfig, device: torch.device) -> Rotary:
+    """The angles of every position, of which kernels take what a step needs."""
     exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32) / config.rotary_dim
     frequencies = 1.0 / config.rope_theta**exponents
     angles = torch.arange(config.max_position_embeddings, dtype=torch.float32)[:, None] * frequencies
-    shape = (config.max_position_embeddings, 1, 1, config.rotary_dim // 2)
-    return angles.cos().view(shape).to(device), angles.sin().view(shape).to(device)
-
-
-def _norm(parameters: dict[str, torch.Tensor], name: str) -> Norm:
-    return Norm(parameters[f"{name}.weight"], parameters[f"{name}.bias"])
+    return Rotary(angles.cos().to(device), angles.sin().to(device))
 
 
 def _linear(parameters: dict[str, torch.Tensor], name: str) -> Linear:

@@ -6,6 +6,7 @@ run together.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ class Runner:
         kernels: the operations `model` was prepared for.
     """
 
-    def __init__(self, model: Persimmon, cache: KVCache, kernels: Kernels) -> None:
+    def __init__(self, model: Persimmon, cache: KVCache, kernels: Kernels[Any]) -> None:
         self._model = model
         self._cache = cache
         self._kernels = kernels
@@ -59,7 +60,7 @@ class Runner:
         if not sampled_at:
             self._model.forward(step, self._cache)
             return []
-        logits = self._model.forward(step, self._cache)
+        logits = self._model.logits(self._model.forward(step, self._cache))
         params = [inputs[i].sampling for i in sampled_at]
         with torch.inference_mode():
             tokens = sample(logits, [own for own in params if own is not None]).tolist()
@@ -73,7 +74,7 @@ class Runner:
             [R, vocab_size] float32, a row for each sequence whose `sampling` is set.
         """
         step, _ = self._step(batch)
-        return self._model.forward(step, self._cache)
+        return self._model.logits(self._model.forward(step, self._cache))
 
     def _step(self, inputs: Sequence[SequenceInput]) -> tuple[Step, list[int]]:
         counts = [len(item.token_ids) for item in inputs]

@@ -11,6 +11,9 @@ import pytest
 # The models here are too small to gain from a second thread, and idle OpenMP threads spin: on a busy machine one
 # thread is ten times as fast.  Read when torch is first imported, and inherited by the servers that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Triton kernels run in its interpreter, which is chosen when they are defined; the tests that compile them do so in
+# processes of their own.
+os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

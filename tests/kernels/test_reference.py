@@ -12,7 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kernels import AttentionPlan, for_device, reference
+from kernels import for_device, reference
+from kernels.reference import AttentionPlan
 
 CPU = torch.device("cpu")
 NAN = float("nan")

@@ -43,7 +43,7 @@ def logits_of(model: Persimmon, token_ids: list[int]) -> torch.Tensor:
         dtype=cache.dtype,
         device=CPU,
     )
-    return model.forward(Step(torch.tensor(token_ids), attention, torch.arange(len(token_ids))), cache)
+    return model.logits(model.forward(Step(torch.tensor(token_ids), attention, None), cache))
 
 
 def transformers_logits(folder: Path, token_ids: list[int]) -> torch.Tensor:
@@ -233,13 +233,14 @@ class TestRotaryTable:
             partial_rotary_factor=factor,
         )
         rotary_dim = int(64 * factor)
-        cos, sin = rotary_table(config, CPU)
-        assert cos.shape == sin.shape == (16384, 1, 1, rotary_dim // 2)
+        rotary = rotary_table(config, CPU)
+        cos, sin = rotary.cos, rotary.sin
+        assert cos.shape == sin.shape == (16384, rotary_dim // 2)
         angles = np.arange(16384)[:, None] * theta ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
         # Float32 angles, as Transformers has them: at position 16,384 they are good to about a thousandth.
-        np.testing.assert_allclose(cos[:, 0, 0].numpy(), np.cos(angles), atol=2e-3)
-        np.testing.assert_allclose(sin[:, 0, 0].numpy(), np.sin(angles), atol=2e-3)
-        np.testing.assert_allclose(cos[:64, 0, 0].numpy(), np.cos(angles[:64]), atol=1e-5)
+        np.testing.assert_allclose(cos.numpy(), np.cos(angles), atol=2e-3)
+        np.testing.assert_allclose(sin.numpy(), np.sin(angles), atol=2e-3)
+        np.testing.assert_allclose(cos[:64].numpy(), np.cos(angles[:64]), atol=1e-5)
 
 
 class TestSixteenBits:
