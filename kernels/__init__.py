@@ -1,7 +1,7 @@
 """The operations the network is made of, behind one interface with one implementation per kind of device.
 
-Imports torch and nothing of ours.  `reference` is plain torch: the CPU path, and what every other implementation is
-tested against.
+Imports torch, triton and nothing of ours.  `reference` is plain torch: the CPU path, and what every kernel is tested
+against.  `fused` is Triton: the path of a GPU.
 """
 
 from collections.abc import Sequence
@@ -70,9 +70,9 @@ class Kernels(Protocol[Plan]):
 
 
 def for_device(device: torch.device) -> Kernels[Any]:
-    """The implementation that runs on this device.
+    """The implementation that runs on this device: fused Triton kernels on a GPU, plain torch elsewhere."""
+    if device.type == "cuda":
+        from kernels.fused import FusedKernels  # brings Triton, which a CPU has no use for
 
-    The reference runs everywhere torch does, CUDA included, until a faster implementation takes that device over.
-    """
-    del device
+        return FusedKernels(device)
     return reference

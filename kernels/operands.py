@@ -68,3 +68,60 @@ class StepLimits:
     hidden_size: int
     intermediate_size: int
     vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class DrawInputs:
+    """How each row draws; static device tensors of one entry a row, so that a CUDA graph can hold their addresses.
+
+    Attributes:
+        temperature: [R] float32; 0 takes the most probable token, the lowest id among equals.
+        seed: [R] int64, 0 <= seed < 2**63.
+        sample_index: [R] int32, which of a request's samples this is.
+        position: [R] int32, the place of the token to be sampled in the sequence's output.
+        wants_logits: [R] int32, non-zero where the row's logits have to be written out.
+    """
+
+    temperature: torch.Tensor
+    seed: torch.Tensor
+    sample_index: torch.Tensor
+    position: torch.Tensor
+    wants_logits: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TruncationInputs:
+    """Which rows are drawn anew from their logits, and from how many tokens; static device tensors.
+
+    Attributes:
+        active: [R] int32, zero where a row's token is to be left alone.
+        top_k: [R] int32, keeps this many of the most probable tokens; 0 keeps all.
+        top_p: [R] float32, keeps the most probable tokens until their probabilities sum to this; 1 keeps all.
+        min_p: [R] float32, drops tokens less probable than this share of the most probable one; 0 keeps all.
+    """
+
+    active: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PenaltyInputs:
+    """What each row has seen, in compressed sparse rows, and what that costs; static device tensors.
+
+    Attributes:
+        offsets: [R + 1] int32; row r's entries are offsets[r] to offsets[r + 1].
+        token_ids: [E] int32, each id at most once in a row.
+        output_counts: [E] int32, how often the row's output holds the id; 0 where only its prompt does.
+        repetition: [R] float32, divides positive and multiplies negative logits of all entries; 1 does nothing.
+        frequency: [R] float32, taken off once for each time the output holds the id.
+        presence: [R] float32, taken off once if the output holds the id at all.
+    """
+
+    offsets: torch.Tensor
+    token_ids: torch.Tensor
+    output_counts: torch.Tensor
+    repetition: torch.Tensor
+    frequency: torch.Tensor
+    presence: torch.Tensor

@@ -30,6 +30,7 @@ class MemoryPlan:
         available: what the server may use in all.
         weights: the parameters.
         activations: the largest step's intermediate results, an upper estimate.
+        step_buffers: what lives from start to end beside weights and cache: kernels' workspaces, CUDA graphs.
         block_bytes: one KV block over all layers.
         num_blocks: KV blocks.
         block_size: tokens in a block.
@@ -39,6 +40,7 @@ class MemoryPlan:
     available: int
     weights: int
     activations: int
+    step_buffers: int
     block_bytes: int
     num_blocks: int
     block_size: int
@@ -66,6 +68,7 @@ def plan_memory(
     max_num_batched_tokens: int,
     max_model_len: int | None,
     kv_cache_bytes: int | None,
+    step_buffers: int = 0,
 ) -> MemoryPlan:
     """Divides the memory.
 
@@ -79,6 +82,7 @@ def plan_memory(
         max_num_batched_tokens: tokens in the largest step.
         max_model_len: None for as much as the model was trained for and the cache holds.
         kv_cache_bytes: None for what is left.
+        step_buffers: bytes of kernels' workspaces and CUDA graphs.
 
     Raises:
         MemoryPlanError: it does not fit.
@@ -93,7 +97,7 @@ def plan_memory(
     wanted_len = max_model_len or trained_for
     activations = activation_bytes(config, dtype, max_num_seqs, max_num_batched_tokens, wanted_len)
     per_block = block_bytes(config, block_size, dtype)
-    left = max(0, available - weights - activations)
+    left = max(0, available - weights - activations - step_buffers)
     if kv_cache_bytes is None:
         kv_cache_bytes = left
         if device.type == "cpu":
@@ -101,8 +105,9 @@ def plan_memory(
             kv_cache_bytes = min(full, left, available // 4)
     num_blocks = kv_cache_bytes // per_block
     numbers = (
-        f"weights {_gib(weights)}, activations {_gib(activations)}, KV cache {_gib(kv_cache_bytes)} "
-        f"of {_gib(available)} available"
+        f"weights {_gib(weights)}, activations {_gib(activations)}, "
+        + (f"step buffers {_gib(step_buffers)}, " if step_buffers else "")
+        + f"KV cache {_gib(kv_cache_bytes)} of {_gib(available)} available"
     )
     if kv_cache_bytes > left or num_blocks < 1:
         raise MemoryPlanError(
@@ -115,7 +120,9 @@ def plan_memory(
             f"--max-model-len is {max_model_len} but the KV cache holds {holds} tokens ({numbers}): "
             f"lower it to {holds} or raise --kv-cache-memory"
         )
-    return MemoryPlan(available, weights, activations, per_block, num_blocks, block_size, min(wanted_len, holds))
+    return MemoryPlan(
+        available, weights, activations, step_buffers, per_block, num_blocks, block_size, min(wanted_len, holds)
+    )
 
 
 def activation_bytes(

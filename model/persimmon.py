@@ -53,7 +53,7 @@ class Persimmon:
         config: the architecture.
         tensors: every parameter once, by its Hugging Face name; taken one at a time, so that a checkpoint is never
             held twice.
-        dtype: parameters and activations.
+        dtype: parameters, but for the norms', and activations.
         device: where they live.
         kernels: the operations.
     """
@@ -73,7 +73,9 @@ class Persimmon:
         parameters: dict[str, torch.Tensor] = {}
         for name, tensor in tensors:
             # A copy even where nothing changes: a checkpoint file that is replaced must not change the model.
-            parameter = tensor.to(device=device, dtype=dtype, copy=True)
+            # Norms are computed in float32, so their few numbers stay in it.
+            kept_in = torch.float32 if "norm" in name else dtype
+            parameter = tensor.to(device=device, dtype=kept_in, copy=True)
             is_projection = parameter.ndim == 2 and name != "model.embed_tokens.weight"
             if is_projection:
                 # Squared ReLU leaves most of the MLP's activations zero.

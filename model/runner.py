@@ -6,7 +6,7 @@ run together.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -21,7 +21,8 @@ class SequenceInput:
     """One sequence's part of a step.
 
     Attributes:
-        token_ids: the tokens to compute, at least one.
+        token_ids: the tokens to compute, at least one.  A negative one, -1 - i, stands for the token that the i-th
+            sampling sequence of the step before this one got.
         start: position of the first of them; all before it are in the cache.
         block_table: the blocks that hold the sequence, those for these tokens included.
         sampling: how the next token is drawn; None when these tokens are not the last known ones.
@@ -33,6 +34,51 @@ class SequenceInput:
     sampling: SamplingParams | None
 
 
+class PendingTokens:
+    """Tokens that a step has been asked for; the device may still be computing them.
+
+    Args:
+        tokens: [R] int64 on the host; on a GPU pinned memory that a copy is on its way to.
+        copied: the event after that copy; None when nothing is to be waited for.
+    """
+
+    def __init__(self, tokens: torch.Tensor, copied: torch.cuda.Event | None = None) -> None:
+        self._tokens = tokens
+        self._copied = copied
+
+    def wait(self) -> list[int]:
+        """The tokens, as soon as they are there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        tokens: list[int] = self._tokens.tolist()
+        return tokens
+
+
+class Sampler(Protocol):
+    """Final hidden states to tokens."""
+
+    def __call__(self, hidden: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+        """A token a row: [R, hidden] and R settings to [R] int64 on the same device."""
+        ...
+
+
+class DecodeSteps(Protocol):
+    """A faster way for steps in which every sequence has one token and samples."""
+
+    @property
+    def sampled(self) -> torch.Tensor:
+        """[*] int64 on the device: the tokens of the last step, which the next may begin with."""
+        ...
+
+    def takes(self, rows: int) -> bool:
+        """Whether it runs steps of so many sequences."""
+        ...
+
+    def launch(self, batch: Sequence[SequenceInput]) -> torch.Tensor:
+        """Starts a step; [R] int64 tokens on the device, which are also the first of `sampled`."""
+        ...
+
+
 class Runner:
     """The network, its cache and the sampler on one device.
 
@@ -40,12 +86,24 @@ class Runner:
         model: the network.
         cache: its keys and values.
         kernels: the operations `model` was prepared for.
+        sampler: draws tokens; by default from the logits, with `model.sampler.sample`.
+        decode_steps: runs the decode steps that it takes; by default they run like all others.
     """
 
-    def __init__(self, model: Persimmon, cache: KVCache, kernels: Kernels[Any]) -> None:
+    def __init__(
+        self,
+        model: Persimmon,
+        cache: KVCache,
+        kernels: Kernels[Any],
+        sampler: Sampler | None = None,
+        decode_steps: DecodeSteps | None = None,
+    ) -> None:
         self._model = model
         self._cache = cache
         self._kernels = kernels
+        self._sampler = sampler or self._sample_logits
+        self._decode_steps = decode_steps
+        self._sampled = decode_steps.sampled if decode_steps else torch.zeros(0, dtype=torch.int64, device=cache.device)
 
     def run(self, batch: Sequence[SequenceInput]) -> list[int]:
         """Runs one step.
@@ -53,20 +111,36 @@ class Runner:
         Returns:
             A token for each sequence whose `sampling` is set, in the order of the batch.
         """
+        return self.launch(batch).wait()
+
+    @torch.inference_mode()
+    def launch(self, batch: Sequence[SequenceInput]) -> PendingTokens:
+        """Starts one step without waiting for a GPU to end it; the next may be started at once.
+
+        Returns:
+            What `run` returns, later.
+        """
+        if self._decode_steps is not None and self._decode_steps.takes(len(batch)) and _is_decode(batch):
+            return self._fetch(self._decode_steps.launch(batch))
         # Single tokens first and by length, as `plan_attention` wants them.
         order = sorted(range(len(batch)), key=lambda i: (len(batch[i].token_ids) != 1, batch[i].start))
         inputs = [batch[i] for i in order]
         step, sampled_at = self._step(inputs)
+        hidden = self._model.forward(step, self._cache)
         if not sampled_at:
-            self._model.forward(step, self._cache)
-            return []
-        logits = self._model.logits(self._model.forward(step, self._cache))
-        params = [inputs[i].sampling for i in sampled_at]
-        with torch.inference_mode():
-            tokens = sample(logits, [own for own in params if own is not None]).tolist()
-        by_batch_place = sorted(zip((order[i] for i in sampled_at), tokens, strict=True))
-        return [token for _, token in by_batch_place]
+            return PendingTokens(torch.empty(0, dtype=torch.int64))
+        tokens = self._sampler(hidden, [own for item in inputs if (own := item.sampling) is not None])
+        places = [order[i] for i in sampled_at]
+        by_place = sorted(range(len(places)), key=places.__getitem__)
+        if by_place != list(range(len(places))):
+            tokens = tokens[torch.tensor(by_place, device=tokens.device)]
+        if self._decode_steps is None:
+            self._sampled = tokens
+        else:
+            self._sampled[: len(tokens)] = tokens
+        return self._fetch(tokens)
 
+    @torch.inference_mode()
     def logits(self, batch: Sequence[SequenceInput]) -> torch.Tensor:
         """Runs one step and returns the logits instead of sampling; the batch must be in the order `run` would use.
 
@@ -75,6 +149,18 @@ class Runner:
         """
         step, _ = self._step(batch)
         return self._model.logits(self._model.forward(step, self._cache))
+
+    def _sample_logits(self, hidden: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+        return sample(self._model.logits(hidden), params)
+
+    def _fetch(self, tokens: torch.Tensor) -> PendingTokens:
+        if tokens.device.type == "cpu":
+            return PendingTokens(tokens.clone())
+        on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        on_host.copy_(tokens, non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record()
+        return PendingTokens(on_host, copied)
 
     def _step(self, inputs: Sequence[SequenceInput]) -> tuple[Step, list[int]]:
         counts = [len(item.token_ids) for item in inputs]
@@ -101,6 +187,11 @@ class Runner:
         step = Step(
             torch.tensor(token_ids, dtype=torch.int64, device=device),
             attention,
-            torch.tensor(last_rows, dtype=torch.int64, device=device),
+            None if len(last_rows) == end else torch.tensor(last_rows, dtype=torch.int64, device=device),
+            self._sampled if min(token_ids) < 0 else None,
         )
         return step, sampled_at
+
+
+def _is_decode(batch: Sequence[SequenceInput]) -> bool:
+    return all(len(item.token_ids) == 1 and item.sampling is not None for item in batch)

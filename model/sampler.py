@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from kernels.reference_sampling import philox
+
 _LOGITS_AT_ONCE = 2**23
 
 _MASK = np.uint64(0xFFFFFFFF)
@@ -125,24 +127,3 @@ def uniform(params: Sequence[SamplingParams]) -> np.ndarray:
     bits = (words[0] << np.uint64(21)) ^ (words[1] >> np.uint64(11))
     draws: np.ndarray = bits.astype(np.float64) * 2.0**-53
     return draws
-
-
-def philox(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011).
-
-    Args:
-        counter: [4, R] uint64, each below 2**32.
-        key: [2, R] uint64, each below 2**32.
-
-    Returns:
-        [4, R] uint64, each below 2**32.
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        left = c0 * np.uint64(0xD2511F53)
-        right = c2 * np.uint64(0xCD9E8D57)
-        c0, c1, c2, c3 = (right >> _SHIFT) ^ c1 ^ k0, right & _MASK, (left >> _SHIFT) ^ c3 ^ k1, left & _MASK
-        k0 = (k0 + np.uint64(0x9E3779B9)) & _MASK
-        k1 = (k1 + np.uint64(0xBB67AE85)) & _MASK
-    return np.stack((c0, c1, c2, c3))

@@ -5,11 +5,11 @@ A flag wins over its environment variable, which wins over the default.
 """
 
 import argparse
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ByteSize, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 ENVIRONMENT_PREFIX = "PERSIMMON_"
 
@@ -85,6 +85,18 @@ class Settings(BaseSettings):
         True, "Reuse the KV blocks of a prompt's beginning when it was seen before.", "engine"
     )
 
+    cuda_graph_sizes: Annotated[tuple[int, ...] | None, NoDecode] = _setting(
+        None,
+        "Batch sizes that decode steps are captured for as CUDA graphs at start, like 1,2,4,8; a step runs in the next "
+        "larger one, and without a graph beyond the largest. None above --max-num-seqs. Default: dense up to "
+        "--max-num-seqs. Without a GPU there are none.",
+        "gpu",
+        "N,N,...",
+    )
+    enforce_eager: bool = _setting(
+        False, "Capture no CUDA graphs: starts sooner and takes less memory, but decodes slower.", "gpu"
+    )
+
     block_size: Literal[16, 32, 64] = _setting(32, "Tokens in one block of the KV cache.", "memory")
     kv_cache_memory: ByteSize | None = _setting(
         None,
@@ -96,7 +108,7 @@ class Settings(BaseSettings):
     )
     gpu_memory_utilization: float = _setting(
         0.9,
-        "Share of the GPU's memory to plan with (weights, activations, KV cache).",
+        "Share of the GPU's memory to plan with (weights, activations, CUDA graphs, KV cache).",
         "memory",
         "SHARE",
         gt=0,
@@ -109,6 +121,11 @@ class Settings(BaseSettings):
         # Flags and variables are text, and the allowed values are numbers.
         return int(value) if isinstance(value, str) and value.isdecimal() else value
 
+    @field_validator("cuda_graph_sizes", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        return value.replace(",", " ").split() if isinstance(value, str) else value
+
     @property
     def add_bos_token(self) -> bool | None:
         """`add_bos` as the tokenizer takes it: None follows the checkpoint."""
@@ -119,6 +136,7 @@ GROUPS = {
     "model": "what is served",
     "http": "where it listens",
     "engine": "how requests share the machine",
+    "gpu": "CUDA graphs",
     "memory": "KV cache",
 }
 
@@ -196,6 +214,12 @@ def _checked(settings: Settings) -> Settings:
             f"--max-num-batched-tokens is {settings.max_num_batched_tokens} but --max-num-seqs is "
             f"{settings.max_num_seqs}: each running sequence needs one token a step, "
             "so raise the first or lower the second"
+        )
+    sizes = settings.cuda_graph_sizes
+    if sizes is not None and not (sizes and all(1 <= size <= settings.max_num_seqs for size in sizes)):
+        raise SettingsError(
+            f"--cuda-graph-sizes is {','.join(map(str, sizes)) or 'empty'}: give batch sizes from 1 to --max-num-seqs, "
+            f"which is {settings.max_num_seqs}, or --enforce-eager for none"
         )
     return settings
 

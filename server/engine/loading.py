@@ -7,10 +7,11 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from tqdm import tqdm
@@ -18,12 +19,16 @@ from tqdm import tqdm
 import kernels
 from model.checkpoint import Checkpoint, dummy_tensors
 from model.config import PersimmonConfig
+from model.graph_sizes import default_sizes, graph_bytes
 from model.kv_cache import KVCache
 from model.memory import MemoryPlan, available_memory, plan_memory
 from model.persimmon import Persimmon
 from model.runner import Runner, SequenceInput
 from model.sampler import SamplingParams
 from server.config import Settings
+
+if TYPE_CHECKING:
+    from kernels.fused import FusedKernels
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +68,9 @@ def load_model(settings: Settings, folder: Path, print_line: Callable[[str], Non
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     config = PersimmonConfig.from_folder(folder)
     dtype = choose_dtype(settings.dtype, config.dtype, device)
+    operations = kernels.for_device(device)
+    sizes = _graph_sizes(settings, device)
+    longest = settings.max_model_len or config.max_position_embeddings
     with _phase("checkpoint", print_line):
         checkpoint = Checkpoint.open(folder, config) if settings.load_format == "auto" else None
     plan = plan_memory(
@@ -75,9 +83,9 @@ def load_model(settings: Settings, folder: Path, print_line: Callable[[str], Non
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=settings.max_model_len,
         kv_cache_bytes=settings.kv_cache_memory,
+        step_buffers=operations.workspace_bytes(_limits(settings, config, longest)) + graph_bytes(config, dtype, sizes),
     )
     _print_plan(plan, config, print_line)
-    operations = kernels.for_device(device)
     with _phase("weights", print_line):
         if checkpoint is not None:
             tensors = _with_progress_bar(checkpoint.tensors(), checkpoint.total_bytes)
@@ -86,10 +94,58 @@ def load_model(settings: Settings, folder: Path, print_line: Callable[[str], Non
         model = Persimmon(config, tensors, dtype, device, operations)
     with _phase("KV cache", print_line):
         cache = KVCache.allocate(config, plan.num_blocks, plan.block_size, dtype, device)
-    runner = Runner(model, cache, operations)
+        operations.reserve(_limits(settings, config, plan.max_model_len))
+    runner = _runner(model, cache, operations, sizes, plan, print_line)
     with _phase("warm-up", print_line):
-        _warm_up(runner, plan)
+        _warm_up(runner, plan, _warm_up_sizes(settings, device))
     return LoadedModel(runner, plan, device, dtype)
+
+
+def _graph_sizes(settings: Settings, device: torch.device) -> list[int]:
+    if device.type != "cuda" or settings.enforce_eager:
+        return []
+    return list(settings.cuda_graph_sizes or default_sizes(settings.max_num_seqs))
+
+
+def _warm_up_sizes(settings: Settings, device: torch.device) -> list[int]:
+    """One of each range of batch sizes that kernels are compiled for; a CPU compiles nothing."""
+    kinds = [1, 9, 17, 33, 65] if device.type == "cuda" else [1]
+    return [size for size in kinds if size <= settings.max_num_seqs]
+
+
+def _limits(settings: Settings, config: PersimmonConfig, max_model_len: int) -> kernels.StepLimits:
+    return kernels.StepLimits(
+        max_num_seqs=settings.max_num_seqs,
+        max_model_len=max_model_len,
+        num_heads=config.num_attention_heads,
+        head_dim=config.head_dim,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+    )
+
+
+def _runner(
+    model: Persimmon,
+    cache: KVCache,
+    operations: kernels.Kernels[Any],
+    sizes: Sequence[int],
+    plan: MemoryPlan,
+    print_line: Callable[[str], None],
+) -> Runner:
+    """On a CPU the plain one; on a GPU with the fused sampler and, unless there are to be none, CUDA graphs."""
+    if cache.device.type != "cuda":
+        return Runner(model, cache, operations)
+    from model.cuda_graphs import DecodeGraphs  # brings Triton, which a CPU has no use for
+    from model.fused_sampler import FusedSampler
+
+    fused = cast("FusedKernels", operations)
+    graphs = None
+    if sizes:
+        with _phase("CUDA graphs", print_line):
+            graphs = DecodeGraphs(model, cache, fused, sizes=sizes, max_model_len=plan.max_model_len)
+            graphs.capture(_graph_progress)
+    return Runner(model, cache, operations, FusedSampler(fused, model.head), graphs)
 
 
 def choose_dtype(asked: str, stored: str | None, device: torch.device) -> torch.dtype:
@@ -105,13 +161,22 @@ def choose_dtype(asked: str, stored: str | None, device: torch.device) -> torch.
     return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[asked]
 
 
-def _warm_up(runner: Runner, plan: MemoryPlan) -> None:
-    """Generates a little in the first blocks, which nobody holds yet: a prompt chunk, then a decode, then a draw."""
-    count = min(plan.max_model_len - 1, plan.kv_tokens - 1, 8)
+def _warm_up(runner: Runner, plan: MemoryPlan, batch_sizes: Sequence[int]) -> None:
+    """Generates a little in the first blocks, which nobody holds yet: prompts, decodes, draws, in several sizes.
+
+    All sequences of a batch share the blocks, since nobody reads what they say.  On a GPU this compiles the kernels of
+    every kind of step, or finds them compiled, so that no request waits for that.
+    """
+    count = min(plan.max_model_len - 1, plan.kv_tokens - 1, 20)
     table = list(range(-(-(count + 1) // plan.block_size)))
     greedy, drawn = SamplingParams(), SamplingParams(temperature=1.0, top_p=0.9)
-    (token,) = runner.run([SequenceInput([0] * count, 0, table, greedy)])
-    runner.run([SequenceInput([token], count, table, drawn)])
+    runner.run([SequenceInput([0] * count, 0, table, greedy)])
+    for size in batch_sizes:
+        two = min(2, count)
+        runner.run([SequenceInput([0] * two, 0, table, greedy)] * size)
+        runner.run([SequenceInput([0], two, table, drawn)] * size)
+    # Prompts and decodes in one step.
+    runner.run([SequenceInput([0], count, table, drawn), SequenceInput([0] * count, 0, table, greedy)])
 
 
 @contextmanager
@@ -125,6 +190,7 @@ def _print_plan(plan: MemoryPlan, config: PersimmonConfig, print_line: Callable[
     parts = {
         "weights": plan.weights,
         "activations": plan.activations,
+        **({"step buffers": plan.step_buffers} if plan.step_buffers else {}),
         "KV cache": plan.kv_cache,
     }
     print_line("  memory       " + ", ".join(f"{name} {size(count)}" for name, count in parts.items()))
@@ -150,18 +216,21 @@ def size(count: int) -> str:
 
 
 def _with_progress_bar(tensors: Iterator[tuple[str, torch.Tensor]], total: int) -> Iterator[tuple[str, torch.Tensor]]:
-    # One process draws it; tqdm's own lock, made for several, would leave a semaphore behind.
-    tqdm.set_lock(threading.RLock())
-    with tqdm(
-        total=total,
-        desc="  weights",
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        file=sys.stderr,
-        leave=False,
-        disable=None,  # no bar where nobody watches: not a terminal
-    ) as bar:
+    with _progress_bar("weights", total=total, unit="B", unit_scale=True, unit_divisor=1024) as bar:
         for name, tensor in tensors:
             yield name, tensor
             bar.update(tensor.nbytes)
+
+
+def _graph_progress(sizes: Sequence[int]) -> Iterator[int]:
+    with _progress_bar("CUDA graphs", total=len(sizes), unit="graph") as bar:
+        for size in sizes:
+            yield size
+            bar.update()
+
+
+def _progress_bar(name: str, **options: Any) -> "tqdm[Any]":
+    # One process draws it; tqdm's own lock, made for several, would leave a semaphore behind.
+    tqdm.set_lock(threading.RLock())
+    # disable=None: no bar where nobody watches, that is where this is not a terminal.
+    return tqdm(desc=f"  {name}", file=sys.stderr, leave=False, disable=None, **options)

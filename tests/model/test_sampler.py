@@ -11,7 +11,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from model.sampler import SamplingParams, philox, sample, uniform
+from kernels.reference_sampling import philox
+from model.sampler import SamplingParams, sample, uniform
 
 INFINITY = float("inf")
 

@@ -52,6 +52,26 @@ def test_a_token_budget_below_the_number_of_sequences_is_refused():
         read_settings({"max_num_batched_tokens": "8", "max_num_seqs": "16"})
 
 
+def test_graph_sizes_are_numbers_between_commas(monkeypatch):
+    assert read_settings({}).cuda_graph_sizes is None
+    assert read_settings({"cuda_graph_sizes": "1,2, 64"}).cuda_graph_sizes == (1, 2, 64)
+    monkeypatch.setenv("PERSIMMON_CUDA_GRAPH_SIZES", "8,16")
+    assert read_settings({}).cuda_graph_sizes == (8, 16)
+
+
+@pytest.mark.parametrize(("sizes", "shown"), [("0,4", "0,4"), ("4,257", "4,257"), ("", "empty")])
+def test_graph_sizes_outside_the_number_of_sequences_are_refused(sizes, shown):
+    with pytest.raises(
+        SettingsError, match=f"--cuda-graph-sizes is {shown}: .* from 1 to --max-num-seqs, which is 256"
+    ):
+        read_settings({"cuda_graph_sizes": sizes})
+
+
+def test_a_graph_size_that_is_no_number_is_refused():
+    with pytest.raises(SettingsError, match=r"--cuda-graph-sizes .* is many"):
+        read_settings({"cuda_graph_sizes": "1,many"})
+
+
 def test_add_bos_follows_the_checkpoint_unless_told():
     assert read_settings({}).add_bos_token is None
     assert read_settings({"add_bos": "true"}).add_bos_token is True

@@ -1,0 +1,484 @@
+"""Decode attention: QK-norm, rotary, cache write and split-KV attention over pages, in one launch a layer.
+
+Knows one new token a sequence and the paged cache of one layer; knows nothing of prompts, projections or scheduling.
+Shapes use B for decoding sequences, H for heads, D for head_dim, R for rotary dimensions, N for blocks in the cache,
+S for tokens in a block and W for the width of a block table.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.launch import Limits, next_power_of_2, num_sms
+
+SPLIT_TOKENS = 256
+"""Tokens of one work item.
+
+Splits begin at multiples of it whatever else runs, so how a sequence's sums are grouped, and with it every bit of its
+output, depends on its own length alone.
+"""
+
+LIMITS = {
+    "_build_work_list": Limits(registers=40, shared_bytes=256),
+    "_decode_attention": Limits(registers=128, shared_bytes=56 * 1024),
+}
+
+_MAX_TILE = 32
+# Where a running maximum starts: below any score, and finite, because -inf - -inf is NaN.
+_LOWEST = tl.constexpr(-1e30)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """How the kernel is launched.
+
+    Attributes:
+        warps: of a program.  They decide in which order the rows of a tile are added up at the end of a split, so two
+            runs give the same bits only with the same number; the others change nothing but speed.
+        stages: of the loop over pages.  A page's number is loaded stages - 1 tiles before its K and V, which are in
+            flight while the stages - 1 tiles before them are used.
+        programs_per_sm: of the persistent grid; as many as fit, by registers and shared memory.
+    """
+
+    warps: int = 4
+    stages: int = 4
+    programs_per_sm: int = 6
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeWorkspace:
+    """The work list of a step, and what the programs of one launch tell each other; all layers share it.
+
+    Attributes:
+        num_items: [1] int32, how many items the step has.
+        item_sequences, item_splits: [I] int32, which split of which sequence each item is, in any order.
+        first_splits: [M] int32, how many splits the sequences before each one have together.
+        partial_outputs: [I * H, D] float32, each split's sum of exp2(score - maximum) * v; row
+            first_split * H + head * splits + split.
+        partial_maxima, partial_totals: [I * H] float32, its maximum and its sum of exp2(score - maximum).
+        arrivals: [M, H] int32, how many of a sequence's splits are done; zero between launches.
+
+    M is the most sequences, I the most items: M * ceil(max_length / SPLIT_TOKENS).
+    """
+
+    num_items: torch.Tensor
+    item_sequences: torch.Tensor
+    item_splits: torch.Tensor
+    first_splits: torch.Tensor
+    partial_outputs: torch.Tensor
+    partial_maxima: torch.Tensor
+    partial_totals: torch.Tensor
+    arrivals: torch.Tensor
+
+    @classmethod
+    def allocate(
+        cls, max_sequences: int, max_length: int, num_heads: int, head_dim: int, device: torch.device
+    ) -> "DecodeWorkspace":
+        """Room for any step of at most `max_sequences` sequences of at most `max_length` tokens each."""
+        items = max_sequences * triton.cdiv(max_length, SPLIT_TOKENS)
+        rows = items * num_heads
+
+        def int32(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        def float32(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=device)
+
+        return cls(
+            num_items=int32(1),
+            item_sequences=int32(items),
+            item_splits=int32(items),
+            first_splits=int32(max_sequences),
+            partial_outputs=float32(rows, head_dim),
+            partial_maxima=float32(rows),
+            partial_totals=float32(rows),
+            arrivals=int32(max_sequences, num_heads),
+        )
+
+    @classmethod
+    def bytes(cls, max_sequences: int, max_length: int, num_heads: int, head_dim: int) -> int:
+        """Size of what `allocate` makes: about 4 * (D + 2) * H bytes for every 256 tokens of every sequence."""
+        workspace = cls.allocate(max_sequences, max_length, num_heads, head_dim, torch.device("meta"))
+        return sum(tensor.nbytes for tensor in workspace.tensors)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All of them, in the order in which the kernels take them."""
+        return tuple(getattr(self, name) for name in self.__slots__)
+
+    @property
+    def max_sequences(self) -> int:
+        """Most sequences of a step."""
+        return self.arrivals.shape[0]
+
+    @property
+    def max_splits(self) -> int:
+        """Most splits of a sequence."""
+        return self.item_sequences.shape[0] // self.max_sequences
+
+
+@triton.jit
+def _build_work_list(
+    lengths,
+    num_sequences,
+    num_items,
+    item_sequences,
+    item_splits,
+    first_splits,
+    MAX_SEQUENCES: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program b writes the items of sequence b: see `build_work_list`."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    this = tl.program_id(0)
+    others = tl.arange(0, MAX_SEQUENCES)
+    length = tl.load(lengths + others, mask=others < num_sequences, other=0)
+    full, tail = length // SPLIT, length % SPLIT
+    own = tl.load(lengths + this)
+    own_full, own_tail = own // SPLIT, own % SPLIT
+    before = others < this
+    total_full = tl.sum(full, 0)
+
+    tl.store(first_splits + this, tl.sum(tl.where(before, full + (tail > 0).to(tl.int32), 0), 0))
+    split = tl.arange(0, MAX_SPLITS)
+    place = tl.sum(tl.where(before, full, 0), 0) + split
+    tl.store(item_sequences + place, this, mask=split < own_full)
+    tl.store(item_splits + place, split, mask=split < own_full)
+    ahead = (tail > own_tail) | ((tail == own_tail) & before)
+    place = total_full + tl.sum(ahead.to(tl.int32), 0)
+    tl.store(item_sequences + place, this, mask=own_tail > 0)
+    tl.store(item_splits + place, own_full, mask=own_tail > 0)
+    tl.store(num_items, total_full + tl.sum((tail > 0).to(tl.int32), 0), mask=this == 0)
+
+
+@triton.jit
+def _query_key_value(
+    token, norm_weight, norm_bias, eps, cos, sin, D: tl.constexpr, HALF: tl.constexpr, HAS_NORM: tl.constexpr
+):
+    """One token's head in float32, [4, D]: q and k after LayerNorm and rotary, v as it is, zeros.
+
+    `cos` and `sin` point at the token's angles.  The rows are one tile because then one pass loads them, takes the
+    statistics of both norms and turns both.
+    """
+    row = tl.arange(0, 4)[:, None]
+    dim = tl.arange(0, D)[None, :]
+    is_qk = row < 2
+    place = row * D + dim
+    x = tl.load(token + place, mask=row < 3, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        weight = tl.load(norm_weight + place, mask=is_qk, other=0.0).to(tl.float32)
+        bias = tl.load(norm_bias + place, mask=is_qk, other=0.0).to(tl.float32)
+        centred = x - (tl.sum(x, 1) / D)[:, None]
+        scale = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
+        x = tl.where(is_qk, centred * scale[:, None] * weight + bias, x)
+    rotates = is_qk & (dim < 2 * HALF)
+    angle = tl.broadcast_to(dim % HALF, [4, D])
+    cosine = tl.load(cos + angle, mask=rotates, other=1.0)
+    sine = tl.load(sin + angle, mask=rotates, other=0.0)
+    partner = tl.where(dim < HALF, dim + HALF, tl.where(dim < 2 * HALF, dim - HALF, dim))
+    turned = tl.gather(x, tl.broadcast_to(partner, [4, D]), 1)
+    return tl.where(rotates, x * cosine + turned * tl.where(dim < HALF, -sine, sine), x)
+
+
+@triton.jit
+def _add(maxima, totals, outputs, new_maxima, new_totals, new_outputs):
+    """Row by row, the softmax states of two disjoint sets of tokens become the state of their union."""
+    higher = tl.maximum(maxima, new_maxima)
+    keep, add = tl.exp2(maxima - higher), tl.exp2(new_maxima - higher)
+    return higher, totals * keep + new_totals * add, outputs * keep[:, None] + new_outputs * add[:, None]
+
+
+@triton.jit
+def _merge(maxima, totals, outputs):
+    """Softmax states of disjoint sets of tokens, [n], [n] and [n, D], become the state of their union."""
+    maximum = tl.max(maxima, 0)
+    factor = tl.exp2(maxima - maximum)
+    return maximum, tl.sum(totals * factor, 0), tl.sum(outputs * factor[:, None], 0)
+
+
+@triton.jit
+def _merge_splits(
+    partial_outputs, partial_maxima, partial_totals, first_row, splits, D: tl.constexpr, SPLITS: tl.constexpr
+):
+    """The attention output [D] of a sequence's head from its splits, rows first_row to first_row + splits."""
+    dim = tl.arange(0, D)
+    lane = tl.arange(0, SPLITS)
+    maxima = tl.full([SPLITS], _LOWEST, tl.float32)
+    totals = tl.zeros([SPLITS], tl.float32)
+    outputs = tl.zeros([SPLITS, D], tl.float32)
+    for start in range(0, splits, SPLITS):
+        live = start + lane < splits
+        row = first_row + start + lane
+        # Other multiprocessors wrote these during this launch: .cg reads them from L2, past a stale L1.
+        new_maxima = tl.load(partial_maxima + row, mask=live, other=_LOWEST, cache_modifier=".cg")
+        new_totals = tl.load(partial_totals + row, mask=live, other=0.0, cache_modifier=".cg")
+        place = row[:, None] * D + dim[None, :]
+        new_outputs = tl.load(partial_outputs + place, mask=live[:, None], other=0.0, cache_modifier=".cg")
+        maxima, totals, outputs = _add(maxima, totals, outputs, new_maxima, new_totals, new_outputs)
+    _, total, output = _merge(maxima, totals, outputs)
+    return output / total
+
+
+@triton.jit
+def _page_offset(block, head, slot, H: tl.constexpr, S: tl.constexpr, D: tl.constexpr):
+    """Where a head's row of a block begins in the cache; in 64 bits, because a cache holds more than 2^31 numbers."""
+    return ((block.to(tl.int64) * H + head) * S + slot) * D
+
+
+@triton.jit
+def _decode_attention(
+    out,
+    qkv,
+    norm_weight,
+    norm_bias,
+    cos,
+    sin,
+    k_cache,
+    v_cache,
+    lengths,
+    block_tables,
+    num_items,
+    item_sequences,
+    item_splits,
+    first_splits,
+    partial_outputs,
+    partial_maxima,
+    partial_totals,
+    arrivals,
+    eps,
+    score_scale,
+    table_width,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    S: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Programs take turns at the (item, head) pairs: see `decode_attention`.
+
+    The softmax state is kept for every row of the tile by itself, TILE states instead of one: no iteration then
+    needs a reduction across warps, and they are merged once at the end of the split.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    slot = tl.arange(0, TILE)
+    dim = tl.arange(0, D)
+    in_tile = slot[:, None] * D + dim[None, :]
+    num_work = tl.load(num_items) * H
+    for work in tl.range(tl.program_id(0), num_work, tl.num_programs(0), disable_licm=True):
+        item, head = work // H, work % H
+        sequence = tl.load(item_sequences + item)
+        split = tl.load(item_splits + item)
+        length = tl.load(lengths + sequence)
+        table = block_tables + sequence * table_width
+        token = sequence.to(tl.int64) * H + head
+        position = length - 1
+        angles = position * HALF
+        rows = _query_key_value(
+            qkv + token * (3 * D), norm_weight, norm_bias, eps, cos + angles, sin + angles, D, HALF, HAS_NORM
+        )
+        q = tl.gather(tl.reshape(rows, [4 * D]), dim, 0) * score_scale
+
+        maxima = tl.full([TILE], _LOWEST, tl.float32)
+        totals = tl.zeros([TILE], tl.float32)
+        outputs = tl.zeros([TILE, D], tl.float32)
+        begin = split * SPLIT
+        end = tl.minimum(begin + SPLIT, position)
+        if position < begin + SPLIT:
+            # The new token is this split's: its row of the tile starts from it, and it goes into the cache.
+            stored = rows.to(k_cache.dtype.element_ty)
+            place = _page_offset(tl.load(table + position // S), head, position % S, H, S, D)
+            place = tl.broadcast_to(dim[None, :], [4, D]) + place
+            which = tl.arange(0, 4)[:, None]
+            tl.store(k_cache + place, stored, mask=which == 1)
+            tl.store(v_cache + place, stored, mask=which == 2)
+            flat = tl.reshape(stored.to(tl.float32), [4 * D])
+            k, v = tl.gather(flat, D + dim, 0), tl.gather(flat, 2 * D + dim, 0)
+            own = slot == position % TILE
+            score = tl.sum(tl.where(own[:, None], k[None, :], 0.0) * q[None, :], 1)
+            maxima = tl.where(own, score, maxima)
+            totals = own.to(tl.float32)
+            outputs = tl.where(own[:, None], v[None, :], outputs)
+
+        for start in tl.range(begin, end, TILE, num_stages=STAGES):
+            page = _page_offset(tl.load(table + start // S), head, start % S, H, S, D)
+            live = (slot < end - start)[:, None]
+            k = tl.load(k_cache + page + in_tile, mask=live, other=0.0)
+            v = tl.load(v_cache + page + in_tile, mask=live, other=0.0)
+            scores = tl.where(slot + start < end, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))
+            maxima, totals, outputs = _add(maxima, totals, outputs, scores, 1.0, v.to(tl.float32))
+        maximum, total, output = _merge(maxima, totals, outputs)
+
+        splits = tl.cdiv(length, SPLIT)
+        target = out + token * D + dim
+        if splits == 1:
+            tl.store(target, (output / total).to(out.dtype.element_ty))
+        else:
+            first_row = tl.load(first_splits + sequence).to(tl.int64) * H + head * splits
+            row = first_row + split
+            tl.store(partial_outputs + row * D + dim, output)
+            tl.store(partial_maxima + row, maximum)
+            tl.store(partial_totals + row, total)
+            # All of this program's threads have stored before one of them says so.
+            tl.debug_barrier()
+            arrived = tl.atomic_add(arrivals + token, 1, sem="acq_rel", scope="gpu")
+            if arrived == splits - 1:
+                merged = _merge_splits(partial_outputs, partial_maxima, partial_totals, first_row, splits, D, TILE)
+                tl.store(target, merged.to(out.dtype.element_ty))
+                tl.store(arrivals + token, 0)
+
+
+def build_work_list(lengths: torch.Tensor, workspace: DecodeWorkspace, *, pdl: bool = False) -> None:
+    """Turns a step's lengths into its items: one for each SPLIT_TOKENS tokens, begun or full, of each sequence.
+
+    Full splits come first and the shorter last ones after them, longest first, so that the programs that share the
+    items end at about the same time.  Nothing but speed depends on the order.
+
+    Reads 4 * B bytes in each of B programs; writes 8 bytes an item and 4 * B + 4.
+
+    Args:
+        lengths: [B] int32, tokens of each sequence including this step's; zero where the row is padding.  At most
+            the length that the workspace has room for.
+        workspace: its work list is written.
+        pdl: launched so that it may start while its predecessor ends.
+    """
+    (num_sequences,) = lengths.shape
+    if num_sequences > workspace.max_sequences:
+        raise ValueError(f"{num_sequences} sequences, but the workspace has room for {workspace.max_sequences}")
+    _build_work_list[(num_sequences,)](
+        lengths,
+        num_sequences,
+        *workspace.tensors[:4],
+        MAX_SEQUENCES=next_power_of_2(num_sequences),
+        MAX_SPLITS=next_power_of_2(workspace.max_splits),
+        SPLIT=SPLIT_TOKENS,
+        PDL=pdl,
+        **({"launch_pdl": True} if pdl else {}),
+    )
+
+
+def decode_attention(
+    qkv: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    lengths: torch.Tensor,
+    block_tables: torch.Tensor,
+    workspace: DecodeWorkspace,
+    *,
+    out: torch.Tensor | None = None,
+    config: DecodeConfig = DecodeConfig(),
+    pdl: bool = False,
+) -> torch.Tensor:
+    """Attention of one new token a sequence over its cached tokens and itself.
+
+    q and k become rotary(LayerNorm(.)) in float32; k and v are rounded to the cache's dtype and written to their
+    page; then softmax(q k^T / sqrt(D)) v.  Splits are attended to by themselves and combined by the program that
+    finishes last, always in the order of the splits (Flash-Decoding: Dao et al., pytorch.org/blog/flash-decoding;
+    the online softmax is Milakov and Gimelshein's, arXiv:1805.02867).  A sequence's bits depend on nothing but its
+    own tokens.
+
+    Bytes, for each head of a sequence of L tokens in n splits, with elements of e bytes: 2 * D * e * (L - 1) of K and
+    V and n * 3 * D * e of qkv are read, 3 * D * e written; where n > 1, another 4 * (D + 2) * n are written and read,
+    which the L2 cache holds.
+
+    Args:
+        qkv: [B, H, 3, D], the fused projection as it comes: per head its query, key and value.
+        norm_weight, norm_bias: [2, D], for queries and for keys; both None where the model has no QK-norm.
+        eps: of the LayerNorms.
+        cos, sin: [max_position, R / 2] float32.
+        k_cache, v_cache: [N, H, S, D]; each sequence's row for position length - 1 is written, no other.
+        lengths: [B] int32, as `build_work_list` was given them.
+        block_tables: [B, W] int32, the blocks of each sequence, its new token's included; read no further than that.
+        workspace: holds the step's work list.
+        out: [B, H * D], in qkv's dtype; made when None.  Rows of length zero are left as they are.
+        config: how to launch it.
+        pdl: launched so that it may start while its predecessor ends.
+
+    Returns:
+        out.
+    """
+    num_sequences, num_heads, _, head_dim = qkv.shape
+    block_size = k_cache.shape[2]
+    _check(qkv, cos, k_cache, v_cache, lengths, block_tables, workspace)
+    if out is None:
+        out = qkv.new_empty(num_sequences, num_heads * head_dim)
+    has_norm = norm_weight is not None
+    most_work = num_sequences * workspace.max_splits * num_heads
+    grid = (min(num_sms(qkv.device) * config.programs_per_sm, most_work),)
+    _decode_attention[grid](
+        out,
+        qkv,
+        norm_weight if has_norm else qkv,
+        norm_bias if has_norm else qkv,
+        cos,
+        sin,
+        k_cache,
+        v_cache,
+        lengths,
+        block_tables,
+        *workspace.tensors,
+        eps,
+        math.log2(math.e) / math.sqrt(head_dim),
+        block_tables.shape[1],
+        H=num_heads,
+        D=head_dim,
+        HALF=cos.shape[1],
+        S=block_size,
+        TILE=min(block_size, _MAX_TILE),
+        SPLIT=SPLIT_TOKENS,
+        HAS_NORM=has_norm,
+        STAGES=config.stages,
+        PDL=pdl,
+        num_warps=config.warps,
+        **({"launch_pdl": True} if pdl else {}),
+    )
+    return out
+
+
+def _check(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    lengths: torch.Tensor,
+    block_tables: torch.Tensor,
+    workspace: DecodeWorkspace,
+) -> None:
+    num_sequences, num_heads, _, head_dim = qkv.shape
+    block_size = k_cache.shape[2]
+    if head_dim not in (16, 32, 64, 128) or block_size not in (16, 32, 64) or not 0 < 2 * cos.shape[1] <= head_dim:
+        raise ValueError(
+            f"heads of {head_dim} dimensions, {2 * cos.shape[1]} of them rotary, and blocks of {block_size} tokens;"
+            " the kernel takes heads of 16, 32, 64 or 128, of which some or all are rotary, and blocks of 16, 32 or 64"
+        )
+    if k_cache.shape != v_cache.shape or (k_cache.shape[1], k_cache.shape[3]) != (num_heads, head_dim):
+        raise ValueError(
+            f"qkv has {num_heads} heads of {head_dim}, but the caches are {[*k_cache.shape]} and {[*v_cache.shape]}"
+        )
+    if lengths.shape != (num_sequences,) or block_tables.shape[0] != num_sequences:
+        raise ValueError(f"{num_sequences} sequences, {[*lengths.shape]} lengths, {block_tables.shape[0]} block tables")
+    most, heads, dim = *workspace.arrivals.shape, workspace.partial_outputs.shape[1]
+    if num_sequences > most or (num_heads, head_dim) != (heads, dim):
+        raise ValueError(
+            f"{num_sequences} sequences of {num_heads} heads of {head_dim}; the workspace is for at most {most}"
+            f" sequences of {heads} heads of {dim}"
+        )
+    if not all(tensor.is_contiguous() for tensor in (qkv, cos, k_cache, v_cache, lengths, block_tables)):
+        raise ValueError("qkv, cos, sin, the caches, lengths and block tables must be contiguous")

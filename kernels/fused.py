@@ -1,0 +1,345 @@
+"""The network's operations on a GPU: fused Triton kernels where memory is the limit, cuBLAS where arithmetic is.
+
+Shapes, dtypes and maths are those of `kernels.reference`.  Which way a step takes depends on its number of tokens
+alone.  A few tokens, up to `SMALL_STEP`: five launches a layer, each weight read once, LayerNorms from statistics
+that travel with the residual stream, MLP rows that meet only zeros not read at all.  More: cuBLAS between elementwise
+kernels.
+Attention is one launch for sequences with one token and two for chunks, either way.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kernels import projection, sampling, truncation
+from kernels.decode_attention import DecodeWorkspace, build_work_list, decode_attention
+from kernels.layer_norm import bias_relu_squared_, embed, layer_norm
+from kernels.operands import DrawInputs, Linear, Norm, Residual, Rotary, StepLimits, TruncationInputs
+from kernels.prefill_attention import ChunkPlan, plan_chunks, prefill_attention, qk_norm_rotary_store
+
+SMALL_STEP = 64
+"""Most tokens of a step whose projections read weights rather than multiply; not yet run on a GPU."""
+
+SPARSE_STEP = 16
+"""Most tokens of a step that skips MLP rows: of more tokens hardly a row is zero for all; not yet run on a GPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class FusedPlan:
+    """A step's tokens: first those of sequences with one each, then chunks.
+
+    Attributes:
+        live: [1] int32, tokens that are not padding.
+        lengths: [B] int32, context of each single token, itself included; 0 for padding.
+        block_tables: [B, W] int32, of the sequences with one token.
+        chunks: all others.
+    """
+
+    live: torch.Tensor
+    lengths: torch.Tensor
+    block_tables: torch.Tensor
+    chunks: ChunkPlan | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Workspaces:
+    decode: DecodeWorkspace
+    projection: projection.Workspace
+    sampling: sampling.Workspace
+    truncation: truncation.TruncationWorkspace
+
+
+class FusedKernels:
+    """The operations, and the buffers that launches share.
+
+    Args:
+        device: a GPU; or a CPU, where Triton interprets.
+        pdl: whether a kernel may start while the one before it ends (programmatic dependent launch, sm_90 and later).
+            Not yet run on a GPU, and so not the default.
+    """
+
+    def __init__(self, device: torch.device, *, pdl: bool = False) -> None:
+        self.device = device
+        self.pdl = pdl
+        self._reserved: _Workspaces | None = None
+
+    def workspace_bytes(self, limits: StepLimits) -> int:
+        """Bytes that `reserve` takes."""
+        decode = DecodeWorkspace.bytes(limits.max_num_seqs, limits.max_model_len, limits.num_heads, limits.head_dim)
+        small = projection.Workspace.bytes(_projections(limits), SMALL_STEP)
+        rows, vocab_size = limits.max_num_seqs, limits.vocab_size
+        draws = sampling.Workspace.bytes(rows, vocab_size) + truncation.TruncationWorkspace.bytes(rows, vocab_size)
+        return decode + small + draws
+
+    def reserve(self, limits: StepLimits) -> None:
+        """Makes the buffers that steps within these limits share, one after the other."""
+        self._reserved = _Workspaces(
+            DecodeWorkspace.allocate(
+                limits.max_num_seqs, limits.max_model_len, limits.num_heads, limits.head_dim, self.device
+            ),
+            projection.Workspace.allocate(_projections(limits), SMALL_STEP, self.device),
+            sampling.Workspace.allocate(limits.max_num_seqs, limits.vocab_size, self.device),
+            truncation.TruncationWorkspace.allocate(limits.max_num_seqs, limits.vocab_size, self.device),
+        )
+
+    def prepare_weight(self, weight: torch.Tensor, *, sparse_input: bool = False) -> torch.Tensor:
+        """[out, in] as it is; [in, out] where the input is sparse, so that what meets a zero lies side by side."""
+        return weight.t().contiguous() if sparse_input else weight
+
+    def plan_attention(
+        self,
+        block_tables: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        counts: Sequence[int],
+        *,
+        num_blocks: int,
+        num_heads: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> FusedPlan:
+        """As `reference.plan_attention`: sequences with a single token come first."""
+        del num_blocks, num_heads
+        decodes = next((i for i, count in enumerate(counts) if count != 1), len(counts))
+        width = max((len(table) for table in block_tables[:decodes]), default=0)
+        # One transfer: the number of tokens, lengths from the next 16 bytes on, tables from the next after them.
+        tables_at = 4 + -(-decodes // 4) * 4
+        words = np.zeros(tables_at + decodes * width, dtype=np.int32)
+        words[0] = sum(counts)
+        words[4 : 4 + decodes] = [start + 1 for start in starts[:decodes]]
+        rows = words[tables_at:].reshape(decodes, width)
+        for row, table in zip(rows, block_tables[:decodes], strict=True):
+            row[: len(table)] = table
+        packed = torch.from_numpy(words).to(device, non_blocking=True)
+        chunks = None
+        if decodes < len(counts):
+            chunks = plan_chunks(
+                block_tables[decodes:],
+                starts[decodes:],
+                counts[decodes:],
+                block_size=block_size,
+                device=device,
+                dtype=dtype,
+            )
+        return self.plan_decode(packed[:1], packed[4 : 4 + decodes], packed[tables_at:].view(decodes, width), chunks)
+
+    def plan_decode(
+        self, live: torch.Tensor, lengths: torch.Tensor, block_tables: torch.Tensor, chunks: ChunkPlan | None = None
+    ) -> FusedPlan:
+        """A plan from what is on the device already; launches the kernel that makes the step's work list."""
+        if len(lengths):
+            build_work_list(lengths, self._workspaces.decode, pdl=self.pdl)
+        return FusedPlan(live, lengths, block_tables, chunks)
+
+    def rotary_at(self, table: Rotary, plan: FusedPlan) -> Rotary:
+        """The whole table: kernels look their tokens' positions up themselves."""
+        del plan
+        return table
+
+    def embed(
+        self, token_ids: torch.Tensor, sampled: torch.Tensor | None, table: torch.Tensor, plan: FusedPlan
+    ) -> Residual:
+        """As `reference.embed`, with the LayerNorm statistics of what it writes."""
+        values, statistics = embed(token_ids, sampled, table, plan.live, pdl=self.pdl)
+        return Residual(values, statistics)
+
+    def norm_linear(self, x: Residual, norm: Norm, linear: Linear, plan: FusedPlan) -> torch.Tensor:
+        """As `reference.norm_linear`."""
+        if len(x.values) > SMALL_STEP:
+            return torch.nn.functional.linear(self._normed(x, norm), linear.weight, linear.bias)
+        out, _ = projection.project(
+            x.values,
+            linear.weight,
+            linear.bias,
+            norm=_projection_norm(x, norm),
+            live=plan.live,
+            workspace=self._workspaces.projection,
+            pdl=self.pdl,
+        )
+        return out
+
+    def attention(
+        self,
+        qkv: torch.Tensor,
+        qk_norm: Norm | None,
+        rotary: Rotary,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        plan: FusedPlan,
+    ) -> torch.Tensor:
+        """As `reference.attention`."""
+        tokens, heads, _, dim = qkv.shape
+        weight, bias, eps = (qk_norm.weight, qk_norm.bias, qk_norm.eps) if qk_norm else (None, None, 0.0)
+        out = torch.empty(tokens, heads * dim, dtype=qkv.dtype, device=qkv.device)
+        decodes = len(plan.lengths)
+        if decodes:
+            decode_attention(
+                qkv[:decodes],
+                weight,
+                bias,
+                eps,
+                rotary.cos,
+                rotary.sin,
+                k_cache,
+                v_cache,
+                plan.lengths,
+                plan.block_tables,
+                self._workspaces.decode,
+                out=out[:decodes],
+                pdl=self.pdl,
+            )
+        if plan.chunks is not None:
+            q = qk_norm_rotary_store(
+                qkv[decodes:], weight, bias, eps, rotary.cos, rotary.sin, k_cache, v_cache, plan.chunks, pdl=self.pdl
+            )
+            prefill_attention(q, k_cache, v_cache, plan.chunks, out=out[decodes:], pdl=self.pdl)
+        return out
+
+    def add_linear_(self, x: Residual, attended: torch.Tensor, linear: Linear, plan: FusedPlan) -> None:
+        """As `reference.add_linear_`."""
+        if len(attended) > SMALL_STEP:
+            x.pending = torch.nn.functional.linear(attended, linear.weight, linear.bias)
+            return
+        x.statistics = projection.project_add_(
+            x.values,
+            attended,
+            linear.weight,
+            linear.bias,
+            live=plan.live,
+            workspace=self._workspaces.projection,
+            config=projection.ATTENTION_OUT,
+            pdl=self.pdl,
+        )
+
+    def add_mlp_(self, x: Residual, norm: Norm, up: Linear, down: Linear, plan: FusedPlan) -> None:
+        """As `reference.add_mlp_`."""
+        if len(x.values) > SMALL_STEP:
+            activation = torch.nn.functional.linear(self._normed(x, norm), up.weight, up.bias)
+            bias_relu_squared_(activation, None, pdl=self.pdl)
+            x.pending = torch.nn.functional.linear(activation, down.weight.t(), down.bias)
+            return
+        activation, alive = projection.project(
+            x.values,
+            up.weight,
+            up.bias,
+            norm=_projection_norm(x, norm),
+            activation="relu_squared",
+            live=plan.live,
+            workspace=self._workspaces.projection,
+            pdl=self.pdl,
+        )
+        x.statistics = projection.project_add_(
+            x.values,
+            activation,
+            down.weight,
+            down.bias,
+            transposed=True,
+            alive=alive if len(activation) <= SPARSE_STEP else None,
+            live=plan.live,
+            workspace=self._workspaces.projection,
+            config=projection.MLP_DOWN,
+            pdl=self.pdl,
+        )
+
+    def norm_rows(self, x: Residual, norm: Norm, rows: torch.Tensor | None) -> torch.Tensor:
+        """As `reference.norm_rows`."""
+        if rows is None:
+            return self._normed(x, norm)
+        pending = None if x.pending is None else x.pending[rows]
+        return layer_norm(x.values[rows], None, norm.weight, norm.bias, norm.eps, residual=pending, pdl=self.pdl)
+
+    def logits(self, hidden: torch.Tensor, head: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """As `reference.logits`, never rounded to 16 bits; written to `out` [R, vocab_size] float32 if given."""
+        if hidden.dtype == torch.float32:
+            return torch.mm(hidden, head.t(), out=out)
+        if hidden.device.type != "cuda":
+            return torch.mm(hidden.float(), head.float().t(), out=out)
+        if out is None:
+            return torch.mm(hidden, head.t(), out_dtype=torch.float32)
+        return torch.mm(hidden, head.t(), out_dtype=torch.float32, out=out)
+
+    def sample(
+        self,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        draw: DrawInputs,
+        live: torch.Tensor,
+        logits: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """A token a row, by `reference_sampling.sample`'s rule.
+
+        Args:
+            hidden: [R, hidden], the final LayerNorm's output.
+            head: [vocab_size, hidden].
+            draw: how each row draws.
+            live: [1] int32, rows that are not padding.
+            logits: [R, vocab_size] float32, written for rows that want theirs; None when none does.
+
+        Returns:
+            [R] int64, the first of `sampled`.
+        """
+        rows, workspace = len(hidden), self._workspaces.sampling
+        if rows <= SMALL_STEP:
+            tokens, _ = sampling.sample_head(hidden, head, draw, live, workspace, logits=logits, pdl=self.pdl)
+            return tokens
+        all_logits = self.logits(hidden, head, out=logits)
+        tokens, _ = sampling.sample_logits(all_logits, draw, live, workspace, pdl=self.pdl)
+        return tokens
+
+    def sample_truncated(
+        self, logits: torch.Tensor, draw: DrawInputs, truncate: TruncationInputs, live: torch.Tensor
+    ) -> torch.Tensor:
+        """Draws the active rows of a step anew, after `sample`, from the tokens that top-k, top-p and min-p keep.
+
+        Args:
+            logits: [R, vocab_size] float32, as `sample` wrote them.
+            draw: how each row draws.
+            truncate: which rows, and from which tokens.
+            live: [1] int32, rows that are not padding.
+
+        Returns:
+            [R] int64, the first of `sampled`; other rows keep their token.
+        """
+        workspaces = self._workspaces
+        tokens, _ = truncation.sample_truncated(
+            logits, draw, truncate, live, workspaces.sampling, workspaces.truncation, pdl=self.pdl
+        )
+        return tokens
+
+    @property
+    def sampled(self) -> torch.Tensor:
+        """[max_num_seqs] int64, the tokens of the last step, where the next may take them from."""
+        return self._workspaces.sampling.tokens
+
+    def _normed(self, x: Residual, norm: Norm) -> torch.Tensor:
+        """LayerNorm of the whole stream, after adding what is pending."""
+        statistics = None if x.pending is not None else x.statistics
+        normed = layer_norm(x.values, statistics, norm.weight, norm.bias, norm.eps, residual=x.pending, pdl=self.pdl)
+        if x.pending is not None:
+            x.pending = x.statistics = None
+        return normed
+
+    @property
+    def _workspaces(self) -> _Workspaces:
+        if self._reserved is None:
+            raise RuntimeError("reserve() comes before the first step: no buffers have been made")
+        return self._reserved
+
+
+def _projections(limits: StepLimits) -> list[tuple[int, projection.ProjectionConfig]]:
+    """The output widths of a layer's projections and how they are cut up."""
+    hidden = limits.hidden_size
+    return [
+        (3 * hidden, projection.WIDE),
+        (limits.intermediate_size, projection.WIDE),
+        (hidden, projection.ATTENTION_OUT),
+        (hidden, projection.MLP_DOWN),
+    ]
+
+
+def _projection_norm(x: Residual, norm: Norm) -> projection.Norm:
+    if x.statistics is None:
+        raise RuntimeError("a small step's residual stream comes with the statistics of its rows")
+    return projection.Norm(x.statistics, norm.weight, norm.bias, norm.eps)

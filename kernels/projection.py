@@ -1,0 +1,402 @@
+"""The projections of decode steps: a weight is streamed once for up to 256 rows.
+
+Rows are tokens; knows nothing of sequences, layers or caches.  Prompts use cuBLAS instead.
+
+One kernel computes weight tile @ rows^T, so that the matrix units see 64 or more of the weight's columns and as few as
+16 rows.  Every output is summed in ascending order of the input features within a fixed number of splits, and the
+splits are summed in ascending order by whichever program arrives last: a row's bits depend on neither the other rows
+nor their number.
+"""
+
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.target_info import cuda_capability_geq, is_cuda
+
+from kernels.launch import Limits, next_power_of_2
+from kernels.layer_norm import (
+    STATISTICS_COLUMNS,
+    TILE_ROWS,
+    launch_options,
+    layer_norm,
+    merge_statistics,
+    normalise,
+    relu_squared,
+    statistics_shape,
+    store_statistics,
+)
+from kernels.projection_config import ATTENTION_OUT, MLP_DOWN, WIDE, Norm, ProjectionConfig, Workspace
+
+__all__ = ["ATTENTION_OUT", "MLP_DOWN", "WIDE", "Norm", "ProjectionConfig", "Workspace", "project", "project_add_"]
+
+MAX_ROWS = 256
+"""Rows that one launch takes; beyond them a weight read once is no longer what a projection waits for."""
+
+LIMITS = {"projection_kernel": Limits(registers=255, shared_bytes=118_000)}
+"""What the kernel's machine code may take."""
+
+
+@triton.jit
+def sum_splits(partials, rows, columns, mask, num_rows, OUT_FEATURES: tl.constexpr, SPLITS: tl.constexpr):
+    """The splits' sums of [rows, columns], added in ascending order; read from the L2 cache, where others put them."""
+    total = tl.zeros(mask.shape, tl.float32)
+    for split in tl.static_range(SPLITS):
+        places = partials + (split * num_rows + rows).to(tl.int64)[:, None] * OUT_FEATURES + columns[None, :]
+        total += tl.load(places, mask=mask, other=0.0, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
+def finish_tile(
+    total,
+    out,
+    bias,
+    statistics,
+    rows,
+    columns,
+    tile,
+    is_live,
+    num_rows,
+    OUT_FEATURES: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    """Bias, then residual and statistics or activation, of total [rows, columns] float32; returns the live columns.
+
+    `tile` is the place of the columns' statistics.
+    """
+    mask = is_live[:, None] if EVEN_N else is_live[:, None] & (columns < OUT_FEATURES)[None, :]
+    places = out + rows.to(tl.int64)[:, None] * OUT_FEATURES + columns[None, :]
+    dtype: tl.constexpr = out.dtype.element_ty
+    if bias is not None:
+        # Read once for each row, from the L1 cache, because that is 16 bytes at a time.
+        total += tl.load(tl.broadcast_to(bias + columns[None, :], total.shape), mask=mask, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        total += tl.load(places, mask=mask, other=0.0).to(tl.float32)
+    if ACTIVATION == "relu_squared":
+        total = relu_squared(total, dtype)
+    stored = total.to(dtype)
+    tl.store(places, stored, mask=mask)
+    if RESIDUAL:
+        store_statistics(statistics, stored.to(tl.float32), tile, rows, is_live, num_rows, OUT_FEATURES)
+    return tl.max(((stored != 0.0) & mask).to(tl.int32), 0)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def projection_kernel(
+    out,
+    x,
+    weight,
+    bias,
+    live,
+    norm_statistics,
+    norm_weight,
+    norm_bias,
+    alive_in,
+    alive_out,
+    statistics,
+    partials,
+    counters,
+    num_rows,
+    eps,
+    IN_FEATURES: tl.constexpr,
+    OUT_FEATURES: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLIT_FEATURES: tl.constexpr,
+    NORM_TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+    ROWS: tl.constexpr = TILE_ROWS,
+    COLUMNS: tl.constexpr = STATISTICS_COLUMNS,
+):
+    """BLOCK_N output features over one split of the input features, for all rows; see `project`, `project_add_`."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    EVEN_N: tl.constexpr = OUT_FEATURES % BLOCK_N == 0
+    EVEN_K: tl.constexpr = IN_FEATURES == SPLITS * SPLIT_FEATURES
+    MERGE: tl.constexpr = (SPLITS > 1) or RESIDUAL
+    # Before sm_90 a transposed weight tile reaches the matrix units through shared memory only as right operand.
+    ROWS_FIRST: tl.constexpr = TRANSPOSED and is_cuda() and not cuda_capability_geq(9, 0)
+    column_tile = tl.program_id(0)
+    split = tl.program_id(1)
+    live_rows = tl.minimum(tl.load(live), num_rows)
+    rows = tl.arange(0, BLOCK_M)
+    is_live = rows < live_rows
+    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    known = columns < OUT_FEATURES
+    if norm_statistics is not None:
+        mean, scale = merge_statistics(norm_statistics, rows, is_live, num_rows, eps, IN_FEATURES, NORM_TILES)
+
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N) if ROWS_FIRST else (BLOCK_N, BLOCK_M), tl.float32)
+    first = split * SPLIT_FEATURES
+    if alive_in is not None:
+        features = first + tl.arange(0, BLOCK_K)
+        flags = tl.load(alive_in + features, mask=features < IN_FEATURES, other=0)
+    for start in tl.range(0, SPLIT_FEATURES, BLOCK_K, num_stages=STAGES):
+        features = first + start + tl.arange(0, BLOCK_K)
+        x_mask = is_live[:, None] if EVEN_K else is_live[:, None] & (features < IN_FEATURES)[None, :]
+        x_tile = tl.load(x + rows[:, None] * IN_FEATURES + features[None, :], mask=x_mask, other=0.0)
+        if norm_statistics is not None:
+            if EVEN_K:
+                gamma, beta = tl.load(norm_weight + features), tl.load(norm_bias + features)
+            else:
+                gamma = tl.load(norm_weight + features, mask=features < IN_FEATURES, other=0.0)
+                beta = tl.load(norm_bias + features, mask=features < IN_FEATURES, other=0.0)
+            normed = normalise(x_tile, mean[:, None], scale[:, None], gamma[None, :], beta[None, :])
+            x_tile = normed.to(x.dtype.element_ty)
+        if TRANSPOSED:
+            read = features < IN_FEATURES
+            if alive_in is not None:
+                # Fetched an iteration ahead: a load waits for its mask.
+                read = flags != 0
+                ahead = features + BLOCK_K
+                flags = tl.load(alive_in + ahead, mask=ahead < IN_FEATURES, other=0)
+            places = weight + features.to(tl.int64)[:, None] * OUT_FEATURES + columns[None, :]
+            if alive_in is not None or not EVEN_K:
+                w_mask = read[:, None] if EVEN_N else read[:, None] & known[None, :]
+                w_tile = tl.load(places, mask=w_mask, other=0.0)
+            elif EVEN_N:
+                w_tile = tl.load(places)
+            else:
+                w_tile = tl.load(places, mask=known[None, :], other=0.0)
+        else:
+            places = weight + columns.to(tl.int64)[:, None] * IN_FEATURES + features[None, :]
+            if EVEN_N and EVEN_K:
+                w_tile = tl.load(places)
+            else:
+                w_tile = tl.load(places, mask=known[:, None] & (features < IN_FEATURES)[None, :], other=0.0)
+        if ROWS_FIRST:
+            accumulator = tl.dot(x_tile, w_tile, accumulator, input_precision="ieee")
+        else:
+            accumulator = tl.dot(
+                tl.trans(w_tile) if TRANSPOSED else w_tile, tl.trans(x_tile), accumulator, input_precision="ieee"
+            )
+    total = accumulator if ROWS_FIRST else tl.trans(accumulator)
+
+    if not MERGE:
+        alive = finish_tile(
+            total, out, bias, statistics, rows, columns, 0, is_live, num_rows,
+            OUT_FEATURES, EVEN_N, ACTIVATION, RESIDUAL,
+        )  # fmt: skip
+        if alive_out is not None:
+            tl.store(alive_out + columns, alive.to(tl.int8), mask=known)
+    else:
+        partial = partials + (split * num_rows + rows).to(tl.int64)[:, None] * OUT_FEATURES + columns[None, :]
+        tl.store(partial, total, mask=is_live[:, None] & known[None, :])
+        # All of this program's stores, then its arrival; all others' arrivals, then the last one's loads.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(counters + column_tile, 1, sem="acq_rel", scope="gpu")
+        if arrived == SPLITS - 1:
+            for part in tl.static_range(BLOCK_N // COLUMNS):
+                tile = column_tile * (BLOCK_N // COLUMNS) + part
+                if tile * COLUMNS < OUT_FEATURES:
+                    tile_columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+                    alive = tl.zeros((COLUMNS,), tl.int32)
+                    for first_row in range(0, BLOCK_M, ROWS):
+                        if first_row < live_rows:
+                            tile_rows = first_row + tl.arange(0, ROWS)
+                            tile_live = tile_rows < live_rows
+                            mask = tile_live[:, None] & (tile_columns < OUT_FEATURES)[None, :]
+                            tile_total = sum_splits(
+                                partials, tile_rows, tile_columns, mask, num_rows, OUT_FEATURES, SPLITS
+                            )
+                            tile_alive = finish_tile(
+                                tile_total, out, bias, statistics, tile_rows, tile_columns, tile, tile_live, num_rows,
+                                OUT_FEATURES, EVEN_N, ACTIVATION, RESIDUAL,
+                            )  # fmt: skip
+                            alive = tl.maximum(alive, tile_alive)
+                    if alive_out is not None:
+                        tl.store(alive_out + tile_columns, alive.to(tl.int8), mask=tile_columns < OUT_FEATURES)
+            tl.store(counters + column_tile, 0)
+
+
+def project(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    norm: Norm | None = None,
+    activation: Literal["none", "relu_squared"] = "none",
+    live: torch.Tensor,
+    workspace: Workspace,
+    config: ProjectionConfig = WIDE,
+    pdl: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """activation(norm(x) @ weight.T + bias), summed in float32 and rounded once.
+
+    Reads the weight once, 2 * in * out bytes in 16 bits, and M * in numbers of x (a program reads them from the L2
+    cache); writes M * out numbers.  More than one split writes and reads 4 * splits * live * out bytes, which stay in
+    the L2 cache.
+
+    Args:
+        x: [M, in], M <= 256.
+        weight: [out, in].
+        bias: [out] or None.
+        norm: LayerNorm of x first, rounded to x's dtype.
+        activation: "relu_squared" for max(., 0)^2, which saturates at 65,504 in float16.
+        live: [1] int32, how many rows there are; those behind are not read and not written.
+        workspace: used where config has splits.
+        config: how to cut it up.
+        pdl: whether the launch may overlap the end of the kernel before it.
+
+    Returns:
+        out [M, out] in x's dtype, and for relu_squared the flags [out] int8: one where any live row's activation is
+        not zero.
+    """
+    rows, in_features = _check(x, weight, bias, in_dim=1)
+    if norm is not None and (rows > TILE_ROWS or not config.norm_in_prologue):
+        x = layer_norm(x, norm.statistics, norm.weight, norm.bias, norm.eps, pdl=pdl)
+        norm = None
+    elif norm is not None and norm.statistics.shape != statistics_shape(rows, in_features):
+        raise ValueError(
+            f"statistics of x [{rows}, {in_features}] have the shape {statistics_shape(rows, in_features)}, "
+            f"not {tuple(norm.statistics.shape)}"
+        )
+    out = torch.empty(rows, weight.shape[0], dtype=x.dtype, device=x.device)
+    alive = None
+    if activation == "relu_squared":
+        alive = torch.empty(weight.shape[0], dtype=torch.int8, device=x.device)
+    _launch(out, x, weight, bias, live, norm, activation, False, None, alive, None, workspace, config, pdl)
+    return out, alive
+
+
+def project_add_(
+    x: torch.Tensor,
+    activation: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    transposed: bool = False,
+    alive: torch.Tensor | None = None,
+    live: torch.Tensor,
+    workspace: Workspace,
+    config: ProjectionConfig,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """X += activation @ weight.T + bias in place, and the statistics of the new x.
+
+    Reads the weight once, 2 * in * out bytes in 16 bits (2 * alive * out with flags), and M * in numbers of the
+    activation (a program reads them from the L2 cache); reads and writes M * out numbers of x; writes and reads
+    4 * splits * live * out bytes of partial sums, which stay in the L2 cache, and writes 8 * M * out / 64 of
+    statistics.
+
+    Args:
+        x: [M, out], M <= 256, the residual stream.
+        activation: [M, in].
+        weight: [out, in], or [in, out] if transposed.
+        bias: [out] or None.
+        transposed: how the weight is stored.
+        alive: [in] int8; rows of a transposed weight whose flag is 0 are not read.  Where a flag is 0 only if the
+            activation is 0 in every live row, the result is that of the full product, bit for bit: the same zeros
+            are added in the same places.
+        live: [1] int32, how many rows there are; those behind are not read and not written.
+        workspace: where the splits meet.
+        config: how to cut it up.
+        pdl: whether the launch may overlap the end of the kernel before it.
+
+    Returns:
+        [2, tiles, M] float32, mean and sum of squared deviations of each tile of 64 columns of what x now holds.
+    """
+    rows, in_features = _check(activation, weight, bias, in_dim=0 if transposed else 1)
+    out_features = weight.shape[1 if transposed else 0]
+    if x.shape != (rows, out_features) or x.dtype != activation.dtype or not x.is_contiguous():
+        raise ValueError(
+            f"x must be a contiguous [{rows}, {out_features}] {activation.dtype} tensor, "
+            f"not {tuple(x.shape)} {x.dtype} strided {x.stride()}"
+        )
+    if alive is not None and (not transposed or alive.shape != (in_features,)):
+        raise ValueError(f"flags [{in_features}] belong to a transposed weight, not {tuple(alive.shape)}")
+    statistics = torch.empty(statistics_shape(rows, out_features), dtype=torch.float32, device=x.device)
+    _launch(
+        x, activation, weight, bias, live, None, "none", transposed, alive, None, statistics, workspace, config, pdl
+    )
+    return statistics
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, in_dim: int) -> tuple[int, int]:
+    """Rows and input features, after making sure that the tensors fit together."""
+    rows, in_features = x.shape
+    if not 1 <= rows <= MAX_ROWS:
+        raise ValueError(f"a projection takes 1 to {MAX_ROWS} rows, not {rows}")
+    if weight.ndim != 2 or weight.shape[in_dim] != in_features or weight.dtype != x.dtype:
+        raise ValueError(
+            f"weight {tuple(weight.shape)} {weight.dtype} does not take x [{rows}, {in_features}] {x.dtype}"
+        )
+    if bias is not None and bias.shape != (weight.shape[1 - in_dim],):
+        raise ValueError(f"bias must have the shape [{weight.shape[1 - in_dim]}], not {tuple(bias.shape)}")
+    if not (x.is_contiguous() and weight.is_contiguous()):
+        raise ValueError(f"x and weight must be contiguous, not strided {x.stride()} and {weight.stride()}")
+    return rows, in_features
+
+
+def _launch(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    live: torch.Tensor,
+    norm: Norm | None,
+    activation: Literal["none", "relu_squared"],
+    transposed: bool,
+    alive_in: torch.Tensor | None,
+    alive_out: torch.Tensor | None,
+    statistics: torch.Tensor | None,
+    workspace: Workspace,
+    config: ProjectionConfig,
+    pdl: bool,
+) -> None:
+    (rows, in_features), out_features = x.shape, out.shape[1]
+    residual = statistics is not None
+    tiles = triton.cdiv(out_features, config.block_n)
+    splits = config.splits
+    if splits > 1 or residual:
+        needed = splits * rows * out_features
+        if workspace.partials.numel() < needed or workspace.counters.numel() < tiles:
+            raise ValueError(
+                f"the workspace has {workspace.partials.numel()} partials and {workspace.counters.numel()} counters, "
+                f"{splits} splits of [{rows}, {out_features}] need {needed} and {tiles}"
+            )
+    block_m = max(16, next_power_of_2(rows))
+    block_k, stages = config.iteration(block_m, x.element_size())
+    projection_kernel[(tiles, splits)](
+        out,
+        x,
+        weight,
+        bias,
+        live,
+        norm.statistics if norm else None,
+        norm.weight if norm else None,
+        norm.bias if norm else None,
+        alive_in,
+        alive_out,
+        statistics,
+        workspace.partials,
+        workspace.counters,
+        rows,
+        norm.eps if norm else 0.0,
+        IN_FEATURES=in_features,
+        OUT_FEATURES=out_features,
+        TRANSPOSED=transposed,
+        ACTIVATION=activation,
+        RESIDUAL=residual,
+        SPLITS=splits,
+        SPLIT_FEATURES=config.split_features(in_features),
+        NORM_TILES=next_power_of_2(norm.statistics.shape[1]) if norm else 1,
+        BLOCK_M=block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=block_k,
+        STAGES=stages,
+        PDL=pdl,
+        num_warps=config.warps,
+        **launch_options(pdl),
+    )

@@ -1,0 +1,478 @@
+"""Draws tokens with Gumbel noise, in the output projection's epilogue or from logits that already exist.
+
+Knows nothing of truncation, penalties or requests.  A draw depends on (seed, sample_index, position), the token ids and
+the row's own logits: never on the row's place in the batch, the tile a token falls into, or how many rows run.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.launch import Limits, next_power_of_2
+from kernels.operands import DrawInputs
+
+__all__ = ["DrawInputs", "LIMITS", "SamplingConfig", "Workspace", "sample_head", "sample_logits"]
+
+LIMITS = {
+    "_head_kernel": Limits(registers=255, shared_bytes=113_000),
+    "_logits_kernel": Limits(registers=76, shared_bytes=64),
+    "_merge_kernel": Limits(registers=112, shared_bytes=64),
+}
+"""Most that the machine code may take; the head's registers are sm_100's with 64 rows, where sm_90 takes 128."""
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_NO_TOKEN = tl.constexpr(2**31 - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingConfig:
+    """Launch settings.
+
+    None changes a token drawn from the same logits; `head_tokens` and `slice_tokens` change how log-probabilities
+    round.
+
+    Attributes:
+        head_tokens: token ids of one tile of the output projection.
+        head_depth_bytes: bytes of a weight row that one step of the projection's loop takes.
+        head_rows: most rows of one tile.
+        head_stages: steps of the loop that are in flight.
+        head_warps: of a program of the projection with up to 32 rows; one with more has twice as many.
+        slice_tokens: token ids of one program that reads logits.
+        slice_warps: of such a program.
+        merge_warps: of a program that merges a row's tiles.
+    """
+
+    head_tokens: int = 128
+    head_depth_bytes: int = 128
+    head_rows: int = 64
+    head_stages: int = 4
+    head_warps: int = 4
+    slice_tokens: int = 4096
+    slice_warps: int = 8
+    merge_warps: int = 4
+
+    def __post_init__(self) -> None:
+        """Refuses tiles that the kernels cannot add up without overflow."""
+        if not 16 <= self.head_tokens <= 1024:
+            raise ValueError(f"head_tokens is {self.head_tokens}; a tile holds 16 to 1024 token ids")
+        if not 16 <= self.slice_tokens <= 4096:
+            raise ValueError(f"slice_tokens is {self.slice_tokens}; a slice holds 16 to 4096 token ids")
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """What tiles leave for the merge, and the results; static, so that CUDA graphs can hold its addresses.
+
+    A tile of a row leaves its best token's score (logit + temperature * noise), id and logit, its highest logit, and
+    the sum of exp(logit - highest).
+
+    Attributes:
+        scores, winner_logits, maxima, sums: [rows * tiles] float32.
+        ids: [rows * tiles] int32.
+        tokens: [rows] int64, the tokens drawn last.
+        logprobs: [rows] float32, their log-probabilities.
+    """
+
+    scores: torch.Tensor
+    ids: torch.Tensor
+    winner_logits: torch.Tensor
+    maxima: torch.Tensor
+    sums: torch.Tensor
+    tokens: torch.Tensor
+    logprobs: torch.Tensor
+
+    @classmethod
+    def allocate(
+        cls, rows: int, vocab_size: int, device: torch.device, config: SamplingConfig | None = None
+    ) -> "Workspace":
+        """For calls of at most this many rows."""
+        entries = rows * _most_tiles(vocab_size, config or SamplingConfig())
+        scores, winner_logits, maxima, sums = (torch.empty(entries, device=device) for _ in range(4))
+        ids = torch.empty(entries, dtype=torch.int32, device=device)
+        tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+        return cls(scores, ids, winner_logits, maxima, sums, tokens, torch.zeros(rows, device=device))
+
+    @staticmethod
+    def bytes(rows: int, vocab_size: int, config: SamplingConfig | None = None) -> int:
+        """What `allocate` takes."""
+        return rows * (20 * _most_tiles(vocab_size, config or SamplingConfig()) + 12)
+
+
+def _most_tiles(vocab_size: int, config: SamplingConfig) -> int:
+    return -(-vocab_size // min(config.head_tokens, config.slice_tokens))
+
+
+def sample_head(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    draw: DrawInputs,
+    live: torch.Tensor,
+    workspace: Workspace,
+    *,
+    logits: torch.Tensor | None = None,
+    config: SamplingConfig | None = None,
+    pdl: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits = hidden @ weight.T and a token drawn from them, without the logits ever being written.
+
+    The token is the argmax of logit + temperature * Gumbel noise, which is a draw from softmax(logits / temperature)
+    (the Gumbel-max trick, in the projection's epilogue as in FlashSampling, arXiv:2603.15854); the noise is
+    `reference_sampling.gumbel`.  Temperature 0 is greedy, the lowest id among equals.  A NaN counts as -inf.
+
+    Reads vocab_size * K * itemsize bytes of weights once for each config.head_rows rows, and for each tile R * K *
+    itemsize of hidden from the L2 cache; writes and reads back 20 * R * ceil(vocab_size / head_tokens) bytes, and
+    writes 4 * vocab_size for each row that wants its logits.  Above 64 rows a plain matmul and `sample_logits` take
+    over: two tiles of rows would share each weight through the L2 cache at best.
+
+    Args:
+        hidden: [R, K] contiguous, normalised, float16, bfloat16 or float32.
+        weight: [vocab_size, K] contiguous, hidden's dtype.
+        draw: R rows of it.
+        live: [1] int32; rows from there on are padding, are not read and get no token.
+        workspace: for R rows or more; its results are what is returned.
+        logits: [R, vocab_size] float32, written where `draw.wants_logits` says so; None when no row does.
+        config: launch settings; the defaults where None.
+        pdl: whether the launch overlaps the end of its predecessor.
+
+    Returns:
+        tokens [R] int64, and their log-probabilities [R] float32 under softmax(logits), that is without temperature.
+    """
+    config = config or SamplingConfig()
+    rows, depth = hidden.shape
+    vocab_size = weight.shape[0]
+    tiles = triton.cdiv(vocab_size, config.head_tokens)
+    block_m = min(max(16, next_power_of_2(rows)), config.head_rows)
+    row_blocks = triton.cdiv(rows, block_m)
+    launch = {"launch_pdl": True} if pdl else {}
+    _head_kernel[(tiles * row_blocks,)](
+        hidden,
+        weight,
+        draw.temperature,
+        draw.seed,
+        draw.sample_index,
+        draw.position,
+        draw.wants_logits,
+        live,
+        logits,
+        workspace.scores,
+        workspace.ids,
+        workspace.winner_logits,
+        workspace.maxima,
+        workspace.sums,
+        vocab_size,
+        tiles,
+        row_blocks,
+        rows,
+        K=depth,
+        BLOCK_N=config.head_tokens,
+        BLOCK_M=block_m,
+        BLOCK_K=config.head_depth_bytes // hidden.element_size(),
+        STAGES=config.head_stages,
+        PDL=pdl,
+        num_warps=config.head_warps if block_m <= 32 else 2 * config.head_warps,
+        **launch,
+    )
+    return merge(workspace, None, live, rows, tiles, config=config, pdl=pdl)
+
+
+def sample_logits(
+    logits: torch.Tensor,
+    draw: DrawInputs,
+    live: torch.Tensor,
+    workspace: Workspace,
+    *,
+    config: SamplingConfig | None = None,
+    pdl: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token a row from logits that exist: the draws of `sample_head`, for batches that a plain matmul serves better.
+
+    Reads R * vocab_size * itemsize bytes, and writes and reads back 20 * R * ceil(vocab_size / slice_tokens).
+
+    Args:
+        logits: [R, vocab_size] contiguous, float16, bfloat16 or float32.
+        draw: R rows of it; wants_logits does not matter.
+        live, workspace, config, pdl: as in `sample_head`.
+
+    Returns:
+        What `sample_head` does.
+    """
+    config = config or SamplingConfig()
+    rows, vocab_size = logits.shape
+    slices = triton.cdiv(vocab_size, config.slice_tokens)
+    launch = {"launch_pdl": True} if pdl else {}
+    _logits_kernel[(slices, rows)](
+        logits,
+        draw.temperature,
+        draw.seed,
+        draw.sample_index,
+        draw.position,
+        live,
+        workspace.scores,
+        workspace.ids,
+        workspace.winner_logits,
+        workspace.maxima,
+        workspace.sums,
+        vocab_size,
+        slices,
+        SLICE=config.slice_tokens,
+        PDL=pdl,
+        num_warps=config.slice_warps,
+        **launch,
+    )
+    return merge(workspace, None, live, rows, slices, config=config, pdl=pdl)
+
+
+def merge(
+    workspace: Workspace,
+    active: torch.Tensor | None,
+    live: torch.Tensor,
+    rows: int,
+    tiles: int,
+    *,
+    config: SamplingConfig,
+    pdl: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's tiles into its token and log-probability.
+
+    Reads 20 * rows * tiles bytes, writes 12 * rows.
+
+    Args:
+        workspace: with rows * tiles tiles in it.
+        active: [R] int32, zero where a row's result is to be left alone; None for all rows.
+        live: [1] int32; rows from there on are left alone.
+        rows, tiles: how the tiles lie in the workspace.
+        config: launch settings.
+        pdl: whether the launch overlaps the end of its predecessor.
+
+    Returns:
+        The workspace's tokens and log-probabilities of these rows.
+    """
+    launch = {"launch_pdl": True} if pdl else {}
+    _merge_kernel[(rows,)](
+        workspace.scores,
+        workspace.ids,
+        workspace.winner_logits,
+        workspace.maxima,
+        workspace.sums,
+        active,
+        live,
+        workspace.tokens,
+        workspace.logprobs,
+        tiles,
+        TILES=next_power_of_2(tiles),
+        PDL=pdl,
+        num_warps=config.merge_warps,
+        **launch,
+    )
+    return workspace.tokens[:rows], workspace.logprobs[:rows]
+
+
+@triton.jit
+def gumbel_from_word(word):
+    """32 random bits into Gumbel noise; see `reference_sampling.gumbel`."""
+    uniform = tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
+    rest = 1.0 - uniform
+    exponential = (uniform - (1.0 - rest)) - tl.log(rest)
+    return -tl.log(exponential)
+
+
+@triton.jit
+def logits_tile(logits, row, first, vocab_size, SLICE: tl.constexpr):
+    """A slice of a row of logits as float32, and its ids; what is NaN or lies beyond the row is -inf, -0 is 0."""
+    ids = first + tl.arange(0, SLICE)
+    x = tl.load(logits + row.to(tl.int64) * vocab_size + ids, mask=ids < vocab_size, other=float("-inf"))
+    x = x.to(tl.float32)
+    return tl.where(x == x, x + 0.0, float("-inf")), ids
+
+
+@triton.jit
+def store_tile(x, score, ids, row, tile, tiles, scores, winner_ids, winner_logits, maxima, sums, SLICE: tl.constexpr):
+    """Writes what a slice of one row leaves for the merge; `score` is -inf where a token may not win."""
+    entry = row.to(tl.int64) * tiles + tile
+    best = tl.max(score, axis=0)
+    winner = tl.min(tl.where(score == best, ids, _NO_TOKEN), axis=0)
+    maximum = tl.max(x, axis=0)
+    tl.store(scores + entry, best)
+    tl.store(winner_ids + entry, winner)
+    tl.store(winner_logits + entry, tl.max(tl.where(ids == winner, x, float("-inf")), axis=0))
+    tl.store(maxima + entry, maximum)
+    # Where a slice has no finite logit, its highest is -inf, and -inf - -inf would be NaN.
+    tl.store(sums + entry, tl.sum(tl.where(x == maximum, 1.0, tl.exp2((x - maximum) * _LOG2_E)), axis=0))
+
+
+@triton.jit
+def slice_noise(first, seed, sample_index, position, SLICE: tl.constexpr):
+    """The noise of SLICE ids of one draw, from `first`, a multiple of four."""
+    group = first // 4 + tl.arange(0, SLICE // 4)
+    w0, w1, w2, w3 = tl.philox(seed, group, position, sample_index, tl.zeros_like(group))
+    # [group, low bit of the word's number, high bit] -> id = 4 * group + word.
+    words = tl.join(tl.join(w0, w1), tl.join(w2, w3))
+    return gumbel_from_word(tl.reshape(tl.permute(words, (0, 2, 1)), (SLICE,)))
+
+
+@triton.jit
+def _head_kernel(
+    hidden,
+    weight,
+    temperature,
+    seed,
+    sample_index,
+    position,
+    wants_logits,
+    live,
+    logits,
+    scores,
+    winner_ids,
+    winner_logits,
+    maxima,
+    sums,
+    vocab_size,
+    tiles,
+    row_blocks,
+    rows,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    # Row blocks of one tile are neighbours, so that the second finds the weights in the L2 cache.
+    tile = tl.program_id(0) // row_blocks
+    first_row = (tl.program_id(0) % row_blocks) * BLOCK_M
+    live_rows = tl.minimum(tl.load(live), rows)
+    if first_row >= live_rows:
+        return
+    row = first_row + tl.arange(0, BLOCK_M)
+    is_live = row < live_rows
+    id_ = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    # Ids beyond the vocabulary read its last row, and cannot win below: the loads need no mask.
+    weight_rows = weight + tl.minimum(id_, vocab_size - 1).to(tl.int64)[:, None] * K
+    hidden_rows = hidden + row.to(tl.int64)[:, None] * K
+    x = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for first in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        if K % BLOCK_K == 0:
+            w = tl.load(weight_rows + (first + k)[None, :])
+            h = tl.load(hidden_rows + (first + k)[None, :], mask=is_live[:, None], other=0.0)
+        else:
+            inside = (first + k)[None, :] < K
+            w = tl.load(weight_rows + (first + k)[None, :], mask=inside, other=0.0)
+            h = tl.load(hidden_rows + (first + k)[None, :], mask=is_live[:, None] & inside, other=0.0)
+        x = tl.dot(w, tl.trans(h), x, input_precision="ieee")
+
+    ids = id_[:, None]
+    x = tl.where((ids < vocab_size) & (x == x), x, float("-inf"))
+    if logits is not None:
+        wanted = is_live & (tl.load(wants_logits + row, mask=is_live, other=0) != 0)
+        out = logits + row.to(tl.int64)[None, :] * vocab_size + ids
+        tl.store(out, x, mask=wanted[None, :] & (ids < vocab_size))
+
+    group = tile * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+    own_seed = tl.load(seed + row, mask=is_live, other=0)
+    own_index = tl.load(sample_index + row, mask=is_live, other=0)
+    own_position = tl.load(position + row, mask=is_live, other=0)
+    w0, w1, w2, w3 = tl.philox(
+        own_seed[None, :],
+        group[:, None],
+        own_position[None, :],
+        own_index[None, :],
+        tl.zeros((1, 1), dtype=tl.int32),
+    )
+    words = tl.join(tl.join(w0, w1), tl.join(w2, w3))
+    noise = gumbel_from_word(tl.reshape(tl.permute(words, (0, 3, 2, 1)), (BLOCK_N, BLOCK_M)))
+    score = x + tl.load(temperature + row, mask=is_live, other=0.0)[None, :] * noise
+
+    best = tl.max(score, axis=0)
+    winner = tl.min(tl.where(score == best[None, :], ids, _NO_TOKEN), axis=0)
+    winner_logit = tl.max(tl.where(ids == winner[None, :], x, float("-inf")), axis=0)
+    maximum = tl.max(x, axis=0)
+    # In whole numbers the order of the sum cannot matter, and that order is the compiler's choice for each BLOCK_M.
+    share = tl.where(x == maximum[None, :], 1.0, tl.exp2((x - maximum[None, :]) * _LOG2_E))
+    one: tl.constexpr = 2**30 // BLOCK_N
+    total = tl.sum((share * one + 0.5).to(tl.int32), axis=0)
+
+    entry = row.to(tl.int64) * tiles + tile
+    tl.store(scores + entry, best, mask=is_live)
+    tl.store(winner_ids + entry, winner, mask=is_live)
+    tl.store(winner_logits + entry, winner_logit, mask=is_live)
+    tl.store(maxima + entry, maximum, mask=is_live)
+    tl.store(sums + entry, total.to(tl.float32) / one, mask=is_live)
+
+
+@triton.jit
+def _logits_kernel(
+    logits,
+    temperature,
+    seed,
+    sample_index,
+    position,
+    live,
+    scores,
+    winner_ids,
+    winner_logits,
+    maxima,
+    sums,
+    vocab_size,
+    slices,
+    SLICE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    tile = tl.program_id(0)
+    row = tl.program_id(1)
+    if row >= tl.load(live):
+        return
+    x, ids = logits_tile(logits, row, tile * SLICE, vocab_size, SLICE)
+    noise = slice_noise(tile * SLICE, tl.load(seed + row), tl.load(sample_index + row), tl.load(position + row), SLICE)
+    score = x + tl.load(temperature + row) * noise
+    store_tile(x, score, ids, row, tile, slices, scores, winner_ids, winner_logits, maxima, sums, SLICE)
+
+
+@triton.jit
+def _merge_kernel(
+    scores,
+    winner_ids,
+    winner_logits,
+    maxima,
+    sums,
+    active,
+    live,
+    tokens,
+    logprobs,
+    tiles,
+    TILES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(0)
+    if row >= tl.load(live):
+        return
+    is_active = True if active is None else tl.load(active + row) != 0
+    if not is_active:
+        return
+    tile = tl.arange(0, TILES)
+    inside = tile < tiles
+    entry = row.to(tl.int64) * tiles + tile
+    score = tl.load(scores + entry, mask=inside, other=float("-inf"))
+    ids = tl.load(winner_ids + entry, mask=inside, other=_NO_TOKEN)
+    winner_logit = tl.load(winner_logits + entry, mask=inside, other=float("-inf"))
+    tile_maximum = tl.load(maxima + entry, mask=inside, other=float("-inf"))
+    total = tl.load(sums + entry, mask=inside, other=0.0)
+
+    winner = tl.min(tl.where(score == tl.max(score, axis=0), ids, _NO_TOKEN), axis=0)
+    logit = tl.max(tl.where(ids == winner, winner_logit, float("-inf")), axis=0)
+    maximum = tl.max(tile_maximum, axis=0)
+    share = tl.where(tile_maximum == maximum, 1.0, tl.exp2((tile_maximum - maximum) * _LOG2_E))
+    below = tl.where(logit == maximum, 0.0, logit - maximum)
+    tl.store(tokens + row, winner.to(tl.int64))
+    tl.store(logprobs + row, below - tl.log(tl.sum(share * total, axis=0)))

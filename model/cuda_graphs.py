@@ -1,0 +1,131 @@
+"""Decode steps with fixed buffers and padded batches, captured once as CUDA graphs and replayed.
+
+A step in which every sequence has one token does the same launches whatever the tokens are, so a GPU can repeat them
+without the host: there is a graph for each of a few batch sizes, and a step runs in the smallest that holds it.  Rows
+beyond the batch are padding, which no live row can see.  Knows nothing of scheduling.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kernels.fused import FusedKernels
+from model.kv_cache import KVCache
+from model.persimmon import Persimmon, Step
+from model.runner import SequenceInput
+from model.step_inputs import StepBuffer, StepInputs, needs_logits, write_step
+
+
+@dataclass(frozen=True, slots=True)
+class _HostBuffer:
+    """A step's inputs on their way; `read` has happened once the device has them."""
+
+    buffer: StepBuffer
+    read: torch.cuda.Event | None
+
+
+class DecodeGraphs:
+    """Runs decode steps of up to max(sizes) sequences.
+
+    Without a GPU nothing is captured and each step's launches are made anew, on the same padded buffers.
+
+    Args:
+        model: the network.
+        cache: its keys and values.
+        kernels: the operations, with their buffers reserved.
+        sizes: batch sizes to capture.
+        max_model_len: most tokens of a sequence.
+    """
+
+    def __init__(
+        self,
+        model: Persimmon,
+        cache: KVCache,
+        kernels: FusedKernels,
+        *,
+        sizes: Sequence[int],
+        max_model_len: int,
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._kernels = kernels
+        self._sizes = sorted(set(sizes))
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        most, device = self._sizes[-1], cache.device
+        max_blocks = -(-max_model_len // cache.block_size)
+        on_gpu = device.type == "cuda"
+        self._buffer = StepBuffer(most, max_blocks, device)
+        # The host writes one while the device may still be about to read the other.
+        self._host = [
+            _HostBuffer(
+                StepBuffer(most, max_blocks, torch.device("cpu"), pinned=on_gpu),
+                torch.cuda.Event() if on_gpu else None,  # type: ignore[no-untyped-call]
+            )
+            for _ in range(2)
+        ]
+        self._logits = torch.zeros(most, model.config.vocab_size, dtype=torch.float32, device=device)
+
+    @property
+    def sampled(self) -> torch.Tensor:
+        """[max_num_seqs] int64, the tokens of the last step."""
+        return self._kernels.sampled
+
+    def takes(self, rows: int) -> bool:
+        """Whether a step of so many sequences fits."""
+        return rows <= self._sizes[-1]
+
+    @torch.inference_mode()
+    def capture(self, progress: Callable[[Sequence[int]], Iterable[int]] = iter) -> None:
+        """Captures a graph of each size, the largest first, so that the others fit into its memory.
+
+        Args:
+            progress: wraps the sizes, to show how far it is.
+        """
+        pool = torch.cuda.graph_pool_handle()
+        for size in progress(self._sizes[::-1]):
+            # All rows are padding here, so nothing is written to the cache.  The first run compiles the kernels.
+            self._buffer.words.zero_()
+            self._run(self._buffer.inputs(size))
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._run(self._buffer.inputs(size))
+            self._graphs[size] = graph
+
+    @torch.inference_mode()
+    def launch(self, batch: Sequence[SequenceInput]) -> torch.Tensor:
+        """Starts a step in which every sequence has one token and samples.
+
+        Returns:
+            [R] int64, the tokens, in memory that the next step overwrites.
+        """
+        size = next(size for size in self._sizes if size >= len(batch))
+        self._send(batch, size)
+        if size in self._graphs:
+            self._graphs[size].replay()
+        else:
+            self._run(self._buffer.inputs(size))
+        params = [own for item in batch if (own := item.sampling) is not None]
+        if any(needs_logits(own) for own in params):
+            inputs = self._buffer.inputs(len(batch))
+            self._kernels.sample_truncated(self._logits[: len(batch)], inputs.draw, inputs.truncation, inputs.live)
+        return self.sampled[: len(batch)]
+
+    def _send(self, batch: Sequence[SequenceInput], size: int) -> None:
+        host = self._host.pop(0)
+        self._host.append(host)
+        if host.read is not None:
+            host.read.synchronize()
+        write_step(host.buffer.inputs(size), batch)
+        words = host.buffer.size(size)
+        self._buffer.words[:words].copy_(host.buffer.words[:words], non_blocking=True)
+        if host.read is not None:
+            host.read.record()
+
+    def _run(self, inputs: StepInputs) -> None:
+        plan = self._kernels.plan_decode(inputs.live, inputs.lengths, inputs.block_tables)
+        step = Step(inputs.token_ids, plan, None, self.sampled)
+        hidden = self._model.forward(step, self._cache)
+        rows = len(inputs.lengths)
+        self._kernels.sample(hidden, self._model.head, inputs.draw, inputs.live, self._logits[:rows])

@@ -1,0 +1,117 @@
+"""A decode step's inputs in one buffer, so that one transfer brings them to the device.  Knows no kernel."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kernels.operands import DrawInputs, TruncationInputs
+from model.runner import SequenceInput
+from model.sampler import SamplingParams
+
+_ALIGNMENT = 4
+"""Every field begins at a multiple of so many words: kernels are compiled for pointers to 16 bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """The inputs of a decode step of B rows, as views into a `StepBuffer`.
+
+    Attributes:
+        token_ids: [B] int64; a negative one, -1 - r, stands for the r-th token of the step before.
+        draw: how each row is sampled.
+        truncation: and from which of its tokens.
+        lengths: [B] int32, tokens of each sequence up to and with this one; 0 for padding.
+        live: [1] int32, rows that are not padding.
+        block_tables: [B, W] int32.
+    """
+
+    token_ids: torch.Tensor
+    draw: DrawInputs
+    truncation: TruncationInputs
+    lengths: torch.Tensor
+    live: torch.Tensor
+    block_tables: torch.Tensor
+
+
+class StepBuffer:
+    """Room for a step's inputs, field after field, in int32 words.
+
+    Args:
+        max_rows: rows of the largest step.
+        max_blocks: blocks of the longest sequence.
+        device: where the buffer is.
+        pinned: whether this is host memory for transfers that nobody waits for.
+    """
+
+    def __init__(self, max_rows: int, max_blocks: int, device: torch.device, *, pinned: bool = False) -> None:
+        self._most = -(-max_rows // _ALIGNMENT) * _ALIGNMENT
+        self._width = max_blocks
+        # Block tables come last: only those of the rows in use travel.
+        self._tables_at = 12 * self._most + _ALIGNMENT
+        size = self._tables_at + max_rows * max_blocks
+        self.words = torch.zeros(size, dtype=torch.int32, device=device, pin_memory=pinned)
+
+    def size(self, rows: int) -> int:
+        """Words that the first rows take."""
+        return self._tables_at + rows * self._width
+
+    def inputs(self, rows: int) -> StepInputs:
+        """The views of the first rows."""
+        most, words = self._most, self.words
+        wide = words[: 4 * most].view(torch.int64).view(2, most)
+        narrow = words[4 * most : 12 * most].view(8, most)
+        return StepInputs(
+            token_ids=wide[0, :rows],
+            draw=DrawInputs(
+                seed=wide[1, :rows],
+                temperature=narrow[0, :rows].view(torch.float32),
+                sample_index=narrow[1, :rows],
+                position=narrow[2, :rows],
+                wants_logits=narrow[3, :rows],
+            ),
+            truncation=TruncationInputs(
+                active=narrow[3, :rows],
+                top_k=narrow[4, :rows],
+                top_p=narrow[5, :rows].view(torch.float32),
+                min_p=narrow[6, :rows].view(torch.float32),
+            ),
+            lengths=narrow[7, :rows],
+            live=words[12 * most : 12 * most + 1],
+            block_tables=words[self._tables_at : self.size(rows)].view(rows, self._width),
+        )
+
+
+def write_step(inputs: StepInputs, batch: Sequence[SequenceInput]) -> None:
+    """Writes a batch that samples everywhere into host inputs of at least as many rows; the rest is padding."""
+    live, rows = len(batch), len(inputs.lengths)
+    token_ids, lengths = inputs.token_ids.numpy(), inputs.lengths.numpy()
+    token_ids[:live] = [item.token_ids[0] for item in batch]
+    token_ids[live:rows] = 0
+    lengths[:live] = [item.start + 1 for item in batch]
+    lengths[live:rows] = 0
+    tables = inputs.block_tables.numpy()
+    for row, item in enumerate(batch):
+        tables[row, : len(item.block_table)] = item.block_table
+    write_draw(inputs, [own for item in batch if (own := item.sampling) is not None])
+
+
+def write_draw(inputs: StepInputs, params: Sequence[SamplingParams]) -> None:
+    """Writes how rows are sampled, and how many there are, into host inputs of at least as many rows."""
+    live, draw, truncation = len(params), inputs.draw, inputs.truncation
+    inputs.live[0] = live
+    draw.temperature.numpy()[:live] = [own.temperature for own in params]
+    draw.seed.numpy()[:live] = [own.seed for own in params]
+    draw.sample_index.numpy()[:live] = [own.sample_index for own in params]
+    draw.position.numpy()[:live] = [own.position for own in params]
+    truncation.top_k.numpy()[:live] = [own.top_k for own in params]
+    truncation.top_p.numpy()[:live] = [own.top_p for own in params]
+    truncation.min_p.numpy()[:live] = [own.min_p for own in params]
+    draw.wants_logits.numpy()[:live] = np.fromiter((needs_logits(own) for own in params), np.int32, live)
+    draw.wants_logits.numpy()[live:] = 0
+
+
+def needs_logits(params: SamplingParams) -> bool:
+    """Whether a row cannot be sampled while its logits are computed, because some tokens are out of the question."""
+    return not params.greedy and (params.truncates or params.min_p > 0)

@@ -1,0 +1,36 @@
+"""Makes Triton's interpreter multiply matrices as a GPU does; for tests that run kernels in it."""
+
+import numpy as np
+import pytest
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+
+def multiply_as_matrix_units(patch: pytest.MonkeyPatch) -> None:
+    """Products added up in ascending order of the inner dimension, in float32, whatever the shapes are.
+
+    The interpreter's own go through a BLAS whose order depends on the shapes, and take bfloat16 for integers.  numpy
+    reduces any axis but the last one number after the other.
+    """
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        products = _numbers(a)[:, :, None] * _numbers(b)[None]
+        return TensorHandle(d.data + np.add.reduce(products, axis=1), d.dtype.scalar)
+
+    patch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
+def multiply_bfloat16(patch: pytest.MonkeyPatch) -> None:
+    """Products of bfloat16 as of the float32 numbers they are; faster than `multiply_as_matrix_units`."""
+    dot = InterpreterBuilder.create_dot
+
+    def widened(handle):
+        return TensorHandle(_numbers(handle), tl.float32) if handle.dtype.scalar.is_bf16() else handle
+
+    patch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest))
+
+
+def _numbers(handle) -> np.ndarray:
+    if handle.dtype.scalar.is_bf16():
+        return (handle.data.astype(np.uint32) << 16).view(np.float32)
+    return handle.data.astype(np.float32)

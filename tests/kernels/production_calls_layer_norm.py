@@ -1,0 +1,53 @@
+"""Embedding, LayerNorm and squared ReLU as steps of the 8B model call them, on meta tensors."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from kernels.layer_norm import bias_relu_squared_, embed, layer_norm, statistics_shape
+
+HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 16384, 262144
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _embed(rows: int, dtype: torch.dtype) -> None:
+    embed(
+        _empty(rows, dtype=torch.int64),
+        _empty(rows, dtype=torch.int64),
+        _empty(VOCABULARY, HIDDEN, dtype=dtype),
+        _empty(1, dtype=torch.int32),
+    )
+
+
+def _norm(rows: int, dtype: torch.dtype, *, merged: bool) -> None:
+    layer_norm(
+        _empty(rows, HIDDEN, dtype=dtype),
+        _empty(*statistics_shape(rows, HIDDEN), dtype=torch.float32) if merged else None,
+        _empty(HIDDEN, dtype=torch.float32),
+        _empty(HIDDEN, dtype=torch.float32),
+        1e-5,
+        residual=None if merged else _empty(rows, HIDDEN, dtype=dtype),
+    )
+
+
+def _activation(rows: int, dtype: torch.dtype) -> None:
+    bias_relu_squared_(_empty(rows, INTERMEDIATE, dtype=dtype), _empty(INTERMEDIATE, dtype=dtype))
+
+
+CALLS: dict[str, Callable[[], None]] = {
+    f"{name}_{dtype_name}": partial(call, dtype=dtype)
+    for dtype_name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32))
+    for name, call in {
+        "embed": partial(_embed, 16),
+        "merged_norm": partial(_norm, 64, merged=True),
+        "row_norm": partial(_norm, 2048, merged=False),
+        "bias_relu_squared": partial(_activation, 2048),
+    }.items()
+}
+
+_LOADS = (r"LDG\.E\.128", r"STG\.E\.128")
+EXPECTED: dict[str, tuple[str, ...]] = dict.fromkeys(CALLS, _LOADS)

@@ -1,0 +1,49 @@
+"""The prompt kernels as the 8B model calls them: 64 heads of 64 dimensions, 32 of them rotary, 16,384 positions."""
+
+from collections.abc import Callable
+
+import torch
+
+from kernels.prefill_attention import plan_chunks, prefill_attention, qk_norm_rotary_store
+
+META = torch.device("meta")
+HEADS, HEAD_DIM, ROTARY_DIM, MAX_POSITION = 64, 64, 32, 16384
+
+
+def _call(
+    counts: list[int], *, block_size: int = 32, dtype: torch.dtype = torch.float16, norm: bool = True
+) -> Callable[[], None]:
+    """A step of chunks of these lengths, each after a context of 1,000 tokens."""
+
+    def call() -> None:
+        start = 1000
+        tables = [range(-(-(start + count) // block_size)) for count in counts]
+        plan = plan_chunks(tables, [start] * len(counts), counts, block_size=block_size, device=META, dtype=dtype)
+        qkv = torch.empty(sum(counts), HEADS, 3, HEAD_DIM, dtype=dtype, device=META)
+        parameters = torch.empty(2, HEAD_DIM, dtype=dtype, device=META) if norm else None
+        angles = torch.empty(MAX_POSITION, ROTARY_DIM // 2, device=META)
+        cache = torch.empty(4096, HEADS, block_size, HEAD_DIM, dtype=dtype, device=META)
+        q = qk_norm_rotary_store(qkv, parameters, parameters, 1e-5, angles, angles, cache, cache, plan)
+        prefill_attention(q, cache, cache, plan)
+
+    return call
+
+
+CALLS: dict[str, Callable[[], None]] = {
+    "prompts": _call([2048, 77]),
+    "prompts in blocks of 16": _call([2048], block_size=16),
+    "prompts in blocks of 64": _call([2048], block_size=64),
+    "prompts in bfloat16": _call([2048], dtype=torch.bfloat16),
+    "prompts in float32": _call([2048], dtype=torch.float32),
+    "prompts without QK-norm": _call([2048], norm=False),
+    "drafts": _call([5, 2, 8]),
+    "drafts in blocks of 16": _call([5, 2, 8], block_size=16),
+    "drafts in float32": _call([5, 2, 8], dtype=torch.float32),
+}
+
+PIPELINED = r"LDGSTS\.E\.BYPASS\.128"
+ON_TENSOR_CORES = {"prompts": r"HGMMA", "drafts": r"HMMA"}
+EXPECTED: dict[str, tuple[str, ...]] = {
+    name: (r"LDG\.E\.128", PIPELINED, *(() if "float32" in name else (ON_TENSOR_CORES[name.split()[0]],)))
+    for name in CALLS
+}

@@ -1,0 +1,95 @@
+"""The projections as a decode step of the 8B model calls them, on meta tensors."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from kernels.layer_norm import statistics_shape
+from kernels.projection import project, project_add_
+from kernels.projection_config import ATTENTION_OUT, MLP_DOWN, WIDE, Norm, ProjectionConfig, Workspace
+
+HIDDEN, INTERMEDIATE = 4096, 16384
+META = torch.device("meta")
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device=META)
+
+
+def _workspace(rows: int, out_features: int, config: ProjectionConfig) -> Workspace:
+    return Workspace.allocate([(out_features, config)], rows, META)
+
+
+def _wide(out_features: int, rows: int, dtype: torch.dtype, *, relu: bool, pdl: bool = False) -> None:
+    project(
+        _empty(rows, HIDDEN, dtype=dtype),
+        _empty(out_features, HIDDEN, dtype=dtype),
+        _empty(out_features, dtype=dtype),
+        norm=Norm(
+            _empty(*statistics_shape(rows, HIDDEN), dtype=torch.float32),
+            _empty(HIDDEN, dtype=torch.float32),
+            _empty(HIDDEN, dtype=torch.float32),
+            1e-5,
+        ),
+        activation="relu_squared" if relu else "none",
+        live=_empty(1, dtype=torch.int32),
+        workspace=_workspace(rows, out_features, WIDE),
+        pdl=pdl,
+    )
+
+
+def _attention_out(rows: int, dtype: torch.dtype, *, pdl: bool = False) -> None:
+    project_add_(
+        _empty(rows, HIDDEN, dtype=dtype),
+        _empty(rows, HIDDEN, dtype=dtype),
+        _empty(HIDDEN, HIDDEN, dtype=dtype),
+        _empty(HIDDEN, dtype=dtype),
+        live=_empty(1, dtype=torch.int32),
+        workspace=_workspace(rows, HIDDEN, ATTENTION_OUT),
+        config=ATTENTION_OUT,
+        pdl=pdl,
+    )
+
+
+def _down(rows: int, dtype: torch.dtype, *, masked: bool, pdl: bool = False) -> None:
+    project_add_(
+        _empty(rows, HIDDEN, dtype=dtype),
+        _empty(rows, INTERMEDIATE, dtype=dtype),
+        _empty(INTERMEDIATE, HIDDEN, dtype=dtype),
+        _empty(HIDDEN, dtype=dtype),
+        transposed=True,
+        alive=_empty(INTERMEDIATE, dtype=torch.int8) if masked else None,
+        live=_empty(1, dtype=torch.int32),
+        workspace=_workspace(rows, HIDDEN, MLP_DOWN),
+        config=MLP_DOWN,
+        pdl=pdl,
+    )
+
+
+def _calls(rows: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+    return {
+        "query_key_value": partial(_wide, 3 * HIDDEN, rows, dtype, relu=False),
+        "mlp_up": partial(_wide, INTERMEDIATE, rows, dtype, relu=True),
+        "attention_out": partial(_attention_out, rows, dtype),
+        "mlp_down": partial(_down, rows, dtype, masked=False),
+        "mlp_down_masked": partial(_down, rows, dtype, masked=True),
+    }
+
+
+CALLS: dict[str, Callable[[], None]] = {
+    f"{name}_{dtype_name}_{rows}": call
+    for dtype_name, dtype, buckets in (
+        ("fp16", torch.float16, (16, 64, 256)),
+        ("bf16", torch.bfloat16, (16,)),
+        ("fp32", torch.float32, (16,)),
+    )
+    for rows in buckets
+    for name, call in _calls(rows, dtype).items()
+}
+
+EXPECTED: dict[str, tuple[str, ...]] = {
+    # Tiles of 16 bytes a thread on their way while others are multiplied; float32 has no such matrix units.
+    name: (r"LDGSTS\.E\.BYPASS\.128",) if "fp32" in name else (r"LDGSTS\.E\.BYPASS\.128", r"HGMMA\.64x\d+x16\.F32")
+    for name in CALLS
+}

@@ -1,0 +1,56 @@
+"""The sampling kernels' launches at the 8B model's shapes, for compilation ahead of time."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from kernels.operands import DrawInputs
+from kernels.sampling import Workspace, sample_head, sample_logits
+
+HIDDEN, VOCAB = 4096, 262144
+META = torch.device("meta")
+
+
+def draw_inputs(rows: int) -> DrawInputs:
+    def empty(dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(rows, dtype=dtype, device=META)
+
+    return DrawInputs(
+        empty(torch.float32), empty(torch.int64), empty(torch.int32), empty(torch.int32), empty(torch.int32)
+    )
+
+
+def live() -> torch.Tensor:
+    return torch.empty(1, dtype=torch.int32, device=META)
+
+
+def head(rows: int, dtype: torch.dtype, with_logits: bool) -> None:
+    sample_head(
+        torch.empty(rows, HIDDEN, dtype=dtype, device=META),
+        torch.empty(VOCAB, HIDDEN, dtype=dtype, device=META),
+        draw_inputs(rows),
+        live(),
+        Workspace.allocate(rows, VOCAB, META),
+        logits=torch.empty(rows, VOCAB, device=META) if with_logits else None,
+    )
+
+
+def from_logits(rows: int, dtype: torch.dtype) -> None:
+    logits = torch.empty(rows, VOCAB, dtype=dtype, device=META)
+    sample_logits(logits, draw_inputs(rows), live(), Workspace.allocate(rows, VOCAB, META))
+
+
+CALLS: dict[str, Callable[[], None]] = {
+    "head, 1 row": partial(head, 1, torch.float16, True),
+    "head, 32 rows": partial(head, 32, torch.float16, True),
+    "head, 64 rows": partial(head, 64, torch.float16, True),
+    "head, 64 rows, no logits": partial(head, 64, torch.float16, False),
+    "head, 16 rows, bfloat16": partial(head, 16, torch.bfloat16, True),
+    "logits, float16": partial(from_logits, 128, torch.float16),
+    "logits, float32": partial(from_logits, 128, torch.float32),
+}
+_PIPELINED = (r"HGMMA", r"LDGSTS\.E\.BYPASS\.128")
+EXPECTED: dict[str, tuple[str, ...]] = {
+    name: _PIPELINED if name.startswith("head") else (r"LDG\.E\.128",) for name in CALLS
+}

@@ -1,0 +1,75 @@
+"""The kernels' machine code for three generations of GPUs, which need not be there."""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernels.launch import Limits
+
+CAPABILITIES = (80, 90, 100)
+MODULES = {
+    f"tests.kernels.production_calls_{name}": f"kernels.{name}"
+    for name in ("decode_attention", "prefill_attention", "projection", "layer_norm", "sampling", "truncation")
+}
+CALLS = [(module, call) for module in MODULES for call in importlib.import_module(module).CALLS]
+SCALAR_16_BIT_LOAD = re.compile(r"LDG\.E\.U16(\.CONSTANT)? ")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, int], list[dict]]:
+    """What each call's wrapper would launch on each GPU, compiled in processes of their own."""
+    folder = tmp_path_factory.mktemp("ahead-of-time")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")}
+    found: dict[tuple[str, str, int], list[dict]] = {}
+    processes = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "tests.kernels.ahead_of_time", *MODULES),
+                *(f"--capability={capability}", f"--json={folder / str(capability)}.json"),
+            ],
+            cwd=Path(__file__).parents[2],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for capability in CAPABILITIES
+    ]
+    for capability, process in zip(CAPABILITIES, processes, strict=True):
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+        for kernel in json.loads((folder / f"{capability}.json").read_text()):
+            found.setdefault((kernel["module"], kernel["call"], capability), []).append(kernel)
+    return found
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(("module", "call"), CALLS)
+class TestMachineCode:
+    def test_keeps_its_bounds_and_spills_nothing(self, compiled, module: str, call: str, capability: int) -> None:
+        limits: dict[str, Limits] = importlib.import_module(MODULES[module]).LIMITS
+        kernels = compiled[module, call, capability]
+        assert kernels
+        for kernel in kernels:
+            name = kernel["kernel"]
+            assert kernel["stack"] == 0, f"{name} spills {kernel['stack']} bytes"
+            if name in limits:  # others are another module's, which has its own calls
+                assert kernel["registers"] <= limits[name].registers
+                assert kernel["shared_bytes"] <= limits[name].shared_bytes
+        assert any(kernel["kernel"] in limits for kernel in kernels)
+
+    def test_loads_no_tensor_of_16_bit_numbers_one_by_one(self, compiled, module, call, capability) -> None:
+        for kernel in compiled[module, call, capability]:
+            assert not SCALAR_16_BIT_LOAD.search(kernel["sass"]), kernel["kernel"]
+
+
+@pytest.mark.parametrize(("module", "call"), [(m, c) for m, c in CALLS if importlib.import_module(m).EXPECTED.get(c)])
+def test_machine_code_for_sm_90_holds_what_its_speed_rests_on(compiled, module: str, call: str) -> None:
+    machine_code = "\n".join(kernel["sass"] for kernel in compiled[module, call, 90])
+    for pattern in importlib.import_module(module).EXPECTED[call]:
+        assert re.search(pattern, machine_code), pattern

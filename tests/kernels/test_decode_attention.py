@@ -1,0 +1,338 @@
+"""The decode attention kernel, interpreted, against plain torch in float64; everything it must not read is NaN."""
+
+import math
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import decode_attention as module
+from kernels import reference_decode_attention as reference
+from kernels.decode_attention import SPLIT_TOKENS, DecodeConfig, DecodeWorkspace, build_work_list, decode_attention
+
+CPU = torch.device("cpu")
+NAN = float("nan")
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 5e-6}
+"""Relative and absolute error allowed at values around one: a few times the rounding of the type."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One decode step of a layer, its caches inside guard bands of NaN."""
+
+    qkv: torch.Tensor
+    norm: tuple[torch.Tensor, torch.Tensor] | tuple[None, None]
+    cos: torch.Tensor
+    sin: torch.Tensor
+    guarded_caches: tuple[torch.Tensor, torch.Tensor]
+    lengths: torch.Tensor
+    block_tables: torch.Tensor
+    eps: float = 1e-5
+
+    @classmethod
+    def make(
+        cls,
+        lengths: list[int],
+        *,
+        dtype: torch.dtype = torch.float16,
+        block_size: int = 16,
+        heads: int = 2,
+        dim: int = 16,
+        rotary_dim: int | None = None,
+        normed: bool = True,
+        seed: int = 0,
+    ) -> "Step":
+        """Sequences over shuffled blocks; whatever belongs to no sequence is NaN, and tables end in nonsense."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(dtype)
+
+        width = max(1, *(-(-length // block_size) for length in lengths)) + 1
+        num_blocks = sum(-(-length // block_size) for length in lengths) + 3
+        free = list(range(num_blocks))
+        random.Random(seed).shuffle(free)
+        k_guarded = torch.full((num_blocks + 2, heads, block_size, dim), NAN, dtype=dtype)
+        guarded = (k_guarded, k_guarded.clone())
+        tables = torch.full((len(lengths), width), -(2**30), dtype=torch.int32)
+        qkv = normal(len(lengths), heads, 3, dim)
+        for sequence, length in enumerate(lengths):
+            if length == 0:
+                qkv[sequence] = NAN
+            for page in range(-(-length // block_size)):
+                block = free.pop()
+                tables[sequence, page] = block
+                # The new token's own row stays NaN: the step is what writes it.
+                cached = min(block_size, length - 1 - page * block_size)
+                for cache in guarded:
+                    cache[block + 1, :, :cached] = normal(heads, cached, dim)
+        half = (rotary_dim if rotary_dim is not None else dim // 2) // 2
+        angles = torch.rand(max(*lengths, 1), half, generator=generator) * 6
+        norm = (normal(2, dim) * 0.3 + 1, normal(2, dim)) if normed else (None, None)
+        lengths_tensor = torch.tensor(lengths, dtype=torch.int32)
+        return cls(qkv, norm, angles.cos(), angles.sin(), guarded, lengths_tensor, tables)
+
+    @property
+    def caches(self) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = self.guarded_caches
+        return k[1:-1], v[1:-1]
+
+    def copy(self) -> "Step":
+        k, v = self.guarded_caches
+        return replace(self, guarded_caches=(k.clone(), v.clone()))
+
+    def only(self, sequence: int) -> "Step":
+        """The same step of one of its sequences alone."""
+        row = slice(sequence, sequence + 1)
+        return replace(self.copy(), qkv=self.qkv[row], lengths=self.lengths[row], block_tables=self.block_tables[row])
+
+    def workspace(self) -> DecodeWorkspace:
+        _, heads, _, dim = self.qkv.shape
+        return DecodeWorkspace.allocate(len(self.lengths), max(1, *self.lengths.tolist()), heads, dim, CPU)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the kernel and its reference take alike."""
+        own = ("qkv", "eps", "cos", "sin", "lengths", "block_tables")
+        return {
+            **{name: getattr(self, name) for name in own},
+            **dict(zip(("norm_weight", "norm_bias"), self.norm, strict=True)),
+            **dict(zip(("k_cache", "v_cache"), self.caches, strict=True)),
+        }
+
+    def run(self, workspace: DecodeWorkspace | None = None, config: DecodeConfig | None = None) -> torch.Tensor:
+        """The kernel's output; rows that it has not written are NaN."""
+        if workspace is None:
+            workspace = self.workspace()
+            build_work_list(self.lengths, workspace)
+        out = torch.full((len(self.lengths), self.qkv.shape[1] * self.qkv.shape[3]), NAN, dtype=self.qkv.dtype)
+        returned = decode_attention(**self.inputs, workspace=workspace, out=out, config=config or DecodeConfig())
+        assert returned is out
+        return out
+
+    def run_reference(self) -> torch.Tensor:
+        return reference.decode_attention(**self.inputs, inside=torch.float64)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    tolerance = TOLERANCE[expected.dtype]
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def assert_is_the_reference(step: Step) -> None:
+    """The same output in live rows, none in padding rows, and the same caches: NaN stays where nothing belongs."""
+    other = step.copy()
+    out, expected = step.run(), other.run_reference()
+    live = step.lengths > 0
+    assert_close(out[live], expected[live])
+    assert out[~live].isnan().all()
+    for cache, expected_cache in zip(step.guarded_caches, other.guarded_caches, strict=True):
+        assert_close(cache, expected_cache)
+
+
+def few_programs(monkeypatch: pytest.MonkeyPatch, programs: int) -> DecodeConfig:
+    """A grid of that many programs."""
+    monkeypatch.setattr(module, "num_sms", lambda device: programs)
+    return DecodeConfig(programs_per_sm=1)
+
+
+class TestWorkList:
+    @settings(max_examples=15, deadline=None)
+    @given(st.lists(st.integers(0, 4 * SPLIT_TOKENS), min_size=1, max_size=7))
+    def test_holds_every_split_of_every_sequence_once_and_the_longest_first(self, lengths: list[int]) -> None:
+        workspace = DecodeWorkspace.allocate(8, 4 * SPLIT_TOKENS, 1, 16, CPU)
+        build_work_list(torch.tensor(lengths, dtype=torch.int32), workspace)
+        count = int(workspace.num_items)
+        items = list(
+            zip(workspace.item_sequences[:count].tolist(), workspace.item_splits[:count].tolist(), strict=True)
+        )
+        splits = [-(-length // SPLIT_TOKENS) for length in lengths]
+        assert sorted(items) == [(row, split) for row, n in enumerate(splits) for split in range(n)]
+        sizes = [min(lengths[row] - split * SPLIT_TOKENS, SPLIT_TOKENS) for row, split in items]
+        assert sizes == sorted(sizes, reverse=True)
+        assert workspace.first_splits[: len(lengths)].tolist() == [sum(splits[:row]) for row in range(len(lengths))]
+
+    def test_writes_nothing_behind_its_items(self) -> None:
+        workspace = DecodeWorkspace.allocate(4, 2 * SPLIT_TOKENS, 1, 16, CPU)
+        for tensor in (workspace.item_sequences, workspace.item_splits, workspace.first_splits):
+            tensor.fill_(-7)
+        build_work_list(torch.tensor([0, 300, 0], dtype=torch.int32), workspace)
+        assert workspace.item_sequences.tolist() == [1, 1] + [-7] * 6
+        assert workspace.item_splits.tolist() == [0, 1] + [-7] * 6
+        assert workspace.first_splits.tolist() == [0, 0, 2, -7]
+
+    def test_more_sequences_than_there_is_room_for_are_refused(self) -> None:
+        workspace = DecodeWorkspace.allocate(2, 100, 1, 16, CPU)
+        with pytest.raises(ValueError, match="3 sequences, but the workspace has room for 2"):
+            build_work_list(torch.ones(3, dtype=torch.int32), workspace)
+
+    def test_the_workspace_knows_its_size_beforehand(self) -> None:
+        workspace = DecodeWorkspace.allocate(3, 600, 2, 16, CPU)
+        held = sum(getattr(workspace, name).nbytes for name in DecodeWorkspace.__slots__)
+        assert DecodeWorkspace.bytes(3, 600, 2, 16) == held
+
+
+class TestDecodeAttention:
+    @pytest.mark.parametrize("block_size", [16, 32, 64])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_is_attention_over_the_sequence_s_own_pages(self, dtype: torch.dtype, block_size: int) -> None:
+        lengths = [1, 2, block_size, block_size + 1, 0, 100]
+        assert_is_the_reference(Step.make(lengths, dtype=dtype, block_size=block_size))
+
+    @pytest.mark.parametrize("length", [255, 256, 257, 511, 512, 513, 1040])
+    def test_sequences_of_several_splits(self, length: int) -> None:
+        assert_is_the_reference(Step.make([length], dtype=torch.float32, block_size=32, heads=1, seed=length))
+
+    def test_more_splits_than_are_merged_at_once(self) -> None:
+        assert_is_the_reference(Step.make([17 * SPLIT_TOKENS + 3], dtype=torch.float32, block_size=16, heads=1))
+
+    @pytest.mark.parametrize("normed", [True, False], ids=["normed", "not normed"])
+    @pytest.mark.parametrize(
+        ("dim", "rotary_dim"), [(64, 32), (64, 64), (32, 16), (32, 24), (16, 2), (128, 64)], ids=str
+    )
+    def test_any_head_and_any_part_of_it_rotated(self, dim: int, rotary_dim: int, normed: bool) -> None:
+        step = Step.make([19, 3], dim=dim, rotary_dim=rotary_dim, normed=normed, dtype=torch.float32, heads=1)
+        assert_is_the_reference(step)
+
+    @settings(max_examples=10, deadline=None)
+    @given(
+        lengths=st.lists(st.integers(0, 300), min_size=1, max_size=4),
+        block_size=st.sampled_from([16, 32, 64]),
+        dtype=st.sampled_from(DTYPES),
+        seed=st.integers(0, 1000),
+    )
+    def test_any_ragged_batch(self, lengths: list[int], block_size: int, dtype: torch.dtype, seed: int) -> None:
+        assert_is_the_reference(Step.make(lengths, dtype=dtype, block_size=block_size, heads=1, seed=seed))
+
+    def test_sharp_scores_do_not_overflow(self) -> None:
+        step = Step.make([40, 270], dtype=torch.float32)
+        step.caches[0].mul_(1000.0)
+        assert_is_the_reference(step)
+
+    def test_eps_is_added_to_the_variance(self) -> None:
+        assert_is_the_reference(replace(Step.make([20], dtype=torch.float32), eps=0.5))
+
+    def test_a_step_of_padding_alone_does_nothing(self) -> None:
+        assert_is_the_reference(Step.make([0, 0]))
+
+    def test_writes_one_key_and_one_value_of_each_sequence_and_head(self) -> None:
+        step = Step.make([1, 33, 256, 257], block_size=16)
+        before = step.copy()
+        step.run()
+        for cache, old in zip(step.guarded_caches, before.guarded_caches, strict=True):
+            changed = (cache.nan_to_num(7.0) != old.nan_to_num(7.0)).any(-1).nonzero().tolist()
+            expected = [
+                [int(step.block_tables[row, (length - 1) // 16]) + 1, head, (length - 1) % 16]
+                for row, length in enumerate(step.lengths.tolist())
+                for head in range(2)
+            ]
+            assert changed == sorted(expected)
+
+    def test_attends_to_its_own_key_and_value_as_the_cache_holds_them(self) -> None:
+        step = Step.make([2, 20], dtype=torch.float32)
+        k, v = step.guarded_caches
+        assert_is_the_reference(replace(step, guarded_caches=(k.half(), v.half())))
+
+    def test_values_are_stored_as_they_came(self) -> None:
+        step = Step.make([5, 40], dtype=torch.bfloat16)
+        step.run()
+        for row, position in enumerate([4, 39]):
+            block = step.block_tables[row, position // 16]
+            assert torch.equal(step.caches[1][block, :, position % 16], step.qkv[row, :, 2])
+
+    def test_pages_are_found_beyond_2_32_numbers(self, tmp_path: Path) -> None:
+        small = Step.make([20], block_size=16, heads=1, dim=16)
+        shape = (2**24 + 4, 1, 16, 16)
+        assert math.prod(shape) > 2**32
+        # Files with holes: nothing but the pages in use takes room.
+        k_guarded, v_guarded = (
+            torch.from_file(str(tmp_path / name), shared=True, size=math.prod(shape), dtype=torch.float16).view(shape)
+            for name in ("keys", "values")
+        )
+        tables = small.block_tables.clone()
+        tables[0, :2] = torch.tensor([2**24 + 1, 2**24])
+        large = replace(small, guarded_caches=(k_guarded, v_guarded), block_tables=tables)
+        pages, large_pages = small.block_tables[0, :2].long(), tables[0, :2].long()
+        for cache, large_cache in zip(small.caches, large.caches, strict=True):
+            large_cache[large_pages] = cache[pages]
+        assert torch.equal(large.run(), small.run())
+        for cache, large_cache in zip(small.caches, large.caches, strict=True):
+            assert torch.equal(large_cache[large_pages].nan_to_num(7.0), cache[pages].nan_to_num(7.0))
+
+    def test_a_second_step_finds_the_counters_as_the_first_did(self) -> None:
+        workspace = DecodeWorkspace.allocate(3, 700, 2, 16, CPU)
+        for lengths in ([257, 600, 3], [600, 1, 258], [0, 513, 0]):
+            step = Step.make(lengths, seed=sum(lengths))
+            other = step.copy()
+            build_work_list(step.lengths, workspace)
+            for _layer in range(2):
+                out = step.run(workspace)
+                live = step.lengths > 0
+                assert_close(out[live], other.run_reference()[live])
+                assert not workspace.arrivals.any()
+
+    def test_stale_partial_results_are_not_read(self) -> None:
+        step = Step.make([600, 300])
+        workspace = step.workspace()
+        for tensor in (workspace.partial_outputs, workspace.partial_maxima, workspace.partial_totals):
+            tensor.fill_(NAN)
+        build_work_list(step.lengths, workspace)
+        assert torch.equal(step.run(workspace), step.run())
+
+
+class TestBits:
+    LENGTHS = (300, 17, 256, 0, 520, 257)
+
+    @pytest.fixture
+    def step(self) -> Step:
+        return Step.make(list(self.LENGTHS), heads=2, block_size=32)
+
+    @pytest.fixture
+    def expected(self, step: Step) -> torch.Tensor:
+        return step.copy().run()
+
+    @pytest.mark.parametrize("seed", [1, 2])
+    def test_do_not_depend_on_the_order_of_the_items(self, step: Step, expected: torch.Tensor, seed: int) -> None:
+        workspace = step.workspace()
+        build_work_list(step.lengths, workspace)
+        count = int(workspace.num_items)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        workspace.item_sequences[:count] = workspace.item_sequences[:count][order]
+        workspace.item_splits[:count] = workspace.item_splits[:count][order]
+        assert torch.equal(step.run(workspace).nan_to_num(7.0), expected.nan_to_num(7.0))
+
+    @pytest.mark.parametrize("programs", [1, 3, 7])
+    def test_do_not_depend_on_the_number_of_programs(
+        self, step: Step, expected: torch.Tensor, programs: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config = few_programs(monkeypatch, programs)
+        assert torch.equal(step.run(config=config).nan_to_num(7.0), expected.nan_to_num(7.0))
+
+    def test_do_not_depend_on_the_other_sequences(self, step: Step, expected: torch.Tensor) -> None:
+        for sequence, length in enumerate(self.LENGTHS):
+            if length:
+                assert torch.equal(step.only(sequence).run()[0], expected[sequence])
+
+
+class TestRefuses:
+    def test_blocks_of_another_size(self) -> None:
+        with pytest.raises(ValueError, match="blocks of 8 tokens; the kernel takes"):
+            Step.make([3], block_size=8).run()
+
+    def test_heads_of_another_size(self) -> None:
+        with pytest.raises(ValueError, match="heads of 48 dimensions, 24 of them rotary"):
+            Step.make([3], dim=48).run()
+
+    def test_a_workspace_for_another_model(self) -> None:
+        with pytest.raises(ValueError, match="2 heads of 16; the workspace is for at most 1 sequences of 4 heads"):
+            Step.make([3]).run(DecodeWorkspace.allocate(1, 16, 4, 16, CPU))
+
+    def test_a_workspace_for_fewer_sequences(self) -> None:
+        with pytest.raises(ValueError, match=r"2 sequences .*; the workspace is for at most 1 sequences"):
+            Step.make([3, 3]).run(DecodeWorkspace.allocate(1, 16, 2, 16, CPU))

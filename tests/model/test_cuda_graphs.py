@@ -1,0 +1,280 @@
+"""The path of a GPU on a CPU: the network through Triton's interpreter, on fixed buffers and padded batches.
+
+What is captured on a GPU is here launched anew for each step, from the same buffers.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import Kernels, StepLimits, reference
+from kernels.fused import FusedKernels
+from model.checkpoint import Checkpoint
+from model.config import PersimmonConfig
+from model.cuda_graphs import DecodeGraphs
+from model.fused_sampler import FusedSampler
+from model.graph_sizes import default_sizes, graph_bytes
+from model.kv_cache import KVCache
+from model.persimmon import Persimmon
+from model.runner import Runner, SequenceInput
+from model.sampler import SamplingParams
+from tests.engine_harness import CPU, poisoned_cache
+from tests.interpreter import multiply_as_matrix_units
+from tests.model import transformers_reference
+from tests.model.checkpoints import make_checkpoint
+
+BLOCK_SIZE = 16
+VOCAB_SIZE = 130
+MAX_MODEL_LEN = 304
+NEW_TOKENS = 3
+GREEDY = SamplingParams()
+DRAWN = SamplingParams(temperature=1.0, seed=7)
+
+
+@pytest.fixture(autouse=True)
+def matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply_as_matrix_units(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("two-layers"), num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer, for what has nothing to do with their number: the interpreter takes seconds for a step."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("one-layer"), num_hidden_layers=1)
+
+
+def tiny_checkpoint(folder: Path, num_hidden_layers: int) -> Path:
+    return make_checkpoint(
+        folder,
+        num_hidden_layers=num_hidden_layers,
+        hidden_size=64,
+        num_attention_heads=2,
+        intermediate_size=192,
+        vocab_size=VOCAB_SIZE,
+    )
+
+
+def load(folder: Path, kernels: Kernels, dtype: torch.dtype) -> Persimmon:
+    config = PersimmonConfig.from_folder(folder)
+    return Persimmon(config, Checkpoint.open(folder, config).tensors(), dtype, CPU, kernels)
+
+
+@dataclass
+class Fused:
+    """A model on fused kernels with a cache of its own, full of NaN, and blocks for some sequences."""
+
+    folder: Path
+    dtype: torch.dtype = torch.float32
+    sizes: Sequence[int] = (1, 4)
+    runner: Runner = field(init=False)
+    graphs: DecodeGraphs | None = field(init=False, default=None)
+    caches: list[torch.Tensor] = field(init=False)
+    tables: list[list[int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        kernels = FusedKernels(CPU)
+        model = load(self.folder, kernels, self.dtype)
+        config = model.config
+        kernels.reserve(
+            StepLimits(
+                max_num_seqs=24,
+                max_model_len=MAX_MODEL_LEN,
+                num_heads=config.num_attention_heads,
+                head_dim=config.head_dim,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                vocab_size=config.vocab_size,
+            )
+        )
+        cache = poisoned_cache(model, 8 * MAX_MODEL_LEN // BLOCK_SIZE, BLOCK_SIZE)
+        if self.sizes:
+            self.graphs = DecodeGraphs(model, cache, kernels, sizes=self.sizes, max_model_len=MAX_MODEL_LEN)
+        self.runner = Runner(model, cache, kernels, FusedSampler(kernels, model.head), self.graphs)
+        self.caches = [*cache.keys, *cache.values]
+        self.tables = scattered_tables(cache)
+
+    def generate(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams] | None = None) -> list[list[int]]:
+        return generate(self.runner, self.tables, prompts, params or [GREEDY] * len(prompts))
+
+
+def scattered_tables(cache: KVCache) -> list[list[int]]:
+    blocks = list(range(cache.num_blocks))
+    random.Random(4).shuffle(blocks)
+    each = MAX_MODEL_LEN // BLOCK_SIZE
+    return [blocks[i * each : (i + 1) * each] for i in range(8)]
+
+
+def generate(
+    runner: Runner, tables: list[list[int]], prompts: Sequence[list[int]], params: Sequence[SamplingParams]
+) -> list[list[int]]:
+    """NEW_TOKENS for each prompt: a step for the prompts, then decode steps of all of them."""
+    outputs: list[list[int]] = [[] for _ in prompts]
+    batch = [SequenceInput(p, 0, t, own) for p, t, own in zip(prompts, tables, params, strict=False)]
+    for position in range(1, NEW_TOKENS + 1):
+        for output, token in zip(outputs, runner.run(batch), strict=True):
+            output.append(token)
+        batch = [
+            SequenceInput([out[-1]], len(p) + len(out) - 1, t, at_position(own, position))
+            for p, out, t, own in zip(prompts, outputs, tables, params, strict=False)
+        ]
+    return outputs
+
+
+def assert_same_bits(one: Fused, other: Fused) -> None:
+    """Both have written the same keys and values, which depend on everything the network computed before."""
+    for own, others in zip(one.caches, other.caches, strict=True):
+        torch.testing.assert_close(own, others, rtol=0, atol=0, equal_nan=True)
+
+
+def at_position(params: SamplingParams, position: int) -> SamplingParams:
+    return SamplingParams(
+        params.temperature, params.top_p, params.top_k, params.min_p, params.seed, params.sample_index, position
+    )
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    chooser = random.Random(5)
+    return [[chooser.randrange(VOCAB_SIZE) for _ in range(length)] for length in lengths]
+
+
+class TestTokens:
+    def test_are_those_of_the_reference_and_of_transformers(self, checkpoint: Path) -> None:
+        # Chunks of every kind beside decodes: one tile, several, longer than a split of the decode kernel.
+        asked = prompts(5, 20, 17, 260)
+        fused = Fused(checkpoint).generate(asked)
+        model = load(checkpoint, reference, torch.float32)
+        cache = poisoned_cache(model, 8 * MAX_MODEL_LEN // BLOCK_SIZE, BLOCK_SIZE)
+        runner = Runner(model, cache, reference)
+        assert fused == generate(runner, scattered_tables(cache), asked, [GREEDY] * len(asked))
+        transformers = transformers_reference.load(checkpoint)
+        assert fused == transformers_reference.continue_greedily(transformers, asked, NEW_TOKENS).outputs
+
+    @pytest.mark.parametrize(("dtype", "largest_error"), [(torch.float16, 0.01), (torch.bfloat16, 0.06)])
+    def test_in_16_bits_come_from_logits_close_to_float32_s(
+        self, checkpoint: Path, dtype: torch.dtype, largest_error: float
+    ) -> None:
+        (prompt,) = prompts(40)
+        fused, exact = Fused(checkpoint, dtype), Fused(checkpoint)
+        # The prompt, then a single token.
+        for tokens, start in ((prompt, 0), ([11], 40)):
+            batch = [SequenceInput(tokens, start, fused.tables[0], GREEDY)]
+            expected, actual = exact.runner.logits(batch), fused.runner.logits(batch)
+            assert (actual - expected).abs().max() < largest_error * expected.abs().max()
+
+
+class TestPadding:
+    @pytest.mark.parametrize("size", [4, 24])
+    def test_changes_no_bit_of_a_live_row(self, shallow: Path, size: int) -> None:
+        exact, padded = Fused(shallow, torch.float16, [3]), Fused(shallow, torch.float16, [size])
+        asked = prompts(3, 20, 30)
+        assert exact.generate(asked) == padded.generate(asked)
+        assert_same_bits(exact, padded)
+
+    def test_writes_to_no_block(self, shallow: Path) -> None:
+        fused = Fused(shallow, sizes=[4])
+        fused.generate(prompts(3))
+        free = [block for table in fused.tables[1:] for block in table]
+        for tensor in fused.caches:
+            assert tensor[free].isnan().all()
+
+
+def test_a_row_has_the_same_bits_alone_and_among_others(shallow: Path) -> None:
+    """As many others as make a different tile of the kernels, too."""
+    asked = prompts(20)
+    alone, among = Fused(shallow, torch.float16, [1]), Fused(shallow, torch.float16, [20])
+    (prompt_output,) = alone.generate(asked)
+    among.runner.run([SequenceInput(asked[0], 0, among.tables[0], GREEDY)])
+    others = [SequenceInput([3], 0, [among.tables[1][i]], GREEDY) for i in range(19)]
+    output = [prompt_output[0]]
+    for position in range(1, NEW_TOKENS):
+        own = SequenceInput([output[-1]], 20 + position - 1, among.tables[0], GREEDY)
+        *_, token = among.runner.run([*others, own])
+        output.append(token)
+    assert output == prompt_output
+    for own_cache, shared_cache in zip(alone.caches, among.caches, strict=True):
+        torch.testing.assert_close(
+            own_cache[alone.tables[0]], shared_cache[among.tables[0]], rtol=0, atol=0, equal_nan=True
+        )
+
+
+class TestTokensThatTheHostHasNotSeen:
+    @pytest.mark.parametrize("sizes", [[1, 4], []], ids=["fixed buffers", "eager"])
+    def test_feed_the_next_steps(self, shallow: Path, sizes: list[int]) -> None:
+        asked = prompts(3, 20, 1)
+        expected = Fused(shallow, sizes=sizes).generate(asked)
+        fused = Fused(shallow, sizes=sizes)
+        pending = [
+            fused.runner.launch([SequenceInput(p, 0, t, GREEDY) for p, t in zip(asked, fused.tables, strict=False)])
+        ]
+        for step in range(1, NEW_TOKENS):
+            # In another order than the step before, so that it matters which token is meant.
+            order = [0, 1, 2] if step % 2 == 0 else [2, 0, 1]
+            before = [0, 1, 2] if step % 2 else [2, 0, 1]
+            batch = [
+                SequenceInput([-1 - before.index(i)], len(asked[i]) + step - 1, fused.tables[i], GREEDY) for i in order
+            ]
+            pending.append(fused.runner.launch(batch))
+        outputs: list[list[int]] = [[], [], []]
+        for step, tokens in enumerate(pending):
+            order = [0, 1, 2] if step % 2 == 0 else [2, 0, 1]
+            for i, token in zip(order, tokens.wait(), strict=True):
+                outputs[i].append(token)
+        assert outputs == expected
+
+    def test_may_come_from_prompts_and_feed_a_step_with_prompts(self, shallow: Path) -> None:
+        asked = prompts(18, 25)
+        expected = Fused(shallow).generate(asked[:1])[0][:2]
+        fused = Fused(shallow)
+        first = fused.runner.launch([SequenceInput(asked[0], 0, fused.tables[0], GREEDY)])
+        both = fused.runner.launch(
+            [SequenceInput(asked[1], 0, fused.tables[1], GREEDY), SequenceInput([-1], 18, fused.tables[0], GREEDY)]
+        )
+        assert [first.wait()[0], both.wait()[1]] == expected
+
+
+class TestDraws:
+    def test_are_the_same_in_every_batch(self, shallow: Path) -> None:
+        asked = prompts(4, 9, 6)
+        params = [SamplingParams(temperature=0.9, seed=seed) for seed in (1, 2, 2**40)]
+        together = Fused(shallow).generate(asked, params)
+        eagerly = Fused(shallow, sizes=[]).generate(asked, params)
+        assert together == eagerly
+        assert Fused(shallow).generate(asked[2:], params[2:]) == together[2:]
+
+    def test_from_one_token_are_greedy_beside_others_that_are_free(self, shallow: Path) -> None:
+        asked = prompts(4, 9, 6)
+        one = [SamplingParams(temperature=1.0, top_k=1), SamplingParams(temperature=1.0, top_p=1e-9)]
+        greedy = Fused(shallow).generate(asked)
+        drawn = Fused(shallow).generate(asked, [*one, DRAWN])
+        assert drawn[:2] == greedy[:2]
+        assert drawn[2] == Fused(shallow).generate(asked, [GREEDY, GREEDY, DRAWN])[2] != greedy[2]
+
+
+class TestSizes:
+    @pytest.mark.parametrize("max_num_seqs", [1, 2, 3, 8, 60, 64, 100, 256])
+    def test_end_with_all_sequences(self, max_num_seqs: int) -> None:
+        sizes = default_sizes(max_num_seqs)
+        assert sizes == sorted(set(sizes))
+        assert (sizes[0], sizes[-1]) == (1, max_num_seqs)
+
+    def test_take_memory_by_the_largest_and_by_their_number(self, shallow: Path) -> None:
+        config = PersimmonConfig.from_folder(shallow)
+        assert graph_bytes(config, torch.float16, []) == 0
+        one = graph_bytes(config, torch.float16, [8])
+        assert one > 8 * 4 * VOCAB_SIZE
+        assert one < graph_bytes(config, torch.float16, [4, 8]) < graph_bytes(config, torch.float16, [4, 16])
+
+    def test_beyond_the_largest_a_step_runs_without(self, shallow: Path) -> None:
+        asked = prompts(3, 4, 5)
+        fused = Fused(shallow, sizes=[1])
+        assert fused.graphs is not None
+        assert not fused.graphs.takes(3)
+        assert fused.generate(asked) == Fused(shallow, sizes=[4]).generate(asked)
