@@ -58,11 +58,13 @@ class FusedKernels:
         device: a GPU; or a CPU, where Triton interprets.
         pdl: whether a kernel may start while the one before it ends (programmatic dependent launch, sm_90 and later).
             Not yet run on a GPU, and so not the default.
+        sparse_step: most tokens of a step that skips MLP rows.
     """
 
-    def __init__(self, device: torch.device, *, pdl: bool = False) -> None:
+    def __init__(self, device: torch.device, *, pdl: bool = False, sparse_step: int = SPARSE_STEP) -> None:
         self.device = device
         self.pdl = pdl
+        self.sparse_step = sparse_step
         self._reserved: _Workspaces | None = None
 
     def workspace_bytes(self, limits: StepLimits) -> int:
@@ -236,7 +238,7 @@ class FusedKernels:
             down.weight,
             down.bias,
             transposed=True,
-            alive=alive if len(activation) <= SPARSE_STEP else None,
+            alive=alive if len(activation) <= self.sparse_step else None,
             live=plan.live,
             workspace=self._workspaces.projection,
             config=projection.MLP_DOWN,

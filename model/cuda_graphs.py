@@ -75,6 +75,10 @@ class DecodeGraphs:
         """Whether a step of so many sequences fits."""
         return rows <= self._sizes[-1]
 
+    def graph(self, rows: int) -> torch.cuda.CUDAGraph | None:
+        """What runs steps of so many sequences; None where nothing was captured."""
+        return self._graphs.get(self._size(rows))
+
     @torch.inference_mode()
     def capture(self, progress: Callable[[Sequence[int]], Iterable[int]] = iter) -> None:
         """Captures a graph of each size, the largest first, so that the others fit into its memory.
@@ -100,10 +104,11 @@ class DecodeGraphs:
         Returns:
             [R] int64, the tokens, in memory that the next step overwrites.
         """
-        size = next(size for size in self._sizes if size >= len(batch))
+        size = self._size(len(batch))
         self._send(batch, size)
-        if size in self._graphs:
-            self._graphs[size].replay()
+        graph = self._graphs.get(size)
+        if graph is not None:
+            graph.replay()
         else:
             self._run(self._buffer.inputs(size))
         params = [own for item in batch if (own := item.sampling) is not None]
@@ -111,6 +116,9 @@ class DecodeGraphs:
             inputs = self._buffer.inputs(len(batch))
             self._kernels.sample_truncated(self._logits[: len(batch)], inputs.draw, inputs.truncation, inputs.live)
         return self.sampled[: len(batch)]
+
+    def _size(self, rows: int) -> int:
+        return next(size for size in self._sizes if size >= rows)
 
     def _send(self, batch: Sequence[SequenceInput], size: int) -> None:
         host = self._host.pop(0)

@@ -82,7 +82,7 @@ class Persimmon:
                 parameter = kernels.prepare_weight(parameter, sparse_input=name.endswith("dense_4h_to_h.weight"))
             parameters[name] = parameter
         self._embedding = parameters["model.embed_tokens.weight"]
-        self._layers = [self._layer(parameters, index) for index in range(config.num_hidden_layers)]
+        self.layers = [self._layer(parameters, index) for index in range(config.num_hidden_layers)]
         self._final_norm = self._norm(parameters, "model.final_layernorm")
         self._head = self._embedding if config.tie_word_embeddings else parameters["lm_head.weight"]
         self._rotary = rotary_table(config, device)
@@ -125,7 +125,7 @@ class Persimmon:
         heads, head_dim = self.config.num_attention_heads, self.config.head_dim
         rotary = kernels.rotary_at(self._rotary, plan)
         x = kernels.embed(step.token_ids, step.sampled, self._embedding, plan)
-        for layer, k_cache, v_cache in zip(self._layers, cache.keys, cache.values, strict=True):
+        for layer, k_cache, v_cache in zip(self.layers, cache.keys, cache.values, strict=True):
             qkv = kernels.norm_linear(x, layer.attention_norm, layer.query_key_value, plan)
             qkv = qkv.view(-1, heads, 3, head_dim)
             attended = kernels.attention(qkv, layer.qk_norm, rotary, k_cache, v_cache, plan)

@@ -1,0 +1,191 @@
+"""The network with random weights, a filled cache and chosen shares of zero activations, for whole steps.
+
+Knows how the parts of a server fit together without a server; measures nothing.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.gpu.suite import Setting
+from kernels import Kernels, StepLimits, projection
+from kernels.fused import FusedKernels
+from model.checkpoint import dummy_tensors
+from model.config import PersimmonConfig
+from model.cuda_graphs import DecodeGraphs
+from model.fused_sampler import FusedSampler
+from model.kv_cache import KVCache
+from model.persimmon import Persimmon
+from model.runner import Runner, SequenceInput
+from model.sampler import SamplingParams
+
+WEIGHT_DEVIATION = 0.02
+"""Of the matrices that `dummy_tensors` draws."""
+
+GREEDY = SamplingParams()
+
+
+def random_model(
+    setting: Setting, config: PersimmonConfig, dtype: torch.dtype, kernels: Kernels[Any], *, stored: torch.dtype
+) -> Persimmon:
+    """The network with weights drawn on the device in the type `stored`; the same seed makes the same ones."""
+    tensors = dummy_tensors(config, stored, setting.device, setting.seed)
+    return Persimmon(config, tensors, dtype, setting.device, kernels)
+
+
+def plant_zeros(model: Persimmon, zeros: float, *, shared: bool = False) -> None:
+    """Shifts the biases of the MLPs' first projections so that about this share of their activations is zero.
+
+    The norm's output has variance 1, so pre-activations are normal with deviation 0.02 * sqrt(hidden), and their
+    mean decides.  Each token then has zeros of its own; shared, a random share of the neurons never fires and the
+    others always do.
+    """
+    deviation = WEIGHT_DEVIATION * model.config.hidden_size**0.5
+    always = 8 * deviation
+    shift = deviation * NormalDist().inv_cdf(min(max(1 - zeros, 1e-9), 1 - 1e-9))
+    generator = torch.Generator(model.device).manual_seed(1)
+    for layer in model.layers:
+        bias = layer.mlp_up.bias
+        if bias is None:
+            raise ValueError("the network's MLP has no bias to plant zeros with")
+        bias.fill_(always if zeros == 0 else shift)
+        if shared:
+            places = torch.rand(bias.shape, device=bias.device, generator=generator)
+            bias.copy_(torch.where(places < zeros, -always, always))
+
+
+@dataclass(slots=True)
+class SeenZeros:
+    """Shares of zeros among the activations that met the last projection, and of its rows that no token needed."""
+
+    activations: list[float]
+    unread_rows: list[float]
+
+    @property
+    def zeros(self) -> float:
+        """Mean over the layers."""
+        return sum(self.activations) / max(1, len(self.activations))
+
+    @property
+    def unread(self) -> float:
+        """Mean over the layers."""
+        return sum(self.unread_rows) / max(1, len(self.unread_rows))
+
+
+@contextmanager
+def seen_zeros() -> Iterator[SeenZeros]:
+    """Counts zeros in what eager steps feed the MLPs' last projection."""
+    seen = SeenZeros([], [])
+    project_add_ = projection.project_add_
+
+    def counting(x: torch.Tensor, activation: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+        if named.get("transposed"):
+            is_zero = activation == 0
+            seen.activations.append(is_zero.float().mean().item())
+            seen.unread_rows.append(is_zero.all(0).float().mean().item())
+        return project_add_(x, activation, *others, **named)
+
+    with mock.patch.object(projection, "project_add_", counting):
+        yield seen
+
+
+@contextmanager
+def skipping(kernels: FusedKernels, most_tokens: int) -> Iterator[None]:
+    """Steps of up to so many tokens skip MLP rows; 0 for none."""
+    usual, kernels.sparse_step = kernels.sparse_step, most_tokens
+    try:
+        yield
+    finally:
+        kernels.sparse_step = usual
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What runs steps.
+
+    Attributes:
+        model: the network.
+        cache: filled with random keys and values, so that any context exists already.
+        kernels: the model's.
+        max_num_seqs, max_model_len: what buffers are made for.
+    """
+
+    model: Persimmon
+    cache: KVCache
+    kernels: FusedKernels
+    max_num_seqs: int
+    max_model_len: int
+
+    @classmethod
+    def build(
+        cls,
+        setting: Setting,
+        config: PersimmonConfig,
+        dtype: torch.dtype,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        num_blocks: int,
+    ) -> "Machine":
+        """With random weights; dependent launch is off until `kernels.pdl` says otherwise."""
+        kernels = FusedKernels(setting.device)
+        model = random_model(setting, config, dtype, kernels, stored=dtype)
+        kernels.reserve(
+            StepLimits(
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len,
+                num_heads=config.num_attention_heads,
+                head_dim=config.head_dim,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                vocab_size=config.vocab_size,
+            )
+        )
+        cache = KVCache.allocate(config, num_blocks, setting.suite.block_size, dtype, setting.device)
+        generator = setting.generator()
+        for layer in (*cache.keys, *cache.values):
+            layer.normal_(generator=generator)
+        return cls(model, cache, kernels, max_num_seqs, max_model_len)
+
+    def tables(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Blocks for sequences of these lengths, none in two of them."""
+        needed = [-(-length // self.cache.block_size) for length in lengths]
+        if sum(needed) > self.cache.num_blocks:
+            raise ValueError(f"{sum(needed)} blocks needed, the cache has {self.cache.num_blocks}")
+        # Spread over the cache, as blocks are that other sequences have held before.
+        order = torch.randperm(self.cache.num_blocks, generator=torch.Generator().manual_seed(0)).tolist()
+        tables = []
+        for need in needed:
+            tables.append(order[:need])
+            order = order[need:]
+        return tables
+
+    def graphs(self, sizes: Sequence[int]) -> DecodeGraphs:
+        """Decode steps of these batch sizes: captured on a GPU, made anew each time elsewhere."""
+        graphs = DecodeGraphs(self.model, self.cache, self.kernels, sizes=sizes, max_model_len=self.max_model_len)
+        if self.cache.device.type == "cuda":
+            graphs.capture()
+        return graphs
+
+    def runner(self, graphs: DecodeGraphs | None) -> Runner:
+        """What the engine calls."""
+        sampler = FusedSampler(self.kernels, self.model.head)
+        return Runner(self.model, self.cache, self.kernels, sampler, graphs)
+
+
+def decode_batch(
+    lengths: Sequence[int],
+    tables: Sequence[Sequence[int]],
+    tokens: Sequence[int],
+    sampling: SamplingParams = GREEDY,
+) -> list[SequenceInput]:
+    """One new token a sequence, behind `length - 1` others."""
+    return [
+        SequenceInput([token], length - 1, table, sampling)
+        for length, table, token in zip(lengths, tables, tokens, strict=True)
+    ]
