@@ -8,6 +8,9 @@
 # read-only where /tmp is writable: --read-only --tmpfs /tmp.  BASE_IMAGE is any Debian with Python 3.11 or 3.12 or
 # with one of them among its packages.  A pip.conf (a mirror, a CPU-only torch) may come as a secret, which leaves
 # nothing behind in the image: --secret id=pip.conf,src=pip.conf
+#
+# With a GPU: docker run --gpus all ... ; kernels are compiled at the first start and kept in /tmp/triton, so a volume
+# there makes the next starts shorter.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 FROM ${BASE_IMAGE} AS base
@@ -33,9 +36,15 @@ RUN --mount=type=secret,id=pip.conf pip install --no-deps .
 FROM base
 RUN useradd --uid 10001 --create-home persimmon
 COPY --from=build /opt/persimmon /opt/persimmon
+# A torch for GPUs brings Triton, which needs a C compiler and Python's headers to launch its kernels.
+RUN if ls -d /opt/persimmon/lib/python3*/site-packages/triton >/dev/null 2>&1; then \
+        apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
+        && if [ ! -e "$(/opt/persimmon/bin/python -c 'import sysconfig; print(sysconfig.get_path("include", "posix_prefix"))')/Python.h" ]; \
+           then apt-get install -y --no-install-recommends python3-dev; fi \
+        && rm -rf /var/lib/apt/lists/*; fi
 USER 10001
 WORKDIR /home/persimmon
-ENV PATH=/opt/persimmon/bin:$PATH PYTHONUNBUFFERED=1 PERSIMMON_HOST=0.0.0.0 PERSIMMON_PORT=8000
+ENV PATH=/opt/persimmon/bin:$PATH PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=/tmp/triton PERSIMMON_HOST=0.0.0.0 PERSIMMON_PORT=8000
 EXPOSE 8000
 # Loading a large checkpoint takes minutes; a failed check counts only after the start period.
 HEALTHCHECK --start-period=15m --interval=10s --timeout=6s CMD ["python", "-c", \

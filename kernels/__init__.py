@@ -10,9 +10,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from kernels import reference
+from kernels.launch import KernelsUnavailableError, check_gpu
 from kernels.operands import Linear, Norm, Residual, Rotary, StepLimits
 
-__all__ = ["Kernels", "Linear", "Norm", "Residual", "Rotary", "StepLimits", "for_device"]
+__all__ = ["Kernels", "KernelsUnavailableError", "Linear", "Norm", "Residual", "Rotary", "StepLimits", "for_device"]
 
 Plan = TypeVar("Plan")
 
@@ -70,8 +71,13 @@ class Kernels(Protocol[Plan]):
 
 
 def for_device(device: torch.device) -> Kernels[Any]:
-    """The implementation that runs on this device: fused Triton kernels on a GPU, plain torch elsewhere."""
+    """The implementation that runs on this device: fused Triton kernels on a GPU, plain torch elsewhere.
+
+    Raises:
+        KernelsUnavailableError: the GPU or what is installed beside it does not do.
+    """
     if device.type == "cuda":
+        check_gpu(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
         from kernels.fused import FusedKernels  # brings Triton, which a CPU has no use for
 
         return FusedKernels(device)

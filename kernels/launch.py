@@ -3,8 +3,12 @@
 Knows no kernel.
 """
 
+import os
+import shutil
+import sysconfig
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -12,11 +16,20 @@ _MULTIPROCESSORS_WITHOUT_A_GPU = 132
 """An H100's, so that what is compiled or interpreted without a GPU is shaped like what runs there."""
 
 
+LEAST_CAPABILITY = (8, 0)
+"""Compute capability from which on the kernels are compiled and tested."""
+
+
+class KernelsUnavailableError(RuntimeError):
+    """A device's kernels cannot run here.  One line that says what is missing and what to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Most registers of a thread and bytes of shared memory of a program that a kernel's machine code may take.
 
-    For the shapes of the 8B model on sm_80, sm_90 and sm_100; tests compile them and read the figures back.
+    For the shapes of the 8B model on sm_80, sm_90 and sm_100; tests compile them and read the figures back.  Each
+    module has a table by kernel name, where need be with the kind of call and the architecture: "name, 16 rows, sm_90".
     """
 
     registers: int
@@ -44,3 +57,34 @@ def _device_facts(device: torch.device) -> tuple[int, int]:
 def next_power_of_2(value: int) -> int:
     """The smallest power of two that is at least `value`, for value >= 1."""
     return 1 << (value - 1).bit_length()
+
+
+def check_gpu(name: str, capability: tuple[int, int]) -> None:
+    """Makes sure that kernels can be compiled for a GPU, before anything is loaded onto it.
+
+    Triton compiles a small C program for each kernel that it launches.
+
+    Args:
+        name: the GPU's, for the message.
+        capability: its compute capability.
+
+    Raises:
+        KernelsUnavailableError: the GPU is too old, or there is no C compiler or no Python.h.
+    """
+    if capability < LEAST_CAPABILITY:
+        raise KernelsUnavailableError(
+            f"{name} has compute capability {capability[0]}.{capability[1]} and the kernels need "
+            f"{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} or later (A100, H100 and their like): use another "
+            "GPU, or hide this one with CUDA_VISIBLE_DEVICES= to run on the CPU"
+        )
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        raise KernelsUnavailableError(
+            "there is no C compiler, which Triton needs for its kernels: install gcc, or name one in the variable CC"
+        )
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    headers = Path(sysconfig.get_path("include", scheme))
+    if not (headers / "Python.h").exists():
+        raise KernelsUnavailableError(
+            f"{headers / 'Python.h'} is missing, which Triton needs for its kernels: install Python's headers "
+            "(python3-dev on Debian and Ubuntu)"
+        )

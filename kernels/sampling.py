@@ -16,11 +16,13 @@ from kernels.operands import DrawInputs
 __all__ = ["DrawInputs", "LIMITS", "SamplingConfig", "Workspace", "sample_head", "sample_logits"]
 
 LIMITS = {
-    "_head_kernel": Limits(registers=255, shared_bytes=113_000),
+    "_head_kernel, sm_80": Limits(registers=132, shared_bytes=113_000),
+    "_head_kernel, sm_90": Limits(registers=148, shared_bytes=113_000),
+    "_head_kernel, sm_100": Limits(registers=248, shared_bytes=113_000),
     "_logits_kernel": Limits(registers=76, shared_bytes=64),
     "_merge_kernel": Limits(registers=112, shared_bytes=64),
 }
-"""Most that the machine code may take; the head's registers are sm_100's with 64 rows, where sm_90 takes 128."""
+"""Most that the machine code may take."""
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _NO_TOKEN = tl.constexpr(2**31 - 1)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import zmq
 
+from kernels import KernelsUnavailableError
 from model.errors import CheckpointError
 from model.memory import MemoryPlanError
 from model.runner import Runner, SequenceInput
@@ -33,7 +34,7 @@ def run_engine(settings: Settings, folder: Path, address: str, report: Connectio
         address: the ZeroMQ endpoint to bind, like "ipc:///run/persimmon/engine".
         report: gets one `Ready` when the model is loaded and has run.
 
-    Exits with code 2, after one line on the console, when the checkpoint or the settings do not allow a start.
+    Exits with code 2, after one line on the console, when the checkpoint, the GPU or the settings do not allow a start.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     follow_supervisor()
@@ -44,7 +45,7 @@ def run_engine(settings: Settings, folder: Path, address: str, report: Connectio
     socket.bind(address)
     try:
         loaded = load_model(settings, folder, print_line)
-    except (CheckpointError, MemoryPlanError) as error:
+    except (CheckpointError, KernelsUnavailableError, MemoryPlanError) as error:
         print_line(f"persimmon: error: {error}")
         sys.exit(2)
     plan = loaded.plan

@@ -88,6 +88,9 @@ CALLS: dict[str, Callable[[], None]] = {
     for name, call in _calls(rows, dtype).items()
 }
 
+KINDS = {name: "float32" if "fp32" in name else f"{name.rpartition('_')[2]} rows" for name in CALLS}
+"""The kind of call that the kernel's bounds distinguish."""
+
 EXPECTED: dict[str, tuple[str, ...]] = {
     # Tiles of 16 bytes a thread on their way while others are multiplied; float32 has no such matrix units.
     name: (r"LDGSTS\.E\.BYPASS\.128",) if "fp32" in name else (r"LDGSTS\.E\.BYPASS\.128", r"HGMMA\.64x\d+x16\.F32")
