@@ -157,6 +157,22 @@ class TestTokens:
         transformers = transformers_reference.load(checkpoint)
         assert fused == transformers_reference.continue_greedily(transformers, asked, NEW_TOKENS).outputs
 
+    def test_of_a_prompt_in_chunks_beside_decodes_are_those_of_the_whole_prompt(self, shallow: Path) -> None:
+        long, short = prompts(70, 4)
+        expected = [Fused(shallow).generate([prompt])[0] for prompt in (long, short)]
+        fused = Fused(shallow)
+        outputs: list[list[int]] = [[], []]
+        for start, end in ((0, 33), (33, 40), (40, 70)):  # of several tiles, of one, with most of the context cached
+            known = [*short, *outputs[1]]
+            decode = SequenceInput(known, 0, fused.tables[1], GREEDY)
+            if outputs[1]:
+                decode = SequenceInput(known[-1:], len(known) - 1, fused.tables[1], GREEDY)
+            chunk = SequenceInput(long[start:end], start, fused.tables[0], GREEDY if end == 70 else None)
+            *first, token = fused.runner.run([chunk, decode])
+            outputs[0] += first
+            outputs[1].append(token)
+        assert outputs == [expected[0][:1], expected[1]]
+
     @pytest.mark.parametrize(("dtype", "largest_error"), [(torch.float16, 0.01), (torch.bfloat16, 0.06)])
     def test_in_16_bits_come_from_logits_close_to_float32_s(
         self, checkpoint: Path, dtype: torch.dtype, largest_error: float
