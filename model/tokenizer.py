@@ -132,6 +132,15 @@ class Tokenizer:
         text = _join(self._token_bytes, token_ids).decode(errors="replace")
         return text[1:] if from_start and self._begins_with_prefix(token_ids) else text
 
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token's own name in the vocabulary, spaces written as U+2581 and bytes like <0x0A>.
+
+        Args:
+            token_ids: ids of the vocabulary.
+        """
+        names: list[str] = self._processor.id_to_piece(list(token_ids))
+        return names
+
     def detokenizer(self) -> "IncrementalDetokenizer":
         """A detokenizer for one new stream of tokens."""
         return IncrementalDetokenizer(self._token_bytes)

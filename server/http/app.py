@@ -9,20 +9,29 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model.config import PersimmonConfig
 from model.tokenizer import Tokenizer
 from server.engine.client import EngineClient
-from server.http import errors, status
+from server.http import errors, status, tokens
 from server.http.chat import create_chat_completion
 from server.http.completions import create_completion
-from server.http.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest, parse
+from server.http.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    parse,
+)
 from server.http.service import Service
 from server.metrics import Metrics
 
 COMPLETIONS = "/v1/completions"
 CHAT_COMPLETIONS = "/v1/chat/completions"
+TOKENIZE = "/tokenize"
+DETOKENIZE = "/detokenize"
 
 MAX_BODY_BYTES = 32 * 2**20
 """The longest request body: a text of 16,384 tokens is some 100 KB, and a request may bring many."""
@@ -71,6 +80,16 @@ def create_app(
         body = parse(await _body(request), ChatCompletionRequest)
         return await create_chat_completion(service, body, request.receive, arrival)
 
+    @app.post(TOKENIZE, openapi_extra=_documented(TOKENIZE, TokenizeRequest))
+    async def tokenize(request: Request) -> Response:
+        """The token ids of a text or of a conversation."""
+        return await tokens.tokenize(service, parse(await _body(request), TokenizeRequest))
+
+    @app.post(DETOKENIZE, openapi_extra=_documented(DETOKENIZE, DetokenizeRequest))
+    async def detokenize(request: Request) -> Response:
+        """The text of token ids."""
+        return await tokens.detokenize(service, parse(await _body(request), DetokenizeRequest))
+
     return app
 
 
@@ -83,7 +102,7 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
-def _documented(path: str, kind: type[GenerationRequest]) -> dict[str, Any]:
+def _documented(path: str, kind: type[BaseModel]) -> dict[str, Any]:
     """The body's schema for /docs, where the endpoint itself reads the bytes."""
     here = f"#/paths/{path.replace('/', '~1')}/post/requestBody/content/application~1json/schema"
     schema = kind.model_json_schema(ref_template=here + "/$defs/{model}")

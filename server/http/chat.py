@@ -3,7 +3,7 @@
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
 import msgspec
 from fastapi import Response
@@ -15,6 +15,7 @@ from server.http.disconnect import until_disconnect
 from server.http.errors import bad_request
 from server.http.generation import Generation, Piece, UsageCount
 from server.http.protocol import ChatCompletionRequest
+from server.http.protocol import ChatMessage as ChatMessageRequest
 from server.http.responses import (
     ChatChoice,
     ChatChunkChoice,
@@ -25,6 +26,18 @@ from server.http.responses import (
 )
 from server.http.service import Service
 from server.http.sse import DONE, EventStream, event
+
+
+def chat_prompt(messages: Sequence[ChatMessageRequest]) -> str:
+    """The conversation as the model reads it.
+
+    Raises:
+        ApiError: it is none: of a role that there is not, or without a last word of the user's.
+    """
+    try:
+        return render([Turn(message.role, message.content) for message in messages])
+    except ChatFormatError as error:
+        raise bad_request(f"Invalid 'messages': {error}.", "messages") from None
 
 
 async def create_chat_completion(
@@ -46,10 +59,7 @@ async def create_chat_completion(
         EngineDeadError: the engine has ended.
         ClientDisconnect: the client went away before its answer was complete.
     """
-    try:
-        prompt = render([Turn(message.role, message.content) for message in request.messages])
-    except ChatFormatError as error:
-        raise bad_request(f"Invalid 'messages': {error}.", "messages") from None
+    prompt = chat_prompt(request.messages)
     stop = request.stop if request.ignore_eos else [*request.stop, STOP]
     generation = await service.prepare(request, [prompt], stop, arrival)
     if request.stream:

@@ -1,10 +1,10 @@
-"""The requests of the OpenAI-style endpoints: fields, types and limits, under OpenAI's own names.
+"""The requests of the endpoints with a body: fields, types and limits, under OpenAI's own names.
 
 Knows what a well-formed request is; nothing of what the served model can do with it.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import msgspec
 from pydantic import (
@@ -79,6 +79,13 @@ _NEUTRAL_MESSAGE: Neutral = {
     "name": (),
     "refusal": (),
     "tool_calls": ([],),
+}
+_NEUTRAL_TOKENIZE: Neutral = {
+    "add_generation_prompt": (True,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "tools": ([],),
 }
 _NEUTRAL_STREAM_OPTIONS: Neutral = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
 
@@ -298,7 +305,34 @@ class ChatCompletionRequest(GenerationRequest):
         return super().token_limit
 
 
-_Request = TypeVar("_Request", bound=GenerationRequest)
+class TokenizeRequest(_Object):
+    """The body of POST /tokenize: a text, or a conversation as /v1/chat/completions takes it."""
+
+    neutral = _NEUTRAL_TOKENIZE
+
+    model: str | None = Field(None, description="The served model's name, which is also the default.")
+    prompt: str | None = Field(None, description="A text.")
+    messages: list[ChatMessage] = Field(default=[], description="A conversation, in place of prompt.")
+    add_special_tokens: bool = Field(
+        True, description="Begin with the beginning-of-sequence token where completions do; false never does."
+    )
+    return_token_strs: bool = Field(False, description="Add each token's piece of the vocabulary.")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.prompt is None) == (not self.messages):
+            raise PydanticCustomError("value_error", "", {"error": "give either prompt or messages"})
+        return self
+
+
+class DetokenizeRequest(_Object):
+    """The body of POST /detokenize."""
+
+    model: str | None = Field(None, description="The served model's name, which is also the default.")
+    tokens: list[int] = Field(description="Token ids.")
+
+
+_Request = TypeVar("_Request", bound=BaseModel)
 
 
 def parse(body: bytes, kind: type[_Request]) -> _Request:
@@ -330,6 +364,8 @@ def _bad_request(error: ErrorDetails) -> ApiError:
             allowed = ", ".join(msgspec.json.encode(value).decode() for value in context["allowed"])
             remedy = f"leave it out or send {allowed}" if allowed else "leave it out"
             return bad_request(f"'{path}' is not supported by this server; {remedy}.", path, "unsupported_parameter")
+        case "value_error" if not path:
+            return bad_request(f"Invalid request: {context['error']}.", None)
         case "value_error":
             return bad_request(f"Invalid '{path}': {context['error']}.", path)
         case _:

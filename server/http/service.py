@@ -105,8 +105,8 @@ class Service:
         ]
         for name, prompt in zip(names, prompts, strict=True):
             if isinstance(prompt, list):
-                self._check_token_ids(name, prompt)
-        encoded = await self._encode(prompts)
+                self.check_token_ids(name, prompt)
+        encoded = await self.encode(prompts)
         return Generation(
             prompts=[
                 Prompt(token_ids, _max_tokens(request, name, len(token_ids), limit), self._sampling(request))
@@ -119,7 +119,8 @@ class Service:
             arrival=arrival,
         )
 
-    def _check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
+    def check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
+        """Raises the ApiError for an id outside the vocabulary in the field `name`."""
         size = self.config.vocab_size
         wrong = next((token_id for token_id in token_ids if not 0 <= token_id < size), None)
         if wrong is not None:
@@ -131,9 +132,16 @@ class Service:
         top_k = request.top_k if 0 < request.top_k < self.config.vocab_size else 0
         return Sampling(request.temperature, request.top_p, top_k, request.min_p, seed)
 
-    async def _encode(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+    async def encode(self, prompts: Sequence[str | list[int]], add_bos: bool | None = None) -> list[list[int]]:
+        """Texts as token ids; what is token ids already stays as it is.
+
+        Args:
+            prompts: texts or token ids.
+            add_bos: whether texts begin with the beginning-of-sequence token; None does what the checkpoint says.
+        """
+
         def encode() -> list[list[int]]:
-            return [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+            return [self.tokenizer.encode(prompt, add_bos) if isinstance(prompt, str) else prompt for prompt in prompts]
 
         if sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) <= _CHARACTERS_AT_ONCE:
             return encode()
