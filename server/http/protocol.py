@@ -47,7 +47,6 @@ _NEUTRAL: Neutral = {
     "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "stop_token_ids": ([],),
     "store": (False,),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
@@ -90,6 +89,7 @@ _NEUTRAL_TOKENIZE: Neutral = {
 _NEUTRAL_STREAM_OPTIONS: Neutral = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
 
 MAX_STOP_STRINGS = 16
+MAX_STOP_TOKENS = 1024
 MAX_STOP_STRING_LENGTH = 1000
 
 
@@ -209,6 +209,11 @@ class GenerationRequest(_Object):
         BeforeValidator(_as_list),
         WithJsonSchema(_STOP_SCHEMA),
     ] = Field(default=[], description="Strings that end the answer and are not part of it.")
+    stop_token_ids: list[int] = Field(
+        default=[],
+        max_length=MAX_STOP_TOKENS,
+        description="Tokens that end the answer and are not part of its text, with ignore_eos too.",
+    )
     ignore_eos: bool = Field(
         False,
         description="Go on past the answer's own end: end-of-text, and in chat the next human turn.",

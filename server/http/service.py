@@ -106,14 +106,16 @@ class Service:
         for name, prompt in zip(names, prompts, strict=True):
             if isinstance(prompt, list):
                 self.check_token_ids(name, prompt)
+        self.check_token_ids("stop_token_ids", request.stop_token_ids)
         encoded = await self.encode(prompts)
+        end_of_text = list(self.config.eos_token_ids)
         return Generation(
             prompts=[
                 Prompt(token_ids, _max_tokens(request, name, len(token_ids), limit), self._sampling(request))
                 for name, token_ids in zip(names, encoded, strict=True)
             ],
             n=request.n,
-            stop_token_ids=[] if request.ignore_eos else list(self.config.eos_token_ids),
+            stop_token_ids=[*dict.fromkeys(request.stop_token_ids + ([] if request.ignore_eos else end_of_text))],
             stop_strings=StopStrings(stop),
             is_chat=request.is_chat,
             arrival=arrival,

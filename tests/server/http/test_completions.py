@@ -134,6 +134,36 @@ async def test_prompts_without_a_seed_get_one_each_from_the_servers_own(
     assert [submit.sampling.seed for submit in engine.submitted] == [expected.randrange(2**63) for _ in range(3)]
 
 
+async def test_stop_tokens_end_an_answer_and_are_no_part_of_its_text(
+    http: httpx.AsyncClient, engine: FakeEngine, tokens: Callable[[str], list[int]]
+) -> None:
+    first, second = tokens("persimmon tree")[:1], tokens("galaxy")[-1:]
+    engine.script = says(first, eos=second[0])
+    answer = await complete(http, stop_token_ids=[second[0], EOS, second[0]], return_token_ids=True)
+    assert engine.submitted[0].stop_token_ids == [second[0], EOS]
+    (choice,) = answer["choices"]
+    assert choice["finish_reason"] == "stop"
+    assert choice["token_ids"] == [*first, *second]
+    assert "galaxy" not in choice["text"]
+    assert answer["usage"]["completion_tokens"] == 2
+
+
+async def test_stop_tokens_hold_with_ignore_eos(http: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.script = says([9])
+    await complete(http, stop_token_ids=[5], ignore_eos=True)
+    assert engine.submitted[0].stop_token_ids == [5]
+
+
+@pytest.mark.parametrize("token_id", [-1, 4096, 2**70])
+async def test_a_stop_token_outside_the_vocabulary_is_refused(
+    http: httpx.AsyncClient, engine: FakeEngine, token_id: int
+) -> None:
+    response = await http.post("/v1/completions", json={"prompt": "Hello", "stop_token_ids": [5, token_id]})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "stop_token_ids"
+    assert engine.submitted == []
+
+
 async def test_ignore_eos_leaves_no_stop_token(http: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.script = says([9, EOS, 9])
     answer = await complete(http, ignore_eos=True, max_tokens=3)
