@@ -10,6 +10,8 @@ from itertools import chain
 import numpy as np
 import torch
 
+from kernels.launch import upload
+
 
 @dataclass(frozen=True, slots=True)
 class PrefillConfig:
@@ -156,9 +158,9 @@ def _tiles(sequences: np.ndarray, start: np.ndarray, count: np.ndarray, block_qu
 def _pack(parts: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
     """The arrays as int32 tensors on the device, copied at once; each begins at a multiple of 16 bytes."""
     ends = np.cumsum([-(-part.size // 4) * 4 for part in parts]).tolist()
-    buffer = torch.empty(ends[-1], dtype=torch.int32, pin_memory=device.type == "cuda")
+    words = np.empty(ends[-1], dtype=np.int32)
     begins = [0, *ends[:-1]]
     for begin, part in zip(begins, parts, strict=True):
-        buffer.numpy()[begin : begin + part.size] = part.reshape(-1)
-    packed = buffer.to(device, non_blocking=True)
+        words[begin : begin + part.size] = part.reshape(-1)
+    packed = upload(words, device)
     return [packed[begin : begin + part.size].view(part.shape) for begin, part in zip(begins, parts, strict=True)]

@@ -26,6 +26,9 @@ LIMITS = {
     "_decode_attention": Limits(registers=128, shared_bytes=56 * 1024),
 }
 
+_PROGRAMS_PER_SM = {torch.float16: 6, torch.bfloat16: 5, torch.float32: 4}
+"""Programs of the default launch that are on a multiprocessor of sm_90 at once; by its machine code."""
+
 _MAX_TILE = 32
 # Where a running maximum starts: below any score, and finite, because -inf - -inf is NaN.
 _LOWEST = tl.constexpr(-1e30)
@@ -40,12 +43,13 @@ class DecodeConfig:
             runs give the same bits only with the same number; the others change nothing but speed.
         stages: of the loop over pages.  A page's number is loaded stages - 1 tiles before its K and V, which are in
             flight while the stages - 1 tiles before them are used.
-        programs_per_sm: of the persistent grid; as many as fit, by registers and shared memory.
+        programs_per_sm: of the persistent grid; None for as many as fit, by registers and shared memory.  More would
+            begin when the others end, each with its whole share of the work still to do.
     """
 
     warps: int = 4
     stages: int = 4
-    programs_per_sm: int = 6
+    programs_per_sm: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +124,7 @@ class DecodeWorkspace:
         return self.item_sequences.shape[0] // self.max_sequences
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def _build_work_list(
     lengths,
     num_sequences,
@@ -232,7 +236,7 @@ def _page_offset(block, head, slot, H: tl.constexpr, S: tl.constexpr, D: tl.cons
     return ((block.to(tl.int64) * H + head) * S + slot) * D
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width"])
 def _decode_attention(
     out,
     qkv,
@@ -361,7 +365,7 @@ def build_work_list(lengths: torch.Tensor, workspace: DecodeWorkspace, *, pdl: b
         lengths,
         num_sequences,
         *workspace.tensors[:4],
-        MAX_SEQUENCES=next_power_of_2(num_sequences),
+        MAX_SEQUENCES=next_power_of_2(workspace.max_sequences),
         MAX_SPLITS=next_power_of_2(workspace.max_splits),
         SPLIT=SPLIT_TOKENS,
         PDL=pdl,
@@ -421,7 +425,8 @@ def decode_attention(
         out = qkv.new_empty(num_sequences, num_heads * head_dim)
     has_norm = norm_weight is not None
     most_work = num_sequences * workspace.max_splits * num_heads
-    grid = (min(num_sms(qkv.device) * config.programs_per_sm, most_work),)
+    programs_per_sm = config.programs_per_sm or _PROGRAMS_PER_SM[k_cache.dtype]
+    grid = (min(num_sms(qkv.device) * programs_per_sm, most_work),)
     _decode_attention[grid](
         out,
         qkv,

@@ -15,6 +15,7 @@ import torch
 
 from kernels import projection, sampling, truncation
 from kernels.decode_attention import DecodeWorkspace, build_work_list, decode_attention
+from kernels.launch import upload
 from kernels.layer_norm import bias_relu_squared_, embed, layer_norm
 from kernels.operands import DrawInputs, Linear, Norm, Residual, Rotary, StepLimits, TruncationInputs
 from kernels.prefill_attention import ChunkPlan, plan_chunks, prefill_attention, qk_norm_rotary_store
@@ -114,7 +115,7 @@ class FusedKernels:
         rows = words[tables_at:].reshape(decodes, width)
         for row, table in zip(rows, block_tables[:decodes], strict=True):
             row[: len(table)] = table
-        packed = torch.from_numpy(words).to(device, non_blocking=True)
+        packed = upload(words, device)
         chunks = None
         if decodes < len(counts):
             chunks = plan_chunks(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
 _MULTIPROCESSORS_WITHOUT_A_GPU = 132
@@ -52,6 +53,14 @@ def _device_facts(device: torch.device) -> tuple[int, int]:
         return _MULTIPROCESSORS_WITHOUT_A_GPU, 0
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.major
+
+
+def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The array on the device; on a GPU by way of pinned memory, so that the host need not wait for the transfer."""
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def next_power_of_2(value: int) -> int:

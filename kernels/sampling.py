@@ -314,7 +314,7 @@ def slice_noise(first, seed, sample_index, position, SLICE: tl.constexpr):
     return gumbel_from_word(tl.reshape(tl.permute(words, (0, 2, 1)), (SLICE,)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _head_kernel(
     hidden,
     weight,

@@ -28,10 +28,10 @@ class FusedSampler:
     def __call__(self, hidden: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
         """A token a row: [R, hidden] and R settings to [R] int64, in memory that the next step overwrites."""
         rows, device = len(params), hidden.device
-        host = StepBuffer(rows, 0, torch.device("cpu"))
+        host = StepBuffer(rows, 0, torch.device("cpu"), pinned=device.type == "cuda")
         write_draw(host.inputs(rows), params)
         buffer = StepBuffer(rows, 0, device)
-        buffer.words.copy_(host.words)
+        buffer.words.copy_(host.words, non_blocking=True)
         inputs = buffer.inputs(rows)
         wanted = any(needs_logits(own) for own in params)
         logits = torch.empty(rows, len(self._head), dtype=torch.float32, device=device) if wanted else None

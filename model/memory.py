@@ -17,6 +17,9 @@ from model.sampler import rows_at_once
 
 GIB = 1 << 30
 
+GPU_RESERVE = 512 << 20
+"""Bytes of a GPU's free memory that no plan touches: cuBLAS's workspaces, kernels that are loaded when first run."""
+
 
 class MemoryPlanError(ValueError):
     """What is asked for does not fit.  One line with the numbers and the flag to change."""
@@ -159,7 +162,7 @@ def available_memory(device: torch.device, gpu_memory_utilization: float, cgroup
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return min(free, int(total * gpu_memory_utilization))
+        return max(0, min(free - GPU_RESERVE, int(total * gpu_memory_utilization)))
     return min([psutil.virtual_memory().available, *_container_limit(cgroup)])
 
 

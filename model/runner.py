@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from kernels import Kernels
+from kernels.launch import upload
 from model.kv_cache import KVCache
 from model.persimmon import Persimmon, Step
 from model.sampler import SamplingParams, sample
@@ -133,7 +135,7 @@ class Runner:
         places = [order[i] for i in sampled_at]
         by_place = sorted(range(len(places)), key=places.__getitem__)
         if by_place != list(range(len(places))):
-            tokens = tokens[torch.tensor(by_place, device=tokens.device)]
+            tokens = tokens[upload(np.array(by_place), tokens.device)]
         if self._decode_steps is None:
             self._sampled = tokens
         else:
@@ -185,9 +187,9 @@ class Runner:
                 last_rows.append(end - 1)
                 sampled_at.append(index)
         step = Step(
-            torch.tensor(token_ids, dtype=torch.int64, device=device),
+            upload(np.array(token_ids, dtype=np.int64), device),
             attention,
-            None if len(last_rows) == end else torch.tensor(last_rows, dtype=torch.int64, device=device),
+            None if len(last_rows) == end else upload(np.array(last_rows, dtype=np.int64), device),
             self._sampled if min(token_ids) < 0 else None,
         )
         return step, sampled_at

@@ -59,8 +59,8 @@ def _elementwise(setting: Setting, report: Report, dtype: torch.dtype, name: str
     expected = table[torch.where(by_place >= 0, by_place, sampled[(-1 - by_place).clamp_min(0)])]
     check_same(report, f"embed, {name}: the table's rows", [values], [expected])
 
-    weight = normal(generator, hidden, dtype=dtype, mean=1.0, deviation=0.1)
-    bias = normal(generator, hidden, dtype=dtype, deviation=0.1)
+    weight = normal(generator, hidden, dtype=torch.float32, mean=1.0, deviation=0.1)
+    bias = normal(generator, hidden, dtype=torch.float32, deviation=0.1)
     x = values * 3 + 1
     pending = normal(generator, rows, hidden, dtype=dtype)
     summed = x.clone()
@@ -112,8 +112,8 @@ class _ProjectionCheck:
         self.weight = normal(generator, width.out_features, width.in_features, dtype=dtype, deviation=0.02)
         self._stored = self.weight.t().contiguous() if self._is_down else self.weight
         self.bias = normal(generator, width.out_features, dtype=dtype, deviation=0.02)
-        self.gamma = normal(generator, width.in_features, dtype=dtype, mean=1.0, deviation=0.1)
-        self.beta = normal(generator, width.in_features, dtype=dtype, deviation=0.1)
+        self.gamma = normal(generator, width.in_features, dtype=torch.float32, mean=1.0, deviation=0.1)
+        self.beta = normal(generator, width.in_features, dtype=torch.float32, deviation=0.1)
         x = normal(generator, most, width.in_features, dtype=dtype, mean=0.3)
         if self._is_down:
             x = planted_activation(generator, most, width.in_features, 0.9, shared=False, dtype=dtype)

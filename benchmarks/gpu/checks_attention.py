@@ -171,7 +171,7 @@ def check_prompt_attention(setting: Setting, report: Report, dtype: torch.dtype,
     ends = [start + count for start, count in setting.suite.check_chunks]
     block_size = setting.suite.block_size
     pages = make_pages(config, ends, block_size, dtype, generator, poisoned=True, filled=starts)
-    plan = plan_chunks(pages.tables, starts, counts, block_size=block_size, device=setting.device)
+    plan = plan_chunks(pages.tables, starts, counts, block_size=block_size, device=setting.device, dtype=dtype)
 
     def call(pdl: bool) -> Sequence[torch.Tensor]:
         q = qk_norm_rotary_store(
@@ -199,7 +199,12 @@ def check_prompt_attention(setting: Setting, report: Report, dtype: torch.dtype,
     longest = max(range(len(counts)), key=lambda index: counts[index])
     at = sum(counts[:longest])
     alone = plan_chunks(
-        [pages.tables[longest]], [starts[longest]], [counts[longest]], block_size=block_size, device=setting.device
+        [pages.tables[longest]],
+        [starts[longest]],
+        [counts[longest]],
+        block_size=block_size,
+        device=setting.device,
+        dtype=dtype,
     )
     own = prefill_attention(q[at : at + counts[longest]].contiguous(), pages.keys, pages.values, alone)
     check_same(report, f"{title}: a chunk alone", [own], [out[at : at + counts[longest]]])

@@ -148,7 +148,9 @@ def _truncated(
     search = truncation.TruncationWorkspace.allocate(rows, vocab_size, device)
 
     def call(pdl: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        # Rows that are not drawn anew keep what is there.
         workspace.tokens.copy_(tokens)
+        workspace.logprobs.zero_()
         return truncation.sample_truncated(logits, draw, truncate, live, workspace, search, pdl=pdl)
 
     drawn = call()[0].clone()

@@ -123,8 +123,9 @@ def make_attention_inputs(
 
     return AttentionInputs(
         qkv=normal(tokens, heads, 3, dim),
-        norm_weight=normal(2, dim, deviation=0.1, mean=1.0),
-        norm_bias=normal(2, dim, deviation=0.1),
+        # As the network keeps them.
+        norm_weight=normal(2, dim, deviation=0.1, mean=1.0).float(),
+        norm_bias=normal(2, dim, deviation=0.1).float(),
         eps=config.layer_norm_eps,
         rotary=rotary_table(config, device),
     )

@@ -151,16 +151,18 @@ class ProjectionCase:
             shape = (width.in_features, width.out_features)
             return normal(generator, *(shape if self.is_down else shape[::-1]), dtype=DTYPE, deviation=0.02)
 
-        self.weights = rotate(weight, self.weight_bytes, setting.suite.rotated_bytes)
         self.bias = normal(generator, width.out_features, dtype=DTYPE)
         self.x = normal(generator, rows, width.in_features, dtype=DTYPE)
         if self.is_down:
             self.x = planted_activation(generator, rows, width.in_features, zeros, shared=shared, dtype=DTYPE)
         self.alive = (self.x != 0).any(0).to(torch.int8)
+        # Rows that are not read are no help against the cache.
+        read = round(self.weight_bytes * (self.alive.float().mean().item() if self.is_down else 1.0))
+        self.weights = rotate(weight, read, setting.suite.rotated_bytes)
         self.out = normal(generator, rows, width.out_features, dtype=DTYPE)
         self.live = torch.tensor([rows], dtype=torch.int32, device=setting.device)
         self._statistics = embed(torch.arange(rows, device=setting.device), None, self.x)[1]
-        self._gamma, self._beta = torch.ones_like(self.x[0]), torch.zeros_like(self.x[0])
+        self._gamma, self._beta = torch.ones_like(self.x[0]).float(), torch.zeros_like(self.x[0]).float()
 
     @property
     def moved(self) -> int:
@@ -309,22 +311,23 @@ def _prompt_attention(setting: Setting, report: Report) -> None:
 
 def _elementwise(setting: Setting, report: Report, ceiling: float | None) -> None:
     """The prompt path's passes over activations, and the decode path's first kernel."""
-    config, generator, rows = setting.suite.config, setting.generator(), setting.suite.chunk
+    suite, config, generator, rows = setting.suite, setting.suite.config, setting.generator(), setting.suite.chunk
     hidden, intermediate = config.hidden_size, config.intermediate_size
-    x, pending = (normal(generator, rows, hidden, dtype=DTYPE) for _ in range(2))
-    wide = normal(generator, rows, intermediate, dtype=DTYPE)
+    size = rows * hidden * DTYPE.itemsize
+    most = suite.rotated_bytes
+    x = rotate(lambda: normal(generator, rows, hidden, dtype=DTYPE), size, most)
+    wide = rotate(lambda: normal(generator, rows, intermediate, dtype=DTYPE), rows * intermediate * 2, most)
     table = normal(generator, config.vocab_size, hidden, dtype=DTYPE)
     ids = torch.randint(config.vocab_size, (rows,), device=setting.device, generator=generator)
-    ones, zeros = torch.ones_like(x[0]), torch.zeros_like(x[0])
-    calls = {
-        "LayerNorm": (lambda: layer_norm(x, None, ones, zeros, 1e-5), 2 * x.nbytes),
-        "LayerNorm + residual": (lambda: layer_norm(x, None, ones, zeros, 1e-5, residual=pending), 4 * x.nbytes),
-        "squared ReLU": (lambda: bias_relu_squared_(wide, None), 2 * wide.nbytes),
-        "embedding": (lambda: embed(ids, None, table), 2 * x.nbytes),
+    ones, zeros = torch.ones(hidden, device=setting.device), torch.zeros(hidden, device=setting.device)
+    norm = partial(layer_norm, statistics=None, weight=ones, bias=zeros, eps=1e-5)
+    calls: dict[str, tuple[list[Call], int]] = {
+        "LayerNorm": ([partial(norm, own) for own in x], 2 * size),
+        "LayerNorm + residual": ([partial(norm, own, residual=x[i - 1]) for i, own in enumerate(x)], 4 * size),
+        "squared ReLU": ([partial(bias_relu_squared_, own, None) for own in wide], 2 * wide[0].nbytes),
+        "embedding": ([partial(embed, ids, None, table)], 2 * size),
     }
-    timed = time_variants(
-        {name: [call] for name, (call, _) in calls.items()}, setting.device, setting.suite.seconds_per_figure
-    )
+    timed = time_variants({name: own for name, (own, _) in calls.items()}, setting.device, suite.seconds_per_figure)
     for name, timing in timed.items():
         report.row("elementwise", what=name, rows=rows, **memory_columns(timing, calls[name][1], ceiling))
 

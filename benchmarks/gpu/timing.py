@@ -17,7 +17,7 @@ GRAPH_SECONDS = 2e-3
 """A replay lasts at least so long, beside which its own start does not count."""
 
 MOST_CALLS = 512
-MOST_ROTATIONS = 64
+MOST_ROTATIONS = 256
 
 Call = Callable[[], object]
 T = TypeVar("T")

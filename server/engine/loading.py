@@ -92,12 +92,15 @@ def load_model(settings: Settings, folder: Path, print_line: Callable[[str], Non
         else:
             tensors = _with_progress_bar(dummy_tensors(config, dtype, device, settings.seed), plan.weights)
         model = Persimmon(config, tensors, dtype, device, operations)
+        if device.type == "cuda":
+            # What loading has borrowed beyond the weights is the KV cache's.
+            torch.cuda.empty_cache()
     with _phase("KV cache", print_line):
         cache = KVCache.allocate(config, plan.num_blocks, plan.block_size, dtype, device)
         operations.reserve(_limits(settings, config, plan.max_model_len))
     runner = _runner(model, cache, operations, sizes, plan, print_line)
     with _phase("warm-up", print_line):
-        _warm_up(runner, plan, _warm_up_sizes(settings, device))
+        _warm_up(runner, plan, *_warm_up_sizes(settings, device))
     return LoadedModel(runner, plan, device, dtype)
 
 
@@ -107,10 +110,11 @@ def _graph_sizes(settings: Settings, device: torch.device) -> list[int]:
     return list(settings.cuda_graph_sizes or default_sizes(settings.max_num_seqs))
 
 
-def _warm_up_sizes(settings: Settings, device: torch.device) -> list[int]:
-    """One of each range of batch sizes that kernels are compiled for; a CPU compiles nothing."""
-    kinds = [1, 9, 17, 33, 65] if device.type == "cuda" else [1]
-    return [size for size in kinds if size <= settings.max_num_seqs]
+def _warm_up_sizes(settings: Settings, device: torch.device) -> tuple[list[int], list[int]]:
+    """Lengths of prompts and batch sizes, one of each range that kernels are compiled for; a CPU compiles nothing."""
+    if device.type != "cuda":
+        return [20], [1]
+    return [20, 80], [size for size in (1, 9, 17, 33, 65) if size <= settings.max_num_seqs]
 
 
 def _limits(settings: Settings, config: PersimmonConfig, max_model_len: int) -> kernels.StepLimits:
@@ -161,16 +165,19 @@ def choose_dtype(asked: str, stored: str | None, device: torch.device) -> torch.
     return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[asked]
 
 
-def _warm_up(runner: Runner, plan: MemoryPlan, batch_sizes: Sequence[int]) -> None:
+def _warm_up(runner: Runner, plan: MemoryPlan, prompts: Sequence[int], batch_sizes: Sequence[int]) -> None:
     """Generates a little in the first blocks, which nobody holds yet: prompts, decodes, draws, in several sizes.
 
     All sequences of a batch share the blocks, since nobody reads what they say.  On a GPU this compiles the kernels of
     every kind of step, or finds them compiled, so that no request waits for that.
     """
-    count = min(plan.max_model_len - 1, plan.kv_tokens - 1, 20)
-    table = list(range(-(-(count + 1) // plan.block_size)))
     greedy, drawn = SamplingParams(), SamplingParams(temperature=1.0, top_p=0.9)
-    runner.run([SequenceInput([0] * count, 0, table, greedy)])
+    table: list[int] = []
+    count = 0
+    for prompt in prompts:
+        count = min(plan.max_model_len - 1, plan.kv_tokens - 1, prompt)
+        table = list(range(-(-(count + 1) // plan.block_size)))
+        runner.run([SequenceInput([0] * count, 0, table, greedy)])
     for size in batch_sizes:
         two = min(2, count)
         runner.run([SequenceInput([0] * two, 0, table, greedy)] * size)
