@@ -114,7 +114,7 @@ def _warm_up_sizes(settings: Settings, device: torch.device) -> tuple[list[int],
     """Lengths of prompts and batch sizes, one of each range that kernels are compiled for; a CPU compiles nothing."""
     if device.type != "cuda":
         return [20], [1]
-    return [20, 80], [size for size in (1, 9, 17, 33, 65) if size <= settings.max_num_seqs]
+    return [20, 40, 80], [size for size in (1, 9, 17, 33, 65) if size <= settings.max_num_seqs]
 
 
 def _limits(settings: Settings, config: PersimmonConfig, max_model_len: int) -> kernels.StepLimits:

@@ -63,7 +63,7 @@ class _Target:
 
 
 @contextmanager
-def _launches_compile(capability: int) -> Iterator[list]:
+def launches_compile(capability: int) -> Iterator[list]:
     compiled: list = []
     run = JITFunction.run
 
@@ -85,7 +85,7 @@ def compile_calls(call: Callable[[], None], capability: int) -> list[Compiled]:
     """Every different kernel that `call` launches, compiled for sm_{capability} instead."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("Triton interprets kernels in this process: set TRITON_INTERPRET=0 before it starts")
-    with _launches_compile(capability) as kernels:
+    with launches_compile(capability) as kernels:
         call()
     return [_read(kernel) for kernel in kernels]
 

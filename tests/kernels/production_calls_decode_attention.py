@@ -21,7 +21,7 @@ def work_list(pdl: bool = False) -> None:
 
 def decode(block_size: int, dtype: torch.dtype, normed: bool = True, pdl: bool = False) -> None:
     cache = torch.empty(4096, HEADS, block_size, DIM, dtype=dtype, device=META)
-    norm = torch.empty(2, DIM, dtype=dtype, device=META) if normed else None
+    norm = torch.empty(2, DIM, dtype=torch.float32, device=META) if normed else None
     table = torch.empty(MAX_LENGTH, DIM // 4, device=META)
     decode_attention(
         torch.empty(SEQUENCES, HEADS, 3, DIM, dtype=dtype, device=META),

@@ -20,7 +20,7 @@ def _call(
         tables = [range(-(-(start + count) // block_size)) for count in counts]
         plan = plan_chunks(tables, [start] * len(counts), counts, block_size=block_size, device=META, dtype=dtype)
         qkv = torch.empty(sum(counts), HEADS, 3, HEAD_DIM, dtype=dtype, device=META)
-        parameters = torch.empty(2, HEAD_DIM, dtype=dtype, device=META) if norm else None
+        parameters = torch.empty(2, HEAD_DIM, dtype=torch.float32, device=META) if norm else None
         angles = torch.empty(MAX_POSITION, ROTARY_DIM // 2, device=META)
         cache = torch.empty(4096, HEADS, block_size, HEAD_DIM, dtype=dtype, device=META)
         q = qk_norm_rotary_store(qkv, parameters, parameters, 1e-5, angles, angles, cache, cache, plan)

@@ -1,0 +1,31 @@
+"""Kernels are compiled while the server starts, and none while it serves."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("triton-cache")
+
+
+@pytest.mark.parametrize(
+    "settings", [(), ("--max-num-seqs=1", "--enforce-eager"), ("--max-num-seqs=8",)], ids=["default", "eager", "few"]
+)
+def test_no_step_after_the_warm_up_compiles_a_kernel(settings: tuple[str, ...], cache: Path) -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "tests.model.serving_compilations", *settings],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr
+    compiled = json.loads(found.stdout)
+    assert "_decode_attention" in compiled["warm-up"]
+    assert compiled["serving"] == []
