@@ -143,6 +143,7 @@ def sample_head(
     """
     config = config or SamplingConfig()
     rows, depth = hidden.shape
+    check_rows(rows, workspace)
     vocab_size = weight.shape[0]
     tiles = triton.cdiv(vocab_size, config.head_tokens)
     block_m = min(max(16, next_power_of_2(rows)), config.head_rows)
@@ -202,6 +203,7 @@ def sample_logits(
     """
     config = config or SamplingConfig()
     rows, vocab_size = logits.shape
+    check_rows(rows, workspace)
     slices = triton.cdiv(vocab_size, config.slice_tokens)
     launch = {"launch_pdl": True} if pdl else {}
     _logits_kernel[(slices, rows)](
@@ -224,6 +226,12 @@ def sample_logits(
         **launch,
     )
     return merge(workspace, None, live, rows, slices, config=config, pdl=pdl)
+
+
+def check_rows(rows: int, workspace: Workspace) -> None:
+    """Refuses more rows than there is room for."""
+    if rows > len(workspace.tokens):
+        raise ValueError(f"{rows} rows, but the workspace has room for {len(workspace.tokens)}")
 
 
 def merge(

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from kernels.launch import Limits, next_power_of_2
 from kernels.operands import DrawInputs, PenaltyInputs, TruncationInputs
-from kernels.sampling import SamplingConfig, Workspace, logits_tile, merge, slice_noise, store_tile
+from kernels.sampling import SamplingConfig, Workspace, check_rows, logits_tile, merge, slice_noise, store_tile
 
 __all__ = [
     "LIMITS",
@@ -165,6 +165,7 @@ def sample_truncated(
     """
     config = config or SamplingConfig()
     rows, vocab_size = logits.shape
+    check_rows(rows, workspace)
     slices = triton.cdiv(vocab_size, config.slice_tokens)
     launch = {"launch_pdl": True} if pdl else {}
     shape = {"SLICE": config.slice_tokens, "PDL": pdl, "num_warps": config.slice_warps, **launch}

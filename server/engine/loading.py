@@ -100,7 +100,7 @@ def load_model(settings: Settings, folder: Path, print_line: Callable[[str], Non
         operations.reserve(_limits(settings, config, plan.max_model_len))
     runner = _runner(model, cache, operations, sizes, plan, print_line)
     with _phase("warm-up", print_line):
-        _warm_up(runner, plan, *_warm_up_sizes(settings, device))
+        _warm_up(runner, plan, settings, compiles=device.type == "cuda")
     return LoadedModel(runner, plan, device, dtype)
 
 
@@ -108,13 +108,6 @@ def _graph_sizes(settings: Settings, device: torch.device) -> list[int]:
     if device.type != "cuda" or settings.enforce_eager:
         return []
     return list(settings.cuda_graph_sizes or default_sizes(settings.max_num_seqs))
-
-
-def _warm_up_sizes(settings: Settings, device: torch.device) -> tuple[list[int], list[int]]:
-    """Lengths of prompts and batch sizes, one of each range that kernels are compiled for; a CPU compiles nothing."""
-    if device.type != "cuda":
-        return [20], [1]
-    return [20, 40, 80], [size for size in (1, 9, 17, 33, 65) if size <= settings.max_num_seqs]
 
 
 def _limits(settings: Settings, config: PersimmonConfig, max_model_len: int) -> kernels.StepLimits:
@@ -165,25 +158,39 @@ def choose_dtype(asked: str, stored: str | None, device: torch.device) -> torch.
     return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[asked]
 
 
-def _warm_up(runner: Runner, plan: MemoryPlan, prompts: Sequence[int], batch_sizes: Sequence[int]) -> None:
-    """Generates a little in the first blocks, which nobody holds yet: prompts, decodes, draws, in several sizes.
+def _warm_up(runner: Runner, plan: MemoryPlan, settings: Settings, *, compiles: bool) -> None:
+    """Generates a little in the first blocks, which nobody holds yet: prompts, decodes, draws, and both in one step.
 
-    All sequences of a batch share the blocks, since nobody reads what they say.  On a GPU this compiles the kernels of
-    every kind of step, or finds them compiled, so that no request waits for that.
+    All sequences of a batch share the blocks, since nobody reads what they say.
+
+    Args:
+        runner: to run.
+        plan: of the memory.
+        settings: of the server, for its limits.
+        compiles: whether each kind of step is compiled when it first runs, as on a GPU: then it takes one of every
+            kind, so that no request waits for that.
     """
+    budget, most = settings.max_num_batched_tokens, settings.max_num_seqs
+    longest = min(plan.max_model_len, plan.kv_tokens) - 1
     greedy, drawn = SamplingParams(), SamplingParams(temperature=1.0, top_p=0.9)
-    table: list[int] = []
-    count = 0
-    for prompt in prompts:
-        count = min(plan.max_model_len - 1, plan.kv_tokens - 1, prompt)
-        table = list(range(-(-(count + 1) // plan.block_size)))
-        runner.run([SequenceInput([0] * count, 0, table, greedy)])
-    for size in batch_sizes:
-        two = min(2, count)
-        runner.run([SequenceInput([0] * two, 0, table, greedy)] * size)
-        runner.run([SequenceInput([0], two, table, drawn)] * size)
-    # Prompts and decodes in one step.
-    runner.run([SequenceInput([0], count, table, drawn), SequenceInput([0] * count, 0, table, greedy)])
+    # One of every range of lengths and batch sizes that kernels are compiled for.
+    lengths = [min(longest, budget, length) for length in ((20, 40, 80) if compiles else (20,))]
+    sizes = [size for size in (1, 9, 17, 33, 65) if size <= most] if compiles else [1]
+    for length in lengths:
+        runner.run([SequenceInput([0] * length, 0, _first_blocks(length, plan), greedy)])
+    for size in sizes:
+        length = min(longest, budget // size, 2)
+        table = _first_blocks(length + 1, plan)
+        runner.run([SequenceInput([0] * length, 0, table, greedy)] * size)
+        runner.run([SequenceInput([0], length, table, drawn)] * size)
+    if most > 1:
+        length = min(longest, budget - 1, 20)
+        table = _first_blocks(length + 1, plan)
+        runner.run([SequenceInput([0], length, table, drawn), SequenceInput([0] * length, 0, table, greedy)])
+
+
+def _first_blocks(tokens: int, plan: MemoryPlan) -> list[int]:
+    return list(range(-(-tokens // plan.block_size)))
 
 
 @contextmanager

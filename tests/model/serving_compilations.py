@@ -25,7 +25,7 @@ from model.persimmon import Persimmon
 from model.runner import PendingTokens, Runner, SequenceInput
 from model.sampler import SamplingParams
 from server.config import Settings
-from server.engine.loading import _warm_up, _warm_up_sizes
+from server.engine.loading import _warm_up
 from tests.kernels.ahead_of_time import launches_compile
 
 META = torch.device("meta")
@@ -91,7 +91,7 @@ def main() -> None:
     plan = MemoryPlan(0, 0, 0, 0, 0, NUM_BLOCKS, BLOCK_SIZE, MAX_MODEL_LEN)
     with launches_compile(90) as compiled:
         runner = make_runner(settings)
-        _warm_up(runner, plan, *_warm_up_sizes(settings, torch.device("cuda")))
+        _warm_up(runner, plan, settings, compiles=True)
         warm = len(compiled)
         dice = random.Random(0)
         for _ in range(STEPS):

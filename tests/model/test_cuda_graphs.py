@@ -5,14 +5,16 @@ What is captured on a GPU is here launched anew for each step, from the same buf
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from kernels import Kernels, StepLimits, reference
-from kernels.fused import FusedKernels
+from kernels import Kernels, StepLimits, reference, reference_sampling
+from kernels.fused import SMALL_STEP, FusedKernels
+from kernels.operands import DrawInputs, TruncationInputs
 from model.checkpoint import Checkpoint
 from model.config import PersimmonConfig
 from model.cuda_graphs import DecodeGraphs
@@ -67,6 +69,38 @@ def load(folder: Path, kernels: Kernels, dtype: torch.dtype) -> Persimmon:
     return Persimmon(config, Checkpoint.open(folder, config).tensors(), dtype, CPU, kernels)
 
 
+def limits(config: PersimmonConfig, max_num_seqs: int) -> StepLimits:
+    return StepLimits(
+        max_num_seqs=max_num_seqs,
+        max_model_len=MAX_MODEL_LEN,
+        num_heads=config.num_attention_heads,
+        head_dim=config.head_dim,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+    )
+
+
+def reference_tokens(logits: torch.Tensor, params: Sequence[SamplingParams]) -> list[int]:
+    """A token for each row of logits, by the definition of a draw."""
+    zeros = torch.zeros(len(params), dtype=torch.int32)
+    draw = DrawInputs(
+        temperature=torch.tensor([own.temperature for own in params]),
+        seed=torch.tensor([own.seed for own in params]),
+        sample_index=torch.tensor([own.sample_index for own in params]),
+        position=torch.tensor([own.position for own in params]),
+        wants_logits=zeros,
+    )
+    truncation = TruncationInputs(
+        active=zeros,
+        top_k=torch.tensor([own.top_k for own in params]),
+        top_p=torch.tensor([own.top_p for own in params], dtype=torch.float64),
+        min_p=torch.tensor([own.min_p for own in params], dtype=torch.float64),
+    )
+    tokens, _ = reference_sampling.sample(logits, draw, truncation)
+    return tokens.tolist()
+
+
 @dataclass
 class Fused:
     """A model on fused kernels with a cache of its own, full of NaN, and blocks for some sequences."""
@@ -83,17 +117,7 @@ class Fused:
         kernels = FusedKernels(CPU)
         model = load(self.folder, kernels, self.dtype)
         config = model.config
-        kernels.reserve(
-            StepLimits(
-                max_num_seqs=24,
-                max_model_len=MAX_MODEL_LEN,
-                num_heads=config.num_attention_heads,
-                head_dim=config.head_dim,
-                hidden_size=config.hidden_size,
-                intermediate_size=config.intermediate_size,
-                vocab_size=config.vocab_size,
-            )
-        )
+        kernels.reserve(limits(config, 24))
         cache = poisoned_cache(model, 8 * MAX_MODEL_LEN // BLOCK_SIZE, BLOCK_SIZE)
         if self.sizes:
             self.graphs = DecodeGraphs(model, cache, kernels, sizes=self.sizes, max_model_len=MAX_MODEL_LEN)
@@ -103,6 +127,12 @@ class Fused:
 
     def generate(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams] | None = None) -> list[list[int]]:
         return generate(self.runner, self.tables, prompts, params or [GREEDY] * len(prompts))
+
+
+def reference_runner(folder: Path) -> Runner:
+    """The same network in plain torch, with a cache of its own."""
+    model = load(folder, reference, torch.float32)
+    return Runner(model, poisoned_cache(model, 8 * MAX_MODEL_LEN // BLOCK_SIZE, BLOCK_SIZE), reference)
 
 
 def scattered_tables(cache: KVCache) -> list[list[int]]:
@@ -145,6 +175,22 @@ def prompts(*lengths: int) -> list[list[int]]:
     return [[chooser.randrange(VOCAB_SIZE) for _ in range(length)] for length in lengths]
 
 
+def test_buffers_take_what_was_announced(shallow: Path) -> None:
+    kernels = FusedKernels(CPU)
+    for max_num_seqs in (1, 24):
+        largest = limits(PersimmonConfig.from_folder(shallow), max_num_seqs)
+        kernels.reserve(largest)
+        assert held_bytes(kernels._reserved) == kernels.workspace_bytes(largest)
+
+
+def held_bytes(held: Any) -> int:
+    """Of every tensor within dataclasses and tuples."""
+    if isinstance(held, torch.Tensor):
+        return held.nbytes
+    parts = held if isinstance(held, tuple) else [getattr(held, part.name) for part in fields(held)]
+    return sum(held_bytes(part) for part in parts)
+
+
 class TestTokens:
     def test_are_those_of_the_reference_and_of_transformers(self, checkpoint: Path) -> None:
         # Chunks of every kind beside decodes: one tile, several, longer than a split of the decode kernel.
@@ -173,6 +219,25 @@ class TestTokens:
             outputs[1].append(token)
         assert outputs == [expected[0][:1], expected[1]]
 
+    def test_come_from_the_reference_s_logits_where_several_decodes_and_chunks_meet(self, shallow: Path) -> None:
+        fused = Fused(shallow)
+        runner = reference_runner(shallow)
+        known, more = prompts(3, 20, 18, 18), prompts(5, 4)
+        first = [SequenceInput(tokens, 0, table, GREEDY) for tokens, table in zip(known, fused.tables, strict=False)]
+        # In the order that `run` would use.
+        parts = [([7], 3, 0), ([8], 18, 2), ([9], 20, 1), (more[0], 0, 4), (more[1], 18, 3)]
+        second = [SequenceInput(tokens, start, fused.tables[i], GREEDY) for tokens, start, i in parts]
+        for batch in (first, second):
+            torch.testing.assert_close(fused.runner.logits(batch), runner.logits(batch), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("count", [SMALL_STEP, SMALL_STEP + 1])
+    def test_come_from_the_reference_s_logits_on_both_sides_of_a_small_step(self, shallow: Path, count: int) -> None:
+        fused = Fused(shallow)
+        (prompt,) = prompts(count)
+        batch = [SequenceInput(prompt, 0, fused.tables[0], GREEDY)]
+        expected = reference_runner(shallow).logits(batch)
+        torch.testing.assert_close(fused.runner.logits(batch), expected, rtol=1e-4, atol=1e-4)
+
     @pytest.mark.parametrize(("dtype", "largest_error"), [(torch.float16, 0.01), (torch.bfloat16, 0.06)])
     def test_in_16_bits_come_from_logits_close_to_float32_s(
         self, checkpoint: Path, dtype: torch.dtype, largest_error: float
@@ -193,6 +258,19 @@ class TestPadding:
         asked = prompts(3, 20, 30)
         assert exact.generate(asked) == padded.generate(asked)
         assert_same_bits(exact, padded)
+
+    def test_writes_to_no_block_of_a_sequence_that_has_left(self, shallow: Path) -> None:
+        fused = Fused(shallow, sizes=[2])
+        stays, leaves = (SequenceInput([3], 0, table, GREEDY) for table in fused.tables[:2])
+        # Twice each, because two buffers on the host take turns.
+        for _ in range(2):
+            fused.runner.run([stays, leaves])
+        for tensor in fused.caches:
+            tensor[fused.tables[1]] = float("nan")
+        for _ in range(2):
+            fused.runner.run([stays])
+        for tensor in fused.caches:
+            assert tensor[fused.tables[1]].isnan().all()
 
     def test_writes_to_no_block(self, shallow: Path) -> None:
         fused = Fused(shallow, sizes=[4])
@@ -257,6 +335,38 @@ class TestTokensThatTheHostHasNotSeen:
 
 
 class TestDraws:
+    @pytest.mark.parametrize("sizes", [[4], []], ids=["fixed buffers", "eager"])
+    def test_follow_every_setting_of_their_row(self, shallow: Path, sizes: list[int]) -> None:
+        params = [
+            SamplingParams(temperature=3.0, seed=2**40 + 3, sample_index=2, position=5),
+            SamplingParams(temperature=3.0, seed=3, sample_index=5, position=2, top_k=2),
+            SamplingParams(temperature=3.0, seed=3, top_p=0.02),
+            SamplingParams(temperature=3.0, seed=4, position=1, min_p=0.95),
+        ]
+        fused = Fused(shallow, sizes=sizes)
+        # Other settings before these, in both of the buffers that take turns on the host.
+        others = [SamplingParams(temperature=0.5, seed=9, top_k=7, top_p=0.5, min_p=0.1, position=8)] * 4
+        for own in (others, others, params):
+            batch = [SequenceInput([9 + i], 0, fused.tables[i], row) for i, row in enumerate(own)]
+            tokens = fused.runner.run(batch)
+        assert tokens == reference_tokens(fused.runner.logits(batch), params)
+
+    def test_of_more_rows_than_a_small_step_are_the_reference_s(self, shallow: Path) -> None:
+        rows = SMALL_STEP + 1
+        kernels = FusedKernels(CPU)
+        kernels.reserve(limits(PersimmonConfig.from_folder(shallow), rows))
+        chooser = torch.Generator().manual_seed(6)
+        hidden, head = (torch.randn(count, 64, generator=chooser) / 4 for count in (rows, VOCAB_SIZE))
+        params = [SamplingParams(temperature=1.0, seed=row, top_k=2 if row % 16 == 0 else 0) for row in range(rows)]
+        tokens = FusedSampler(kernels, head)(hidden, params)
+        assert tokens.tolist() == reference_tokens(hidden @ head.t(), params)
+
+    def test_of_more_rows_than_were_reserved_are_refused(self, shallow: Path) -> None:
+        kernels = FusedKernels(CPU)
+        kernels.reserve(limits(PersimmonConfig.from_folder(shallow), 1))
+        with pytest.raises(ValueError, match="2 rows, but the workspace has room for 1"):
+            FusedSampler(kernels, torch.randn(VOCAB_SIZE, 64))(torch.randn(2, 64), [GREEDY, GREEDY])
+
     def test_are_the_same_in_every_batch(self, shallow: Path) -> None:
         asked = prompts(4, 9, 6)
         params = [SamplingParams(temperature=0.9, seed=seed) for seed in (1, 2, 2**40)]
@@ -287,6 +397,32 @@ class TestSizes:
         one = graph_bytes(config, torch.float16, [8])
         assert one > 8 * 4 * VOCAB_SIZE
         assert one < graph_bytes(config, torch.float16, [4, 8]) < graph_bytes(config, torch.float16, [4, 16])
+
+    def test_take_memory_for_the_logits_of_the_largest(self, shallow: Path) -> None:
+        config = PersimmonConfig.from_folder(shallow)
+        wider = replace(config, vocab_size=3 * config.vocab_size)
+        more = graph_bytes(wider, torch.float16, [2, 8]) - graph_bytes(config, torch.float16, [2, 8])
+        assert more == 8 * 2 * 4 * config.vocab_size
+
+    def test_decide_which_steps_run_on_fixed_buffers(self, shallow: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        fused = Fused(shallow, sizes=[2])
+        assert fused.graphs is not None
+        taken: list[int] = []
+        launch = fused.graphs.launch
+
+        def counted(batch: Sequence[SequenceInput]) -> torch.Tensor:
+            taken.append(len(batch))
+            return launch(batch)
+
+        monkeypatch.setattr(fused.graphs, "launch", counted)
+        one, two, three = (SequenceInput([3], 0, table, GREEDY) for table in fused.tables[:3])
+        for batch in ([one], [one, two], [one, two, three]):
+            assert len(fused.runner.run(batch)) == len(batch)
+        assert taken == [1, 2]
+        # One token that is not a sequence's last known one draws nothing.
+        expected = fused.runner.run([one])
+        assert fused.runner.run([replace(two, sampling=None), one]) == expected
+        assert taken == [1, 2, 1]
 
     def test_beyond_the_largest_a_step_runs_without(self, shallow: Path) -> None:
         asked = prompts(3, 4, 5)

@@ -101,6 +101,13 @@ class TestPlan:
         made = plan(max_num_seqs=1000, available=2 * GIB)
         assert GIB // 2 - made.block_bytes < made.kv_cache <= GIB // 2
 
+    @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+    def test_step_buffers_leave_less_for_the_cache(self, device: torch.device) -> None:
+        fixed = plan().weights + plan().activations
+        made = plan(device=device, available=fixed + 12 * MIB, step_buffers=10 * MIB)
+        assert made.step_buffers == 10 * MIB
+        assert 0 <= 2 * MIB - made.kv_cache < made.block_bytes
+
     def test_an_explicit_cache_is_as_large_as_asked(self) -> None:
         made = plan(kv_cache_bytes=10 * MIB)
         assert 10 * MIB - made.block_bytes < made.kv_cache <= 10 * MIB
@@ -131,6 +138,9 @@ class TestErrors:
         assert "\n" not in message
         assert "-0." not in message
         return message
+
+    def test_step_buffers_larger_than_what_is_left(self) -> None:
+        assert "step buffers 1.00 GiB" in self.error(step_buffers=GIB)
 
     def test_more_tokens_than_the_model_was_trained_for(self) -> None:
         message = self.error(max_model_len=4097)

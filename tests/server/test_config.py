@@ -59,6 +59,10 @@ def test_graph_sizes_are_numbers_between_commas(monkeypatch):
     assert read_settings({}).cuda_graph_sizes == (8, 16)
 
 
+def test_a_graph_may_be_for_one_sequence_or_for_all():
+    assert read_settings({"cuda_graph_sizes": "1,256"}).cuda_graph_sizes == (1, 256)
+
+
 @pytest.mark.parametrize(("sizes", "shown"), [("0,4", "0,4"), ("4,257", "4,257"), ("", "empty")])
 def test_graph_sizes_outside_the_number_of_sequences_are_refused(sizes, shown):
     with pytest.raises(

@@ -1,0 +1,41 @@
+"""A decode step's inputs: rows of a batch in their fields, padding behind them."""
+
+import pytest
+import torch
+
+from model.runner import SequenceInput
+from model.sampler import SamplingParams
+from model.step_inputs import StepBuffer, StepInputs, write_step
+
+GREEDY = SamplingParams()
+
+
+def tensors(inputs: StepInputs) -> list[torch.Tensor]:
+    """Every field's, in no order."""
+    own = [inputs.token_ids, inputs.lengths, inputs.live, inputs.block_tables]
+    draw, truncation = inputs.draw, inputs.truncation
+    own += [draw.temperature, draw.seed, draw.sample_index, draw.position, draw.wants_logits]
+    return [*own, truncation.top_k, truncation.top_p, truncation.min_p]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 9])
+def test_fields_begin_at_16_bytes_and_share_no_word(rows: int) -> None:
+    buffer = StepBuffer(rows, 5, torch.device("cpu"))
+    places: list[int] = []
+    for tensor in tensors(buffer.inputs(rows)):
+        first = tensor.data_ptr() - buffer.words.data_ptr()
+        assert first % 16 == 0
+        places += range(first, first + tensor.nbytes)
+    assert len(places) == len(set(places))
+    assert max(places) < 4 * buffer.size(rows) == buffer.words.nbytes
+
+
+def test_rows_behind_the_batch_are_padding_whatever_was_there() -> None:
+    inputs = StepBuffer(4, 2, torch.device("cpu")).inputs(4)
+    drawn = SamplingParams(temperature=1.0, top_k=3)
+    write_step(inputs, [SequenceInput([7], 20, [1, 2], drawn)] * 4)
+    assert (inputs.live.item(), inputs.lengths.tolist()) == (4, [21] * 4)
+    assert all(inputs.truncation.active)
+    write_step(inputs, [SequenceInput([8], 4, [3], drawn), SequenceInput([9], 0, [5], GREEDY)])
+    assert (inputs.live.item(), inputs.lengths.tolist()) == (2, [5, 1, 0, 0])
+    assert inputs.draw.wants_logits.tolist() == [1, 0, 0, 0]

@@ -1,0 +1,47 @@
+"""What the start decides before there is a GPU to decide it on."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from model.runner import SequenceInput
+from server.config import read_settings
+from server.engine.loading import _graph_sizes, _warm_up
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("asked", "sizes"),
+    [
+        ({}, [1, 2, 4, 5]),
+        ({"cuda_graph_sizes": "2,3"}, [2, 3]),
+        ({"enforce_eager": "true"}, []),
+        ({"enforce_eager": "true", "cuda_graph_sizes": "2,3"}, []),
+    ],
+)
+def test_graphs_are_those_asked_for_and_only_on_a_gpu(asked: dict[str, str], sizes: list[int]) -> None:
+    settings = read_settings({"max_num_seqs": "5", **asked})
+    assert _graph_sizes(settings, GPU) == sizes
+    assert _graph_sizes(settings, CPU) == []
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize(("most", "budget"), [(1, 1), (1, 2048), (2, 2), (9, 12), (64, 64), (256, 2048)])
+@pytest.mark.parametrize(("max_model_len", "kv_tokens"), [(2, 64), (17, 4096), (300, 16), (300, 4096)])
+def test_the_warm_up_stays_within_the_limits(
+    most: int, budget: int, max_model_len: int, kv_tokens: int, compiles: bool
+) -> None:
+    batches: list[list[SequenceInput]] = []
+    plan = SimpleNamespace(max_model_len=max_model_len, kv_tokens=kv_tokens, block_size=16)
+    settings = read_settings({"max_num_seqs": str(most), "max_num_batched_tokens": str(budget)})
+    _warm_up(SimpleNamespace(run=batches.append), plan, settings, compiles=compiles)  # type: ignore[arg-type]
+    assert max(len(batch) for batch in batches) <= most
+    assert max(sum(len(item.token_ids) for item in batch) for batch in batches) <= budget
+    for item in (item for batch in batches for item in batch):
+        end = item.start + len(item.token_ids)
+        assert len(item.token_ids) > 0
+        assert end <= max_model_len
+        assert end <= 16 * len(item.block_table)
+        assert max(item.block_table) < kv_tokens // 16
