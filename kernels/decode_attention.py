@@ -361,14 +361,17 @@ def build_work_list(lengths: torch.Tensor, workspace: DecodeWorkspace, *, pdl: b
     (num_sequences,) = lengths.shape
     if num_sequences > workspace.max_sequences:
         raise ValueError(f"{num_sequences} sequences, but the workspace has room for {workspace.max_sequences}")
+    max_sequences = next_power_of_2(workspace.max_sequences)
     _build_work_list[(num_sequences,)](
         lengths,
         num_sequences,
         *workspace.tensors[:4],
-        MAX_SEQUENCES=next_power_of_2(workspace.max_sequences),
+        MAX_SEQUENCES=max_sequences,
         MAX_SPLITS=next_power_of_2(workspace.max_splits),
         SPLIT=SPLIT_TOKENS,
         PDL=pdl,
+        # Every program holds all lengths.
+        num_warps=min(32, max(4, max_sequences // 256)),
         **({"launch_pdl": True} if pdl else {}),
     )
 
