@@ -6,8 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
 import model
-from model.config import PersimmonConfig, check_vocabulary
+from model.config import DTYPES, PersimmonConfig, check_vocabulary
 from model.errors import CheckpointError
 from model.hub import resolve
 from model.tokenizer import Tokenizer
@@ -24,8 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 2 for anything the person at the console can mend, after one line that says how.
     """
     given = vars(_parser().parse_args(arguments))
-    del given["command"]
+    command = given.pop("command")
     try:
+        if command == "convert":
+            return convert(**given)
         settings = read_settings(given)
         return serve(settings)
     except (SettingsError, CheckpointError, ListenError) as error:
@@ -56,6 +60,34 @@ def serve(settings: Settings) -> int:
     return supervise(settings, folder, name)
 
 
+def convert(source: str, out: Path, from_adept: bool, dtype: str | None, max_shard_size: int) -> int:
+    """Converts a checkpoint to safetensors; see `model.convert.convert_checkpoint`.
+
+    Raises:
+        CheckpointError: the source is not such a checkpoint, or the result cannot be written.
+    """
+    from model.convert import convert_checkpoint  # brings torch, which no other part of this process needs
+
+    try:
+        convert_checkpoint(
+            source, out, from_adept=from_adept, dtype=dtype, max_shard_bytes=max_shard_size, print_line=say
+        )
+    except KeyboardInterrupt:
+        say("persimmon: stopped; the same command goes on from here")
+        return 130
+    return 0
+
+
+def _size(text: str) -> int:
+    try:
+        size = TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        size = ByteSize(0)
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, needed is one like 5GB or 800MiB")
+    return size
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="persimmon",
@@ -71,6 +103,28 @@ def _parser() -> argparse.ArgumentParser:
             description="Serve a Persimmon checkpoint over an OpenAI-style HTTP API. "
             "Every flag is also an environment variable; a flag wins.",
         )
+    )
+    converter = commands.add_parser(
+        "convert",
+        help="convert a checkpoint to safetensors",
+        description="Convert a Persimmon checkpoint to safetensors in Hugging Face layout. Nothing in its files is "
+        "executed. The result is compared with the source, number by number. A conversion that was stopped goes on "
+        "where it was when the same command runs again.",
+    )
+    converter.add_argument("source", metavar="IN", help="a folder in Hugging Face layout, or a Hub id")
+    converter.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
+    converter.add_argument(
+        "--from-adept",
+        action="store_true",
+        help="IN is Adept's own release: the tar, or the folder it unpacks to",
+    )
+    converter.add_argument("--dtype", choices=DTYPES, help="the type to store tensors in. Default: as they are")
+    converter.add_argument(
+        "--max-shard-size",
+        type=_size,
+        default="5GB",
+        metavar="SIZE",
+        help="tensors are spread over files of at most this size. Default: %(default)s",
     )
     return parser
 

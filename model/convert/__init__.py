@@ -1,0 +1,45 @@
+"""Checkpoints from other layouts and formats -> Hugging Face layout with safetensors, without running what they hold.
+
+Part of no server: the `persimmon convert` command is its only caller.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from model.convert.adept import plan_from_adept
+from model.convert.hugging_face import plan_from_hugging_face
+from model.convert.writer import write
+from model.hub import resolve
+
+
+def convert_checkpoint(
+    source: str,
+    out: Path,
+    *,
+    from_adept: bool,
+    dtype: str | None,
+    max_shard_bytes: int,
+    print_line: Callable[[str], None],
+) -> None:
+    """Converts a checkpoint; see `model.convert.writer.write` for what happens when this is cut off.
+
+    Args:
+        source: a folder in Hugging Face layout or a Hub id, or Adept's release.
+        out: the folder to write.
+        from_adept: whether the source is Adept's release, a tar or the folder it unpacks to.
+        dtype: "float16", "bfloat16" or "float32"; None keeps each tensor's.
+        max_shard_bytes: tensors are spread over files of this size; one that is larger has its own.
+        print_line: takes one line of progress.
+
+    Raises:
+        CheckpointError: the source is not such a checkpoint, or the result cannot be written.
+    """
+    asked: torch.dtype | None = getattr(torch, dtype) if dtype is not None else None
+    if from_adept:
+        conversion = plan_from_adept(Path(source).expanduser(), asked, max_shard_bytes)
+    else:
+        conversion = plan_from_hugging_face(resolve(source), asked, max_shard_bytes)
+    write(conversion, out, print_line)
+    print_line(f"Done: persimmon serve --model {out}")

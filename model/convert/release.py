@@ -1,0 +1,119 @@
+"""Which files of Adept's release matter and where they are, in a tar or unpacked.
+
+Knows Megatron's folders.  Knows nothing of what the files hold.
+"""
+
+import re
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from model.convert.stored import Region, small_file
+from model.errors import CheckpointError
+from model.tokenizer import MODEL_FILES
+
+_RANK = re.compile(r"mp_rank_(\d+)(_\d+)?")
+_WEIGHTS = ("model_optim_rng.pt", "model_rng.pt")
+_LATEST = "latest_checkpointed_iteration.txt"
+
+
+@dataclass(frozen=True)
+class Release:
+    """The files of one checkpoint.
+
+    Attributes:
+        ranks: the weights of each tensor-parallel rank, in order.
+        vocabulary: SentencePiece's model.
+    """
+
+    ranks: tuple[Region, ...]
+    vocabulary: Region
+
+    @classmethod
+    def find(cls, source: Path) -> "Release":
+        """The latest iteration in a tar or a folder, with the vocabulary in it or beside it.
+
+        Raises:
+            CheckpointError: there is none, or more than one, or a part of it is missing.
+        """
+        regions = _regions(source)
+        return cls(tuple(_rank_files(source, regions)), _vocabulary(source, regions))
+
+
+def _regions(source: Path) -> dict[str, Region]:
+    """The files of a release that matter, by their path, which begins with the folder's name."""
+    wanted = (*_WEIGHTS, *MODEL_FILES, _LATEST)
+    if source.is_dir():
+        root = source.resolve()
+        paths = sorted(path for path in root.rglob("*") if path.name in wanted and path.is_file())
+        return {path.relative_to(root.parent).as_posix(): Region.of_file(path) for path in paths}
+    size = Region.of_file(source).length
+    try:
+        with tarfile.open(source, "r:") as archive:  # the colon: not compressed, so that members are in place
+            members = [member for member in archive if member.isreg() and PurePosixPath(member.name).name in wanted]
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        raise CheckpointError(
+            f"{source} is no tar, or one that is compressed or damaged ({error}): unpack it with `tar -xf` and name "
+            "the folder"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{source} cannot be read: {error.strerror}") from error
+    for member in members:
+        if member.issparse() or member.offset_data + member.size > size:
+            raise CheckpointError(f"{source}: {member.name} in it is cut off or sparse: download it again")
+    return {
+        PurePosixPath(member.name).as_posix(): Region(source, member.offset_data, member.size, member.name)
+        for member in members
+    }
+
+
+def _rank_files(source: Path, regions: Mapping[str, Region]) -> list[Region]:
+    """The weights of each tensor-parallel rank, in order, of the latest iteration."""
+    iterations: dict[PurePosixPath, dict[int, Region]] = {}
+    for path in map(PurePosixPath, regions):
+        match = _RANK.fullmatch(path.parent.name)
+        if path.name not in _WEIGHTS or match is None:
+            continue
+        if match[2] is not None:
+            raise CheckpointError(
+                f"{source}: {path} is of a pipeline-parallel checkpoint; only tensor parallelism can be merged here"
+            )
+        ranks = iterations.setdefault(path.parent.parent, {})
+        if int(match[1]) not in ranks or path.name == _WEIGHTS[0]:
+            ranks[int(match[1])] = regions[str(path)]
+    if not iterations:
+        raise CheckpointError(
+            f"{source}: no mp_rank_00/{_WEIGHTS[0]} in it, which is where Adept's release has weights"
+        )
+    if len(iterations) > 1:
+        latest = {path.parent / _iteration_folder(regions[str(path)]) for path in _named(regions, _LATEST)}
+        iterations = {folder: ranks for folder, ranks in iterations.items() if folder in latest} or iterations
+    if len(iterations) > 1:
+        listed = ", ".join(sorted(map(str, iterations)))
+        raise CheckpointError(f"{source}: several checkpoints in it ({listed}): name the folder of one")
+    (ranks,) = iterations.values()
+    if sorted(ranks) != list(range(len(ranks))):
+        raise CheckpointError(f"{source}: of its tensor-parallel ranks only {sorted(ranks)} are there")
+    return [ranks[number] for number in range(len(ranks))]
+
+
+def _named(regions: Mapping[str, Region], name: str) -> list[PurePosixPath]:
+    """The paths of files of a name, those nearest to the top first."""
+    paths = [path for path in map(PurePosixPath, regions) if path.name == name]
+    return sorted(paths, key=lambda path: (len(path.parts), path))
+
+
+def _iteration_folder(latest: Region) -> str:
+    content = small_file(latest).decode(errors="replace").strip()
+    return f"iter_{int(content):07d}" if content.isdecimal() and len(content) < 20 else content
+
+
+def _vocabulary(source: Path, regions: Mapping[str, Region]) -> Region:
+    names = tuple(reversed(MODEL_FILES))
+    inside = [regions[str(path)] for name in names for path in _named(regions, name)]
+    beside = [path for name in names if (path := source.resolve().parent / name).is_file()]
+    found = [*inside, *map(Region.of_file, beside)]
+    if not found:
+        raise CheckpointError(f"{source}: no {names[0]}, which is the tokenizer, in it or beside it")
+    return found[0]

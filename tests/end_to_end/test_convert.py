@@ -1,0 +1,126 @@
+"""`persimmon convert` at the console: its result can be served, and what is wrong is one line that says what to do."""
+
+import fcntl
+import os
+import pty
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import model
+from model.convert import writer
+from server.cli import main
+from tests.end_to_end.serving import serving
+from tests.model.convert.adept_layout import as_tar, make_release
+
+DEMO = Path(model.__path__[0]) / "demo"
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "server.cli", "convert", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def same_tensors(out: Path, expected: Path, dtype: torch.dtype) -> bool:
+    ours = {name: part for path in out.glob("*.safetensors") for name, part in load_file(path).items()}
+    theirs = load_file(expected / "model.safetensors")
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name], theirs[name].to(dtype)) and ours[name].dtype == dtype for name in theirs
+    )
+
+
+def test_pickled_weights_are_converted_in_shards_of_a_type(tmp_path):
+    source = shutil.copytree(DEMO, tmp_path / "in", ignore=shutil.ignore_patterns("*.safetensors", "*.py"))
+    torch.save(load_file(DEMO / "model.safetensors"), source / "pytorch_model.bin")
+    out = tmp_path / "new" / "out"
+    ended = run(source, out, "--dtype", "bfloat16", "--max-shard-size", "4MB")
+    assert ended.returncode == 0, ended.stderr
+    assert len(list(out.glob("model-*-of-*.safetensors"))) >= 4
+    assert ended.stderr.count("written and verified") == len(list(out.glob("*.safetensors")))
+    assert f"persimmon serve --model {out}" in ended.stderr
+    assert same_tensors(out, DEMO, torch.bfloat16)
+
+
+def answer(url: str) -> str:
+    body = {"model": "persimmon-demo", "prompt": "a dog is", "max_tokens": 24, "temperature": 0}
+    response = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+    response.raise_for_status()
+    return str(response.json()["choices"][0]["text"])
+
+
+def test_adepts_release_is_converted_and_answers_like_the_original(demo, tmp_path):
+    release = as_tar(make_release(DEMO, tmp_path / "8b_base_model_release", ranks=2))
+    out = tmp_path / "out"
+    ended = run("--from-adept", release, out)
+    assert ended.returncode == 0, ended.stderr
+    assert same_tensors(out, DEMO, torch.float16)
+    with serving(
+        "--model", str(out), "--served-model-name", "persimmon-demo", "--kv-cache-memory", "64MB"
+    ) as converted:
+        assert answer(converted.url) == answer(demo.url)
+
+
+def test_a_terminal_shows_a_progress_bar(tmp_path):
+    master, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 110, 0, 0))
+    command = [sys.executable, "-m", "server.cli", "convert", str(DEMO), str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=terminal) as process:
+        os.close(terminal)
+        shown = b""
+        while b"Done" not in shown:
+            shown += os.read(master, 4096)
+        assert process.wait(timeout=60) == 0
+    os.close(master)
+    assert re.search(rb"\r  model\.safetensors: +\d+%\|", shown)
+
+
+def test_control_c_says_that_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+    arguments = ["convert", str(DEMO), str(tmp_path / "out"), "--max-shard-size", "4MB"]
+    write_shard, written = writer._write_shard, iter(range(1))
+
+    def interrupted(*given):
+        if next(written, None) is None:
+            raise KeyboardInterrupt
+        write_shard(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_write_shard", interrupted)
+        assert main(arguments) == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert "model-00001-of-00004.safetensors  0.00 GiB kept and verified" in capsys.readouterr().err
+    assert same_tensors(tmp_path / "out", DEMO, torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["nothing-here/", "out"], "nothing-here"),
+        (["--from-adept", "nothing-here.tar", "out"], "nothing-here.tar"),
+        (["--from-adept", str(DEMO), "out"], "mp_rank_00"),
+        ([str(DEMO), "."], "not empty"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_exit_code_2(arguments, named, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert main(["convert", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("persimmon: error: ")
+    assert named in line
+
+
+@pytest.mark.parametrize("size", ["0", "-5GB", "many"])
+def test_a_size_that_is_none_is_named(size, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["convert", str(DEMO), "out", f"--max-shard-size={size}"])
+    assert f"'{size}' is no size" in capsys.readouterr().err
