@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import Limits, next_power_of_2, num_sms
+from kernels.launch import Limits, launch_options, next_power_of_2, num_sms
 
 SPLIT_TOKENS = 256
 """Tokens of one work item.
@@ -372,7 +372,7 @@ def build_work_list(lengths: torch.Tensor, workspace: DecodeWorkspace, *, pdl: b
         PDL=pdl,
         # Every program holds all lengths.
         num_warps=min(32, max(4, max_sequences // 256)),
-        **({"launch_pdl": True} if pdl else {}),
+        **launch_options(pdl),
     )
 
 
@@ -455,7 +455,7 @@ def decode_attention(
         STAGES=config.stages,
         PDL=pdl,
         num_warps=config.warps,
-        **({"launch_pdl": True} if pdl else {}),
+        **launch_options(pdl),
     )
     return out
 

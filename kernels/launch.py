@@ -63,6 +63,11 @@ def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def launch_options(pdl: bool) -> dict[str, bool]:
+    """Options of a launch that may start while its predecessor ends, or may not."""
+    return {"launch_pdl": True} if pdl else {}
+
+
 def next_power_of_2(value: int) -> int:
     """The smallest power of two that is at least `value`, for value >= 1."""
     return 1 << (value - 1).bit_length()

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import Limits, next_power_of_2
+from kernels.launch import Limits, launch_options, next_power_of_2
 
 STATISTICS_COLUMNS = 64
 """Columns that share a mean and a sum of squared deviations."""
@@ -281,7 +281,7 @@ def embed(
             HIDDEN=hidden,
             PDL=pdl,
             num_warps=4,
-            **launch_options(pdl),
+            **exact_launch_options(pdl),
         )
     return x, statistics
 
@@ -332,7 +332,7 @@ def layer_norm(
                 BLOCK_COLUMNS=next_power_of_2(hidden),
                 PDL=pdl,
                 num_warps=config.row_warps,
-                **launch_options(pdl),
+                **exact_launch_options(pdl),
             )
         return normed
     if residual is not None:
@@ -357,7 +357,7 @@ def layer_norm(
             BLOCK_COLUMNS=block_columns,
             PDL=pdl,
             num_warps=4,
-            **launch_options(pdl),
+            **exact_launch_options(pdl),
         )
     return normed
 
@@ -387,18 +387,18 @@ def bias_relu_squared_(
     if rows:
         block_columns = min(config.activation_columns, next_power_of_2(width))
         bias_relu_squared_kernel[(rows, triton.cdiv(width, block_columns))](
-            x, bias, WIDTH=width, BLOCK_COLUMNS=block_columns, PDL=pdl, num_warps=4, **launch_options(pdl)
+            x, bias, WIDTH=width, BLOCK_COLUMNS=block_columns, PDL=pdl, num_warps=4, **exact_launch_options(pdl)
         )
     return x
 
 
-def launch_options(pdl: bool) -> dict[str, bool]:
+def exact_launch_options(pdl: bool) -> dict[str, bool]:
     """Options of every launch here and of the projections.
 
     Products and sums are fused where the code says so and nowhere else: two kernels that do the same arithmetic
     then agree to the last bit.
     """
-    return {"enable_fp_fusion": False, "launch_pdl": True} if pdl else {"enable_fp_fusion": False}
+    return {"enable_fp_fusion": False, **launch_options(pdl)}
 
 
 def _check_contiguous(**tensors: torch.Tensor | None) -> None:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kernels.chunk_plan import ChunkPlan, PrefillConfig, plan_chunks
-from kernels.launch import Limits, next_power_of_2
+from kernels.launch import Limits, launch_options, next_power_of_2
 
 __all__ = ["ChunkPlan", "PrefillConfig", "plan_chunks", "prefill_attention", "qk_norm_rotary_store"]
 
@@ -180,7 +180,7 @@ def qk_norm_rotary_store(
         BLOCK_HEADS=block_heads,
         PDL=pdl,
         num_warps=4,
-        **_launch_options(pdl),
+        **launch_options(pdl),
     )
     return queries
 
@@ -358,13 +358,9 @@ def prefill_attention(
             STAGES=config.stages,
             PDL=pdl,
             num_warps=config.warps,
-            **_launch_options(pdl),
+            **launch_options(pdl),
         )
     return out
-
-
-def _launch_options(pdl: bool) -> dict[str, bool]:
-    return {"launch_pdl": True} if pdl else {}
 
 
 def _check_cache(heads: int, dim: int, dtype: torch.dtype, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:

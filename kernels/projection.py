@@ -19,7 +19,7 @@ from kernels.launch import Limits, next_power_of_2
 from kernels.layer_norm import (
     STATISTICS_COLUMNS,
     TILE_ROWS,
-    launch_options,
+    exact_launch_options,
     layer_norm,
     merge_statistics,
     normalise,
@@ -405,5 +405,5 @@ def _launch(
         STAGES=stages,
         PDL=pdl,
         num_warps=config.warps,
-        **launch_options(pdl),
+        **exact_launch_options(pdl),
     )

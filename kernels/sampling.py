@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import Limits, next_power_of_2
+from kernels.launch import Limits, launch_options, next_power_of_2
 from kernels.operands import DrawInputs
 
 __all__ = ["DrawInputs", "LIMITS", "SamplingConfig", "Workspace", "sample_head", "sample_logits"]
@@ -148,7 +148,7 @@ def sample_head(
     tiles = triton.cdiv(vocab_size, config.head_tokens)
     block_m = min(max(16, next_power_of_2(rows)), config.head_rows)
     row_blocks = triton.cdiv(rows, block_m)
-    launch = {"launch_pdl": True} if pdl else {}
+    launch = launch_options(pdl)
     _head_kernel[(tiles * row_blocks,)](
         hidden,
         weight,
@@ -205,7 +205,7 @@ def sample_logits(
     rows, vocab_size = logits.shape
     check_rows(rows, workspace)
     slices = triton.cdiv(vocab_size, config.slice_tokens)
-    launch = {"launch_pdl": True} if pdl else {}
+    launch = launch_options(pdl)
     _logits_kernel[(slices, rows)](
         logits,
         draw.temperature,
@@ -259,7 +259,7 @@ def merge(
     Returns:
         The workspace's tokens and log-probabilities of these rows.
     """
-    launch = {"launch_pdl": True} if pdl else {}
+    launch = launch_options(pdl)
     _merge_kernel[(rows,)](
         workspace.scores,
         workspace.ids,

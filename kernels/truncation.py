@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import Limits, next_power_of_2
+from kernels.launch import Limits, launch_options, next_power_of_2
 from kernels.operands import DrawInputs, PenaltyInputs, TruncationInputs
 from kernels.sampling import SamplingConfig, Workspace, check_rows, logits_tile, merge, slice_noise, store_tile
 
@@ -104,7 +104,7 @@ def apply_penalties(logits: torch.Tensor, penalties: PenaltyInputs, live: torch.
         pdl: whether the launch overlaps the end of its predecessor.
     """
     rows, vocab_size = logits.shape
-    launch = {"launch_pdl": True} if pdl else {}
+    launch = launch_options(pdl)
     _penalty_kernel[(_PENALTY_PROGRAMS, rows)](
         logits,
         penalties.offsets,
@@ -167,7 +167,7 @@ def sample_truncated(
     rows, vocab_size = logits.shape
     check_rows(rows, workspace)
     slices = triton.cdiv(vocab_size, config.slice_tokens)
-    launch = {"launch_pdl": True} if pdl else {}
+    launch = launch_options(pdl)
     shape = {"SLICE": config.slice_tokens, "PDL": pdl, "num_warps": config.slice_warps, **launch}
     slices_padded = next_power_of_2(slices)
     grid = (slices, rows)

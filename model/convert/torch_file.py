@@ -49,7 +49,8 @@ def read_torch_file(region: Region) -> Any:
         try:
             reader = _ZipReader(region, file) if beginning.startswith(b"PK") else _LegacyReader(region, file)
             return reader.contents()
-        except (ValueError, zipfile.BadZipFile, NotImplementedError, struct.error, OverflowError) as error:
+        # RuntimeError is what zipfile raises for a zip of a later version than it knows.
+        except (ValueError, zipfile.BadZipFile, RuntimeError, struct.error, OverflowError) as error:
             raise damaged(region, str(error)) from error
 
 

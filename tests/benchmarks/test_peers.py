@@ -12,7 +12,7 @@ from benchmarks.servers import Server, ServerFailedError, running
 LIMITS = ("--max-model-len", "64", "--max-num-seqs", "4")
 HEALTHY = """
 import http.server, json, subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         body = json.dumps({"version": "7", "child": child.pid}).encode()
@@ -62,13 +62,13 @@ def test_a_server_that_ends_at_once_is_reported_with_its_log(tmp_path: Path) -> 
 
 
 def test_a_server_that_is_never_healthy_is_reported_and_stopped(tmp_path: Path) -> None:
-    stuck = python_server("import time; print('loading', flush=True); time.sleep(600)")
+    stuck = python_server("import signal; print('loading', flush=True); signal.pause()")
     with (
         pytest.raises(ServerFailedError, match=r"(?s)not healthy in 1 s"),
         running(stuck, tmp_path, tmp_path / "log", start_timeout_s=1),
     ):
         pass
-    assert not [child for child in psutil.Process().children() if "time.sleep" in " ".join(child.cmdline())]
+    assert not [child for child in psutil.Process().children() if "signal.pause" in " ".join(child.cmdline())]
 
 
 def test_no_process_of_a_server_outlives_its_measurement(tmp_path: Path) -> None:

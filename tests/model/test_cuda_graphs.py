@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton.runtime.interpreter import GridExecutor
 
 from kernels import Kernels, StepLimits, reference, reference_sampling
 from kernels.fused import SMALL_STEP, FusedKernels
@@ -110,12 +111,13 @@ class Fused:
     sizes: Sequence[int] = (1, 4)
     runner: Runner = field(init=False)
     graphs: DecodeGraphs | None = field(init=False, default=None)
+    model: Persimmon = field(init=False)
     caches: list[torch.Tensor] = field(init=False)
     tables: list[list[int]] = field(init=False)
 
     def __post_init__(self) -> None:
         kernels = FusedKernels(CPU)
-        model = load(self.folder, kernels, self.dtype)
+        self.model = model = load(self.folder, kernels, self.dtype)
         config = model.config
         kernels.reserve(limits(config, 24))
         cache = poisoned_cache(model, 8 * MAX_MODEL_LEN // BLOCK_SIZE, BLOCK_SIZE)
@@ -249,6 +251,42 @@ class TestTokens:
             batch = [SequenceInput(tokens, start, fused.tables[0], GREEDY)]
             expected, actual = exact.runner.logits(batch), fused.runner.logits(batch)
             assert (actual - expected).abs().max() < largest_error * expected.abs().max()
+
+
+class TestLaunches:
+    def test_of_a_layer_are_five_up_to_16_rows(
+        self, shallow: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        launched = [0]
+        call = GridExecutor.__call__
+
+        def counted(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
+            launched[0] += 1
+            call(self, *args, **kwargs)
+
+        def launches(folder: Path, rows: int) -> int:
+            fused = Fused(folder, sizes=[rows])
+            launched[0] = 0
+            fused.runner.run([SequenceInput([3], 0, [row], GREEDY) for row in range(rows)])
+            return launched[0]
+
+        monkeypatch.setattr(GridExecutor, "__call__", counted)
+        # With more rows each of the two norms has a launch of its own.
+        for rows, expected in ((16, 5), (17, 7)):
+            assert launches(checkpoint, rows) - launches(shallow, rows) == expected
+
+
+def test_mlp_rows_that_meet_only_zeros_are_not_read(shallow: Path) -> None:
+    logits = []
+    for what_lies_there in (0.0, float("nan")):
+        fused = Fused(shallow)
+        (layer,) = fused.model.layers
+        assert layer.mlp_up.bias is not None
+        layer.mlp_up.bias[:96] = -1e4
+        layer.mlp_down.weight[:96] = what_lies_there
+        logits.append(fused.runner.logits([SequenceInput([3], 0, fused.tables[0], GREEDY)]))
+    assert logits[1].isfinite().all()
+    assert torch.equal(*logits)
 
 
 class TestPadding:

@@ -201,6 +201,16 @@ def test_a_zip_of_something_else_is_refused(tmp_path):
         read(tmp_path / "file")
 
 
+def test_a_zip_of_a_later_version_is_refused(tmp_path):
+    path = saved({"a": torch.zeros(2)}, tmp_path / "file.pt")
+    content = bytearray(path.read_bytes())
+    directory_entry = content.index(b"PK\x01\x02")
+    content[directory_entry + 6] = 99  # the version that is needed to extract it
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"zip file version 9\.9"):
+        read(path)
+
+
 def test_a_git_lfs_pointer_says_what_to_do(tmp_path):
     (tmp_path / "file").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     with pytest.raises(CheckpointError, match="git lfs pull"):

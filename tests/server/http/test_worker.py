@@ -26,7 +26,7 @@ Tokens = Callable[[str], list[int]]
 STREAM = {"prompt": "Hello", "stream": True, "max_tokens": 50}
 
 SUPERVISOR = """
-import multiprocessing, pathlib, socket, sys, time
+import multiprocessing, pathlib, signal, socket, sys
 from server.config import Settings
 from server.http.worker import run_api_worker
 
@@ -38,7 +38,7 @@ if __name__ == "__main__":
     spawn.Process(target=run_api_worker, args=arguments).start()
     receiver.recv()
     print(listener.getsockname()[1], flush=True)
-    time.sleep(600)
+    signal.pause()
 """
 
 
