@@ -36,7 +36,7 @@ def expected_shapes(config: PersimmonConfig) -> dict[str, tuple[int, ...]]:
 
     Linear weights are [out, in].  The rows of query_key_value are ordered [head, {query, key, value},
     head_dim]: per head, so that a plain split into three has valid shapes and wrong contents.  With
-    tie_word_embeddings there is no lm_head.weight.
+    tie_word_embeddings there is no lm_head.weight, nor in a classifier, which has its score instead.
     """
     hidden, intermediate = config.hidden_size, config.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
@@ -59,7 +59,11 @@ def expected_shapes(config: PersimmonConfig) -> dict[str, tuple[int, ...]]:
         linear(f"{layer}.mlp.dense_h_to_4h", intermediate, hidden)
         linear(f"{layer}.mlp.dense_4h_to_h", hidden, intermediate)
     norm("model.final_layernorm", hidden)
-    if not config.tie_word_embeddings:
+    if not config.generates:
+        shapes["score.weight"] = (config.num_labels, hidden)
+        if config.score_bias:
+            shapes["score.bias"] = (config.num_labels,)
+    elif not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
     return shapes
 
@@ -117,7 +121,6 @@ class Checkpoint:
                 missing, unexpected, in two shards, of another shape or not floating point.
         """
         listing, files, index = _find_files(folder)
-        expected = expected_shapes(config)
         found: dict[str, tuple[Path, _Header]] = {}
         for file in files:
             headers = file.headers()
@@ -133,8 +136,8 @@ class Checkpoint:
                     f"{file.path}: tensor {absent[0]} is missing here, where {listing.name} says it is"
                     f"{_and_more(absent)}"
                 )
-        _compare(listing, found, expected)
-        return cls(files, frozenset(expected), sum(header.bytes for _, header in found.values()))
+        _compare(listing, found, config)
+        return cls(files, frozenset(found), sum(header.bytes for _, header in found.values()))
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor once, by name, in the order they lie in the files.
@@ -289,15 +292,17 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{path} is truncated or damaged ({size:,} bytes; {reason}): copy or download it again")
 
 
-def _compare(listing: Path, found: Mapping[str, tuple[Path, _Header]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises CheckpointError unless exactly the expected tensors were found, of their shapes, in floats."""
+def _compare(listing: Path, found: Mapping[str, tuple[Path, _Header]], config: PersimmonConfig) -> None:
+    """Raises CheckpointError unless exactly the network's tensors were found, of their shapes, in floats."""
+    expected = expected_shapes(config)
     missing = [name for name in expected if name not in found]
     if missing:
         raise CheckpointError(f"{listing}: tensor {missing[0]} is missing{_and_more(missing)}")
     unexpected = [name for name in found if name not in expected]
     if unexpected:
         name = unexpected[0]
-        hint = ", for config.json says tie_word_embeddings" if name == "lm_head.weight" else ""
+        says = "tie_word_embeddings" if config.generates else config.architecture
+        hint = f", for config.json says {says}" if name == "lm_head.weight" else ""
         raise CheckpointError(f"{found[name][0]}: tensor {name} is unexpected{hint}{_and_more(unexpected)}")
     for name, (path, header) in found.items():
         if header.shape != expected[name]:

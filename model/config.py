@@ -5,14 +5,33 @@ Knows both spellings of Hugging Face's file, and its traps.  Knows nothing of te
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
+from typing import Literal, cast, get_args
 
 from model.errors import CheckpointError
 from model.json_object import JsonObject
 
-ARCHITECTURE = "PersimmonForCausalLM"
 MODEL_TYPE = "persimmon"
 DTYPES = ("float16", "bfloat16", "float32")
+
+ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
+ScoreFunction = Literal["softmax", "sigmoid", "none"]
+
+MAX_LABELS = 1 << 20
+"""More labels than this are a mistake in the file, which is found here before a name is made for each."""
+
+
+class Architecture(StrEnum):
+    """What stands on the network's hidden states, by the names of Transformers' classes."""
+
+    CAUSAL_LM = "PersimmonForCausalLM"
+    """lm_head: logits of the next token."""
+    SEQUENCE_CLASSIFICATION = "PersimmonForSequenceClassification"
+    """A score for each label, of a sequence's last token."""
+    TOKEN_CLASSIFICATION = "PersimmonForTokenClassification"  # noqa: S105
+    """A score for each label, of every token."""
+
 
 # Adept published one vocabulary, of this size, in which |ENDOFTEXT| begins and ends every document.
 ADEPT_VOCAB_SIZE = 262144
@@ -47,6 +66,11 @@ class PersimmonConfig:
         bos_token_id: the id that begins a document, or None.
         eos_token_ids: the ids that end a document; may be empty.
         dtype: the type the weights were stored in, one of DTYPES; None where the file does not say.
+        architecture: generates text, or classifies sequences or tokens.
+        labels: a classifier's, by their numbers; empty where text is generated.
+        problem_type: what a classifier was trained for; None where the file does not say.
+        token_classification_bias: whether a token classifier's head has a bias.  A sequence classifier's has none.
+        pad_token_id: a sequence classifier's padding, see `pooled_token`; None where it has none.
 
     Raises:
         ValueError: a value is not supported, or two contradict each other.
@@ -67,6 +91,11 @@ class PersimmonConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str | None = None
+    architecture: Architecture = Architecture.CAUSAL_LM
+    labels: tuple[str, ...] = ()
+    problem_type: ProblemType | None = None
+    token_classification_bias: bool = True
+    pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -86,6 +115,53 @@ class PersimmonConfig:
             raise ValueError(f"hidden_act is {self.hidden_act!r}, only 'relu2' is supported")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}, supported are {', '.join(DTYPES)}")
+        if self.generates == bool(self.labels):
+            raise ValueError(
+                f"{self.architecture} has {self.num_labels} labels; classifiers have labels, others have none"
+            )
+        if self.problem_type == "single_label_classification" and self.num_labels == 1:
+            raise ValueError(
+                "problem_type is 'single_label_classification' of one label; needed are two labels or more, "
+                "or 'regression'"
+            )
+
+    @property
+    def generates(self) -> bool:
+        """Whether the network generates text; it classifies otherwise, and has no lm_head."""
+        return self.architecture is Architecture.CAUSAL_LM
+
+    @property
+    def num_labels(self) -> int:
+        """A classifier's labels."""
+        return len(self.labels)
+
+    @property
+    def score_bias(self) -> bool:
+        """Whether a classifier adds a bias to its scores."""
+        return self.architecture is Architecture.TOKEN_CLASSIFICATION and self.token_classification_bias
+
+    @property
+    def score_function(self) -> ScoreFunction:
+        """What makes a row of a classifier's scores what is reported of them, as in Transformers' pipelines.
+
+        softmax: probabilities that add up to one.  sigmoid: a probability for each label on its own, also where
+        there is a single one.  none: the scores themselves, a regression's values.  Tokens have one label each,
+        whatever problem_type says.
+        """
+        if self.architecture is Architecture.TOKEN_CLASSIFICATION:
+            return "softmax"
+        if self.problem_type == "regression":
+            return "none"
+        if self.problem_type == "multi_label_classification" or self.num_labels == 1:
+            return "sigmoid"
+        return "softmax"
+
+    def pooled_token(self, token_ids: Sequence[int]) -> int:
+        """Which token's scores are a sequence's: the place of the last one that is not padding.
+
+        Tokens after it change nothing.  Of nothing but padding it is the first, as in Transformers.
+        """
+        return next((i for i in reversed(range(len(token_ids))) if token_ids[i] != self.pad_token_id), 0)
 
     @property
     def head_dim(self) -> int:
@@ -128,7 +204,7 @@ class PersimmonConfig:
                 f"{folder}: no config.json; needed is a checkpoint in Hugging Face layout "
                 "(config.json, tokenizer.model, model.safetensors)"
             )
-        _check_architecture(file)
+        architecture = _architecture(file)
         if file.values.get("quantization_config") is not None:
             raise file.error("quantization_config", f"none: weights have to be in {', '.join(DTYPES)}")
         vocab_size = file.positive_integer("vocab_size")
@@ -136,6 +212,8 @@ class PersimmonConfig:
         if (generation := JsonObject.read(folder / "generation_config.json")) is not None:
             token_id_files.append(generation)
         rotary = _rotary_tables(file)
+        # What a file says of labels means nothing where text is generated.
+        generates = architecture is Architecture.CAUSAL_LM
         try:
             return cls(
                 vocab_size=vocab_size,
@@ -153,6 +231,11 @@ class PersimmonConfig:
                 bos_token_id=next(iter(_token_ids(token_id_files, "bos_token_id", vocab_size)), None),
                 eos_token_ids=_token_ids(token_id_files, "eos_token_id", vocab_size),
                 dtype=file.text("dtype") or file.text("torch_dtype"),
+                architecture=architecture,
+                labels=() if generates else _labels(file),
+                problem_type=None if generates else _problem_type(file),
+                token_classification_bias=file.flag("token_classification_bias", cls.token_classification_bias),
+                pad_token_id=None if generates else _pad_token_id(file, vocab_size),
             )
         except CheckpointError:
             raise
@@ -176,18 +259,55 @@ def check_vocabulary(folder: Path, config: PersimmonConfig, tokenizer_vocab_size
         )
 
 
-def _check_architecture(file: JsonObject) -> None:
-    architectures = file.values.get("architectures")
+def _architecture(file: JsonObject) -> Architecture:
+    """The first of a file's architectures that is served; generation where it names none."""
+    names = file.values.get("architectures")
     model_type = file.values.get("model_type")
     # A configuration saved on its own, without a model, has no architectures; one of the two must be there.
-    if (architectures is None or (isinstance(architectures, list) and ARCHITECTURE in architectures)) and (
-        model_type == MODEL_TYPE or (model_type is None and architectures is not None)
-    ):
-        return
+    if model_type == MODEL_TYPE or (model_type is None and names is not None):
+        if names is None:
+            return Architecture.CAUSAL_LM
+        served = [name for name in names if name in tuple(Architecture)] if isinstance(names, list) else []
+        if served:
+            return Architecture(served[0])
     raise CheckpointError(
-        f"{file.path}: architectures is {architectures!r} and model_type {model_type!r}, "
-        f"this server serves {ARCHITECTURE} (model_type {MODEL_TYPE!r}) alone"
+        f"{file.path}: architectures is {names!r} and model_type {model_type!r}, "
+        f"this server serves {', '.join(Architecture)} (model_type {MODEL_TYPE!r}) alone"
     )
+
+
+def _labels(file: JsonObject) -> tuple[str, ...]:
+    """A classifier's labels in the order of their numbers.
+
+    Transformers writes id2label unless there are two labels with the names it gives by itself, LABEL_0 and LABEL_1.
+    """
+    stored = file.table("id2label")
+    count = None if file.values.get("num_labels") is None else file.positive_integer("num_labels")
+    if count is not None and count > MAX_LABELS:
+        raise file.error("num_labels", f"at most {MAX_LABELS}")
+    if stored is None:
+        return tuple(f"LABEL_{number}" for number in range(count or 2))
+    names = [stored.text(str(number)) for number in range(len(stored.values))]
+    labels = tuple(name for name in names if name is not None)
+    if not labels or len(labels) < len(names):
+        raise file.error("id2label", "a name for each number from 0 on, without gaps")
+    if count not in (None, len(labels)):
+        raise file.error("num_labels", f"{len(labels)}, as many as id2label names")
+    return labels
+
+
+def _problem_type(file: JsonObject) -> ProblemType | None:
+    value = file.text("problem_type")
+    if value is not None and value not in get_args(ProblemType):
+        raise file.error("problem_type", f"one of {', '.join(get_args(ProblemType))}")
+    return cast("ProblemType | None", value)
+
+
+def _pad_token_id(file: JsonObject, vocab_size: int) -> int | None:
+    token_ids = file.token_ids("pad_token_id")
+    if len(token_ids) > 1 or any(token_id >= vocab_size for token_id in token_ids):
+        raise file.error("pad_token_id", f"one token id below vocab_size {vocab_size}")
+    return next(iter(token_ids), None)
 
 
 def _rotary_tables(file: JsonObject) -> list[JsonObject]:

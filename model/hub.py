@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 )
 
 from model.errors import CheckpointError
+from model.vocabulary import VOCABULARY_FILE
 
 _DESCRIPTION_FILES = [
     "config.json",
@@ -22,6 +23,9 @@ _DESCRIPTION_FILES = [
     "tokenizer.model",
     "adept_vocab.model",
     "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    VOCABULARY_FILE,
 ]
 _SAFETENSORS_FILES = ["model*.safetensors", "model.safetensors.index.json"]
 _PICKLED_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]

@@ -32,11 +32,18 @@ class JsonObject:
     def read(cls, path: Path) -> "JsonObject | None":
         """The object that a file holds; None where there is no such file."""
         try:
-            values = json.loads(path.read_text("utf-8"))
+            content = path.read_bytes()
         except FileNotFoundError:
             return None
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        return cls.parse(path, content)
+
+    @classmethod
+    def parse(cls, path: Path, content: bytes) -> "JsonObject":
+        """The object that the content of a file is."""
+        try:
+            values = json.loads(content.decode())
         except ValueError as error:
             raise CheckpointError(f"{path} is not valid JSON: {error}") from error
         if not isinstance(values, dict):

@@ -11,8 +11,9 @@ import psutil
 import torch
 
 from model.checkpoint import expected_shapes
-from model.config import PersimmonConfig
+from model.config import Architecture, PersimmonConfig
 from model.kv_cache import block_bytes
+from model.persimmon import parameter_dtype
 from model.sampler import rows_at_once
 
 GIB = 1 << 30
@@ -96,7 +97,9 @@ def plan_memory(
             f"--max-model-len is {max_model_len} but the model was trained for {trained_for} tokens: "
             f"give at most {trained_for}"
         )
-    weights = sum(math.prod(shape) for shape in expected_shapes(config).values()) * dtype.itemsize
+    weights = sum(
+        math.prod(shape) * parameter_dtype(name, dtype).itemsize for name, shape in expected_shapes(config).items()
+    )
     wanted_len = max_model_len or trained_for
     activations = activation_bytes(config, dtype, max_num_seqs, max_num_batched_tokens, wanted_len)
     per_block = block_bytes(config, block_size, dtype)
@@ -137,16 +140,22 @@ def activation_bytes(
     output, and the MLP's activation; for the longest context: its keys and values, gathered and once more packed
     for the product, and the chunk's mask, as booleans and as numbers; per sampled row: the logits, in
     16 bits too; per row that draws at once: three further float32 copies, and the ids, probabilities and sums, of
-    8 bytes each, that top-p sorts out.
+    8 bytes each, that top-p sorts out.  A classifier makes no logits: per row that it scores there are its
+    hidden state and the scores, in float32.
     """
     square_in_float32 = 2 * config.intermediate_size * 4 if dtype.itemsize == 2 else 0
     per_token = (8 * config.hidden_size + config.intermediate_size) * dtype.itemsize
     per_token += 3 * 2 * config.hidden_size * 4 + square_in_float32
     context = max_model_len * 2 * 2 * config.hidden_size * dtype.itemsize
     mask = min(max_num_batched_tokens, max_model_len) * max_model_len * (1 + dtype.itemsize)
-    drawing = min(max_num_seqs, rows_at_once(config.vocab_size))
-    logits = config.vocab_size * (max_num_seqs * (4 + dtype.itemsize) + drawing * (3 * 4 + 4 * 8))
-    return max_num_batched_tokens * per_token + context + mask + logits
+    if config.generates:
+        drawing = min(max_num_seqs, rows_at_once(config.vocab_size))
+        results = config.vocab_size * (max_num_seqs * (4 + dtype.itemsize) + drawing * (3 * 4 + 4 * 8))
+    else:
+        of_every_token = config.architecture is Architecture.TOKEN_CLASSIFICATION
+        rows = max_num_batched_tokens if of_every_token else max_num_seqs
+        results = rows * (config.hidden_size + config.num_labels) * 4
+    return max_num_batched_tokens * per_token + context + mask + results
 
 
 def available_memory(device: torch.device, gpu_memory_utilization: float, cgroup: Path = Path("/sys/fs/cgroup")) -> int:

@@ -1,4 +1,4 @@
-"""The Persimmon network: token ids in, logits out.
+"""The Persimmon network: token ids in, hidden states out, and logits or a classifier's scores of those.
 
 Everything `forward` reads comes in as an argument.  Knows nothing of requests, scheduling or sampling.
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 
 from kernels import Kernels, Linear, Norm, Rotary
 from model.config import PersimmonConfig
@@ -53,7 +54,7 @@ class Persimmon:
         config: the architecture.
         tensors: every parameter once, by its Hugging Face name; taken one at a time, so that a checkpoint is never
             held twice.
-        dtype: parameters, but for the norms', and activations.
+        dtype: parameters and activations, see `parameter_dtype`.
         device: where they live.
         kernels: the operations.
     """
@@ -73,10 +74,8 @@ class Persimmon:
         parameters: dict[str, torch.Tensor] = {}
         for name, tensor in tensors:
             # A copy even where nothing changes: a checkpoint file that is replaced must not change the model.
-            # Norms are computed in float32, so their few numbers stay in it.
-            kept_in = torch.float32 if "norm" in name else dtype
-            parameter = tensor.to(device=device, dtype=kept_in, copy=True)
-            is_projection = parameter.ndim == 2 and name != "model.embed_tokens.weight"
+            parameter = tensor.to(device=device, dtype=parameter_dtype(name, dtype), copy=True)
+            is_projection = parameter.ndim == 2 and name not in ("model.embed_tokens.weight", "score.weight")
             if is_projection:
                 # Squared ReLU leaves most of the MLP's activations zero.
                 parameter = kernels.prepare_weight(parameter, sparse_input=name.endswith("dense_4h_to_h.weight"))
@@ -84,12 +83,23 @@ class Persimmon:
         self._embedding = parameters["model.embed_tokens.weight"]
         self.layers = [self._layer(parameters, index) for index in range(config.num_hidden_layers)]
         self._final_norm = self._norm(parameters, "model.final_layernorm")
-        self._head = self._embedding if config.tie_word_embeddings else parameters["lm_head.weight"]
+        self._head: torch.Tensor | None = None
+        self._score: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        if config.generates:
+            self._head = self._embedding if config.tie_word_embeddings else parameters["lm_head.weight"]
+        else:
+            self._score = parameters["score.weight"], parameters.get("score.bias")
         self._rotary = rotary_table(config, device)
 
     @property
     def head(self) -> torch.Tensor:
-        """lm_head as `Kernels.prepare_weight` made it of [vocab_size, hidden]."""
+        """lm_head as `Kernels.prepare_weight` made it of [vocab_size, hidden].
+
+        Raises:
+            ValueError: the network classifies, see `PersimmonConfig.generates`.
+        """
+        if self._head is None:
+            raise ValueError(f"{self.config.architecture} has no lm_head, so it makes no logits of next tokens")
         return self._head
 
     def _layer(self, parameters: dict[str, torch.Tensor], index: int) -> Layer:
@@ -119,7 +129,8 @@ class Persimmon:
         """Runs one step and writes its keys and values into the cache.
 
         Returns:
-            [R, hidden], the final LayerNorm's output at `step.logits_rows`, of which `logits` makes logits.
+            [R, hidden], the final LayerNorm's output at `step.logits_rows`: the last hidden state of Transformers'
+            PersimmonModel, of which `logits` makes logits, and `scores` a classifier's scores.
         """
         kernels, plan = self._kernels, step.attention
         heads, head_dim = self.config.num_attention_heads, self.config.head_dim
@@ -135,8 +146,33 @@ class Persimmon:
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, vocab_size] float32 logits of what `forward` returned."""
-        return self._kernels.logits(hidden, self._head)
+        """[R, vocab_size] float32 logits of what `forward` returned.
+
+        Raises:
+            ValueError: the network classifies.
+        """
+        return self._kernels.logits(hidden, self.head)
+
+    @torch.inference_mode()
+    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, num_labels] float32 scores of what `forward` returned: a classifier's logits, in `config.labels`' order.
+
+        In float32 whatever the network's dtype: the product is small, and what it makes is what clients see.
+
+        Raises:
+            ValueError: the network generates text, see `PersimmonConfig.generates`.
+        """
+        if self._score is None:
+            raise ValueError(f"{self.config.architecture} has no classification head, so it scores no labels")
+        return F.linear(hidden.float(), *self._score)
+
+
+def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The type that a network computing in `dtype` keeps a parameter in.
+
+    Norms and classifiers' scores are computed in float32, so their few numbers stay in it.
+    """
+    return torch.float32 if "norm" in name or name.startswith("score.") else dtype
 
 
 def rotary_table(config: PersimmonConfig, device: torch.device) -> Rotary:

@@ -130,7 +130,7 @@ class Tokenizer:
             from_start: whether a text begins with the first of them.
         """
         text = _join(self._token_bytes, token_ids).decode(errors="replace")
-        return text[1:] if from_start and self._begins_with_prefix(token_ids) else text
+        return text[1:] if from_start and self.begins_with_prefix(token_ids) else text
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """Each token's own name in the vocabulary, spaces written as U+2581 and bytes like <0x0A>.
@@ -141,11 +141,21 @@ class Tokenizer:
         names: list[str] = self._processor.id_to_piece(list(token_ids))
         return names
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token of the vocabulary adds to a text, in UTF-8; a control token nothing."""
+        return self._token_bytes[token_id]
+
+    def text_bytes(self) -> list[bytes]:
+        """What each token adds to a text, in UTF-8; nothing where no text is made of it: control tokens, and <unk>."""
+        unknown = self._processor.unk_id()
+        return [b"" if token_id == unknown else text for token_id, text in enumerate(self._token_bytes)]
+
     def detokenizer(self) -> "IncrementalDetokenizer":
         """A detokenizer for one new stream of tokens."""
         return IncrementalDetokenizer(self._token_bytes)
 
-    def _begins_with_prefix(self, token_ids: Sequence[int]) -> bool:
+    def begins_with_prefix(self, token_ids: Sequence[int]) -> bool:
+        """Whether the text of these tokens begins with the space that SentencePiece puts before a text."""
         if not self._dummy_prefix:
             return False
         first = next((id for id in token_ids if _join(self._token_bytes, (id,))), None)
@@ -176,6 +186,38 @@ class IncrementalDetokenizer:
         return self._decoder.decode(b"", final=True)
 
 
+def parse_model(content: bytes, place: object) -> Any:
+    """SentencePiece's model from the content of its file.
+
+    Args:
+        content: of the file.
+        place: where it is, for messages.
+
+    Raises:
+        CheckpointError: it is not such a file, or not whole.
+    """
+    model = ModelProto()
+    try:
+        model.ParseFromString(content)
+    except DecodeError:
+        raise CheckpointError(f"{place}: not a SentencePiece model, or damaged: download it again") from None
+    # A file cut between two of its parts still parses, and with a part's defaults the ids would be others.
+    if not model.pieces or not model.HasField("trainer_spec") or not model.HasField("normalizer_spec"):
+        raise CheckpointError(f"{place}: not a whole SentencePiece model ({len(content)} bytes): download it again")
+    return model
+
+
+def special_tokens(content: Mapping[str, Any]) -> Iterator[str]:
+    """The tokens that Transformers keeps apart from text, in the places where its versions have put them.
+
+    Args:
+        content: of tokenizer_config.json, or of special_tokens_map.json.
+    """
+    for key, value in content.items():
+        if key.endswith(("_token", "_special_tokens")) or key == "added_tokens_decoder":
+            yield from _tokens_within(value)
+
+
 @dataclass(frozen=True)
 class _Settings:
     """What tokenizer_config.json says.
@@ -203,7 +245,7 @@ class _Settings:
             add_bos=content.flag("add_bos_token", default=False),
             bos_token=bos_token,
             boundaries=frozenset({bos_token, eos_token, END_OF_TEXT}),
-            special=frozenset(_special_tokens(content.values)),
+            special=frozenset(special_tokens(content.values)),
         )
 
 
@@ -213,13 +255,6 @@ def _token(content: JsonObject, key: str) -> str | None:
     if value is None or isinstance(token, str):
         return token
     raise content.error(key, 'a string or an object with "content"')
-
-
-def _special_tokens(content: Mapping[str, Any]) -> Iterator[str]:
-    """The tokens that Transformers keeps apart from text, in the places where its versions have put them."""
-    for key, value in content.items():
-        if key.endswith(("_token", "_special_tokens")) or key == "added_tokens_decoder":
-            yield from _tokens_within(value)
 
 
 def _tokens_within(value: Any) -> Iterator[str]:
@@ -245,19 +280,11 @@ def _model_path(folder: Path) -> Path:
 
 
 def _read_model(path: Path) -> Any:
-    model = ModelProto()
     try:
-        model.ParseFromString(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    except DecodeError:
-        raise CheckpointError(f"{path}: not a SentencePiece model, or damaged: download it again") from None
-    # A file cut between two of its parts still parses, and with a part's defaults the ids would be others.
-    if not model.pieces or not model.HasField("trainer_spec") or not model.HasField("normalizer_spec"):
-        raise CheckpointError(
-            f"{path}: not a whole SentencePiece model ({path.stat().st_size} bytes): download it again"
-        )
-    return model
+    return parse_model(content, path)
 
 
 def _make_control(model: Any, settings: _Settings) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from model.config import DTYPES, PersimmonConfig, check_vocabulary
 from model.errors import CheckpointError
 from model.hub import resolve
 from model.tokenizer import Tokenizer
+from model.vocabulary import VocabularyMap
 from server.config import Settings, SettingsError, add_arguments, read_settings
 from server.supervisor import ListenError, say, supervise
 
@@ -55,12 +57,21 @@ def serve(settings: Settings) -> int:
     # What is quick to check is checked before any process starts.
     config = PersimmonConfig.from_folder(folder)
     tokenizer = Tokenizer.from_folder(folder, add_bos=settings.add_bos_token)
-    check_vocabulary(folder, config, tokenizer.vocab_size)
+    vocabulary = VocabularyMap.from_folder(folder, config)
+    check_vocabulary(folder, vocabulary.original(config) if vocabulary else config, tokenizer.vocab_size)
     say(f"persimmon {importlib.metadata.version('persimmon-server')}: {what}")
     return supervise(settings, folder, name)
 
 
-def convert(source: str, out: Path, from_adept: bool, dtype: str | None, max_shard_size: int) -> int:
+def convert(
+    source: str,
+    out: Path,
+    from_adept: bool,
+    dtype: str | None,
+    max_shard_size: int,
+    trim_vocab: bool,
+    drop_ids: tuple[range, ...] | None,
+) -> int:
     """Converts a checkpoint to safetensors; see `model.convert.convert_checkpoint`.
 
     Raises:
@@ -70,7 +81,14 @@ def convert(source: str, out: Path, from_adept: bool, dtype: str | None, max_sha
 
     try:
         convert_checkpoint(
-            source, out, from_adept=from_adept, dtype=dtype, max_shard_bytes=max_shard_size, print_line=say
+            source,
+            out,
+            from_adept=from_adept,
+            dtype=dtype,
+            max_shard_bytes=max_shard_size,
+            print_line=say,
+            trim_vocab=trim_vocab,
+            drop_ids=drop_ids,
         )
     except KeyboardInterrupt:
         say("persimmon: stopped; the same command goes on from here")
@@ -86,6 +104,19 @@ def _size(text: str) -> int:
     if size <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no size, needed is one like 5GB or 800MiB")
     return size
+
+
+def _token_ids(text: str) -> tuple[range, ...]:
+    ranges = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,8})(?:-(\d{1,8}))?", part, re.ASCII)
+        ids = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+        if not ids:
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is no token id and no range of them, needed is one like 3-70002"
+            )
+        ranges.append(ids)
+    return tuple(ranges)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -125,6 +156,19 @@ def _parser() -> argparse.ArgumentParser:
         default="5GB",
         metavar="SIZE",
         help="tensors are spread over files of at most this size. Default: %(default)s",
+    )
+    trimming = converter.add_mutually_exclusive_group()
+    trimming.add_argument(
+        "--trim-vocab",
+        action="store_true",
+        help="drop the embedding's and lm_head's rows of token ids that no text gives and no file of the checkpoint "
+        "names. Token ids stay what they are, for this server keeps the map",
+    )
+    trimming.add_argument(
+        "--drop-ids",
+        type=_token_ids,
+        metavar="IDS",
+        help="drop the rows of these ids, like 3-70002,71020, which you know to be unused",
     )
     return parser
 

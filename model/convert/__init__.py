@@ -3,13 +3,14 @@
 Part of no server: the `persimmon convert` command is its only caller.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from model.convert.adept import plan_from_adept
 from model.convert.hugging_face import plan_from_hugging_face
+from model.convert.trim import trim_vocabulary
 from model.convert.writer import write
 from model.hub import resolve
 
@@ -22,6 +23,8 @@ def convert_checkpoint(
     dtype: str | None,
     max_shard_bytes: int,
     print_line: Callable[[str], None],
+    trim_vocab: bool = False,
+    drop_ids: Sequence[range] | None = None,
 ) -> None:
     """Converts a checkpoint; see `model.convert.writer.write` for what happens when this is cut off.
 
@@ -32,14 +35,19 @@ def convert_checkpoint(
         dtype: "float16", "bfloat16" or "float32"; None keeps each tensor's.
         max_shard_bytes: tensors are spread over files of this size; one that is larger has its own.
         print_line: takes one line of progress.
+        trim_vocab: whether to drop the rows of token ids that are unused.
+        drop_ids: ranges of token ids whose rows to drop, in place of those found.
 
     Raises:
-        CheckpointError: the source is not such a checkpoint, or the result cannot be written.
+        CheckpointError: the source is not such a checkpoint, an id cannot be dropped or none is unused,
+            or the result cannot be written.
     """
     asked: torch.dtype | None = getattr(torch, dtype) if dtype is not None else None
     if from_adept:
         conversion = plan_from_adept(Path(source).expanduser(), asked, max_shard_bytes)
     else:
         conversion = plan_from_hugging_face(resolve(source), asked, max_shard_bytes)
+    if trim_vocab or drop_ids is not None:
+        conversion = trim_vocabulary(conversion, drop_ids, print_line)
     write(conversion, out, print_line)
     print_line(f"Done: persimmon serve --model {out}")

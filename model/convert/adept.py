@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from google.protobuf.message import DecodeError
-from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from model.config import ARCHITECTURE, MODEL_TYPE, PersimmonConfig
+from model.config import MODEL_TYPE, Architecture, PersimmonConfig
 from model.convert.check import check_tensors
 from model.convert.megatron import Rank, merge
 from model.convert.release import Release
@@ -24,7 +22,7 @@ from model.convert.sources import TensorSource
 from model.convert.stored import Region, small_file
 from model.convert.writer import Conversion
 from model.errors import CheckpointError
-from model.tokenizer import END_OF_TEXT
+from model.tokenizer import END_OF_TEXT, parse_model
 
 # Settings that say which network it is, with the values that say Persimmon's.
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -60,7 +58,8 @@ def plan_from_adept(source: Path, dtype: torch.dtype | None, max_shard_bytes: in
     values = _config_values(first, tensors)
     pieces = _pieces(release.vocabulary, vocabulary, values["vocab_size"])
     values["bos_token_id"] = values["eos_token_id"] = pieces.index(END_OF_TEXT)
-    ordered = check_tensors(tensors, _config(first, values), first.region, dict.fromkeys(tensors, first.region))
+    config = _config(first, values)
+    ordered = check_tensors(tensors, config, first.region, dict.fromkeys(tensors, first.region))
     dtypes = {dtype or tensor.dtype for tensor in ordered.values()}
     if len(dtypes) == 1:
         values["torch_dtype"] = str(dtypes.pop()).removeprefix("torch.")
@@ -71,17 +70,12 @@ def plan_from_adept(source: Path, dtype: torch.dtype | None, max_shard_bytes: in
         "dtype": str(dtype),
         "max_shard_bytes": max_shard_bytes,
     }
-    return Conversion(origin, ordered, dtype, max_shard_bytes, files)
+    return Conversion(origin, config, ordered, dtype, max_shard_bytes, files)
 
 
 def _pieces(region: Region, vocabulary: bytes, vocab_size: int) -> list[str]:
     """The vocabulary's pieces, with END_OF_TEXT among them."""
-    model = ModelProto()
-    try:
-        model.ParseFromString(vocabulary)
-    except DecodeError as error:
-        raise CheckpointError(f"{region}: not a SentencePiece model, or damaged: download it again") from error
-    pieces = [piece.piece for piece in model.pieces]
+    pieces = [piece.piece for piece in parse_model(vocabulary, region).pieces]
     if len(pieces) > vocab_size:
         raise CheckpointError(
             f"{region} has {len(pieces)} pieces, but the embedding has {vocab_size} rows: they are not of one model"
@@ -126,7 +120,7 @@ def _config_values(rank: Rank, tensors: Mapping[str, TensorSource]) -> dict[str,
     untied = rank.settings.get("untie_embeddings")
     length = _number(rank, "max_position_embeddings", _number(rank, "seq_length", _MAX_POSITION_EMBEDDINGS))
     return {
-        "architectures": [ARCHITECTURE],
+        "architectures": [Architecture.CAUSAL_LM.value],
         "model_type": MODEL_TYPE,
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
@@ -176,7 +170,7 @@ def _wrong_setting(rank: Rank, key: str, needed: str) -> CheckpointError:
 def _config(rank: Rank, values: Mapping[str, Any]) -> PersimmonConfig:
     names = {field.name for field in fields(PersimmonConfig)} & values.keys()
     try:
-        return PersimmonConfig(**{name: values[name] for name in names})
+        return PersimmonConfig(**{name: values[name] for name in names}, eos_token_ids=(values["eos_token_id"],))
     except ValueError as error:
         raise CheckpointError(f"{rank.region}: {error}") from error
 

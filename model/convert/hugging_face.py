@@ -18,6 +18,7 @@ from model.convert.torch_file import read_torch_file
 from model.convert.writer import Conversion
 from model.errors import CheckpointError
 from model.json_object import JsonObject
+from model.vocabulary import VOCABULARY_FILE, VocabularyMap
 
 # In the order Transformers looks for them: a folder may hold several formats of the same weights.
 _WEIGHT_FILES = (
@@ -29,7 +30,7 @@ _WEIGHT_FILES = (
 # What travels with the weights.  Training states and other formats' weights do not.
 _OTHER_FILES = (
     *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "adept_vocab.*"),
-    *("chat_template*", "LICENSE*", "NOTICE*", "README*"),
+    *("chat_template*", "LICENSE*", "NOTICE*", "README*", VOCABULARY_FILE),
 )
 
 
@@ -47,6 +48,7 @@ def plan_from_hugging_face(folder: Path, dtype: torch.dtype | None, max_shard_by
         CheckpointError: a file is missing or damaged, or the tensors are not those that config.json asks for.
     """
     config = PersimmonConfig.from_folder(folder)
+    VocabularyMap.from_folder(folder, config)  # a wrong one is found before anything is written
     paths = _weight_files(folder)
     tensors: dict[str, TensorSource] = {}
     places: dict[str, Path] = {}
@@ -64,7 +66,7 @@ def plan_from_hugging_face(folder: Path, dtype: torch.dtype | None, max_shard_by
         "dtype": str(dtype),
         "max_shard_bytes": max_shard_bytes,
     }
-    return Conversion(origin, ordered, dtype, max_shard_bytes, files)
+    return Conversion(origin, config, ordered, dtype, max_shard_bytes, files)
 
 
 def _weight_files(folder: Path) -> list[Path]:

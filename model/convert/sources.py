@@ -76,6 +76,39 @@ class JoinedTensor:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
+@dataclass(frozen=True)
+class SelectedRows:
+    """Some rows of a tensor.
+
+    Attributes:
+        source: the tensor.
+        kept: ranges of its rows, in ascending order.
+    """
+
+    source: TensorSource
+    kept: tuple[range, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what is selected."""
+        return (sum(map(len, self.kept)), *self.source.shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tensor."""
+        return self.source.dtype
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """As in `TensorSource`, of the rows that are selected."""
+        pieces, begins = [], 0
+        for rows in self.kept:
+            part = rows[max(0, start - begins) : max(0, stop - begins)]
+            if part:
+                pieces.append(self.source.rows(part.start, part.stop))
+            begins += len(rows)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
 def read_safetensors(path: Path) -> dict[str, TensorSource]:
     """The tensors of a safetensors file, in file order.
 

@@ -39,6 +39,7 @@ class Conversion:
 
     Attributes:
         origin: the source and the settings, as JSON, told apart from every other conversion's.
+        config: of the network that is to be written.
         tensors: all of them, by their new names, in their new order.
         dtype: the type to store them in; None keeps each one's.
         max_shard_bytes: a file holds no more tensors than fit into this, but always one.
@@ -46,6 +47,7 @@ class Conversion:
     """
 
     origin: Mapping[str, Any]
+    config: PersimmonConfig
     tensors: Mapping[str, TensorSource]
     dtype: torch.dtype | None
     max_shard_bytes: int

@@ -21,6 +21,7 @@ from model.convert import writer
 from server.cli import main
 from tests.end_to_end.serving import serving
 from tests.model.convert.adept_layout import as_tar, make_release
+from tests.model.convert.placeholders import with_placeholders
 
 DEMO = Path(model.__path__[0]) / "demo"
 
@@ -101,10 +102,19 @@ def test_control_c_says_that_the_same_command_goes_on(tmp_path, monkeypatch, cap
     assert same_tensors(tmp_path / "out", DEMO, torch.float16)
 
 
+@pytest.mark.parametrize("flags", [["--trim-vocab"], ["--drop-ids", "5-3000,1-4,3001-4096"]])
+def test_unused_rows_of_the_vocabulary_are_dropped(flags, tmp_path, capsys):
+    source = with_placeholders(DEMO, tmp_path / "in", 4096)
+    assert main(["convert", *flags, str(source), str(tmp_path / "out")]) == 0
+    assert "4,096 of 8,192 token ids are dropped" in capsys.readouterr().err
+    assert same_tensors(tmp_path / "out", DEMO, torch.float16)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (["nothing-here/", "out"], "nothing-here"),
+        (["--trim-vocab", str(DEMO), "out"], "nothing to trim"),
         (["--from-adept", "nothing-here.tar", "out"], "nothing-here.tar"),
         (["--from-adept", str(DEMO), "out"], "mp_rank_00"),
         ([str(DEMO), "."], "not empty"),
@@ -124,3 +134,16 @@ def test_a_size_that_is_none_is_named(size, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["convert", str(DEMO), "out", f"--max-shard-size={size}"])
     assert f"'{size}' is no size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ids", ["", "all", "3-", "-3", "5-3", "1,,2", "1-2-3", "²", "999999999"])
+def test_ids_that_are_none_are_named(ids, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["convert", str(DEMO), "out", f"--drop-ids={ids}"])
+    assert "needed is one like 3-70002" in capsys.readouterr().err
+
+
+def test_ids_are_found_or_named_but_not_both(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["convert", str(DEMO), "out", "--trim-vocab", "--drop-ids=3-9"])
+    assert "not allowed with" in capsys.readouterr().err

@@ -5,7 +5,9 @@ Knows nothing of the server's own code: names, shapes and config.json are Transf
 
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,6 +31,8 @@ def make_checkpoint(
     tie_word_embeddings: bool = False,
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "50GB",
+    architecture: str = "PersimmonForCausalLM",
+    settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a checkpoint whose every parameter matters: without any norm or bias, greedy output is another.
 
@@ -52,13 +56,15 @@ def make_checkpoint(
         tie_word_embeddings: without lm_head.
         dtype: of the stored tensors.
         max_shard_size: larger checkpoints become several files with an index, as in save_pretrained.
+        architecture: the name of Transformers' class.
+        settings: what else config.json says, like a classifier's id2label.
 
     Returns:
         The folder.
     """
-    from transformers import PersimmonConfig, PersimmonForCausalLM  # takes seconds; few tests need it
+    import transformers  # takes seconds; few tests need it
 
-    config = PersimmonConfig(
+    config = transformers.PersimmonConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
@@ -70,9 +76,10 @@ def make_checkpoint(
         tie_word_embeddings=tie_word_embeddings,
         bos_token_id=DEMO_END_OF_TEXT,
         eos_token_id=DEMO_END_OF_TEXT,
+        **(settings or {}),
     )
     with torch.device("meta"):
-        model = PersimmonForCausalLM(config)
+        model = getattr(transformers, architecture)(config)
     model = model.to_empty(device="cpu")
     model.tie_weights()
     generator = torch.Generator().manual_seed(seed)

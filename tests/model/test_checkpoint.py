@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model.checkpoint import Checkpoint, dummy_tensors, expected_shapes
-from model.config import PersimmonConfig
+from model.config import Architecture, PersimmonConfig
 from model.errors import CheckpointError
 from tests.model.checkpoints import DEMO, make_checkpoint
 
@@ -28,6 +28,7 @@ CONFIG = PersimmonConfig(
     num_attention_heads=2,
     max_position_embeddings=64,
 )
+CLASSIFIER = replace(CONFIG, architecture=Architecture.SEQUENCE_CLASSIFICATION, labels=("bad", "good", "odd"))
 QKV = "model.layers.1.self_attn.query_key_value.weight"
 Tensors = dict[str, torch.Tensor]
 Writer = Callable[[Path, Tensors], None]
@@ -115,7 +116,20 @@ def test_checkpoint_that_transformers_wrote_is_read(tmp_path: Path, dtype: torch
     assert checkpoint.total_bytes == sum(tensor.nbytes for tensor in expected.values())
 
 
-@pytest.mark.parametrize("changes", [{}, {"qk_layernorm": False}, {"tie_word_embeddings": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"qk_layernorm": False},
+        {"tie_word_embeddings": True},
+        {"architecture": "PersimmonForSequenceClassification"},
+        {"architecture": "PersimmonForSequenceClassification", "settings": {"num_labels": 3}},
+        {"architecture": "PersimmonForSequenceClassification", "tie_word_embeddings": True},
+        {"architecture": "PersimmonForTokenClassification", "settings": {"id2label": {0: "a"}}},
+        {"architecture": "PersimmonForTokenClassification", "settings": {"token_classification_bias": False}},
+    ],
+    ids=str,
+)
 def test_expected_shapes_are_those_of_transformers(tmp_path: Path, changes: dict[str, Any]) -> None:
     make_checkpoint(tmp_path, vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, **changes)
     written = {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / "model.safetensors").items()}
@@ -274,6 +288,37 @@ def test_output_projection_is_unexpected_where_it_is_tied(tmp_path: Path) -> Non
     write_safetensors(tmp_path, random_tensors())
     message = error(tmp_path, replace(CONFIG, tie_word_embeddings=True))
     assert "tensor lm_head.weight is unexpected, for config.json says tie_word_embeddings" in message
+
+
+def test_classifier_has_a_score_and_no_output_projection(tmp_path: Path) -> None:
+    write_safetensors(tmp_path, random_tensors())
+    path = tmp_path / "model.safetensors"
+    assert error(tmp_path, CLASSIFIER) == f"{path}: tensor score.weight is missing"
+    write_safetensors(tmp_path, random_tensors() | {"score.weight": torch.ones(3, 16)})
+    message = error(tmp_path, CLASSIFIER)
+    assert message == (
+        f"{path}: tensor lm_head.weight is unexpected, for config.json says PersimmonForSequenceClassification"
+    )
+    write_safetensors(tmp_path, random_tensors(CLASSIFIER))
+    assert Checkpoint.open(tmp_path, CLASSIFIER).names == expected_shapes(CLASSIFIER).keys()
+    assert error(tmp_path, CONFIG) == f"{path}: tensor lm_head.weight is missing"
+
+
+def test_score_of_another_number_of_labels_is_named(tmp_path: Path) -> None:
+    write_safetensors(tmp_path, random_tensors(CLASSIFIER))
+    message = error(tmp_path, replace(CLASSIFIER, labels=("bad", "good")))
+    assert message.endswith(": tensor score.weight has shape [3, 16], config.json needs [2, 16]")
+
+
+def test_bias_of_the_score_is_a_token_classifiers(tmp_path: Path) -> None:
+    tokens = replace(CLASSIFIER, architecture=Architecture.TOKEN_CLASSIFICATION)
+    write_safetensors(tmp_path, random_tensors(CLASSIFIER))
+    assert error(tmp_path, tokens).endswith(": tensor score.bias is missing")
+    write_safetensors(tmp_path, random_tensors(tokens))
+    assert error(tmp_path, CLASSIFIER).endswith(": tensor score.bias is unexpected")
+    assert error(tmp_path, replace(tokens, token_classification_bias=False)).endswith(
+        ": tensor score.bias is unexpected"
+    )
 
 
 @every_format

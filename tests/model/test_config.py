@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from model.config import PersimmonConfig, check_vocabulary
+from model.config import MAX_LABELS, Architecture, PersimmonConfig, check_vocabulary
 from model.errors import CheckpointError
 from tests.model.checkpoints import DEMO
 
@@ -263,8 +264,161 @@ def test_value_that_cannot_be_served_is_named_with_its_file(
 def test_other_architecture_is_told_what_is_served(tmp_path: Path) -> None:
     assert error(tmp_path, architectures=["LlamaForCausalLM"], model_type="llama") == (
         f"{tmp_path}/config.json: architectures is ['LlamaForCausalLM'] and model_type 'llama', "
-        "this server serves PersimmonForCausalLM (model_type 'persimmon') alone"
+        "this server serves PersimmonForCausalLM, PersimmonForSequenceClassification, PersimmonForTokenClassification "
+        "(model_type 'persimmon') alone"
     )
+
+
+class TestArchitecture:
+    @pytest.mark.parametrize("architecture", Architecture)
+    def test_is_the_one_the_file_names(self, tmp_path: Path, architecture: Architecture) -> None:
+        config = read(tmp_path, architectures=[str(architecture)])
+        assert config.architecture is architecture
+        assert config.generates == (architecture == "PersimmonForCausalLM")
+
+    def test_is_generation_where_the_file_names_none(self, tmp_path: Path) -> None:
+        assert read(tmp_path, architectures=ABSENT).architecture is Architecture.CAUSAL_LM
+
+    def test_is_the_first_that_is_served(self, tmp_path: Path) -> None:
+        names = ["PersimmonForX", "PersimmonForTokenClassification", "PersimmonForCausalLM"]
+        assert read(tmp_path, architectures=names).architecture is Architecture.TOKEN_CLASSIFICATION
+
+    @pytest.mark.parametrize("names", [[], ["PersimmonForQuestionAnswering"], ["PersimmonModel"], [["a"]], {}, 3])
+    def test_of_another_kind_is_refused(self, tmp_path: Path, names: Any) -> None:
+        assert f"architectures is {names!r} and model_type 'persimmon', this server serves" in error(
+            tmp_path, architectures=names
+        )
+
+    def test_of_a_classifier_needs_labels_and_generation_has_none(self, tmp_path: Path) -> None:
+        config = read(tmp_path)
+        with pytest.raises(ValueError, match="PersimmonForTokenClassification has 0 labels"):
+            replace(config, architecture=Architecture.TOKEN_CLASSIFICATION)
+        with pytest.raises(ValueError, match="PersimmonForCausalLM has 1 labels"):
+            replace(config, labels=("a",))
+
+
+CLASSIFIERS = ["PersimmonForSequenceClassification", "PersimmonForTokenClassification"]
+
+
+@pytest.mark.parametrize("architecture", CLASSIFIERS)
+class TestLabels:
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {},
+            {"id2label": None},
+            {"num_labels": 1},
+            {"num_labels": 3},
+            {"id2label": {"0": "good"}},
+            {"id2label": {"0": "bad", "1": "good", "2": "bad"}},
+            {"id2label": {"2": "c", "0": "a", "1": "b"}, "num_labels": 3},
+            {"id2label": {str(number): f"{number}²" for number in range(11)}},
+        ],
+        ids=str,
+    )
+    def test_are_those_that_transformers_reads(
+        self, tmp_path: Path, architecture: str, changes: dict[str, Any]
+    ) -> None:
+        from transformers import PersimmonConfig as Reference
+
+        ours, theirs = read(tmp_path, architectures=[architecture], **changes), Reference.from_pretrained(tmp_path)
+        assert dict(enumerate(ours.labels)) == theirs.id2label
+        assert ours.num_labels == theirs.num_labels
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"id2label": {}}, "id2label is {}, needed is a name for each number from 0 on, without gaps"),
+            ({"id2label": {"1": "a", "2": "b"}}, "needed is a name for each number from 0 on, without gaps"),
+            ({"id2label": {"0": "a", "2": "b"}}, "needed is a name for each number from 0 on, without gaps"),
+            ({"id2label": {"0": "a", "one": "b"}}, "needed is a name for each number from 0 on, without gaps"),
+            ({"id2label": {"0": "a", "1": None}}, "needed is a name for each number from 0 on, without gaps"),
+            ({"id2label": {"0": "a", "1": 7}}, "id2label.1 is 7, needed is a string"),
+            ({"id2label": ["a", "b"]}, "id2label is ['a', 'b'], needed is an object"),
+            ({"id2label": {"0": "a"}, "num_labels": 2}, "num_labels is 2, needed is 1, as many as id2label names"),
+            ({"num_labels": 0}, "num_labels is 0, needed is a positive integer"),
+            ({"num_labels": "2"}, "num_labels is '2', needed is a positive integer"),
+            ({"num_labels": MAX_LABELS + 1}, "num_labels is 1048577, needed is at most 1048576"),
+            ({"problem_type": "ranking"}, "problem_type is 'ranking', needed is one of regression, single_label_"),
+            ({"problem_type": ["regression"]}, "problem_type is ['regression'], needed is a string"),
+            ({"problem_type": "single_label_classification", "num_labels": 1}, "of one label; needed are two labels"),
+            ({"token_classification_bias": 1}, "token_classification_bias is 1, needed is true or false"),
+            ({"pad_token_id": 262144}, "pad_token_id is 262144, needed is one token id below vocab_size 262144"),
+            ({"pad_token_id": -1}, "pad_token_id is -1, needed is a token id"),
+            ({"pad_token_id": [1, 2]}, "pad_token_id is [1, 2], needed is one token id"),
+        ],
+        ids=str,
+    )
+    def test_that_make_no_sense_are_named_with_the_file(
+        self, tmp_path: Path, architecture: str, changes: dict[str, Any], message: str
+    ) -> None:
+        found = error(tmp_path, architectures=[architecture], **changes)
+        assert found.startswith(f"{tmp_path}/config.json: ")
+        assert message in found
+
+
+def test_labels_mean_nothing_where_text_is_generated(tmp_path: Path) -> None:
+    meaningless: dict[str, Any] = {
+        "id2label": {"7": 7},
+        "num_labels": "many",
+        "problem_type": "none",
+        "pad_token_id": -1,
+    }
+    assert read(tmp_path, **meaningless) == read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "bias", "expected"),
+    [
+        ("PersimmonForSequenceClassification", ABSENT, False),
+        ("PersimmonForSequenceClassification", True, False),
+        ("PersimmonForTokenClassification", ABSENT, True),
+        ("PersimmonForTokenClassification", False, False),
+    ],
+)
+def test_token_classifiers_have_a_bias_unless_the_file_says_otherwise(
+    tmp_path: Path, architecture: str, bias: Any, expected: bool
+) -> None:
+    assert read(tmp_path, architectures=[architecture], token_classification_bias=bias).score_bias is expected
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "num_labels", "expected"),
+    [
+        (None, 1, "sigmoid"),
+        (None, 2, "softmax"),
+        ("single_label_classification", 3, "softmax"),
+        ("multi_label_classification", 3, "sigmoid"),
+        ("multi_label_classification", 1, "sigmoid"),
+        ("regression", 1, "none"),
+        ("regression", 3, "none"),
+    ],
+)
+def test_scores_are_reported_as_transformers_pipelines_report_them(
+    tmp_path: Path, problem_type: str | None, num_labels: int, expected: str
+) -> None:
+    for architecture, function in zip(CLASSIFIERS, (expected, "softmax"), strict=True):
+        config = read(tmp_path, architectures=[architecture], problem_type=problem_type, num_labels=num_labels)
+        assert config.score_function == function
+
+
+@pytest.mark.parametrize(
+    ("pad_token_id", "token_ids", "expected"),
+    [
+        (None, [5, 6, 7], 2),
+        (0, [5, 6, 7], 2),
+        (0, [5, 0, 7, 0, 0], 2),
+        (0, [0, 0, 7], 2),
+        (0, [0, 0, 0], 0),
+        (None, [0], 0),
+    ],
+)
+def test_pooled_token_is_the_last_that_is_not_padding(
+    tmp_path: Path, pad_token_id: int | None, token_ids: list[int], expected: int
+) -> None:
+    config = read(tmp_path, architectures=CLASSIFIERS[:1], pad_token_id=pad_token_id)
+    assert config.pad_token_id == pad_token_id
+    assert config.pooled_token(token_ids) == expected
 
 
 def test_token_id_beyond_the_embedding_is_named_with_the_file_that_has_it(tmp_path: Path) -> None:

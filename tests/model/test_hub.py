@@ -29,6 +29,7 @@ REPOSITORIES = {
         "tokenizer.model",
         "tokenizer_config.json",
         "training_args.bin",
+        "vocabulary_map.json",
     ],
     "owner/pickled": ["config.json", "pytorch_model.bin", "tokenizer.model", "training_args.bin", "tf_model.h5"],
 }
@@ -178,6 +179,7 @@ def test_only_the_files_that_are_needed_are_fetched(resolve_elsewhere: Resolve) 
         "model.safetensors.index.json",
         "tokenizer.model",
         "tokenizer_config.json",
+        "vocabulary_map.json",
     ]
     assert (Path(folder) / "config.json").read_text() == "config.json"
 

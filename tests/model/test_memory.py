@@ -13,12 +13,13 @@ from torch.profiler import ProfilerActivity, profile
 
 import kernels
 from model.checkpoint import dummy_tensors
-from model.config import PersimmonConfig
+from model.config import Architecture, PersimmonConfig
 from model.kv_cache import KVCache, block_bytes
 from model.memory import GIB, MemoryPlan, MemoryPlanError, activation_bytes, available_memory, plan_memory
 from model.persimmon import Persimmon
 from model.runner import Runner, SequenceInput
 from model.sampler import SamplingParams
+from tests.model.forward_pass import hidden_states
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")
@@ -40,6 +41,16 @@ SMALL = PersimmonConfig(
     num_attention_heads=2,
     max_position_embeddings=4096,
 )
+NUM_LABELS = 1000
+# With the numbers of their heads.
+CLASSIFIERS = {
+    Architecture.SEQUENCE_CLASSIFICATION: NUM_LABELS * SMALL.hidden_size,
+    Architecture.TOKEN_CLASSIFICATION: NUM_LABELS * (SMALL.hidden_size + 1),
+}
+
+
+def classifier(architecture: Architecture) -> PersimmonConfig:
+    return replace(SMALL, architecture=architecture, labels=tuple(map(str, range(NUM_LABELS))))
 
 
 def plan(config: PersimmonConfig = SMALL, **changes: Any) -> MemoryPlan:
@@ -70,7 +81,8 @@ class TestPlan:
 
     def test_persimmon_8b_has_the_known_sizes(self) -> None:
         made = plan(PERSIMMON_8B, available=80 * GIB, device=GPU, dtype=torch.float16)
-        assert made.weights == 2 * 9_397_175_296
+        # The norms' numbers take four bytes each.
+        assert made.weights == 2 * (9_397_175_296 + 36 * (2 * 2 * 4096 + 2 * 2 * 64) + 2 * 4096)
         assert made.block_bytes == 16 * 589_824
         assert made.max_model_len == 16384
 
@@ -81,6 +93,13 @@ class TestPlan:
     def test_tied_embeddings_are_counted_once(self) -> None:
         table = SMALL.vocab_size * SMALL.hidden_size * 4
         assert plan(replace(SMALL, tie_word_embeddings=True)).weights == plan().weights - table
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_classifiers_head_takes_four_bytes_a_number(self, dtype: torch.dtype) -> None:
+        table = SMALL.vocab_size * SMALL.hidden_size * dtype.itemsize
+        for architecture, numbers in CLASSIFIERS.items():
+            made = plan(classifier(architecture), dtype=dtype)
+            assert made.weights == plan(dtype=dtype).weights - table + 4 * numbers
 
     @pytest.mark.parametrize("block_size", [16, 32, 64])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -253,7 +272,7 @@ class TestActivations:
             tensor.zero_()
         # All read and write the same blocks: it is the sizes that count here.
         counts = [1] * (sequences - 1) + [tokens - sequences + 1]
-        batch = [SequenceInput([5] * count, context, blocks, sampling) for count in counts]
+        batch = [SequenceInput([5] * count, context, blocks, (sampling,)) for count in counts]
         runner = Runner(model, cache, operations)
         runner.run(batch)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -261,6 +280,37 @@ class TestActivations:
         peak = _peak_bytes(profiler)
         assert peak > 0
         assert peak <= activation_bytes(SMALL, dtype, sequences, tokens, context + tokens)
+
+    @pytest.mark.parametrize("architecture", CLASSIFIERS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_estimate_is_not_below_what_a_classifier_allocates(
+        self, architecture: Architecture, dtype: torch.dtype
+    ) -> None:
+        tokens, config = 512, classifier(architecture)
+        model = Persimmon(config, dummy_tensors(config, dtype, CPU, 0), dtype, CPU, kernels.for_device(CPU))
+        token_ids = [5] * tokens
+        rows = slice(None) if architecture is Architecture.TOKEN_CLASSIFICATION else slice(-1, None)
+        model.scores(hidden_states(model, token_ids)[rows])
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            model.scores(hidden_states(model, token_ids)[rows])
+        # The cache is made within what is measured.
+        cache = tokens // 16 * block_bytes(config, 16, dtype)
+        assert 0 < _peak_bytes(profiler) - cache <= activation_bytes(config, dtype, 1, tokens, tokens)
+
+    def test_a_classifiers_vocabulary_takes_nothing(self) -> None:
+        for architecture in CLASSIFIERS:
+            config = classifier(architecture)
+            larger = replace(config, vocab_size=100 * config.vocab_size)
+            assert activation_bytes(larger, torch.half, 8, 64, 64) == activation_bytes(config, torch.half, 8, 64, 64)
+
+    def test_rows_that_are_scored_are_counted(self) -> None:
+        def labels_bytes(architecture: Architecture) -> int:
+            config = classifier(architecture)
+            half = replace(config, labels=config.labels[: NUM_LABELS // 2])
+            return activation_bytes(config, torch.half, 8, 64, 64) - activation_bytes(half, torch.half, 8, 64, 64)
+
+        assert labels_bytes(Architecture.SEQUENCE_CLASSIFICATION) == 8 * NUM_LABELS // 2 * 4
+        assert labels_bytes(Architecture.TOKEN_CLASSIFICATION) == 64 * NUM_LABELS // 2 * 4
 
 
 def _peak_bytes(profiler: Any) -> int:

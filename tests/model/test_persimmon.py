@@ -15,10 +15,11 @@ import torch
 import kernels
 from model.checkpoint import Checkpoint
 from model.config import PersimmonConfig
-from model.persimmon import Persimmon, Step, rotary_table
-from tests.engine_harness import CPU, load_model, poisoned_cache
+from model.persimmon import Persimmon, rotary_table
+from tests.engine_harness import CPU, load_model
 from tests.model import transformers_reference
 from tests.model.checkpoints import make_checkpoint
+from tests.model.forward_pass import hidden_states
 
 LOGITS_TOLERANCE = 1e-4
 NOTICEABLE = 100 * LOGITS_TOLERANCE
@@ -29,21 +30,7 @@ Change = Callable[[dict[str, Any]], None]
 
 def logits_of(model: Persimmon, token_ids: list[int]) -> torch.Tensor:
     """The next-token logits of every token, [T, vocab_size], computed in one pass."""
-    block_size = 16
-    blocks = list(range(-(-len(token_ids) // block_size)))
-    random.Random(1).shuffle(blocks)
-    cache = poisoned_cache(model, len(blocks), block_size)
-    attention = kernels.for_device(CPU).plan_attention(
-        [blocks],
-        [0],
-        [len(token_ids)],
-        num_blocks=cache.num_blocks,
-        num_heads=cache.num_heads,
-        block_size=block_size,
-        dtype=cache.dtype,
-        device=CPU,
-    )
-    return model.logits(model.forward(Step(torch.tensor(token_ids), attention, None), cache))
+    return model.logits(hidden_states(model, token_ids))
 
 
 def transformers_logits(folder: Path, token_ids: list[int]) -> torch.Tensor:
