@@ -17,7 +17,7 @@ from kernels import projection, sampling, truncation
 from kernels.decode_attention import DecodeWorkspace, build_work_list, decode_attention
 from kernels.launch import upload
 from kernels.layer_norm import bias_relu_squared_, embed, layer_norm
-from kernels.operands import DrawInputs, Linear, Norm, Residual, Rotary, StepLimits, TruncationInputs
+from kernels.operands import DrawInputs, Linear, Norm, PenaltyInputs, Residual, Rotary, StepLimits, TruncationInputs
 from kernels.prefill_attention import ChunkPlan, plan_chunks, prefill_attention, qk_norm_rotary_store
 
 SMALL_STEP = 64
@@ -290,6 +290,11 @@ class FusedKernels:
         all_logits = self.logits(hidden, head, out=logits)
         tokens, _ = sampling.sample_logits(all_logits, draw, live, workspace, pdl=self.pdl)
         return tokens
+
+    def penalize(self, logits: torch.Tensor, penalties: PenaltyInputs) -> None:
+        """As `reference_sampling.apply_penalties`: [R, vocab_size] float32 logits, changed in place."""
+        live = upload(np.array([len(logits)], dtype=np.int32), logits.device)
+        truncation.apply_penalties(logits, penalties, live, pdl=self.pdl)
 
     def sample_truncated(
         self, logits: torch.Tensor, draw: DrawInputs, truncate: TruncationInputs, live: torch.Tensor

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from kernels.fused import FusedKernels
+from model.fused_sampler import finish_draw
 from model.kv_cache import KVCache
 from model.persimmon import Persimmon, Step
 from model.runner import SequenceInput
+from model.sampler import Samples
 from model.step_inputs import StepBuffer, StepInputs, needs_logits, write_step
 
 
@@ -98,11 +100,11 @@ class DecodeGraphs:
             self._graphs[size] = graph
 
     @torch.inference_mode()
-    def launch(self, batch: Sequence[SequenceInput]) -> torch.Tensor:
-        """Starts a step in which every sequence has one token and samples.
+    def launch(self, batch: Sequence[SequenceInput]) -> Samples:
+        """Starts a step in which every sequence has one token and samples once.
 
         Returns:
-            [R] int64, the tokens, in memory that the next step overwrites.
+            The tokens, in memory that the next step overwrites.
         """
         size = self._size(len(batch))
         self._send(batch, size)
@@ -111,11 +113,10 @@ class DecodeGraphs:
             graph.replay()
         else:
             self._run(self._buffer.inputs(size))
-        params = [own for item in batch if (own := item.sampling) is not None]
-        if any(needs_logits(own) for own in params):
-            inputs = self._buffer.inputs(len(batch))
-            self._kernels.sample_truncated(self._logits[: len(batch)], inputs.draw, inputs.truncation, inputs.live)
-        return self.sampled[: len(batch)]
+        params = [own for item in batch for own in item.samplings]
+        if not any(needs_logits(own) for own in params):
+            return Samples(self.sampled[: len(batch)])
+        return finish_draw(self._kernels, self._logits[: len(batch)], self._buffer.inputs(len(batch)), params)
 
     def _size(self, rows: int) -> int:
         return next(size for size in self._sizes if size >= rows)

@@ -6,11 +6,14 @@ id) alone.  The draws are others than those of `model.sampler`, which inverts th
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from kernels.fused import FusedKernels
-from model.sampler import SamplingParams
-from model.step_inputs import StepBuffer, needs_logits, write_draw
+from kernels.launch import upload
+from model.adjustments import adjust_
+from model.sampler import Samples, SamplingParams, row_logprobs
+from model.step_inputs import StepBuffer, StepInputs, needs_another_draw, needs_logits, write_draw
 
 
 class FusedSampler:
@@ -25,8 +28,8 @@ class FusedSampler:
         self._kernels = kernels
         self._head = head
 
-    def __call__(self, hidden: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-        """A token a row: [R, hidden] and R settings to [R] int64, in memory that the next step overwrites."""
+    def __call__(self, hidden: torch.Tensor, params: Sequence[SamplingParams]) -> Samples:
+        """A token a row: [R, hidden] and R settings to tokens in memory that the next step overwrites."""
         rows, device = len(params), hidden.device
         host = StepBuffer(rows, 0, torch.device("cpu"), pinned=device.type == "cuda")
         write_draw(host.inputs(rows), params)
@@ -36,6 +39,35 @@ class FusedSampler:
         wanted = any(needs_logits(own) for own in params)
         logits = torch.empty(rows, len(self._head), dtype=torch.float32, device=device) if wanted else None
         tokens = self._kernels.sample(hidden, self._head, inputs.draw, inputs.live, logits)
-        if logits is not None:
-            self._kernels.sample_truncated(logits, inputs.draw, inputs.truncation, inputs.live)
-        return tokens
+        return Samples(tokens) if logits is None else finish_draw(self._kernels, logits, inputs, params)
+
+
+def finish_draw(
+    kernels: FusedKernels, logits: torch.Tensor, inputs: StepInputs, params: Sequence[SamplingParams]
+) -> Samples:
+    """What cannot be done while logits are computed, after `FusedKernels.sample`: changes, truncation, reports.
+
+    Args:
+        kernels: with the step's tokens in their buffer.
+        logits: [R, vocab_size] float32, written for the rows that `needs_logits`; these are changed.
+        inputs: of R rows.
+        params: R of them.
+    """
+    reported = [row for row, own in enumerate(params) if own.logprobs is not None]
+    adjusted = [row for row, own in enumerate(params) if own.adjusts]
+    unchanged = None
+    if adjusted:
+        if reported:
+            # Log-probabilities are those of the logits as the network made them.
+            unchanged = logits[upload(np.array(reported), logits.device)]
+        adjust_(logits, params, kernels.penalize)
+    if any(needs_another_draw(own) for own in params):
+        kernels.sample_truncated(logits, inputs.draw, inputs.truncation, inputs.live)
+    tokens = kernels.sampled[: len(params)]
+    if not reported:
+        return Samples(tokens)
+    if unchanged is None:
+        return Samples(tokens, reported, row_logprobs(logits, tokens, params, reported))
+    own_tokens = tokens[upload(np.array(reported), logits.device)]
+    own_params = [params[row] for row in reported]
+    return Samples(tokens, reported, row_logprobs(unchanged, own_tokens, own_params, range(len(reported))))

@@ -1,9 +1,12 @@
 """The device tensors that hold keys and values, in blocks.  Which block is whose is decided elsewhere."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from kernels.launch import upload
 from model.config import PersimmonConfig
 
 
@@ -38,6 +41,12 @@ class KVCache:
             return [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
 
         return cls(layers(), layers())
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies whole blocks in every layer, all of them as they were before: (from, to) pairs, no two to the same."""
+        places = upload(np.array(pairs, dtype=np.int64), self.device)
+        for tensor in (*self.keys, *self.values):
+            tensor[places[:, 1]] = tensor[places[:, 0]]
 
     @property
     def num_blocks(self) -> int:

@@ -5,7 +5,7 @@ run together.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,8 +14,48 @@ import torch
 from kernels import Kernels
 from kernels.launch import upload
 from model.kv_cache import KVCache
+from model.logprobs import LogprobRows
 from model.persimmon import Persimmon, Step
-from model.sampler import SamplingParams, sample
+from model.sampler import Samples, rows_at_once, sample
+from model.sampling_params import SamplingParams, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Wanted: how probable the prompt's own tokens are.
+
+    Attributes:
+        first: the first of the sequence's tokens in this step after which to look.
+        next_tokens: the prompt's tokens after that one and after each that follows; may go one beyond the step's.
+        top: how many of the most probable tokens to report beside each.
+    """
+
+    first: int
+    next_tokens: Sequence[int]
+    top: int
+
+    @property
+    def rows(self) -> range:
+        """The sequence's tokens in this step whose states are needed."""
+        return range(self.first, self.first + len(self.next_tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class PooledStates:
+    """Wanted: the final states of tokens, or a classifier's scores of them.
+
+    Attributes:
+        rows: the sequence's tokens in this step whose states are wanted.
+        total: whether their sum is wanted instead of each.
+        scores: whether a classifier's scores are wanted instead of the states.
+    """
+
+    rows: range
+    total: bool
+    scores: bool = False
+
+
+Report = PromptLogprobs | PooledStates
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,49 +63,96 @@ class SequenceInput:
     """One sequence's part of a step.
 
     Attributes:
-        token_ids: the tokens to compute, at least one.  A negative one, -1 - i, stands for the token that the i-th
-            sampling sequence of the step before this one got.
+        token_ids: the tokens to compute, at least one.  A negative one, -1 - i, stands for the i-th token that the
+            step before this one sampled.
         start: position of the first of them; all before it are in the cache.
         block_table: the blocks that hold the sequence, those for these tokens included.
-        sampling: how the next token is drawn; None when these tokens are not the last known ones.
+        samplings: how next tokens are drawn, one for each sample that goes on from here; none when these tokens are
+            not the last known ones.
+        report: what else is wanted of these tokens.
     """
 
     token_ids: Sequence[int]
     start: int
     block_table: Sequence[int]
-    sampling: SamplingParams | None
+    samplings: Sequence[SamplingParams]
+    report: Report | None = None
 
 
-class PendingTokens:
-    """Tokens that a step has been asked for; the device may still be computing them.
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step has made.
 
-    Args:
-        tokens: [R] int64 on the host; on a GPU pinned memory that a copy is on its way to.
-        copied: the event after that copy; None when nothing is to be waited for.
+    Attributes:
+        tokens: one for each of the batch's samplings, in order.
+        logprobs: by the place of a token in that list, for those that asked.
+        prompt_logprobs: by the place of a sequence in the batch, one for each of its `next_tokens`.
+        pooled: by the place of a sequence in the batch, [rows, width] float32; one row where the sum was wanted.
     """
 
-    def __init__(self, tokens: torch.Tensor, copied: torch.cuda.Event | None = None) -> None:
+    tokens: list[int]
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    pooled: dict[int, np.ndarray] = field(default_factory=dict)
+
+
+class PendingStep:
+    """A step that has been started; the device may still be computing it.
+
+    Args:
+        tokens: [R] int64 on the host, in the order of the result; on a GPU pinned memory that a copy is on its way to.
+        copied: the event after that copy; None when nothing is to be waited for.
+        samples: what was drawn, in the order of the device.
+        places: where each of those rows stands in the result.
+        params: how each of those rows was drawn.
+        prompt_logprobs: by the place of a sequence in the batch.
+        pooled: by the place of a sequence in the batch.
+    """
+
+    def __init__(
+        self,
+        tokens: torch.Tensor,
+        copied: torch.cuda.Event | None,
+        samples: Samples,
+        places: Sequence[int],
+        params: Sequence[SamplingParams],
+        prompt_logprobs: dict[int, tuple[LogprobRows, int]],
+        pooled: dict[int, torch.Tensor],
+    ) -> None:
         self._tokens = tokens
         self._copied = copied
+        self._samples = samples
+        self._places = places
+        self._params = params
+        self._prompt_logprobs = prompt_logprobs
+        self._pooled = pooled
 
-    def wait(self) -> list[int]:
-        """The tokens, as soon as they are there."""
+    def wait(self) -> StepResult:
+        """The result, as soon as it is there."""
         if self._copied is not None:
             self._copied.synchronize()
-        tokens: list[int] = self._tokens.tolist()
-        return tokens
+        result = StepResult(self._tokens.tolist())
+        if self._samples.logprobs is not None:
+            reported = self._samples.reported
+            entries = self._samples.logprobs.fetch([self._params[row].logprobs or 0 for row in reported])
+            result.logprobs.update(zip((self._places[row] for row in reported), entries, strict=True))
+        for place, (rows, top) in self._prompt_logprobs.items():
+            result.prompt_logprobs[place] = rows.fetch([top] * len(rows.token_ids))
+        for place, states in self._pooled.items():
+            result.pooled[place] = states.cpu().numpy()
+        return result
 
 
 class Sampler(Protocol):
     """Final hidden states to tokens."""
 
-    def __call__(self, hidden: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-        """A token a row: [R, hidden] and R settings to [R] int64 on the same device."""
+    def __call__(self, hidden: torch.Tensor, params: Sequence[SamplingParams]) -> Samples:
+        """A token a row: [R, hidden] and R settings to R tokens on the same device."""
         ...
 
 
 class DecodeSteps(Protocol):
-    """A faster way for steps in which every sequence has one token and samples."""
+    """A faster way for steps in which every sequence has one token and samples once."""
 
     @property
     def sampled(self) -> torch.Tensor:
@@ -76,8 +163,8 @@ class DecodeSteps(Protocol):
         """Whether it runs steps of so many sequences."""
         ...
 
-    def launch(self, batch: Sequence[SequenceInput]) -> torch.Tensor:
-        """Starts a step; [R] int64 tokens on the device, which are also the first of `sampled`."""
+    def launch(self, batch: Sequence[SequenceInput]) -> Samples:
+        """Starts a step; its tokens on the device are also the first of `sampled`."""
         ...
 
 
@@ -107,66 +194,102 @@ class Runner:
         self._decode_steps = decode_steps
         self._sampled = decode_steps.sampled if decode_steps else torch.zeros(0, dtype=torch.int64, device=cache.device)
 
-    def run(self, batch: Sequence[SequenceInput]) -> list[int]:
-        """Runs one step.
+    @torch.inference_mode()
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies blocks of the cache before the next step: (from, to) pairs, no two to the same."""
+        self._cache.copy(pairs)
 
-        Returns:
-            A token for each sequence whose `sampling` is set, in the order of the batch.
-        """
-        return self.launch(batch).wait()
+    def run(self, batch: Sequence[SequenceInput]) -> list[int]:
+        """Runs one step; a token for each of the batch's samplings."""
+        return self.launch(batch).wait().tokens
 
     @torch.inference_mode()
-    def launch(self, batch: Sequence[SequenceInput]) -> PendingTokens:
+    def launch(self, batch: Sequence[SequenceInput]) -> PendingStep:
         """Starts one step without waiting for a GPU to end it; the next may be started at once.
 
         Returns:
-            What `run` returns, later.
+            What comes of it, later.
         """
         if self._decode_steps is not None and self._decode_steps.takes(len(batch)) and _is_decode(batch):
-            return self._fetch(self._decode_steps.launch(batch))
+            params = [own for item in batch for own in item.samplings]
+            samples = self._decode_steps.launch(batch)
+            return PendingStep(*self._fetch(samples.tokens), samples, range(len(batch)), params, {}, {})
         # Single tokens first and by length, as `plan_attention` wants them.
         order = sorted(range(len(batch)), key=lambda i: (len(batch[i].token_ids) != 1, batch[i].start))
         inputs = [batch[i] for i in order]
-        step, sampled_at = self._step(inputs)
-        hidden = self._model.forward(step, self._cache)
-        if not sampled_at:
-            return PendingTokens(torch.empty(0, dtype=torch.int64))
-        tokens = self._sampler(hidden, [own for item in inputs if (own := item.sampling) is not None])
-        places = [order[i] for i in sampled_at]
-        by_place = sorted(range(len(places)), key=places.__getitem__)
-        if by_place != list(range(len(places))):
-            tokens = tokens[upload(np.array(by_place), tokens.device)]
-        if self._decode_steps is None:
-            self._sampled = tokens
-        else:
-            self._sampled[: len(tokens)] = tokens
-        return self._fetch(tokens)
+        sampling_rows, report_rows = _wanted_rows(inputs)
+        hidden = self._model.forward(self._step(inputs, sampling_rows + report_rows), self._cache)
+        states = hidden[len(sampling_rows) :]
+        prompt_logprobs: dict[int, tuple[LogprobRows, int]] = {}
+        pooled: dict[int, torch.Tensor] = {}
+        for place, item in zip(order, inputs, strict=True):
+            report = item.report
+            if report is None:
+                continue
+            own, states = states[: len(report.rows)], states[len(report.rows) :]
+            if isinstance(report, PromptLogprobs):
+                prompt_logprobs[place] = (self._logprobs(own, report), report.top)
+            else:
+                pooled[place] = self._pooled(own, report)
+        if not sampling_rows:
+            nothing = Samples(torch.empty(0, dtype=torch.int64))
+            return PendingStep(nothing.tokens, None, nothing, (), (), prompt_logprobs, pooled)
+        params = [own for item in inputs for own in item.samplings]
+        samples = self._sampler(hidden[: len(sampling_rows)], params)
+        places, tokens = _places(batch, order), samples.tokens
+        if places != list(range(len(places))):
+            tokens = tokens[upload(np.argsort(places), tokens.device)]
+        self._keep(tokens)
+        return PendingStep(*self._fetch(tokens), samples, places, params, prompt_logprobs, pooled)
 
     @torch.inference_mode()
     def logits(self, batch: Sequence[SequenceInput]) -> torch.Tensor:
         """Runs one step and returns the logits instead of sampling; the batch must be in the order `run` would use.
 
         Returns:
-            [R, vocab_size] float32, a row for each sequence whose `sampling` is set.
+            [R, vocab_size] float32, a row for each of the batch's samplings.
         """
-        step, _ = self._step(batch)
+        step = self._step(batch, _wanted_rows(batch)[0])
         return self._model.logits(self._model.forward(step, self._cache))
 
-    def _sample_logits(self, hidden: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    def _sample_logits(self, hidden: torch.Tensor, params: Sequence[SamplingParams]) -> Samples:
         return sample(self._model.logits(hidden), params)
 
-    def _fetch(self, tokens: torch.Tensor) -> PendingTokens:
+    def _logprobs(self, states: torch.Tensor, report: PromptLogprobs) -> LogprobRows:
+        """Log-probabilities of prompt tokens; a few rows at a time, because one of 262,144 logits is 1 MiB."""
+        next_tokens = upload(np.array(report.next_tokens, dtype=np.int64), states.device)
+        at_once = rows_at_once(self._model.config.vocab_size)
+        return LogprobRows.concatenate(
+            [
+                LogprobRows.of(self._model.logits(some), tokens, report.top)
+                for some, tokens in zip(torch.split(states, at_once), torch.split(next_tokens, at_once), strict=True)
+            ]
+        )
+
+    def _pooled(self, states: torch.Tensor, report: PooledStates) -> torch.Tensor:
+        rows = self._model.scores(states) if report.scores else states.float()
+        return rows.sum(0, keepdim=True) if report.total else rows
+
+    def _keep(self, tokens: torch.Tensor) -> None:
+        """Leaves the tokens where the next step finds them."""
+        if self._decode_steps is None:
+            self._sampled = tokens
+        else:
+            self._sampled[: len(tokens)] = tokens
+
+    def _fetch(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """The tokens on the host, and the event after which they are there."""
         if tokens.device.type == "cpu":
-            return PendingTokens(tokens.clone())
+            return tokens.clone(), None
         on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         on_host.copy_(tokens, non_blocking=True)
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record()
-        return PendingTokens(on_host, copied)
+        return on_host, copied
 
-    def _step(self, inputs: Sequence[SequenceInput]) -> tuple[Step, list[int]]:
-        counts = [len(item.token_ids) for item in inputs]
+    def _step(self, inputs: Sequence[SequenceInput], rows: Sequence[int]) -> Step:
         device = self._cache.device
+        counts = [len(item.token_ids) for item in inputs]
         attention = self._kernels.plan_attention(
             [item.block_table for item in inputs],
             [item.start for item in inputs],
@@ -178,22 +301,34 @@ class Runner:
             device=device,
         )
         token_ids = [token for item in inputs for token in item.token_ids]
-        last_rows: list[int] = []
-        sampled_at: list[int] = []
-        end = 0
-        for index, (item, count) in enumerate(zip(inputs, counts, strict=True)):
-            end += count
-            if item.sampling is not None:
-                last_rows.append(end - 1)
-                sampled_at.append(index)
-        step = Step(
+        every_row = len(rows) == len(token_ids) and all(row == place for place, row in enumerate(rows))
+        return Step(
             upload(np.array(token_ids, dtype=np.int64), device),
             attention,
-            None if len(last_rows) == end else upload(np.array(last_rows, dtype=np.int64), device),
+            None if every_row else upload(np.array(rows, dtype=np.int64), device),
             self._sampled if min(token_ids) < 0 else None,
         )
-        return step, sampled_at
+
+
+def _wanted_rows(inputs: Sequence[SequenceInput]) -> tuple[list[int], list[int]]:
+    """The rows of a step that are sampled from, one as often as it has samples, and those of which is reported."""
+    sampling: list[int] = []
+    reported: list[int] = []
+    begin = 0
+    for item in inputs:
+        end = begin + len(item.token_ids)
+        sampling += [end - 1] * len(item.samplings)
+        if item.report is not None:
+            reported += [begin + row for row in item.report.rows]
+        begin = end
+    return sampling, reported
+
+
+def _places(batch: Sequence[SequenceInput], order: Sequence[int]) -> list[int]:
+    """Where each sampled row stands in the order of the batch, when its sequences ran in another."""
+    firsts = np.cumsum([0, *(len(item.samplings) for item in batch)]).tolist()
+    return [place for i in order for place in range(firsts[i], firsts[i + 1])]
 
 
 def _is_decode(batch: Sequence[SequenceInput]) -> bool:
-    return all(len(item.token_ids) == 1 and item.sampling is not None for item in batch)
+    return all(len(item.token_ids) == 1 and len(item.samplings) == 1 and item.report is None for item in batch)

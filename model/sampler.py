@@ -11,6 +11,11 @@ import numpy as np
 import torch
 
 from kernels.reference_sampling import philox
+from model.adjustments import adjust_, penalize
+from model.logprobs import LogprobRows
+from model.sampling_params import SamplingParams
+
+__all__ = ["Samples", "SamplingParams", "rows_at_once", "sample", "uniform"]
 
 _LOGITS_AT_ONCE = 2**23
 
@@ -19,63 +24,84 @@ _SHIFT = np.uint64(32)
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How one row is sampled.
+class Samples:
+    """What was drawn from R rows, on the device.
 
     Attributes:
-        temperature: 0 takes the most probable token, the lowest id among equals.
-        top_p: keeps the most probable tokens until their probabilities sum to this; 1 keeps all.
-        top_k: keeps this many of the most probable tokens; 0 keeps all.
-        min_p: drops tokens less probable than this share of the most probable one; 0 keeps all.
-        seed: 0 <= seed < 2**63.
-        sample_index: which of a request's samples this is.
-        position: the place of the token to be sampled in the sequence's output.
+        tokens: [R] int64.
+        reported: the rows that asked for log-probabilities, in order.
+        logprobs: theirs; None when no row asked.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int = 0
-    sample_index: int = 0
-    position: int = 0
-
-    @property
-    def greedy(self) -> bool:
-        """Whether no draw is needed."""
-        return self.temperature == 0.0
-
-    @property
-    def truncates(self) -> bool:
-        """Whether top-k or top-p may drop tokens."""
-        return self.top_k > 0 or self.top_p < 1.0
+    tokens: torch.Tensor
+    reported: Sequence[int] = ()
+    logprobs: LogprobRows | None = None
 
 
-def sample(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+def sample(logits: torch.Tensor, params: Sequence[SamplingParams]) -> Samples:
     """One token a row.
 
-    Temperature comes first, then min-p, top-k and top-p, each on what the one before kept.
+    What `model.adjustments` changes comes first, then temperature, then min-p, top-k and top-p, each on what the one
+    before kept.  Log-probabilities are those of the logits as they are given.
+
+    Args:
+        logits: [R, vocab_size] float32; not changed.
+        params: R of them.
+    """
+    tokens = logits.argmax(-1)
+    special = [row for row, own in enumerate(params) if not own.greedy or own.adjusts]
+    at_once = rows_at_once(logits.shape[1])
+    for begin in range(0, len(special), at_once):
+        some = special[begin : begin + at_once]
+        rows = torch.tensor(some, device=logits.device)
+        tokens[rows] = _sample_rows(logits.index_select(0, rows), [params[row] for row in some])
+    reported = [row for row, own in enumerate(params) if own.logprobs is not None]
+    return Samples(tokens, reported, row_logprobs(logits, tokens, params, reported) if reported else None)
+
+
+def row_logprobs(
+    logits: torch.Tensor, tokens: torch.Tensor, params: Sequence[SamplingParams], reported: Sequence[int]
+) -> LogprobRows:
+    """What some rows report of their tokens.
 
     Args:
         logits: [R, vocab_size] float32.
+        tokens: [R] int64.
         params: R of them.
-
-    Returns:
-        [R] int64.
+        reported: the rows, at least one.
     """
-    tokens = logits.argmax(-1)
-    drawing = [row for row, own in enumerate(params) if not own.greedy]
+    top = max(params[row].logprobs or 0 for row in reported)
     at_once = rows_at_once(logits.shape[1])
-    for begin in range(0, len(drawing), at_once):
-        some = drawing[begin : begin + at_once]
-        rows = torch.tensor(some, device=logits.device)
-        tokens[rows] = _draw(logits.index_select(0, rows), [params[row] for row in some])
-    return tokens
+    parts = []
+    for begin in range(0, len(reported), at_once):
+        rows = torch.tensor(list(reported[begin : begin + at_once]), device=logits.device)
+        parts.append(LogprobRows.of(logits.index_select(0, rows), tokens.index_select(0, rows), top))
+    return LogprobRows.concatenate(parts)
 
 
 def rows_at_once(vocab_size: int) -> int:
     """Rows that draw together: a draw takes many times its logits' memory, which is 1 MiB a row of 262,144."""
     return max(1, _LOGITS_AT_ONCE // vocab_size)
+
+
+def _sample_rows(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Tokens of rows that draw or change their logits, which this may do in place."""
+    changed = [row for row, own in enumerate(params) if own.adjusts]
+    if len(changed) == len(params):
+        adjust_(logits, params, penalize)
+    elif changed:
+        rows = torch.tensor(changed, device=logits.device)
+        own_logits = logits[rows]
+        adjust_(own_logits, [params[row] for row in changed], penalize)
+        logits[rows] = own_logits
+    tokens = logits.argmax(-1)
+    drawing = [row for row, own in enumerate(params) if not own.greedy]
+    if len(drawing) == len(params):
+        return _draw(logits, params)
+    if drawing:
+        rows = torch.tensor(drawing, device=logits.device)
+        tokens[rows] = _draw(logits[rows], [params[row] for row in drawing])
+    return tokens
 
 
 def _draw(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:

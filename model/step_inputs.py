@@ -8,7 +8,7 @@ import torch
 
 from kernels.operands import DrawInputs, TruncationInputs
 from model.runner import SequenceInput
-from model.sampler import SamplingParams
+from model.sampling_params import SamplingParams
 
 _ALIGNMENT = 4
 """Every field begins at a multiple of so many words: kernels are compiled for pointers to 16 bytes."""
@@ -94,7 +94,7 @@ def write_step(inputs: StepInputs, batch: Sequence[SequenceInput]) -> None:
     tables = inputs.block_tables.numpy()
     for row, item in enumerate(batch):
         tables[row, : len(item.block_table)] = item.block_table
-    write_draw(inputs, [own for item in batch if (own := item.sampling) is not None])
+    write_draw(inputs, [own for item in batch for own in item.samplings])
 
 
 def write_draw(inputs: StepInputs, params: Sequence[SamplingParams]) -> None:
@@ -112,6 +112,11 @@ def write_draw(inputs: StepInputs, params: Sequence[SamplingParams]) -> None:
     draw.wants_logits.numpy()[live:] = 0
 
 
+def needs_another_draw(params: SamplingParams) -> bool:
+    """Whether a row cannot be sampled while its logits are computed, because these change or some tokens are out."""
+    return params.adjusts or (not params.greedy and (params.truncates or params.min_p > 0))
+
+
 def needs_logits(params: SamplingParams) -> bool:
-    """Whether a row cannot be sampled while its logits are computed, because some tokens are out of the question."""
-    return not params.greedy and (params.truncates or params.min_p > 0)
+    """Whether a row's logits are read again once they are computed."""
+    return needs_another_draw(params) or params.logprobs is not None

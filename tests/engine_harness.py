@@ -3,9 +3,12 @@
 Every KV row is NaN until a sequence writes it, so a kernel that reads what it must not read is found out.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence as Ids
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import kernels
@@ -15,8 +18,8 @@ from model.kv_cache import KVCache
 from model.persimmon import Persimmon
 from model.runner import Runner
 from server.engine.blocks import BlockPool
-from server.engine.messages import EngineStats, Sampling
-from server.engine.process import PlanRunner
+from server.engine.messages import EngineStats, Sampling, TokenLogprobs
+from server.engine.plan_runner import PlanRunner
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
 
@@ -42,6 +45,15 @@ def poisoned_cache(model: Persimmon, num_blocks: int, block_size: int) -> KVCach
 def blocks_for(lengths: Ids[int], block_size: int) -> int:
     """Blocks that sequences of these lengths fill or begin."""
     return sum(-(-length // block_size) for length in lengths)
+
+
+@dataclass
+class Told:
+    """What steps have reported of a sequence, in order."""
+
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    pooled: list[float] = field(default_factory=list)
 
 
 class Harness:
@@ -74,6 +86,8 @@ class Harness:
             max_model_len=min(num_blocks * block_size, model.config.max_position_embeddings),
         )
         cache = poisoned_cache(model, num_blocks, block_size)
+        self.told: defaultdict[Sequence, Told] = defaultdict(Told)
+        """What the steps have reported of each sequence."""
         self._run = PlanRunner(Runner(model, cache, kernels.for_device(CPU)))
 
     def generate(
@@ -101,7 +115,12 @@ class Harness:
                 zip(prompts, sampling if sampling is not None else [GREEDY] * len(prompts), strict=True)
             )
         ]
-        steps = arrivals if arrivals is not None else [0] * len(prompts)
+        self.run(sequences, arrivals)
+        return sequences
+
+    def run(self, sequences: Ids[Sequence], arrivals: Ids[int] | None = None) -> None:
+        """Runs sequences until all have finished; see `generate`."""
+        steps = arrivals if arrivals is not None else [0] * len(sequences)
         waiting = [sequence for _, sequence in sorted(zip(steps, sequences, strict=True), key=lambda pair: pair[0])]
         due = sorted(steps)
         step = 0
@@ -110,12 +129,21 @@ class Harness:
                 self.scheduler.add(waiting.pop(0))
                 del due[0]
             if self.scheduler.has_work:
-                plan = self.scheduler.plan()
-                self.scheduler.commit(plan, self._run(plan))
+                self._step()
             step += 1
         if self.pool.num_free != self.pool.num_blocks:
             raise AssertionError(f"{self.pool.num_blocks - self.pool.num_free} blocks are still held")
-        return sequences
+
+    def _step(self) -> None:
+        plan = self.scheduler.plan()
+        outcome = self._run(plan)
+        for place, item in enumerate(plan.scheduled):
+            told = self.told[item.sequence]
+            told.prompt_logprobs += outcome.prompt_logprobs.get(place, [])
+            told.pooled += np.frombuffer(outcome.pooled.get(place, b""), dtype="<f4").tolist()
+        for advance in self.scheduler.commit(plan, outcome.tokens):
+            if advance.row in outcome.logprobs and advance.token is not None:
+                self.told[advance.sequence].logprobs.append(outcome.logprobs[advance.row])
 
     def outputs(self, prompts: Ids[list[int]], max_tokens: int, arrivals: Ids[int] | None = None) -> list[list[int]]:
         """Greedy continuations."""

@@ -10,7 +10,7 @@ import torch
 from benchmarks.gpu.checks_attention import check_lengths
 from benchmarks.gpu.compare import check_launches, check_repeats, check_same, product_spread, type_name
 from benchmarks.gpu.inputs import normal
-from benchmarks.gpu.model import GREEDY, Machine, decode_batch, plant_zeros, random_model, seen_zeros, skipping
+from benchmarks.gpu.model import Machine, decode_batch, plant_zeros, random_model, seen_zeros, skipping
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.suite import Setting
 from kernels import Kernels, reference, reference_sampling, sampling, truncation
@@ -262,7 +262,7 @@ def _float32_hidden(
 def _graph_steps(report: Report, title: str, machine: Machine, before: KVCache, batch: Sequence[SequenceInput]) -> None:
     """Captured steps on padded buffers against eager and plain ones, tokens and cache; then steps that feed others."""
     cached = [*machine.cache.keys, *machine.cache.values]
-    hot = [replace(item, sampling=SamplingParams(temperature=0.8, seed=row)) for row, item in enumerate(batch)]
+    hot = [replace(item, samplings=(SamplingParams(temperature=0.8, seed=row),)) for row, item in enumerate(batch)]
     sizes = sorted({1, min(4, len(batch)), len(batch)})
     graphs = machine.graphs(sizes)
     machine.kernels.pdl = False
@@ -288,12 +288,14 @@ def _chain(machine: Machine, graphs: DecodeGraphs, batch: Sequence[SequenceInput
     fed: Sequence[int] = [item.token_ids[0] for item in batch]
     for step in range(CHAIN_STEPS):
         moved = [
-            SequenceInput([token], item.start + step, item.block_table, replace(item.sampling or GREEDY, position=step))
+            SequenceInput(
+                [token], item.start + step, item.block_table, [replace(own, position=step) for own in item.samplings]
+            )
             for token, item in zip(fed, batch, strict=True)
         ]
         pending.append(runner.launch(moved))
-        fed = pending[-1].wait() if waits else [-1 - row for row in range(len(batch))]
-    return torch.tensor([tokens.wait() for tokens in pending])
+        fed = pending[-1].wait().tokens if waits else [-1 - row for row in range(len(batch))]
+    return torch.tensor([step.wait().tokens for step in pending])
 
 
 def _restore(cache: KVCache, saved: KVCache) -> None:

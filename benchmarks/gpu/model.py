@@ -186,6 +186,6 @@ def decode_batch(
 ) -> list[SequenceInput]:
     """One new token a sequence, behind `length - 1` others."""
     return [
-        SequenceInput([token], length - 1, table, sampling)
+        SequenceInput([token], length - 1, table, (sampling,))
         for length, table, token in zip(lengths, tables, tokens, strict=True)
     ]

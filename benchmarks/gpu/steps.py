@@ -25,7 +25,7 @@ from kernels.launch import supports_pdl
 from model.checkpoint import expected_shapes
 from model.cuda_graphs import DecodeGraphs
 from model.kv_cache import block_bytes
-from model.runner import PendingTokens, Runner, SequenceInput
+from model.runner import PendingStep, Runner, SequenceInput
 from model.sampler import SamplingParams
 from model.step_inputs import StepBuffer, StepInputs, write_draw
 
@@ -203,7 +203,7 @@ class _Steps:
         prompt = dice.choices(range(suite.config.vocab_size), k=tokens)
         starts = range(0, tokens, suite.chunk)
         return [
-            [SequenceInput(prompt[at : at + suite.chunk], at, table, GREEDY if at == starts[-1] else None)]
+            [SequenceInput(prompt[at : at + suite.chunk], at, table, [GREEDY] if at == starts[-1] else [])]
             for at in starts
         ]
 
@@ -226,7 +226,7 @@ class _Steps:
             timed = time_variants(variants, self._setting.device, self._setting.suite.seconds_per_figure)
             for name, params in DRAWS.items():
                 step = [
-                    replace(item, sampling=replace(params, seed=row))
+                    replace(item, samplings=[replace(params, seed=row)])
                     for row, item in enumerate(self._batch(batch, context))
                 ]
                 launch = self._times(self._graphs[False], step).launch
@@ -279,18 +279,18 @@ class _Steps:
     def _chain(self, runner: Runner, step: Sequence[SequenceInput], *, waits: bool) -> float:
         """Milliseconds of each of some consecutive steps."""
         fed: Sequence[int] = [item.token_ids[0] for item in step]
-        before: PendingTokens | None = None
+        before: PendingStep | None = None
         _synchronize(self._setting)
         begin = time.perf_counter()
         steps = self._setting.suite.chain_steps
         for number in range(steps):
             moved = [
-                SequenceInput([token], item.start + number, item.block_table, item.sampling)
+                SequenceInput([token], item.start + number, item.block_table, item.samplings)
                 for token, item in zip(fed, step, strict=True)
             ]
             launched = runner.launch(moved)
             if waits:
-                fed = launched.wait()
+                fed = launched.wait().tokens
                 continue
             # As the engine does: one step's tokens are read while the next one runs.
             if before is not None:

@@ -61,6 +61,10 @@ class BlockPool:
         """Whether nobody holds this block."""
         return self._references[block] == 0
 
+    def is_shared(self, block: int) -> bool:
+        """Whether more than one sequence holds this block."""
+        return self._references[block] > 1
+
     def allocate(self, count: int) -> list[int]:
         """Takes free blocks, each with one reference; what they cached is forgotten.
 

@@ -7,24 +7,28 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
 
 import msgspec
 import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
+from model.vocabulary import VocabularyMap
 from server.engine.messages import (
     Abort,
     EngineStats,
     FromEngine,
     Hello,
+    Pooling,
     Ready,
     Sampling,
     SequenceOutput,
     StepOutput,
     Submit,
     ToEngine,
+    TokenLogprobs,
 )
 
 logger = logging.getLogger(__name__)
@@ -38,15 +42,45 @@ class EngineNotReadyError(RuntimeError):
     """The engine is still loading the model."""
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is wanted of one prompt; see `server.engine.messages.Submit`, which says more of each.
+
+    Attributes:
+        token_ids: the prompt.
+        max_tokens: new tokens a sample, at most.
+        stop_token_ids: tokens that end a sample.
+        sampling: how tokens are drawn.
+        samples: how many continuations.
+        prompt_logprobs: most probable tokens to report beside each prompt token, or None for no report.
+        pooling: what to report of the prompt's final states, or None.
+        scores: whether to pool a classifier's scores instead.
+    """
+
+    token_ids: list[int]
+    max_tokens: int
+    stop_token_ids: list[int] = field(default_factory=list)
+    sampling: Sampling = field(default_factory=Sampling)
+    samples: int = 1
+    prompt_logprobs: int | None = None
+    pooling: Pooling | None = None
+    scores: bool = False
+
+
 class SequenceStream:
     """The outputs of one sequence, as an async iterator.
 
     Ends after the output that carries a finish_reason.  Outputs that arrived while the reader was busy come
     merged into one.  Raises EngineDeadError when the engine dies first.
+
+    Args:
+        sequence_id: the sequence's.
+        abort: ends it in the engine, if it has not ended there.
     """
 
-    def __init__(self, sequence_id: int) -> None:
+    def __init__(self, sequence_id: int, abort: Callable[[int], None]) -> None:
         self.sequence_id = sequence_id
+        self._abort = abort
         self.finished = False
         self._arrived: list[SequenceOutput] = []
         self._wakeup = asyncio.Event()
@@ -61,6 +95,10 @@ class SequenceStream:
         """Ends the stream with an error; called by the client alone."""
         self._failure = error
         self._wakeup.set()
+
+    def close(self) -> None:
+        """Nothing more is wanted of it: where it still runs, it is aborted."""
+        self._abort(self.sequence_id)
 
     def __aiter__(self) -> AsyncIterator[SequenceOutput]:
         return self
@@ -78,8 +116,13 @@ class SequenceStream:
         self.finished = last.finish_reason is not None
         if len(arrived) == 1:
             return last
-        merged = [token for output in arrived for token in output.token_ids]
-        return msgspec.structs.replace(last, token_ids=merged)
+        return msgspec.structs.replace(
+            last,
+            token_ids=[token for output in arrived for token in output.token_ids],
+            logprobs=[entry for output in arrived for entry in output.logprobs],
+            prompt_logprobs=[entry for output in arrived for entry in output.prompt_logprobs],
+            pooled=b"".join(output.pooled for output in arrived),
+        )
 
 
 class EngineClient:
@@ -87,10 +130,12 @@ class EngineClient:
 
     Args:
         address: the engine's ZeroMQ endpoint, like "ipc:///run/persimmon/engine".
+        vocabulary: of a trimmed checkpoint: callers speak in token ids, the engine in rows of its embedding.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, vocabulary: VocabularyMap | None = None) -> None:
         self._address = address
+        self._vocabulary = vocabulary
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         # Unbounded on purpose: what is in flight is bounded by admission, and a dropped message is a lost answer.
@@ -143,10 +188,8 @@ class EngineClient:
         self._context.destroy(linger=0)  # the monitor's socket too: while one is open, a context does not end
 
     @contextlib.contextmanager
-    def submit(
-        self, token_ids: list[int], max_tokens: int, stop_token_ids: list[int], sampling: Sampling
-    ) -> Iterator[SequenceStream]:
-        """Starts one sequence; leaving the block before it has finished aborts it.
+    def submit(self, work: Work) -> Iterator[list[SequenceStream]]:
+        """Starts the samples of one prompt; leaving the block aborts those that have not finished.
 
         Raises:
             EngineNotReadyError: the model is still loading.
@@ -156,15 +199,29 @@ class EngineClient:
             raise EngineDeadError("the engine has stopped")
         if self.info is None:
             raise EngineNotReadyError("the model is still loading")
-        stream = SequenceStream(next(self._ids))
-        self._streams[stream.sequence_id] = stream
-        self._send(Submit(stream.sequence_id, token_ids, max_tokens, stop_token_ids, sampling))
+        streams = [SequenceStream(next(self._ids), self._abort) for _ in range(work.samples)]
+        self._streams |= {stream.sequence_id: stream for stream in streams}
+        submit = Submit(
+            [stream.sequence_id for stream in streams],
+            work.token_ids,
+            work.max_tokens,
+            work.stop_token_ids,
+            work.sampling,
+            work.prompt_logprobs,
+            work.pooling,
+            work.scores,
+        )
+        self._send(submit if self._vocabulary is None else _in_rows(submit, self._vocabulary))
         try:
-            yield stream
+            yield streams
         finally:
-            # Still registered: the engine has not reported an end, so it may be holding blocks for this sequence.
-            if self._streams.pop(stream.sequence_id, None) is not None and not self.dead:
-                self._send(Abort([stream.sequence_id]))
+            self._abort(*(stream.sequence_id for stream in streams))
+
+    def _abort(self, *sequence_ids: int) -> None:
+        # Still registered: the engine has not reported an end, so it may be holding blocks for these sequences.
+        running = [sequence_id for sequence_id in sequence_ids if self._streams.pop(sequence_id, None) is not None]
+        if running and not self.dead:
+            self._send(Abort(running))
 
     def _send(self, message: ToEngine) -> None:
         # The future of an unbounded socket's send is done at once, so nobody has to wait for it.
@@ -193,7 +250,7 @@ class EngineClient:
             else:
                 stream = self._streams.pop(output.sequence_id, None)
             if stream is not None:  # aborted here while the output was on its way
-                stream.put(output)
+                stream.put(output if self._vocabulary is None else _in_ids(output, self._vocabulary))
 
     async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
         await recv_monitor_message(monitor)
@@ -207,3 +264,35 @@ class EngineClient:
         streams, self._streams = list(self._streams.values()), {}
         for stream in streams:
             stream.fail(EngineDeadError(reason))
+
+
+def _in_rows(submit: Submit, vocabulary: VocabularyMap) -> Submit:
+    """A submission as the engine of a trimmed checkpoint reads it."""
+    rows = vocabulary.to_rows
+    sampling = submit.sampling
+    if sampling.logit_bias:
+        biases = zip(rows(list(sampling.logit_bias)), sampling.logit_bias.values(), strict=True)
+        sampling = msgspec.structs.replace(sampling, logit_bias=dict(biases))
+    return msgspec.structs.replace(
+        submit,
+        token_ids=rows(submit.token_ids),
+        stop_token_ids=rows(submit.stop_token_ids),
+        sampling=sampling,
+    )
+
+
+def _in_ids(output: SequenceOutput, vocabulary: VocabularyMap) -> SequenceOutput:
+    """An output as callers read it."""
+
+    def translated(entries: list[TokenLogprobs]) -> list[TokenLogprobs]:
+        return [
+            TokenLogprobs(ids([own.token_id])[0], own.logprob, ids(own.top_ids), own.top_logprobs) for own in entries
+        ]
+
+    ids = vocabulary.to_ids
+    return msgspec.structs.replace(
+        output,
+        token_ids=ids(output.token_ids),
+        logprobs=translated(output.logprobs),
+        prompt_logprobs=translated(output.prompt_logprobs),
+    )

@@ -5,8 +5,12 @@ plan to tokens.
 """
 
 import logging
+import os
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Ids
-from typing import Protocol
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import msgspec
 import zmq
@@ -20,8 +24,9 @@ from server.engine.messages import (
     StepOutput,
     Submit,
     ToEngine,
+    TokenLogprobs,
 )
-from server.engine.scheduler import Scheduler, StepPlan
+from server.engine.scheduler import Advance, Scheduler, StepPlan
 from server.engine.sequence import Sequence
 
 logger = logging.getLogger(__name__)
@@ -33,10 +38,54 @@ SequenceKey = tuple[bytes, int]
 """A worker's identity and its own number for the sequence."""
 
 
-class StepRunner(Protocol):
-    """What the engine needs of a model: one token for each scheduled sequence that samples, in the plan's order."""
+Outputs = dict[bytes, list[SequenceOutput]]
+"""What workers are to be told, by their identity."""
 
-    def __call__(self, plan: StepPlan) -> Ids[int]: ...  # noqa: D102
+_NO_REPORT: tuple[list[TokenLogprobs], bytes] = ([], b"")
+
+
+@dataclass(frozen=True, slots=True)
+class _Preparing:
+    """A sequence, with its forks, that may not run yet; `aborted` are those of them that are wanted no more."""
+
+    first: Sequence
+    prepared: "Future[Any]"
+    aborted: set[SequenceKey] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What the model has made of a plan.
+
+    Attributes:
+        tokens: one for each of the plan's samples, in their order.
+        logprobs: by a token's place in that list, where the sequence asked for them.
+        prompt_logprobs: by a sequence's place in the plan.
+        pooled: by a sequence's place in the plan: `SequenceOutput.pooled`.
+        failures: by a token's place in that list: why its sequence, and no other, cannot go on.
+    """
+
+    tokens: Ids[int]
+    logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: Mapping[int, list[TokenLogprobs]] = field(default_factory=dict)
+    pooled: Mapping[int, bytes] = field(default_factory=dict)
+    failures: Mapping[int, str] = field(default_factory=dict)
+
+
+class StepRunner(Protocol):
+    """What the engine needs of a model."""
+
+    def __call__(self, plan: StepPlan) -> StepOutcome:
+        """Runs one step."""
+        ...
+
+    def prepare(self, sequence: Sequence) -> "Future[Any] | None":
+        """Starts what a sequence and its forks need before they may run; None when that is nothing.
+
+        Returns:
+            Done when they may run; fails with a ValueError, a sentence for the client, when they cannot.
+        """
+        ...
 
 
 class Engine:
@@ -61,6 +110,18 @@ class Engine:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
         self._failed_steps = 0
+        # Sequences that wait for something to be prepared; whoever has prepared it writes to the pipe.
+        self._preparing: list[_Preparing] = []
+        self._prepared, self._announce = os.pipe()
+        os.set_blocking(self._prepared, False)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._prepared, zmq.POLLIN)
+
+    def close(self) -> None:
+        """Gives back what is not the socket; no turn may follow."""
+        os.close(self._prepared)
+        os.close(self._announce)
 
     def serve_forever(self) -> None:
         """Runs until the process is ended."""
@@ -69,17 +130,24 @@ class Engine:
 
     def turn(self) -> None:
         """Takes what has arrived, waiting for it when there is nothing to do, and runs one step."""
-        outputs: dict[bytes, list[SequenceOutput]] = {}
+        outputs: Outputs = {}
         if not self._scheduler.has_work:
-            self._socket.poll()
+            self._wait()
         news = self._drain_inbox(outputs)
+        if self._preparing:
+            news |= self._admit_prepared(outputs)
         if self._scheduler.has_work:
             self._step(outputs)
             news = True
         if news:
             self._publish(outputs)
 
-    def _drain_inbox(self, outputs: dict[bytes, list[SequenceOutput]]) -> bool:
+    def _wait(self) -> None:
+        """Returns when something has come, from a worker or from the threads that prepare sequences."""
+        if any(source == self._prepared for source, _ in self._poller.poll()):
+            os.read(self._prepared, 4096)
+
+    def _drain_inbox(self, outputs: Outputs) -> bool:
         """Hands all messages to the scheduler; whether there were any."""
         arrived = False
         while True:
@@ -95,7 +163,7 @@ class Engine:
                 continue
             self._handle(worker, message, outputs)
 
-    def _handle(self, worker: bytes, message: ToEngine, outputs: dict[bytes, list[SequenceOutput]]) -> None:
+    def _handle(self, worker: bytes, message: ToEngine, outputs: Outputs) -> None:
         match message:
             case Hello():
                 self._workers.setdefault(worker, set())
@@ -107,30 +175,51 @@ class Engine:
                 self._submit(worker, message, outputs)
             case Abort(sequence_ids):
                 for sequence_id in sequence_ids:
-                    self._scheduler.abort((worker, sequence_id))
+                    self._abort((worker, sequence_id))
                     self._workers[worker].discard(sequence_id)
 
-    def _submit(self, worker: bytes, submit: Submit, outputs: dict[bytes, list[SequenceOutput]]) -> None:
-        sequence = Sequence(
-            key=(worker, submit.sequence_id),
-            token_ids=submit.token_ids,
-            max_tokens=submit.max_tokens,
-            stop_token_ids=frozenset(submit.stop_token_ids),
-            sampling=submit.sampling,
-        )
+    def _submit(self, worker: bytes, submit: Submit, outputs: Outputs) -> None:
+        first = _sequence(worker, submit)
         try:
-            self._scheduler.add(sequence)
+            self._scheduler.check(first)
+            prepared = self._run.prepare(first)
         except ValueError as error:
-            outputs.setdefault(worker, []).append(
-                SequenceOutput(submit.sequence_id, [], finish_reason="error", error=str(error))
-            )
+            self._refuse([(worker, sequence_id) for sequence_id in submit.sequence_ids], str(error), outputs)
+            return
+        self._workers[worker] |= set(submit.sequence_ids)
+        if prepared is None:
+            self._scheduler.add(first)
         else:
-            self._workers[worker].add(submit.sequence_id)
+            self._preparing.append(_Preparing(first, prepared))
+            prepared.add_done_callback(lambda _: os.write(self._announce, b"."))
 
-    def _step(self, outputs: dict[bytes, list[SequenceOutput]]) -> None:
+    def _admit_prepared(self, outputs: Outputs) -> bool:
+        """Hands the scheduler the sequences whose preparation has ended; whether there were any."""
+        ended = [waiting for waiting in self._preparing if waiting.prepared.done()]
+        for waiting in ended:
+            self._preparing.remove(waiting)
+            failure = waiting.prepared.exception()
+            if failure is None:
+                self._scheduler.add(waiting.first)
+                for key in waiting.aborted:
+                    self._scheduler.abort(key)
+                continue
+            if not isinstance(failure, ValueError):
+                raise failure
+            keys = [_key(sequence) for sequence in waiting.first.family]
+            self._refuse([key for key in keys if key not in waiting.aborted], str(failure), outputs)
+        return bool(ended)
+
+    def _abort(self, key: SequenceKey) -> None:
+        for waiting in self._preparing:
+            if any(sequence.key == key for sequence in waiting.first.family):
+                waiting.aborted.add(key)
+        self._scheduler.abort(key)
+
+    def _step(self, outputs: Outputs) -> None:
         plan = self._scheduler.plan()
         try:
-            sampled = self._run(plan)
+            outcome = self._run(plan)
         except Exception:
             self._failed_steps += 1
             if self._failed_steps >= MAX_FAILED_STEPS:
@@ -139,29 +228,66 @@ class Engine:
             self._fail(plan, outputs)
             return
         self._failed_steps = 0
-        for sequence, token in self._scheduler.commit(plan, sampled):
-            worker, sequence_id = _key(sequence)
-            outputs.setdefault(worker, []).append(
-                SequenceOutput(sequence_id, [token], sequence.finish_reason, sequence.cached_tokens or 0)
-            )
-            if sequence.finished:
-                self._workers[worker].discard(sequence_id)
+        reports = {
+            item.sequence: (outcome.prompt_logprobs.get(place, []), outcome.pooled.get(place, b""))
+            for place, item in enumerate(plan.scheduled)
+            if place in outcome.prompt_logprobs or place in outcome.pooled
+        }
+        for advance in self._scheduler.commit(plan, outcome.tokens):
+            if (reason := outcome.failures.get(advance.row)) is not None and advance.token is not None:
+                self._abort(_key(advance.sequence))
+                self._refuse([_key(advance.sequence)], reason, outputs)
+            else:
+                self._report(advance.sequence, advance, outcome, reports.pop(advance.sequence, _NO_REPORT), outputs)
+        for sequence, report in reports.items():
+            if not sequence.finished:
+                self._report(sequence, None, outcome, report, outputs)
 
-    def _fail(self, plan: StepPlan, outputs: dict[bytes, list[SequenceOutput]]) -> None:
-        for item in plan.scheduled:
-            worker, sequence_id = _key(item.sequence)
-            self._scheduler.abort(item.sequence.key)
+    def _report(
+        self,
+        sequence: Sequence,
+        advance: Advance | None,
+        outcome: StepOutcome,
+        report: tuple[list[TokenLogprobs], bytes],
+        outputs: Outputs,
+    ) -> None:
+        """Tells a sequence's worker what the step did for it."""
+        worker, sequence_id = _key(sequence)
+        token_ids, logprobs = [], []
+        if advance is not None and advance.token is not None:
+            token_ids = [advance.token]
+            logprobs = [outcome.logprobs[advance.row]] if advance.row in outcome.logprobs else []
+        prompt_logprobs, pooled = report
+        outputs.setdefault(worker, []).append(
+            SequenceOutput(
+                sequence_id,
+                token_ids,
+                sequence.finish_reason,
+                sequence.cached_tokens or 0,
+                None,
+                logprobs,
+                prompt_logprobs,
+                pooled,
+            )
+        )
+        if sequence.finished:
             self._workers[worker].discard(sequence_id)
-            outputs.setdefault(worker, []).append(
-                SequenceOutput(
-                    sequence_id,
-                    [],
-                    finish_reason="error",
-                    error="the model failed on this request; see the log",
-                )
-            )
 
-    def _publish(self, outputs: dict[bytes, list[SequenceOutput]]) -> None:
+    def _fail(self, plan: StepPlan, outputs: Outputs) -> None:
+        failed = {own.key: own for item in plan.scheduled for own in (*item.sequence.family, *item.samples)}
+        # Forks first: one whose leader has gone would take its place.
+        for sequence in reversed(failed.values()):
+            self._abort(_key(sequence))
+        self._refuse(map(_key, failed.values()), "the model failed on this request; see the log", outputs)
+
+    def _refuse(self, keys: Iterable[SequenceKey], reason: str, outputs: Outputs) -> None:
+        """Ends sequences with an error; they are in no part of the engine any more."""
+        for worker, sequence_id in keys:
+            self._workers[worker].discard(sequence_id)
+            output = SequenceOutput(sequence_id, [], finish_reason="error", error=reason)
+            outputs.setdefault(worker, []).append(output)
+
+    def _publish(self, outputs: Outputs) -> None:
         stats = self._scheduler.stats()
         reached = [self._send(worker, StepOutput(outputs.get(worker, []), stats)) for worker in list(self._workers)]
         if not all(reached):
@@ -178,9 +304,29 @@ class Engine:
             orphans = self._workers.pop(worker, set())
             logger.warning("an API worker has gone; its %d sequences end", len(orphans))
             for sequence_id in orphans:
-                self._scheduler.abort((worker, sequence_id))
+                self._abort((worker, sequence_id))
             return False
         return True
+
+
+def _sequence(worker: bytes, submit: Submit) -> Sequence:
+    """A submission's first sample, with the others as its forks."""
+
+    def sample(index: int, forks: Iterable[Sequence] = (), **reports: Any) -> Sequence:
+        return Sequence(
+            key=(worker, submit.sequence_ids[index]),
+            token_ids=list(submit.token_ids),
+            max_tokens=submit.max_tokens,
+            stop_token_ids=frozenset(submit.stop_token_ids),
+            sampling=submit.sampling,
+            sample_index=index,
+            forks=list(forks),
+            **reports,
+        )
+
+    forks = map(sample, range(1, len(submit.sequence_ids)))
+    reports = {"prompt_logprobs": submit.prompt_logprobs, "pooling": submit.pooling, "scores": submit.scores}
+    return sample(0, forks, **reports)
 
 
 def _key(sequence: Sequence) -> SequenceKey:

@@ -4,20 +4,47 @@ An API worker speaks first (`Hello`), then submits and aborts sequences.  The en
 `Hello` and, after each step, at most one `StepOutput` per worker.  Text never crosses: only token ids do.
 """
 
+from typing import Annotated, Literal
+
 import msgspec
+
+from model.grammar.spec import GrammarKind
+
+
+class Grammar(msgspec.Struct, frozen=True, array_like=True):
+    """What an answer must look like; see `model.grammar`.
+
+    Attributes:
+        kind: the language of `text`.
+        text: the schema, the expression or the grammar.
+        leading_space: whether a space stands before it, as the chat format has it after `adept:`.
+    """
+
+    kind: GrammarKind
+    text: str
+    leading_space: bool = False
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
     """How one sequence draws its tokens.
 
+    The network's logits are changed in this order: penalties, `logit_bias`, what is ruled out (stop tokens before
+    `min_tokens`, tokens that the grammar does not allow), temperature, `min_p`, `top_k`, `top_p`.
+
     Attributes:
-        temperature: 0 takes the most probable token (ties go to the lowest id); at most 2.
+        temperature: 0 takes the most probable token (ties go to the lowest id).
         top_p: nucleus: the smallest set of tokens whose probabilities reach this sum; 1 keeps all.
         top_k: keeps this many of the most probable tokens; 0 keeps all.
         min_p: drops tokens less probable than this share of the most probable one; 0 keeps all.
-        seed: with `sample_index` and a token's output position it determines the random draw, whatever else
+        seed: with a sample's index and a token's output position it determines the random draw, whatever else
             runs beside the sequence.  0 <= seed < 2**63.
-        sample_index: which of a request's `n` samples this is.
+        repetition_penalty: divides positive logits, and multiplies negative ones, of tokens in prompt or output; > 0.
+        presence_penalty: taken off the logits of tokens in the output.
+        frequency_penalty: taken off the logit of a token for each time that it is in the output.
+        logit_bias: added to the logits of these token ids.
+        min_tokens: before so many tokens no stop token comes.
+        logprobs: report each token's log-probability, and those of so many most probable tokens; None for none.
+        grammar: what the answer must look like.
     """
 
     temperature: float = 1.0
@@ -25,25 +52,43 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     top_k: int = 0
     min_p: float = 0.0
     seed: int = 0
-    sample_index: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    min_tokens: int = 0
+    logprobs: int | None = None
+    grammar: Grammar | None = None
+
+
+Pooling = Literal["last", "sum", "all"]
+"""What is reported of a prompt's final hidden states, or of a classifier's scores: the last one, their sum, or all."""
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
-    """One sequence to generate.
+    """One prompt, and what is wanted of it: samples that continue it, what the model says of it, or both.
 
     Attributes:
-        sequence_id: chosen by the API worker, unique among its live sequences.
+        sequence_ids: chosen by the API worker, unique among its live sequences; one for each sample.
         token_ids: the prompt, at least one id, each below the vocabulary size.
-        max_tokens: at most this many new tokens, at least 1; prompt and new tokens together fit max_model_len.
+        max_tokens: at most this many new tokens a sample; prompt and new tokens together fit max_model_len.  0 only
+            computes the prompt.
         stop_token_ids: a new token among these ends the sequence; it is reported, and counted as output.
-        sampling: how tokens are drawn.
+        sampling: how tokens are drawn; samples differ in their index alone.
+        prompt_logprobs: report the log-probability of each prompt token but the first, and those of so many most
+            probable tokens in its place, to the first sample; None for none.
+        pooling: report the prompt's pooled states to the first sample; None for none.
+        scores: the states to pool are a classifier's scores of its final hidden states.
     """
 
-    sequence_id: int
+    sequence_ids: Annotated[list[int], msgspec.Meta(min_length=1)]
     token_ids: list[int]
     max_tokens: int
     stop_token_ids: list[int]
     sampling: Sampling
+    prompt_logprobs: int | None = None
+    pooling: Pooling | None = None
+    scores: bool = False
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
@@ -56,15 +101,36 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
     """An API worker has connected and asks for a `Ready`."""
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """How probable a token was under the network's own logits, before any setting of `Sampling` changed them.
+
+    Attributes:
+        token_id: the token.
+        logprob: its natural log-probability.
+        top_ids: the most probable tokens in its place, best first, the lowest id first among equals.
+        top_logprobs: theirs.
+    """
+
+    token_id: int
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
 class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     """What one step did for one sequence.
 
     Attributes:
         sequence_id: the worker's own id.
-        token_ids: new tokens, in order; empty only when the sequence ended without one.
+        token_ids: new tokens, in order; empty when the step computed a part of the prompt, or the sequence ended
+            without one.
         finish_reason: None while it runs; "stop" (a stop token came), "length", or "error".
-        cached_tokens: prompt tokens served from the prefix cache; meaningful from the first output on.
+        cached_tokens: prompt tokens served from the prefix cache; meaningful from the first token on.
         error: with finish_reason "error", a sentence for the client.
+        logprobs: one for each of token_ids where the sequence asked for them, else empty.
+        prompt_logprobs: of the next prompt tokens.
+        pooled: a row for each of the next prompt tokens, their sum, or the last token's row, as `pooling` asks:
+            float32, little-endian.
     """
 
     sequence_id: int
@@ -72,6 +138,9 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: str | None = None
     cached_tokens: int = 0
     error: str | None = None
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs] = []
+    pooled: bytes = b""
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):

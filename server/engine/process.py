@@ -1,28 +1,32 @@
 """The engine process: loads the model, then runs the loop of core.py over it.
 
-Knows both the scheduler's plans and the model's inputs, and translates.
+Knows what the parts of the engine are, and puts them together.
 """
 
 import gc
 import logging
 import sys
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import zmq
 
 from kernels import KernelsUnavailableError
+from model.config import PersimmonConfig
 from model.errors import CheckpointError
+from model.grammar import GrammarCompiler
 from model.memory import MemoryPlanError
-from model.runner import Runner, SequenceInput
-from model.sampler import SamplingParams
+from model.tokenizer import Tokenizer
+from model.vocabulary import VocabularyMap
 from server.child_process import follow_supervisor
 from server.config import Settings
 from server.engine.blocks import BlockPool
 from server.engine.core import Engine
 from server.engine.loading import load_model
 from server.engine.messages import Ready
-from server.engine.scheduler import ScheduledSequence, Scheduler, StepPlan
+from server.engine.plan_runner import PlanRunner
+from server.engine.scheduler import Scheduler
 
 
 def run_engine(settings: Settings, folder: Path, address: str, report: Connection) -> None:
@@ -68,45 +72,18 @@ def run_engine(settings: Settings, folder: Path, address: str, report: Connectio
     # What lives now lives as long as the process: the collector need not look at it again.
     gc.collect()
     gc.freeze()
-    Engine(socket, scheduler, PlanRunner(loaded.runner), ready).serve_forever()
+    runner = PlanRunner(loaded.runner, partial(_grammar_compiler, folder))
+    Engine(socket, scheduler, runner, ready).serve_forever()
 
 
-class PlanRunner:
-    """Runs the scheduler's plans on the model.
-
-    Args:
-        runner: the model's.
-    """
-
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
-
-    def __call__(self, plan: StepPlan) -> list[int]:
-        """One token for each scheduled sequence that samples, in the plan's order."""
-        return self._runner.run([_sequence_input(item) for item in plan.scheduled])
-
-
-def _sequence_input(item: ScheduledSequence) -> SequenceInput:
-    sequence = item.sequence
-    return SequenceInput(
-        token_ids=sequence.token_ids[item.start : item.start + item.count],
-        start=item.start,
-        block_table=sequence.block_table,
-        sampling=_sampling_params(item) if item.samples else None,
-    )
-
-
-def _sampling_params(item: ScheduledSequence) -> SamplingParams:
-    asked = item.sequence.sampling
-    return SamplingParams(
-        temperature=asked.temperature,
-        top_p=asked.top_p,
-        top_k=asked.top_k,
-        min_p=asked.min_p,
-        seed=asked.seed,
-        sample_index=asked.sample_index,
-        position=item.sequence.num_output_tokens,
-    )
+def _grammar_compiler(folder: Path) -> GrammarCompiler:
+    """Compiles grammars for a checkpoint, whose tokens are the rows of its embedding."""
+    config = PersimmonConfig.from_folder(folder)
+    token_bytes = Tokenizer.from_folder(folder).text_bytes()
+    vocabulary = VocabularyMap.from_folder(folder, config)
+    if vocabulary is not None:
+        token_bytes = [token_bytes[token_id] if token_id < len(token_bytes) else b"" for token_id in vocabulary.ids]
+    return GrammarCompiler(token_bytes, config.vocab_size, config.eos_token_ids)
 
 
 def print_line(line: str) -> None:

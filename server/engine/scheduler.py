@@ -1,7 +1,9 @@
 """Which tokens run in the next step: plan() decides, commit() applies what the step sampled.
 
 Decides and does nothing else: no tensors, no I/O, no clock.  Running sequences are ordered by arrival and the oldest
-is never preempted, so everything that is admitted finishes.
+is never preempted, so everything that is admitted finishes.  The samples of one prompt arrive as one sequence with
+forks: its prompt is computed once, and then each fork goes on in the same blocks, of which it copies the last before
+it writes there.
 """
 
 from collections import OrderedDict
@@ -22,25 +24,54 @@ class ScheduledSequence:
         sequence: whose tokens.
         start: position of the first token to compute.
         count: how many tokens from there.
-        samples: whether the step samples this sequence's next token; not so for a chunk that ends inside the prompt.
+        samples: the sequences that get their next token from the last of them: none for a chunk that ends inside the
+            prompt, several where forks begin.
+        report_from: the first position whose state is to be reported; end where there is none.
     """
 
     sequence: Sequence
     start: int
     count: int
-    samples: bool
+    samples: tuple[Sequence, ...]
+    report_from: int
+
+    @property
+    def end(self) -> int:
+        """The position after the last token to compute."""
+        return self.start + self.count
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: sequences that decode come first, then prompt chunks."""
+    """One step: sequences that decode come first, then prompt chunks.
+
+    Attributes:
+        scheduled: what is computed.
+        copies: (from, to) blocks to copy before that, because a sequence writes into what others read.
+    """
 
     scheduled: list[ScheduledSequence] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
         """Tokens the step computes."""
         return sum(item.count for item in self.scheduled)
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """A sequence that a step has brought on.
+
+    Attributes:
+        sequence: it.
+        token: its new token; None for one that ended with its prompt.
+        row: the token's place among all that the step sampled.
+    """
+
+    sequence: Sequence
+    token: int | None
+    row: int
 
 
 class Scheduler:
@@ -72,6 +103,8 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._waiting: OrderedDict[Hashable, Sequence] = OrderedDict()
         self._running: list[Sequence] = []
+        # Forks of running sequences whose prompts are not computed yet.  Each will run, so it counts as running.
+        self._pending_forks = 0
         self._by_key: dict[Hashable, Sequence] = {}
         self._steps = 0
         self._prompt_tokens = 0
@@ -88,19 +121,19 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences without blocks."""
-        return len(self._waiting)
+        """Sequences without blocks, each fork counted."""
+        return len(self._by_key) - self.num_running
 
     @property
     def num_running(self) -> int:
-        """Sequences with blocks."""
-        return len(self._running)
+        """Sequences with blocks, and the forks that will share theirs."""
+        return len(self._running) + self._pending_forks
 
     def stats(self) -> EngineStats:
         """Levels and totals, for metrics."""
         return EngineStats(
-            running=len(self._running),
-            waiting=len(self._waiting),
+            running=self.num_running,
+            waiting=self.num_waiting,
             free_blocks=self._pool.num_free,
             total_blocks=self._pool.num_blocks,
             steps=self._steps,
@@ -112,15 +145,16 @@ class Scheduler:
             recomputed_tokens=self._recomputed_tokens,
         )
 
-    def add(self, sequence: Sequence) -> None:
-        """Queues a sequence behind all that came before it.
+    def check(self, sequence: Sequence) -> None:
+        """Makes sure that a sequence, with its forks, can be added.
 
         Raises:
-            ValueError: it is empty, asks for nothing, could outgrow max_model_len, or its key is in use.
+            ValueError: it is empty, could outgrow max_model_len, has forks but no new tokens, or its key or a fork's
+                is in use.
         """
-        if sequence.prompt_length < 1 or sequence.max_tokens < 1:
+        if sequence.prompt_length < 1 or sequence.max_tokens < 0:
             raise ValueError(
-                f"a sequence needs a prompt and room for an answer, not {sequence.prompt_length} prompt tokens "
+                f"a sequence needs a prompt, not {sequence.prompt_length} prompt tokens "
                 f"and {sequence.max_tokens} new ones"
             )
         if sequence.prompt_length + sequence.max_tokens > self._max_model_len:
@@ -128,18 +162,40 @@ class Scheduler:
                 f"{sequence.prompt_length} prompt tokens and {sequence.max_tokens} new ones "
                 f"are more than the {self._max_model_len} that a sequence may have"
             )
-        if sequence.key in self._by_key:
-            raise ValueError(f"sequence {sequence.key!r} exists already")
-        self._by_key[sequence.key] = sequence
+        if sequence.forks and sequence.max_tokens == 0:
+            raise ValueError(f"{len(sequence.family)} samples of no new tokens are not to be told apart")
+        keys: set[Hashable] = set()
+        for own in sequence.family:
+            if own.key in self._by_key or own.key in keys:
+                raise ValueError(f"sequence {own.key!r} exists already")
+            keys.add(own.key)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence, with its forks, behind all that came before it.
+
+        Raises:
+            ValueError: as `check` does.
+        """
+        self.check(sequence)
+        self._by_key |= {own.key: own for own in sequence.family}
         self._waiting[sequence.key] = sequence
 
     def abort(self, key: Hashable) -> None:
-        """Ends a sequence at once; its blocks are free when this returns.  Unknown keys are ignored."""
+        """Ends a sequence at once; its blocks are free when this returns.  Unknown keys are ignored.
+
+        Its forks live on: the first of them takes its place.
+        """
         sequence = self._by_key.pop(key, None)
         if sequence is None:
             return
         sequence.finish_reason = "abort"
-        if self._waiting.pop(key, None) is None:
+        if sequence.leader is not None:
+            sequence.leader.forks.remove(sequence)
+            if sequence.leader.key not in self._waiting:
+                self._pending_forks -= 1
+        elif sequence.forks:
+            self._replace(sequence, sequence.forks.pop(0))
+        elif self._waiting.pop(key, None) is None:
             self._running.remove(sequence)
             self._release(sequence)
 
@@ -154,59 +210,70 @@ class Scheduler:
         self._admit(plan, budget)
         return plan
 
-    def commit(self, plan: StepPlan, sampled: Ids[int]) -> list[tuple[Sequence, int]]:
+    def commit(self, plan: StepPlan, sampled: Ids[int]) -> list[Advance]:
         """Applies a finished step.
 
         Args:
             plan: what ran.
-            sampled: one token for each scheduled sequence that samples, in the plan's order.
+            sampled: one token for each of the plan's samples, in their order.
 
         Returns:
-            Each sequence that got a token, with that token.  Those that are `finished` hold no blocks any more.
-            Sequences aborted since the plan was made are left out.
+            Each sequence that got a token or ended.  Those that are `finished` hold no blocks any more.  Sequences
+            aborted since the plan was made are left out.
 
         Raises:
-            ValueError: there are fewer or more tokens than sequences that sample.
+            ValueError: there are fewer or more tokens than samples.
         """
-        wanted = sum(item.samples for item in plan.scheduled)
+        wanted = sum(len(item.samples) for item in plan.scheduled)
         if len(sampled) != wanted:
             raise ValueError(f"the step sampled {len(sampled)} tokens for {wanted} sequences")
         self._steps += 1
-        tokens = iter(sampled)
-        advanced: list[tuple[Sequence, int]] = []
-        any_finished = False
+        advanced: list[Advance] = []
+        row = 0
         for item in plan.scheduled:
-            token = next(tokens) if item.samples else None
+            self._commit_computed(item)
+            for sequence in item.samples:
+                if not sequence.finished:
+                    self._generated_tokens += 1
+                    sequence.append(sampled[row])
+                    advanced.append(Advance(sequence, sampled[row], row))
+                row += 1
             sequence = item.sequence
-            if sequence.finished:
-                continue
-            sequence.num_computed = item.start + item.count
-            if self._pool.prefix_caching:
-                self._index_full_blocks(sequence, item.start)
-            if token is not None:
-                self._generated_tokens += 1
-                advanced.append((sequence, token))
-                if sequence.append(token):
-                    any_finished = True
-                    del self._by_key[sequence.key]
-                    self._release(sequence)
-        if any_finished:
+            if sequence.max_tokens == 0 and item.end == sequence.prompt_length and not sequence.finished:
+                sequence.finish_reason = "length"
+                advanced.append(Advance(sequence, None, row))
+        ended = [advance.sequence for advance in advanced if advance.sequence.finished]
+        for sequence in ended:
+            del self._by_key[sequence.key]
+            self._release(sequence)
+        if ended:
             self._running = [sequence for sequence in self._running if not sequence.finished]
         return advanced
+
+    def _commit_computed(self, item: ScheduledSequence) -> None:
+        sequence = item.sequence
+        if not sequence.finished:
+            sequence.num_computed = item.end
+            sequence.num_reported = max(sequence.num_reported, min(item.end, sequence.prompt_length))
+        if self._pool.prefix_caching:
+            # Of an aborted sequence the blocks may live on in its forks.
+            holder = next((own for own in (sequence, *item.samples) if not own.finished), None)
+            if holder is not None:
+                self._index_full_blocks(holder, item.start)
 
     def _plan_decodes(self, plan: StepPlan) -> int:
         # Victims are taken from the end of the list and this loop starts at its beginning, so none is scheduled yet.
         position = 0
         while position < len(self._running):
             sequence = self._running[position]
-            if sequence.num_uncomputed == 1 and self._reserve_next(sequence):
-                plan.scheduled.append(ScheduledSequence(sequence, sequence.num_computed, 1, samples=True))
+            if sequence.num_uncomputed == 1 and self._reserve_next(plan, sequence):
+                self._schedule(plan, sequence, 1)
             position += 1
         return len(plan.scheduled)
 
     def _plan_chunks(self, plan: StepPlan, budget: int) -> int:
         used = 0
-        for sequence in self._running:
+        for sequence in list(self._running):
             if used == budget:
                 break
             if sequence.num_uncomputed > 1:
@@ -215,33 +282,91 @@ class Scheduler:
 
     def _plan_chunk(self, plan: StepPlan, sequence: Sequence, budget: int) -> int:
         count = min(sequence.num_uncomputed, budget)
-        samples = count == sequence.num_uncomputed
-        plan.scheduled.append(ScheduledSequence(sequence, sequence.num_computed, count, samples))
+        self._schedule(plan, sequence, count)
         return count
 
+    def _schedule(self, plan: StepPlan, sequence: Sequence, count: int) -> None:
+        start = sequence.num_computed
+        end = start + count
+        samples: tuple[Sequence, ...] = ()
+        if end == sequence.num_tokens and sequence.max_tokens > 0:
+            samples = (sequence, *self._begin_forks(sequence, end))
+        reports = sequence.num_reported < min(end, sequence.prompt_length)
+        report_from = sequence.num_reported if reports else end
+        plan.scheduled.append(ScheduledSequence(sequence, start, count, samples, report_from))
+
+    def _begin_forks(self, sequence: Sequence, end: int) -> list[Sequence]:
+        """Makes a sequence's forks run beside it, in its blocks, as if their prompt were computed up to `end`."""
+        forks = sequence.forks
+        if not forks:
+            return forks
+        place = self._running.index(sequence) + 1
+        self._running[place:place] = forks
+        self._pending_forks -= len(forks)
+        for fork in forks:
+            self._pool.share(sequence.block_table)
+            fork.leader = None
+            fork.block_table = list(sequence.block_table)
+            fork.continue_from(sequence)
+            fork.num_computed = end
+        sequence.forks = []
+        return forks
+
     def _admit(self, plan: StepPlan, budget: int) -> None:
-        while self._waiting and budget > 0 and len(self._running) < self._max_num_seqs:
+        while self._waiting and budget > 0 and self.num_running < self._max_num_seqs:
             sequence = next(iter(self._waiting.values()))
             hits = self._prefix_hits(sequence)
             needed = self._pool.blocks_for(sequence.num_tokens) - len(hits)
             available = self._pool.num_free - sum(map(self._pool.is_free, hits))
             # Each running sequence may soon want one more block; without that headroom a sequence that was just
             # preempted would come straight back, only to be preempted again.
-            if needed + len(self._running) > available:
+            headroom = available - needed - self.num_running
+            if headroom < 0:
                 return
             del self._waiting[sequence.key]
+            self._split(sequence, min(headroom, self._max_num_seqs - self.num_running - 1))
             self._pool.share(hits)
             sequence.block_table = hits + self._pool.allocate(needed)
             sequence.num_computed = len(hits) * self._pool.block_size
             self._running.append(sequence)
+            self._pending_forks += len(sequence.forks)
             self._count_admission(sequence)
             budget -= self._plan_chunk(plan, sequence, budget)
+
+    def _split(self, sequence: Sequence, most_forks: int) -> None:
+        """Leaves a sequence so many forks; the others wait, at the front, and one of them leads them."""
+        rest = sequence.forks[most_forks:]
+        if not rest:
+            return
+        del sequence.forks[most_forks:]
+        first, *others = rest
+        first.leader = None
+        first.forks = others
+        first.cached_tokens = 0  # their prompt is counted already
+        for fork in others:
+            fork.leader = first
+        self._waiting[first.key] = first
+        self._waiting.move_to_end(first.key, last=False)
+
+    def _replace(self, sequence: Sequence, heir: Sequence) -> None:
+        """Puts a fork in the place of its leader."""
+        sequence.hand_over(heir)
+        if sequence.key in self._waiting:
+            queue = [heir if own is sequence else own for own in self._waiting.values()]
+            self._waiting = OrderedDict((own.key, own) for own in queue)
+        else:
+            self._running[self._running.index(sequence)] = heir
+            self._pending_forks -= 1
 
     def _prefix_hits(self, sequence: Sequence) -> list[int]:
         if not self._pool.prefix_caching:
             return []
-        # The last token is always computed: its logits are what the next token is sampled from.
-        full_blocks = (sequence.num_tokens - 1) // self._pool.block_size
+        # The last token is always computed: its logits are what the next token is sampled from.  So are tokens whose
+        # states are still to be reported: the cache does not hold those.
+        reusable = sequence.num_tokens - 1
+        if sequence.num_reported < sequence.prompt_length:
+            reusable = sequence.num_reported
+        full_blocks = reusable // self._pool.block_size
         return self._pool.lookup(sequence.block_hashes(full_blocks, self._pool.block_size))
 
     def _count_admission(self, sequence: Sequence) -> None:
@@ -251,20 +376,28 @@ class Scheduler:
             sequence.cached_tokens = sequence.num_computed
             self._prompt_tokens += sequence.prompt_length
 
-    def _reserve_next(self, sequence: Sequence) -> bool:
+    def _reserve_next(self, plan: StepPlan, sequence: Sequence) -> bool:
         """Makes room for one more token; False when that took the sequence's own blocks."""
-        if sequence.num_computed < len(sequence.block_table) * self._pool.block_size:
-            return True
-        while self._pool.num_free == 0:
-            victim = self._running[-1]
-            self._preempt(victim)
-            if victim is sequence:
-                return False
-        sequence.block_table += self._pool.allocate(1)
+        table, index = sequence.block_table, sequence.num_computed // self._pool.block_size
+        while index == len(table) or self._pool.is_shared(table[index]):
+            if self._pool.num_free == 0:
+                victim = self._running[-1]
+                self._preempt(victim)
+                if victim is sequence:
+                    return False
+                continue  # perhaps it was the victim who shared the block
+            (block,) = self._pool.allocate(1)
+            if index == len(table):
+                table.append(block)
+            else:
+                plan.copies.append((table[index], block))
+                self._pool.release([table[index]])
+                table[index] = block
         return True
 
     def _preempt(self, victim: Sequence) -> None:
         self._running.pop()
+        self._pending_forks -= len(victim.forks)
         self._preemptions += 1
         self._recomputed_tokens += victim.num_computed
         self._release(victim)

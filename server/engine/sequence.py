@@ -3,12 +3,13 @@
 from collections.abc import Hashable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
+from typing import Self
 
 from server.engine.blocks import ROOT_HASH, hash_block
-from server.engine.messages import Sampling
+from server.engine.messages import Pooling, Sampling
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Sequence:
     """A prompt and what has been generated for it so far.
 
@@ -16,9 +17,16 @@ class Sequence:
         key: who asked for it; unique among live sequences.
         token_ids: prompt and output, in order.
         prompt_length: how many of them are the prompt.
-        max_tokens: most output tokens.
+        max_tokens: most output tokens; with 0 it ends when its prompt is computed.
         stop_token_ids: an output token among these is the last.
-        sampling: passed on to the runner unread.
+        sampling: passed on to the runner unread, as are the next four.
+        sample_index: which of the samples of one prompt it is.
+        prompt_logprobs: most probable tokens to report beside each prompt token; None for no report.
+        pooling: what to report of the prompt's final states; None for no report.
+        scores: whether to report a classifier's scores instead of the states.
+        forks: further samples of the same prompt, which begin where this one's prompt ends and cost nothing before.
+        leader: the sequence among whose forks it is.
+        num_reported: so many prompt tokens are reported or need no report.
         num_computed: the first so many tokens have their keys and values in the blocks.
         block_table: the blocks that hold them, in order.
         cached_tokens: prompt tokens found in the prefix cache at the first admission; None before it.
@@ -30,7 +38,14 @@ class Sequence:
     max_tokens: int
     stop_token_ids: frozenset[int] = frozenset()
     sampling: Sampling = field(default_factory=Sampling)
+    sample_index: int = 0
+    prompt_logprobs: int | None = None
+    pooling: Pooling | None = None
+    scores: bool = False
+    forks: list["Sequence"] = field(default_factory=list)
+    leader: "Sequence | None" = None
     prompt_length: int = field(init=False)
+    num_reported: int = field(init=False)
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
     cached_tokens: int | None = None
@@ -39,6 +54,17 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.token_ids)
+        if self.prompt_logprobs is not None or self.pooling in ("sum", "all"):
+            self.num_reported = 0
+        else:
+            self.num_reported = self.prompt_length - (self.pooling == "last")
+        for fork in self.forks:
+            fork.leader = self
+
+    @property
+    def family(self) -> list["Sequence"]:
+        """It and its forks."""
+        return [self, *self.forks]
 
     @property
     def num_tokens(self) -> int:
@@ -59,6 +85,21 @@ class Sequence:
     def finished(self) -> bool:
         """Whether it will get no more tokens."""
         return self.finish_reason is not None
+
+    def hand_over(self, heir: "Sequence") -> None:
+        """Gives its blocks and forks to a sequence of the same prompt; neither has output yet."""
+        heir.forks, self.forks = self.forks, []
+        heir.leader = None
+        for fork in heir.forks:
+            fork.leader = heir
+        heir.block_table, self.block_table = self.block_table, []
+        heir.continue_from(self)
+
+    def continue_from(self, other: Self) -> None:
+        """Takes over what is known of another sequence's prompt."""
+        self.num_computed = other.num_computed
+        self.cached_tokens = other.cached_tokens
+        self._block_hashes = list(other._block_hashes)
 
     def block_hashes(self, count: int, block_size: int) -> Ids[bytes]:
         """The chain of hashes of its first `count` blocks, which must be full of known tokens."""

@@ -6,18 +6,18 @@ Knows no endpoint's insides.
 import random
 import time
 from importlib.metadata import version
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from pydantic import BaseModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model.config import PersimmonConfig
 from model.tokenizer import Tokenizer
+from model.vocabulary import VocabularyMap
 from server.engine.client import EngineClient
 from server.http import errors, status, tokens
 from server.http.chat import create_chat_completion
 from server.http.completions import create_completion
+from server.http.documentation import Documentation
 from server.http.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -25,6 +25,7 @@ from server.http.protocol import (
     TokenizeRequest,
     parse,
 )
+from server.http.responses import ChatCompletion, ChatCompletionChunk, Completion
 from server.http.service import Service
 from server.metrics import Metrics
 
@@ -43,49 +44,56 @@ def create_app(
     config: PersimmonConfig,
     served_model_name: str,
     seed: int = 0,
+    vocabulary: VocabularyMap | None = None,
 ) -> FastAPI:
     """The application of one API worker.
 
     Args:
         engine: the connection to the engine, which the caller starts and closes.
         tokenizer: the served model's.
-        config: the served model's.
+        config: the served model's, its token ids those of the tokenizer.
         served_model_name: its name in the API.
         seed: of the seeds that requests without one get.
+        vocabulary: of a trimmed checkpoint, else None.
     """
     metrics = Metrics(engine)
     # Sampling wants reproducible seeds, not secret ones.
     seeds = random.Random(seed)  # noqa: S311
-    service = Service(engine, tokenizer, config, served_model_name, metrics, seeds)
+    service = Service(engine, tokenizer, config, served_model_name, metrics, seeds, vocabulary)
     app = FastAPI(
         title="Persimmon server",
         version=version("persimmon-server"),
         description="OpenAI-style completions and chat for Adept's Persimmon models.",
     )
+    documentation = Documentation()
+    documentation.install(app)
     errors.install(app)
     app.add_middleware(_Measured, metrics=metrics)
-    app.include_router(status.router(service))
+    app.include_router(status.router(service, documentation))
 
-    @app.post(COMPLETIONS, openapi_extra=_documented(COMPLETIONS, CompletionRequest))
+    @app.post(COMPLETIONS, **documentation.endpoint({200: Completion}, CompletionRequest, chunk=Completion))
     async def completions(request: Request) -> Response:
         """Continues one or more prompts."""
         arrival = time.perf_counter()
         body = parse(await _body(request), CompletionRequest)
         return await create_completion(service, body, request.receive, arrival)
 
-    @app.post(CHAT_COMPLETIONS, openapi_extra=_documented(CHAT_COMPLETIONS, ChatCompletionRequest))
+    @app.post(
+        CHAT_COMPLETIONS,
+        **documentation.endpoint({200: ChatCompletion}, ChatCompletionRequest, chunk=ChatCompletionChunk),
+    )
     async def chat_completions(request: Request) -> Response:
         """Answers the last message of a conversation."""
         arrival = time.perf_counter()
         body = parse(await _body(request), ChatCompletionRequest)
         return await create_chat_completion(service, body, request.receive, arrival)
 
-    @app.post(TOKENIZE, openapi_extra=_documented(TOKENIZE, TokenizeRequest))
+    @app.post(TOKENIZE, **documentation.endpoint({200: tokens.Tokens}, TokenizeRequest))
     async def tokenize(request: Request) -> Response:
         """The token ids of a text or of a conversation."""
         return await tokens.tokenize(service, parse(await _body(request), TokenizeRequest))
 
-    @app.post(DETOKENIZE, openapi_extra=_documented(DETOKENIZE, DetokenizeRequest))
+    @app.post(DETOKENIZE, **documentation.endpoint({200: tokens.Text}, DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
         return await tokens.detokenize(service, parse(await _body(request), DetokenizeRequest))
@@ -100,13 +108,6 @@ async def _body(request: Request) -> bytes:
         if len(body) > MAX_BODY_BYTES:
             raise errors.ApiError(413, f"The body is longer than {MAX_BODY_BYTES} bytes.", code="request_too_large")
     return bytes(body)
-
-
-def _documented(path: str, kind: type[BaseModel]) -> dict[str, Any]:
-    """The body's schema for /docs, where the endpoint itself reads the bytes."""
-    here = f"#/paths/{path.replace('/', '~1')}/post/requestBody/content/application~1json/schema"
-    schema = kind.model_json_schema(ref_template=here + "/$defs/{model}")
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 class _Measured:

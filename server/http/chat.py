@@ -22,10 +22,14 @@ from server.http.responses import (
     ChatCompletion,
     ChatCompletionChunk,
     ChatDelta,
+    ChatLogprobs,
     ChatMessage,
+    ChatTokenLogprob,
+    TopLogprob,
 )
 from server.http.service import Service
 from server.http.sse import DONE, EventStream, event
+from server.http.token_report import TokenReport, TokenText
 
 
 def chat_prompt(messages: Sequence[ChatMessageRequest]) -> str:
@@ -76,6 +80,7 @@ async def _whole(service: Service, request: ChatCompletionRequest, generation: G
             index,
             ChatMessage(answer.text),
             answer.finish_reason,
+            _logprobs(answer.reports) if request.logprobs else None,
             token_ids=answer.token_ids if request.return_token_ids else UNSET,
         )
         for index, answer in enumerate(answers)
@@ -85,6 +90,7 @@ async def _whole(service: Service, request: ChatCompletionRequest, generation: G
             _new_id(),
             created,
             service.served_model_name,
+            service.system_fingerprint,
             choices,
             usage,
             prompt_token_ids=generation.prompt_token_ids(0) if request.return_token_ids else UNSET,
@@ -95,7 +101,7 @@ async def _whole(service: Service, request: ChatCompletionRequest, generation: G
 async def _stream(
     service: Service, request: ChatCompletionRequest, generation: Generation
 ) -> AsyncGenerator[bytes, None]:
-    identity = (_new_id(), int(time.time()), service.served_model_name)
+    identity = (_new_id(), int(time.time()), service.served_model_name, service.system_fingerprint)
     no_usage = None if request.include_usage else UNSET
     with_ids = request.return_token_ids
     begun: set[int] = set()
@@ -108,7 +114,9 @@ async def _stream(
 
     def content_chunk(piece: Piece) -> bytes:
         delta = ChatDelta(content=piece.text)
-        choice = ChatChunkChoice(piece.choice, delta, token_ids=piece.token_ids if with_ids else UNSET)
+        logprobs = _logprobs(piece.reports) if piece.reports else None
+        token_ids = piece.token_ids if with_ids else UNSET
+        choice = ChatChunkChoice(piece.choice, delta, logprobs=logprobs, token_ids=token_ids)
         return event(ChatCompletionChunk(*identity, [choice], usage=no_usage))
 
     def finish_chunk(piece: Piece) -> bytes:
@@ -117,7 +125,7 @@ async def _stream(
 
     def chunks(piece: Piece) -> bytes:
         frames = b"" if piece.choice in begun else role_chunk(piece.choice)
-        if piece.text or (with_ids and piece.token_ids):
+        if piece.text or piece.reports or (with_ids and piece.token_ids):
             frames += content_chunk(piece)
         if piece.finish_reason is not None:
             frames += finish_chunk(piece)
@@ -133,6 +141,24 @@ async def _stream(
         yield event(ChatCompletionChunk(*identity, [], usage=count.usage)) + DONE
     else:
         yield DONE
+
+
+def _logprobs(reports: Sequence[TokenReport]) -> ChatLogprobs:
+    return ChatLogprobs(
+        [
+            ChatTokenLogprob(
+                own.text.name,
+                0.0 if own.logprob is None else own.logprob,
+                _utf8(own.text),
+                [TopLogprob(text.name, logprob, _utf8(text)) for text, logprob in own.top],
+            )
+            for own in reports
+        ]
+    )
+
+
+def _utf8(text: TokenText) -> list[int] | None:
+    return None if text.utf8 is None else list(text.utf8)
 
 
 def _new_id() -> str:

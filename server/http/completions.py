@@ -3,7 +3,7 @@
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
 import msgspec
 from fastapi import Response
@@ -13,9 +13,10 @@ from starlette.types import Receive
 from server.http.disconnect import until_disconnect
 from server.http.generation import Generation, Piece, UsageCount
 from server.http.protocol import CompletionRequest
-from server.http.responses import Completion, CompletionChoice
+from server.http.responses import Completion, CompletionChoice, CompletionLogprobs
 from server.http.service import Service
 from server.http.sse import DONE, EventStream, event
+from server.http.token_report import TokenReport
 
 
 async def create_completion(service: Service, request: CompletionRequest, receive: Receive, arrival: float) -> Response:
@@ -34,7 +35,9 @@ async def create_completion(service: Service, request: CompletionRequest, receiv
         ClientDisconnect: the client went away before its answer was complete.
     """
     generation = await service.prepare(request, request.prompt, request.stop, arrival)
-    empty = Completion(f"cmpl-{uuid.uuid4().hex}", int(time.time()), service.served_model_name, [])
+    empty = Completion(
+        f"cmpl-{uuid.uuid4().hex}", int(time.time()), service.served_model_name, service.system_fingerprint, []
+    )
     if request.stream:
         return EventStream(_stream(service, request, generation, empty))
     body = await until_disconnect(receive, _whole(service, request, generation, empty))
@@ -43,13 +46,15 @@ async def create_completion(service: Service, request: CompletionRequest, receiv
 
 async def _whole(service: Service, request: CompletionRequest, generation: Generation, empty: Completion) -> bytes:
     answers, usage = await service.generator.answers(generation)
+    with_ids = request.return_token_ids
     choices = [
         CompletionChoice(
             index,
             answer.text,
             answer.finish_reason,
-            token_ids=answer.token_ids if request.return_token_ids else UNSET,
-            prompt_token_ids=generation.prompt_token_ids(index) if request.return_token_ids else UNSET,
+            _logprobs(answer.reports) if generation.logprobs is not None else None,
+            token_ids=answer.token_ids if with_ids else UNSET,
+            prompt_token_ids=generation.prompts[index // generation.n].token_ids if with_ids else UNSET,
         )
         for index, answer in enumerate(answers)
     ]
@@ -59,14 +64,16 @@ async def _whole(service: Service, request: CompletionRequest, generation: Gener
 async def _stream(
     service: Service, request: CompletionRequest, generation: Generation, empty: Completion
 ) -> AsyncGenerator[bytes, None]:
-    identity = (empty.id, empty.created, empty.model)
+    identity = (empty.id, empty.created, empty.model, empty.system_fingerprint)
     no_usage = None if request.include_usage else UNSET
     begun: set[int] = set()
 
     def chunk(piece: Piece) -> bytes:
-        if not (piece.text or piece.finish_reason or (request.return_token_ids and piece.token_ids)):
+        with_ids = request.return_token_ids and piece.token_ids
+        if not (piece.text or piece.finish_reason or piece.reports or with_ids):
             return b""
-        choice = CompletionChoice(piece.choice, piece.text, piece.finish_reason)
+        logprobs = _logprobs(piece.reports) if piece.reports else None
+        choice = CompletionChoice(piece.choice, piece.text, piece.finish_reason, logprobs)
         if request.return_token_ids:
             prompt = UNSET if piece.choice in begun else generation.prompt_token_ids(piece.choice)
             begun.add(piece.choice)
@@ -83,3 +90,22 @@ async def _stream(
         yield event(msgspec.structs.replace(empty, usage=count.usage)) + DONE
     else:
         yield DONE
+
+
+def _logprobs(reports: Sequence[TokenReport]) -> CompletionLogprobs:
+    return CompletionLogprobs(
+        [own.text.name for own in reports],
+        [own.logprob for own in reports],
+        [_top(own) for own in reports],
+        [own.offset for own in reports],
+    )
+
+
+def _top(own: TokenReport) -> dict[str, float] | None:
+    """The token itself and the most probable ones; of several that read alike the most probable."""
+    if own.logprob is None:
+        return None
+    top = {own.text.name: own.logprob}
+    for text, logprob in own.top:
+        top[text.name] = max(logprob, top.get(text.name, logprob))
+    return top

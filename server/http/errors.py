@@ -16,6 +16,8 @@ CLIENT_CLOSED_REQUEST = 499
 """The status of a request whose client left before the answer; nobody reads it but the metrics."""
 
 _RETRY_AFTER_LOADING = 5
+# What a client sent may be megabytes, and an error that quotes all of it helps nobody.
+_MAX_ERROR_CHARACTERS = 1000
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):
@@ -56,7 +58,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.retry_after = retry_after
-        self.body = ErrorBody(ErrorDetail(message, type, param, code))
+        self.body = ErrorBody(ErrorDetail(_shortened(message), type, param and _shortened(param), code))
 
     def response(self) -> Response:
         """The error as a whole answer."""
@@ -119,6 +121,12 @@ def as_api_error(error: Exception) -> ApiError:
                 "The server had an error while it worked on your request; its log says more.",
                 "internal_error",
             )
+
+
+def _shortened(text: str) -> str:
+    """A text without its middle, where it is too long for an error."""
+    half = _MAX_ERROR_CHARACTERS // 2
+    return text if len(text) <= _MAX_ERROR_CHARACTERS else f"{text[:half]}…{text[-half:]}"
 
 
 def _server_error(status: int, message: str, code: str, retry_after: int | None = None) -> ApiError:

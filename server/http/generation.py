@@ -5,6 +5,7 @@ Knows nothing of HTTP bodies or how an answer is written.
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +13,13 @@ from dataclasses import dataclass, field
 import msgspec
 
 from model.chat_format import AnswerText
-from model.tokenizer import IncrementalDetokenizer, Tokenizer
-from server.engine.client import EngineClient
-from server.engine.messages import Sampling, SequenceOutput
+from model.tokenizer import Tokenizer
+from server.engine.client import EngineClient, SequenceStream, Work
+from server.engine.messages import Sampling, SequenceOutput, TokenLogprobs
 from server.http.errors import generation_failed
 from server.http.responses import PromptTokensDetails, Usage
 from server.http.stop_strings import StopChecker, StopStrings
+from server.http.token_report import ReportQueue, TokenReport, report
 from server.metrics import Metrics
 
 
@@ -42,28 +44,45 @@ class Generation:
 
     Attributes:
         prompts: at least one.
-        n: samples of each prompt.
+        n: answers to each prompt.
+        samples: of each prompt, of which the n most probable are the answers; n of them or more.
         stop_token_ids: tokens that end a sample and are no part of its text.
         stop_strings: strings that end a sample and are no part of its text.
         is_chat: whether the text is an answer in the chat format.
+        echo: whether a sample's text begins with its prompt's.
+        logprobs: how many of the most probable tokens to report beside each token; None reports no tokens.
         arrival: when the request came, on time.perf_counter's clock.
     """
 
     prompts: list[Prompt]
     n: int
+    samples: int
     stop_token_ids: list[int]
     stop_strings: StopStrings
     is_chat: bool
+    echo: bool
+    logprobs: int | None
     arrival: float
 
     @property
     def choices(self) -> int:
-        """Samples in all; choice prompt_index * n + sample_index is a prompt's sample."""
-        return len(self.prompts) * self.n
+        """Samples in all; choice prompt_index * samples + sample_index is a prompt's sample."""
+        return len(self.prompts) * self.samples
 
     def prompt_token_ids(self, choice: int) -> list[int]:
         """The tokens of the prompt that a choice continues."""
-        return self.prompts[choice // self.n].token_ids
+        return self.prompts[choice // self.samples].token_ids
+
+    def work(self, prompt: Prompt) -> Work:
+        """What the engine is to do for one of the prompts."""
+        return Work(
+            prompt.token_ids,
+            prompt.max_tokens,
+            self.stop_token_ids,
+            prompt.sampling,
+            self.samples,
+            self.logprobs if self.echo else None,
+        )
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -75,6 +94,9 @@ class Piece(msgspec.Struct, frozen=True):
         token_ids: new tokens, a stop token included, none after the one that completed a stop string.
         finish_reason: "stop" or "length" with the last piece, else None.
         cached_tokens: prompt tokens that came from the prefix cache.
+        reports: tokens, one after the other, whose text is certain now, where the request asked for reports.  In a
+            completion all of them come in the end; in a chat those that are no part of the text do not.
+        logprob: the sum of the new tokens' log-probabilities, where the engine reported them.
     """
 
     choice: int
@@ -82,6 +104,8 @@ class Piece(msgspec.Struct, frozen=True):
     token_ids: list[int]
     finish_reason: str | None
     cached_tokens: int
+    reports: list[TokenReport] = []
+    logprob: float = 0.0
 
 
 @dataclass(slots=True)
@@ -91,19 +115,28 @@ class Answer:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    reports: list[TokenReport] = field(default_factory=list)
+    logprob: float = 0.0
+
+    @property
+    def mean_logprob(self) -> float:
+        """How probable its tokens were, for one of them; lowest where there is none."""
+        return self.logprob / len(self.token_ids) if self.token_ids else -math.inf
 
     def add(self, piece: Piece) -> None:
         """Takes the choice's next piece."""
         self.text += piece.text
         self.token_ids += piece.token_ids
         self.finish_reason = piece.finish_reason
+        self.reports += piece.reports
+        self.logprob += piece.logprob
 
 
 class UsageCount:
     """Counts the tokens of a request while its pieces come."""
 
     def __init__(self, generation: Generation) -> None:
-        self._samples = generation.n
+        self._samples = generation.samples
         self._prompt_tokens = sum(len(prompt.token_ids) for prompt in generation.prompts)
         self._completion_tokens = 0
         self._cached_tokens = [0] * len(generation.prompts)
@@ -132,41 +165,104 @@ class SampleText:
 
     Args:
         choice: the sample's index among the request's choices.
-        detokenizer: a new one.
-        stop: a new checker.
-        answer: takes the chat format's own space off; None for a text that is no chat answer.
+        tokenizer: of the served model.
+        generation: the request.
+        min_tokens: stop strings are looked for in what comes after so many tokens.
     """
 
-    def __init__(
-        self,
-        choice: int,
-        detokenizer: IncrementalDetokenizer,
-        stop: StopChecker,
-        answer: AnswerText | None = None,
-    ) -> None:
+    def __init__(self, choice: int, tokenizer: Tokenizer, generation: Generation, min_tokens: int = 0) -> None:
         self._choice = choice
-        self._detokenizer = detokenizer
-        self._stop = stop
-        self._answer = answer
+        self._tokenizer = tokenizer
+        self._detokenizer = tokenizer.detokenizer()
+        self._stop = StopChecker(generation.stop_strings)
+        # Takes the chat format's own space off.
+        self._answer = AnswerText() if generation.is_chat else None
+        self._reports = ReportQueue() if generation.logprobs is not None else None
+        self._keeps_all_reports = not generation.is_chat
+        self._unstoppable = min_tokens
+        self._begin = ""
+        self._length = 0  # characters of the text, those that are held back included
+        self._shown = 0
+
+    def echo(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
+        """Puts the prompt before the text; before any output.
+
+        Args:
+            token_ids: the prompt's.
+            logprobs: of its tokens but the first, or none.
+        """
+        prefixed = self._tokenizer.begins_with_prefix(token_ids)
+        for place, token_id in enumerate(token_ids):
+            text = self._detokenizer.push((token_id,))
+            own = logprobs[place - 1] if 0 < place <= len(logprobs) else None
+            takes_prefix = prefixed and bool(text) and not self._begin
+            self._note(token_id, own, " " if takes_prefix else "")
+            self._begin += text[1:] if takes_prefix else text
+            self._length = len(self._begin)
 
     def push(self, output: SequenceOutput) -> Piece:
         """Takes the engine's next output, which is no error."""
         ended = output.finish_reason
         readable = output.token_ids[:-1] if ended == "stop" else output.token_ids
-        text = ""
+        text, self._begin = self._begin, ""
+        logprobs: Sequence[TokenLogprobs | None] = output.logprobs or [None] * len(output.token_ids)
         # One by one, since a stop string may be complete before the last token of several.
-        for count, token_id in enumerate(readable, 1):
-            text += self._visible(self._detokenizer.push((token_id,)))
+        for count, (token_id, own) in enumerate(zip(readable, logprobs, strict=False), 1):
+            text += self._read(token_id, own)
             if self._stop.matched:
-                return Piece(self._choice, text, readable[:count], "stop", output.cached_tokens)
+                return self._piece(text, output, count, "stop")
         if ended is not None:
-            text += self._visible(self._detokenizer.finish())
+            if ended == "stop":
+                self._note(output.token_ids[-1], logprobs[-1], "")
+            text += self._stop.push(self._without_format(self._detokenizer.finish())[0])
             text += self._stop.finish()
             ended = "stop" if self._stop.matched else ended
-        return Piece(self._choice, text, output.token_ids, ended, output.cached_tokens)
+        return self._piece(text, output, len(output.token_ids), ended)
 
-    def _visible(self, text: str) -> str:
-        return self._stop.push(text if self._answer is None else self._answer.push(text))
+    def _read(self, token_id: int, logprobs: TokenLogprobs | None) -> str:
+        """What is certain of the text after one more token."""
+        text, prefix = self._without_format(self._detokenizer.push((token_id,)))
+        self._note(token_id, logprobs, prefix)
+        self._length += len(text)
+        if self._unstoppable:
+            self._unstoppable -= 1
+            return text
+        return self._stop.push(text)
+
+    def _without_format(self, text: str) -> tuple[str, str]:
+        """A text without what the chat format puts before it, and that."""
+        if self._answer is None:
+            return text, ""
+        answer = self._answer.push(text)
+        return answer, text[: len(text) - len(answer)]
+
+    def _note(self, token_id: int, logprobs: TokenLogprobs | None, prefix: str) -> None:
+        if self._reports is not None:
+            own = report(self._tokenizer, token_id, self._length, logprobs)
+            self._reports.add([own.without_prefix(prefix) if prefix else own])
+
+    def _piece(self, text: str, output: SequenceOutput, count: int, ended: str | None) -> Piece:
+        self._shown += len(text)
+        reports: list[TokenReport] = []
+        if self._reports is not None:
+            reports = self._reports.visible(self._shown)
+            if ended is not None and self._keeps_all_reports:
+                reports += self._reports.rest()
+        logprob = sum(own.logprob for own in output.logprobs[:count])
+        token_ids = output.token_ids[:count]
+        return Piece(self._choice, text, token_ids, ended, output.cached_tokens, reports, logprob)
+
+
+class _PromptReport:
+    """What the engine reports of a prompt, to the first sample alone, for all samples of it.
+
+    Attributes:
+        known: set when all has come.
+    """
+
+    def __init__(self) -> None:
+        self.logprobs: list[TokenLogprobs] = []
+        self.known = asyncio.Event()
 
 
 class Generator:
@@ -193,18 +289,23 @@ class Generator:
             EngineDeadError: the engine has ended.
             EngineNotReadyError: the model is still loading.
         """
-        if generation.choices == 1:
-            async with contextlib.aclosing(self._sample(generation, 0)) as pieces:
-                async for piece in pieces:
-                    yield [piece]
-            return
-        samples = [self._sample(generation, choice) for choice in range(generation.choices)]
-        async with contextlib.aclosing(_merged(samples)) as batches:
-            async for batch in batches:
-                yield batch
+        with contextlib.ExitStack() as stack:
+            samples: list[AsyncGenerator[Piece, None]] = []
+            for prompt in generation.prompts:
+                prompt_report = _PromptReport()
+                for stream in stack.enter_context(self._engine.submit(generation.work(prompt))):
+                    samples.append(self._sample(generation, len(samples), stream, prompt, prompt_report))
+            if len(samples) == 1:
+                async with contextlib.aclosing(samples[0]) as pieces:
+                    async for piece in pieces:
+                        yield [piece]
+                return
+            async with contextlib.aclosing(_merged(samples)) as batches:
+                async for batch in batches:
+                    yield batch
 
     async def answers(self, generation: Generation) -> tuple[list[Answer], Usage]:
-        """All choices, whole, and what they took.
+        """All answers, whole, and what they took; of more samples than answers the most probable ones, best first.
 
         Raises:
             ApiError, EngineDeadError, EngineNotReadyError: as `run` does.
@@ -216,25 +317,41 @@ class Generator:
                 count.add(batch)
                 for piece in batch:
                     answers[piece.choice].add(piece)
+        if generation.samples > generation.n:
+            samples = generation.samples
+            of_each_prompt = [answers[begin : begin + samples] for begin in range(0, len(answers), samples)]
+            answers = [
+                answer
+                for own in of_each_prompt
+                for answer in sorted(own, key=lambda sample: sample.mean_logprob, reverse=True)[: generation.n]
+            ]
         return answers, count.usage
 
-    async def _sample(self, generation: Generation, choice: int) -> AsyncGenerator[Piece, None]:
-        prompt_index, sample_index = divmod(choice, generation.n)
-        prompt = generation.prompts[prompt_index]
-        sampling = prompt.sampling
-        if sample_index:
-            sampling = msgspec.structs.replace(sampling, sample_index=sample_index)
-        sample = SampleText(
-            choice,
-            self._tokenizer.detokenizer(),
-            StopChecker(generation.stop_strings),
-            AnswerText() if generation.is_chat else None,
-        )
+    async def _sample(
+        self,
+        generation: Generation,
+        choice: int,
+        stream: SequenceStream,
+        prompt: Prompt,
+        prompt_report: _PromptReport,
+    ) -> AsyncGenerator[Piece, None]:
+        sample = SampleText(choice, self._tokenizer, generation, prompt.sampling.min_tokens)
         latency, last = self._metrics.time_to_first_token, generation.arrival
-        with self._engine.submit(prompt.token_ids, prompt.max_tokens, generation.stop_token_ids, sampling) as outputs:
-            async for output in outputs:
+        begun = False
+        with contextlib.closing(stream):
+            async for output in stream:
                 if output.finish_reason == "error":
                     raise generation_failed(output.error)
+                prompt_report.logprobs += output.prompt_logprobs
+                if not output.token_ids and output.finish_reason is None:
+                    continue
+                if not begun:
+                    begun = True
+                    if choice % generation.samples == 0:
+                        prompt_report.known.set()
+                    if generation.echo:
+                        await prompt_report.known.wait()
+                        sample.echo(prompt.token_ids, prompt_report.logprobs)
                 now = time.perf_counter()
                 latency.observe(now - last)
                 latency, last = self._metrics.inter_token_latency, now

@@ -30,18 +30,12 @@ Neutral = dict[str, tuple[object, ...]]
 _NEUTRAL: Neutral = {
     "add_special_tokens": (True,),
     "bad_words": ([],),
-    "echo": (False,),
-    "frequency_penalty": (0,),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
     "metadata": ({},),
-    "min_tokens": (0,),
-    "presence_penalty": (0,),
     "priority": (0,),
     "prompt_cache_key": (),
     "prompt_logprobs": (),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "safety_identifier": (),
     "service_tier": ("auto", "default"),
@@ -51,23 +45,22 @@ _NEUTRAL: Neutral = {
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
-_NEUTRAL_COMPLETION: Neutral = _NEUTRAL | {"logprobs": (), "suffix": ()}
+_NEUTRAL_COMPLETION: Neutral = _NEUTRAL | {"suffix": ("",)}
 _NEUTRAL_CHAT: Neutral = _NEUTRAL | {
     "add_generation_prompt": (True,),
     "audio": (),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
+    "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "prediction": (),
     "reasoning_effort": ("none",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -88,6 +81,8 @@ _NEUTRAL_TOKENIZE: Neutral = {
 }
 _NEUTRAL_STREAM_OPTIONS: Neutral = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
 
+MAX_BIASED_TOKENS = 1024
+MAX_SAMPLES = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKENS = 1024
 MAX_STOP_STRING_LENGTH = 1000
@@ -147,10 +142,35 @@ def _message_text(value: object) -> str:
     raise ValueError('it must be a string or a list of parts like {"type": "text", "text": "..."}; only text is read')
 
 
+def _logit_bias(value: object) -> dict[int, float]:
+    """Token ids, which JSON can only write as strings, with their biases."""
+    if not isinstance(value, dict):
+        raise ValueError('it must be an object like {"71013": -100}, of token ids and biases')
+    if len(value) > MAX_BIASED_TOKENS:
+        raise ValueError(f"it has {len(value)} tokens; at most {MAX_BIASED_TOKENS} may have a bias")
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        if not (key.isascii() and key.isdecimal() and len(key) <= _MAX_ID_DIGITS):
+            raise ValueError(f"{key[:40]!r} is no token id")
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            raise ValueError(f"the bias of token {key} must be a number from -100 to 100")
+        if int(key) in biases:
+            raise ValueError(f"token {int(key)} has two biases")
+        biases[int(key)] = float(bias)
+    return biases
+
+
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+_MAX_ID_DIGITS = 18
+_LOGIT_BIAS_SCHEMA = {
+    "type": "object",
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    "propertyNames": {"pattern": "^[0-9]+$"},
+    "maxProperties": MAX_BIASED_TOKENS,
+}
 _StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_STRING_LENGTH)]
 _PROMPT_SCHEMA = {
     "anyOf": [
@@ -218,7 +238,20 @@ class GenerationRequest(_Object):
         False,
         description="Go on past the answer's own end: end-of-text, and in chat the next human turn.",
     )
-    n: int = Field(1, ge=1, le=128, description="Answers to each prompt.")
+    presence_penalty: float = Field(
+        0.0, ge=-2, le=2, description="Taken off the logit of each token that is in the answer already."
+    )
+    frequency_penalty: float = Field(
+        0.0, ge=-2, le=2, description="Taken off a token's logit for each time that it is in the answer already."
+    )
+    repetition_penalty: float = Field(
+        1.0, gt=0, le=10, description="Divides the positive, multiplies the negative logits of tokens seen before."
+    )
+    logit_bias: Annotated[dict[int, float], PlainValidator(_logit_bias), WithJsonSchema(_LOGIT_BIAS_SCHEMA)] = Field(
+        default={}, description="Added to the logits of these token ids, after the penalties."
+    )
+    min_tokens: int = Field(0, ge=0, description="Before so many tokens the answer does not end.")
+    n: int = Field(1, ge=1, le=MAX_SAMPLES, description="Answers to each prompt.")
     stream: bool = Field(False, description="Send the answer in pieces, as server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
     return_token_ids: bool = Field(False, description="Add the token ids of prompts and answers.")
@@ -232,10 +265,32 @@ class GenerationRequest(_Object):
             raise ValueError("it is only allowed when stream is true")
         return value
 
+    @model_validator(mode="after")
+    def _min_before_max(self) -> Self:
+        field, limit = self.token_limit
+        if limit is not None and self.min_tokens > limit:
+            raise invalid("min_tokens", f"it is {self.min_tokens} but {field} is {limit}")
+        return self
+
     @property
     def token_limit(self) -> tuple[str, int | None]:
         """The field that limits the answer's tokens, and what it says."""
         return "max_tokens", self.max_tokens
+
+    @property
+    def samples(self) -> tuple[str, int]:
+        """The field that says how many samples each prompt gets, and what it says."""
+        return "n", self.n
+
+    @property
+    def echoes(self) -> bool:
+        """Whether an answer begins with its prompt."""
+        return False
+
+    @property
+    def reported_logprobs(self) -> int | None:
+        """How many of the most probable tokens to report beside each; None reports no tokens."""
+        return None
 
     @property
     def include_usage(self) -> bool:
@@ -256,17 +311,56 @@ class CompletionRequest(GenerationRequest):
     )
     max_tokens: int | None = Field(
         None,
-        ge=1,
-        description="At most this many tokens. Default: 16, or what the context leaves if that is less.",
+        ge=0,
+        description="At most this many tokens. Default: 16, or what the context leaves if that is less. "
+        "0 with echo only computes the prompt.",
     )
-    best_of: int | None = Field(None, description="Accepted when it equals n.")
+    echo: bool = Field(False, description="Begin the answer's text with the prompt's.")
+    logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=5,
+        description="Report the log-probability of each token, the prompt's too with echo, and of so many most "
+        "probable ones in its place: the network's own, before temperature, penalties and biases.",
+    )
+    best_of: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_SAMPLES,
+        description="Make so many answers and return the n whose tokens have the highest mean log-probability. "
+        "Not in a stream.",
+    )
 
-    @field_validator("best_of")
-    @classmethod
-    def _as_many_as_n(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value is not None and value != info.data.get("n", value):
-            raise PydanticCustomError("unsupported", "", {"field": None, "allowed": (info.data["n"],)})
-        return value
+    @model_validator(mode="after")
+    def _best_of_more_than_n(self) -> Self:
+        if self.best_of is not None and self.best_of < self.n:
+            raise invalid("best_of", f"it is {self.best_of} but n is {self.n}; it must be at least n")
+        if self.best_of is not None and self.best_of > self.n and self.stream:
+            raise invalid("best_of", "in a stream it must equal n: the best answers are known at the end")
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_answer(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise invalid("max_tokens", "it may be 0 only with echo; give at least 1")
+        if self.max_tokens == 0 and self.samples[1] > 1:
+            raise invalid(self.samples[0], "answers without new tokens would all be the same; give 1 with max_tokens 0")
+        return self
+
+    @property
+    def samples(self) -> tuple[str, int]:
+        """The field that says how many samples each prompt gets, and what it says."""
+        return super().samples if self.best_of is None else ("best_of", self.best_of)
+
+    @property
+    def echoes(self) -> bool:
+        """Whether an answer begins with its prompt."""
+        return self.echo
+
+    @property
+    def reported_logprobs(self) -> int | None:
+        """How many of the most probable tokens to report beside each; None reports no tokens."""
+        return self.logprobs
 
 
 class ChatMessage(_Object):
@@ -274,7 +368,10 @@ class ChatMessage(_Object):
 
     neutral = _NEUTRAL_MESSAGE
 
-    role: str = Field(description='"system" (or "developer"), "user" or "assistant".')
+    role: str = Field(
+        description='"system" (or "developer"), "user" or "assistant".',
+        json_schema_extra={"enum": ["system", "developer", "user", "assistant"]},
+    )
     content: Annotated[str, PlainValidator(_message_text), WithJsonSchema(_CONTENT_SCHEMA)] = Field(
         description="A text, or text parts, which become one text with a line for each."
     )
@@ -294,6 +391,26 @@ class ChatCompletionRequest(GenerationRequest):
         None, ge=1, description="At most this many tokens. Default: what the context leaves."
     )
 
+    logprobs: bool = Field(
+        False,
+        description="Report the log-probability of each token of the answer: the network's own, before temperature, "
+        "penalties and biases.",
+    )
+    top_logprobs: int = Field(
+        0, ge=0, le=20, description="Report so many most probable tokens in each one's place. Only with logprobs."
+    )
+
+    @model_validator(mode="after")
+    def _top_of_what_is_reported(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise invalid("top_logprobs", "it is only allowed when logprobs is true")
+        return self
+
+    @property
+    def reported_logprobs(self) -> int | None:
+        """How many of the most probable tokens to report beside each; None reports no tokens."""
+        return self.top_logprobs if self.logprobs else None
+
     @field_validator("max_completion_tokens")
     @classmethod
     def _same_as_max_tokens(cls, value: int | None, info: ValidationInfo) -> int | None:
@@ -308,6 +425,11 @@ class ChatCompletionRequest(GenerationRequest):
         if self.max_completion_tokens is not None:
             return "max_completion_tokens", self.max_completion_tokens
         return super().token_limit
+
+
+def invalid(field: str, reason: str) -> PydanticCustomError:
+    """What a validator of a whole request raises for one of its fields."""
+    return PydanticCustomError("invalid_field", "", {"field": field, "reason": reason})
 
 
 class TokenizeRequest(_Object):
@@ -369,6 +491,9 @@ def _bad_request(error: ErrorDetails) -> ApiError:
             allowed = ", ".join(msgspec.json.encode(value).decode() for value in context["allowed"])
             remedy = f"leave it out or send {allowed}" if allowed else "leave it out"
             return bad_request(f"'{path}' is not supported by this server; {remedy}.", path, "unsupported_parameter")
+        case "invalid_field":
+            path = _path((*error["loc"], context["field"]))
+            return bad_request(f"Invalid '{path}': {context['reason']}.", path)
         case "value_error" if not path:
             return bad_request(f"Invalid request: {context['error']}.", None)
         case "value_error":

@@ -22,13 +22,50 @@ class Usage(Struct, frozen=True):
     prompt_tokens_details: PromptTokensDetails
 
 
+class CompletionLogprobs(Struct, frozen=True):
+    r"""A completion's tokens: lists of one entry for each, natural log-probabilities under the network's own logits.
+
+    A token's text is "bytes:\xe2" where its bytes are no whole characters.  The first token of a prompt has no
+    log-probability, and so null in both lists.  `text_offset` counts characters from the beginning of the answer.
+    """
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class TopLogprob(Struct, frozen=True):
+    """A token that might have come, and its natural log-probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatTokenLogprob(Struct, frozen=True):
+    """A token of an answer, its natural log-probability under the network's own logits, and what might have come."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Struct, frozen=True):
+    """The tokens of a chat's answer, or of the next piece of it."""
+
+    content: list[ChatTokenLogprob]
+    refusal: None = None
+
+
 class CompletionChoice(Struct, frozen=True):
     """One answer of a completion, or the next piece of it."""
 
     index: int
     text: str
     finish_reason: str | None
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 
@@ -39,6 +76,7 @@ class Completion(Struct, frozen=True, tag_field="object", tag="text_completion")
     id: str
     created: int
     model: str
+    system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage | UnsetType | None = UNSET
 
@@ -56,7 +94,7 @@ class ChatChoice(Struct, frozen=True):
     index: int
     message: ChatMessage
     finish_reason: str | None
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -66,6 +104,7 @@ class ChatCompletion(Struct, frozen=True, tag_field="object", tag="chat.completi
     id: str
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] | UnsetType = UNSET
@@ -84,7 +123,7 @@ class ChatChunkChoice(Struct, frozen=True):
     index: int
     delta: ChatDelta
     finish_reason: str | None = None
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -94,6 +133,7 @@ class ChatCompletionChunk(Struct, frozen=True, tag_field="object", tag="chat.com
     id: str
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET

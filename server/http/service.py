@@ -3,11 +3,14 @@
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
+from importlib.metadata import version
 
 from model.config import PersimmonConfig
 from model.tokenizer import Tokenizer
+from model.vocabulary import VocabularyMap
 from server.engine.client import EngineClient, EngineDeadError, EngineNotReadyError
 from server.engine.messages import Sampling
 from server.http.errors import bad_request, context_length_exceeded, model_not_found
@@ -34,6 +37,7 @@ class Service:
         config: the served model's.
         served_model_name: its name in the API.
         metrics: what this worker measures.
+        vocabulary: of a trimmed checkpoint, whose embedding lacks some of the token ids; else None.
         seeds: gives a seed to each prompt of a request that brings none.
         created: when the worker started, in seconds since 1970.
     """
@@ -44,6 +48,7 @@ class Service:
     served_model_name: str
     metrics: Metrics
     seeds: random.Random
+    vocabulary: VocabularyMap | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -64,6 +69,13 @@ class Service:
         if self.engine.info is None:
             raise EngineNotReadyError("the model is still loading")
         return self.engine.info.max_model_len
+
+    @property
+    def system_fingerprint(self) -> str:
+        """Changes when answers to the same request with the same seed may: with the server, the model or the device."""
+        info = self.engine.info
+        served = (version("persimmon-server"), self.served_model_name, info and info.dtype, info and info.device)
+        return "fp_" + blake2b(repr(served).encode(), digest_size=5).hexdigest()
 
     def check_model(self, name: str | None) -> None:
         """Raises the ApiError for a model that is not the one served; None is whatever is served."""
@@ -93,11 +105,12 @@ class Service:
         """
         self.check_model(request.model)
         limit = self.max_model_len
-        if len(prompts) * request.n > MAX_CHOICES:
+        field, samples = request.samples
+        if len(prompts) * samples > MAX_CHOICES:
             raise bad_request(
-                f"{len(prompts)} prompts with n = {request.n} are {len(prompts) * request.n} answers; "
+                f"{len(prompts)} prompts with {field} = {samples} are {len(prompts) * samples} answers; "
                 f"one request may ask for {MAX_CHOICES}.",
-                "n",
+                field,
             )
         names = [
             request.prompt_field if len(prompts) == 1 else f"{request.prompt_field}[{index}]"
@@ -107,7 +120,10 @@ class Service:
             if isinstance(prompt, list):
                 self.check_token_ids(name, prompt)
         self.check_token_ids("stop_token_ids", request.stop_token_ids)
+        self.check_token_ids("logit_bias", request.logit_bias)
         encoded = await self.encode(prompts)
+        for name, token_ids in zip(names, encoded, strict=True):
+            self._check_kept(name, token_ids)
         end_of_text = list(self.config.eos_token_ids)
         return Generation(
             prompts=[
@@ -115,24 +131,55 @@ class Service:
                 for name, token_ids in zip(names, encoded, strict=True)
             ],
             n=request.n,
+            samples=samples,
             stop_token_ids=[*dict.fromkeys(request.stop_token_ids + ([] if request.ignore_eos else end_of_text))],
             stop_strings=StopStrings(stop),
             is_chat=request.is_chat,
+            echo=request.echoes,
+            logprobs=request.reported_logprobs,
             arrival=arrival,
         )
 
-    def check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
+    def check_token_ids(self, name: str, token_ids: Iterable[int]) -> None:
         """Raises the ApiError for an id outside the vocabulary in the field `name`."""
         size = self.config.vocab_size
         wrong = next((token_id for token_id in token_ids if not 0 <= token_id < size), None)
         if wrong is not None:
             raise bad_request(f"{name} holds the token id {wrong}, but this model's are 0 to {size - 1}.", name)
+        self._check_kept(name, token_ids)
+
+    def _check_kept(self, name: str, token_ids: Iterable[int]) -> None:
+        if self.vocabulary is None:
+            return
+        dropped = next((token_id for token_id in token_ids if not self.vocabulary.kept(token_id)), None)
+        if dropped is not None:
+            raise bad_request(
+                f"{name} holds the token id {dropped} ({self.tokenizer.pieces([dropped])[0]!r}), which this "
+                "checkpoint's trimmed vocabulary lacks; leave it out.",
+                name,
+            )
 
     def _sampling(self, request: GenerationRequest) -> Sampling:
         # A seed for each prompt: equal prompts in one request should not all get the same answer.
         seed = self.seeds.randrange(_SEEDS) if request.seed is None else request.seed % _SEEDS
-        top_k = request.top_k if 0 < request.top_k < self.config.vocab_size else 0
-        return Sampling(request.temperature, request.top_p, top_k, request.min_p, seed)
+        choices = self.config.vocab_size if self.vocabulary is None else len(self.vocabulary.ids)
+        top_k = request.top_k if 0 < request.top_k < choices else 0
+        logprobs = request.reported_logprobs
+        if logprobs is None and request.samples[1] > request.n:
+            logprobs = 0  # the most probable samples are the answers
+        return Sampling(
+            request.temperature,
+            request.top_p,
+            top_k,
+            request.min_p,
+            seed,
+            request.repetition_penalty,
+            request.presence_penalty,
+            request.frequency_penalty,
+            request.logit_bias,
+            request.min_tokens,
+            logprobs,
+        )
 
     async def encode(self, prompts: Sequence[str | list[int]], add_bos: bool | None = None) -> list[list[int]]:
         """Texts as token ids; what is token ids already stays as it is.
@@ -156,10 +203,12 @@ def _max_tokens(request: GenerationRequest, name: str, prompt_tokens: int, limit
         raise bad_request(f"{name} is empty, and this model puts no token before a text; give it some.", name)
     left = limit - prompt_tokens
     field, asked = request.token_limit
-    if left < 1:
+    if left < (asked != 0):
         raise context_length_exceeded(prompt_tokens, asked or 1, limit, name)
     if asked is None:
         return left if request.default_max_tokens is None else min(left, request.default_max_tokens)
+    if asked == 0:
+        return 0
     if asked > left:
         raise context_length_exceeded(prompt_tokens, asked, limit, field)
     return asked

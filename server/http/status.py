@@ -7,55 +7,71 @@ from importlib.metadata import version
 
 import msgspec
 from fastapi import APIRouter, Response
-from msgspec import UNSET
+from fastapi.responses import PlainTextResponse
+from msgspec import UNSET, Struct, UnsetType
 
 from server.engine.client import EngineDeadError, EngineNotReadyError
+from server.http.documentation import Documentation
+from server.http.errors import ErrorBody
 from server.http.responses import Model, ModelList
 from server.http.service import Service
 from server.metrics import CONTENT_TYPE
 
 
-def router(service: Service) -> APIRouter:
+class Health(Struct, frozen=True):
+    """The answer of the probes."""
+
+    status: str
+    reason: str | UnsetType = UNSET
+
+
+class Version(Struct, frozen=True):
+    """The answer of GET /version."""
+
+    version: str
+
+
+def router(service: Service, documentation: Documentation) -> APIRouter:
     """The routes, for one worker's service."""
     routes = APIRouter()
 
-    @routes.get("/v1/models")
+    @routes.get("/v1/models", **documentation.endpoint({200: ModelList}))
     async def models() -> Response:
         """Lists the one model that is served."""
         return _json(ModelList([_model(service)]))
 
-    @routes.get("/v1/models/{name:path}")
+    @routes.get("/v1/models/{name:path}", **documentation.endpoint({200: Model, 404: ErrorBody}))
     async def model(name: str) -> Response:
         """Describes the served model."""
         service.check_model(name)
         return _json(_model(service))
 
-    @routes.get("/livez")
+    @routes.get("/livez", **documentation.endpoint({200: Health}))
     async def live() -> Response:
         """200 whenever this process answers."""
-        return _json({"status": "alive"})
+        return _json(Health("alive"))
 
-    @routes.get("/health")
-    @routes.get("/readyz")
+    @routes.get("/health", **documentation.endpoint({200: Health, 503: Health}))
+    @routes.get("/readyz", **documentation.endpoint({200: Health, 503: Health}))
     async def ready() -> Response:
         """200 while the engine serves, 503 while it loads and after its end."""
         try:
             service.max_model_len  # noqa: B018 - raises where there is no engine to serve
         except EngineNotReadyError as error:
-            return _json({"status": "loading", "reason": str(error)}, 503)
+            return _json(Health("loading", str(error)), 503)
         except EngineDeadError as error:
-            return _json({"status": "dead", "reason": str(error)}, 503)
-        return _json({"status": "ready"})
+            return _json(Health("dead", str(error)), 503)
+        return _json(Health("ready"))
 
-    @routes.get("/metrics")
+    @routes.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus metrics."""
         return Response(service.metrics.exposition(), media_type=CONTENT_TYPE)
 
-    @routes.get("/version")
+    @routes.get("/version", **documentation.endpoint({200: Version}))
     async def server_version() -> Response:
         """The server's version."""
-        return _json({"version": version("persimmon-server")})
+        return _json(Version(version("persimmon-server")))
 
     return routes
 
@@ -65,5 +81,5 @@ def _model(service: Service) -> Model:
     return Model(service.served_model_name, service.created, UNSET if info is None else info.max_model_len)
 
 
-def _json(content: object, status: int = 200) -> Response:
+def _json(content: Struct, status: int = 200) -> Response:
     return Response(msgspec.json.encode(content), status, media_type="application/json")

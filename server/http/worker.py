@@ -18,6 +18,7 @@ import uvloop
 
 from model.config import PersimmonConfig
 from model.tokenizer import Tokenizer
+from model.vocabulary import VocabularyMap
 from server.child_process import follow_supervisor
 from server.config import Settings
 from server.engine.client import EngineClient
@@ -63,11 +64,14 @@ def run_api_worker(
     follow_supervisor()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s api worker: %(message)s")
     config = PersimmonConfig.from_folder(folder)
+    vocabulary = VocabularyMap.from_folder(folder, config)
+    if vocabulary is not None:
+        config = vocabulary.original(config)
     tokenizer = Tokenizer.from_folder(folder, settings.add_bos_token)
 
     async def main() -> None:
-        engine = EngineClient(engine_address)
-        app = create_app(engine, tokenizer, config, served_model_name, settings.seed)
+        engine = EngineClient(engine_address, vocabulary)
+        app = create_app(engine, tokenizer, config, served_model_name, settings.seed, vocabulary)
         server_config = uvicorn.Config(
             app,
             http="httptools",

@@ -3,12 +3,14 @@
 What is captured on a GPU is here launched anew for each step, from the same buffers.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from triton.runtime.interpreter import GridExecutor
@@ -24,7 +26,8 @@ from model.graph_sizes import default_sizes, graph_bytes
 from model.kv_cache import KVCache
 from model.persimmon import Persimmon
 from model.runner import Runner, SequenceInput
-from model.sampler import SamplingParams
+from model.sampler import Samples, SamplingParams
+from model.token_counts import TokenCounts
 from tests.engine_harness import CPU, poisoned_cache
 from tests.interpreter import multiply_as_matrix_units
 from tests.model import transformers_reference
@@ -149,12 +152,12 @@ def generate(
 ) -> list[list[int]]:
     """NEW_TOKENS for each prompt: a step for the prompts, then decode steps of all of them."""
     outputs: list[list[int]] = [[] for _ in prompts]
-    batch = [SequenceInput(p, 0, t, own) for p, t, own in zip(prompts, tables, params, strict=False)]
+    batch = [SequenceInput(p, 0, t, (own,)) for p, t, own in zip(prompts, tables, params, strict=False)]
     for position in range(1, NEW_TOKENS + 1):
         for output, token in zip(outputs, runner.run(batch), strict=True):
             output.append(token)
         batch = [
-            SequenceInput([out[-1]], len(p) + len(out) - 1, t, at_position(own, position))
+            SequenceInput([out[-1]], len(p) + len(out) - 1, t, (at_position(own, position),))
             for p, out, t, own in zip(prompts, outputs, tables, params, strict=False)
         ]
     return outputs
@@ -212,10 +215,10 @@ class TestTokens:
         outputs: list[list[int]] = [[], []]
         for start, end in ((0, 33), (33, 40), (40, 70)):  # of several tiles, of one, with most of the context cached
             known = [*short, *outputs[1]]
-            decode = SequenceInput(known, 0, fused.tables[1], GREEDY)
+            decode = SequenceInput(known, 0, fused.tables[1], (GREEDY,))
             if outputs[1]:
-                decode = SequenceInput(known[-1:], len(known) - 1, fused.tables[1], GREEDY)
-            chunk = SequenceInput(long[start:end], start, fused.tables[0], GREEDY if end == 70 else None)
+                decode = SequenceInput(known[-1:], len(known) - 1, fused.tables[1], (GREEDY,))
+            chunk = SequenceInput(long[start:end], start, fused.tables[0], (GREEDY,) if end == 70 else ())
             *first, token = fused.runner.run([chunk, decode])
             outputs[0] += first
             outputs[1].append(token)
@@ -225,10 +228,10 @@ class TestTokens:
         fused = Fused(shallow)
         runner = reference_runner(shallow)
         known, more = prompts(3, 20, 18, 18), prompts(5, 4)
-        first = [SequenceInput(tokens, 0, table, GREEDY) for tokens, table in zip(known, fused.tables, strict=False)]
+        first = [SequenceInput(tokens, 0, table, (GREEDY,)) for tokens, table in zip(known, fused.tables, strict=False)]
         # In the order that `run` would use.
         parts = [([7], 3, 0), ([8], 18, 2), ([9], 20, 1), (more[0], 0, 4), (more[1], 18, 3)]
-        second = [SequenceInput(tokens, start, fused.tables[i], GREEDY) for tokens, start, i in parts]
+        second = [SequenceInput(tokens, start, fused.tables[i], (GREEDY,)) for tokens, start, i in parts]
         for batch in (first, second):
             torch.testing.assert_close(fused.runner.logits(batch), runner.logits(batch), rtol=1e-4, atol=1e-4)
 
@@ -236,7 +239,7 @@ class TestTokens:
     def test_come_from_the_reference_s_logits_on_both_sides_of_a_small_step(self, shallow: Path, count: int) -> None:
         fused = Fused(shallow)
         (prompt,) = prompts(count)
-        batch = [SequenceInput(prompt, 0, fused.tables[0], GREEDY)]
+        batch = [SequenceInput(prompt, 0, fused.tables[0], (GREEDY,))]
         expected = reference_runner(shallow).logits(batch)
         torch.testing.assert_close(fused.runner.logits(batch), expected, rtol=1e-4, atol=1e-4)
 
@@ -248,7 +251,7 @@ class TestTokens:
         fused, exact = Fused(checkpoint, dtype), Fused(checkpoint)
         # The prompt, then a single token.
         for tokens, start in ((prompt, 0), ([11], 40)):
-            batch = [SequenceInput(tokens, start, fused.tables[0], GREEDY)]
+            batch = [SequenceInput(tokens, start, fused.tables[0], (GREEDY,))]
             expected, actual = exact.runner.logits(batch), fused.runner.logits(batch)
             assert (actual - expected).abs().max() < largest_error * expected.abs().max()
 
@@ -267,7 +270,7 @@ class TestLaunches:
         def launches(folder: Path, rows: int) -> int:
             fused = Fused(folder, sizes=[rows])
             launched[0] = 0
-            fused.runner.run([SequenceInput([3], 0, [row], GREEDY) for row in range(rows)])
+            fused.runner.run([SequenceInput([3], 0, [row], (GREEDY,)) for row in range(rows)])
             return launched[0]
 
         monkeypatch.setattr(GridExecutor, "__call__", counted)
@@ -284,7 +287,7 @@ def test_mlp_rows_that_meet_only_zeros_are_not_read(shallow: Path) -> None:
         assert layer.mlp_up.bias is not None
         layer.mlp_up.bias[:96] = -1e4
         layer.mlp_down.weight[:96] = what_lies_there
-        logits.append(fused.runner.logits([SequenceInput([3], 0, fused.tables[0], GREEDY)]))
+        logits.append(fused.runner.logits([SequenceInput([3], 0, fused.tables[0], (GREEDY,))]))
     assert logits[1].isfinite().all()
     assert torch.equal(*logits)
 
@@ -299,7 +302,7 @@ class TestPadding:
 
     def test_writes_to_no_block_of_a_sequence_that_has_left(self, shallow: Path) -> None:
         fused = Fused(shallow, sizes=[2])
-        stays, leaves = (SequenceInput([3], 0, table, GREEDY) for table in fused.tables[:2])
+        stays, leaves = (SequenceInput([3], 0, table, (GREEDY,)) for table in fused.tables[:2])
         # Twice each, because two buffers on the host take turns.
         for _ in range(2):
             fused.runner.run([stays, leaves])
@@ -323,11 +326,11 @@ def test_a_row_has_the_same_bits_alone_and_among_others(shallow: Path) -> None:
     asked = prompts(20)
     alone, among = Fused(shallow, torch.float16, [1]), Fused(shallow, torch.float16, [20])
     (prompt_output,) = alone.generate(asked)
-    among.runner.run([SequenceInput(asked[0], 0, among.tables[0], GREEDY)])
-    others = [SequenceInput([3], 0, [among.tables[1][i]], GREEDY) for i in range(19)]
+    among.runner.run([SequenceInput(asked[0], 0, among.tables[0], (GREEDY,))])
+    others = [SequenceInput([3], 0, [among.tables[1][i]], (GREEDY,)) for i in range(19)]
     output = [prompt_output[0]]
     for position in range(1, NEW_TOKENS):
-        own = SequenceInput([output[-1]], 20 + position - 1, among.tables[0], GREEDY)
+        own = SequenceInput([output[-1]], 20 + position - 1, among.tables[0], (GREEDY,))
         *_, token = among.runner.run([*others, own])
         output.append(token)
     assert output == prompt_output
@@ -344,20 +347,21 @@ class TestTokensThatTheHostHasNotSeen:
         expected = Fused(shallow, sizes=sizes).generate(asked)
         fused = Fused(shallow, sizes=sizes)
         pending = [
-            fused.runner.launch([SequenceInput(p, 0, t, GREEDY) for p, t in zip(asked, fused.tables, strict=False)])
+            fused.runner.launch([SequenceInput(p, 0, t, (GREEDY,)) for p, t in zip(asked, fused.tables, strict=False)])
         ]
         for step in range(1, NEW_TOKENS):
             # In another order than the step before, so that it matters which token is meant.
             order = [0, 1, 2] if step % 2 == 0 else [2, 0, 1]
             before = [0, 1, 2] if step % 2 else [2, 0, 1]
             batch = [
-                SequenceInput([-1 - before.index(i)], len(asked[i]) + step - 1, fused.tables[i], GREEDY) for i in order
+                SequenceInput([-1 - before.index(i)], len(asked[i]) + step - 1, fused.tables[i], (GREEDY,))
+                for i in order
             ]
             pending.append(fused.runner.launch(batch))
         outputs: list[list[int]] = [[], [], []]
         for step, tokens in enumerate(pending):
             order = [0, 1, 2] if step % 2 == 0 else [2, 0, 1]
-            for i, token in zip(order, tokens.wait(), strict=True):
+            for i, token in zip(order, tokens.wait().tokens, strict=True):
                 outputs[i].append(token)
         assert outputs == expected
 
@@ -365,11 +369,14 @@ class TestTokensThatTheHostHasNotSeen:
         asked = prompts(18, 25)
         expected = Fused(shallow).generate(asked[:1])[0][:2]
         fused = Fused(shallow)
-        first = fused.runner.launch([SequenceInput(asked[0], 0, fused.tables[0], GREEDY)])
+        first = fused.runner.launch([SequenceInput(asked[0], 0, fused.tables[0], (GREEDY,))])
         both = fused.runner.launch(
-            [SequenceInput(asked[1], 0, fused.tables[1], GREEDY), SequenceInput([-1], 18, fused.tables[0], GREEDY)]
+            [
+                SequenceInput(asked[1], 0, fused.tables[1], (GREEDY,)),
+                SequenceInput([-1], 18, fused.tables[0], (GREEDY,)),
+            ]
         )
-        assert [first.wait()[0], both.wait()[1]] == expected
+        assert [first.wait().tokens[0], both.wait().tokens[1]] == expected
 
 
 class TestDraws:
@@ -385,7 +392,7 @@ class TestDraws:
         # Other settings before these, in both of the buffers that take turns on the host.
         others = [SamplingParams(temperature=0.5, seed=9, top_k=7, top_p=0.5, min_p=0.1, position=8)] * 4
         for own in (others, others, params):
-            batch = [SequenceInput([9 + i], 0, fused.tables[i], row) for i, row in enumerate(own)]
+            batch = [SequenceInput([9 + i], 0, fused.tables[i], (row,)) for i, row in enumerate(own)]
             tokens = fused.runner.run(batch)
         assert tokens == reference_tokens(fused.runner.logits(batch), params)
 
@@ -396,8 +403,64 @@ class TestDraws:
         chooser = torch.Generator().manual_seed(6)
         hidden, head = (torch.randn(count, 64, generator=chooser) / 4 for count in (rows, VOCAB_SIZE))
         params = [SamplingParams(temperature=1.0, seed=row, top_k=2 if row % 16 == 0 else 0) for row in range(rows)]
-        tokens = FusedSampler(kernels, head)(hidden, params)
-        assert tokens.tolist() == reference_tokens(hidden @ head.t(), params)
+        samples = FusedSampler(kernels, head)(hidden, params)
+        assert samples.tokens.tolist() == reference_tokens(hidden @ head.t(), params)
+
+    @pytest.mark.parametrize("sizes", [[6], []], ids=["fixed buffers", "eager"])
+    def test_come_from_the_logits_that_their_row_asks_for(self, shallow: Path, sizes: list[int]) -> None:
+        seen = TokenCounts([4, 5])
+        for token in (6, 6, 7):
+            seen.append(token)
+        even = np.array([0x55555555] * -(-VOCAB_SIZE // 32), dtype=np.uint32).view(np.int32)
+        params = [
+            SamplingParams(temperature=3.0, seed=1, logit_bias=((5, 4.0), (VOCAB_SIZE - 1, 5.0)), logprobs=3),
+            SamplingParams(banned=(0, 1, 2)),
+            SamplingParams(
+                temperature=3.0, seed=2, seen=seen, repetition_penalty=1.5, frequency_penalty=0.5, logprobs=0
+            ),
+            SamplingParams(allowed=lambda: even, logprobs=1),
+            SamplingParams(temperature=2.0, seed=5, top_k=3, seen=seen, presence_penalty=-1.0, allowed=lambda: even),
+            SamplingParams(logprobs=2),
+        ]
+        fused = Fused(shallow, sizes=sizes)
+        batch = [SequenceInput([9 + i], 0, fused.tables[i % 4][:1], (row,)) for i, row in enumerate(params)]
+        batch[4] = replace(batch[4], block_table=fused.tables[0][1:2])
+        batch[5] = replace(batch[5], block_table=fused.tables[1][1:2])
+        result = fused.runner.launch(batch).wait()
+        logits = fused.runner.logits(batch)
+        expected = logits.clone()
+        expected[0, 5] += 4
+        expected[0, VOCAB_SIZE - 1] += 5
+        expected[1, :3] = -math.inf
+        for row in (2, 4):
+            own = params[row]
+            for token, count in ((4, 0), (5, 0), (6, 2), (7, 1)):
+                x = expected[row, token]
+                x = x / own.repetition_penalty if x > 0 else x * own.repetition_penalty
+                expected[row, token] = x - own.frequency_penalty * count - own.presence_penalty * (count > 0)
+        expected[3, 1::2] = expected[4, 1::2] = -math.inf
+        assert result.tokens == reference_tokens(expected, params)
+        # What is reported is the network's own opinion.
+        assert sorted(result.logprobs) == [0, 2, 3, 5]
+        for row, entry in result.logprobs.items():
+            logprobs = logits[row].log_softmax(-1)
+            assert entry.token_id == result.tokens[row]
+            assert entry.logprob == pytest.approx(float(logprobs[entry.token_id]), abs=1e-4)
+            best = logprobs.topk(params[row].logprobs or 0)
+            assert entry.top_ids == best.indices.tolist()
+            assert entry.top_logprobs == pytest.approx(best.values.tolist(), abs=1e-4)
+
+    def test_of_samples_of_one_prompt_are_those_of_each_alone(self, shallow: Path) -> None:
+        samples = [SamplingParams(temperature=3.0, seed=4, sample_index=index, logprobs=0) for index in range(5)]
+        fused = Fused(shallow, sizes=[])
+        prompt = [7, 8, 9]
+        batch = [SequenceInput(prompt, 0, fused.tables[0], samples), SequenceInput([3], 0, fused.tables[1], (GREEDY,))]
+        result = fused.runner.launch(batch).wait()
+        alone = [fused.runner.run([SequenceInput(prompt, 0, fused.tables[0], (own,))])[0] for own in samples]
+        assert result.tokens[:5] == alone
+        assert len(set(alone)) > 1
+        assert sorted(result.logprobs) == [0, 1, 2, 3, 4]
+        assert [result.logprobs[row].token_id for row in range(5)] == alone
 
     def test_of_more_rows_than_were_reserved_are_refused(self, shallow: Path) -> None:
         kernels = FusedKernels(CPU)
@@ -448,18 +511,18 @@ class TestSizes:
         taken: list[int] = []
         launch = fused.graphs.launch
 
-        def counted(batch: Sequence[SequenceInput]) -> torch.Tensor:
+        def counted(batch: Sequence[SequenceInput]) -> Samples:
             taken.append(len(batch))
             return launch(batch)
 
         monkeypatch.setattr(fused.graphs, "launch", counted)
-        one, two, three = (SequenceInput([3], 0, table, GREEDY) for table in fused.tables[:3])
+        one, two, three = (SequenceInput([3], 0, table, (GREEDY,)) for table in fused.tables[:3])
         for batch in ([one], [one, two], [one, two, three]):
             assert len(fused.runner.run(batch)) == len(batch)
         assert taken == [1, 2]
         # One token that is not a sequence's last known one draws nothing.
         expected = fused.runner.run([one])
-        assert fused.runner.run([replace(two, sampling=None), one]) == expected
+        assert fused.runner.run([replace(two, samplings=()), one]) == expected
         assert taken == [1, 2, 1]
 
     def test_beyond_the_largest_a_step_runs_without(self, shallow: Path) -> None:

@@ -128,8 +128,8 @@ class TestLogits:
             blocks = list(range(first_block, first_block + blocks_for([len(token_ids)], 16)))
             first_block += len(blocks)
             if split:
-                contexts.append(SequenceInput(token_ids[:split], 0, blocks, None))
-            rests.append(SequenceInput(token_ids[split:], split, blocks, SamplingParams()))
+                contexts.append(SequenceInput(token_ids[:split], 0, blocks, ()))
+            rests.append(SequenceInput(token_ids[split:], split, blocks, (SamplingParams(),)))
             expected.append(logits[len(token_ids) - 1])
         if contexts:
             assert runner.run(contexts) == []

@@ -45,13 +45,14 @@ class Bench:
 
     def part(self, sequence: int, start: int, end: int, sampling: SamplingParams | None = GREEDY) -> SequenceInput:
         """Tokens `start` to `end` of a sequence's text."""
-        return SequenceInput(text(sequence)[start:end], start, self.tables[sequence], sampling)
+        samplings = () if sampling is None else (sampling,)
+        return SequenceInput(text(sequence)[start:end], start, self.tables[sequence], samplings)
 
     def generate(self, sequences: list[int], count: int, params: list[SamplingParams]) -> list[list[int]]:
         """`count` tokens for each, all side by side; prompts are the first tokens of their texts."""
         prompts = [text(sequence)[: 1 + 3 * sequence] for sequence in sequences]
         inputs = [
-            SequenceInput(prompt, 0, self.tables[sequence], own)
+            SequenceInput(prompt, 0, self.tables[sequence], (own,))
             for sequence, prompt, own in zip(sequences, prompts, params, strict=True)
         ]
         outputs: list[list[int]] = [[] for _ in sequences]
@@ -64,7 +65,7 @@ class Bench:
                     [token],
                     last.start + len(last.token_ids),
                     last.block_table,
-                    replace(own, position=position),
+                    (replace(own, position=position),),
                 )
                 for last, token, own in zip(inputs, tokens, params, strict=True)
             ]

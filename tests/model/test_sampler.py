@@ -31,7 +31,7 @@ KNOWN_ANSWERS = [
 def draw(logits: Sequence[float], params: SamplingParams, count: int) -> list[int]:
     """The tokens at `count` successive positions that all have the same logits."""
     rows = torch.tensor([list(logits)]).repeat(count, 1)
-    return sample(rows, [replace(params, position=position) for position in range(count)]).tolist()
+    return sample(rows, [replace(params, position=position) for position in range(count)]).tokens.tolist()
 
 
 def naive_distribution(logits: Sequence[float], params: SamplingParams) -> dict[int, float]:
@@ -104,7 +104,7 @@ class TestUniform:
         ],
         ids=["positions", "sample indices", "seeds", "seeds above 32 bits", "the largest seeds"],
     )
-    def test_differs_between(self, changes: list[dict[str, int]]) -> None:
+    def test_differs_between(self, changes: list[dict[str, Any]]) -> None:
         draws = uniform([replace(SamplingParams(seed=11, position=2), **change) for change in changes])
         assert len(set(draws.tolist())) == len(changes)
         # Neighbours are unrelated, not merely different.
@@ -114,7 +114,7 @@ class TestUniform:
 class TestGreedy:
     def test_takes_the_most_probable_token(self) -> None:
         logits = torch.randn(40, 501, generator=torch.Generator().manual_seed(0))
-        tokens = sample(logits, [SamplingParams()] * 40).tolist()
+        tokens = sample(logits, [SamplingParams()] * 40).tokens.tolist()
         assert tokens == [int(np.argmax(row)) for row in logits.numpy()]
 
     @pytest.mark.parametrize("size", [2, 17, 4096, 70_000])
@@ -122,7 +122,7 @@ class TestGreedy:
         logits = torch.zeros(3, size)
         logits[1, size // 2] = logits[1, size - 1] = 1.0
         logits[2, size - 1] = 1.0
-        assert sample(logits, [SamplingParams()] * 3).tolist() == [0, size // 2, size - 1]
+        assert sample(logits, [SamplingParams()] * 3).tokens.tolist() == [0, size // 2, size - 1]
 
     def test_ignores_the_other_settings(self) -> None:
         params = SamplingParams(temperature=0.0, top_p=0.1, top_k=1, min_p=0.9, seed=5)
@@ -220,7 +220,7 @@ class TestDistribution:
         logits = torch.randn(64, 300, generator=torch.Generator().manual_seed(1))
         best = logits.argmax(-1).tolist()
         params = [SamplingParams(temperature=1.5, top_p=1e-12, seed=seed) for seed in range(64)]
-        assert sample(logits, params).tolist() == best
+        assert sample(logits, params).tokens.tolist() == best
 
     def test_whole_top_p_never_drops_a_token(self) -> None:
         # The last tokens' share is lost in the rounding of a sum near one; they must stay drawable all the same.
@@ -258,7 +258,7 @@ class TestExtremes:
         draws = [0.0, 0.25, 0.5, 0.75, 1 - 2**-53]
         monkeypatch.setattr("model.sampler.uniform", lambda params: np.array(draws))
         logits = torch.tensor([[-INFINITY, 0.0, -INFINITY, 0.0, 0.0, 0.0, -INFINITY]]).repeat(len(draws), 1)
-        assert sample(logits, [SamplingParams(temperature=1.0)] * len(draws)).tolist() == [1, 3, 4, 5, 5]
+        assert sample(logits, [SamplingParams(temperature=1.0)] * len(draws)).tokens.tolist() == [1, 3, 4, 5, 5]
 
     def test_a_vocabulary_of_one_token_is_drawn_from(self) -> None:
         assert draw([0.5], SamplingParams(temperature=1.0, top_k=3, top_p=0.5, min_p=0.5, seed=1), 20) == [0] * 20
@@ -268,11 +268,11 @@ class TestExtremes:
     def test_a_broken_row_does_not_disturb_the_others(self, bad: float, whole_row: bool) -> None:
         logits = torch.randn(8, 100, generator=torch.Generator().manual_seed(2))
         params = [SamplingParams(temperature=0.0 if row % 3 == 0 else 1.0, top_p=0.9, seed=row) for row in range(8)]
-        undisturbed = sample(logits.clone(), params).tolist()
+        undisturbed = sample(logits.clone(), params).tokens.tolist()
         for row in (0, 4):
             broken = logits.clone()
             broken[row, slice(None) if whole_row else slice(7, 8)] = bad
-            tokens = sample(broken, params).tolist()
+            tokens = sample(broken, params).tokens.tolist()
             assert 0 <= tokens[row] < 100
             del tokens[row]
             assert tokens == undisturbed[:row] + undisturbed[row + 1 :]
@@ -297,25 +297,27 @@ class TestIndependence:
 
     def test_of_the_rows_beside_it(self) -> None:
         logits, params = self.mixed_batch()
-        together = sample(logits.clone(), params).tolist()
-        alone = [int(sample(logits[row : row + 1].clone(), [params[row]])) for row in range(len(params))]
+        together = sample(logits.clone(), params).tokens.tolist()
+        alone = [int(sample(logits[row : row + 1].clone(), [params[row]]).tokens) for row in range(len(params))]
         assert together == alone
 
     def test_of_its_place(self) -> None:
         logits, params = self.mixed_batch()
-        together = sample(logits.clone(), params).tolist()
+        together = sample(logits.clone(), params).tokens.tolist()
         for seed in range(5):
             order = np.random.default_rng(seed).permutation(len(params)).tolist()
-            shuffled = sample(logits[order], [params[row] for row in order]).tolist()
+            shuffled = sample(logits[order], [params[row] for row in order]).tokens.tolist()
             assert shuffled == [together[row] for row in order]
 
     def test_rows_of_different_seeds_draw_differently(self) -> None:
-        tokens = sample(torch.zeros(50, 10_000), [SamplingParams(temperature=1.0, seed=seed) for seed in range(50)])
+        tokens = sample(
+            torch.zeros(50, 10_000), [SamplingParams(temperature=1.0, seed=seed) for seed in range(50)]
+        ).tokens
         assert len(set(tokens.tolist())) > 45
 
     def test_the_same_request_draws_the_same_again(self) -> None:
         logits, params = self.mixed_batch()
-        assert sample(logits.clone(), params).tolist() == sample(logits.clone(), params).tolist()
+        assert sample(logits.clone(), params).tokens.tolist() == sample(logits.clone(), params).tokens.tolist()
 
     def test_no_rows_give_no_tokens(self) -> None:
-        assert sample(torch.empty(0, 10), []).shape == (0,)
+        assert sample(torch.empty(0, 10), []).tokens.shape == (0,)

@@ -9,19 +9,21 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("triton-cache")
-
-
 @pytest.mark.parametrize(
-    "settings", [(), ("--max-num-seqs=1", "--enforce-eager"), ("--max-num-seqs=8",)], ids=["default", "eager", "few"]
+    "settings",
+    [
+        (),
+        ("--max-num-seqs=1", "--enforce-eager"),
+        ("--max-num-seqs=8",),
+        ("--architecture=PersimmonForTokenClassification",),
+    ],
+    ids=["default", "eager", "few", "classifier"],
 )
-def test_no_step_after_the_warm_up_compiles_a_kernel(settings: tuple[str, ...], cache: Path) -> None:
+def test_no_step_after_the_warm_up_compiles_a_kernel(settings: tuple[str, ...], triton_cache: Path) -> None:
     found = subprocess.run(
         [sys.executable, "-m", "tests.model.serving_compilations", *settings],
         cwd=Path(__file__).parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)},
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(triton_cache)},
         capture_output=True,
         text=True,
     )

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Callable
 import msgspec
 import pytest
 
-from server.engine.client import EngineClient, EngineDeadError, EngineNotReadyError, SequenceStream
-from server.engine.messages import Sampling, SequenceOutput, StepOutput, Submit
+from server.engine.client import EngineClient, EngineDeadError, EngineNotReadyError, SequenceStream, Work
+from server.engine.messages import Sampling, SequenceOutput, StepOutput, Submit, TokenLogprobs
 from tests.server.http.fake_engine import MAX_MODEL_LEN, STATS, FakeEngine, outputs, says
 
 pytestmark = pytest.mark.anyio
@@ -69,7 +69,7 @@ async def until(happened: Callable[[], bool]) -> None:
 
 async def news_has_come(engine: FakeEngine, client: EngineClient) -> None:
     """Returns once the client has taken all that the engine has sent so far."""
-    with client.submit([0], 2, [], SAMPLING) as stream:
+    with client.submit(Work([0], 2, [], SAMPLING)) as (stream,):
         await engine.until(lambda engine: stream.sequence_id in [submit.sequence_id for submit in engine.submitted])
         await engine.send(stream.sequence_id, [0], "length")
         await read(stream)
@@ -79,7 +79,7 @@ async def test_nothing_is_submitted_while_the_model_loads() -> None:
     async with FakeEngine(ready=False) as engine, connected(engine) as client:
         await engine.until(lambda engine: len(engine.workers) == 1)
         assert client.info is None
-        with pytest.raises(EngineNotReadyError), client.submit([1], 1, [], SAMPLING):
+        with pytest.raises(EngineNotReadyError), client.submit(Work([1], 1, [], SAMPLING)):
             pass
         await engine.become_ready()
         async with asyncio.timeout(PATIENCE):
@@ -96,13 +96,44 @@ async def test_the_engines_limits_and_state_are_known_when_it_is_ready(client: E
 
 
 async def test_a_submission_carries_all_that_was_asked_for(client: EngineClient, engine: FakeEngine) -> None:
-    with client.submit([5, 6], 9, [7, 8], SAMPLING) as stream:
+    with client.submit(Work([5, 6], 9, [7, 8], SAMPLING)) as (stream,):
         (submit,) = await engine.submissions(1)
-        assert submit == Submit(stream.sequence_id, [5, 6], 9, [7, 8], SAMPLING)
+        assert submit.whole == Submit([stream.sequence_id], [5, 6], 9, [7, 8], SAMPLING)
+
+
+async def test_samples_of_a_prompt_are_one_submission_and_end_one_by_one(
+    client: EngineClient, engine: FakeEngine
+) -> None:
+    work = Work([5, 6], 9, sampling=SAMPLING, samples=3, prompt_logprobs=2, pooling="all")
+    with client.submit(work) as streams:
+        submits = await engine.submissions(3)
+        ids = [stream.sequence_id for stream in streams]
+        assert all(submit.whole == Submit(ids, [5, 6], 9, [], SAMPLING, 2, "all") for submit in submits)
+        await engine.send(ids[0], [4], "stop")
+        assert (await read_all(streams[0])).token_ids == [4]
+        streams[1].close()
+        assert await engine.aborts(1) == [ids[1]]
+    assert await engine.aborts(2) == ids[1:]
+    assert client.open_streams == 0
+
+
+async def test_what_arrived_together_comes_together(client: EngineClient, engine: FakeEngine) -> None:
+    entries = [TokenLogprobs(token, -1.5, [7], [-0.5]) for token in range(4)]
+    with client.submit(Work([5, 6], 9, [], SAMPLING)) as (stream,):
+        await engine.submissions(1)
+        news = [
+            SequenceOutput(stream.sequence_id, [], prompt_logprobs=entries[:1], pooled=b"ab"),
+            SequenceOutput(stream.sequence_id, [2], logprobs=entries[2:3], prompt_logprobs=entries[1:2], pooled=b"cd"),
+            SequenceOutput(stream.sequence_id, [3], "length", logprobs=entries[3:]),
+        ]
+        await engine._send(engine.workers[0], StepOutput(news, STATS))
+        output = await read(stream)
+    assert (output.token_ids, output.finish_reason, output.pooled) == ([2, 3], "length", b"abcd")
+    assert (output.prompt_logprobs, output.logprobs) == (entries[:2], entries[2:])
 
 
 async def test_a_stream_yields_its_tokens_and_ends(client: EngineClient, engine: FakeEngine) -> None:
-    with client.submit([1], 9, [], SAMPLING) as stream:
+    with client.submit(Work([1], 9, [], SAMPLING)) as (stream,):
         await engine.submissions(1)
         for token, reason in ((4, None), (5, None), (6, "stop")):
             await engine.send(stream.sequence_id, [token], reason)
@@ -117,7 +148,7 @@ async def test_concurrent_streams_get_their_own_tokens(client: EngineClient, eng
     engine.script = lambda submit: outputs(submit.sequence_id, [[token] for token in submit.token_ids])
 
     async def generate(prompt: list[int]) -> list[int]:
-        with client.submit(prompt, 3, [], SAMPLING) as stream:
+        with client.submit(Work(prompt, 3, [], SAMPLING)) as (stream,):
             return (await read_all(stream)).token_ids
 
     prompts = [[i, i + 1, 2 * i] for i in range(50)]
@@ -126,7 +157,7 @@ async def test_concurrent_streams_get_their_own_tokens(client: EngineClient, eng
 
 
 async def test_the_engines_error_reaches_the_reader(client: EngineClient, engine: FakeEngine) -> None:
-    with client.submit([1], 9, [], SAMPLING) as stream:
+    with client.submit(Work([1], 9, [], SAMPLING)) as (stream,):
         await engine.submissions(1)
         await engine.send_output(SequenceOutput(stream.sequence_id, [], "error", error="it is too long"))
         output = await read(stream)
@@ -135,7 +166,7 @@ async def test_the_engines_error_reaches_the_reader(client: EngineClient, engine
 
 
 async def test_leaving_early_aborts_once(client: EngineClient, engine: FakeEngine) -> None:
-    with client.submit([1], 9, [], SAMPLING) as stream:
+    with client.submit(Work([1], 9, [], SAMPLING)) as (stream,):
         await engine.submissions(1)
         await engine.send(stream.sequence_id, [4])
         await read(stream)
@@ -146,14 +177,14 @@ async def test_leaving_early_aborts_once(client: EngineClient, engine: FakeEngin
 
 
 async def test_leaving_before_anything_has_come_aborts(client: EngineClient, engine: FakeEngine) -> None:
-    with client.submit([1], 9, [], SAMPLING) as stream:
+    with client.submit(Work([1], 9, [], SAMPLING)) as (stream,):
         pass
     assert await engine.aborts(1) == [stream.sequence_id]
 
 
 async def test_a_cancelled_reader_aborts(client: EngineClient, engine: FakeEngine) -> None:
     async def generate() -> None:
-        with client.submit([1], 9, [], SAMPLING) as stream:
+        with client.submit(Work([1], 9, [], SAMPLING)) as (stream,):
             await read_all(stream)
 
     reader = asyncio.create_task(generate())
@@ -166,7 +197,7 @@ async def test_a_cancelled_reader_aborts(client: EngineClient, engine: FakeEngin
 
 async def test_nothing_is_aborted_after_the_end(client: EngineClient, engine: FakeEngine) -> None:
     engine.script = says([3, 4])
-    with client.submit([1], 2, [], SAMPLING) as stream:
+    with client.submit(Work([1], 2, [], SAMPLING)) as (stream,):
         await read_all(stream)
     engine.script = lambda submit: []
     await news_has_come(engine, client)
@@ -174,7 +205,7 @@ async def test_nothing_is_aborted_after_the_end(client: EngineClient, engine: Fa
 
 
 async def test_nothing_is_aborted_when_the_end_came_unread(client: EngineClient, engine: FakeEngine) -> None:
-    with client.submit([1], 2, [], SAMPLING) as stream:
+    with client.submit(Work([1], 2, [], SAMPLING)) as (stream,):
         await engine.submissions(1)
         await engine.send(stream.sequence_id, [4], "stop")
         await news_has_come(engine, client)
@@ -185,9 +216,9 @@ async def test_nothing_is_aborted_when_the_end_came_unread(client: EngineClient,
 async def test_outputs_for_sequences_that_were_left_or_never_were_are_ignored(
     client: EngineClient, engine: FakeEngine
 ) -> None:
-    with client.submit([1], 9, [], SAMPLING) as left:
+    with client.submit(Work([1], 9, [], SAMPLING)) as (left,):
         await engine.submissions(1)
-    with client.submit([2], 9, [], SAMPLING) as stream:
+    with client.submit(Work([2], 9, [], SAMPLING)) as (stream,):
         await engine.submissions(2)
         others = [
             SequenceOutput(left.sequence_id, [7], "stop"),
@@ -203,7 +234,10 @@ async def test_outputs_for_sequences_that_were_left_or_never_were_are_ignored(
 
 
 async def test_open_streams_end_when_the_engine_dies(client: EngineClient, engine: FakeEngine) -> None:
-    with client.submit([1], 9, [], SAMPLING) as one, client.submit([1], 9, [], SAMPLING) as other:
+    with (
+        client.submit(Work([1], 9, [], SAMPLING)) as (one,),
+        client.submit(Work([1], 9, [], SAMPLING)) as (other,),
+    ):
         await engine.submissions(2)
         waiting = asyncio.create_task(read(one))
         await engine.send(other.sequence_id, [4])
@@ -220,7 +254,7 @@ async def test_open_streams_end_when_the_engine_dies(client: EngineClient, engin
 async def test_nothing_is_submitted_to_a_dead_engine(client: EngineClient, engine: FakeEngine) -> None:
     await engine.die()
     await until(lambda: client.dead)
-    with pytest.raises(EngineDeadError), client.submit([1], 1, [], SAMPLING):
+    with pytest.raises(EngineDeadError), client.submit(Work([1], 1, [], SAMPLING)):
         pass
 
 
@@ -229,7 +263,7 @@ async def test_an_engine_that_dies_while_it_loads_is_dead() -> None:
         await engine.until(lambda engine: len(engine.workers) == 1)
         await engine.die()
         await until(lambda: client.dead)
-        with pytest.raises(EngineDeadError), client.submit([1], 1, [], SAMPLING):
+        with pytest.raises(EngineDeadError), client.submit(Work([1], 1, [], SAMPLING)):
             pass
 
 
@@ -237,7 +271,7 @@ async def test_an_engine_that_dies_while_it_loads_is_dead() -> None:
 async def test_streams_end_when_the_engine_cannot_be_understood(
     client: EngineClient, engine: FakeEngine, garbage: bytes
 ) -> None:
-    with client.submit([1], 9, [], SAMPLING) as stream:
+    with client.submit(Work([1], 9, [], SAMPLING)) as (stream,):
         await engine.submissions(1)
         await engine._socket.send_multipart([engine.workers[0], garbage])
         with pytest.raises(EngineDeadError, match="cannot be read"):
@@ -250,7 +284,7 @@ async def test_closing_ends_open_streams(engine: FakeEngine) -> None:
     await client.start()
     async with asyncio.timeout(PATIENCE):
         await client.wait_until_ready()
-    with client.submit([1], 9, [], SAMPLING) as stream:
+    with client.submit(Work([1], 9, [], SAMPLING)) as (stream,):
         await engine.submissions(1)
         waiting = asyncio.create_task(read(stream))
         await asyncio.sleep(0)
@@ -258,12 +292,12 @@ async def test_closing_ends_open_streams(engine: FakeEngine) -> None:
         with pytest.raises(EngineDeadError, match="shutting down"):
             await waiting
     assert client.open_streams == 0
-    with pytest.raises(EngineDeadError), client.submit([1], 1, [], SAMPLING):
+    with pytest.raises(EngineDeadError), client.submit(Work([1], 1, [], SAMPLING)):
         pass
 
 
 async def test_outputs_that_come_while_the_reader_is_busy_are_merged() -> None:
-    stream = SequenceStream(1)
+    stream = SequenceStream(1, lambda sequence_id: None)
     stream.put(SequenceOutput(1, [4], cached_tokens=2))
     stream.put(SequenceOutput(1, [5, 6], cached_tokens=2))
     assert await read(stream) == SequenceOutput(1, [4, 5, 6], None, cached_tokens=2)
@@ -275,7 +309,7 @@ async def test_outputs_that_come_while_the_reader_is_busy_are_merged() -> None:
 
 
 async def test_what_came_before_the_engine_died_is_read_first() -> None:
-    stream = SequenceStream(1)
+    stream = SequenceStream(1, lambda sequence_id: None)
     stream.put(SequenceOutput(1, [4]))
     stream.fail(EngineDeadError("the engine process has ended"))
     assert (await read(stream)).token_ids == [4]
@@ -284,7 +318,7 @@ async def test_what_came_before_the_engine_died_is_read_first() -> None:
 
 
 async def test_a_stream_that_ended_before_the_engine_died_has_ended() -> None:
-    stream = SequenceStream(1)
+    stream = SequenceStream(1, lambda sequence_id: None)
     stream.put(SequenceOutput(1, [4], "length"))
     stream.fail(EngineDeadError("the engine process has ended"))
     assert [output.token_ids async for output in stream] == [[4]]

@@ -1,15 +1,18 @@
 """The engine's turns over a real socket: everybody gets their own tokens, and no one's end is another's."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import ClassVar
 
 import msgspec
 import pytest
 import zmq
 
 from server.engine.blocks import BlockPool
-from server.engine.core import MAX_FAILED_STEPS, Engine
+from server.engine.core import MAX_FAILED_STEPS, Engine, StepOutcome
 from server.engine.messages import (
     Abort,
     EngineStats,
@@ -21,8 +24,10 @@ from server.engine.messages import (
     StepOutput,
     Submit,
     ToEngine,
+    TokenLogprobs,
 )
-from server.engine.scheduler import Scheduler, StepPlan
+from server.engine.scheduler import ScheduledSequence, Scheduler, StepPlan
+from server.engine.sequence import Sequence
 from tests.server.engine.simulation import generate_alone, next_token
 
 PATIENCE_MS = 10_000
@@ -73,6 +78,10 @@ class House:
             self.pool, max_num_seqs=max_num_seqs, max_num_batched_tokens=64, max_model_len=max_model_len
         )
         self.failures_to_come = 0
+        self.preparations: dict[int, Future[None]] = {}
+        """What sequences with prompts of such lengths wait for."""
+        self.fails_after = -1
+        """Sequences with so many output tokens cannot go on."""
         ready = Ready(
             max_model_len=max_model_len,
             block_size=4,
@@ -81,7 +90,7 @@ class House:
             dtype="float32",
             stats=self.scheduler.stats(),
         )
-        self.engine = Engine(self.socket, self.scheduler, self._run, ready)
+        self.engine = Engine(self.socket, self.scheduler, self, ready)
 
     def worker(self) -> Worker:
         """A worker that has been welcomed."""
@@ -110,11 +119,43 @@ class House:
     def is_empty(self) -> bool:
         return not self.scheduler.has_work and self.pool.num_free == self.pool.num_blocks
 
-    def _run(self, plan: StepPlan) -> list[int]:
+    def prepare(self, sequence: Sequence) -> Future[None] | None:
+        return self.preparations.get(sequence.prompt_length)
+
+    def __call__(self, plan: StepPlan) -> StepOutcome:
         if self.failures_to_come:
             self.failures_to_come -= 1
             raise RuntimeError("out of memory")
-        return [next_token(item.sequence.token_ids) for item in plan.scheduled if item.samples]
+        samples = [sample for item in plan.scheduled for sample in item.samples]
+        tokens = [next_token(sample.token_ids, sample.sample_index) for sample in samples]
+        reporting = [(place, item) for place, item in enumerate(plan.scheduled) if item.report_from < item.end]
+        return StepOutcome(
+            tokens,
+            {
+                row: TokenLogprobs(tokens[row], -row, [], [])
+                for row, sample in enumerate(samples)
+                if sample.sampling.logprobs is not None
+            },
+            {
+                place: [TokenLogprobs(token, 0, [], []) for token in _reported(item)]
+                for place, item in reporting
+                if item.sequence.prompt_logprobs is not None
+            },
+            {place: bytes(_reported(item)) for place, item in reporting if item.sequence.pooling is not None},
+            {
+                row: "it cannot go on"
+                for row, sample in enumerate(samples)
+                if sample.num_output_tokens == self.fails_after
+            },
+        )
+
+    def close(self) -> None:
+        self.engine.close()
+        self.context.destroy(linger=0)
+
+
+def _reported(item: ScheduledSequence) -> list[int]:
+    return item.sequence.token_ids[item.report_from : item.end]
 
 
 @pytest.fixture
@@ -122,7 +163,7 @@ def house() -> Iterator[House]:
     """An engine reached within the process, where what was sent has arrived."""
     house = House("inproc://engine")
     yield house
-    house.context.destroy(linger=0)
+    house.close()
 
 
 @pytest.fixture(params=["inproc", "ipc"])
@@ -130,11 +171,11 @@ def reachable_house(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[
     """An engine reached within the process, or as it is in production."""
     house = House("inproc://engine" if request.param == "inproc" else f"ipc://{tmp_path}/e")
     yield house
-    house.context.destroy(linger=0)
+    house.close()
 
 
 def submit(sequence_id: int, prompt: list[int], max_tokens: int, stops: list[int] | None = None) -> Submit:
-    return Submit(sequence_id, prompt, max_tokens, stops or [], Sampling())
+    return Submit([sequence_id], prompt, max_tokens, stops or [], Sampling())
 
 
 def tokens_of(outputs: list[SequenceOutput], sequence_id: int) -> list[int]:
@@ -292,7 +333,7 @@ def test_one_worker_cannot_abort_anothers_sequence(house: House) -> None:
     assert tokens_of(owner.outputs(), 1) == generate_alone([1], 4)[0]
 
 
-@pytest.mark.parametrize("bad", [submit(2, [1], 2 * LONG), submit(2, [], 4), submit(2, [1], 0)])
+@pytest.mark.parametrize("bad", [submit(2, [1], 2 * LONG), submit(2, [], 4), submit(2, [1], -1)])
 def test_a_sequence_that_cannot_run_ends_with_an_error_and_harms_nobody(house: House, bad: Submit) -> None:
     worker = house.worker()
     worker.send(submit(1, [1], 4), bad, submit(3, [2], 4))
@@ -464,3 +505,145 @@ def test_a_second_hello_keeps_the_sequences(house: House) -> None:
     outputs = [output for message in messages if isinstance(message, StepOutput) for output in message.outputs]
     assert sum(isinstance(message, Ready) for message in messages) == 1
     assert tokens_of(outputs, 1) == generate_alone([1], 3)[0]
+
+
+def test_samples_of_one_prompt_get_tokens_of_their_own(house: House) -> None:
+    worker = house.worker()
+    worker.send(Submit([5, 6, 7], [1, 2, 0], 6, [], Sampling()))
+    house.turn()
+    house.finish()
+    outputs = worker.outputs()
+    for index, sequence_id in enumerate((5, 6, 7)):
+        assert tokens_of(outputs, sequence_id) == generate_alone([1, 2, 0], 6, sample_index=index)[0]
+    assert house.scheduler.stats().prompt_tokens == 3
+    assert house.is_empty()
+
+
+@pytest.mark.parametrize("aborted", [[5], [6], [5, 7], [5, 6, 7]])
+def test_some_samples_of_a_prompt_can_be_aborted(house: House, aborted: list[int]) -> None:
+    worker = house.worker()
+    # Before the prompt is computed: it takes three steps.
+    worker.send(Submit([5, 6, 7], [1, 2, 0] * 50, 6, [], Sampling()))
+    house.turn()
+    worker.send(Abort(aborted))
+    house.turn()
+    house.finish()
+    outputs = worker.outputs()
+    for index, sequence_id in enumerate((5, 6, 7)):
+        alone = generate_alone([1, 2, 0] * 50, 6, sample_index=index)[0]
+        assert tokens_of(outputs, sequence_id) == ([] if sequence_id in aborted else alone)
+    assert house.is_empty()
+
+
+def test_what_a_step_reports_goes_to_the_sequence_that_asked(house: House) -> None:
+    worker = house.worker()
+    prompt = [1, 2, 0] * 30
+    worker.send(
+        submit(1, [2, 2], 3),
+        Submit([2, 3], prompt, 2, [], Sampling(logprobs=0), prompt_logprobs=0),
+        Submit([4], prompt, 0, [], Sampling(), pooling="all"),
+    )
+    house.turn()
+    house.finish()
+    outputs = worker.outputs()
+    told = {
+        sequence_id: [output for output in outputs if output.sequence_id == sequence_id] for sequence_id in range(1, 5)
+    }
+    assert not any(output.logprobs or output.prompt_logprobs or output.pooled for output in told[1])
+    for sequence_id in (2, 3):
+        entries = [entry.token_id for output in told[sequence_id] for entry in output.logprobs]
+        assert entries == tokens_of(outputs, sequence_id)
+    assert [entry.token_id for output in told[2] for entry in output.prompt_logprobs] == prompt
+    assert not any(output.prompt_logprobs for output in told[3])
+    # In the order of the prompt, chunk by chunk, and all of it before the end.
+    assert len(told[4]) > 1
+    assert b"".join(output.pooled for output in told[4]) == bytes(prompt)
+    assert [output.finish_reason for output in told[4]] == [None] * (len(told[4]) - 1) + ["length"]
+    assert tokens_of(outputs, 4) == []
+
+
+def test_a_sequence_that_cannot_go_on_ends_alone(house: House) -> None:
+    worker = house.worker()
+    house.fails_after = 3
+    worker.send(submit(1, [1], 3), submit(2, [2], 9))
+    house.turn()
+    house.finish()
+    outputs = worker.outputs()
+    assert tokens_of(outputs, 1) == generate_alone([1], 3)[0]
+    assert tokens_of(outputs, 2) == generate_alone([2], 3)[0]
+    assert (outputs[-1].sequence_id, outputs[-1].finish_reason) == (2, "error")
+    assert outputs[-1].error == "it cannot go on"
+    assert house.is_empty()
+
+
+class TestPreparation:
+    """Sequences with a prompt of five tokens wait for a future that the test completes."""
+
+    PROMPT: ClassVar = [1, 2, 0, 1, 1]
+
+    @pytest.fixture
+    def prepared(self, house: House) -> Future[None]:
+        return house.preparations.setdefault(5, Future())
+
+    def test_holds_up_nobody_else(self, house: House, prepared: Future[None]) -> None:
+        worker = house.worker()
+        worker.send(submit(1, self.PROMPT, 3), submit(2, [2], 3))
+        house.turn()
+        house.finish()
+        assert tokens_of(worker.outputs(), 2) == generate_alone([2], 3)[0]
+        prepared.set_result(None)
+        house.engine.turn()
+        house.finish()
+        assert tokens_of(worker.outputs(), 1) == generate_alone(self.PROMPT, 3)[0]
+
+    def test_wakes_the_engine_when_it_ends(self, house: House, prepared: Future[None]) -> None:
+        worker = house.worker()
+        worker.send(submit(1, self.PROMPT, 3))
+        house.turn()
+        # From another thread, while this one waits in the engine's turn with nothing to do.
+        thread = threading.Thread(target=prepared.set_result, args=(None,))
+        thread.start()
+        house.engine.turn()
+        thread.join()
+        house.finish()
+        assert tokens_of(worker.outputs(), 1) == generate_alone(self.PROMPT, 3)[0]
+
+    def test_that_fails_ends_its_sequences_alone(self, house: House, prepared: Future[None]) -> None:
+        worker = house.worker()
+        worker.send(Submit([1, 3], self.PROMPT, 3, [], Sampling()), submit(2, [2], 3))
+        house.turn()
+        prepared.set_exception(ValueError("no text fits it"))
+        house.engine.turn()
+        house.finish()
+        outputs = worker.outputs()
+        errors = {output.sequence_id: output.error for output in outputs if output.finish_reason == "error"}
+        assert errors == dict.fromkeys((1, 3), "no text fits it")
+        assert tokens_of(outputs, 2) == generate_alone([2], 3)[0]
+
+    def test_of_an_aborted_sequence_starts_nothing(self, house: House, prepared: Future[None]) -> None:
+        worker = house.worker()
+        worker.send(Submit([1, 3], self.PROMPT, 3, [], Sampling()))
+        house.turn()
+        worker.send(Abort([1]))
+        house.turn()
+        prepared.set_result(None)
+        house.engine.turn()
+        house.finish()
+        outputs = worker.outputs()
+        assert tokens_of(outputs, 1) == []
+        assert tokens_of(outputs, 3) == generate_alone(self.PROMPT, 3, sample_index=1)[0]
+        assert house.is_empty()
+
+    def test_may_end_after_its_worker_has_gone(self, house: House, prepared: Future[None]) -> None:
+        worker, other = house.worker(), house.worker()
+        worker.send(submit(1, self.PROMPT, 3))
+        house.turn()
+        worker.socket.close()
+        other.send(submit(2, [2], 3))
+        house.turn()
+        house.finish()
+        prepared.set_result(None)
+        house.engine.turn()
+        house.finish()
+        assert tokens_of(other.outputs(), 2) == generate_alone([2], 3)[0]
+        assert house.is_empty()

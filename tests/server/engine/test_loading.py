@@ -5,11 +5,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from model.runner import SequenceInput
+from model.config import Architecture, PersimmonConfig
+from model.runner import PooledStates
 from server.config import read_settings
-from server.engine.loading import _graph_sizes, _warm_up
+from server.engine.loading import _graph_sizes, _limits, warm_up_steps
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
+SHAPE = dict(
+    vocab_size=64,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    max_position_embeddings=512,
+)
+GENERATOR = PersimmonConfig(**SHAPE)  # type: ignore[arg-type]
+CLASSIFIER = PersimmonConfig(**SHAPE, architecture=Architecture.TOKEN_CLASSIFICATION, labels=("a", "b"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -23,20 +34,26 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 )
 def test_graphs_are_those_asked_for_and_only_on_a_gpu(asked: dict[str, str], sizes: list[int]) -> None:
     settings = read_settings({"max_num_seqs": "5", **asked})
-    assert _graph_sizes(settings, GPU) == sizes
-    assert _graph_sizes(settings, CPU) == []
+    assert _graph_sizes(settings, GENERATOR, GPU) == sizes
+    assert _graph_sizes(settings, GENERATOR, CPU) == []
+    assert _graph_sizes(settings, CLASSIFIER, GPU) == []
 
 
+def test_a_classifier_has_no_buffers_for_draws() -> None:
+    assert _limits(read_settings({}), GENERATOR, 512).vocab_size == 64
+    assert _limits(read_settings({}), CLASSIFIER, 512).vocab_size == 0
+
+
+@pytest.mark.parametrize("config", [GENERATOR, CLASSIFIER], ids=["generator", "classifier"])
 @pytest.mark.parametrize("compiles", [False, True])
 @pytest.mark.parametrize(("most", "budget"), [(1, 1), (1, 2048), (2, 2), (9, 12), (64, 64), (256, 2048)])
 @pytest.mark.parametrize(("max_model_len", "kv_tokens"), [(2, 64), (17, 4096), (300, 16), (300, 4096)])
 def test_the_warm_up_stays_within_the_limits(
-    most: int, budget: int, max_model_len: int, kv_tokens: int, compiles: bool
+    most: int, budget: int, max_model_len: int, kv_tokens: int, compiles: bool, config: PersimmonConfig
 ) -> None:
-    batches: list[list[SequenceInput]] = []
     plan = SimpleNamespace(max_model_len=max_model_len, kv_tokens=kv_tokens, block_size=16)
     settings = read_settings({"max_num_seqs": str(most), "max_num_batched_tokens": str(budget)})
-    _warm_up(SimpleNamespace(run=batches.append), plan, settings, compiles=compiles)  # type: ignore[arg-type]
+    batches = list(warm_up_steps(plan, settings, config, compiles=compiles))  # type: ignore[arg-type]
     assert max(len(batch) for batch in batches) <= most
     assert max(sum(len(item.token_ids) for item in batch) for batch in batches) <= budget
     for item in (item for batch in batches for item in batch):
@@ -45,3 +62,6 @@ def test_the_warm_up_stays_within_the_limits(
         assert end <= max_model_len
         assert end <= 16 * len(item.block_table)
         assert max(item.block_table) < kv_tokens // 16
+        if not config.generates:
+            assert not item.samplings
+            assert isinstance(item.report, PooledStates)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from server.engine.blocks import BlockPool
-from server.engine.scheduler import Scheduler
+from server.engine.messages import Pooling
+from server.engine.scheduler import Advance, Scheduler
 from server.engine.sequence import Sequence
 from tests.server.engine.simulation import VOCABULARY, Simulation, generate_alone
 
@@ -16,16 +17,18 @@ STEMS = [[0, 1, 2, 0, 2, 1] * 5, [2, 2, 1, 0, 0, 1] * 5]
 """What prompts begin with, so that they meet in the prefix cache."""
 
 
-Request = tuple[list[int], int, frozenset[int]]
+Request = tuple[list[int], int, frozenset[int], int, Pooling | None]
 
 
 @st.composite
 def requests(draw: st.DrawFn) -> Request:
-    """A prompt, max_tokens and stop tokens; long answers are the ones that fill the pool."""
+    """A prompt, max_tokens, stop tokens, samples and what to report; long answers are the ones that fill the pool."""
     stem = draw(st.sampled_from(STEMS))[: draw(st.sampled_from([4, 0, 9, 20]))]
     prompt = stem + draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=3))
     stops = draw(st.sampled_from([frozenset(), frozenset(), frozenset({0})]))
-    return prompt, draw(st.sampled_from([20, 7, 2, 1])), stops
+    samples = draw(st.sampled_from([1, 1, 1, 2, 3, 7]))
+    pooling: Pooling | None = draw(st.sampled_from([None, None, None, "all", "last"]))
+    return prompt, draw(st.sampled_from([20, 7, 2, 1, 0])), stops, samples, pooling
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -66,10 +69,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.add(arrivals)
 
     def add(self, arrivals: list[Request]) -> None:
-        for prompt, max_tokens, stops in arrivals:
+        for prompt, max_tokens, stops, samples, pooling in arrivals:
             fitting = prompt[: self.simulation.max_model_len - 1]
-            room = self.simulation.max_model_len - len(fitting)
-            self.simulation.add(fitting, min(max_tokens, room), stops)
+            tokens = min(max_tokens, self.simulation.max_model_len - len(fitting))
+            self.simulation.add(fitting, tokens, stops, samples=samples if tokens else 1, pooling=pooling)
 
     @rule()
     def plan_or_commit(self) -> None:
@@ -129,7 +132,8 @@ def test_random_traffic_preempts_hits_aborts_and_still_yields_the_right_tokens(s
             stem = rng.choice(STEMS)[: rng.randrange(20)]
             prompt = [*stem, rng.randrange(VOCABULARY)]
             stops = {rng.randrange(VOCABULARY)} if rng.random() < 0.2 else set()
-            simulation.add(prompt, rng.randint(1, 36 - len(prompt)), stops)
+            samples = rng.choice([1, 1, 1, 2, 4])
+            simulation.add(prompt, rng.randint(1, 36 - len(prompt)), stops, samples=samples)
         abort_sometimes()
         simulation.plan()
         abort_sometimes()
@@ -138,7 +142,7 @@ def test_random_traffic_preempts_hits_aborts_and_still_yields_the_right_tokens(s
 
     assert simulation.stats.preemptions > 5
     assert simulation.stats.cached_tokens > 100
-    assert set(simulation.aborts) == {"queued", "running", "in a step"}
+    assert {"queued", "running", "in a step"} <= set(simulation.aborts)
     assert {sequence.finish_reason for sequence in simulation.finished.values()} == {"stop", "length"}
 
 
@@ -290,8 +294,8 @@ def test_prefix_hits_cost_no_budget() -> None:
     known, new = simulation.add(STEMS[0][:17], 1), simulation.add([2] * 4, 1)
     plan = simulation.plan()
     assert [(item.sequence, item.count, item.samples) for item in plan.scheduled] == [
-        (known, 1, True),
-        (new, 4, True),
+        (known, 1, (known,)),
+        (new, 4, (new,)),
     ]
     simulation.drain()
 
@@ -365,7 +369,7 @@ def test_abort_between_plan_and_commit_frees_blocks_at_once() -> None:
     held = simulation.pool.num_free
     simulation.abort(0)
     assert simulation.pool.num_free == held + 3
-    assert [sequence for sequence, _ in simulation.commit()] == [stays]
+    assert [advance.sequence for advance in simulation.commit()] == [stays]
     assert gone.num_output_tokens == 0
     # What the step computed for it is not findable: its blocks may be somebody else's by now.
     third = simulation.add([0] * 9, 1)
@@ -404,7 +408,80 @@ def test_a_key_can_be_used_again_once_its_sequence_has_ended() -> None:
     scheduler.add(new)
     assert scheduler.commit(plan, [7]) == [], "the token was the old one's"
     assert new.token_ids == [2]
-    assert scheduler.commit(scheduler.plan(), [7]) == [(new, 7)]
+    assert scheduler.commit(scheduler.plan(), [7]) == [Advance(new, 7, 0)]
+
+
+def test_samples_of_a_prompt_compute_it_once_and_share_its_blocks() -> None:
+    simulation = Simulation(num_blocks=40, block_size=4, max_model_len=40, prefix_caching=False)
+    leader = simulation.add(STEMS[0][:14], 9, samples=4)
+    plan = simulation.step()
+    assert [(item.count, len(item.samples)) for item in plan.scheduled] == [(14, 4)]
+    shared = list(leader.block_table)
+    assert [sequence.block_table for sequence in simulation.live.values()] == [shared] * 4
+    # Each but the last to write into it copies the block that the prompt fills in part.
+    plan = simulation.step()
+    assert [source for source, _ in plan.copies] == [shared[-1]] * 3
+    tables = [sequence.block_table for sequence in simulation.live.values()]
+    assert all(table[:3] == shared[:3] for table in tables)
+    assert len({table[3] for table in tables}) == 4
+    simulation.drain()
+    assert simulation.stats.prompt_tokens == 14
+
+
+def test_a_prompt_that_fills_its_blocks_is_not_copied() -> None:
+    simulation = Simulation(num_blocks=40, block_size=4, max_model_len=40)
+    simulation.add(STEMS[0][:12], 3, samples=3)
+    simulation.step()
+    assert simulation.step().copies == []
+    simulation.drain()
+
+
+def test_samples_that_there_is_no_room_for_follow_when_others_have_finished() -> None:
+    simulation = Simulation(num_blocks=60, block_size=4, max_model_len=40, max_num_seqs=3)
+    simulation.add(STEMS[0][:13], 5, samples=7)
+    later = simulation.add(STEMS[1][:5], 2)
+    simulation.step()
+    assert (simulation.stats.running, simulation.stats.waiting) == (3, 5)
+    simulation.step_until(lambda: 5 in simulation.finished)
+    assert later.num_output_tokens == 0, "it arrived after all of them"
+    simulation.drain()
+    # Those that followed found the prompt's full blocks.
+    assert simulation.stats.cached_tokens >= 12
+
+
+@pytest.mark.parametrize("wait", [0, 1, 2])
+def test_the_samples_of_an_aborted_one_go_on(wait: int) -> None:
+    """Aborted before its prompt is begun, half through it, and after it."""
+    simulation = Simulation(num_blocks=60, block_size=4, max_model_len=40, max_num_batched_tokens=8)
+    simulation.add(STEMS[0][:13], 5, samples=3)
+    for _ in range(wait):
+        simulation.step()
+    simulation.abort(0)
+    simulation.drain()
+    assert sorted(simulation.finished) == [1, 2]
+    assert simulation.stats.steps == 6, "nothing of the prompt was computed twice"
+
+
+def test_a_sequence_without_new_tokens_ends_with_its_prompt() -> None:
+    simulation = Simulation(num_blocks=20, block_size=4, max_model_len=40, max_num_batched_tokens=8)
+    only_prompt = simulation.add(STEMS[0][:13], 0, pooling="all")
+    simulation.step()
+    assert not only_prompt.finished
+    simulation.step()
+    assert only_prompt.finish_reason == "length"
+    assert only_prompt.num_output_tokens == 0
+    assert simulation.pool.num_free == 20
+
+
+@pytest.mark.parametrize(("pooling", "computed"), [(None, 2), ("last", 2), ("all", 10), ("sum", 10)])
+def test_prompt_tokens_whose_states_are_reported_are_computed_though_they_are_cached(
+    pooling: Pooling | None, computed: int
+) -> None:
+    simulation = Simulation(num_blocks=20, block_size=4, max_model_len=40)
+    simulation.add(STEMS[0][:10], 1)
+    simulation.drain()
+    simulation.add(STEMS[0][:10], 1, pooling=pooling)
+    assert simulation.plan().num_tokens == computed
 
 
 def test_stats_add_up() -> None:
@@ -448,7 +525,7 @@ def test_one_sequence_can_fill_the_whole_pool() -> None:
     ("prompt", "max_tokens", "message"),
     [
         ([], 4, "0 prompt tokens and 4 new ones"),
-        ([1], 0, "1 prompt tokens and 0 new ones"),
+        ([1], -1, "1 prompt tokens and -1 new ones"),
         ([1] * 10, 7, "10 prompt tokens and 7 new ones are more than the 16"),
         ([1] * 17, 1, "17 prompt tokens and 1 new ones are more than the 16"),
     ],

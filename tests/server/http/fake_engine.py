@@ -3,6 +3,8 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import msgspec
@@ -14,13 +16,43 @@ from server.engine.messages import (
     EngineStats,
     Hello,
     Ready,
+    Sampling,
     SequenceOutput,
     StepOutput,
     Submit,
     ToEngine,
 )
 
-Script = Callable[[Submit], Sequence[SequenceOutput]]
+
+@dataclass(frozen=True)
+class Sample:
+    """One of the sequences that a submission asks for."""
+
+    whole: Submit
+    index: int
+
+    @property
+    def sequence_id(self) -> int:
+        return self.whole.sequence_ids[self.index]
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.whole.token_ids
+
+    @property
+    def max_tokens(self) -> int:
+        return self.whole.max_tokens
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        return self.whole.stop_token_ids
+
+    @property
+    def sampling(self) -> Sampling:
+        return self.whole.sampling
+
+
+Script = Callable[[Sample], Sequence[SequenceOutput]]
 """The outputs that a submitted sequence gets, one step each."""
 
 MAX_MODEL_LEN = 2048
@@ -53,7 +85,7 @@ def outputs(
 def says(token_ids: Sequence[int], eos: int | None = None, cached_tokens: int = 0) -> Script:
     """A script: these tokens, one a step, then the end-of-text token if there is one and it stops the sequence."""
 
-    def script(submit: Submit) -> list[SequenceOutput]:
+    def script(submit: Sample) -> list[SequenceOutput]:
         stops = eos is not None and eos in submit.stop_token_ids
         tokens = [*token_ids, eos] if stops and eos is not None else list(token_ids)
         finish_reason = "stop" if len(tokens) <= submit.max_tokens and stops else "length"
@@ -63,7 +95,7 @@ def says(token_ids: Sequence[int], eos: int | None = None, cached_tokens: int = 
     return script
 
 
-def silent(submit: Submit) -> list[SequenceOutput]:
+def silent(submit: Sample) -> list[SequenceOutput]:
     """A script: nothing; what comes is up to `FakeEngine.send`."""
     return []
 
@@ -81,7 +113,7 @@ class FakeEngine:
 
     def __init__(self, script: Script = silent, ready: bool = True) -> None:
         self.script = script
-        self.submitted: list[Submit] = []
+        self.submitted: list[Sample] = []
         self.aborted: list[int] = []
         self._ready = ready
         self.workers: list[bytes] = []
@@ -130,7 +162,7 @@ class FakeEngine:
         async with asyncio.timeout(20), self._changed:
             await self._changed.wait_for(lambda: condition(self))
 
-    async def submissions(self, count: int) -> list[Submit]:
+    async def submissions(self, count: int) -> list[Sample]:
         """The first `count` sequences, once they have come."""
         await self.until(lambda engine: len(engine.submitted) >= count)
         return self.submitted[:count]
@@ -149,10 +181,11 @@ class FakeEngine:
                     if self._ready:
                         await self._send(worker, self._welcome())
                 case Submit() as submit:
-                    self.submitted.append(submit)
-                    self._owners[submit.sequence_id] = worker
-                    for output in self.script(submit):
-                        await self._send(worker, StepOutput([output], STATS))
+                    self._owners |= dict.fromkeys(submit.sequence_ids, worker)
+                    for sample in map(partial(Sample, submit), range(len(submit.sequence_ids))):
+                        self.submitted.append(sample)
+                        for output in self.script(sample):
+                            await self._send(worker, StepOutput([output], STATS))
                 case Abort(sequence_ids):
                     self.aborted += sequence_ids
             async with self._changed:

@@ -25,6 +25,7 @@ async def test_an_answer_has_openais_shape_and_not_the_formats_space(
     answer = await chat(http)
     assert answer.pop("id").startswith("chatcmpl-")
     assert isinstance(answer.pop("created"), int)
+    assert answer.pop("system_fingerprint").startswith("fp_")
     prompt_tokens, completion_tokens = len(engine.submitted[0].token_ids), len(tokens("Hello!")) + 1
     assert answer == {
         "object": "chat.completion",

@@ -6,8 +6,8 @@ import pytest
 
 from model.tokenizer import Tokenizer
 from server.engine.client import EngineClient
-from server.engine.messages import Sampling, SequenceOutput, Submit
-from tests.server.http.fake_engine import FakeEngine, outputs, says
+from server.engine.messages import Sampling, SequenceOutput
+from tests.server.http.fake_engine import FakeEngine, Sample, outputs, says
 
 pytestmark = pytest.mark.anyio
 
@@ -27,6 +27,7 @@ async def test_a_completion_has_openais_shape(http: httpx.AsyncClient, engine: F
     prompt = engine.submitted[0].token_ids
     assert answer.pop("id").startswith("cmpl-")
     assert abs(answer.pop("created") - 1_700_000_000) < 10**9
+    assert answer.pop("system_fingerprint").startswith("fp_")
     completion_tokens = len(tokens("a sweet fruit")) + 1
     assert answer == {
         "object": "text_completion",
@@ -85,7 +86,7 @@ async def test_sampling_fields_reach_the_engine(http: httpx.AsyncClient, engine:
     engine.script = says([9])
     await complete(http, temperature=0.5, top_p=0.9, top_k=40, min_p=0.1, seed=7, max_tokens=3)
     submit = engine.submitted[0]
-    assert submit.sampling == Sampling(0.5, 0.9, 40, 0.1, seed=7, sample_index=0)
+    assert submit.sampling == Sampling(0.5, 0.9, 40, 0.1, seed=7)
     assert submit.max_tokens == 3
     assert submit.stop_token_ids == [EOS]
 
@@ -175,8 +176,8 @@ async def test_ignore_eos_leaves_no_stop_token(http: httpx.AsyncClient, engine: 
 async def test_choices_are_numbered_by_prompt_then_sample(
     http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens
 ) -> None:
-    def script(submit: Submit) -> list[SequenceOutput]:
-        name = f"{submit.token_ids[0]}:{submit.sampling.sample_index}"
+    def script(submit: Sample) -> list[SequenceOutput]:
+        name = f"{submit.token_ids[0]}:{submit.index}"
         return outputs(submit.sequence_id, [[token] for token in tokens(name)], cached_tokens=1)
 
     engine.script = script
@@ -271,9 +272,9 @@ async def test_a_sequence_that_the_engine_gives_up_fails_its_own_request_alone(
 
 
 async def test_when_one_sample_fails_the_others_are_aborted(http: httpx.AsyncClient, engine: FakeEngine) -> None:
-    def script(submit: Submit) -> list[SequenceOutput]:
+    def script(submit: Sample) -> list[SequenceOutput]:
         failed = SequenceOutput(submit.sequence_id, [], "error", error="It cannot be run.")
-        return [failed] if submit.sampling.sample_index == 2 else []
+        return [failed] if submit.index == 2 else []
 
     engine.script = script
     response = await http.post("/v1/completions", json={"prompt": "Hello", "n": 3})

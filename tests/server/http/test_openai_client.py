@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Callable
 import openai
 import pytest
 
-from server.engine.messages import SequenceOutput, Submit
+from server.engine.messages import SequenceOutput
 from tests.server.http.conftest import LiveServer
-from tests.server.http.fake_engine import FakeEngine, outputs, says
+from tests.server.http.fake_engine import FakeEngine, Sample, outputs, says
 
 pytestmark = pytest.mark.anyio
 
@@ -114,7 +114,7 @@ async def test_a_closed_stream_aborts_its_sequence(
 async def test_many_concurrent_requests_all_get_their_own_answer(
     client: openai.AsyncOpenAI, engine: FakeEngine, tokens: Tokens
 ) -> None:
-    def script(submit: Submit) -> list[SequenceOutput]:
+    def script(submit: Sample) -> list[SequenceOutput]:
         return outputs(submit.sequence_id, [[token] for token in tokens(f"number {submit.token_ids[0]}")])
 
     engine.script = script

@@ -6,8 +6,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from model.config import PersimmonConfig
 from model.tokenizer import Tokenizer
-from server.engine.client import EngineClient, EngineDeadError
-from server.engine.messages import Sampling
+from server.engine.client import EngineClient, EngineDeadError, Work
 from server.http.app import create_app
 from tests.server.http.fake_engine import MAX_MODEL_LEN, FakeEngine, says
 
@@ -60,7 +59,7 @@ async def test_probes_follow_the_engine_from_loading_to_its_end(tokenizer: Token
             assert (await http.get("/health")).json() == {"status": "ready"}
 
             assert engine.submitted == []  # no probe asked it for anything
-            with client.submit([5], 9, [], Sampling()) as outputs:
+            with client.submit(Work([5], 9)) as (outputs,):
                 await engine.die()
                 with pytest.raises(EngineDeadError):
                     await anext(outputs)
@@ -85,18 +84,6 @@ async def test_the_served_model_is_listed_and_no_other(http: httpx.AsyncClient) 
 
 async def test_the_version_is_told(http: httpx.AsyncClient) -> None:
     assert (await http.get("/version")).json()["version"].count(".") == 2
-
-
-async def test_the_docs_describe_the_request_bodies(http: httpx.AsyncClient) -> None:
-    schema = (await http.get("/openapi.json")).json()
-    body = schema["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert {"messages", "temperature", "stop"} <= body["properties"].keys()
-    reference: str = body["properties"]["messages"]["items"]["$ref"]
-    found = schema
-    for part in reference.removeprefix("#/").split("/"):
-        found = found[part.replace("~1", "/")]
-    assert found["title"] == "ChatMessage"
-    assert (await http.get("/docs")).status_code == 200
 
 
 async def test_the_engines_last_report_is_scraped(http: httpx.AsyncClient) -> None:

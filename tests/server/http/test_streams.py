@@ -3,7 +3,7 @@ import contextlib
 import functools
 import itertools
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
 import httpx
 import pytest
@@ -11,11 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from model.tokenizer import Tokenizer
-from server.engine.messages import SequenceOutput, Submit
-from server.http.generation import SampleText
+from server.engine.messages import Sampling, SequenceOutput, TokenLogprobs
+from server.http.generation import Answer, Generation, Prompt, SampleText
 from server.http.stop_strings import StopChecker, StopStrings
+from server.http.token_report import token_text
 from tests.server.http.conftest import LiveServer
-from tests.server.http.fake_engine import FakeEngine, outputs, says
+from tests.server.http.fake_engine import FakeEngine, Sample, outputs, says
 
 pytestmark = pytest.mark.anyio
 
@@ -135,8 +136,8 @@ async def test_a_chat_stream_carries_the_prompts_ids_once(
 async def test_the_choices_of_a_stream_are_those_of_the_whole_answer(
     http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens, path: str
 ) -> None:
-    def script(submit: Submit) -> list[SequenceOutput]:
-        return outputs(submit.sequence_id, [[token] for token in tokens(f"number {submit.sampling.sample_index}")])
+    def script(submit: Sample) -> list[SequenceOutput]:
+        return outputs(submit.sequence_id, [[token] for token in tokens(f"number {submit.index}")])
 
     engine.script = script
     chunks = await stream(http, path, n=5, max_tokens=50)
@@ -296,13 +297,88 @@ def test_the_pieces_of_a_text_join_to_the_same_text_however_its_tokens_come(
 ) -> None:
     bounds = sorted({0, *(cut for cut in cuts if cut < len(token_ids)), len(token_ids)})
     steps = [token_ids[start:end] for start, end in itertools.pairwise(bounds)] or [[]]
-    sample = SampleText(0, tokenizer.detokenizer(), StopChecker(StopStrings(stop)))
-    text = ""
-    for output in outputs(1, steps):
+    answer = read(tokenizer, generation(stop), outputs(1, steps))
+    checker = StopChecker(StopStrings(stop))
+    assert answer.text == checker.push(tokenizer.decode(token_ids)) + checker.finish()
+    assert answer.finish_reason == ("stop" if checker.matched else "length")
+    # Each token is told of once, at the place where its text begins.
+    ids = answer.token_ids
+    assert [report.text for report in answer.reports] == [token_text(tokenizer, token_id) for token_id in ids]
+    whole = tokenizer.decode(ids)
+    for place, report in enumerate(answer.reports):
+        before = tokenizer.detokenizer().push(ids[:place])
+        assert report.offset == len(before)
+        assert whole.startswith(before)
+
+
+def generation(stop: Sequence[str], *, is_chat: bool = False, echo: bool = False) -> Generation:
+    """A request for one sample that reports its tokens."""
+    prompt = Prompt([0], 99, Sampling())
+    return Generation(
+        [prompt],
+        n=1,
+        samples=1,
+        stop_token_ids=[],
+        stop_strings=StopStrings(stop),
+        is_chat=is_chat,
+        echo=echo,
+        logprobs=0,
+        arrival=0.0,
+    )
+
+
+def read(
+    tokenizer: Tokenizer, request: Generation, steps: Iterable[SequenceOutput], sample: SampleText | None = None
+) -> Answer:
+    """What a sample's outputs become; nothing is told of a token before some of its text is out."""
+    sample = sample or SampleText(0, tokenizer, request)
+    answer = Answer()
+    for output in steps:
         piece = sample.push(output)
-        text += piece.text
+        answer.add(piece)
         if piece.finish_reason is not None:
             break
-    checker = StopChecker(StopStrings(stop))
-    assert text == checker.push(tokenizer.decode(token_ids)) + checker.finish()
-    assert piece.finish_reason == ("stop" if checker.matched else "length")
+        assert all(report.offset < len(answer.text) for report in answer.reports)
+    return answer
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    token_ids=st.lists(st.one_of(st.integers(2, 4095), st.integers(3, 258)), min_size=1, max_size=12),
+    stop=st.lists(st.sampled_from(["a", "e ", "th"]), max_size=2),
+)
+def test_the_tokens_of_a_chats_answer_are_those_of_its_text(
+    tokenizer: Tokenizer, token_ids: list[int], stop: list[str]
+) -> None:
+    answer = read(tokenizer, generation(stop, is_chat=True), outputs(1, [[token_id] for token_id in token_ids]))
+    told = b"".join(report.text.utf8 or b"" for report in answer.reports).decode(errors="replace")
+    assert told.startswith(answer.text) if answer.finish_reason == "stop" else told == answer.text
+    assert all(report.offset < len(answer.text) for report in answer.reports)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    prompt=st.lists(st.one_of(st.integers(2, 4095), st.integers(3, 258)), min_size=1, max_size=6),
+    token_ids=st.lists(st.one_of(st.integers(2, 4095), st.integers(3, 258)), min_size=1, max_size=6),
+)
+def test_an_echo_reads_as_if_prompt_and_answer_were_one_text(
+    tokenizer: Tokenizer, prompt: list[int], token_ids: list[int]
+) -> None:
+    request = generation([], echo=True)
+    sample = SampleText(0, tokenizer, request)
+    sample.echo(prompt, [TokenLogprobs(token_id, -float(token_id), [], []) for token_id in prompt[1:]])
+    answer = read(tokenizer, request, outputs(1, [[token_id] for token_id in token_ids]), sample)
+    assert answer.text == tokenizer.decode(prompt + token_ids, from_start=True)
+    assert answer.token_ids == token_ids
+    assert [report.logprob for report in answer.reports[: len(prompt)]] == [None, *(-float(id) for id in prompt[1:])]
+    for place, report in enumerate(answer.reports):
+        before = tokenizer.detokenizer().push((prompt + token_ids)[:place])
+        prefixed = tokenizer.begins_with_prefix(prompt + token_ids) and bool(before)
+        assert report.offset == len(before) - prefixed
+
+
+def test_a_stop_string_counts_only_after_min_tokens(tokenizer: Tokenizer, tokens: Callable[[str], list[int]]) -> None:
+    ids = tokens("one two one two")
+    sample = SampleText(0, tokenizer, generation(["one"]), min_tokens=len(ids) // 2)
+    answer = read(tokenizer, generation(["one"]), outputs(1, [[token_id] for token_id in ids]), sample)
+    assert answer.text == " one two "

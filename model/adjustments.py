@@ -1,0 +1,92 @@
+"""What a request changes in the network's logits before a token is drawn from them.
+
+Penalties come first, then biases, then what is ruled out: banned tokens and those that a grammar does not allow.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from kernels.launch import upload
+from kernels.operands import PenaltyInputs
+from model.sampling_params import SamplingParams
+
+Penalize = Callable[[torch.Tensor, PenaltyInputs], None]
+"""Lowers, in place, the [R, vocab_size] float32 logits of tokens that a row has seen."""
+
+
+def adjust_(logits: torch.Tensor, params: Sequence[SamplingParams], penalize: Penalize) -> None:
+    """Changes logits in place as their rows ask for.
+
+    Args:
+        logits: [R, vocab_size] float32.
+        params: R of them.
+        penalize: applies the penalties.
+    """
+    if any(own.penalizes for own in params):
+        penalize(logits, _penalties(params, logits.device))
+    biased = [(row, token, bias) for row, own in enumerate(params) for token, bias in own.logit_bias]
+    if biased:
+        rows, tokens, biases = zip(*biased, strict=True)
+        # Each id is at most once in a row, so the order of addition is no matter.
+        logits.view(-1).index_add_(0, _places(rows, tokens, logits), _column(biases, logits.device))
+    banned = [(row, token) for row, own in enumerate(params) for token in own.banned]
+    if banned:
+        rows, tokens = zip(*banned, strict=True)
+        logits.view(-1).index_fill_(0, _places(rows, tokens, logits), float("-inf"))
+    constrained = [row for row, own in enumerate(params) if own.allowed is not None]
+    if constrained:
+        words = np.stack([allowed() for own in params if (allowed := own.allowed) is not None])
+        places = upload(np.array(constrained), logits.device)
+        mask = _unpacked(words, logits.shape[1], logits.device)
+        logits[places] = logits[places].masked_fill_(~mask, float("-inf"))
+
+
+def penalize(logits: torch.Tensor, penalties: PenaltyInputs) -> None:
+    """Penalties in plain torch, all rows at once; the maths is `reference_sampling.apply_penalties`.
+
+    Args:
+        logits: [R, vocab_size] float32, changed in place.
+        penalties: R rows of it.
+    """
+    sizes = penalties.offsets.diff().long()
+    rows = torch.repeat_interleave(torch.arange(len(sizes), device=logits.device), sizes)
+    ids, counts = penalties.token_ids.long(), penalties.output_counts
+    seen, repetition = logits[rows, ids], penalties.repetition[rows]
+    seen = torch.where(seen > 0, seen / repetition, seen * repetition)
+    seen -= penalties.frequency[rows] * counts + penalties.presence[rows] * (counts > 0)
+    logits[rows, ids] = seen
+
+
+def _penalties(params: Sequence[SamplingParams], device: torch.device) -> PenaltyInputs:
+    seen = [own.seen if own.penalizes else None for own in params]
+    sizes = [0 if own is None else len(own.token_ids) for own in seen]
+    empty = np.empty(0, dtype=np.int32)
+    return PenaltyInputs(
+        offsets=upload(np.cumsum([0, *sizes], dtype=np.int32), device),
+        token_ids=upload(np.concatenate([empty, *(own.token_ids for own in seen if own is not None)]), device),
+        output_counts=upload(np.concatenate([empty, *(own.output_counts for own in seen if own is not None)]), device),
+        repetition=_column([own.repetition_penalty for own in params], device),
+        frequency=_column([own.frequency_penalty for own in params], device),
+        presence=_column([own.presence_penalty for own in params], device),
+    )
+
+
+def _column(values: Sequence[float], device: torch.device) -> torch.Tensor:
+    return upload(np.array(values, dtype=np.float32), device)
+
+
+def _places(rows: Sequence[int], tokens: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
+    """Where tokens of rows lie in the flattened logits."""
+    places = np.array(rows, dtype=np.int64) * logits.shape[1] + np.array(tokens, dtype=np.int64)
+    return upload(places, logits.device)
+
+
+def _unpacked(words: np.ndarray, vocab_size: int, device: torch.device) -> torch.Tensor:
+    """[R, ceil(vocab_size / 32)] int32 words of bits, lowest first, as [R, vocab_size] bool."""
+    if device.type == "cpu":
+        bits = np.unpackbits(words.view(np.uint8), axis=1, count=vocab_size, bitorder="little")
+        return torch.from_numpy(bits.view(np.bool_))
+    spread = upload(words, device)[:, :, None] >> torch.arange(32, dtype=torch.int32, device=device)
+    return (spread & 1).view(len(words), -1)[:, :vocab_size].bool()

@@ -1,0 +1,11 @@
+"""Answers that follow a grammar: JSON of a schema, one of some choices, a regular expression, a context-free grammar.
+
+A layer over llguidance, which finds what may come next.  Knows token ids and their bytes, nothing of prompts or logits,
+and imports no torch: API workers check a client's grammar here before the engine process compiles it.
+"""
+
+from model.grammar.compiler import GrammarCompiler
+from model.grammar.matcher import Matcher
+from model.grammar.spec import KINDS, GrammarError, GrammarKind, GrammarSpec
+
+__all__ = ["KINDS", "GrammarCompiler", "GrammarError", "GrammarKind", "GrammarSpec", "Matcher"]

@@ -1,0 +1,209 @@
+"""A grammar and a vocabulary -> a `Matcher`: what a client sent is checked, and compiled within limits.
+
+Masks hold every token whose text may come next, however a tokenizer would split that text: which of them comes is left
+to the model.  Knows nothing of requests or of sampling.
+"""
+
+import json
+import re
+from collections.abc import Collection, Sequence
+from typing import Any, assert_never
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, regex_to_lark
+
+from model.grammar.context_free import read_grammar
+from model.grammar.json_schema import read_json, read_schema
+from model.grammar.matcher import Matcher, Vocabulary, pack_bits, reason
+from model.grammar.spec import KINDS, GrammarError, GrammarSpec
+from model.tokenizer import Tokenizer
+
+MAX_SPEC_BYTES = 65_536
+"""Of a grammar's text, whatever its kind."""
+
+MAX_REGEX_BYTES = 1_024
+"""Of a regular expression.  A step of one costs the square of its length."""
+
+MAX_CHOICES = 4_096
+
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=400_000,
+    max_grammar_size=50_000,
+    step_lexer_fuel=200_000,
+    step_max_items=50_000,
+    max_items_in_row=5_000,
+    max_lexer_states=50_000,
+    # A vocabulary then changes nothing about what compiles, and compiling walks through none.
+    precompute_large_lexemes=False,
+    verbose_errors=False,
+)
+"""What the engine may spend: on compiling, on the mask of one token, and on the states of one answer.
+
+With those of what is read they hold the worst grammars that we could think of to a second and 200 MB; see
+tests/model/grammar/test_bombs.py.  Fuel is about 100 nanoseconds, a state about half a kilobyte.
+"""
+
+# Single spaces after commas and colons, as they are most often written, and no other white space: a model that may
+# write any writes nothing else, sooner or later.  Escapes that spell a character in two ways would let the name of one
+# property be written as that of another.
+_JSON_STYLE = {
+    "whitespace_flexible": False,
+    "item_separator": ", ?",
+    "key_separator": ": ?",
+    "json_allowed_escapes": 'nrbtf\\"',
+}
+_NAMES = {
+    "json_object": "the JSON object",
+    "json_schema": "the JSON schema",
+    "regex": "the regular expression",
+    "choice": "the list of choices",
+    "grammar": "the grammar",
+}
+_START = '%llguidance {"no_forcing": true}\nstart: @answer'
+_START_AFTER_SPACE = '%llguidance {"no_forcing": true}\nstart: " " @answer'
+
+
+class GrammarCompiler:
+    """Compiles grammars for one vocabulary.  Safe to use from several threads at once; compiling releases the GIL.
+
+    Args:
+        token_bytes: what each token id adds to a text, in UTF-8.  Empty for those that text is not made of: control
+            tokens, the unknown token, ids that must not come.  No grammar allows these.
+        vocab_size: bits of a mask: rows of the model's lm_head, at least as many as there are token_bytes.
+        end_of_text: ids that may come when an answer may end; none of them is text.
+
+    Raises:
+        ValueError: more tokens than vocab_size, or an end_of_text outside it.
+    """
+
+    def __init__(self, token_bytes: Sequence[bytes], vocab_size: int, end_of_text: Collection[int]) -> None:
+        if len(token_bytes) > vocab_size or not all(0 <= token_id < vocab_size for token_id in end_of_text):
+            raise ValueError(
+                f"{len(token_bytes)} tokens and end-of-text {sorted(end_of_text)} do not fit a vocab_size of {vocab_size}"
+            )
+        # The engine marks tokens of its own with the byte FF, which is in no UTF-8.
+        text = [b"" if word.startswith(b"\xff") else word for word in token_bytes]
+        text += [b""] * (vocab_size - len(text))
+        for token_id in end_of_text:
+            text[token_id] = b""
+        # It needs an id for the end even where the model has none; which it allows is decided by `Matcher`.
+        ends = sorted(end_of_text) or [next((token_id for token_id, word in enumerate(text) if not word), 0)]
+        self._engine = LLTokenizer(TokenizerWrapper(_Words(text, ends[0])), eos_token=ends)
+        self._vocabulary = Vocabulary(
+            text=pack_bits(np.array([bool(word) for word in text])),
+            end_of_text=pack_bits(np.isin(np.arange(vocab_size), sorted(end_of_text))),
+        )
+
+    @classmethod
+    def for_tokenizer(cls, tokenizer: Tokenizer, vocab_size: int, end_of_text: Collection[int]) -> "GrammarCompiler":
+        """A compiler for a checkpoint.  With 262,144 tokens it takes about two seconds and 200 MB.
+
+        Args:
+            tokenizer: the checkpoint's.
+            vocab_size: the model's.
+            end_of_text: the ids that end a document.
+        """
+        return cls(tokenizer.text_bytes(), vocab_size, end_of_text)
+
+    @classmethod
+    def for_checking(cls) -> "GrammarCompiler":
+        """A compiler that takes no memory: its tokens are single bytes.
+
+        It accepts and refuses the same grammars as that of a checkpoint whose tokens can spell any text.
+        """
+        return cls([*(bytes([byte]) for byte in range(256)), b""], 257, [256])
+
+    def compile(self, spec: GrammarSpec, leading_space: bool = False) -> Matcher:
+        """A matcher at the beginning of an answer.
+
+        Args:
+            spec: what the client asks for.
+            leading_space: whether the answer begins with a space that belongs to what stands before it, as in
+                `adept: {"a": 1}`.  It is required then: an answer's own first space could not be told from it.
+
+        Raises:
+            GrammarError: the grammar is invalid, not supported or too large, or no answer can follow it.
+        """
+        start = _START_AFTER_SPACE if leading_space else _START
+        grammars = [{"lark_grammar": start}, {"name": "answer", **_engine_grammar(spec)}]
+        engine = LLMatcher(self._engine, json.dumps({"grammars": grammars}), log_level=0, limits=LIMITS)
+        if engine.is_error():
+            raise GrammarError(f"{_NAMES[spec.kind]} cannot be followed: {reason(engine.get_error())}")
+        matcher = Matcher(engine, self._vocabulary, _NAMES[spec.kind])
+        # Finds what no answer can follow.  The engine keeps the mask, so that it is not computed twice.
+        matcher.mask()
+        return matcher
+
+    def check(self, spec: GrammarSpec) -> None:
+        """Refuses what `compile` refuses.
+
+        Raises:
+            GrammarError: see `compile`.
+        """
+        self.compile(spec)
+
+
+class _Words:
+    """A vocabulary in the form that the engine's binding reads."""
+
+    def __init__(self, words: list[bytes], end: int) -> None:
+        self.tokens = words
+        self.eos_token_id = end
+        self.bos_token_id = None
+        self.special_token_ids: list[int] = []
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        """Tokenizes; never needed, since grammars are compiled with `no_forcing`."""
+        raise NotImplementedError(f"{text!r} is left to the model to tokenize")
+
+
+def _engine_grammar(spec: GrammarSpec) -> dict[str, Any]:
+    """The grammar of an answer, in one of the engine's forms."""
+    if spec.kind not in KINDS:
+        raise GrammarError(f"{spec.kind!r} is no kind of grammar, supported are {', '.join(KINDS)}")
+    name = _NAMES[spec.kind]
+    try:
+        size = len(spec.text.encode())
+    except UnicodeEncodeError:
+        raise GrammarError(f"{name} holds a lone surrogate, which no text can") from None
+    if size > MAX_SPEC_BYTES:
+        raise GrammarError(f"{name} has {size} bytes, at most {MAX_SPEC_BYTES} are possible")
+    match spec.kind:
+        case "json_object":
+            return {"json_schema": {"type": "object", "x-guidance": _JSON_STYLE}}
+        case "json_schema":
+            return {"json_schema": {**read_schema(spec.text), "x-guidance": _JSON_STYLE}}
+        case "regex":
+            return {"lark_grammar": f"start: TEXT\nTEXT: /{_regex(spec.text)}/"}
+        case "choice":
+            return {"lark_grammar": f"start: TEXT\nTEXT: {_choices(spec.text)}"}
+        case "grammar":
+            return {"lark_grammar": read_grammar(spec.text)}
+        case _:
+            assert_never(spec.kind)
+
+
+def _regex(text: str) -> str:
+    if not text:
+        raise GrammarError("the regular expression is empty")
+    if len(text.encode()) > MAX_REGEX_BYTES:
+        raise GrammarError(
+            f"the regular expression has {len(text.encode())} bytes, at most {MAX_REGEX_BYTES} are possible; a list of "
+            "choices may be longer"
+        )
+    if len(re.search(r"\\*$", text)[0]) % 2:  # type: ignore[index]
+        raise GrammarError("the regular expression ends in the middle of an escape")
+    return regex_to_lark(text, "dws")
+
+
+def _choices(text: str) -> str:
+    choices = read_json(text, "the list of choices")
+    if (
+        not isinstance(choices, list)
+        or not choices
+        or not all(isinstance(choice, str) and choice for choice in choices)
+    ):
+        raise GrammarError("the list of choices must be a JSON array of one or more strings, none of them empty")
+    if len(choices) > MAX_CHOICES:
+        raise GrammarError(f"the list of choices has {len(choices)} of them, at most {MAX_CHOICES} are possible")
+    return " | ".join(json.dumps(choice) for choice in choices)

@@ -1,0 +1,35 @@
+"""What a client asks an answer to look like, as plain data, and the error for what cannot be asked."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "grammar"]
+
+KINDS: tuple[GrammarKind, ...] = get_args(GrammarKind)
+
+
+class GrammarError(ValueError):
+    """A grammar that cannot be used, or that an answer cannot follow any further.
+
+    The message is one sentence for the client: what was given, what is allowed.
+    """
+
+
+@dataclass(frozen=True)
+class GrammarSpec:
+    """A grammar as it crosses from an API worker to the engine process: two strings.
+
+    Attributes:
+        kind: the language of `text`:
+            json_object: any JSON object; `text` says nothing.
+            json_schema: JSON that is valid under this JSON Schema, itself written as JSON.
+            regex: the whole answer matches this regular expression, in the syntax of Rust's regex crate: without
+                look-around and back-references.  Its Perl classes, like that for digits, are of ASCII alone.
+            choice: one of the strings of this JSON array.
+            grammar: a context-free grammar, in EBNF as llama.cpp writes it (GBNF, `root ::= …`) or in Lark's form
+                (`start: …`).
+        text: in that language.
+    """
+
+    kind: GrammarKind
+    text: str = ""

@@ -1,0 +1,192 @@
+"""The scheduler's plans in the model's words: what each sequence computes, how it draws, what it reports.
+
+Knows both sides and translates; decides nothing.  Keeps what a sequence's draws carry on from token to token: the
+tokens that penalties look at, and where its grammar stands.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from model.grammar import GrammarCompiler, GrammarError, GrammarSpec, Matcher
+from model.runner import PooledStates, PromptLogprobs, Report, Runner, SequenceInput
+from model.sampling_params import SamplingParams
+from model.token_counts import TokenCounts
+from server.engine.core import StepOutcome
+from server.engine.messages import Grammar, Sampling, TokenLogprobs
+from server.engine.scheduler import ScheduledSequence, StepPlan
+from server.engine.sequence import Sequence
+
+COMPILED_GRAMMARS = 64
+"""So many grammars are kept compiled, the latest used ones."""
+
+
+class PlanRunner:
+    """Runs the scheduler's plans on the model.
+
+    Args:
+        runner: the model's.
+        grammar_compiler: makes what compiles grammars, when the first sequence has one: that takes seconds with a
+            large vocabulary.  None where no sequence has one.
+    """
+
+    def __init__(self, runner: Runner, grammar_compiler: Callable[[], GrammarCompiler] | None = None) -> None:
+        self._runner = runner
+        self._make_compiler = grammar_compiler
+        self._compiler: GrammarCompiler | None = None
+        # A thread for each, because masks are wanted in every step and a compilation may take long.
+        self._compiling = ThreadPoolExecutor(1, thread_name_prefix="grammar-compiler")
+        self._masking = ThreadPoolExecutor(1, thread_name_prefix="grammar-masks")
+        self._compiled: OrderedDict[Grammar, Future[Matcher]] = OrderedDict()
+        self._matchers: WeakKeyDictionary[Sequence, Future[Matcher]] = WeakKeyDictionary()
+        self._counts: WeakKeyDictionary[Sequence, TokenCounts] = WeakKeyDictionary()
+        self._progress: WeakKeyDictionary[Sequence, GrammarProgress] = WeakKeyDictionary()
+
+    def prepare(self, sequence: Sequence) -> Future[Matcher] | None:
+        """Starts what a sequence and its forks need before they run; None when that is nothing.
+
+        Returns:
+            Done when they may run; fails with a GrammarError when they cannot.
+        """
+        grammar = sequence.sampling.grammar
+        if grammar is None:
+            return None
+        compiled = self._compiled.get(grammar)
+        if compiled is None or (compiled.done() and compiled.exception() is not None):
+            compiled = self._compiled[grammar] = self._compiling.submit(self._compile, grammar)
+        self._compiled.move_to_end(grammar)
+        while len(self._compiled) > COMPILED_GRAMMARS:
+            self._compiled.popitem(last=False)
+        for own in sequence.family:
+            self._matchers[own] = compiled
+        return compiled
+
+    def __call__(self, plan: StepPlan) -> StepOutcome:
+        """Runs one step."""
+        if plan.copies:
+            self._runner.copy_blocks(plan.copies)
+        result = self._runner.launch([self._input(item) for item in plan.scheduled]).wait()
+        return StepOutcome(
+            result.tokens,
+            {row: TokenLogprobs(*entry) for row, entry in result.logprobs.items()},
+            {place: [TokenLogprobs(*entry) for entry in entries] for place, entries in result.prompt_logprobs.items()},
+            {place: rows.astype("<f4").tobytes() for place, rows in result.pooled.items()},
+            self._failures(plan),
+        )
+
+    def _compile(self, grammar: Grammar) -> Matcher:
+        if self._compiler is None:
+            if self._make_compiler is None:
+                raise GrammarError("this model follows no grammars")
+            self._compiler = self._make_compiler()
+        return self._compiler.compile(GrammarSpec(grammar.kind, grammar.text), grammar.leading_space)
+
+    def _input(self, item: ScheduledSequence) -> SequenceInput:
+        sequence = item.sequence
+        return SequenceInput(
+            token_ids=sequence.token_ids[item.start : item.end],
+            start=item.start,
+            block_table=sequence.block_table,
+            samplings=[self._sampling(sample) for sample in item.samples],
+            report=_report(item),
+        )
+
+    def _sampling(self, sequence: Sequence) -> SamplingParams:
+        asked = sequence.sampling
+        position = sequence.num_output_tokens
+        return SamplingParams(
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            top_k=asked.top_k,
+            min_p=asked.min_p,
+            seed=asked.seed,
+            sample_index=sequence.sample_index,
+            position=position,
+            repetition_penalty=asked.repetition_penalty,
+            presence_penalty=asked.presence_penalty,
+            frequency_penalty=asked.frequency_penalty,
+            seen=self._seen(sequence) if _penalizes(asked) else None,
+            logit_bias=tuple(asked.logit_bias.items()),
+            banned=tuple(sequence.stop_token_ids) if position < asked.min_tokens else (),
+            allowed=self._allowed(sequence) if asked.grammar is not None else None,
+            logprobs=asked.logprobs,
+        )
+
+    def _seen(self, sequence: Sequence) -> TokenCounts:
+        counts = self._counts.get(sequence)
+        if counts is None:
+            counts = self._counts[sequence] = TokenCounts(sequence.token_ids[: sequence.prompt_length])
+        for token_id in sequence.token_ids[sequence.prompt_length + counts.output_length :]:
+            counts.append(token_id)
+        return counts
+
+    def _allowed(self, sequence: Sequence) -> Callable[[], np.ndarray]:
+        progress = self._progress.get(sequence)
+        if progress is None:
+            progress = self._progress[sequence] = GrammarProgress(self._matchers[sequence].result().copy())
+        news = sequence.token_ids[sequence.prompt_length + progress.num_tokens :]
+        return self._masking.submit(partial(progress.advance, news)).result
+
+    def _failures(self, plan: StepPlan) -> dict[int, str]:
+        failures = {}
+        samples = (sample for item in plan.scheduled for sample in item.samples)
+        for row, sample in enumerate(samples):
+            progress = self._progress.get(sample) if sample.sampling.grammar is not None else None
+            if progress is not None and progress.error is not None:
+                failures[row] = progress.error
+        return failures
+
+
+class GrammarProgress:
+    """Where one sequence stands in its grammar.
+
+    Args:
+        matcher: at the beginning; its own.
+
+    Attributes:
+        num_tokens: output tokens that it has seen.
+        error: why it cannot go on, if so.
+    """
+
+    def __init__(self, matcher: Matcher) -> None:
+        self._matcher = matcher
+        self._mask = matcher.mask()
+        self.num_tokens = 0
+        self.error: str | None = None
+
+    def advance(self, token_ids: list[int]) -> np.ndarray:
+        """Takes the output's next tokens; which may follow, as `SamplingParams.allowed` has it.
+
+        After an error it is as if the last tokens had not come: the sequence ends, and the step that it is in should
+        not.
+        """
+        try:
+            for token_id in token_ids:
+                self._matcher.consume(token_id)
+            self.num_tokens += len(token_ids)
+            self._mask = self._matcher.mask()
+        except GrammarError as error:
+            self.error = str(error)
+        return self._mask
+
+
+def _penalizes(asked: Sampling) -> bool:
+    return asked.repetition_penalty != 1 or asked.presence_penalty != 0 or asked.frequency_penalty != 0
+
+
+def _report(item: ScheduledSequence) -> Report | None:
+    sequence = item.sequence
+    first, end = item.report_from - item.start, min(item.end, sequence.prompt_length) - item.start
+    if first >= end:
+        return None
+    if sequence.pooling is not None:
+        return PooledStates(range(first, end), total=sequence.pooling == "sum", scores=sequence.scores)
+    if sequence.prompt_logprobs is None:
+        return None
+    # The prompt's last token has none after it, the others may have theirs in the next chunk.
+    next_tokens = sequence.token_ids[item.report_from + 1 : min(item.end + 1, sequence.prompt_length)]
+    return PromptLogprobs(first, next_tokens, sequence.prompt_logprobs) if next_tokens else None

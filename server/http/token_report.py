@@ -1,0 +1,110 @@
+"""Tokens as people read them, with where they stand in an answer and how probable they were.
+
+Knows nothing of how an endpoint writes them.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from model.tokenizer import Tokenizer
+from server.engine.messages import TokenLogprobs
+
+_LEAST_LOGPROB = -9999.0
+"""What stands for a probability of zero, whose logarithm JSON cannot write; as in OpenAI's answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenText:
+    r"""What a token adds to a text.
+
+    Attributes:
+        name: its text; of bytes that are no whole characters "bytes:\xe2"; of a token that is no text its piece.
+        utf8: its bytes; None for a token that is no text.
+    """
+
+    name: str
+    utf8: bytes | None
+
+    def without_prefix(self, prefix: str) -> "TokenText":
+        """The same, with what the chat format put before it taken off."""
+        if self.utf8 is None:
+            return self
+        return TokenText(self.name.removeprefix(prefix), self.utf8.removeprefix(prefix.encode()))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenReport:
+    """One token of an answer, or of a prompt that is echoed.
+
+    Attributes:
+        text: what it adds.
+        offset: characters of the answer before it.
+        logprob: its natural log-probability under the network's own logits; None for a prompt's first token.
+        top: the most probable tokens in its place and their log-probabilities, best first.
+    """
+
+    text: TokenText
+    offset: int
+    logprob: float | None = None
+    top: Sequence[tuple[TokenText, float]] = ()
+
+    def without_prefix(self, prefix: str) -> "TokenReport":
+        """The same, as the first of a chat's answer."""
+        return replace(
+            self,
+            text=self.text.without_prefix(prefix),
+            top=[(text.without_prefix(prefix), logprob) for text, logprob in self.top],
+        )
+
+
+def token_text(tokenizer: Tokenizer, token_id: int) -> TokenText:
+    """What a token adds to a text, for people."""
+    if token_id >= tokenizer.vocab_size:
+        return TokenText(f"token_id:{token_id}", None)
+    utf8 = tokenizer.token_bytes(token_id)
+    if not utf8:
+        return TokenText(tokenizer.pieces([token_id])[0], None)
+    try:
+        return TokenText(utf8.decode(), utf8)
+    except UnicodeDecodeError:
+        return TokenText("bytes:" + "".join(f"\\x{byte:02x}" for byte in utf8), utf8)
+
+
+def report(tokenizer: Tokenizer, token_id: int, offset: int, logprobs: TokenLogprobs | None) -> TokenReport:
+    """A token with what the engine said of it."""
+    text = token_text(tokenizer, token_id)
+    if logprobs is None:
+        return TokenReport(text, offset)
+    top = [
+        (token_text(tokenizer, top_id), max(top_logprob, _LEAST_LOGPROB))
+        for top_id, top_logprob in zip(logprobs.top_ids, logprobs.top_logprobs, strict=True)
+    ]
+    return TokenReport(text, offset, max(logprobs.logprob, _LEAST_LOGPROB), top)
+
+
+class ReportQueue:
+    """Holds the reports of an answer's tokens back until something of their text is out.
+
+    So a stream never tells of text that turns out to belong to a stop string.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[TokenReport] = deque()
+
+    def add(self, reports: Iterable[TokenReport]) -> None:
+        """Takes the next tokens."""
+        self._waiting.extend(reports)
+
+    def visible(self, length: int) -> list[TokenReport]:
+        """The tokens that begin within the first `length` characters of the answer, each once."""
+        out = []
+        while self._waiting and self._waiting[0].offset < length:
+            out.append(self._waiting.popleft())
+        return out
+
+    def rest(self) -> list[TokenReport]:
+        """All others."""
+        out = list(self._waiting)
+        self._waiting.clear()
+        return out
