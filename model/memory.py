@@ -139,9 +139,11 @@ def activation_bytes(
     Per token: residual, norm, fused QKV, float32 queries and keys while they are normalized and rotated, attention
     output, and the MLP's activation; for the longest context: its keys and values, gathered and once more packed
     for the product, and the chunk's mask, as booleans and as numbers; per sampled row: the logits, in
-    16 bits too; per row that draws at once: three further float32 copies, and the ids, probabilities and sums, of
-    8 bytes each, that top-p sorts out.  A classifier makes no logits: per row that it scores there are its
-    hidden state and the scores, in float32.
+    16 bits too, and once more where requests change them and want to know what they were; per row that draws at once:
+    five further float32 copies, what a grammar allows, and the ids, probabilities and sums, of 8 bytes each, that
+    top-p sorts out; or, before that, per row of a prompt that is read for log-probabilities at once, its logits and
+    two further copies.  A classifier makes no logits: per row that it scores there are its hidden state and the
+    scores, in float32.
     """
     square_in_float32 = 2 * config.intermediate_size * 4 if dtype.itemsize == 2 else 0
     per_token = (8 * config.hidden_size + config.intermediate_size) * dtype.itemsize
@@ -149,8 +151,10 @@ def activation_bytes(
     context = max_model_len * 2 * 2 * config.hidden_size * dtype.itemsize
     mask = min(max_num_batched_tokens, max_model_len) * max_model_len * (1 + dtype.itemsize)
     if config.generates:
-        drawing = min(max_num_seqs, rows_at_once(config.vocab_size))
-        results = config.vocab_size * (max_num_seqs * (4 + dtype.itemsize) + drawing * (3 * 4 + 4 * 8))
+        at_once = rows_at_once(config.vocab_size)
+        drawing = min(max_num_seqs, at_once) * (5 * 4 + 1 + 4 * 8)
+        reporting = min(max_num_batched_tokens, at_once) * (3 * 4 + dtype.itemsize)
+        results = config.vocab_size * (max_num_seqs * (2 * 4 + dtype.itemsize) + max(drawing, reporting))
     else:
         of_every_token = config.architecture is Architecture.TOKEN_CLASSIFICATION
         rows = max_num_batched_tokens if of_every_token else max_num_seqs

@@ -14,6 +14,7 @@ import torch
 import kernels
 from model.checkpoint import Checkpoint
 from model.config import PersimmonConfig
+from model.grammar import GrammarCompiler
 from model.kv_cache import KVCache
 from model.persimmon import Persimmon
 from model.runner import Runner
@@ -66,6 +67,7 @@ class Harness:
         max_num_seqs: most sequences that run at once.
         max_num_batched_tokens: token budget of a step.
         prefix_caching: whether full blocks are found again.
+        grammars: compiles the sequences' grammars.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Harness:
         max_num_seqs: int = 32,
         max_num_batched_tokens: int = 2048,
         prefix_caching: bool = False,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching)
         self.scheduler = Scheduler(
@@ -88,7 +91,9 @@ class Harness:
         cache = poisoned_cache(model, num_blocks, block_size)
         self.told: defaultdict[Sequence, Told] = defaultdict(Told)
         """What the steps have reported of each sequence."""
-        self._run = PlanRunner(Runner(model, cache, kernels.for_device(CPU)))
+        self._run = PlanRunner(Runner(model, cache, kernels.for_device(CPU)), grammars and (lambda: grammars))
+        self.failures: dict[Sequence, str] = {}
+        """Why sequences could not go on."""
 
     def generate(
         self,
@@ -126,13 +131,19 @@ class Harness:
         step = 0
         while waiting or self.scheduler.has_work:
             while waiting and due[0] <= step:
-                self.scheduler.add(waiting.pop(0))
+                self._add(waiting.pop(0))
                 del due[0]
             if self.scheduler.has_work:
                 self._step()
             step += 1
         if self.pool.num_free != self.pool.num_blocks:
             raise AssertionError(f"{self.pool.num_blocks - self.pool.num_free} blocks are still held")
+
+    def _add(self, sequence: Sequence) -> None:
+        prepared = self._run.prepare(sequence)
+        if prepared is not None:
+            prepared.result()
+        self.scheduler.add(sequence)
 
     def _step(self) -> None:
         plan = self.scheduler.plan()
@@ -142,7 +153,10 @@ class Harness:
             told.prompt_logprobs += outcome.prompt_logprobs.get(place, [])
             told.pooled += np.frombuffer(outcome.pooled.get(place, b""), dtype="<f4").tolist()
         for advance in self.scheduler.commit(plan, outcome.tokens):
-            if advance.row in outcome.logprobs and advance.token is not None:
+            if advance.row in outcome.failures:
+                self.failures[advance.sequence] = outcome.failures[advance.row]
+                self.scheduler.abort(advance.sequence.key)
+            elif advance.row in outcome.logprobs and advance.token is not None:
                 self.told[advance.sequence].logprobs.append(outcome.logprobs[advance.row])
 
     def outputs(self, prompts: Ids[list[int]], max_tokens: int, arrivals: Ids[int] | None = None) -> list[list[int]]:

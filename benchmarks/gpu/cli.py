@@ -50,6 +50,7 @@ SECTIONS = {
     "steps": Section("steps", 180),
     "kernels": Section("speed", 130),
     "step-checks": Section("checks_steps", 100),
+    "request-checks": Section("checks_requests", 40),
     "peer": Section("peer", 80),
     "sweep": Section("sweep", 300, is_default=False),
 }

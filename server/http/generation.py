@@ -195,9 +195,10 @@ class SampleText:
         for place, token_id in enumerate(token_ids):
             text = self._detokenizer.push((token_id,))
             own = logprobs[place - 1] if 0 < place <= len(logprobs) else None
-            takes_prefix = prefixed and bool(text) and not self._begin
-            self._note(token_id, own, " " if takes_prefix else "")
-            self._begin += text[1:] if takes_prefix else text
+            prefix = text[:1] if prefixed else ""
+            prefixed = prefixed and not text
+            self._note(token_id, own, prefix)
+            self._begin += text.removeprefix(prefix)
             self._length = len(self._begin)
 
     def push(self, output: SequenceOutput) -> Piece:

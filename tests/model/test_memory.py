@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -17,8 +18,9 @@ from model.config import Architecture, PersimmonConfig
 from model.kv_cache import KVCache, block_bytes
 from model.memory import GIB, MemoryPlan, MemoryPlanError, activation_bytes, available_memory, plan_memory
 from model.persimmon import Persimmon
-from model.runner import Runner, SequenceInput
+from model.runner import PooledStates, PromptLogprobs, Runner, SequenceInput
 from model.sampler import SamplingParams
+from model.token_counts import TokenCounts
 from tests.model.forward_pass import hidden_states
 
 CPU = torch.device("cpu")
@@ -247,6 +249,17 @@ class TestAvailableMemory:
         return self.write(folder, dict(zip(names, (limit, usage, statistics), strict=True)))
 
 
+CHANGED = SamplingParams(
+    seen=TokenCounts(range(SMALL.vocab_size)),
+    frequency_penalty=1.0,
+    logit_bias=tuple((token, 1.0) for token in range(SMALL.vocab_size)),
+    banned=tuple(range(100)),
+    allowed=lambda: np.full(-(-SMALL.vocab_size // 32), -1, dtype=np.int32),
+    logprobs=20,
+)
+"""Changes all that can be changed, for every token that there is."""
+
+
 class TestActivations:
     @pytest.mark.parametrize(
         ("sequences", "tokens", "context", "sampling"),
@@ -258,6 +271,8 @@ class TestActivations:
             pytest.param(64, 64, 10, SamplingParams(temperature=1.0), id="draws"),
             pytest.param(64, 64, 10, SamplingParams(temperature=1.0, top_p=0.9, min_p=0.1), id="draws with top-p"),
             pytest.param(32, 512, 500, SamplingParams(temperature=1.0, top_k=5, top_p=0.5), id="everything at once"),
+            pytest.param(64, 64, 10, CHANGED, id="changed logits"),
+            pytest.param(64, 64, 10, replace(CHANGED, temperature=1.0, top_p=0.9), id="draws from changed logits"),
         ],
     )
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -280,6 +295,25 @@ class TestActivations:
         peak = _peak_bytes(profiler)
         assert peak > 0
         assert peak <= activation_bytes(SMALL, dtype, sequences, tokens, context + tokens)
+
+    @pytest.mark.parametrize(
+        "report",
+        [PromptLogprobs(0, [5] * 512, 20), PooledStates(range(512), total=False), PooledStates(range(512), total=True)],
+        ids=["log-probabilities", "states", "their sum"],
+    )
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_estimate_is_not_below_what_a_report_of_a_prompt_allocates(
+        self, dtype: torch.dtype, report: PromptLogprobs | PooledStates
+    ) -> None:
+        operations = kernels.for_device(CPU)
+        model = Persimmon(SMALL, dummy_tensors(SMALL, dtype, CPU, 0), dtype, CPU, operations)
+        cache = KVCache.allocate(SMALL, 32, 16, dtype, CPU)
+        runner = Runner(model, cache, operations)
+        batch = [SequenceInput([5] * 512, 0, list(range(32)), (), report)]
+        runner.run(batch)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            runner.run(batch)
+        assert 0 < _peak_bytes(profiler) <= activation_bytes(SMALL, dtype, 1, 512, 512)
 
     @pytest.mark.parametrize("architecture", CLASSIFIERS)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
