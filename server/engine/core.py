@@ -110,10 +110,9 @@ class Engine:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
         self._failed_steps = 0
-        # Sequences that wait for something to be prepared; whoever has prepared it writes to the pipe.
+        # Sequences that wait for something to be prepared; whoever has prepared it counts the event up.
         self._preparing: list[_Preparing] = []
-        self._prepared, self._announce = os.pipe()
-        os.set_blocking(self._prepared, False)
+        self._prepared = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._prepared, zmq.POLLIN)
@@ -121,7 +120,6 @@ class Engine:
     def close(self) -> None:
         """Gives back what is not the socket; no turn may follow."""
         os.close(self._prepared)
-        os.close(self._announce)
 
     def serve_forever(self) -> None:
         """Runs until the process is ended."""
@@ -145,7 +143,7 @@ class Engine:
     def _wait(self) -> None:
         """Returns when something has come, from a worker or from the threads that prepare sequences."""
         if any(source == self._prepared for source, _ in self._poller.poll()):
-            os.read(self._prepared, 4096)
+            os.eventfd_read(self._prepared)
 
     def _drain_inbox(self, outputs: Outputs) -> bool:
         """Hands all messages to the scheduler; whether there were any."""
@@ -191,7 +189,7 @@ class Engine:
             self._scheduler.add(first)
         else:
             self._preparing.append(_Preparing(first, prepared))
-            prepared.add_done_callback(lambda _: os.write(self._announce, b"."))
+            prepared.add_done_callback(lambda _: os.eventfd_write(self._prepared, 1))
 
     def _admit_prepared(self, outputs: Outputs) -> bool:
         """Hands the scheduler the sequences whose preparation has ended; whether there were any."""

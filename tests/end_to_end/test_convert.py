@@ -20,6 +20,7 @@ import model
 from model.convert import writer
 from server.cli import main
 from tests.end_to_end.serving import serving
+from tests.model.checkpoints import DEMO_END_OF_TEXT
 from tests.model.convert.adept_layout import as_tar, make_release
 from tests.model.convert.placeholders import with_placeholders
 
@@ -108,6 +109,61 @@ def test_unused_rows_of_the_vocabulary_are_dropped(flags, tmp_path, capsys):
     assert main(["convert", *flags, str(source), str(tmp_path / "out")]) == 0
     assert "4,096 of 8,192 token ids are dropped" in capsys.readouterr().err
     assert same_tensors(tmp_path / "out", DEMO, torch.float16)
+
+
+def test_a_trimmed_checkpoint_answers_in_the_ids_of_the_whole_vocabulary(tmp_path):
+    whole = with_placeholders(DEMO, tmp_path / "whole", 48)
+    trimmed = tmp_path / "trimmed"
+    assert main(["convert", "--trim-vocab", str(whole), str(trimmed)]) == 0
+    dropped, kept = DEMO_END_OF_TEXT + 7, DEMO_END_OF_TEXT + 48 + 300
+    asked = {
+        "prompt": "human: What is a persimmon?\n\nadept:",
+        "temperature": 0,
+        "max_tokens": 24,
+        "n": 2,
+        "logprobs": 3,
+        "echo": True,
+        "return_token_ids": True,
+        "logit_bias": {str(kept): 100 / 7},
+        "frequency_penalty": 0.5,
+    }
+    refused = [{"prompt": [[kept], [dropped]], "max_tokens": 1}, {"prompt": "a", "logit_bias": {str(dropped): 1}}]
+    requests = [
+        *(("/v1/completions", body) for body in refused),
+        ("/v1/completions", asked),
+        ("/v1/completions", {"prompt": [kept + 1, kept], "max_tokens": 9, "stop_token_ids": [kept], "top_k": 9, "seed": 4}),
+        ("/v1/completions", {"prompt": "It is", "structured_outputs": {"regex": "(yes|no)!"}, "seed": 1}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "What is a plum?"}], "temperature": 0}),
+        ("/tokenize", {"prompt": "What is a plum?"}),
+        ("/detokenize", {"tokens": [kept, kept + 1]}),
+    ]
+
+    def answers(folder: Path) -> list[httpx.Response]:
+        with serving("--model", str(folder), "--served-model-name", "m", "--kv-cache-memory", "64MB") as server:
+            return [httpx.post(server.url + path, json=body, timeout=60) for path, body in requests]
+
+    for (path, body), theirs, ours in zip(requests, answers(whole), answers(trimmed), strict=True):
+        if body in refused:
+            assert ours.status_code == 400, ours.text
+            assert f"the token id {dropped} ('|7|'), which this checkpoint's trimmed vocabulary lacks" in ours.text
+            continue
+        assert (theirs.status_code, ours.status_code) == (200, 200), theirs.text + ours.text
+        expected, answer = theirs.json(), ours.json()
+        for changing in ("id", "created"):
+            expected.pop(changing, None), answer.pop(changing, None)
+        figures = [
+            choice["logprobs"].pop(figure)
+            for content in (expected, answer)
+            for choice in content.get("choices", [])
+            if choice.get("logprobs")
+            for figure in ("token_logprobs", "top_logprobs")
+        ]
+        assert answer == expected, (path, body)
+        half = len(figures) // 2
+        # The dropped rows had a small share of the probability.
+        for one, other in zip(figures[:half], figures[half:], strict=True):
+            for before, after in zip(one[1:], other[1:], strict=True):
+                assert after == pytest.approx(before, abs=0.05)
 
 
 @pytest.mark.parametrize(
