@@ -1,16 +1,22 @@
 # Two commands do everything: `make serve` and `make test`.  ARGS passes flags on: make serve ARGS="--port 9000".
+# The whole suite runs on all cores, file by file, because a file's tests share what takes long to make.  With ARGS
+# there is one process, which starts sooner: make test ARGS=tests/model/test_parity.py.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV ?= .venv
 ARGS ?=
+ALL_CORES := --numprocesses=logical --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
 
-.PHONY: serve test lint types contracts format clean
+.PHONY: serve test compat lint types contracts format clean
 
 serve: $(VENV)/.installed
 	$(BIN)/persimmon serve $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(or $(ARGS),$(ALL_CORES))
+
+compat: $(VENV)/.installed-compat
+	$(BIN)/python -m pytest tests/compat $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -42,3 +48,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-compat: pyproject.toml constraints.txt constraints-compat.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	--constraint constraints-compat.txt --editable '.[dev,compat]'
+	@touch $@ $(VENV)/.installed-dev $(VENV)/.installed

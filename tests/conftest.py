@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # The models here are too small to gain from a second thread, and idle OpenMP threads spin: on a busy machine one
 # thread is ten times as fast.  Read when torch is first imported, and inherited by the servers that tests start.
@@ -14,6 +15,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Triton kernels run in its interpreter, which is chosen when they are defined; the tests that compile them do so in
 # processes of their own.
 os.environ["TRITON_INTERPRET"] = "1"
+# How long an example takes says nothing where as many tests run at once as there are cores.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +34,12 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.model.checkpoints import make_checkpoint
 
     return make_checkpoint(tmp_path_factory.mktemp("random-checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def triton_cache(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """Where compiled kernels lie, for all processes of a run: what one test has compiled, another need not."""
+    base = tmp_path_factory.getbasetemp()
+    cache = (base if worker_id == "master" else base.parent) / "triton-cache"
+    cache.mkdir(exist_ok=True)
+    return cache

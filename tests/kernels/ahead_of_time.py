@@ -1,6 +1,6 @@
 """Compiles what the kernels' own wrappers would launch, for a GPU that need not be there, and reads the machine code.
 
-`compile_calls` runs a wrapper on meta tensors with every launch replaced by a compilation, so the code is specialised
+`compile_calls` runs wrappers on meta tensors with every launch replaced by a compilation, so the code is specialised
 as in a real call: same constants, same divisibility of pointers and sizes.  Needs a process of its own, with
 TRITON_INTERPRET=0, because it leaves Triton believing in that GPU.  As a program it prints what it found:
 
@@ -12,12 +12,14 @@ import importlib
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -27,6 +29,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+INSTRUCTION_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,34 +84,64 @@ def launches_compile(capability: int) -> Iterator[list]:
         JITFunction.run = run
 
 
-def compile_calls(call: Callable[[], None], capability: int) -> list[Compiled]:
-    """Every different kernel that `call` launches, compiled for sm_{capability} instead."""
+def compile_calls(calls: Mapping[str, Callable[[], None]], capability: int) -> dict[str, list[Compiled]]:
+    """Every different kernel that each of the calls launches, compiled for sm_{capability} instead."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("Triton interprets kernels in this process: set TRITON_INTERPRET=0 before it starts")
-    with launches_compile(capability) as kernels:
-        call()
-    return [_read(kernel) for kernel in kernels]
+    launched = {}
+    for name, call in calls.items():
+        with launches_compile(capability) as kernels:
+            call()
+        launched[name] = kernels
+    different = list(dict.fromkeys(kernel for kernels in launched.values() for kernel in kernels))
+    read = dict(zip(different, _read(different), strict=True))
+    return {name: [read[kernel] for kernel in kernels] for name, kernels in launched.items()}
 
 
-def _read(kernel) -> Compiled:
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
-        usage = _tool("cuobjdump", "-res-usage", cubin)
-        sass = _tool("cuobjdump", "-sass", cubin)
-    used = dict(re.findall(r"(REG|STACK):(\d+)", usage))
-    return Compiled(
-        kernel.name,
-        int(used["REG"]),
-        int(used["STACK"]),
-        kernel.metadata.shared,
-        kernel.metadata.num_warps,
-        sass,
-        kernel.asm["ptx"],
-    )
+def _read(kernels: Sequence) -> Iterator[Compiled]:
+    """What the machine code of kernels for the same GPU says."""
+    for kernel, sass in zip(kernels, _disassemble(kernels), strict=True):
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            Path(cubin.name).write_bytes(kernel.asm["cubin"])
+            used = dict(re.findall(r"(REG|STACK):(\d+)", _tool("cuobjdump", "-res-usage", cubin.name)))
+        yield Compiled(
+            kernel.name,
+            int(used["REG"]),
+            int(used["STACK"]),
+            kernel.metadata.shared,
+            kernel.metadata.num_warps,
+            sass,
+            kernel.asm["ptx"],
+        )
 
 
-def _tool(name: str, *arguments) -> str:
+def _disassemble(kernels: Sequence) -> Iterator[str]:
+    """One after the other in one run, because the disassembler starts ten times as long as it reads a kernel.
+
+    Jumps therefore name addresses in all of the code.
+    """
+    codes = [_instructions(kernel.asm["cubin"]) for kernel in kernels]
+    (target,) = {match[1] for kernel in kernels if (match := re.search(r"\.target sm_(\w+)", kernel.asm["ptx"]))}
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(b"".join(codes))
+        text = _tool("nvdisasm", "--binary", f"SM{target}", file.name)
+    lines = re.findall(r"^ *(/\*[0-9a-f]+\*/.*)$", text, re.MULTILINE)
+    counts = [len(code) // INSTRUCTION_BYTES for code in codes]
+    if len(lines) != sum(counts) or not all(counts):
+        raise RuntimeError(f"nvdisasm read {len(lines)} instructions in kernels that should have {counts}")
+    for end, count in zip(accumulate(counts), counts, strict=True):
+        yield "\n".join(lines[end - count : end])
+
+
+def _instructions(cubin: bytes) -> bytes:
+    """The executable sections of an ELF file (elf(5): Elf64_Ehdr, Elf64_Shdr, SHF_EXECINSTR)."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    entry, count = struct.unpack_from("<HH", cubin, 58)
+    sections = (struct.unpack_from("<IIQQQQ", cubin, table + index * entry) for index in range(count))
+    return b"".join(cubin[offset : offset + size] for _, _, flags, _, offset, size in sections if flags & 4)
+
+
+def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
 
 
@@ -120,8 +153,9 @@ def main() -> None:
     arguments = parser.parse_args()
     found = []
     for module in arguments.modules:
-        for call, run in importlib.import_module(module).CALLS.items():
-            for compiled in compile_calls(run, arguments.capability):
+        calls = compile_calls(importlib.import_module(module).CALLS, arguments.capability)
+        for call, kernels in calls.items():
+            for compiled in kernels:
                 found.append({"module": module, "call": call, **asdict(compiled)})
                 print(
                     f"sm_{arguments.capability} {call}: {compiled.kernel} registers {compiled.registers} "
