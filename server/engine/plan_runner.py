@@ -179,10 +179,10 @@ def _penalizes(asked: Sampling) -> bool:
 
 
 def _report(item: ScheduledSequence) -> Report | None:
+    if item.report_from == item.end:
+        return None
     sequence = item.sequence
     first, end = item.report_from - item.start, min(item.end, sequence.prompt_length) - item.start
-    if first >= end:
-        return None
     if sequence.pooling is not None:
         return PooledStates(range(first, end), total=sequence.pooling == "sum", scores=sequence.scores)
     if sequence.prompt_logprobs is None:

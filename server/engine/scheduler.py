@@ -251,15 +251,17 @@ class Scheduler:
         return advanced
 
     def _commit_computed(self, item: ScheduledSequence) -> None:
-        sequence = item.sequence
-        if not sequence.finished:
+        sequence, holder = item.sequence, None
+        if sequence.finish_reason is None:
+            holder = sequence
             sequence.num_computed = item.end
-            sequence.num_reported = max(sequence.num_reported, min(item.end, sequence.prompt_length))
-        if self._pool.prefix_caching:
+            if sequence.num_reported < sequence.prompt_length:
+                sequence.num_reported = max(sequence.num_reported, min(item.end, sequence.prompt_length))
+        else:
             # Of an aborted sequence the blocks may live on in its forks.
-            holder = next((own for own in (sequence, *item.samples) if not own.finished), None)
-            if holder is not None:
-                self._index_full_blocks(holder, item.start)
+            holder = next((own for own in item.samples if not own.finished), None)
+        if holder is not None and self._pool.prefix_caching:
+            self._index_full_blocks(holder, item.start)
 
     def _plan_decodes(self, plan: StepPlan) -> int:
         # Victims are taken from the end of the list and this loop starts at its beginning, so none is scheduled yet.
@@ -290,16 +292,15 @@ class Scheduler:
         end = start + count
         samples: tuple[Sequence, ...] = ()
         if end == sequence.num_tokens and sequence.max_tokens > 0:
-            samples = (sequence, *self._begin_forks(sequence, end))
-        reports = sequence.num_reported < min(end, sequence.prompt_length)
-        report_from = sequence.num_reported if reports else end
+            samples = (sequence, *self._begin_forks(sequence, end)) if sequence.forks else (sequence,)
+        report_from = sequence.num_reported
+        if report_from >= end or report_from == sequence.prompt_length:
+            report_from = end
         plan.scheduled.append(ScheduledSequence(sequence, start, count, samples, report_from))
 
     def _begin_forks(self, sequence: Sequence, end: int) -> list[Sequence]:
         """Makes a sequence's forks run beside it, in its blocks, as if their prompt were computed up to `end`."""
         forks = sequence.forks
-        if not forks:
-            return forks
         place = self._running.index(sequence) + 1
         self._running[place:place] = forks
         self._pending_forks -= len(forks)
