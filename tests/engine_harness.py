@@ -91,7 +91,7 @@ class Harness:
         cache = poisoned_cache(model, num_blocks, block_size)
         self.told: defaultdict[Sequence, Told] = defaultdict(Told)
         """What the steps have reported of each sequence."""
-        self._run = PlanRunner(Runner(model, cache, kernels.for_device(CPU)), grammars and (lambda: grammars))
+        self._run = PlanRunner(Runner(model, cache, kernels.for_device(CPU)), grammars)
         self.failures: dict[Sequence, str] = {}
         """Why sequences could not go on."""
 

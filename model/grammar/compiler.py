@@ -26,22 +26,30 @@ MAX_REGEX_BYTES = 1_024
 
 MAX_CHOICES = 4_096
 
-LIMITS = LLParserLimits(
-    initial_lexer_fuel=400_000,
-    max_grammar_size=50_000,
-    step_lexer_fuel=200_000,
-    step_max_items=50_000,
-    max_items_in_row=5_000,
-    max_lexer_states=50_000,
-    # A vocabulary then changes nothing about what compiles, and compiling walks through none.
-    precompute_large_lexemes=False,
-    verbose_errors=False,
-)
-"""What the engine may spend: on compiling, on the mask of one token, and on the states of one answer.
 
-With those of what is read they hold the worst grammars that we could think of to a second and 200 MB; see
-tests/model/grammar/test_bombs.py.  Fuel is about 100 nanoseconds, a state about half a kilobyte.
+def _limits(items_in_row: int) -> LLParserLimits:
+    return LLParserLimits(
+        initial_lexer_fuel=400_000,
+        max_grammar_size=50_000,
+        step_lexer_fuel=200_000,
+        step_max_items=50_000,
+        max_items_in_row=items_in_row,
+        max_lexer_states=50_000,
+        # So a vocabulary changes nothing about what compiles, and compiling walks through none.
+        precompute_large_lexemes=False,
+        verbose_errors=False,
+    )
+
+
+LIMITS = _limits(5_000)
+"""What the engine may spend: on compiling, on one token, and on the states of one answer.
+
+With those on what is read, they hold the worst grammars we could think of to a second and 200 MB; they are in
+tests/model/test_grammar_limits.py.  A unit of fuel is about 100 nanoseconds, a state half a kilobyte.
 """
+
+AMBIGUOUS_LIMITS = _limits(1_000)
+"""The same where a grammar may be ambiguous: then a token costs the square of the ways in which it can be read."""
 
 # Single spaces after commas and colons, as they are most often written, and no other white space: a model that may
 # write any writes nothing else, sooner or later.  Escapes that spell a character in two ways would let the name of one
@@ -79,15 +87,15 @@ class GrammarCompiler:
     def __init__(self, token_bytes: Sequence[bytes], vocab_size: int, end_of_text: Collection[int]) -> None:
         if len(token_bytes) > vocab_size or not all(0 <= token_id < vocab_size for token_id in end_of_text):
             raise ValueError(
-                f"{len(token_bytes)} tokens and end-of-text {sorted(end_of_text)} do not fit a vocab_size of {vocab_size}"
+                f"{len(token_bytes)} tokens, end-of-text {sorted(end_of_text)}: more than a vocab_size of {vocab_size}"
             )
         # The engine marks tokens of its own with the byte FF, which is in no UTF-8.
         text = [b"" if word.startswith(b"\xff") else word for word in token_bytes]
         text += [b""] * (vocab_size - len(text))
-        for token_id in end_of_text:
-            text[token_id] = b""
-        # It needs an id for the end even where the model has none; which it allows is decided by `Matcher`.
+        # It needs an id for the end even where the model has none; whether that may come is decided by `Matcher`.
         ends = sorted(end_of_text) or [next((token_id for token_id, word in enumerate(text) if not word), 0)]
+        for token_id in ends:
+            text[token_id] = b""
         self._engine = LLTokenizer(TokenizerWrapper(_Words(text, ends[0])), eos_token=ends)
         self._vocabulary = Vocabulary(
             text=pack_bits(np.array([bool(word) for word in text])),
@@ -107,9 +115,10 @@ class GrammarCompiler:
 
     @classmethod
     def for_checking(cls) -> "GrammarCompiler":
-        """A compiler that takes no memory: its tokens are single bytes.
+        """A compiler that takes no time to make and hardly any memory: its tokens are single bytes.
 
-        It accepts and refuses the same grammars as that of a checkpoint whose tokens can spell any text.
+        What it refuses is refused for any vocabulary.  What it accepts may prove too complex for one of many tokens,
+        whose masks cost more, at the first token or at a later one.
         """
         return cls([*(bytes([byte]) for byte in range(256)), b""], 257, [256])
 
@@ -126,7 +135,8 @@ class GrammarCompiler:
         """
         start = _START_AFTER_SPACE if leading_space else _START
         grammars = [{"lark_grammar": start}, {"name": "answer", **_engine_grammar(spec)}]
-        engine = LLMatcher(self._engine, json.dumps({"grammars": grammars}), log_level=0, limits=LIMITS)
+        limits = AMBIGUOUS_LIMITS if spec.kind == "grammar" else LIMITS
+        engine = LLMatcher(self._engine, json.dumps({"grammars": grammars}), log_level=0, limits=limits)
         if engine.is_error():
             raise GrammarError(f"{_NAMES[spec.kind]} cannot be followed: {reason(engine.get_error())}")
         matcher = Matcher(engine, self._vocabulary, _NAMES[spec.kind])

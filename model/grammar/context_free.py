@@ -17,7 +17,7 @@ MAX_BYTES = 16_384
 """Of a grammar."""
 
 MAX_RULES = 200
-MAX_GROUPS = 300
+MAX_GROUPS = 200
 """Of a grammar.  The engine goes into a rule where it is first used, and takes 3 KiB of its stack for each, and for
 each bracket."""
 
@@ -64,11 +64,12 @@ def read_grammar(text: str) -> str:
     if len(text.encode()) > MAX_BYTES:
         raise GrammarError(f"the grammar has {len(text.encode())} bytes, at most {MAX_BYTES} are possible")
     if _EBNF.search(text):
-        _check_rules(len(_EBNF.findall(text)))
+        _check_rules(text.count("::="))
         try:
             text = grammar_from("gbnf", text)
         except ValueError as error:
-            raise GrammarError(f"the grammar is not valid EBNF: {error}") from None
+            detail = str(error).removeprefix("Failed to convert the grammar from GBNF to Lark: ")
+            raise GrammarError(f"the grammar is not valid EBNF: {detail}") from None
     tokens = list(_tokens(text))
     _check_signs(tokens)
     bodies = _bodies(tokens)

@@ -227,13 +227,15 @@ class _Reader:
         return [self._literal(value, path) for value in values]
 
     def _literal(self, value: Any, path: str) -> Any:
-        for scalar in _scalars(value):
-            if isinstance(scalar, str):
-                control = next((char for char in scalar if _is_control(char)), None)
+        for part in _parts(value):
+            if isinstance(part, str):
+                control = next((char for char in part if _is_control(char)), None)
                 if control is not None:
                     _refuse(path, f"holds the control character U+{ord(control):04X}, which answers never have")
-            elif isinstance(scalar, (int, float)):
-                _check_number(scalar, path)
+            elif isinstance(part, dict) and len(part) > MAX_PROPERTIES:
+                _refuse(path, f"holds an object with {len(part)} properties, at most {MAX_PROPERTIES} are possible")
+            elif isinstance(part, (int, float)) and not isinstance(part, bool):
+                _check_number(part, path)
         return value
 
     def _bound(self, value: Any, path: str) -> Any:
@@ -288,22 +290,19 @@ def _refuse(path: str, reason: str) -> NoReturn:
 
 def _check_number(value: Any, path: str) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or abs(value) > MAX_NUMBER:
-        _refuse(path, f"is or holds {_shown(value)}, needed is a number of at most {MAX_NUMBER} in size")
+        _refuse(path, f"has {_shown(value)}, where a number of at most {MAX_NUMBER} in size is needed")
 
 
 def _is_control(char: str) -> bool:
     return (char < " " and char not in "\b\t\n\f\r") or char == "\x7f"
 
 
-def _scalars(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        for item in value.values():
-            yield from _scalars(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _scalars(item)
-    elif not isinstance(value, bool):
-        yield value
+def _parts(value: Any) -> Iterator[Any]:
+    """A value of JSON, and all values within it."""
+    yield value
+    if isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _parts(item)
 
 
 def _deeper_than(value: Any, levels: int) -> bool:

@@ -96,8 +96,10 @@ _REASONS = (
     (r"NoExtension", "no text fits it"),
     (r"too many|Too many|Current row has|fuel|too big|Unable to determine|can't determine", "it is too complex"),
     (r"^panic", "the grammar engine fails on it"),
-    (r"^Unsatisfiable schema: Regex is empty", "no string fits it"),
+    (r"Regex is empty", "no string fits it"),
+    (r"^Unsatisfiable schema: anyOf is empty", "no value fits it"),
     (r"^oneOf", "several schemas of its oneOf may fit one value, which is not supported; use anyOf"),
+    (r"^circular references", "it refers to itself in a schema that has other constraints beside that reference"),
     (r"^min/maxProperties", "minProperties and maxProperties are supported where all listed properties are required"),
     (r"lookarounds not supported", "anchors and word boundaries within it are not supported"),
 )
@@ -115,6 +117,7 @@ def reason(message: str) -> str:
     # Regular expressions are shown with a mark below them, and the reason after that.
     detail = re.search(r"^error: (.+)$", message, re.MULTILINE)
     text = detail[1] if detail else message.strip().split("\n")[0]
+    text = text.replace("Unsatisfiable schema", "no value fits it")
     return text if len(text) <= 300 else f"{text[:300]}…"
 
 

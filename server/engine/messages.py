@@ -8,19 +8,17 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from model.grammar.spec import GrammarKind
-
 
 class Grammar(msgspec.Struct, frozen=True, array_like=True):
     """What an answer must look like; see `model.grammar`.
 
     Attributes:
-        kind: the language of `text`.
+        kind: the language of `text`, one of `model.grammar.KINDS`.
         text: the schema, the expression or the grammar.
         leading_space: whether a space stands before it, as the chat format has it after `adept:`.
     """
 
-    kind: GrammarKind
+    kind: str
     text: str
     leading_space: bool = False
 

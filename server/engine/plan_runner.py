@@ -8,11 +8,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from model.grammar import GrammarCompiler, GrammarError, GrammarSpec, Matcher
+from model.grammar import GrammarCompiler, GrammarError, GrammarKind, GrammarSpec, Matcher
 from model.runner import PooledStates, PromptLogprobs, Report, Runner, SequenceInput
 from model.sampling_params import SamplingParams
 from model.token_counts import TokenCounts
@@ -21,8 +22,8 @@ from server.engine.messages import Grammar, Sampling, TokenLogprobs
 from server.engine.scheduler import ScheduledSequence, StepPlan
 from server.engine.sequence import Sequence
 
-COMPILED_GRAMMARS = 64
-"""So many grammars are kept compiled, the latest used ones."""
+COMPILED_GRAMMARS = 16
+"""So many grammars are kept compiled, the latest used ones.  One may come to hold 25 MB of what is known of it."""
 
 
 class PlanRunner:
@@ -30,14 +31,12 @@ class PlanRunner:
 
     Args:
         runner: the model's.
-        grammar_compiler: makes what compiles grammars, when the first sequence has one: that takes seconds with a
-            large vocabulary.  None where no sequence has one.
+        compiler: compiles grammars; None where no sequence has one.
     """
 
-    def __init__(self, runner: Runner, grammar_compiler: Callable[[], GrammarCompiler] | None = None) -> None:
+    def __init__(self, runner: Runner, compiler: GrammarCompiler | None = None) -> None:
         self._runner = runner
-        self._make_compiler = grammar_compiler
-        self._compiler: GrammarCompiler | None = None
+        self._compiler = compiler
         # A thread for each, because masks are wanted in every step and a compilation may take long.
         self._compiling = ThreadPoolExecutor(1, thread_name_prefix="grammar-compiler")
         self._masking = ThreadPoolExecutor(1, thread_name_prefix="grammar-masks")
@@ -80,10 +79,10 @@ class PlanRunner:
 
     def _compile(self, grammar: Grammar) -> Matcher:
         if self._compiler is None:
-            if self._make_compiler is None:
-                raise GrammarError("this model follows no grammars")
-            self._compiler = self._make_compiler()
-        return self._compiler.compile(GrammarSpec(grammar.kind, grammar.text), grammar.leading_space)
+            raise GrammarError("this model follows no grammars")
+        # A kind that there is not is refused by the compiler.
+        kind = cast("GrammarKind", grammar.kind)
+        return self._compiler.compile(GrammarSpec(kind, grammar.text), grammar.leading_space)
 
     def _input(self, item: ScheduledSequence) -> SequenceInput:
         sequence = item.sequence
@@ -138,6 +137,9 @@ class PlanRunner:
             progress = self._progress.get(sample) if sample.sampling.grammar is not None else None
             if progress is not None and progress.error is not None:
                 failures[row] = progress.error
+                # Its copies share what was found out about it, up to a limit that this one has perhaps reached.
+                if sample.sampling.grammar is not None:
+                    self._compiled.pop(sample.sampling.grammar, None)
         return failures
 
 

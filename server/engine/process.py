@@ -6,7 +6,6 @@ Knows what the parts of the engine are, and puts them together.
 import gc
 import logging
 import sys
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -68,11 +67,12 @@ def run_engine(settings: Settings, folder: Path, address: str, report: Connectio
         dtype=str(loaded.dtype).removeprefix("torch."),
         stats=scheduler.stats(),
     )
+    # At the start, because with a large vocabulary it takes a second in which no step could run.
+    runner = PlanRunner(loaded.runner, _grammar_compiler(folder))
     report.send(ready)
     # What lives now lives as long as the process: the collector need not look at it again.
     gc.collect()
     gc.freeze()
-    runner = PlanRunner(loaded.runner, partial(_grammar_compiler, folder))
     Engine(socket, scheduler, runner, ready).serve_forever()
 
 

@@ -112,7 +112,7 @@ def test_a_server_without_a_compiler_refuses_grammars(model: Persimmon) -> None:
 
 @dataclass
 class CountingCompiler:
-    """Counts what it compiles; its matchers do nothing."""
+    """Counts what it compiles; its matchers soon give up."""
 
     compiled: list[GrammarSpec] = field(default_factory=list)
 
@@ -120,7 +120,7 @@ class CountingCompiler:
         self.compiled.append(spec)
         if spec.text == "bad":
             raise GrammarError("it is bad")
-        return object()
+        return LimitedMatcher()
 
 
 def prepare(runner: PlanRunner, grammar: str) -> None:
@@ -131,7 +131,7 @@ def prepare(runner: PlanRunner, grammar: str) -> None:
 
 def test_a_grammar_is_compiled_once_and_kept_while_it_is_used() -> None:
     compiler = CountingCompiler()
-    runner = PlanRunner(None, lambda: compiler)  # type: ignore[arg-type, return-value]
+    runner = PlanRunner(None, compiler)  # type: ignore[arg-type]
     for _ in range(3):
         prepare(runner, "a")
     assert len(compiler.compiled) == 1
@@ -145,7 +145,7 @@ def test_a_grammar_is_compiled_once_and_kept_while_it_is_used() -> None:
 
 def test_a_grammar_that_failed_is_tried_again() -> None:
     compiler = CountingCompiler()
-    runner = PlanRunner(None, lambda: compiler)  # type: ignore[arg-type, return-value]
+    runner = PlanRunner(None, compiler)  # type: ignore[arg-type]
     for _ in range(2):
         with pytest.raises(GrammarError):
             prepare(runner, "bad")
@@ -158,22 +158,41 @@ class LimitedMatcher:
     def __init__(self) -> None:
         self.taken: list[int] = []
 
+    def copy(self) -> "LimitedMatcher":
+        return LimitedMatcher()
+
     def consume(self, token_id: int) -> None:
         if len(self.taken) == 2:
             raise GrammarError("it is too complex")
         self.taken.append(token_id)
 
     def mask(self) -> np.ndarray:
-        return np.array([len(self.taken)], dtype=np.int32)
+        """As many words as the demo's vocabulary has bits for, each with one bit more than tokens were taken."""
+        return np.full(4096 // 32, 2 ** (1 + len(self.taken)) - 1, dtype=np.int32)
 
 
 def test_a_grammar_that_gives_up_on_the_way_tells_why_and_harms_no_step() -> None:
     progress = GrammarProgress(LimitedMatcher())  # type: ignore[arg-type]
-    assert progress.advance([]).tolist() == [0]
-    assert progress.advance([7, 8]).tolist() == [2]
+    assert progress.advance([])[0] == 1
+    assert progress.advance([7, 8])[0] == 7
     assert progress.error is None
-    assert progress.advance([9]).tolist() == [2]
+    assert progress.advance([9])[0] == 7
     assert progress.error == "it is too complex"
+
+
+def test_a_sequence_whose_grammar_gives_up_fails_alone_and_the_grammar_is_compiled_anew(model: Persimmon) -> None:
+    compiler = CountingCompiler()
+    harness = Harness(model, num_blocks=20, grammars=compiler)  # type: ignore[arg-type]
+    other = Sequence("other", [5, 6], 9, sampling=GREEDY)
+    alone = Harness(model, num_blocks=20).generate([[5, 6]], 9)[0].token_ids
+    asked = Sampling(temperature=0.0, grammar=Grammar("regex", "a"))
+    limited = [Sequence(number, [5, 7], 9, sampling=asked) for number in range(2)]
+    harness.run([limited[0], other])
+    assert other.token_ids == alone
+    assert harness.failures == {limited[0]: "it is too complex"}
+    assert limited[0].finish_reason == "abort"
+    harness.run([limited[1]])
+    assert len(compiler.compiled) == 2
 
 
 def test_nothing_of_a_sequence_is_kept_after_its_end(
