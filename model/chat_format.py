@@ -12,7 +12,7 @@ STOP = "\n\nhuman:"
 
 _BLANK_LINE = "\n\n"
 _SYSTEM_ROLES = ("system", "developer")
-_LABELS = {"user": "human:", "assistant": "adept:"}
+_LABELS = {"user": "human:", "assistant": "adept:", "tool": "human:"}
 
 
 class ChatFormatError(ValueError):
@@ -24,7 +24,7 @@ class Turn:
     """One message of a conversation.
 
     Attributes:
-        role: "system" (or "developer", which is the same), "user" or "assistant".
+        role: "system" (or "developer", which is the same), "user", "assistant" or "tool": what a function has given.
         content: the message's text, rendered as it is.
     """
 
@@ -40,12 +40,13 @@ def render(turns: Sequence[Turn]) -> str:
 
     - System messages are gathered in their order, wherever they stand, and put before the first turn, each
       followed by a blank line.  Empty ones are left out.
-    - Neighbouring messages of one role become one turn, joined by blank lines.
+    - What tools have given is for the assistant to read, as what the user says: a turn of the human.
+    - Neighbouring messages of one side become one turn, joined by blank lines.
 
     The format has no escapes: a message that itself holds a blank line and "human:" reads like two turns.
 
     Raises:
-        ChatFormatError: no messages, a role the format does not have, or no user message at the end.
+        ChatFormatError: no messages, a role the format does not have, or at the end neither a user nor a tool.
     """
     for number, turn in enumerate(turns):
         if turn.role not in _LABELS and turn.role not in _SYSTEM_ROLES:
@@ -54,15 +55,15 @@ def render(turns: Sequence[Turn]) -> str:
                 f"allowed are {', '.join([*_SYSTEM_ROLES, *_LABELS])}"
             )
     spoken = [turn for turn in turns if turn.role in _LABELS]
-    if not spoken or spoken[-1].role != "user":
+    if not spoken or spoken[-1].role == "assistant":
         found = f"the last one is from the {spoken[-1].role}" if spoken else "there is none"
         raise ChatFormatError(
-            f"the conversation needs a user message at its end for the model to answer, but {found} "
+            f"the conversation needs a user or tool message at its end for the model to answer, but {found} "
             "(system messages aside)"
         )
     parts = [turn.content for turn in turns if turn.role in _SYSTEM_ROLES and turn.content]
-    for role, neighbours in groupby(spoken, key=lambda turn: turn.role):
-        parts.append(f"{_LABELS[role]} {_BLANK_LINE.join(turn.content for turn in neighbours)}")
+    for label, neighbours in groupby(spoken, key=lambda turn: _LABELS[turn.role]):
+        parts.append(f"{label} {_BLANK_LINE.join(turn.content for turn in neighbours)}")
     return _BLANK_LINE.join([*parts, _LABELS["assistant"]])
 
 

@@ -211,8 +211,8 @@ class EngineClient:
             work.pooling,
             work.scores,
         )
-        self._send(submit if self._vocabulary is None else _in_rows(submit, self._vocabulary))
         try:
+            self._send(submit if self._vocabulary is None else _in_rows(submit, self._vocabulary))
             yield streams
         finally:
             self._abort(*(stream.sequence_id for stream in streams))

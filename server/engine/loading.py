@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -23,8 +24,9 @@ from model.graph_sizes import default_sizes, graph_bytes
 from model.kv_cache import KVCache
 from model.memory import MemoryPlan, available_memory, plan_memory
 from model.persimmon import Persimmon
-from model.runner import Runner, SequenceInput
-from model.sampler import SamplingParams
+from model.runner import PooledStates, PromptLogprobs, Report, Runner, SequenceInput
+from model.sampling_params import SamplingParams
+from model.token_counts import TokenCounts
 from server.config import Settings
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ def load_model(settings: Settings, folder: Path, print_line: Callable[[str], Non
     config = PersimmonConfig.from_folder(folder)
     dtype = choose_dtype(settings.dtype, config.dtype, device)
     operations = kernels.for_device(device)
-    sizes = _graph_sizes(settings, device)
+    sizes = _graph_sizes(settings, config, device)
     longest = settings.max_model_len or config.max_position_embeddings
     with _phase("checkpoint", print_line):
         checkpoint = Checkpoint.open(folder, config) if settings.load_format == "auto" else None
@@ -100,12 +102,14 @@ def load_model(settings: Settings, folder: Path, print_line: Callable[[str], Non
         operations.reserve(_limits(settings, config, plan.max_model_len))
     runner = _runner(model, cache, operations, sizes, plan, print_line)
     with _phase("warm-up", print_line):
-        _warm_up(runner, plan, settings, compiles=device.type == "cuda")
+        for batch in warm_up_steps(plan, settings, config, compiles=device.type == "cuda"):
+            runner.run(batch)
     return LoadedModel(runner, plan, device, dtype)
 
 
-def _graph_sizes(settings: Settings, device: torch.device) -> list[int]:
-    if device.type != "cuda" or settings.enforce_eager:
+def _graph_sizes(settings: Settings, config: PersimmonConfig, device: torch.device) -> list[int]:
+    # A classifier only computes prompts, which no graph is made for.
+    if device.type != "cuda" or settings.enforce_eager or not config.generates:
         return []
     return list(settings.cuda_graph_sizes or default_sizes(settings.max_num_seqs))
 
@@ -118,7 +122,8 @@ def _limits(settings: Settings, config: PersimmonConfig, max_model_len: int) -> 
         head_dim=config.head_dim,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
-        vocab_size=config.vocab_size,
+        # What draws takes grows with it, and a classifier draws nothing.
+        vocab_size=config.vocab_size if config.generates else 0,
     )
 
 
@@ -130,8 +135,11 @@ def _runner(
     plan: MemoryPlan,
     print_line: Callable[[str], None],
 ) -> Runner:
-    """On a CPU the plain one; on a GPU with the fused sampler and, unless there are to be none, CUDA graphs."""
-    if cache.device.type != "cuda":
+    """On a CPU the plain one; on a GPU with the fused sampler and, unless there are to be none, CUDA graphs.
+
+    A classifier, which samples nothing, always gets the plain one.
+    """
+    if cache.device.type != "cuda" or not model.config.generates:
         return Runner(model, cache, operations)
     from model.cuda_graphs import DecodeGraphs  # brings Triton, which a CPU has no use for
     from model.fused_sampler import FusedSampler
@@ -158,35 +166,73 @@ def choose_dtype(asked: str, stored: str | None, device: torch.device) -> torch.
     return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[asked]
 
 
-def _warm_up(runner: Runner, plan: MemoryPlan, settings: Settings, *, compiles: bool) -> None:
-    """Generates a little in the first blocks, which nobody holds yet: prompts, decodes, draws, and both in one step.
+def warm_up_steps(
+    plan: MemoryPlan, settings: Settings, config: PersimmonConfig, *, compiles: bool
+) -> Iterator[list[SequenceInput]]:
+    """Steps that do once what serving does: prompts, decodes, draws, reports, and several of them together.
 
-    All sequences of a batch share the blocks, since nobody reads what they say.
+    All sequences of a batch share the first blocks, which nobody holds yet, since nobody reads what they say.
 
     Args:
-        runner: to run.
         plan: of the memory.
         settings: of the server, for its limits.
+        config: the network, which generates or classifies.
         compiles: whether each kind of step is compiled when it first runs, as on a GPU: then it takes one of every
             kind, so that no request waits for that.
     """
     budget, most = settings.max_num_batched_tokens, settings.max_num_seqs
     longest = min(plan.max_model_len, plan.kv_tokens) - 1
     greedy, drawn = SamplingParams(), SamplingParams(temperature=1.0, top_p=0.9)
+
+    def chunk(
+        length: int, start: int = 0, sampling: SamplingParams = greedy, report: Report | None = None
+    ) -> SequenceInput:
+        table = _first_blocks(start + length, plan)
+        if config.generates:
+            return SequenceInput([0] * length, start, table, [sampling], report)
+        last = PooledStates(range(length - 1, length), total=False, scores=True)
+        return SequenceInput([0] * length, start, table, (), report or last)
+
     # One of every range of lengths and batch sizes that kernels are compiled for.
     lengths = [min(longest, budget, length) for length in ((20, 40, 80) if compiles else (20,))]
     sizes = [size for size in (1, 9, 17, 33, 65) if size <= most] if compiles else [1]
     for length in lengths:
-        runner.run([SequenceInput([0] * length, 0, _first_blocks(length, plan), greedy)])
+        yield [chunk(length)]
     for size in sizes:
         length = min(longest, budget // size, 2)
-        table = _first_blocks(length + 1, plan)
-        runner.run([SequenceInput([0] * length, 0, table, greedy)] * size)
-        runner.run([SequenceInput([0], length, table, drawn)] * size)
+        yield [chunk(length)] * size
+        yield [chunk(1, length, drawn)] * size
     if most > 1:
         length = min(longest, budget - 1, 20)
-        table = _first_blocks(length + 1, plan)
-        runner.run([SequenceInput([0], length, table, drawn), SequenceInput([0] * length, 0, table, greedy)])
+        yield [chunk(1, length, drawn), chunk(length)]
+    for length in lengths:
+        every_token = range(length)
+        yield [chunk(length, report=PooledStates(every_token, total=True))]
+        if config.generates:
+            yield [chunk(length, report=PromptLogprobs(0, [0] * length, top=1))]
+        else:
+            yield [chunk(length, report=PooledStates(every_token, total=False, scores=True))]
+    for size in sizes if config.generates else ():
+        length = min(longest, budget // size, 2)
+        yield [chunk(length, sampling=_adjusted(config))] * size
+        yield [chunk(1, length, _adjusted(config))] * size
+
+
+def _adjusted(config: PersimmonConfig) -> SamplingParams:
+    """A draw from logits that everything has changed which may, with a report."""
+    words = np.full(-(-config.vocab_size // 32), -1, dtype=np.int32)
+    return SamplingParams(
+        temperature=1.0,
+        top_k=2,
+        repetition_penalty=1.1,
+        presence_penalty=0.1,
+        frequency_penalty=0.1,
+        seen=TokenCounts([0]),
+        logit_bias=((0, 1.0),),
+        banned=(0,),
+        allowed=lambda: words,
+        logprobs=1,
+    )
 
 
 def _first_blocks(tokens: int, plan: MemoryPlan) -> list[int]:

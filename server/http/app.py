@@ -14,10 +14,12 @@ from model.config import PersimmonConfig
 from model.tokenizer import Tokenizer
 from model.vocabulary import VocabularyMap
 from server.engine.client import EngineClient
-from server.http import errors, status, tokens
+from server.http import adept_api, classify, embeddings, errors, status, tokens
+from server.http.adept_protocol import AdeptRequest
 from server.http.chat import create_chat_completion
 from server.http.completions import create_completion
 from server.http.documentation import Documentation
+from server.http.pooling_protocol import ClassifyRequest, EmbeddingRequest
 from server.http.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -31,6 +33,10 @@ from server.metrics import Metrics
 
 COMPLETIONS = "/v1/completions"
 CHAT_COMPLETIONS = "/v1/chat/completions"
+ADEPT = "/api"
+EMBEDDINGS = "/v1/embeddings"
+CLASSIFY = "/classify"
+CLASSIFY_TOKENS = "/classify/tokens"
 TOKENIZE = "/tokenize"
 DETOKENIZE = "/detokenize"
 
@@ -88,6 +94,29 @@ def create_app(
         body = parse(await _body(request), ChatCompletionRequest)
         return await create_chat_completion(service, body, request.receive, arrival)
 
+    @app.put(ADEPT, **documentation.endpoint({200: adept_api.AdeptAnswer}, AdeptRequest))
+    async def adept(request: Request) -> Response:
+        """Continues one or more prompts, as Adept's own server does."""
+        arrival = time.perf_counter()
+        body = parse(await _body(request), AdeptRequest)
+        return await adept_api.generate(service, body, request.receive, arrival)
+
+    @app.post(EMBEDDINGS, **documentation.endpoint({200: embeddings.Embeddings}, EmbeddingRequest))
+    async def create_embeddings(request: Request) -> Response:
+        """The model's final hidden states of one or more inputs."""
+        body = parse(await _body(request), EmbeddingRequest)
+        return await embeddings.create_embeddings(service, body, request.receive)
+
+    @app.post(CLASSIFY, **documentation.endpoint({200: classify.Classifications}, ClassifyRequest))
+    async def classify_texts(request: Request) -> Response:
+        """What a model that classifies texts says of one or more inputs."""
+        return await classify.classify(service, parse(await _body(request), ClassifyRequest), request.receive)
+
+    @app.post(CLASSIFY_TOKENS, **documentation.endpoint({200: classify.TokenClassifications}, ClassifyRequest))
+    async def classify_tokens(request: Request) -> Response:
+        """What a model that classifies tokens says of each token of one or more inputs."""
+        return await classify.classify_tokens(service, parse(await _body(request), ClassifyRequest), request.receive)
+
     @app.post(TOKENIZE, **documentation.endpoint({200: tokens.Tokens}, TokenizeRequest))
     async def tokenize(request: Request) -> Response:
         """The token ids of a text or of a conversation."""
@@ -142,5 +171,5 @@ class _Measured:
             # The route's own path, not the client's: a label's values must be few.
             endpoint = getattr(scope.get("route"), "path", "unknown")
             self._metrics.http_requests.labels(endpoint, status_code).inc()
-            if complete and status_code == 200 and endpoint in (COMPLETIONS, CHAT_COMPLETIONS):
+            if complete and status_code == 200 and endpoint in (COMPLETIONS, CHAT_COMPLETIONS, ADEPT):
                 self._metrics.request_latency.observe(time.perf_counter() - started)

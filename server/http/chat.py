@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: from messages to a prompt, and how the answer is written, whole or streamed."""
+"""POST /v1/chat/completions: how the answer to a conversation is written, whole or streamed."""
 
 import contextlib
 import time
@@ -10,13 +10,15 @@ from fastapi import Response
 from msgspec import UNSET
 from starlette.types import Receive
 
-from model.chat_format import STOP, ChatFormatError, Turn, render
+from model.chat_format import STOP
+from model.tool_calls import CallDelta, CallForm, begun_call
+from server.http.answer_form import chat_form
+from server.http.conversation import chat_prompt
 from server.http.disconnect import until_disconnect
-from server.http.errors import bad_request
-from server.http.generation import Generation, Piece, UsageCount
+from server.http.generation import Answer, Generation, Piece, UsageCount
 from server.http.protocol import ChatCompletionRequest
-from server.http.protocol import ChatMessage as ChatMessageRequest
 from server.http.responses import (
+    CalledFunction,
     ChatChoice,
     ChatChunkChoice,
     ChatCompletion,
@@ -25,6 +27,9 @@ from server.http.responses import (
     ChatLogprobs,
     ChatMessage,
     ChatTokenLogprob,
+    ChatToolCall,
+    FunctionDelta,
+    ToolCallDelta,
     TopLogprob,
 )
 from server.http.service import Service
@@ -32,24 +37,13 @@ from server.http.sse import DONE, EventStream, event
 from server.http.token_report import TokenReport, TokenText
 
 
-def chat_prompt(messages: Sequence[ChatMessageRequest]) -> str:
-    """The conversation as the model reads it.
-
-    Raises:
-        ApiError: it is none: of a role that there is not, or without a last word of the user's.
-    """
-    try:
-        return render([Turn(message.role, message.content) for message in messages])
-    except ChatFormatError as error:
-        raise bad_request(f"Invalid 'messages': {error}.", "messages") from None
-
-
 async def create_chat_completion(
     service: Service, request: ChatCompletionRequest, receive: Receive, arrival: float
 ) -> Response:
     """The answer to a chat completion request.
 
-    An answer ends at end-of-text and before a new human turn; ignore_eos lifts both.
+    An answer ends at end-of-text and before a new human turn; ignore_eos lifts both.  One that follows a grammar ends
+    where that says.
 
     Args:
         service: what the worker serves with.
@@ -63,9 +57,13 @@ async def create_chat_completion(
         EngineDeadError: the engine has ended.
         ClientDisconnect: the client went away before its answer was complete.
     """
-    prompt = chat_prompt(request.messages)
-    stop = request.stop if request.ignore_eos else [*request.stop, STOP]
-    generation = await service.prepare(request, [prompt], stop, arrival)
+    form = chat_form(request)
+    prompt = chat_prompt(request.messages, request.tools if form.calls is not None else ())
+    if form.calls is not None and form.calls.begun is not None:
+        prompt += begun_call(form.calls.begun)
+    # A grammar's text may hold what would else be a new turn.
+    stop = request.stop if request.ignore_eos or form.constraint is not None else [*request.stop, STOP]
+    generation = await service.prepare(request, [prompt], stop, arrival, form)
     if request.stream:
         return EventStream(_stream(service, request, generation))
     body = await until_disconnect(receive, _whole(service, request, generation))
@@ -78,7 +76,7 @@ async def _whole(service: Service, request: ChatCompletionRequest, generation: G
     choices = [
         ChatChoice(
             index,
-            ChatMessage(answer.text),
+            _message(answer, generation.calls),
             answer.finish_reason,
             _logprobs(answer.reports) if request.logprobs else None,
             token_ids=answer.token_ids if request.return_token_ids else UNSET,
@@ -98,6 +96,14 @@ async def _whole(service: Service, request: ChatCompletionRequest, generation: G
     )
 
 
+def _message(answer: Answer, form: CallForm | None) -> ChatMessage:
+    if not answer.calls:
+        # Calls of which nothing has come, since the answer was too short for them, are no content either.
+        return ChatMessage(None if form is not None and form.forced else answer.text)
+    calls = [ChatToolCall(_call_id(), CalledFunction(call.name, call.arguments)) for call in answer.calls]
+    return ChatMessage(None, tool_calls=calls)
+
+
 async def _stream(
     service: Service, request: ChatCompletionRequest, generation: Generation
 ) -> AsyncGenerator[bytes, None]:
@@ -105,19 +111,27 @@ async def _stream(
     no_usage = None if request.include_usage else UNSET
     with_ids = request.return_token_ids
     begun: set[int] = set()
+    forced = generation.calls is not None and generation.calls.forced
 
     def role_chunk(choice: int) -> bytes:
-        choices = [ChatChunkChoice(choice, ChatDelta("assistant", ""))]
+        choices = [ChatChunkChoice(choice, ChatDelta("assistant", None if forced else ""))]
         prompt = generation.prompt_token_ids(0) if with_ids and not begun else UNSET
         begun.add(choice)
         return event(ChatCompletionChunk(*identity, choices, usage=no_usage, prompt_token_ids=prompt))
 
-    def content_chunk(piece: Piece) -> bytes:
-        delta = ChatDelta(content=piece.text)
+    def piece_chunks(piece: Piece) -> bytes:
+        """What a piece adds; of its tokens the first chunk tells."""
+        deltas = [ChatDelta(tool_calls=[_call_delta(call)]) for call in piece.calls]
+        if piece.text or not (deltas or forced):
+            deltas.insert(0, ChatDelta(content=piece.text))
         logprobs = _logprobs(piece.reports) if piece.reports else None
         token_ids = piece.token_ids if with_ids else UNSET
-        choice = ChatChunkChoice(piece.choice, delta, logprobs=logprobs, token_ids=token_ids)
-        return event(ChatCompletionChunk(*identity, [choice], usage=no_usage))
+        frames = b""
+        for delta in deltas or [ChatDelta()]:
+            choice = ChatChunkChoice(piece.choice, delta, logprobs=logprobs, token_ids=token_ids)
+            frames += event(ChatCompletionChunk(*identity, [choice], usage=no_usage))
+            logprobs, token_ids = None, UNSET
+        return frames
 
     def finish_chunk(piece: Piece) -> bytes:
         choice = ChatChunkChoice(piece.choice, ChatDelta(), piece.finish_reason)
@@ -125,8 +139,8 @@ async def _stream(
 
     def chunks(piece: Piece) -> bytes:
         frames = b"" if piece.choice in begun else role_chunk(piece.choice)
-        if piece.text or piece.reports or (with_ids and piece.token_ids):
-            frames += content_chunk(piece)
+        if piece.text or piece.calls or piece.reports or (with_ids and piece.token_ids):
+            frames += piece_chunks(piece)
         if piece.finish_reason is not None:
             frames += finish_chunk(piece)
         return frames
@@ -141,6 +155,13 @@ async def _stream(
         yield event(ChatCompletionChunk(*identity, [], usage=count.usage)) + DONE
     else:
         yield DONE
+
+
+def _call_delta(call: CallDelta) -> ToolCallDelta:
+    if call.name is None:
+        return ToolCallDelta(index=call.index, function=FunctionDelta(arguments=call.arguments))
+    function = FunctionDelta(call.name, call.arguments)
+    return ToolCallDelta(index=call.index, id=_call_id(), type="function", function=function)
 
 
 def _logprobs(reports: Sequence[TokenReport]) -> ChatLogprobs:
@@ -159,6 +180,10 @@ def _logprobs(reports: Sequence[TokenReport]) -> ChatLogprobs:
 
 def _utf8(text: TokenText) -> list[int] | None:
     return None if text.utf8 is None else list(text.utf8)
+
+
+def _call_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"
 
 
 def _new_id() -> str:

@@ -10,6 +10,7 @@ from fastapi import Response
 from msgspec import UNSET
 from starlette.types import Receive
 
+from server.http.answer_form import AnswerForm
 from server.http.disconnect import until_disconnect
 from server.http.generation import Generation, Piece, UsageCount
 from server.http.protocol import CompletionRequest
@@ -34,7 +35,8 @@ async def create_completion(service: Service, request: CompletionRequest, receiv
         EngineDeadError: the engine has ended.
         ClientDisconnect: the client went away before its answer was complete.
     """
-    generation = await service.prepare(request, request.prompt, request.stop, arrival)
+    form = AnswerForm(request.constraint)
+    generation = await service.prepare(request, request.prompt, request.stop, arrival, form)
     empty = Completion(
         f"cmpl-{uuid.uuid4().hex}", int(time.time()), service.served_model_name, service.system_fingerprint, []
     )

@@ -8,12 +8,13 @@ import contextlib
 import math
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
 from model.chat_format import AnswerText
 from model.tokenizer import Tokenizer
+from model.tool_calls import CallDelta, CallForm, CallReader, ToolCall
 from server.engine.client import EngineClient, SequenceStream, Work
 from server.engine.messages import Sampling, SequenceOutput, TokenLogprobs
 from server.http.errors import generation_failed
@@ -52,6 +53,7 @@ class Generation:
         echo: whether a sample's text begins with its prompt's.
         logprobs: how many of the most probable tokens to report beside each token; None reports no tokens.
         arrival: when the request came, on time.perf_counter's clock.
+        calls: which tools an answer may call; None where its text is no call whatever it says.
     """
 
     prompts: list[Prompt]
@@ -63,6 +65,7 @@ class Generation:
     echo: bool
     logprobs: int | None
     arrival: float
+    calls: CallForm | None = None
 
     @property
     def choices(self) -> int:
@@ -90,13 +93,14 @@ class Piece(msgspec.Struct, frozen=True):
 
     Attributes:
         choice: its index.
-        text: new text, certain not to be part of a stop string; perhaps empty.
-        token_ids: new tokens, a stop token included, none after the one that completed a stop string.
-        finish_reason: "stop" or "length" with the last piece, else None.
+        text: new text, certain not to be part of a stop string or of a call; perhaps empty.
+        token_ids: new tokens, a stop token included, none after the one that completed a stop string or the calls.
+        finish_reason: "stop", "length" or "tool_calls" with the last piece, else None.
         cached_tokens: prompt tokens that came from the prefix cache.
         reports: tokens, one after the other, whose text is certain now, where the request asked for reports.  In a
             completion all of them come in the end; in a chat those that are no part of the text do not.
         logprob: the sum of the new tokens' log-probabilities, where the engine reported them.
+        calls: what is added to the calls of tools.
     """
 
     choice: int
@@ -106,6 +110,7 @@ class Piece(msgspec.Struct, frozen=True):
     cached_tokens: int
     reports: list[TokenReport] = []
     logprob: float = 0.0
+    calls: list[CallDelta] = []
 
 
 @dataclass(slots=True)
@@ -117,6 +122,7 @@ class Answer:
     finish_reason: str | None = None
     reports: list[TokenReport] = field(default_factory=list)
     logprob: float = 0.0
+    calls: list[ToolCall] = field(default_factory=list)
 
     @property
     def mean_logprob(self) -> float:
@@ -130,6 +136,12 @@ class Answer:
         self.finish_reason = piece.finish_reason
         self.reports += piece.reports
         self.logprob += piece.logprob
+        for delta in piece.calls:
+            if delta.name is not None:
+                self.calls.append(ToolCall(delta.name, delta.arguments))
+            else:
+                call = self.calls[delta.index]
+                self.calls[delta.index] = replace(call, arguments=call.arguments + delta.arguments)
 
 
 class UsageCount:
@@ -177,6 +189,10 @@ class SampleText:
         self._stop = StopChecker(generation.stop_strings)
         # Takes the chat format's own space off.
         self._answer = AnswerText() if generation.is_chat else None
+        self._calls = None if generation.calls is None else CallReader(generation.calls)
+        # OpenAI says "stop" where the request names the function.
+        self._says_tool_calls = generation.calls is not None and generation.calls.begun is None
+        self._call_deltas: list[CallDelta] = []
         self._reports = ReportQueue() if generation.logprobs is not None else None
         self._keeps_all_reports = not generation.is_chat
         self._unstoppable = min_tokens
@@ -206,18 +222,19 @@ class SampleText:
         ended = output.finish_reason
         readable = output.token_ids[:-1] if ended == "stop" else output.token_ids
         text, self._begin = self._begin, ""
+        self._shown += len(text)
         logprobs: Sequence[TokenLogprobs | None] = output.logprobs or [None] * len(output.token_ids)
         # One by one, since a stop string may be complete before the last token of several.
         for count, (token_id, own) in enumerate(zip(readable, logprobs, strict=False), 1):
             text += self._read(token_id, own)
-            if self._stop.matched:
+            if self._is_over:
                 return self._piece(text, output, count, "stop")
         if ended is not None:
             if ended == "stop":
                 self._note(output.token_ids[-1], logprobs[-1], "")
-            text += self._stop.push(self._without_format(self._detokenizer.finish())[0])
-            text += self._stop.finish()
-            ended = "stop" if self._stop.matched else ended
+            text += self._content(self._stop.push(self._without_format(self._detokenizer.finish())[0]))
+            text += self._content(self._stop.finish())
+            ended = "stop" if self._is_over else ended
         return self._piece(text, output, len(output.token_ids), ended)
 
     def _read(self, token_id: int, logprobs: TokenLogprobs | None) -> str:
@@ -227,8 +244,22 @@ class SampleText:
         self._length += len(text)
         if self._unstoppable:
             self._unstoppable -= 1
+            return self._content(text)
+        return self._content(self._stop.push(text))
+
+    def _content(self, text: str) -> str:
+        """What is certain to be content of a text that is certain; what adds to calls is kept for the piece."""
+        self._shown += len(text)
+        if self._calls is None:
             return text
-        return self._stop.push(text)
+        content, deltas = self._calls.push(text)
+        self._call_deltas += deltas
+        return content
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether the text has ended by itself, whatever the engine says."""
+        return self._stop.matched or (self._calls is not None and self._calls.ended)
 
     def _without_format(self, text: str) -> tuple[str, str]:
         """A text without what the chat format puts before it, and that."""
@@ -243,7 +274,11 @@ class SampleText:
             self._reports.add([own.without_prefix(prefix) if prefix else own])
 
     def _piece(self, text: str, output: SequenceOutput, count: int, ended: str | None) -> Piece:
-        self._shown += len(text)
+        if self._calls is not None and ended is not None:
+            text += self._calls.finish()
+            if ended == "stop" and self._calls.has_whole_calls and self._says_tool_calls:
+                ended = "tool_calls"
+        calls, self._call_deltas = self._call_deltas, []
         reports: list[TokenReport] = []
         if self._reports is not None:
             reports = self._reports.visible(self._shown)
@@ -251,7 +286,7 @@ class SampleText:
                 reports += self._reports.rest()
         logprob = sum(own.logprob for own in output.logprobs[:count])
         token_ids = output.token_ids[:count]
-        return Piece(self._choice, text, token_ids, ended, output.cached_tokens, reports, logprob)
+        return Piece(self._choice, text, token_ids, ended, output.cached_tokens, reports, logprob, calls)
 
 
 class _PromptReport:

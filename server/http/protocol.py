@@ -22,21 +22,28 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from server.http.errors import ApiError, bad_request
+from server.http.format_fields import ResponseFormat, StructuredOutputs
+from server.http.grammars import Constraint
+from server.http.request_object import Neutral, RequestObject, invalid, missing
+from server.http.tool_fields import MAX_TOOLS, MessageToolCall, NamedTool, Tool, ToolChoiceField
 
-Neutral = dict[str, tuple[object, ...]]
-
-# Fields that OpenAI or vLLM know and this server does not, with the values that ask for nothing.  Any other
-# value is refused by name; null is neutral everywhere.
+# Fields that OpenAI or vLLM know and this server does not, with the values that ask for nothing.
 _NEUTRAL: Neutral = {
     "add_special_tokens": (True,),
     "bad_words": ([],),
+    "guided_choice": (),
+    "guided_decoding_backend": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_json_object": (False,),
+    "guided_regex": (),
+    "guided_whitespace_pattern": (),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "metadata": ({},),
     "priority": (0,),
     "prompt_cache_key": (),
     "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
     "safety_identifier": (),
     "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),
@@ -56,11 +63,8 @@ _NEUTRAL_CHAT: Neutral = _NEUTRAL | {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
     "reasoning_effort": ("none",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -70,44 +74,30 @@ _NEUTRAL_MESSAGE: Neutral = {
     "function_call": (),
     "name": (),
     "refusal": (),
-    "tool_calls": ([],),
 }
 _NEUTRAL_TOKENIZE: Neutral = {
     "add_generation_prompt": (True,),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
-    "tools": ([],),
 }
 _NEUTRAL_STREAM_OPTIONS: Neutral = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
+
+# What has taken their place: in vLLM from 0.12 on, and in OpenAI's API.
+_REPLACED = {
+    "guided_choice": "structured_outputs.choice",
+    "guided_grammar": "structured_outputs.grammar",
+    "guided_json": "structured_outputs.json",
+    "guided_json_object": "structured_outputs.json_object",
+    "guided_regex": "structured_outputs.regex",
+}
+_REPLACED_CHAT = _REPLACED | {"functions": "tools", "function_call": "tool_choice"}
 
 MAX_BIASED_TOKENS = 1024
 MAX_SAMPLES = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKENS = 1024
 MAX_STOP_STRING_LENGTH = 1000
-
-
-class _Object(BaseModel):
-    """A JSON object of a request: strict types, null as good as absent, no field passed over in silence."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-    neutral: ClassVar[Neutral] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_neutral_fields(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        kept = {}
-        for name, value in data.items():
-            if value is None:
-                continue
-            if (allowed := cls.neutral.get(name)) is None:
-                kept[name] = value
-            elif value not in allowed:
-                raise PydanticCustomError("unsupported", "", {"field": name, "allowed": allowed})
-        return kept
 
 
 def _token_ids(value: object) -> bool:
@@ -172,31 +162,40 @@ _LOGIT_BIAS_SCHEMA = {
     "maxProperties": MAX_BIASED_TOKENS,
 }
 _StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_STRING_LENGTH)]
+_TOKEN_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _PROMPT_SCHEMA = {
     "anyOf": [
         {"type": "string"},
-        {"type": "array", "items": {"type": "string"}},
-        {"type": "array", "items": {"type": "integer"}},
-        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        _TOKEN_IDS_SCHEMA,
+        {"type": "array", "items": _TOKEN_IDS_SCHEMA, "minItems": 1},
     ]
 }
-_STOP_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+Prompts = Annotated[list[str | list[int]], PlainValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
+"""One or more texts, or lists of token ids; in JSON a single one may stand for itself."""
+
+_STOP_STRING_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_STRING_LENGTH}
+_STOP_SCHEMA = {
+    "anyOf": [_STOP_STRING_SCHEMA, {"type": "array", "items": _STOP_STRING_SCHEMA, "maxItems": MAX_STOP_STRINGS}]
+}
 _CONTENT_SCHEMA = {
     "anyOf": [
         {"type": "string"},
         {
             "type": "array",
+            "minItems": 1,
             "items": {
                 "type": "object",
                 "required": ["type", "text"],
                 "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                "additionalProperties": False,
             },
         },
     ]
 }
 
 
-class StreamOptions(_Object):
+class StreamOptions(RequestObject):
     """Options of a streamed answer."""
 
     neutral = _NEUTRAL_STREAM_OPTIONS
@@ -204,7 +203,7 @@ class StreamOptions(_Object):
     include_usage: bool = Field(False, description="Send a last chunk with the usage and no choices.")
 
 
-class GenerationRequest(_Object):
+class GenerationRequest(RequestObject):
     """What completions and chat have in common.
 
     Attributes:
@@ -216,6 +215,7 @@ class GenerationRequest(_Object):
     is_chat: ClassVar[bool]
     prompt_field: ClassVar[str]
     default_max_tokens: ClassVar[int | None]
+    replaced = _REPLACED
 
     model: str | None = Field(None, description="The served model's name, which is also the default.")
     temperature: float = Field(1.0, ge=0, le=2, description="0 takes the most probable token.")
@@ -251,6 +251,12 @@ class GenerationRequest(_Object):
         default={}, description="Added to the logits of these token ids, after the penalties."
     )
     min_tokens: int = Field(0, ge=0, description="Before so many tokens the answer does not end.")
+    response_format: ResponseFormat | None = Field(
+        None, description='What an answer must look like. One whose finish_reason is not "length" does.'
+    )
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="The same in other words; together with response_format only where that is any text."
+    )
     n: int = Field(1, ge=1, le=MAX_SAMPLES, description="Answers to each prompt.")
     stream: bool = Field(False, description="Send the answer in pieces, as server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
@@ -271,6 +277,46 @@ class GenerationRequest(_Object):
         if limit is not None and self.min_tokens > limit:
             raise invalid("min_tokens", f"it is {self.min_tokens} but {field} is {limit}")
         return self
+
+    @model_validator(mode="after")
+    def _one_grammar_that_ends_the_answer(self) -> Self:
+        if self.format_constraint is not None and self.structured_outputs is not None:
+            raise invalid("structured_outputs", "response_format already says what the answer must look like")
+        for field in ("ignore_eos", "min_tokens"):
+            if self.ended_by is not None and getattr(self, field):
+                raise invalid(field, f"it cannot be combined with {self.ended_by}, which says where the answer ends")
+        for field in ("stop_token_ids", *(() if self.may_be_cut else ("stop",))):
+            if self.grammar_field is not None and getattr(self, field):
+                raise invalid(field, f"it cannot be combined with {self.grammar_field}: it may cut the answer short")
+        return self
+
+    @property
+    def format_constraint(self) -> Constraint | None:
+        """What response_format says an answer must look like; None for any text."""
+        return None if self.response_format is None else self.response_format.constraint
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What an answer must look like; None for any text."""
+        return self.format_constraint if self.structured_outputs is None else self.structured_outputs.constraint
+
+    @property
+    def grammar_field(self) -> str | None:
+        """The field that makes answers follow a grammar, if any."""
+        if self.format_constraint is not None:
+            return "response_format"
+        return None if self.structured_outputs is None else "structured_outputs"
+
+    @property
+    def ended_by(self) -> str | None:
+        """The field that says where answers end, if any."""
+        return self.grammar_field
+
+    @property
+    def may_be_cut(self) -> bool:
+        """Whether stop strings may end an answer early, which vLLM's users do with regular expressions."""
+        constraint = self.constraint
+        return constraint is None or constraint.grammar.kind in ("regex", "grammar")
 
     @property
     def token_limit(self) -> tuple[str, int | None]:
@@ -306,9 +352,7 @@ class CompletionRequest(GenerationRequest):
     prompt_field = "prompt"
     default_max_tokens = 16
 
-    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)] = Field(
-        description="One or more texts, or lists of token ids, to continue."
-    )
+    prompt: Prompts = Field(description="One or more texts, or lists of token ids, to continue.")
     max_tokens: int | None = Field(
         None,
         ge=0,
@@ -363,33 +407,90 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs
 
 
-class ChatMessage(_Object):
+# The rules of ChatMessage that hold between fields.
+_MESSAGE_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {
+            "properties": {
+                "role": {"enum": ["system", "developer", "user"]},
+                "tool_calls": {"maxItems": 0},
+                "tool_call_id": {"type": "null"},
+            },
+            "required": ["content"],
+        },
+        {
+            "properties": {"role": {"const": "assistant"}, "tool_call_id": {"type": "null"}},
+            "anyOf": [
+                {"required": ["content"]},
+                {"required": ["tool_calls"], "properties": {"tool_calls": {"minItems": 1}}},
+            ],
+        },
+        {
+            "properties": {
+                "role": {"const": "tool"},
+                "tool_calls": {"maxItems": 0},
+                "tool_call_id": {"type": "string"},
+            },
+            "required": ["content", "tool_call_id"],
+        },
+    ]
+}
+
+
+class ChatMessage(RequestObject):
     """One message of a conversation."""
 
+    model_config = ConfigDict(json_schema_extra=_MESSAGE_SCHEMA)
     neutral = _NEUTRAL_MESSAGE
 
-    role: str = Field(
-        description='"system" (or "developer"), "user" or "assistant".',
-        json_schema_extra={"enum": ["system", "developer", "user", "assistant"]},
+    role: str = Field(description='"system" (or "developer"), "user", "assistant" or "tool".')
+    content: Annotated[str | None, PlainValidator(_message_text), WithJsonSchema(_CONTENT_SCHEMA)] = Field(
+        None, description="A text, or text parts, which become one text with a line for each."
     )
-    content: Annotated[str, PlainValidator(_message_text), WithJsonSchema(_CONTENT_SCHEMA)] = Field(
-        description="A text, or text parts, which become one text with a line for each."
-    )
+    tool_calls: list[MessageToolCall] = Field(default=[], description="Of an assistant: the calls of its answer.")
+    tool_call_id: str | None = Field(None, description="Of a tool: the call whose result this is.")
+    parsed: Any = Field(None, description="What OpenAI's client makes of an answer's content; not read.")
+
+    @model_validator(mode="after")
+    def _what_its_role_needs(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise invalid(
+                "tool_calls", f"only an assistant's message may have calls, and this role is {self.role[:40]!r}"
+            )
+        if self.tool_call_id is not None and self.role != "tool":
+            raise invalid("tool_call_id", f"only a tool's message may have one, and this role is {self.role[:40]!r}")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise missing("tool_call_id")
+        if self.content is None and not self.tool_calls:
+            raise missing("content")
+        return self
 
 
 class ChatCompletionRequest(GenerationRequest):
     """The body of POST /v1/chat/completions."""
 
     neutral = _NEUTRAL_CHAT
+    replaced = _REPLACED_CHAT
     is_chat = True
     prompt_field = "messages"
     default_max_tokens = None
 
-    messages: list[ChatMessage] = Field(min_length=1, description="The conversation; a user message ends it.")
+    messages: list[ChatMessage] = Field(
+        min_length=1, description="The conversation; a user message or a tool's result ends it."
+    )
     max_tokens: int | None = Field(None, ge=1, description="The older name of max_completion_tokens.")
     max_completion_tokens: int | None = Field(
         None, ge=1, description="At most this many tokens. Default: what the context leaves."
     )
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = Field(
+        default=[], description="Functions that the model may call; the README says how it is told of them."
+    )
+    tool_choice: ToolChoiceField | None = Field(
+        None,
+        description="Whether the answer is calls: never, if the model writes some, always, or one of this function. "
+        'Default: "auto" where there are tools.',
+    )
+    parallel_tool_calls: bool = Field(True, description="Whether an answer may make several calls.")
 
     logprobs: bool = Field(
         False,
@@ -405,6 +506,60 @@ class ChatCompletionRequest(GenerationRequest):
         if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs", "it is only allowed when logprobs is true")
         return self
+
+    @field_validator("tools")
+    @classmethod
+    def _different_names(cls, value: list[Tool]) -> list[Tool]:
+        names = [tool.function.name for tool in value]
+        twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+        if twice is not None:
+            raise ValueError(f"two functions have the name {twice!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _a_choice_that_there_is(self) -> Self:
+        match self.tool_choice:
+            case NamedTool(name) if all(tool.function.name != name for tool in self.tools):
+                raise invalid("tool_choice", f"no function in tools has the name {name[:100]!r}")
+            case "required" if not self.tools:
+                raise invalid("tool_choice", "it is 'required', but there are no tools to call")
+        strict = next((place for place, tool in enumerate(self.callable_tools) if tool.function.strict), None)
+        if strict is not None and not self.must_call:
+            reason = "with tool_choice 'auto' calls are the model's own, and may not follow the parameters"
+            raise invalid(f"tools[{strict}].function.strict", reason)
+        if self.callable_tools and self.structured_outputs is not None:
+            raise invalid("structured_outputs", "with tools it is only allowed when tool_choice is 'none'")
+        return self
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """The tools that the answer may call."""
+        match self.tool_choice:
+            case "none":
+                return []
+            case NamedTool(name):
+                return [tool for tool in self.tools if tool.function.name == name]
+        return self.tools
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer is nothing but calls."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+
+    @property
+    def grammar_field(self) -> str | None:
+        """The field that makes answers follow a grammar, if any."""
+        return "tool_choice" if self.must_call else super().grammar_field
+
+    @property
+    def ended_by(self) -> str | None:
+        """The field that says where answers end, if any; calls end one."""
+        return self.grammar_field or ("tools" if self.callable_tools else None)
+
+    @property
+    def may_be_cut(self) -> bool:
+        """Whether stop strings may end an answer early."""
+        return super().may_be_cut and not self.must_call
 
     @property
     def reported_logprobs(self) -> int | None:
@@ -427,12 +582,7 @@ class ChatCompletionRequest(GenerationRequest):
         return super().token_limit
 
 
-def invalid(field: str, reason: str) -> PydanticCustomError:
-    """What a validator of a whole request raises for one of its fields."""
-    return PydanticCustomError("invalid_field", "", {"field": field, "reason": reason})
-
-
-class TokenizeRequest(_Object):
+class TokenizeRequest(RequestObject):
     """The body of POST /tokenize: a text, or a conversation as /v1/chat/completions takes it."""
 
     neutral = _NEUTRAL_TOKENIZE
@@ -440,6 +590,9 @@ class TokenizeRequest(_Object):
     model: str | None = Field(None, description="The served model's name, which is also the default.")
     prompt: str | None = Field(None, description="A text.")
     messages: list[ChatMessage] = Field(default=[], description="A conversation, in place of prompt.")
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = Field(
+        default=[], description="Functions that the model may call in it; only with messages."
+    )
     add_special_tokens: bool = Field(
         True, description="Begin with the beginning-of-sequence token where completions do; false never does."
     )
@@ -449,10 +602,12 @@ class TokenizeRequest(_Object):
     def _one_of_two(self) -> Self:
         if (self.prompt is None) == (not self.messages):
             raise PydanticCustomError("value_error", "", {"error": "give either prompt or messages"})
+        if self.tools and not self.messages:
+            raise invalid("tools", "it is only allowed with messages")
         return self
 
 
-class DetokenizeRequest(_Object):
+class DetokenizeRequest(RequestObject):
     """The body of POST /detokenize."""
 
     model: str | None = Field(None, description="The served model's name, which is also the default.")
@@ -482,7 +637,8 @@ def _bad_request(error: ErrorDetails) -> ApiError:
             return bad_request(f"The body is not valid JSON: {context['error']}.", None, "invalid_json")
         case "model_type" if not path:
             return bad_request("The body must be a JSON object.", None)
-        case "missing":
+        case "missing" | "missing_field":
+            path = _path((*error["loc"], *context.values()))
             return bad_request(f"Missing required parameter: '{path}'.", path, "missing_required_parameter")
         case "extra_forbidden":
             return bad_request(f"Unknown parameter: '{path}'.", path, "unknown_parameter")
@@ -490,6 +646,8 @@ def _bad_request(error: ErrorDetails) -> ApiError:
             path = _path((*error["loc"], context["field"])) if context["field"] else path
             allowed = ", ".join(msgspec.json.encode(value).decode() for value in context["allowed"])
             remedy = f"leave it out or send {allowed}" if allowed else "leave it out"
+            if context["instead"] is not None:
+                remedy = f"send {context['instead']!r} instead"
             return bad_request(f"'{path}' is not supported by this server; {remedy}.", path, "unsupported_parameter")
         case "invalid_field":
             path = _path((*error["loc"], context["field"]))

@@ -81,11 +81,26 @@ class Completion(Struct, frozen=True, tag_field="object", tag="text_completion")
     usage: Usage | UnsetType | None = UNSET
 
 
-class ChatMessage(Struct, frozen=True):
-    """A whole answer."""
+class CalledFunction(Struct, frozen=True):
+    """The function that is called, and its arguments: a JSON object, as the model wrote it."""
 
-    content: str
+    name: str
+    arguments: str
+
+
+class ChatToolCall(Struct, frozen=True, tag_field="type", tag="function"):
+    """A call that an answer makes; the message with its result names the id."""
+
+    id: str
+    function: CalledFunction
+
+
+class ChatMessage(Struct, frozen=True):
+    """A whole answer: its content, or calls of tools."""
+
+    content: str | None
     role: str = "assistant"
+    tool_calls: list[ChatToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(Struct, frozen=True):
@@ -110,11 +125,28 @@ class ChatCompletion(Struct, frozen=True, tag_field="object", tag="chat.completi
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
+class FunctionDelta(Struct, frozen=True):
+    """What a chunk adds to a call's function: its name once, then its arguments in pieces."""
+
+    name: str | UnsetType = UNSET
+    arguments: str = ""
+
+
+class ToolCallDelta(Struct, frozen=True, kw_only=True):
+    """What a chunk adds to a call; which one, says its index.  Its id and type come with the function's name."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: FunctionDelta
+
+
 class ChatDelta(Struct, frozen=True):
     """What a chunk adds to an answer."""
 
     role: str | UnsetType = UNSET
-    content: str | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(Struct, frozen=True):
@@ -140,11 +172,17 @@ class ChatCompletionChunk(Struct, frozen=True, tag_field="object", tag="chat.com
 
 
 class Model(Struct, frozen=True, tag_field="object", tag="model"):
-    """A model that the server serves."""
+    """A model that the server serves.
+
+    `task` says what it is for, beside embeddings: "generate", "classify" or "token_classify".  The labels are a
+    classifier's, in the order of its probabilities.
+    """
 
     id: str
     created: int
     max_model_len: int | UnsetType
+    task: str
+    labels: list[str] | UnsetType = UNSET
     owned_by: str = "persimmon"
 
 

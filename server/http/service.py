@@ -8,13 +8,17 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from importlib.metadata import version
 
-from model.config import PersimmonConfig
+from model.config import Architecture, PersimmonConfig
+from model.grammar import GrammarCompiler
 from model.tokenizer import Tokenizer
 from model.vocabulary import VocabularyMap
 from server.engine.client import EngineClient, EngineDeadError, EngineNotReadyError
-from server.engine.messages import Sampling
+from server.engine.messages import Grammar, Sampling
+from server.http.answer_form import ANY_TEXT, AnswerForm
 from server.http.errors import bad_request, context_length_exceeded, model_not_found
 from server.http.generation import Generation, Generator, Prompt
+from server.http.grammars import Constraint, GrammarChecker
+from server.http.model_use import USES
 from server.http.protocol import GenerationRequest
 from server.http.stop_strings import StopStrings
 from server.metrics import Metrics
@@ -39,6 +43,7 @@ class Service:
         metrics: what this worker measures.
         vocabulary: of a trimmed checkpoint, whose embedding lacks some of the token ids; else None.
         seeds: gives a seed to each prompt of a request that brings none.
+        grammars: checks what clients want answers to look like.
         created: when the worker started, in seconds since 1970.
     """
 
@@ -50,6 +55,7 @@ class Service:
     seeds: random.Random
     vocabulary: VocabularyMap | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+    grammars: GrammarChecker = field(default_factory=lambda: GrammarChecker(GrammarCompiler.for_checking()))
 
     @property
     def generator(self) -> Generator:
@@ -88,6 +94,7 @@ class Service:
         prompts: Sequence[str | list[int]],
         stop: Sequence[str],
         arrival: float,
+        form: AnswerForm = ANY_TEXT,
     ) -> Generation:
         """Checks a request against the model and tokenizes its prompts.
 
@@ -96,14 +103,16 @@ class Service:
             prompts: texts or token ids.
             stop: strings that end an answer.
             arrival: when the request came, on time.perf_counter's clock.
+            form: what an answer may look like.
 
         Raises:
             ApiError: another model's name, too many choices, an empty prompt or one that is too long, a
-                token id outside the vocabulary.
+                token id outside the vocabulary, a grammar that cannot be used.
             EngineNotReadyError: the model is still loading.
             EngineDeadError: the engine has ended.
         """
         self.check_model(request.model)
+        self.check_use(Architecture.CAUSAL_LM)
         limit = self.max_model_len
         field, samples = request.samples
         if len(prompts) * samples > MAX_CHOICES:
@@ -112,23 +121,15 @@ class Service:
                 f"one request may ask for {MAX_CHOICES}.",
                 field,
             )
-        names = [
-            request.prompt_field if len(prompts) == 1 else f"{request.prompt_field}[{index}]"
-            for index in range(len(prompts))
-        ]
-        for name, prompt in zip(names, prompts, strict=True):
-            if isinstance(prompt, list):
-                self.check_token_ids(name, prompt)
         self.check_token_ids("stop_token_ids", request.stop_token_ids)
         self.check_token_ids("logit_bias", request.logit_bias)
-        encoded = await self.encode(prompts)
-        for name, token_ids in zip(names, encoded, strict=True):
-            self._check_kept(name, token_ids)
+        grammar = None if form.constraint is None else await self._grammar(form.constraint, request.is_chat)
+        encoded = await self.encode_prompts(request.prompt_field, prompts)
         end_of_text = list(self.config.eos_token_ids)
         return Generation(
             prompts=[
-                Prompt(token_ids, _max_tokens(request, name, len(token_ids), limit), self._sampling(request))
-                for name, token_ids in zip(names, encoded, strict=True)
+                Prompt(token_ids, _max_tokens(request, name, len(token_ids), limit), self._sampling(request, grammar))
+                for name, token_ids in encoded
             ],
             n=request.n,
             samples=samples,
@@ -138,7 +139,44 @@ class Service:
             echo=request.echoes,
             logprobs=request.reported_logprobs,
             arrival=arrival,
+            calls=form.calls,
         )
+
+    def check_use(self, needed: Architecture) -> None:
+        """Raises the ApiError of an endpoint that cannot use the served model, which is of another kind than needed."""
+        served = self.config.architecture
+        if served is not needed:
+            use = USES[served]
+            raise bad_request(
+                f"This endpoint needs a model that {USES[needed].does}, but {self.served_model_name!r} ({served}) "
+                f"{use.does}; use {use.endpoints} with it, or /v1/embeddings.",
+                "model",
+                "unsupported_by_model",
+            )
+
+    async def encode_prompts(
+        self, field: str, prompts: Sequence[str | list[int]], add_bos: bool | None = None
+    ) -> list[tuple[str, list[int]]]:
+        """The token ids of a request's prompts, at least one each, with the place of each in the request.
+
+        Args:
+            field: of the request that holds the prompts.
+            prompts: texts or token ids.
+            add_bos: as `encode` has it.
+
+        Raises:
+            ApiError: an empty prompt, or a token id outside the vocabulary.
+        """
+        names = [field if len(prompts) == 1 else f"{field}[{index}]" for index in range(len(prompts))]
+        for name, prompt in zip(names, prompts, strict=True):
+            if isinstance(prompt, list):
+                self.check_token_ids(name, prompt)
+        encoded = list(zip(names, await self.encode(prompts, add_bos), strict=True))
+        for name, token_ids in encoded:
+            self._check_kept(name, token_ids)
+            if not token_ids:
+                raise bad_request(f"{name} is empty, and no token is put before its text; give it some.", name)
+        return encoded
 
     def check_token_ids(self, name: str, token_ids: Iterable[int]) -> None:
         """Raises the ApiError for an id outside the vocabulary in the field `name`."""
@@ -159,26 +197,40 @@ class Service:
                 name,
             )
 
-    def _sampling(self, request: GenerationRequest) -> Sampling:
-        # A seed for each prompt: equal prompts in one request should not all get the same answer.
-        seed = self.seeds.randrange(_SEEDS) if request.seed is None else request.seed % _SEEDS
+    def seed(self, asked: int | None) -> int:
+        """The seed of a prompt; without one that was asked for, a new one.
+
+        Equal prompts in one request should not all get the same answer then.
+        """
+        return self.seeds.randrange(_SEEDS) if asked is None else asked % _SEEDS
+
+    def top_k(self, asked: int) -> int:
+        """How many tokens to draw from; 0 where that is all."""
         choices = self.config.vocab_size if self.vocabulary is None else len(self.vocabulary.ids)
-        top_k = request.top_k if 0 < request.top_k < choices else 0
+        return asked if 0 < asked < choices else 0
+
+    async def _grammar(self, constraint: Constraint, is_chat: bool) -> Grammar:
+        await self.grammars.check(constraint)
+        # In a chat the space after the label is the format's, as AnswerText has it.
+        return Grammar(constraint.grammar.kind, constraint.grammar.text, leading_space=is_chat)
+
+    def _sampling(self, request: GenerationRequest, grammar: Grammar | None) -> Sampling:
         logprobs = request.reported_logprobs
         if logprobs is None and request.samples[1] > request.n:
             logprobs = 0  # the most probable samples are the answers
         return Sampling(
             request.temperature,
             request.top_p,
-            top_k,
+            self.top_k(request.top_k),
             request.min_p,
-            seed,
+            self.seed(request.seed),
             request.repetition_penalty,
             request.presence_penalty,
             request.frequency_penalty,
             request.logit_bias,
             request.min_tokens,
             logprobs,
+            grammar,
         )
 
     async def encode(self, prompts: Sequence[str | list[int]], add_bos: bool | None = None) -> list[list[int]]:
@@ -199,14 +251,19 @@ class Service:
 
 def _max_tokens(request: GenerationRequest, name: str, prompt_tokens: int, limit: int) -> int:
     """New tokens that a prompt may get."""
-    if prompt_tokens == 0:
-        raise bad_request(f"{name} is empty, and this model puts no token before a text; give it some.", name)
     left = limit - prompt_tokens
     field, asked = request.token_limit
     if left < (asked != 0):
         raise context_length_exceeded(prompt_tokens, asked or 1, limit, name)
     if asked is None:
-        return left if request.default_max_tokens is None else min(left, request.default_max_tokens)
+        most = left if request.default_max_tokens is None else min(left, request.default_max_tokens)
+        if request.min_tokens > most:
+            raise bad_request(
+                f"Invalid 'min_tokens': it is {request.min_tokens}, but without {field} the answer to this prompt has "
+                f"at most {most} tokens.",
+                "min_tokens",
+            )
+        return most
     if asked == 0:
         return 0
     if asked > left:

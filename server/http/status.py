@@ -11,8 +11,10 @@ from fastapi.responses import PlainTextResponse
 from msgspec import UNSET, Struct, UnsetType
 
 from server.engine.client import EngineDeadError, EngineNotReadyError
+from server.http.adept_api import AdeptHealth
 from server.http.documentation import Documentation
 from server.http.errors import ErrorBody
+from server.http.model_use import USES
 from server.http.responses import Model, ModelList
 from server.http.service import Service
 from server.metrics import CONTENT_TYPE
@@ -63,6 +65,11 @@ def router(service: Service, documentation: Documentation) -> APIRouter:
             return _json(Health("dead", str(error)), 503)
         return _json(Health("ready"))
 
+    @routes.get("/healthz", **documentation.endpoint({200: AdeptHealth, 503: AdeptHealth}))
+    async def healthy() -> Response:
+        """What /health says, as Adept's own server says it."""
+        return _json(AdeptHealth(True)) if service.engine.ready else _json(AdeptHealth(False), 503)
+
     @routes.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus metrics."""
@@ -77,8 +84,14 @@ def router(service: Service, documentation: Documentation) -> APIRouter:
 
 
 def _model(service: Service) -> Model:
-    info = service.engine.info
-    return Model(service.served_model_name, service.created, UNSET if info is None else info.max_model_len)
+    info, config = service.engine.info, service.config
+    return Model(
+        service.served_model_name,
+        service.created,
+        UNSET if info is None else info.max_model_len,
+        USES[config.architecture].task,
+        list(config.labels) or UNSET,
+    )
 
 
 def _json(content: Struct, status: int = 200) -> Response:

@@ -4,10 +4,10 @@ Knows nothing of how an endpoint writes them.
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from model.tokenizer import Tokenizer
+from model.tokenizer import IncrementalDetokenizer, Tokenizer
 from server.engine.messages import TokenLogprobs
 
 _LEAST_LOGPROB = -9999.0
@@ -81,6 +81,27 @@ def report(tokenizer: Tokenizer, token_id: int, offset: int, logprobs: TokenLogp
         for top_id, top_logprob in zip(logprobs.top_ids, logprobs.top_logprobs, strict=True)
     ]
     return TokenReport(text, offset, max(logprobs.logprob, _LEAST_LOGPROB), top)
+
+
+def read_prompt(
+    tokenizer: Tokenizer, detokenizer: IncrementalDetokenizer, token_ids: Sequence[int]
+) -> Iterator[tuple[int, str, str]]:
+    """Each token of a prompt, the text that is certain now and was not before, and what stood before that.
+
+    The last is the space that SentencePiece puts before a text: it comes with the text's first token, and is no part
+    of it.
+
+    Args:
+        tokenizer: of the served model.
+        detokenizer: a new one; what follows the prompt may be pushed into it later.
+        token_ids: the prompt's.
+    """
+    prefixed = tokenizer.begins_with_prefix(token_ids)
+    for token_id in token_ids:
+        text, prefix = detokenizer.push((token_id,)), ""
+        if prefixed and text:
+            text, prefix, prefixed = text[1:], " ", False
+        yield token_id, text, prefix
 
 
 class ReportQueue:

@@ -7,7 +7,7 @@ import msgspec
 from fastapi import Response
 from msgspec import UNSET, Struct, UnsetType
 
-from server.http.chat import chat_prompt
+from server.http.conversation import chat_prompt
 from server.http.protocol import DetokenizeRequest, TokenizeRequest
 from server.http.service import Service
 
@@ -38,7 +38,7 @@ async def tokenize(service: Service, request: TokenizeRequest) -> Response:
         ApiError: another model's name, or messages that are no conversation.
     """
     service.check_model(request.model)
-    text = chat_prompt(request.messages) if request.prompt is None else request.prompt
+    text = chat_prompt(request.messages, request.tools) if request.prompt is None else request.prompt
     (token_ids,) = await service.encode([text], None if request.add_special_tokens else False)
     info = service.engine.info
     answer = Tokens(

@@ -131,7 +131,10 @@ def test_a_trimmed_checkpoint_answers_in_the_ids_of_the_whole_vocabulary(tmp_pat
     requests = [
         *(("/v1/completions", body) for body in refused),
         ("/v1/completions", asked),
-        ("/v1/completions", {"prompt": [kept + 1, kept], "max_tokens": 9, "stop_token_ids": [kept], "top_k": 9, "seed": 4}),
+        (
+            "/v1/completions",
+            {"prompt": [kept + 1, kept], "max_tokens": 9, "stop_token_ids": [kept], "top_k": 9, "seed": 4},
+        ),
         ("/v1/completions", {"prompt": "It is", "structured_outputs": {"regex": "(yes|no)!"}, "seed": 1}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "What is a plum?"}], "temperature": 0}),
         ("/tokenize", {"prompt": "What is a plum?"}),

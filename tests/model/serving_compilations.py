@@ -3,34 +3,37 @@
 Runs the server's own warm-up, then steps of many kinds, on a network of meta tensors whose launches are compilations
 for sm_90; prints the names of what was compiled before and after, as JSON.  Needs a process of its own:
 
-    TRITON_INTERPRET=0 python -m tests.model.serving_compilations [--enforce-eager]
+    TRITON_INTERPRET=0 python -m tests.model.serving_compilations [--enforce-eager] [--architecture NAME]
 """
 
 import argparse
 import json
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 
-from kernels import StepLimits
 from kernels.fused import FusedKernels
 from model.checkpoint import expected_shapes
-from model.config import PersimmonConfig
+from model.config import Architecture, PersimmonConfig
 from model.cuda_graphs import DecodeGraphs
 from model.fused_sampler import FusedSampler
 from model.graph_sizes import default_sizes
 from model.kv_cache import KVCache
 from model.memory import MemoryPlan
 from model.persimmon import Persimmon
-from model.runner import PendingTokens, Runner, SequenceInput
-from model.sampler import SamplingParams
+from model.runner import PooledStates, PromptLogprobs, Report, Runner, SequenceInput
+from model.sampling_params import SamplingParams
+from model.token_counts import TokenCounts
 from server.config import Settings
-from server.engine.loading import _warm_up
+from server.engine.loading import _limits, warm_up_steps
 from tests.kernels.ahead_of_time import launches_compile
 
 META = torch.device("meta")
 MAX_MODEL_LEN, BLOCK_SIZE, NUM_BLOCKS = 2048, 32, 1024
-CONFIG = PersimmonConfig(
+GENERATOR = PersimmonConfig(
     vocab_size=262144,
     hidden_size=4096,
     intermediate_size=16384,
@@ -42,19 +45,25 @@ STEPS = 150
 
 
 class MetaRunner(Runner):
-    """Launches everything and computes nothing: every token is 0."""
+    """Launches everything and computes nothing, so there is nothing to wait for."""
 
-    def _fetch(self, tokens: torch.Tensor) -> PendingTokens:
-        return PendingTokens(torch.zeros(tokens.shape, dtype=torch.int64))
+    def run(self, batch: Sequence[SequenceInput]) -> list[int]:
+        self.launch(batch)
+        return []
+
+    def _fetch(self, tokens: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.zeros(tokens.shape, dtype=torch.int64), None
 
 
-def make_runner(settings: Settings) -> MetaRunner:
+def make_runner(settings: Settings, config: PersimmonConfig) -> MetaRunner:
     """As the server makes it, on a GPU that is not there."""
     kernels = FusedKernels(META)
-    kernels.reserve(StepLimits(settings.max_num_seqs, MAX_MODEL_LEN, 64, 64, 4096, 16384, CONFIG.vocab_size))
-    tensors = ((name, torch.empty(shape, device=META)) for name, shape in expected_shapes(CONFIG).items())
-    model = Persimmon(CONFIG, tensors, torch.float16, META, kernels)
-    cache = KVCache.allocate(CONFIG, NUM_BLOCKS, BLOCK_SIZE, torch.float16, META)
+    kernels.reserve(_limits(settings, config, MAX_MODEL_LEN))
+    tensors = ((name, torch.empty(shape, device=META)) for name, shape in expected_shapes(config).items())
+    model = Persimmon(config, tensors, torch.float16, META, kernels)
+    cache = KVCache.allocate(config, NUM_BLOCKS, BLOCK_SIZE, torch.float16, META)
+    if not config.generates:
+        return MetaRunner(model, cache, kernels)
     graphs = None
     if not settings.enforce_eager:
         sizes = default_sizes(settings.max_num_seqs)
@@ -63,39 +72,76 @@ def make_runner(settings: Settings) -> MetaRunner:
     if graphs is not None:
         # What capturing launches.
         for size in sizes:
-            runner.run([SequenceInput([0], 0, [0], SamplingParams())] * size)
+            runner.run([SequenceInput([0], 0, [0], (SamplingParams(),))] * size)
     return runner
 
 
-def random_step(dice: random.Random, most: int) -> list[SequenceInput]:
-    """Decodes, prompts or both, short and long, some drawn, some from few tokens."""
+def random_step(dice: random.Random, most: int, config: PersimmonConfig) -> list[SequenceInput]:
+    """Decodes, prompts or both, short and long, of every kind of draw and report."""
     decodes = dice.choice([0, 1, 2, 3, 16, 48, dice.randint(1, most)])
     chunks = dice.choice([0, 1, 1, 2, min(8, most)])
-    batch = []
-    for index in range(max(1, min(decodes + chunks, most))):
+    kinds = dice.choice([PLAIN, PLAIN, PLAIN + ADJUSTED])
+    batch: list[SequenceInput] = []
+    sequences = max(1, min(decodes + chunks, most))
+    room = most - sequences  # for further samples of their prompts
+    for index in range(sequences):
         count = 1 if index < decodes else dice.choice([1, 5, 16, 17, 64, 65, dice.randint(1, 900)])
         start = dice.choice([0, 1, 255, 256, dice.randint(0, MAX_MODEL_LEN - count)])
-        sampling = dice.choice([SamplingParams(), SamplingParams(1.0), SamplingParams(1.0, top_k=5)])
-        samples = count == 1 or dice.random() < 0.5
         table = range(-(-(start + count) // BLOCK_SIZE))
-        batch.append(SequenceInput([0] * count, start, table, sampling if samples else None))
+        samplings: list[SamplingParams] = []
+        if config.generates and (count == 1 or dice.random() < 0.5):
+            forks = dice.choice([0, 0, min(2, room)])
+            room -= forks
+            samplings = [dice.choice(kinds)] * (1 + forks)
+        report = random_report(dice, count, config) if index >= decodes else None
+        batch.append(SequenceInput([0] * count, start, table, samplings, report))
     return batch
+
+
+def random_report(dice: random.Random, count: int, config: PersimmonConfig) -> Report | None:
+    if dice.random() < 0.5:
+        return None
+    first = dice.randrange(count)
+    if config.generates and dice.random() < 0.5:
+        return PromptLogprobs(first, [0] * (count - first), dice.choice([0, 5]))
+    return PooledStates(range(first, count), dice.random() < 0.5, not config.generates and dice.random() < 0.5)
+
+
+def token_counts(prompt: int, output: int) -> TokenCounts:
+    counts = TokenCounts(range(prompt))
+    for token_id in range(output):
+        counts.append(token_id)
+    return counts
+
+
+ALL_ALLOWED = np.full(GENERATOR.vocab_size // 32, -1, dtype=np.int32)
+PLAIN = [SamplingParams(), SamplingParams(1.0), SamplingParams(1.0, top_k=5)]
+ADJUSTED = [
+    SamplingParams(seen=token_counts(16, 0), repetition_penalty=1.5),
+    SamplingParams(1.0, seen=token_counts(5, 3), presence_penalty=1.0, frequency_penalty=0.5, logprobs=0),
+    SamplingParams(1.0, top_p=0.5, logit_bias=((7, 1.0), (16, -1.0)), banned=(1, 2)),
+    SamplingParams(allowed=lambda: ALL_ALLOWED, logprobs=20),
+]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--architecture", type=Architecture, default=GENERATOR.architecture)
     given = parser.parse_args()
     settings = Settings(enforce_eager=given.enforce_eager, max_num_seqs=given.max_num_seqs)
+    labels = () if given.architecture == GENERATOR.architecture else ("calm", "glad", "sad")
+    config = replace(GENERATOR, architecture=given.architecture, labels=labels)
     plan = MemoryPlan(0, 0, 0, 0, 0, NUM_BLOCKS, BLOCK_SIZE, MAX_MODEL_LEN)
     with launches_compile(90) as compiled:
-        runner = make_runner(settings)
-        _warm_up(runner, plan, settings, compiles=True)
+        runner = make_runner(settings, config)
+        for batch in warm_up_steps(plan, settings, config, compiles=True):
+            runner.run(batch)
         warm = len(compiled)
         dice = random.Random(0)
         for _ in range(STEPS):
-            runner.run(random_step(dice, settings.max_num_seqs))
+            runner.run(random_step(dice, settings.max_num_seqs, config))
     names = [kernel.name for kernel in compiled]
     print(json.dumps({"warm-up": names[:warm], "serving": names[warm:]}))
 

@@ -76,25 +76,31 @@ def test_neighbouring_messages_of_one_role_are_one_turn() -> None:
     assert render(between) == "s\n\nhuman: a\n\nb\n\nadept:"
 
 
+def test_what_tools_have_given_is_a_turn_of_the_humans() -> None:
+    turns = [Turn("user", "a"), Turn("assistant", "call"), Turn("tool", "1"), Turn("tool", "2")]
+    assert render(turns) == "human: a\n\nadept: call\n\nhuman: 1\n\n2\n\nadept:"
+    assert render([*turns, Turn("user", "b")]) == "human: a\n\nadept: call\n\nhuman: 1\n\n2\n\nb\n\nadept:"
+
+
 def test_a_conversation_may_begin_with_the_assistant() -> None:
     turns = [Turn("assistant", "How can I help?"), Turn("user", "a")]
     assert render(turns) == "adept: How can I help?\n\nhuman: a\n\nadept:"
 
 
-@given(st.lists(st.builds(Turn, st.sampled_from(["system", "developer", "user", "assistant"]), st.text())))
+@given(st.lists(st.builds(Turn, st.sampled_from(["system", "developer", "user", "assistant", "tool"]), st.text())))
 def test_content_is_rendered_verbatim(turns: list[Turn]) -> None:
     prompt = render([*turns, Turn("user", "end")])
     assert all(turn.content in prompt for turn in turns)
     assert prompt.endswith("end\n\nadept:")
 
 
-@pytest.mark.parametrize("role", ["tool", "function", "User", "human", ""])
+@pytest.mark.parametrize("role", ["function", "User", "human", ""])
 def test_other_roles_are_refused_by_name(role: str) -> None:
     with pytest.raises(ChatFormatError) as caught:
         render([Turn("user", "a"), Turn(role, "b"), Turn("user", "c")])
     message = str(caught.value)
     assert f"messages[1] has the role {role!r}" in message
-    assert "allowed are system, developer, user, assistant" in message
+    assert "allowed are system, developer, user, assistant, tool" in message
 
 
 @pytest.mark.parametrize(
@@ -109,8 +115,8 @@ def test_other_roles_are_refused_by_name(role: str) -> None:
         ),
     ],
 )
-def test_a_conversation_without_a_user_message_at_its_end_is_refused(turns: list[Turn], found: str) -> None:
-    with pytest.raises(ChatFormatError, match=f"needs a user message at its end .* but {found}"):
+def test_a_conversation_that_leaves_the_assistant_nothing_to_answer_is_refused(turns: list[Turn], found: str) -> None:
+    with pytest.raises(ChatFormatError, match=f"needs a user or tool message at its end .* but {found}"):
         render(turns)
 
 

@@ -75,6 +75,12 @@ async def news_has_come(engine: FakeEngine, client: EngineClient) -> None:
         await read(stream)
 
 
+async def test_work_that_cannot_be_sent_leaves_no_stream_behind(client: EngineClient) -> None:
+    with pytest.raises(OverflowError), client.submit(Work([5], 2**70, [], SAMPLING)):
+        pass
+    assert client.open_streams == 0
+
+
 async def test_nothing_is_submitted_while_the_model_loads() -> None:
     async with FakeEngine(ready=False) as engine, connected(engine) as client:
         await engine.until(lambda engine: len(engine.workers) == 1)

@@ -72,6 +72,21 @@ BAD_REQUESTS: list[tuple[str, dict[str, Any], str, str | None, str | None]] = [
         "min_tokens",
         None,
     ),
+    (
+        COMPLETIONS,
+        {"prompt": [5], "min_tokens": 17},
+        "Invalid 'min_tokens': it is 17, but without max_tokens the answer to this prompt has at most 16 tokens.",
+        "min_tokens",
+        None,
+    ),
+    (
+        CHAT,
+        ASK | {"min_tokens": 10**30},
+        f"Invalid 'min_tokens': it is {10**30}, but without max_tokens the answer to this prompt has at most 2037 "
+        "tokens.",
+        "min_tokens",
+        None,
+    ),
     *(
         (COMPLETIONS, HELLO | {"logit_bias": biases}, f"Invalid 'logit_bias': {reason}.", "logit_bias", None)
         for biases, reason in (
@@ -273,13 +288,6 @@ BAD_REQUESTS: list[tuple[str, dict[str, Any], str, str | None, str | None]] = [
     ),
     (
         CHAT,
-        ASK | {"response_format": {"type": "json_object"}},
-        '\'response_format\' is not supported by this server; leave it out or send {"type":"text"}.',
-        "response_format",
-        "unsupported_parameter",
-    ),
-    (
-        CHAT,
         ASK | {"max_tokens": 3, "max_completion_tokens": 4},
         "Invalid 'max_completion_tokens': it is 4 but max_tokens is 3; give one of the two.",
         "max_completion_tokens",
@@ -313,9 +321,9 @@ BAD_REQUESTS: list[tuple[str, dict[str, Any], str, str | None, str | None]] = [
     ),
     (
         CHAT,
-        {"messages": [{"role": "tool", "content": "a"}]},
-        "Invalid 'messages': messages[0] has the role 'tool', which this model's chat format lacks: "
-        "allowed are system, developer, user, assistant.",
+        {"messages": [{"role": "function", "content": "a"}]},
+        "Invalid 'messages': messages[0] has the role 'function', which this model's chat format lacks: "
+        "allowed are system, developer, user, assistant, tool.",
         "messages",
         None,
     ),
@@ -432,11 +440,11 @@ async def test_another_model_is_a_404(http: httpx.AsyncClient, path: str, body: 
 
 
 async def test_an_unknown_url_is_a_404_of_the_same_shape(http: httpx.AsyncClient) -> None:
-    response = await http.get("/v1/embeddings")
+    response = await http.get("/v1/images")
     assert response.status_code == 404
     assert response.json() == {
         "error": {
-            "message": "Unknown URL: GET /v1/embeddings.",
+            "message": "Unknown URL: GET /v1/images.",
             "type": "invalid_request_error",
             "param": None,
             "code": "unknown_url",

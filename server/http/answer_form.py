@@ -1,0 +1,72 @@
+"""From what a request asks of its answers' form to the grammar they follow and the calls they may make.
+
+Knows the requests' fields and how Persimmon calls tools; nothing of tokens.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from model.tool_calls import CallForm, Function, calls_schema
+from server.http.format_fields import schema_grammar
+from server.http.grammars import Constraint
+from server.http.protocol import ChatCompletionRequest
+from server.http.tool_fields import NamedTool
+
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """What an answer may look like.
+
+    Attributes:
+        constraint: the grammar that it follows to its end; None for any text.
+        calls: the calls that it may make; None where it makes none.
+    """
+
+    constraint: Constraint | None = None
+    calls: CallForm | None = None
+
+
+ANY_TEXT = AnswerForm()
+
+
+def chat_form(request: ChatCompletionRequest) -> AnswerForm:
+    """The form of a chat's answers: text, JSON, or calls of tools."""
+    functions = [tool.function.function for tool in request.callable_tools]
+    if not functions:
+        return AnswerForm(request.constraint)
+    choice = request.tool_choice
+    calls = CallForm(
+        tuple(each.name for each in functions),
+        parallel=request.parallel_tool_calls,
+        forced=request.must_call,
+        begun=choice.name if isinstance(choice, NamedTool) else None,
+    )
+    parts = _parameters(request, functions)
+    if isinstance(choice, NamedTool):
+        return AnswerForm(parts[0], calls)
+    content = None if request.must_call else request.format_constraint
+    if not request.must_call and content is None:
+        return AnswerForm(None, calls)
+    if content is not None:
+        parts = (*parts, content)
+    schema = calls_schema(functions, calls.parallel, None if content is None else _schema(content))
+    return AnswerForm(Constraint("tools", schema_grammar(schema), parts), calls)
+
+
+def _parameters(request: ChatCompletionRequest, functions: Sequence[Function]) -> tuple[Constraint, ...]:
+    """What the arguments of each function must look like."""
+    places = {tool.function.name: place for place, tool in enumerate(request.tools)}
+    return tuple(
+        Constraint(f"tools[{places[each.name]}].function.parameters", schema_grammar(each.arguments_schema))
+        for each in functions
+    )
+
+
+def _schema(constraint: Constraint) -> Mapping[str, Any]:
+    """The schema of a constraint that response_format has made."""
+    if constraint.grammar.kind == "json_object":
+        return {"type": "object"}
+    schema: dict[str, Any] = json.loads(constraint.grammar.text)
+    return schema

@@ -1,0 +1,127 @@
+"""From prompts to numbers: final hidden states or a classifier's scores, many prompts at a time.
+
+Knows nothing of what the numbers are for or of how an answer is written.
+"""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from server.engine.client import EngineClient, SequenceStream, Work
+from server.engine.messages import Pooling
+from server.http.errors import bad_request, context_length_exceeded, generation_failed
+from server.http.pooling_protocol import PoolingRequest
+from server.http.service import MAX_CHOICES, Service
+
+MAX_RUNNING = 64
+"""Inputs of one request that the engine has at a time.  So a long list does not hold up who comes after it, and short
+ones still fill a step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a request wants to know of, checked.
+
+    Attributes:
+        prompts: at least one, each of at least one token.
+    """
+
+    prompts: Sequence[list[int]]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return sum(map(len, self.prompts))
+
+
+async def prepare(service: Service, request: PoolingRequest) -> Inputs:
+    """Checks a request's inputs against the model and tokenizes them.
+
+    Raises:
+        ApiError: another model's name, too many inputs, an empty one or one that is too long, or a token id outside the
+            vocabulary.
+        EngineNotReadyError: the model is still loading.
+        EngineDeadError: the engine has ended.
+    """
+    service.check_model(request.model)
+    limit = service.max_model_len
+    if len(request.input) > MAX_CHOICES:
+        raise bad_request(f"input has {len(request.input)} entries; one request may have {MAX_CHOICES}.", "input")
+    encoded = await service.encode_prompts("input", request.input, request.add_bos)
+    for name, token_ids in encoded:
+        if len(token_ids) > limit:
+            raise context_length_exceeded(len(token_ids), 0, limit, name)
+    return Inputs([token_ids for _, token_ids in encoded])
+
+
+async def pooled(
+    engine: EngineClient, prompts: Iterable[list[int]], pooling: Pooling, width: int, *, scores: bool = False
+) -> AsyncGenerator[np.ndarray, None]:
+    """What the engine reports of each prompt, in their order.
+
+    Closing it, like any error, aborts every prompt that still runs.
+
+    Args:
+        engine: computes them.
+        prompts: token ids, at least one each.
+        pooling: what to report, as `server.engine.messages.Submit` has it.
+        width: numbers of a row: the hidden size, or how many labels there are.
+        scores: whether rows are a classifier's scores instead of final hidden states.
+
+    Yields:
+        [rows, width] float32.
+
+    Raises:
+        ApiError: the engine gave up one of the prompts, or its numbers are not finite.
+        EngineDeadError: the engine has ended.
+        EngineNotReadyError: the model is still loading.
+    """
+    waiting = iter(prompts)
+    running: deque[SequenceStream] = deque()
+    with contextlib.ExitStack() as stack:
+
+        def submit(count: int) -> None:
+            for token_ids in islice(waiting, count):
+                running.extend(stack.enter_context(engine.submit(Work(token_ids, 0, pooling=pooling, scores=scores))))
+
+        submit(MAX_RUNNING)
+        while running:
+            yield await _rows(running.popleft(), width)
+            submit(1)
+
+
+async def written(
+    results: AsyncGenerator[np.ndarray, None], entry: Callable[[int, np.ndarray], msgspec.Struct]
+) -> list[Any]:
+    """An entry for each prompt, as a msgspec.Raw, which stands in an answer wherever the entry could.
+
+    Args:
+        results: of `pooled`; closed in the end.
+        entry: makes an entry of a prompt's place and rows.
+    """
+    data: list[msgspec.Raw] = []
+    async with contextlib.aclosing(results):
+        async for rows in results:
+            # One by one: thousands at once would hold up the other requests.
+            data.append(msgspec.Raw(msgspec.json.encode(entry(len(data), rows))))
+            await asyncio.sleep(0)
+    return data
+
+
+async def _rows(stream: SequenceStream, width: int) -> np.ndarray:
+    parts = []
+    async for output in stream:
+        if output.finish_reason == "error":
+            raise generation_failed(output.error)
+        parts.append(output.pooled)
+    rows = np.frombuffer(b"".join(parts), "<f4").reshape(-1, width)
+    if not np.isfinite(rows).all():
+        raise generation_failed("The model's result for this input is not finite.")
+    return rows

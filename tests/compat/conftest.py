@@ -1,0 +1,34 @@
+"""Programs of other people against a live server; `make compat` installs them and runs this.
+
+Nothing here may reach the network: each program is told so before it is imported.
+"""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.end_to_end.canary import Canary
+from tests.end_to_end.serving import Server, serving
+
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",  # lm-eval, its data sets and Transformers: everything is in local files
+    "LANGSMITH_TRACING": "false",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # instead of a newer price list from the network
+}
+
+
+@pytest.fixture(scope="session")
+def demo() -> Iterator[Server]:
+    """The server with the demo checkpoint, as `make serve` starts it, and a cache small enough to be fought over."""
+    with serving("--kv-cache-memory", "64MB") as server:
+        yield server
+
+
+@pytest.fixture
+def canary(demo: Server) -> Iterator[Canary]:
+    """Fails the test in the end if the server no longer answers what it did, or is no longer the same processes."""
+    canary = Canary(demo)
+    yield canary
+    canary.check()
+    canary.close()
