@@ -16,6 +16,7 @@ from model.hub import resolve
 from model.tokenizer import Tokenizer
 from model.vocabulary import VocabularyMap
 from server.config import Settings, SettingsError, add_arguments, read_settings
+from server.http.model_use import USES
 from server.supervisor import ListenError, say, supervise
 
 DEMO_NAME = "persimmon-demo"
@@ -60,7 +61,7 @@ def serve(settings: Settings) -> int:
     vocabulary = VocabularyMap.from_folder(folder, config)
     check_vocabulary(folder, vocabulary.original(config) if vocabulary else config, tokenizer.vocab_size)
     say(f"persimmon {importlib.metadata.version('persimmon-server')}: {what}")
-    return supervise(settings, folder, name)
+    return supervise(settings, folder, name, USES[config.architecture])
 
 
 def convert(

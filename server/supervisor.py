@@ -18,6 +18,7 @@ from pathlib import Path
 
 from server.config import Settings
 from server.engine.messages import Ready
+from server.http.model_use import ModelUse
 
 DRAIN_SECONDS = 30.0
 """How long open requests may go on after the first signal."""
@@ -30,13 +31,14 @@ class ListenError(OSError):
     """The address cannot be listened on.  One line for the person who gave it."""
 
 
-def supervise(settings: Settings, folder: Path, served_model_name: str) -> int:
+def supervise(settings: Settings, folder: Path, served_model_name: str, use: ModelUse) -> int:
     """Runs the server until it is told to stop or a part of it ends.
 
     Args:
         settings: of the server.
         folder: the checkpoint's, checked already as far as is quick.
         served_model_name: the model's name in the API.
+        use: what the model is for.
 
     Returns:
         The exit code: 0 after SIGTERM or Ctrl-C; 2 when the checkpoint or the settings do not allow a start,
@@ -49,13 +51,14 @@ def supervise(settings: Settings, folder: Path, served_model_name: str) -> int:
         signals = stack.enter_context(_signal_pipe())
         listener = stack.enter_context(listen(settings.host, settings.port))
         runtime = stack.enter_context(_runtime_folder())
-        return _run(settings, folder, served_model_name, listener, f"ipc://{runtime}/engine", signals)
+        return _run(settings, folder, served_model_name, use, listener, f"ipc://{runtime}/engine", signals)
 
 
 def _run(
     settings: Settings,
     folder: Path,
     served_model_name: str,
+    use: ModelUse,
     listener: socket.socket,
     address: str,
     signals: int,
@@ -91,7 +94,7 @@ def _run(
             ready = message if isinstance(message, Ready) else ready
             del awaited[report]
             if not awaited and ready is not None:
-                _announce(listener, served_model_name, ready)
+                _announce(listener, served_model_name, use, ready)
 
 
 def _engine_main(*args: object) -> None:
@@ -119,15 +122,13 @@ def _receive(report: connection.Connection) -> object:
         return None
 
 
-def _announce(listener: socket.socket, served_model_name: str, ready: Ready) -> None:
+def _announce(listener: socket.socket, served_model_name: str, use: ModelUse, ready: Ready) -> None:
     host, port = listener.getsockname()[:2]
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
     url = f"http://{shown}:{port}"
     say(f"Serving {served_model_name} on {url} ({ready.dtype}, {ready.device}). Try:")
-    say(
-        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' "
-        """-d '{"messages": [{"role": "user", "content": "What is a persimmon?"}]}'"""
-    )
+    endpoint, body = use.example
+    say(f"  curl {url}{endpoint} -H 'Content-Type: application/json' -d '{body}'")
 
 
 def _engine_ended(engine: SpawnProcess, worker: SpawnProcess) -> int:

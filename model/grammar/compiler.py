@@ -16,6 +16,7 @@ from model.grammar.context_free import read_grammar
 from model.grammar.json_schema import read_json, read_schema
 from model.grammar.matcher import Matcher, Vocabulary, pack_bits, reason
 from model.grammar.spec import KINDS, GrammarError, GrammarSpec
+from model.grammar.text_or_calls import read_text_or_calls
 from model.tokenizer import Tokenizer
 
 MAX_SPEC_BYTES = 65_536
@@ -66,6 +67,7 @@ _NAMES = {
     "regex": "the regular expression",
     "choice": "the list of choices",
     "grammar": "the grammar",
+    "text_or_calls": "the grammar of tools",
 }
 _START = '%llguidance {"no_forcing": true}\nstart: @answer'
 _START_AFTER_SPACE = '%llguidance {"no_forcing": true}\nstart: " " @answer'
@@ -134,7 +136,7 @@ class GrammarCompiler:
             GrammarError: the grammar is invalid, not supported or too large, or no answer can follow it.
         """
         start = _START_AFTER_SPACE if leading_space else _START
-        grammars = [{"lark_grammar": start}, {"name": "answer", **_engine_grammar(spec)}]
+        grammars = [{"lark_grammar": start}, *_engine_grammars(spec)]
         limits = AMBIGUOUS_LIMITS if spec.kind == "grammar" else LIMITS
         engine = LLMatcher(self._engine, json.dumps({"grammars": grammars}), log_level=0, limits=limits)
         if engine.is_error():
@@ -167,8 +169,8 @@ class _Words:
         raise NotImplementedError(f"{text!r} is left to the model to tokenize")
 
 
-def _engine_grammar(spec: GrammarSpec) -> dict[str, Any]:
-    """The grammar of an answer, in one of the engine's forms."""
+def _engine_grammars(spec: GrammarSpec) -> list[dict[str, Any]]:
+    """The grammar of an answer, named "answer", in one of the engine's forms, and those that it refers to."""
     if spec.kind not in KINDS:
         raise GrammarError(f"{spec.kind!r} is no kind of grammar, supported are {', '.join(KINDS)}")
     name = _NAMES[spec.kind]
@@ -178,19 +180,27 @@ def _engine_grammar(spec: GrammarSpec) -> dict[str, Any]:
         raise GrammarError(f"{name} holds a lone surrogate, which no text can") from None
     if size > MAX_SPEC_BYTES:
         raise GrammarError(f"{name} has {size} bytes, at most {MAX_SPEC_BYTES} are possible")
+    answer: dict[str, Any]
+    parts: list[dict[str, Any]] = []
     match spec.kind:
         case "json_object":
-            return {"json_schema": {"type": "object", "x-guidance": _JSON_STYLE}}
+            answer = {"json_schema": {"type": "object", "x-guidance": _JSON_STYLE}}
         case "json_schema":
-            return {"json_schema": {**read_schema(spec.text), "x-guidance": _JSON_STYLE}}
+            answer = {"json_schema": {**read_schema(spec.text), "x-guidance": _JSON_STYLE}}
         case "regex":
-            return {"lark_grammar": f"start: TEXT\nTEXT: /{_regex(spec.text)}/"}
+            answer = {"lark_grammar": f"start: TEXT\nTEXT: /{_regex(spec.text)}/"}
         case "choice":
-            return {"lark_grammar": f"start: TEXT\nTEXT: {_choices(spec.text)}"}
+            answer = {"lark_grammar": f"start: TEXT\nTEXT: {_choices(spec.text)}"}
         case "grammar":
-            return {"lark_grammar": read_grammar(spec.text)}
+            answer = {"lark_grammar": read_grammar(spec.text)}
+        case "text_or_calls":
+            lark, schemas = read_text_or_calls(spec.text)
+            answer = {"lark_grammar": lark}
+            for name, schema in schemas.items():
+                parts.append({"name": name, "json_schema": {**schema, "x-guidance": _JSON_STYLE}})
         case _:
             assert_never(spec.kind)
+    return [{"name": "answer", **answer}, *parts]
 
 
 def _regex(text: str) -> str:

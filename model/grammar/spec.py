@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "grammar"]
+GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "grammar", "text_or_calls"]
 
 KINDS: tuple[GrammarKind, ...] = get_args(GrammarKind)
 
@@ -28,6 +28,8 @@ class GrammarSpec:
             choice: one of the strings of this JSON array.
             grammar: a context-free grammar, in EBNF as llama.cpp writes it (GBNF, `root ::= …`) or in Lark's form
                 (`start: …`).
+            text_or_calls: any text, or calls of functions as `model.tool_calls` writes them, with arguments that are
+                valid: {"functions": {name: JSON Schema}, "parallel": whether there may be several calls}.
         text: in that language.
     """
 

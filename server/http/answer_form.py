@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from model.grammar import GrammarSpec
 from model.tool_calls import CallForm, Function, calls_schema
 from server.http.format_fields import schema_grammar
 from server.http.grammars import Constraint
@@ -26,6 +27,11 @@ class AnswerForm:
 
     constraint: Constraint | None = None
     calls: CallForm | None = None
+
+    @property
+    def may_be_text(self) -> bool:
+        """Whether an answer may be any text, and ends where texts do."""
+        return self.constraint is None or self.constraint.grammar.kind == "text_or_calls"
 
 
 ANY_TEXT = AnswerForm()
@@ -48,11 +54,24 @@ def chat_form(request: ChatCompletionRequest) -> AnswerForm:
         return AnswerForm(parts[0], calls)
     content = None if request.must_call else request.format_constraint
     if not request.must_call and content is None:
-        return AnswerForm(None, calls)
+        return AnswerForm(_text_or_calls(request, parts), calls)
     if content is not None:
         parts = (*parts, content)
     schema = calls_schema(functions, calls.parallel, None if content is None else _schema(content))
     return AnswerForm(Constraint("tools", schema_grammar(schema), parts), calls)
+
+
+def _text_or_calls(request: ChatCompletionRequest, parameters: Sequence[Constraint]) -> Constraint | None:
+    """What holds the model's own calls to the parameters of strict functions; without any, nothing does."""
+    strict = tuple(own for tool, own in zip(request.callable_tools, parameters, strict=True) if tool.function.strict)
+    if not strict:
+        return None
+    schemas = {
+        tool.function.name: tool.function.function.arguments_schema if tool.function.strict else {"type": "object"}
+        for tool in request.callable_tools
+    }
+    form = {"functions": schemas, "parallel": request.parallel_tool_calls}
+    return Constraint("tools", GrammarSpec("text_or_calls", json.dumps(form, ensure_ascii=False)), strict)
 
 
 def _parameters(request: ChatCompletionRequest, functions: Sequence[Function]) -> tuple[Constraint, ...]:

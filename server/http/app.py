@@ -69,7 +69,8 @@ def create_app(
     app = FastAPI(
         title="Persimmon server",
         version=version("persimmon-server"),
-        description="OpenAI-style completions and chat for Adept's Persimmon models.",
+        description="OpenAI-style completions, chat, embeddings and classification for Adept's Persimmon models, and "
+        "the API of Adept's own server.",
     )
     documentation = Documentation()
     documentation.install(app)

@@ -61,8 +61,8 @@ async def create_chat_completion(
     prompt = chat_prompt(request.messages, request.tools if form.calls is not None else ())
     if form.calls is not None and form.calls.begun is not None:
         prompt += begun_call(form.calls.begun)
-    # A grammar's text may hold what would else be a new turn.
-    stop = request.stop if request.ignore_eos or form.constraint is not None else [*request.stop, STOP]
+    # What is no text may hold what would else be a new turn.
+    stop = request.stop if request.ignore_eos or not form.may_be_text else [*request.stop, STOP]
     generation = await service.prepare(request, [prompt], stop, arrival, form)
     if request.stream:
         return EventStream(_stream(service, request, generation))

@@ -20,7 +20,7 @@ from server.engine.messages import Sampling, SequenceOutput, TokenLogprobs
 from server.http.errors import generation_failed
 from server.http.responses import PromptTokensDetails, Usage
 from server.http.stop_strings import StopChecker, StopStrings
-from server.http.token_report import ReportQueue, TokenReport, report
+from server.http.token_report import ReportQueue, TokenReport, read_prompt, report
 from server.metrics import Metrics
 
 
@@ -207,14 +207,11 @@ class SampleText:
             token_ids: the prompt's.
             logprobs: of its tokens but the first, or none.
         """
-        prefixed = self._tokenizer.begins_with_prefix(token_ids)
-        for place, token_id in enumerate(token_ids):
-            text = self._detokenizer.push((token_id,))
+        prompt = read_prompt(self._tokenizer, self._detokenizer, token_ids)
+        for place, (token_id, text, prefix) in enumerate(prompt):
             own = logprobs[place - 1] if 0 < place <= len(logprobs) else None
-            prefix = text[:1] if prefixed else ""
-            prefixed = prefixed and not text
             self._note(token_id, own, prefix)
-            self._begin += text.removeprefix(prefix)
+            self._begin += text
             self._length = len(self._begin)
 
     def push(self, output: SequenceOutput) -> Piece:

@@ -14,15 +14,29 @@ class ModelUse:
         task: a word for programs, as vLLM calls it.
         does: what the model does, for a sentence.
         endpoints: where to ask for it, for a sentence.
+        example: a request: the endpoint, and the JSON of its body.
     """
 
     task: str
     does: str
     endpoints: str
+    example: tuple[str, str]
 
 
 USES: Mapping[Architecture, ModelUse] = {
-    Architecture.CAUSAL_LM: ModelUse("generate", "generates text", "/v1/completions or /v1/chat/completions"),
-    Architecture.SEQUENCE_CLASSIFICATION: ModelUse("classify", "classifies texts", "/classify"),
-    Architecture.TOKEN_CLASSIFICATION: ModelUse("token_classify", "classifies tokens", "/classify/tokens"),
+    Architecture.CAUSAL_LM: ModelUse(
+        "generate",
+        "generates text",
+        "/v1/completions or /v1/chat/completions",
+        ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "What is a persimmon?"}]}'),
+    ),
+    Architecture.SEQUENCE_CLASSIFICATION: ModelUse(
+        "classify", "classifies texts", "/classify", ("/classify", '{"input": "A persimmon is sweet."}')
+    ),
+    Architecture.TOKEN_CLASSIFICATION: ModelUse(
+        "token_classify",
+        "classifies tokens",
+        "/classify/tokens",
+        ("/classify/tokens", '{"input": "A persimmon is sweet."}'),
+    ),
 }

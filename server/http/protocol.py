@@ -523,10 +523,6 @@ class ChatCompletionRequest(GenerationRequest):
                 raise invalid("tool_choice", f"no function in tools has the name {name[:100]!r}")
             case "required" if not self.tools:
                 raise invalid("tool_choice", "it is 'required', but there are no tools to call")
-        strict = next((place for place, tool in enumerate(self.callable_tools) if tool.function.strict), None)
-        if strict is not None and not self.must_call:
-            reason = "with tool_choice 'auto' calls are the model's own, and may not follow the parameters"
-            raise invalid(f"tools[{strict}].function.strict", reason)
         if self.callable_tools and self.structured_outputs is not None:
             raise invalid("structured_outputs", "with tools it is only allowed when tool_choice is 'none'")
         return self
@@ -549,7 +545,10 @@ class ChatCompletionRequest(GenerationRequest):
     @property
     def grammar_field(self) -> str | None:
         """The field that makes answers follow a grammar, if any."""
-        return "tool_choice" if self.must_call else super().grammar_field
+        if self.must_call:
+            return "tool_choice"
+        strict = any(tool.function.strict for tool in self.callable_tools)
+        return super().grammar_field or ("tools" if strict else None)
 
     @property
     def ended_by(self) -> str | None:
@@ -559,7 +558,7 @@ class ChatCompletionRequest(GenerationRequest):
     @property
     def may_be_cut(self) -> bool:
         """Whether stop strings may end an answer early."""
-        return super().may_be_cut and not self.must_call
+        return super().may_be_cut and self.grammar_field not in ("tool_choice", "tools")
 
     @property
     def reported_logprobs(self) -> int | None:

@@ -98,10 +98,10 @@ def read_prompt(
     """
     prefixed = tokenizer.begins_with_prefix(token_ids)
     for token_id in token_ids:
-        text, prefix = detokenizer.push((token_id,)), ""
-        if prefixed and text:
-            text, prefix, prefixed = text[1:], " ", False
-        yield token_id, text, prefix
+        text = detokenizer.push((token_id,))
+        prefix = text[:1] if prefixed else ""
+        prefixed = prefixed and not text
+        yield token_id, text.removeprefix(prefix), prefix
 
 
 class ReportQueue:

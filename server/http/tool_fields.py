@@ -23,9 +23,7 @@ class FunctionDefinition(RequestObject):
     parameters: dict[str, Any] | None = Field(
         None, description="A JSON Schema of the arguments, which are an object. Without it there are none."
     )
-    strict: bool = Field(
-        False, description="Whether calls must follow the parameters. Calls that are forced always do."
-    )
+    strict: bool = Field(False, description="Whether calls always follow the parameters, as forced ones do.")
 
     @field_validator("parameters")
     @classmethod

@@ -98,6 +98,7 @@ def test_every_answer_that_ends_is_valid_under_its_schema(demo: Server) -> None:
     demo.wait_until_idle()
 
 
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # the client's own messages do not fit its own types
 def test_openais_client_parses_an_answer_into_a_model(demo: Server, client: openai.OpenAI) -> None:
     ask: dict[str, Any] = {"model": demo.name, "messages": CHAT, "response_format": Word, "temperature": 1, "seed": 1}
     choice = client.chat.completions.parse(**ask).choices[0]
@@ -204,6 +205,18 @@ def test_tools_do_not_change_a_plain_answer_into_anything_else(demo: Server, cli
     assert plain.message.tool_calls is None
     chunks = list(client.chat.completions.create(**ask, stream=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == plain.message.content
+
+
+def test_openais_client_sends_pydantics_models_as_strict_tools(demo: Server, client: openai.OpenAI) -> None:
+    ask: dict[str, Any] = {"model": demo.name, "messages": CHAT, "temperature": 0, "max_tokens": 60}
+    ask |= {"tools": [openai.pydantic_function_tool(Word)], "parallel_tool_calls": False}
+    plain = client.chat.completions.parse(**ask).choices[0]
+    assert plain.finish_reason == "stop"
+    assert plain.message.content
+    forced = client.chat.completions.parse(**ask | {"max_tokens": 300, "tool_choice": "required"}).choices[0]
+    assert forced.finish_reason == "tool_calls"
+    [call] = forced.message.tool_calls or []
+    assert isinstance(call.function.parsed_arguments, Word)
 
 
 def test_a_schema_that_cannot_be_followed_is_a_400(demo: Server, client: openai.OpenAI) -> None:

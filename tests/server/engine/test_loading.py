@@ -11,14 +11,14 @@ from server.config import read_settings
 from server.engine.loading import _graph_sizes, _limits, warm_up_steps
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-SHAPE = dict(
-    vocab_size=64,
-    hidden_size=128,
-    intermediate_size=256,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    max_position_embeddings=512,
-)
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 512,
+}
 GENERATOR = PersimmonConfig(**SHAPE)  # type: ignore[arg-type]
 CLASSIFIER = PersimmonConfig(**SHAPE, architecture=Architecture.TOKEN_CLASSIFICATION, labels=("a", "b"))  # type: ignore[arg-type]
 

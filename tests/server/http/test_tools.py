@@ -401,11 +401,12 @@ CHOICES = (
            f"Invalid '{field}': it cannot be combined with tools, which says where the answer ends.")
           for field, value in [("ignore_eos", True), ("min_tokens", 1)]),
         (
-            function(strict=True),
-            "tools[0].function.strict",
-            "Invalid 'tools[0].function.strict': with tool_choice 'auto' calls are the model's own, and may not "
-            "follow the parameters.",
+            {"tools": [*TOOLS, *function(name="c", strict=True, parameters={"not": {}})["tools"]]},
+            "tools[2].function.parameters",
+            "Invalid 'tools[2].function.parameters': the JSON schema at /not is not supported.",
         ),
+        *((function(strict=True) | {field: value}, field, None)
+          for field, value in [("stop", "a"), ("stop_token_ids", [5])]),
         (
             function(parameters={"not": {}}) | {"tool_choice": NAMED},
             "tools[0].function.parameters",
@@ -460,10 +461,19 @@ async def test_what_cannot_be_asked_of_tools_is_a_400_that_names_the_field(
     assert engine.submitted == []
 
 
-async def test_tools_may_be_as_strict_as_calls_are_forced(http: httpx.AsyncClient, engine: FakeEngine) -> None:
-    engine.script = says([9])
-    for choice in ("none", "required", NAMED):
-        await answer(http, **function(strict=True), tool_choice=choice, max_tokens=1)
+async def test_the_models_own_calls_are_held_to_the_parameters_of_strict_functions(
+    http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens
+) -> None:
+    engine.script = says(tokens("Hello!\n\nhuman: Bye"))
+    strict = function(strict=True, parameters=PARAMETERS)["tools"]
+    [choice] = (await answer(http, tools=[*strict, TOOLS[1]], parallel_tool_calls=False))["choices"]
+    assert choice["message"] == {"role": "assistant", "content": "Hello!"}
+    grammar = engine.submitted[-1].sampling.grammar
+    assert grammar is not None
+    assert (grammar.kind, grammar.leading_space) == ("text_or_calls", True)
+    assert json.loads(grammar.text) == {"functions": {"find": PARAMETERS, "now": {"type": "object"}}, "parallel": False}
+    await answer(http, tools=strict, tool_choice="none")
+    assert engine.submitted[-1].sampling.grammar is None
 
 
 async def test_tools_whose_schemas_cannot_be_forced_may_be_called_by_the_model_itself(
