@@ -19,16 +19,12 @@ from server.http.adept_protocol import AdeptRequest
 from server.http.chat import create_chat_completion
 from server.http.completions import create_completion
 from server.http.documentation import Documentation
+from server.http.parsing import parse
 from server.http.pooling_protocol import ClassifyRequest, EmbeddingRequest
-from server.http.protocol import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-    parse,
-)
+from server.http.protocol import ChatCompletionRequest, CompletionRequest
 from server.http.responses import ChatCompletion, ChatCompletionChunk, Completion
 from server.http.service import Service
+from server.http.token_protocol import DetokenizeRequest, TokenizeRequest
 from server.metrics import Metrics
 
 COMPLETIONS = "/v1/completions"

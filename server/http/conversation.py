@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from model.chat_format import ChatFormatError, Turn, render
 from model.tool_calls import ToolCall, calls_text, describe, result_text
+from server.http.chat_message import ChatMessage
 from server.http.errors import bad_request
-from server.http.protocol import ChatMessage
 from server.http.tool_fields import Tool
 
 

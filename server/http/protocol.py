@@ -3,29 +3,23 @@
 Knows what a well-formed request is; nothing of what the served model can do with it.
 """
 
-from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from typing import Annotated, ClassVar, Self
 
-import msgspec
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainValidator,
-    ValidationError,
     ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
 
-from server.http.errors import ApiError, bad_request
+from server.http.chat_message import ChatMessage
 from server.http.format_fields import ResponseFormat, StructuredOutputs
 from server.http.grammars import Constraint
-from server.http.request_object import Neutral, RequestObject, invalid, missing
-from server.http.tool_fields import MAX_TOOLS, MessageToolCall, NamedTool, Tool, ToolChoiceField
+from server.http.request_object import Neutral, RequestObject, invalid
+from server.http.tool_fields import MAX_TOOLS, NamedTool, Tool, ToolChoiceField
 
 # Fields that OpenAI or vLLM know and this server does not, with the values that ask for nothing.
 _NEUTRAL: Neutral = {
@@ -68,19 +62,6 @@ _NEUTRAL_CHAT: Neutral = _NEUTRAL | {
     "verbosity": (),
     "web_search_options": (),
 }
-_NEUTRAL_MESSAGE: Neutral = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "name": (),
-    "refusal": (),
-}
-_NEUTRAL_TOKENIZE: Neutral = {
-    "add_generation_prompt": (True,),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-}
 _NEUTRAL_STREAM_OPTIONS: Neutral = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
 
 # What has taken their place: in vLLM from 0.12 on, and in OpenAI's API.
@@ -113,23 +94,6 @@ def _prompts(value: object) -> list[str | list[int]]:
         if all(isinstance(item, str) for item in value) or all(map(_token_ids, value)):
             return value
     raise ValueError("it must be a string, a list of strings, a list of token ids or a list of such lists, not empty")
-
-
-def _message_text(value: object) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and value:
-        parts = [
-            part["text"]
-            for part in value
-            if isinstance(part, dict)
-            and part.keys() == {"type", "text"}
-            and part["type"] == "text"
-            and isinstance(part["text"], str)
-        ]
-        if len(parts) == len(value):
-            return "\n".join(parts)
-    raise ValueError('it must be a string or a list of parts like {"type": "text", "text": "..."}; only text is read')
 
 
 def _logit_bias(value: object) -> dict[int, float]:
@@ -177,21 +141,6 @@ Prompts = Annotated[list[str | list[int]], PlainValidator(_prompts), WithJsonSch
 _STOP_STRING_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_STRING_LENGTH}
 _STOP_SCHEMA = {
     "anyOf": [_STOP_STRING_SCHEMA, {"type": "array", "items": _STOP_STRING_SCHEMA, "maxItems": MAX_STOP_STRINGS}]
-}
-_CONTENT_SCHEMA = {
-    "anyOf": [
-        {"type": "string"},
-        {
-            "type": "array",
-            "minItems": 1,
-            "items": {
-                "type": "object",
-                "required": ["type", "text"],
-                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-                "additionalProperties": False,
-            },
-        },
-    ]
 }
 
 
@@ -407,65 +356,6 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs
 
 
-# The rules of ChatMessage that hold between fields.
-_MESSAGE_SCHEMA: dict[str, Any] = {
-    "anyOf": [
-        {
-            "properties": {
-                "role": {"enum": ["system", "developer", "user"]},
-                "tool_calls": {"maxItems": 0},
-                "tool_call_id": {"type": "null"},
-            },
-            "required": ["content"],
-        },
-        {
-            "properties": {"role": {"const": "assistant"}, "tool_call_id": {"type": "null"}},
-            "anyOf": [
-                {"required": ["content"]},
-                {"required": ["tool_calls"], "properties": {"tool_calls": {"minItems": 1}}},
-            ],
-        },
-        {
-            "properties": {
-                "role": {"const": "tool"},
-                "tool_calls": {"maxItems": 0},
-                "tool_call_id": {"type": "string"},
-            },
-            "required": ["content", "tool_call_id"],
-        },
-    ]
-}
-
-
-class ChatMessage(RequestObject):
-    """One message of a conversation."""
-
-    model_config = ConfigDict(json_schema_extra=_MESSAGE_SCHEMA)
-    neutral = _NEUTRAL_MESSAGE
-
-    role: str = Field(description='"system" (or "developer"), "user", "assistant" or "tool".')
-    content: Annotated[str | None, PlainValidator(_message_text), WithJsonSchema(_CONTENT_SCHEMA)] = Field(
-        None, description="A text, or text parts, which become one text with a line for each."
-    )
-    tool_calls: list[MessageToolCall] = Field(default=[], description="Of an assistant: the calls of its answer.")
-    tool_call_id: str | None = Field(None, description="Of a tool: the call whose result this is.")
-    parsed: Any = Field(None, description="What OpenAI's client makes of an answer's content; not read.")
-
-    @model_validator(mode="after")
-    def _what_its_role_needs(self) -> Self:
-        if self.tool_calls and self.role != "assistant":
-            raise invalid(
-                "tool_calls", f"only an assistant's message may have calls, and this role is {self.role[:40]!r}"
-            )
-        if self.tool_call_id is not None and self.role != "tool":
-            raise invalid("tool_call_id", f"only a tool's message may have one, and this role is {self.role[:40]!r}")
-        if self.role == "tool" and self.tool_call_id is None:
-            raise missing("tool_call_id")
-        if self.content is None and not self.tool_calls:
-            raise missing("content")
-        return self
-
-
 class ChatCompletionRequest(GenerationRequest):
     """The body of POST /v1/chat/completions."""
 
@@ -579,97 +469,3 @@ class ChatCompletionRequest(GenerationRequest):
         if self.max_completion_tokens is not None:
             return "max_completion_tokens", self.max_completion_tokens
         return super().token_limit
-
-
-class TokenizeRequest(RequestObject):
-    """The body of POST /tokenize: a text, or a conversation as /v1/chat/completions takes it."""
-
-    neutral = _NEUTRAL_TOKENIZE
-
-    model: str | None = Field(None, description="The served model's name, which is also the default.")
-    prompt: str | None = Field(None, description="A text.")
-    messages: list[ChatMessage] = Field(default=[], description="A conversation, in place of prompt.")
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = Field(
-        default=[], description="Functions that the model may call in it; only with messages."
-    )
-    add_special_tokens: bool = Field(
-        True, description="Begin with the beginning-of-sequence token where completions do; false never does."
-    )
-    return_token_strs: bool = Field(False, description="Add each token's piece of the vocabulary.")
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> Self:
-        if (self.prompt is None) == (not self.messages):
-            raise PydanticCustomError("value_error", "", {"error": "give either prompt or messages"})
-        if self.tools and not self.messages:
-            raise invalid("tools", "it is only allowed with messages")
-        return self
-
-
-class DetokenizeRequest(RequestObject):
-    """The body of POST /detokenize."""
-
-    model: str | None = Field(None, description="The served model's name, which is also the default.")
-    tokens: list[int] = Field(description="Token ids.")
-
-
-_Request = TypeVar("_Request", bound=BaseModel)
-
-
-def parse(body: bytes, kind: type[_Request]) -> _Request:
-    """The request in a JSON body.
-
-    Raises:
-        ApiError: a 400 with the first thing that is wrong, and the field it is in.
-    """
-    try:
-        return kind.model_validate_json(body)
-    except ValidationError as error:
-        raise _bad_request(error.errors(include_url=False)[0]) from None
-
-
-def _bad_request(error: ErrorDetails) -> ApiError:
-    context = error.get("ctx", {})
-    path = _path(error["loc"])
-    match error["type"]:
-        case "json_invalid":
-            return bad_request(f"The body is not valid JSON: {context['error']}.", None, "invalid_json")
-        case "model_type" if not path:
-            return bad_request("The body must be a JSON object.", None)
-        case "missing" | "missing_field":
-            path = _path((*error["loc"], *context.values()))
-            return bad_request(f"Missing required parameter: '{path}'.", path, "missing_required_parameter")
-        case "extra_forbidden":
-            return bad_request(f"Unknown parameter: '{path}'.", path, "unknown_parameter")
-        case "unsupported":
-            path = _path((*error["loc"], context["field"])) if context["field"] else path
-            allowed = ", ".join(msgspec.json.encode(value).decode() for value in context["allowed"])
-            remedy = f"leave it out or send {allowed}" if allowed else "leave it out"
-            if context["instead"] is not None:
-                remedy = f"send {context['instead']!r} instead"
-            return bad_request(f"'{path}' is not supported by this server; {remedy}.", path, "unsupported_parameter")
-        case "invalid_field":
-            path = _path((*error["loc"], context["field"]))
-            return bad_request(f"Invalid '{path}': {context['reason']}.", path)
-        case "value_error" if not path:
-            return bad_request(f"Invalid request: {context['error']}.", None)
-        case "value_error":
-            return bad_request(f"Invalid '{path}': {context['error']}.", path)
-        case _:
-            return bad_request(f"Invalid '{path}': {_requirement(error)}.", path)
-
-
-def _requirement(error: ErrorDetails) -> str:
-    value = error["input"]
-    sentence = error["msg"][0].lower() + error["msg"][1:]
-    if isinstance(value, str | int | float) and len(given := repr(value)) <= 40:
-        return f"{sentence}, not {given}"
-    return sentence
-
-
-def _path(location: Sequence[str | int]) -> str:
-    """A place in the body as OpenAI writes it: messages[0].content."""
-    path = ""
-    for part in location:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
-    return path

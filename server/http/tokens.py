@@ -8,8 +8,8 @@ from fastapi import Response
 from msgspec import UNSET, Struct, UnsetType
 
 from server.http.conversation import chat_prompt
-from server.http.protocol import DetokenizeRequest, TokenizeRequest
 from server.http.service import Service
+from server.http.token_protocol import DetokenizeRequest, TokenizeRequest
 
 
 class Tokens(Struct, frozen=True):

@@ -1,0 +1,74 @@
+"""From a request's body to the request, or to a 400 that says what is wrong with it and where.
+
+Knows pydantic's errors and no field by name.
+"""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import msgspec
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from server.http.errors import ApiError, bad_request
+
+_Request = TypeVar("_Request", bound=BaseModel)
+
+
+def parse(body: bytes, kind: type[_Request]) -> _Request:
+    """The request in a JSON body.
+
+    Raises:
+        ApiError: a 400 with the first thing that is wrong, and the field it is in.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _bad_request(error.errors(include_url=False)[0]) from None
+
+
+def _bad_request(error: ErrorDetails) -> ApiError:
+    context = error.get("ctx", {})
+    path = _path(error["loc"])
+    match error["type"]:
+        case "json_invalid":
+            return bad_request(f"The body is not valid JSON: {context['error']}.", None, "invalid_json")
+        case "model_type" if not path:
+            return bad_request("The body must be a JSON object.", None)
+        case "missing" | "missing_field":
+            path = _path((*error["loc"], *context.values()))
+            return bad_request(f"Missing required parameter: '{path}'.", path, "missing_required_parameter")
+        case "extra_forbidden":
+            return bad_request(f"Unknown parameter: '{path}'.", path, "unknown_parameter")
+        case "unsupported":
+            path = _path((*error["loc"], context["field"])) if context["field"] else path
+            allowed = ", ".join(msgspec.json.encode(value).decode() for value in context["allowed"])
+            remedy = f"leave it out or send {allowed}" if allowed else "leave it out"
+            if context["instead"] is not None:
+                remedy = f"send {context['instead']!r} instead"
+            return bad_request(f"'{path}' is not supported by this server; {remedy}.", path, "unsupported_parameter")
+        case "invalid_field":
+            path = _path((*error["loc"], context["field"]))
+            return bad_request(f"Invalid '{path}': {context['reason']}.", path)
+        case "value_error" if not path:
+            return bad_request(f"Invalid request: {context['error']}.", None)
+        case "value_error":
+            return bad_request(f"Invalid '{path}': {context['error']}.", path)
+        case _:
+            return bad_request(f"Invalid '{path}': {_requirement(error)}.", path)
+
+
+def _requirement(error: ErrorDetails) -> str:
+    value = error["input"]
+    sentence = error["msg"][0].lower() + error["msg"][1:]
+    if isinstance(value, str | int | float) and len(given := repr(value)) <= 40:
+        return f"{sentence}, not {given}"
+    return sentence
+
+
+def _path(location: Sequence[str | int]) -> str:
+    """A place in the body as OpenAI writes it: messages[0].content."""
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path
