@@ -9,6 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+MAX_CALLS = 16
+"""In an answer whose form is enforced.  A model that repeats itself would otherwise call until its context is full."""
+
 _DESCRIPTION = """\
 You can call these functions, each described in JSON:
 
@@ -109,9 +112,8 @@ def calls_schema(functions: Sequence[Function], parallel: bool, otherwise: Mappi
             ]
         },
         "minItems": 1,
+        "maxItems": MAX_CALLS if parallel else 1,
     }
-    if not parallel:
-        calls["maxItems"] = 1
     arguments = {each.name: _moved(each.arguments_schema, f"#/$defs/arguments/{each.name}") for each in functions}
     if otherwise is None:
         return {**calls, "$defs": {"arguments": arguments}}

@@ -29,7 +29,7 @@ class GrammarSpec:
             grammar: a context-free grammar, in EBNF as llama.cpp writes it (GBNF, `root ::= …`) or in Lark's form
                 (`start: …`).
             text_or_calls: any text, or calls of functions as `model.tool_calls` writes them, with arguments that are
-                valid: {"functions": {name: JSON Schema}, "parallel": whether there may be several calls}.
+                valid: {"functions": {name: JSON Schema}, "max_calls": how many there may be}.
         text: in that language.
     """
 

@@ -18,25 +18,25 @@ def read_text_or_calls(text: str) -> tuple[str, dict[str, dict[str, Any]]]:
     """A grammar, and by the names that it has for them the schemas of arguments.
 
     Args:
-        text: {"functions": {name: JSON Schema of its arguments}, "parallel": whether there may be several calls}.
+        text: {"functions": {name: JSON Schema of its arguments}, "max_calls": how many calls there may be}.
 
     Raises:
         GrammarError: it is none, or a schema cannot be used.
     """
     form = read_json(text, "the description of functions")
     functions = form.get("functions") if isinstance(form, dict) else None
-    if not isinstance(functions, dict) or not functions or not isinstance(form.get("parallel"), bool):
-        raise GrammarError('the description of functions must be like {"functions": {name: schema}, "parallel": true}')
+    most = form.get("max_calls") if isinstance(form, dict) else None
+    if not isinstance(functions, dict) or not functions or type(most) is not int or not 1 <= most <= 1000:
+        raise GrammarError('the description of functions must be like {"functions": {name: schema}, "max_calls": 9}')
     if not all(re.fullmatch(r"[\w-]+", name, re.ASCII) for name in functions):
         raise GrammarError("the description of functions has names of other signs than letters, digits, _ and -")
     schemas = {f"arguments{index}": read_schema(json.dumps(each)) for index, each in enumerate(functions.values())}
-    return _lark(list(functions), form["parallel"]), schemas
+    return _lark(list(functions), most), schemas
 
 
-def _lark(names: Sequence[str], parallel: bool) -> str:
+def _lark(names: Sequence[str], max_calls: int) -> str:
     lines = [
-        "start: TEXT | first more",
-        'more: "]" | following more' if parallel else 'more: "]"',
+        f'start: TEXT | first following{{0,{max_calls - 1}}} "]"' if max_calls > 1 else 'start: TEXT | first "]"',
         f"first: {_alternatives('FIRST', len(names))}",
         f"following: {_alternatives('NEXT', len(names))}",
     ]

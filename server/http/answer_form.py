@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.grammar import GrammarSpec
-from model.tool_calls import CallForm, Function, calls_schema
+from model.tool_calls import MAX_CALLS, CallForm, Function, calls_schema
 from server.http.format_fields import schema_grammar
 from server.http.grammars import Constraint
 from server.http.protocol import ChatCompletionRequest
@@ -70,7 +70,7 @@ def _text_or_calls(request: ChatCompletionRequest, parameters: Sequence[Constrai
         tool.function.name: tool.function.function.arguments_schema if tool.function.strict else {"type": "object"}
         for tool in request.callable_tools
     }
-    form = {"functions": schemas, "parallel": request.parallel_tool_calls}
+    form = {"functions": schemas, "max_calls": MAX_CALLS if request.parallel_tool_calls else 1}
     return Constraint("tools", GrammarSpec("text_or_calls", json.dumps(form, ensure_ascii=False)), strict)
 
 

@@ -16,7 +16,7 @@ FIND = {
 
 
 def spec(functions: dict[str, Any], parallel: bool = True) -> GrammarSpec:
-    return GrammarSpec("text_or_calls", json.dumps({"functions": functions, "parallel": parallel}))
+    return GrammarSpec("text_or_calls", json.dumps({"functions": functions, "max_calls": 3 if parallel else 1}))
 
 
 COMPILER = GrammarCompiler.for_checking()
@@ -75,6 +75,12 @@ def test_without_parallel_calls_there_is_one() -> None:
     assert allowed('[{"name": "find", "arguments": {"word": "a"}}, ', single) is None
 
 
+def test_calls_are_no_more_than_were_allowed() -> None:
+    call = '{"name": "find", "arguments": {"word": "a"}}'
+    assert allowed(f"[{call}, {call}, {call}]")
+    assert allowed(f"[{call}, {call}, {call}, ") is None
+
+
 def test_as_many_functions_as_a_request_may_have_compile() -> None:
     matcher = COMPILER.compile(spec({f"a_function_with_a_long_name_{number}": FIND for number in range(128)}))
     assert allowed('[{"name": "a_function_with_a_long_name_77", "arguments": {"word": "a"}}]', matcher)
@@ -82,7 +88,15 @@ def test_as_many_functions_as_a_request_may_have_compile() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "{}", '{"functions": {}, "parallel": true}', '{"functions": {"a b": {}}, "parallel": true}']
+    "text",
+    [
+        "[]",
+        "{}",
+        '{"functions": {}, "max_calls": 3}',
+        '{"functions": {"a b": {}}, "max_calls": 3}',
+        '{"functions": {"a": {}}, "max_calls": 0}',
+        '{"functions": {"a": {}}}',
+    ],
 )
 def test_what_describes_no_functions_is_refused(text: str) -> None:
     with pytest.raises(GrammarError, match="the description of functions"):

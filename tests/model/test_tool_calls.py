@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from model.grammar import GrammarCompiler, GrammarSpec
 from model.tool_calls import (
+    MAX_CALLS,
     CallForm,
     CallReader,
     Function,
@@ -210,6 +211,9 @@ def test_the_schema_of_one_call_has_no_second_and_that_of_calls_or_content_has_e
     assert single.is_valid([call])
     assert not single.is_valid([call, call])
     content = {"type": "array", "items": {"$ref": "#/$defs/number"}, "$defs": {"number": {"type": "integer"}}}
+    many = jsonschema.Draft202012Validator(calls_schema(FUNCTIONS, parallel=True))
+    assert many.is_valid([call] * MAX_CALLS)
+    assert not many.is_valid([call] * (MAX_CALLS + 1))
     either = jsonschema.Draft202012Validator(calls_schema(FUNCTIONS, parallel=True, otherwise=content))
     assert either.is_valid([call, call])
     assert either.is_valid([1, 2])

@@ -471,7 +471,7 @@ async def test_the_models_own_calls_are_held_to_the_parameters_of_strict_functio
     grammar = engine.submitted[-1].sampling.grammar
     assert grammar is not None
     assert (grammar.kind, grammar.leading_space) == ("text_or_calls", True)
-    assert json.loads(grammar.text) == {"functions": {"find": PARAMETERS, "now": {"type": "object"}}, "parallel": False}
+    assert json.loads(grammar.text) == {"functions": {"find": PARAMETERS, "now": {"type": "object"}}, "max_calls": 1}
     await answer(http, tools=strict, tool_choice="none")
     assert engine.submitted[-1].sampling.grammar is None
 
