@@ -166,7 +166,7 @@ class _Words:
 
     def __call__(self, text: str | bytes) -> list[int]:
         """Tokenizes; never needed, since grammars are compiled with `no_forcing`."""
-        raise NotImplementedError(f"{text!r} is left to the model to tokenize")
+        raise RuntimeError(f"{text!r} is left to the model to tokenize")
 
 
 def _engine_grammars(spec: GrammarSpec) -> list[dict[str, Any]]:
