@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -22,6 +22,9 @@ from server.http.responses import PromptTokensDetails, Usage
 from server.http.stop_strings import StopChecker, StopStrings
 from server.http.token_report import ReportQueue, TokenReport, read_prompt, report
 from server.metrics import Metrics
+
+_ECHOED_AT_ONCE = 256
+"""Prompt tokens that are read at once: with five alternatives each, some milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,19 +203,23 @@ class SampleText:
         self._length = 0  # characters of the text, those that are held back included
         self._shown = 0
 
-    def echo(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
-        """Puts the prompt before the text; before any output.
+    def echo(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> Iterator[None]:
+        """Puts the prompt before the text; before any output.  Now and then it yields: a long prompt takes a while.
 
         Args:
             token_ids: the prompt's.
             logprobs: of its tokens but the first, or none.
         """
+        texts = []
         prompt = read_prompt(self._tokenizer, self._detokenizer, token_ids)
         for place, (token_id, text, prefix) in enumerate(prompt):
             own = logprobs[place - 1] if 0 < place <= len(logprobs) else None
             self._note(token_id, own, prefix)
-            self._begin += text
-            self._length = len(self._begin)
+            texts.append(text)
+            self._length += len(text)
+            if place % _ECHOED_AT_ONCE == _ECHOED_AT_ONCE - 1:
+                yield
+        self._begin = "".join(texts)
 
     def push(self, output: SequenceOutput) -> Piece:
         """Takes the engine's next output, which is no error."""
@@ -384,7 +391,8 @@ class Generator:
                         prompt_report.known.set()
                     if generation.echo:
                         await prompt_report.known.wait()
-                        sample.echo(prompt.token_ids, prompt_report.logprobs)
+                        for _ in sample.echo(prompt.token_ids, prompt_report.logprobs):
+                            await asyncio.sleep(0)  # so that other streams go on
                 now = time.perf_counter()
                 latency.observe(now - last)
                 latency, last = self._metrics.inter_token_latency, now

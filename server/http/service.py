@@ -26,6 +26,9 @@ from server.metrics import Metrics
 MAX_CHOICES = 2048
 """Sequences that one request may ask for: its prompts times its n."""
 
+MAX_ECHOED = 2**20
+"""Log-probabilities of prompts that one request may ask for.  A prompt is computed once and told with each answer."""
+
 _SEEDS = 2**63
 # Tokenizing this many characters takes about a millisecond; a longer text would hold up the other streams.
 _CHARACTERS_AT_ONCE = 16384
@@ -125,6 +128,7 @@ class Service:
         self.check_token_ids("logit_bias", request.logit_bias)
         grammar = None if form.constraint is None else await self._grammar(form.constraint, request.is_chat)
         encoded = await self.encode_prompts(request.prompt_field, prompts)
+        _check_echo(request, sum(len(token_ids) for _, token_ids in encoded))
         end_of_text = list(self.config.eos_token_ids)
         return Generation(
             prompts=[
@@ -247,6 +251,21 @@ class Service:
         if sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) <= _CHARACTERS_AT_ONCE:
             return encode()
         return await asyncio.to_thread(encode)
+
+
+def _check_echo(request: GenerationRequest, prompt_tokens: int) -> None:
+    """Raises the ApiError where every answer would tell more of its prompt than memory is for."""
+    top = request.reported_logprobs
+    if not request.echoes or top is None:
+        return
+    field, samples = request.samples
+    told = prompt_tokens * samples * (1 + top)
+    if told > MAX_ECHOED:
+        raise bad_request(
+            f"echo with logprobs = {top} would tell {told} log-probabilities of {prompt_tokens} prompt tokens for "
+            f"{field} = {samples}; one request may ask for {MAX_ECHOED}.",
+            "echo",
+        )
 
 
 def _max_tokens(request: GenerationRequest, name: str, prompt_tokens: int, limit: int) -> int:

@@ -6,6 +6,7 @@ Knows nothing of how an endpoint writes them.
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from model.tokenizer import IncrementalDetokenizer, Tokenizer
 from server.engine.messages import TokenLogprobs
@@ -58,6 +59,7 @@ class TokenReport:
         )
 
 
+@lru_cache(maxsize=2**16)  # answers that report several tokens for each of theirs ask again and again
 def token_text(tokenizer: Tokenizer, token_id: int) -> TokenText:
     """What a token adds to a text, for people."""
     if token_id >= tokenizer.vocab_size:

@@ -281,6 +281,14 @@ BAD_REQUESTS: list[tuple[str, dict[str, Any], str, str | None, str | None]] = [
     ),
     (
         COMPLETIONS,
+        {"prompt": [[5] * 2000] * 3, "echo": True, "logprobs": 5, "n": 128, "max_tokens": 1},
+        "echo with logprobs = 5 would tell 4608000 log-probabilities of 6000 prompt tokens for n = 128; "
+        "one request may ask for 1048576.",
+        "echo",
+        None,
+    ),
+    (
+        COMPLETIONS,
         {"prompt": ["a"] * 17, "best_of": 128},
         "17 prompts with best_of = 128 are 2176 answers; one request may ask for 2048.",
         "best_of",

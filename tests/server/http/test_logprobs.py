@@ -274,3 +274,13 @@ async def test_the_fingerprint_is_the_same_in_every_answer(
     engine.script = tells(tokens("yes"))
     answers = [await complete(http), await complete(http, CHAT), *await stream(http), *await stream(http, CHAT)]
     assert len({answer["system_fingerprint"] for answer in answers}) == 1
+
+
+async def test_a_long_prompt_is_told_whole_and_in_order(
+    http: httpx.AsyncClient, engine: FakeEngine, tokenizer: Tokenizer
+) -> None:
+    prompt = [5 + place % 4000 for place in range(1500)]
+    engine.script = tells([5])
+    (choice,) = (await complete(http, prompt=prompt, echo=True, logprobs=0, max_tokens=1))["choices"]
+    assert choice["text"] == tokenizer.decode([*prompt, 5], from_start=True)
+    assert choice["logprobs"]["token_logprobs"] == [None, *(_figure(token_id, 0) for token_id in [*prompt[1:], 5])]

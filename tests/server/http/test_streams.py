@@ -366,7 +366,8 @@ def test_an_echo_reads_as_if_prompt_and_answer_were_one_text(
 ) -> None:
     request = generation([], echo=True)
     sample = SampleText(0, tokenizer, request)
-    sample.echo(prompt, [TokenLogprobs(token_id, -float(token_id), [], []) for token_id in prompt[1:]])
+    for _ in sample.echo(prompt, [TokenLogprobs(token_id, -float(token_id), [], []) for token_id in prompt[1:]]):
+        pass
     answer = read(tokenizer, request, outputs(1, [[token_id] for token_id in token_ids]), sample)
     assert answer.text == tokenizer.decode(prompt + token_ids, from_start=True)
     assert answer.token_ids == token_ids
