@@ -58,6 +58,22 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     logprobs: int | None = None
     grammar: Grammar | None = None
 
+    @property
+    def penalizes(self) -> bool:
+        """Whether tokens that were seen become less probable, or more."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether tokens are drawn from the network's logits as they are, and nothing is told of them."""
+        return (
+            self.logprobs is None
+            and self.grammar is None
+            and not self.logit_bias
+            and self.min_tokens == 0
+            and not self.penalizes
+        )
+
 
 Pooling = Literal["last", "sum", "all"]
 """What is reported of a prompt's final hidden states, or of a classifier's scores: the last one, their sum, or all."""

@@ -18,7 +18,7 @@ from model.runner import PooledStates, PromptLogprobs, Report, Runner, SequenceI
 from model.sampling_params import SamplingParams
 from model.token_counts import TokenCounts
 from server.engine.core import StepOutcome
-from server.engine.messages import Grammar, Sampling, TokenLogprobs
+from server.engine.messages import Grammar, TokenLogprobs
 from server.engine.scheduler import ScheduledSequence, StepPlan
 from server.engine.sequence import Sequence
 
@@ -97,6 +97,10 @@ class PlanRunner:
     def _sampling(self, sequence: Sequence) -> SamplingParams:
         asked = sequence.sampling
         position = sequence.num_output_tokens
+        if asked.is_plain:
+            return SamplingParams(
+                asked.temperature, asked.top_p, asked.top_k, asked.min_p, asked.seed, sequence.sample_index, position
+            )
         return SamplingParams(
             temperature=asked.temperature,
             top_p=asked.top_p,
@@ -108,7 +112,7 @@ class PlanRunner:
             repetition_penalty=asked.repetition_penalty,
             presence_penalty=asked.presence_penalty,
             frequency_penalty=asked.frequency_penalty,
-            seen=self._seen(sequence) if _penalizes(asked) else None,
+            seen=self._seen(sequence) if asked.penalizes else None,
             logit_bias=tuple(asked.logit_bias.items()),
             banned=tuple(sequence.stop_token_ids) if position < asked.min_tokens else (),
             allowed=self._allowed(sequence) if asked.grammar is not None else None,
@@ -174,10 +178,6 @@ class GrammarProgress:
         except GrammarError as error:
             self.error = str(error)
         return self._mask
-
-
-def _penalizes(asked: Sampling) -> bool:
-    return asked.repetition_penalty != 1 or asked.presence_penalty != 0 or asked.frequency_penalty != 0
 
 
 def _report(item: ScheduledSequence) -> Report | None:

@@ -243,8 +243,11 @@ class SampleText:
 
     def _read(self, token_id: int, logprobs: TokenLogprobs | None) -> str:
         """What is certain of the text after one more token."""
-        text, prefix = self._without_format(self._detokenizer.push((token_id,)))
-        self._note(token_id, logprobs, prefix)
+        text, prefix = self._detokenizer.push((token_id,)), ""
+        if self._answer is not None:
+            text, prefix = self._without_format(text)
+        if self._reports is not None:
+            self._note(token_id, logprobs, prefix)
         self._length += len(text)
         if self._unstoppable:
             self._unstoppable -= 1
@@ -282,6 +285,9 @@ class SampleText:
             text += self._calls.finish()
             if ended == "stop" and self._calls.has_whole_calls and self._says_tool_calls:
                 ended = "tool_calls"
+        token_ids = output.token_ids[:count]
+        if not output.logprobs and self._reports is None and self._calls is None:
+            return Piece(self._choice, text, token_ids, ended, output.cached_tokens)
         calls, self._call_deltas = self._call_deltas, []
         reports: list[TokenReport] = []
         if self._reports is not None:
@@ -289,7 +295,6 @@ class SampleText:
             if ended is not None and self._keeps_all_reports:
                 reports += self._reports.rest()
         logprob = sum(own.logprob for own in output.logprobs[:count])
-        token_ids = output.token_ids[:count]
         return Piece(self._choice, text, token_ids, ended, output.cached_tokens, reports, logprob, calls)
 
 
