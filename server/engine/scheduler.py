@@ -106,6 +106,8 @@ class Scheduler:
         # Forks of running sequences whose prompts are not computed yet.  Each will run, so it counts as running.
         self._pending_forks = 0
         self._by_key: dict[Hashable, Sequence] = {}
+        # Full blocks that running sequences are about to compute, by their hashes.
+        self._promised: dict[bytes, Sequence] = {}
         self._steps = 0
         self._prompt_tokens = 0
         self._generated_tokens = 0
@@ -316,7 +318,10 @@ class Scheduler:
     def _admit(self, plan: StepPlan, budget: int) -> None:
         while self._waiting and budget > 0 and self.num_running < self._max_num_seqs:
             sequence = next(iter(self._waiting.values()))
-            hits = self._prefix_hits(sequence)
+            hashes = self._reusable_hashes(sequence)
+            hits = self._pool.lookup(hashes)
+            if len(hits) < len(hashes) and hashes[len(hits)] in self._promised:
+                return  # a prefix is computed once, though several that have it arrive together
             needed = self._pool.blocks_for(sequence.num_tokens) - len(hits)
             available = self._pool.num_free - sum(map(self._pool.is_free, hits))
             # Each running sequence may soon want one more block; without that headroom a sequence that was just
@@ -330,6 +335,7 @@ class Scheduler:
             sequence.block_table = hits + self._pool.allocate(needed)
             sequence.num_computed = len(hits) * self._pool.block_size
             self._running.append(sequence)
+            self._promise(sequence, len(hits))
             self._pending_forks += len(sequence.forks)
             self._count_admission(sequence)
             budget -= self._plan_chunk(plan, sequence, budget)
@@ -351,6 +357,7 @@ class Scheduler:
 
     def _replace(self, sequence: Sequence, heir: Sequence) -> None:
         """Puts a fork in the place of its leader."""
+        self._take_back(sequence, heir)
         sequence.hand_over(heir)
         if sequence.key in self._waiting:
             queue = [heir if own is sequence else own for own in self._waiting.values()]
@@ -359,7 +366,8 @@ class Scheduler:
             self._running[self._running.index(sequence)] = heir
             self._pending_forks -= 1
 
-    def _prefix_hits(self, sequence: Sequence) -> list[int]:
+    def _reusable_hashes(self, sequence: Sequence) -> Ids[bytes]:
+        """The hashes of the blocks that it would take from the prefix cache, if they were there."""
         if not self._pool.prefix_caching:
             return []
         # The last token is always computed: its logits are what the next token is sampled from.  So are tokens whose
@@ -367,8 +375,26 @@ class Scheduler:
         reusable = sequence.num_tokens - 1
         if sequence.num_reported < sequence.prompt_length:
             reusable = sequence.num_reported
-        full_blocks = reusable // self._pool.block_size
-        return self._pool.lookup(sequence.block_hashes(full_blocks, self._pool.block_size))
+        return sequence.block_hashes(reusable // self._pool.block_size, self._pool.block_size)
+
+    def _promise(self, sequence: Sequence, first: int) -> None:
+        """Tells of the full blocks that a sequence will compute, from its block number `first` on."""
+        if self._pool.prefix_caching:
+            size = self._pool.block_size
+            for block_hash in sequence.block_hashes(sequence.num_tokens // size, size)[first:]:
+                self._promised.setdefault(block_hash, sequence)
+
+    def _take_back(self, sequence: Sequence, heir: Sequence | None = None) -> None:
+        """Nobody, or the heir, will compute what a sequence was about to."""
+        if not self._promised:
+            return
+        size = self._pool.block_size
+        for block_hash in sequence.block_hashes(sequence.num_tokens // size, size)[sequence.num_computed // size :]:
+            if self._promised.get(block_hash) is sequence:
+                if heir is None:
+                    del self._promised[block_hash]
+                else:
+                    self._promised[block_hash] = heir
 
     def _count_admission(self, sequence: Sequence) -> None:
         self._queried_tokens += sequence.num_tokens
@@ -408,6 +434,7 @@ class Scheduler:
         self._waiting.move_to_end(victim.key, last=False)
 
     def _release(self, sequence: Sequence) -> None:
+        self._take_back(sequence)
         self._pool.release(sequence.block_table)
         sequence.block_table = []
 
@@ -418,3 +445,4 @@ class Scheduler:
             hashes = sequence.block_hashes(end, size)
             for number in range(first, end):
                 self._pool.index(sequence.block_table[number], hashes[number])
+                self._promised.pop(hashes[number], None)

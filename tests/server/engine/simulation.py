@@ -249,6 +249,7 @@ class Simulation:
         assert not self.live, f"sequences {list(self.live)} never finished"
         assert not self.scheduler.has_work
         assert self.pool.num_free == self.pool.num_blocks
+        assert not self.scheduler._promised
 
     def check(self) -> None:
         """What holds at any moment."""
