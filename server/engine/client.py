@@ -55,6 +55,7 @@ class Work:
         prompt_logprobs: most probable tokens to report beside each prompt token, or None for no report.
         pooling: what to report of the prompt's final states, or None.
         scores: whether to pool a classifier's scores instead.
+        priority: a lower one goes first.
     """
 
     token_ids: list[int]
@@ -65,6 +66,7 @@ class Work:
     prompt_logprobs: int | None = None
     pooling: Pooling | None = None
     scores: bool = False
+    priority: int = 0
 
 
 class SequenceStream:
@@ -210,6 +212,7 @@ class EngineClient:
             work.prompt_logprobs,
             work.pooling,
             work.scores,
+            work.priority,
         )
         try:
             self._send(submit if self._vocabulary is None else _in_rows(submit, self._vocabulary))

@@ -318,6 +318,7 @@ def _sequence(worker: bytes, submit: Submit) -> Sequence:
             stop_token_ids=frozenset(submit.stop_token_ids),
             sampling=submit.sampling,
             sample_index=index,
+            priority=submit.priority,
             forks=list(forks),
             **reports,
         )

@@ -93,6 +93,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
             probable tokens in its place, to the first sample; None for none.
         pooling: report the prompt's pooled states to the first sample; None for none.
         scores: the states to pool are a classifier's scores of its final hidden states.
+        priority: a lower one goes first, and gives its blocks up last.
     """
 
     sequence_ids: Annotated[list[int], msgspec.Meta(min_length=1)]
@@ -103,6 +104,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
     prompt_logprobs: int | None = None
     pooling: Pooling | None = None
     scores: bool = False
+    priority: int = 0
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):

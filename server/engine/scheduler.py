@@ -1,19 +1,22 @@
 """Which tokens run in the next step: plan() decides, commit() applies what the step sampled.
 
-Decides and does nothing else: no tensors, no I/O, no clock.  Running sequences are ordered by arrival and the oldest
-is never preempted, so everything that is admitted finishes.  The samples of one prompt arrive as one sequence with
-forks: its prompt is computed once, and then each fork goes on in the same blocks, of which it copies the last before
-it writes there.
+Decides and does nothing else: no tensors, no I/O, no clock.  Sequences are ordered by priority, then by arrival; the
+first that runs is never preempted, so of one priority everything that is admitted finishes.  The samples of one
+prompt arrive as one sequence with forks: its prompt is computed once, and then each fork goes on in the same blocks, of
+which it copies the last before it writes there.
 """
 
-from collections import OrderedDict
+from bisect import insort
 from collections.abc import Hashable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from server.engine.blocks import BlockPool
 from server.engine.messages import EngineStats
 from server.engine.sequence import Sequence
+
+_rank = attrgetter("rank")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,9 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_model_len = max_model_len
-        self._waiting: OrderedDict[Hashable, Sequence] = OrderedDict()
+        # By rank, like those that run.
+        self._waiting: list[Sequence] = []
+        self._arrivals = 0
         self._running: list[Sequence] = []
         # Forks of running sequences whose prompts are not computed yet.  Each will run, so it counts as running.
         self._pending_forks = 0
@@ -173,14 +178,17 @@ class Scheduler:
             keys.add(own.key)
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a sequence, with its forks, behind all that came before it.
+        """Queues a sequence, with its forks, behind all of its priority that came before it.
 
         Raises:
             ValueError: as `check` does.
         """
         self.check(sequence)
-        self._by_key |= {own.key: own for own in sequence.family}
-        self._waiting[sequence.key] = sequence
+        for own in sequence.family:
+            self._by_key[own.key] = own
+            own.arrival = self._arrivals
+        self._arrivals += 1
+        self._queue(sequence)
 
     def abort(self, key: Hashable) -> None:
         """Ends a sequence at once; its blocks are free when this returns.  Unknown keys are ignored.
@@ -193,11 +201,13 @@ class Scheduler:
         sequence.finish_reason = "abort"
         if sequence.leader is not None:
             sequence.leader.forks.remove(sequence)
-            if sequence.leader.key not in self._waiting:
+            if sequence.leader.block_table:
                 self._pending_forks -= 1
         elif sequence.forks:
             self._replace(sequence, sequence.forks.pop(0))
-        elif self._waiting.pop(key, None) is None:
+        elif not sequence.block_table:
+            self._waiting.remove(sequence)
+        else:
             self._running.remove(sequence)
             self._release(sequence)
 
@@ -317,7 +327,7 @@ class Scheduler:
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
         while self._waiting and budget > 0 and self.num_running < self._max_num_seqs:
-            sequence = next(iter(self._waiting.values()))
+            sequence = self._waiting[0]
             hashes = self._reusable_hashes(sequence)
             hits = self._pool.lookup(hashes)
             if len(hits) < len(hashes) and hashes[len(hits)] in self._promised:
@@ -329,19 +339,19 @@ class Scheduler:
             headroom = available - needed - self.num_running
             if headroom < 0:
                 return
-            del self._waiting[sequence.key]
+            del self._waiting[0]
             self._split(sequence, min(headroom, self._max_num_seqs - self.num_running - 1))
             self._pool.share(hits)
             sequence.block_table = hits + self._pool.allocate(needed)
             sequence.num_computed = len(hits) * self._pool.block_size
-            self._running.append(sequence)
+            insort(self._running, sequence, key=_rank)
             self._promise(sequence, len(hits))
             self._pending_forks += len(sequence.forks)
             self._count_admission(sequence)
             budget -= self._plan_chunk(plan, sequence, budget)
 
     def _split(self, sequence: Sequence, most_forks: int) -> None:
-        """Leaves a sequence so many forks; the others wait, at the front, and one of them leads them."""
+        """Leaves a sequence so many forks; the others wait, and one of them leads them."""
         rest = sequence.forks[most_forks:]
         if not rest:
             return
@@ -352,19 +362,17 @@ class Scheduler:
         first.cached_tokens = 0  # their prompt is counted already
         for fork in others:
             fork.leader = first
-        self._waiting[first.key] = first
-        self._waiting.move_to_end(first.key, last=False)
+        self._queue(first)
 
     def _replace(self, sequence: Sequence, heir: Sequence) -> None:
         """Puts a fork in the place of its leader."""
         self._take_back(sequence, heir)
         sequence.hand_over(heir)
-        if sequence.key in self._waiting:
-            queue = [heir if own is sequence else own for own in self._waiting.values()]
-            self._waiting = OrderedDict((own.key, own) for own in queue)
-        else:
+        if heir.block_table:
             self._running[self._running.index(sequence)] = heir
             self._pending_forks -= 1
+        else:
+            self._waiting[self._waiting.index(sequence)] = heir
 
     def _reusable_hashes(self, sequence: Sequence) -> Ids[bytes]:
         """The hashes of the blocks that it would take from the prefix cache, if they were there."""
@@ -429,9 +437,10 @@ class Scheduler:
         self._recomputed_tokens += victim.num_computed
         self._release(victim)
         victim.num_computed = 0
-        # It is older than everything that waits, because admission is in order of arrival.
-        self._waiting[victim.key] = victim
-        self._waiting.move_to_end(victim.key, last=False)
+        self._queue(victim)
+
+    def _queue(self, sequence: Sequence) -> None:
+        insort(self._waiting, sequence, key=_rank)
 
     def _release(self, sequence: Sequence) -> None:
         self._take_back(sequence)

@@ -21,6 +21,8 @@ class Sequence:
         stop_token_ids: an output token among these is the last.
         sampling: passed on to the runner unread, as are the next four.
         sample_index: which of the samples of one prompt it is.
+        priority: a lower one goes first.
+        arrival: how many came before it; the scheduler counts.
         prompt_logprobs: most probable tokens to report beside each prompt token; None for no report.
         pooling: what to report of the prompt's final states; None for no report.
         scores: whether to report a classifier's scores instead of the states.
@@ -39,6 +41,8 @@ class Sequence:
     stop_token_ids: frozenset[int] = frozenset()
     sampling: Sampling = field(default_factory=Sampling)
     sample_index: int = 0
+    priority: int = 0
+    arrival: int = 0
     prompt_logprobs: int | None = None
     pooling: Pooling | None = None
     scores: bool = False
@@ -60,6 +64,11 @@ class Sequence:
             self.num_reported = self.prompt_length - (self.pooling == "last")
         for fork in self.forks:
             fork.leader = self
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """Its place among all sequences: by priority, then in the order of arrival."""
+        return self.priority, self.arrival, self.sample_index
 
     @property
     def family(self) -> list["Sequence"]:

@@ -57,6 +57,7 @@ class Generation:
         logprobs: how many of the most probable tokens to report beside each token; None reports no tokens.
         arrival: when the request came, on time.perf_counter's clock.
         calls: which tools an answer may call; None where its text is no call whatever it says.
+        priority: requests of a lower one go first.
     """
 
     prompts: list[Prompt]
@@ -69,6 +70,7 @@ class Generation:
     logprobs: int | None
     arrival: float
     calls: CallForm | None = None
+    priority: int = 0
 
     @property
     def choices(self) -> int:
@@ -88,6 +90,7 @@ class Generation:
             prompt.sampling,
             self.samples,
             self.logprobs if self.echo else None,
+            priority=self.priority,
         )
 
 

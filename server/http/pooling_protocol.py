@@ -13,7 +13,6 @@ from server.http.request_object import Neutral, RequestObject, invalid
 _NEUTRAL: Neutral = {
     "cache_salt": (),
     "padding": ("do_not_pad",),
-    "priority": (0,),
     "truncate_prompt_tokens": (),
     "truncation_side": ("left", "right"),
 }

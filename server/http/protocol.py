@@ -35,7 +35,6 @@ _NEUTRAL: Neutral = {
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "metadata": ({},),
-    "priority": (0,),
     "prompt_cache_key": (),
     "prompt_logprobs": (),
     "safety_identifier": (),
@@ -207,6 +206,9 @@ class GenerationRequest(RequestObject):
         None, description="The same in other words; together with response_format only where that is any text."
     )
     n: int = Field(1, ge=1, le=MAX_SAMPLES, description="Answers to each prompt.")
+    priority: int = Field(
+        0, ge=-(2**31), lt=2**31, description="Requests of a lower one go first, and are the last to be put off."
+    )
     stream: bool = Field(False, description="Send the answer in pieces, as server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
     return_token_ids: bool = Field(False, description="Add the token ids of prompts and answers.")

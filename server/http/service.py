@@ -144,6 +144,7 @@ class Service:
             logprobs=request.reported_logprobs,
             arrival=arrival,
             calls=form.calls,
+            priority=request.priority,
         )
 
     def check_use(self, needed: Architecture) -> None:

@@ -7,6 +7,7 @@ stale, wrongly shared or overwritten is seen by the first step that reads it.
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as Ids
+from operator import attrgetter
 from zlib import crc32
 
 import msgspec
@@ -15,6 +16,8 @@ from server.engine.blocks import BlockPool
 from server.engine.messages import EngineStats, Pooling
 from server.engine.scheduler import Advance, ScheduledSequence, Scheduler, StepPlan
 from server.engine.sequence import Sequence
+
+_rank = attrgetter("rank")
 
 VOCABULARY = 3
 """So few tokens that prompts and answers often share prefixes."""
@@ -125,8 +128,8 @@ class Simulation:
 
     @property
     def running(self) -> list[Sequence]:
-        """Live sequences that hold blocks, oldest first."""
-        return [sequence for sequence in self.live.values() if sequence.block_table]
+        """Live sequences that hold blocks, by rank."""
+        return sorted((sequence for sequence in self.live.values() if sequence.block_table), key=_rank)
 
     @property
     def started(self) -> list[Sequence]:
@@ -139,7 +142,7 @@ class Simulation:
 
     @property
     def waiting(self) -> list[Sequence]:
-        """All other live sequences, oldest first."""
+        """All other live sequences."""
         started = self.started
         return [sequence for sequence in self.live.values() if sequence not in started]
 
@@ -151,14 +154,17 @@ class Simulation:
         *,
         samples: int = 1,
         pooling: Pooling | None = None,
+        priority: int = 0,
     ) -> Sequence:
         """A prompt with so many samples, the first of which is returned; the keys of the others follow its own."""
         stops = frozenset(stop_token_ids)
         forks = [
-            Sequence(self.arrivals + index, list(prompt), max_tokens, stops, sample_index=index)
+            Sequence(self.arrivals + index, list(prompt), max_tokens, stops, sample_index=index, priority=priority)
             for index in range(1, samples)
         ]
-        sequence = Sequence(self.arrivals, list(prompt), max_tokens, stops, pooling=pooling, forks=forks)
+        sequence = Sequence(
+            self.arrivals, list(prompt), max_tokens, stops, pooling=pooling, forks=forks, priority=priority
+        )
         family, first = sequence.family, self.arrivals
         self.scheduler.add(sequence)
         for own in family:
@@ -188,6 +194,8 @@ class Simulation:
         plan = self.scheduler.plan()
         preempted = self._account_for(before, plan)
         assert not preempted or missing > 0, "sequences were preempted although there were free blocks"
+        held = [own for key, own in self.live.items() if before[key][1] and own not in preempted]
+        assert all(lost.rank > own.rank for lost in preempted for own in held), "the last by rank are preempted"
         self._check_plan(plan, [sequence for sequence in decoding if sequence not in preempted])
         self._sampled = self._model.run(plan)
         self.plan_under_way = plan
@@ -262,8 +270,11 @@ class Simulation:
         assert len(waiting) == self.scheduler.num_waiting
         assert self.scheduler.has_work == bool(self.live)
         assert all(sequence.num_computed == 0 for sequence in waiting)
-        # In order of arrival: nobody runs whom somebody who waits was before.
-        assert list(self.live.values()) == started + waiting
+        # Of each priority in the order of arrival: nobody runs whom somebody who waits was before.
+        for priority in {sequence.priority for sequence in self.live.values()}:
+            of_it = [sequence.priority == priority for sequence in self.live.values()]
+            runs = [sequence in started for sequence, own in zip(self.live.values(), of_it, strict=True) if own]
+            assert runs == sorted(runs, reverse=True)
         self._expected = msgspec.structs.replace(
             self._expected,
             running=len(started),

@@ -17,18 +17,19 @@ STEMS = [[0, 1, 2, 0, 2, 1] * 5, [2, 2, 1, 0, 0, 1] * 5]
 """What prompts begin with, so that they meet in the prefix cache."""
 
 
-Request = tuple[list[int], int, frozenset[int], int, Pooling | None]
+Request = tuple[list[int], int, frozenset[int], int, Pooling | None, int]
 
 
 @st.composite
 def requests(draw: st.DrawFn) -> Request:
-    """A prompt, max_tokens, stop tokens, samples and what to report; long answers are the ones that fill the pool."""
+    """What a client may ask for; long answers are the ones that fill the pool."""
     stem = draw(st.sampled_from(STEMS))[: draw(st.sampled_from([4, 0, 9, 20]))]
     prompt = stem + draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=3))
     stops = draw(st.sampled_from([frozenset(), frozenset(), frozenset({0})]))
     samples = draw(st.sampled_from([1, 1, 1, 2, 3, 7]))
     pooling: Pooling | None = draw(st.sampled_from([None, None, None, "all", "last"]))
-    return prompt, draw(st.sampled_from([20, 7, 2, 1, 0])), stops, samples, pooling
+    priority = draw(st.sampled_from([0, 0, 0, -1, 5]))
+    return prompt, draw(st.sampled_from([20, 7, 2, 1, 0])), stops, samples, pooling, priority
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -69,10 +70,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.add(arrivals)
 
     def add(self, arrivals: list[Request]) -> None:
-        for prompt, max_tokens, stops, samples, pooling in arrivals:
+        for prompt, max_tokens, stops, samples, pooling, priority in arrivals:
             fitting = prompt[: self.simulation.max_model_len - 1]
             tokens = min(max_tokens, self.simulation.max_model_len - len(fitting))
-            self.simulation.add(fitting, tokens, stops, samples=samples if tokens else 1, pooling=pooling)
+            samples = samples if tokens else 1
+            self.simulation.add(fitting, tokens, stops, samples=samples, pooling=pooling, priority=priority)
 
     @rule()
     def plan_or_commit(self) -> None:
@@ -124,7 +126,7 @@ def test_random_traffic_preempts_hits_aborts_and_still_yields_the_right_tokens(s
     simulation = Simulation(num_blocks=14, block_size=3, max_model_len=36, max_num_seqs=6, max_num_batched_tokens=10)
 
     def abort_sometimes() -> None:
-        if simulation.live and rng.random() < 0.04:
+        if simulation.live and rng.random() < 0.08:
             simulation.abort(rng.choice(list(simulation.live)))
 
     for _ in range(300):
@@ -132,8 +134,8 @@ def test_random_traffic_preempts_hits_aborts_and_still_yields_the_right_tokens(s
             stem = rng.choice(STEMS)[: rng.randrange(20)]
             prompt = [*stem, rng.randrange(VOCABULARY)]
             stops = {rng.randrange(VOCABULARY)} if rng.random() < 0.2 else set()
-            samples = rng.choice([1, 1, 1, 2, 4])
-            simulation.add(prompt, rng.randint(1, 36 - len(prompt)), stops, samples=samples)
+            samples, priority = rng.choice([1, 1, 1, 2, 4]), rng.choice([0, 0, 0, 1])
+            simulation.add(prompt, rng.randint(1, 36 - len(prompt)), stops, samples=samples, priority=priority)
         abort_sometimes()
         simulation.plan()
         abort_sometimes()
@@ -218,6 +220,24 @@ def test_newest_sequence_is_preempted_first() -> None:
     assert simulation.waiting == [middle, newest]
     simulation.drain()
     assert list(simulation.finished.values()) == [oldest, middle, newest]
+
+
+def test_a_lower_priority_goes_first_and_is_preempted_last() -> None:
+    simulation = Simulation(num_blocks=8, block_size=4, max_model_len=32, max_num_seqs=2, max_num_batched_tokens=40)
+    runs, plain, urgent, later = (
+        simulation.add(prompt, 12, priority=priority)
+        for prompt, priority in (([0] * 9, 1), ([1] * 9, 1), ([2] * 9, 0), ([1, 2] * 4, 1))
+    )
+    assert runs.rank > urgent.rank
+    plan = simulation.step()
+    assert [item.sequence for item in plan.scheduled] == [urgent, runs]
+    simulation.step_until(lambda: simulation.stats.preemptions > 0)
+    assert urgent.block_table
+    assert not runs.block_table
+    simulation.drain()
+    assert list(simulation.finished) == [2, 0, 1, 3]
+    assert plain.finished
+    assert later.finished
 
 
 def test_a_preempted_sequence_comes_back_before_those_that_wait() -> None:

@@ -91,6 +91,13 @@ async def test_sampling_fields_reach_the_engine(http: httpx.AsyncClient, engine:
     assert submit.stop_token_ids == [EOS]
 
 
+async def test_a_priority_reaches_the_engine(http: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.script = says([9])
+    await complete(http, priority=-3, n=2)
+    await complete(http)
+    assert [submit.whole.priority for submit in engine.submitted] == [-3, -3, 0]
+
+
 async def test_defaults_are_openais(http: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.script = says([9])
     await complete(http)
