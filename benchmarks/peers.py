@@ -26,8 +26,10 @@ import torch
 import uvloop
 
 from benchmarks.checkpoint import write_checkpoint
-from benchmarks.serve import Report, Round, Workload, add_workload_arguments, measure, served_model, warm_up
+from benchmarks.serve import Round, Workload, add_workload_arguments, describe, measure, warm_up
 from benchmarks.servers import RunningServer, Server, ServerFailedError, running
+from server.bench.probe import served_model
+from server.bench.report import Report
 
 OURS, VLLM = "ours", "vLLM"
 LISTEN = ("--dtype", "float32", "--host", "127.0.0.1", "--port", "{port}")
@@ -62,7 +64,7 @@ class Measurement:
     server: str
     round: int
     start_s: float
-    report: Report
+    report: Report[Workload]
     server_cores: float
     other_cores: float
 
@@ -132,7 +134,7 @@ def measure_server(
         report = result.report
         if report.errors:
             raise ServerFailedError(f"{server.name} at {streams} streams: {report.errors}", server.log)
-        print(f"\nround {round_number}, {server.name}:\n{report}", flush=True)
+        print(f"\nround {round_number}, {server.name}:\n{describe(report)}", flush=True)
         server_cores = round(server_cpu / report.duration_s, 2)
         other_cores = round(max(0.0, machine_cpu - server_cpu - report.client_cpu_s) / report.duration_s, 2)
         measured.append(

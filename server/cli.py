@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
@@ -15,8 +16,11 @@ from model.errors import CheckpointError
 from model.hub import resolve
 from model.tokenizer import Tokenizer
 from model.vocabulary import VocabularyMap
-from server.config import Settings, SettingsError, add_arguments, read_settings
-from server.http.model_use import USES
+from server.bench.arguments import add_arguments as add_bench_arguments
+from server.config import GROUPS, Settings, SettingsError, add_arguments, read_settings
+from server.http.model_use import USES, ModelUse
+from server.offline.command import generate as answer_batch
+from server.offline.files import BatchFileError
 from server.supervisor import ListenError, say, supervise
 
 DEMO_NAME = "persimmon-demo"
@@ -33,9 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command == "convert":
             return convert(**given)
+        if command == "bench":
+            return bench(given)
+        if command == "generate":
+            source, out = given.pop("batch_source"), given.pop("batch_out")
+            return generate(read_settings(given), source, out)
         settings = read_settings(given)
         return serve(settings)
-    except (SettingsError, CheckpointError, ListenError) as error:
+    except (SettingsError, CheckpointError, ListenError, BatchFileError) as error:
         say(f"persimmon: error: {error}")
         return 2
 
@@ -47,6 +56,23 @@ def serve(settings: Settings) -> int:
         CheckpointError: the checkpoint cannot be found, or is not one that this server serves.
         ListenError: the address cannot be listened on.
     """
+    folder, name, use = _checkpoint(settings)
+    return supervise(settings, folder, name, use)
+
+
+def generate(settings: Settings, source: Path, out: Path) -> int:
+    """Answers a batch file; see `server.offline.command.generate` for the exit code.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be found, or is not one that this server serves.
+        BatchFileError: a file cannot be used.
+    """
+    folder, name, _ = _checkpoint(settings)
+    return answer_batch(settings, folder, name, source, out)
+
+
+def _checkpoint(settings: Settings) -> tuple[Path, str, ModelUse]:
+    """The checkpoint's folder, its name in the API and what it is for; says on the console what it is."""
     if settings.model is None:
         folder = Path(next(iter(model.__path__)), "demo")
         name = settings.served_model_name or DEMO_NAME
@@ -61,7 +87,7 @@ def serve(settings: Settings) -> int:
     vocabulary = VocabularyMap.from_folder(folder, config)
     check_vocabulary(folder, vocabulary.original(config) if vocabulary else config, tokenizer.vocab_size)
     say(f"persimmon {importlib.metadata.version('persimmon-server')}: {what}")
-    return supervise(settings, folder, name, USES[config.architecture])
+    return folder, name, USES[config.architecture]
 
 
 def convert(
@@ -95,6 +121,13 @@ def convert(
         say("persimmon: stopped; the same command goes on from here")
         return 130
     return 0
+
+
+def bench(given: dict[str, Any]) -> int:
+    """Measures a server; see `server.bench.command.bench` for the exit code."""
+    from server.bench.command import bench as measure  # brings what no other command needs
+
+    return measure(argparse.Namespace(**given), say)
 
 
 def _size(text: str) -> int:
@@ -136,6 +169,25 @@ def _parser() -> argparse.ArgumentParser:
             "Every flag is also an environment variable; a flag wins.",
         )
     )
+    add_bench_arguments(
+        commands.add_parser(
+            "bench",
+            help="measure a server with OpenAI's API",
+            description="Measure the speed and latency of any server with OpenAI's API. Every request is streamed, at "
+            "temperature 0; tokens are counted by the server's usage, times from sending a request. The exit code is "
+            "1 when a request failed.",
+        )
+    )
+    generator = commands.add_parser(
+        "generate",
+        help="answer a batch file without a server",
+        description="Answer the lines of a batch file in OpenAI's format. Answers are added to OUT as they come, in "
+        "any order; lines that have one there are left out, so a run that was stopped goes on when the same command "
+        "runs again. The exit code is 0 when every line has what it asked for, 1 when some failed.",
+    )
+    generator.add_argument("batch_source", metavar="IN.jsonl", type=Path, help="the requests, one a line")
+    generator.add_argument("batch_out", metavar="OUT.jsonl", type=Path, help="the answers, one a line")
+    add_arguments(generator, [key for key in GROUPS if key != "http"])
     converter = commands.add_parser(
         "convert",
         help="convert a checkpoint to safetensors",

@@ -5,6 +5,7 @@ A flag wins over its environment variable, which wins over the default.
 """
 
 import argparse
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import ByteSize, Field, ValidationError, field_validator
@@ -169,10 +170,17 @@ def group(field: FieldInfo) -> str:
     return str(extra["group"]) if isinstance(extra, dict) else ""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds a flag for every setting, in groups."""
-    groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
+def add_arguments(parser: argparse.ArgumentParser, keys: Collection[str] = tuple(GROUPS)) -> None:
+    """Adds a flag for every setting of some groups.
+
+    Args:
+        parser: gets them.
+        keys: of GROUPS.
+    """
+    groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items() if key in keys}
     for name, field in Settings.model_fields.items():
+        if group(field) not in groups:
+            continue
         default = default_text(field)
         notes = [f"default: {default}"] if default is not None else []
         notes.append(f"env: {environment_variable(name)}")

@@ -50,7 +50,7 @@ def supervise(settings: Settings, folder: Path, served_model_name: str, use: Mod
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(_signal_pipe())
         listener = stack.enter_context(listen(settings.host, settings.port))
-        runtime = stack.enter_context(_runtime_folder())
+        runtime = stack.enter_context(runtime_folder())
         return _run(settings, folder, served_model_name, use, listener, f"ipc://{runtime}/engine", signals)
 
 
@@ -66,7 +66,7 @@ def _run(
     spawn = multiprocessing.get_context("spawn")
     engine_report, engine_end = spawn.Pipe(duplex=False)
     worker_report, worker_end = spawn.Pipe(duplex=False)
-    engine = spawn.Process(target=_engine_main, args=(settings, folder, address, engine_end), name="persimmon-engine")
+    engine = spawn.Process(target=engine_main, args=(settings, folder, address, engine_end), name="persimmon-engine")
     worker = spawn.Process(
         target=_worker_main,
         args=(settings, folder, served_model_name, address, listener, worker_end),
@@ -97,7 +97,8 @@ def _run(
                 _announce(listener, served_model_name, use, ready)
 
 
-def _engine_main(*args: object) -> None:
+def engine_main(*args: object) -> None:
+    """Entry point of the engine process; see `server.engine.process.run_engine` for its arguments."""
     # Read when torch is first imported.  Idle OpenMP threads spin for milliseconds by default, on cores that the API
     # worker or another program may need, and every parallel region then waits for a thread that is not running.
     # Some microseconds bridge the gap between two operations just as well.
@@ -179,7 +180,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 @contextlib.contextmanager
-def _runtime_folder() -> Iterator[Path]:
+def runtime_folder() -> Iterator[Path]:
+    """A folder for the engine's socket, for the length of a block."""
     folder = Path(tempfile.mkdtemp(prefix="persimmon-"))  # mode 0700: nobody else reaches the engine's socket
     try:
         yield folder

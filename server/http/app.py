@@ -6,6 +6,7 @@ Knows no endpoint's insides.
 import random
 import time
 from importlib.metadata import version
+from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from model.config import PersimmonConfig
 from model.tokenizer import Tokenizer
 from model.vocabulary import VocabularyMap
+from server.config import Settings
 from server.engine.client import EngineClient
 from server.http import adept_api, classify, embeddings, errors, status, tokens
 from server.http.adept_protocol import AdeptRequest
@@ -38,6 +40,29 @@ DETOKENIZE = "/detokenize"
 
 MAX_BODY_BYTES = 32 * 2**20
 """The longest request body: a text of 16,384 tokens is some 100 KB, and a request may bring many."""
+
+
+def application(
+    settings: Settings, folder: Path, served_model_name: str, engine_address: str
+) -> tuple[FastAPI, EngineClient]:
+    """The application for a checkpoint, and its connection to the engine, which the caller starts and closes.
+
+    Args:
+        settings: of the server.
+        folder: the checkpoint, of which config.json and the tokenizer are read.
+        served_model_name: the model's name in the API.
+        engine_address: the engine's ZeroMQ endpoint.
+
+    Raises:
+        CheckpointError: config.json or the tokenizer cannot be used.
+    """
+    config = PersimmonConfig.from_folder(folder)
+    vocabulary = VocabularyMap.from_folder(folder, config)
+    if vocabulary is not None:
+        config = vocabulary.original(config)
+    tokenizer = Tokenizer.from_folder(folder, settings.add_bos_token)
+    engine = EngineClient(engine_address, vocabulary)
+    return create_app(engine, tokenizer, config, served_model_name, settings.seed, vocabulary), engine
 
 
 def create_app(

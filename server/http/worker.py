@@ -16,13 +16,10 @@ from pathlib import Path
 import uvicorn
 import uvloop
 
-from model.config import PersimmonConfig
-from model.tokenizer import Tokenizer
-from model.vocabulary import VocabularyMap
 from server.child_process import follow_supervisor
 from server.config import Settings
 from server.engine.client import EngineClient
-from server.http.app import create_app
+from server.http.app import application
 
 READY = "ready"
 """What a worker sends once, when it accepts connections and the engine answers."""
@@ -63,15 +60,9 @@ def run_api_worker(
     """
     follow_supervisor()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s api worker: %(message)s")
-    config = PersimmonConfig.from_folder(folder)
-    vocabulary = VocabularyMap.from_folder(folder, config)
-    if vocabulary is not None:
-        config = vocabulary.original(config)
-    tokenizer = Tokenizer.from_folder(folder, settings.add_bos_token)
 
     async def main() -> None:
-        engine = EngineClient(engine_address, vocabulary)
-        app = create_app(engine, tokenizer, config, served_model_name, settings.seed, vocabulary)
+        app, engine = application(settings, folder, served_model_name, engine_address)
         server_config = uvicorn.Config(
             app,
             http="httptools",

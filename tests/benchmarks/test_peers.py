@@ -6,8 +6,10 @@ import psutil
 import pytest
 
 from benchmarks.peers import OURS, VLLM, Measurement, agreement, our_server, summarize, table, vllm_server
-from benchmarks.serve import Answer, Distribution, Report, Round, Workload
+from benchmarks.serve import Round, Workload
 from benchmarks.servers import Server, ServerFailedError, running
+from server.bench.answer import Answer
+from server.bench.report import Distribution, Report
 
 LIMITS = ("--max-model-len", "64", "--max-num-seqs", "4")
 HEALTHY = """

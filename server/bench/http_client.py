@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 client for benchmarks: one request at a time on a kept connection, each read with its time.
+"""A small HTTP/1.1 client for measurements: one request at a time on a kept connection, each read with its time.
 
 Knows nothing of tokens or of what the bodies mean.  While a response arrives it only stores bytes, so that the
 cores are the server's on a machine that runs both.
@@ -15,25 +15,52 @@ import httptools
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a server listens: host and port of a base URL, and the path that requests start with."""
+    """Where a server listens and what requests to it carry.
+
+    Attributes:
+        host, port: of a base URL.
+        path: what the paths of requests start with.
+        encrypted: whether it speaks TLS.
+        api_key: sent as a bearer token; "" sends none.
+    """
 
     host: str
     port: int
     path: str = ""
     encrypted: bool = False
+    api_key: str = field(default="", repr=False)
+
+    def __post_init__(self) -> None:
+        if not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise ValueError("the API key has characters that no HTTP header may have: it needs printable ASCII")
 
     @classmethod
-    def from_url(cls, url: str) -> "Endpoint":
-        """The endpoint of a URL like http://127.0.0.1:8000.
+    def from_url(cls, url: str, api_key: str = "") -> "Endpoint":
+        """The endpoint of a URL like http://127.0.0.1:8000, or with /v1 at its end as OpenAI's clients want it.
 
         Raises:
-            ValueError: it is not an http or https URL with a host.
+            ValueError: it is not an http or https URL with a host, or the key cannot be sent.
         """
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError:
+            raise ValueError(f"{url!r} is no server's URL; it looks like http://127.0.0.1:8000") from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{url!r} is no server's URL; it looks like http://127.0.0.1:8000")
         encrypted = parts.scheme == "https"
-        return cls(parts.hostname, parts.port or (443 if encrypted else 80), parts.path.rstrip("/"), encrypted)
+        path = parts.path.rstrip("/").removesuffix("/v1")
+        return cls(parts.hostname, port or (443 if encrypted else 80), path, encrypted, api_key)
+
+    @property
+    def authority(self) -> str:
+        """Host and port as the Host header has them."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """The base URL, without user names or keys."""
+        return f"{'https' if self.encrypted else 'http'}://{self.authority}{self.path}"
 
 
 @dataclass
@@ -125,7 +152,7 @@ class Connection:
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        self._close()
+        self.close()
 
     async def get(self, path: str) -> Response:
         """GETs a path below the endpoint's.
@@ -145,8 +172,9 @@ class Connection:
 
     async def _request(self, method: str, path: str, body: bytes) -> Response:
         endpoint = self._endpoint
+        authorization = f"Authorization: Bearer {endpoint.api_key}\r\n" if endpoint.api_key else ""
         head = (
-            f"{method} {endpoint.path}{path} HTTP/1.1\r\nHost: {endpoint.host}:{endpoint.port}\r\n"
+            f"{method} {endpoint.path}{path} HTTP/1.1\r\nHost: {endpoint.authority}\r\n{authorization}"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         if self._transport is None or self._transport.is_closing():
@@ -159,10 +187,54 @@ class Connection:
         try:
             return await whole
         except BaseException:
-            self._close()  # what is left of this response would be taken for the next one
+            self.close()  # what is left of this response would be taken for the next one
             raise
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Closes the connection; the next request opens it again."""
         if self._transport is not None:
             self._transport.abort()
             self._transport = None
+
+
+class ConnectionPool:
+    """Connections to one server, as many as there are requests in flight at once.
+
+    Use as an async context manager.
+    """
+
+    # Below what servers keep an idle connection for (uvicorn: 5 s), so that none is closed as a request is sent.
+    IDLE_SECONDS = 2.0
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._idle: list[tuple[float, Connection]] = []
+
+    async def __aenter__(self) -> "ConnectionPool":
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        for _, connection in self._idle:
+            connection.close()
+        self._idle.clear()
+
+    async def post(self, path: str, body: bytes) -> Response:
+        """POSTs a JSON body on an idle connection, or a new one where there is none.
+
+        Raises:
+            OSError: no connection, or it broke before the response was whole.
+        """
+        connection = self._take()
+        try:
+            return await connection.post(path, body)
+        finally:
+            self._idle.append((time.perf_counter(), connection))
+
+    def _take(self) -> Connection:
+        """The connection used last, closed if it has been idle for long, or a new one."""
+        if not self._idle:
+            return Connection(self._endpoint)
+        idle_since, connection = self._idle.pop()
+        if time.perf_counter() - idle_since > self.IDLE_SECONDS:
+            connection.close()  # it opens again
+        return connection

@@ -1,0 +1,101 @@
+"""Answers the lines of a batch that have no answer yet, a bounded number of them at a time.
+
+Knows the files and the application; nothing of processes, signals or the console.
+"""
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Protocol
+
+import msgspec
+from starlette.types import ASGIApp
+
+from server.offline.application import post
+from server.offline.batch_lines import BatchAnswer, BatchRequest, LineError, read_request, respond
+from server.offline.files import MAX_LINE_BYTES, BatchInput, BatchOutput, Line
+
+
+class EngineLostError(RuntimeError):
+    """The application has no engine any more, so that nothing further can be answered."""
+
+
+class Progress(Protocol):
+    """Is told of each line as its answer is in the file."""
+
+    def advance(self, tokens: int) -> None:
+        """One more line, for which the engine has read and written so many tokens."""
+
+
+class _Usage(msgspec.Struct):
+    total_tokens: int = 0
+
+
+class _Body(msgspec.Struct):
+    usage: _Usage = msgspec.field(default_factory=_Usage)
+
+
+_body_decoder = msgspec.json.Decoder(_Body)
+
+
+@dataclass
+class Batch:
+    """One run over the input.
+
+    Attributes:
+        app: answers the requests.
+        source: of the lines.
+        output: of the answers, and which lines have one already.
+        progress: is told of each answer.
+        stopping: once true, no further line is begun.
+    """
+
+    app: ASGIApp
+    source: BatchInput
+    output: BatchOutput
+    progress: Progress
+    stopping: bool = False
+
+    async def run(self, concurrency: int) -> None:
+        """Answers every line that has no answer.  Cancelled, it ends what runs; each line in the file is whole.
+
+        Args:
+            concurrency: how many lines may run at once.  No more are in memory.
+
+        Raises:
+            BatchFileError: a file cannot be read or written.
+            EngineLostError: the engine is gone; lines it has not answered are not in the file.
+        """
+        lines = (line for line in self.source if line not in self.output)
+        tasks = [asyncio.create_task(self._answer_some(lines)) for _ in range(concurrency)]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _answer_some(self, lines: Iterator[Line]) -> None:
+        while not self.stopping and (line := next(lines, None)) is not None:
+            try:
+                request = _request(line)
+            except LineError as error:
+                self._write(error.answer, 0)
+                await asyncio.sleep(0)  # so that a file of nothing else can be stopped too
+                continue
+            response = await post(self.app, request.url, request.body_bytes)
+            if response.status == HTTPStatus.SERVICE_UNAVAILABLE:
+                raise EngineLostError
+            tokens = _body_decoder.decode(response.body).usage.total_tokens if response.status == HTTPStatus.OK else 0
+            self._write(respond(request, response.status, response.body), tokens)
+
+    def _write(self, answer: BatchAnswer, tokens: int) -> None:
+        self.output.write(answer)
+        self.progress.advance(tokens)
+
+
+def _request(line: Line) -> BatchRequest:
+    if line.text is None:
+        raise LineError(line.number, None, "line_too_long", f"The line is longer than {MAX_LINE_BYTES} bytes.")
+    return read_request(line.text, line.number)

@@ -1,0 +1,272 @@
+"""`persimmon generate`: starts an engine process, lets it answer a batch file, and tells the console how it went.
+
+Knows processes, signals and the console; nothing of what a line asks for.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import multiprocessing
+import signal
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import uvloop
+from fastapi import FastAPI
+from tqdm import tqdm
+
+from server.config import Settings
+from server.engine.client import EngineClient
+from server.http.app import application
+from server.offline.batch import Batch, EngineLostError
+from server.offline.files import BatchInput, BatchOutput
+from server.supervisor import engine_main, runtime_folder, say
+
+ANSWERED, SOME_FAILED, STOPPED = 0, 1, 130
+"""Exit codes; 2 is for what the person at the console can mend."""
+
+DRAIN_SECONDS = 10.0
+"""How long the lines that run may go on after the first signal."""
+
+LAST_WORDS_SECONDS = 5.0
+"""How long an engine whose connection is cut may take to end."""
+
+GOES_ON = "the same command goes on from here"
+
+
+def concurrency(settings: Settings) -> int:
+    """Lines that run at once: as many as the engine takes, and some that wait, so that no place stays empty."""
+    return settings.max_num_seqs + max(8, math.ceil(settings.max_num_seqs / 4))
+
+
+def generate(settings: Settings, folder: Path, served_model_name: str, source: Path, out: Path) -> int:
+    """Answers the lines of `source` that have no answer in `out` yet.
+
+    Args:
+        settings: of the engine.
+        folder: the checkpoint's, checked already as far as is quick.
+        served_model_name: the model's name in the lines.
+        source: the lines to answer.
+        out: the file that answers are added to.
+
+    Returns:
+        The exit code: 0 when every line has what it asked for; 1 when some lines failed, or the engine did; 2 when
+        the checkpoint or the settings do not allow a start, which the engine has explained; 130 after SIGTERM or
+        Ctrl-C.
+
+    Raises:
+        BatchFileError: a file cannot be used.
+    """
+    try:
+        batch_input = BatchInput(source)
+        with BatchOutput(out) as output:
+            missing = output.missing(batch_input)
+            if output.lines:
+                done = batch_input.lines - missing
+                say(f"{out} has the answers of {done:,} of {batch_input.lines:,} lines already")
+            if missing:
+                with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                    code = runner.run(_generate(settings, folder, served_model_name, batch_input, output, missing))
+                if code is not None:
+                    return code
+            say(f"{out}: {output.answered:,} lines answered, {output.failed:,} failed")
+            return SOME_FAILED if output.failed else ANSWERED
+    except KeyboardInterrupt:  # while the files were read
+        say(f"persimmon: stopped; {GOES_ON}")
+        return STOPPED
+
+
+async def _generate(
+    settings: Settings, folder: Path, served_model_name: str, source: BatchInput, output: BatchOutput, missing: int
+) -> int | None:
+    """Runs a batch of so many lines; the exit code where it did not come to its end."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    with _Signals() as signals, runtime_folder() as runtime, _engine_process(settings, folder, runtime) as engine:
+        async with _application(settings, folder, served_model_name, runtime) as (app, client), _Tasks() as tasks:
+            ended = tasks.start(_end_of(engine))
+            ready = tasks.start(client.wait_until_ready())
+            stop = tasks.start(signals.first.wait())
+            await asyncio.wait((ready, ended, stop), return_when=asyncio.FIRST_COMPLETED)
+            if stop.done():
+                say(f"persimmon: stopped; {GOES_ON}")
+                return STOPPED
+            if ended.done():
+                return _engine_failed(engine)
+            with _Bar(source.lines, source.lines - missing) as bar:
+                batch = Batch(app, source, output, bar)
+                running = tasks.start(batch.run(min(concurrency(settings), missing)))
+                await asyncio.wait((running, ended, stop), return_when=asyncio.FIRST_COMPLETED)
+                if stop.done() and not running.done():
+                    bar.say("Stopping: lines that run may finish (a second signal stops at once)")
+                    batch.stopping = True
+                    again = tasks.start(signals.second.wait())
+                    await asyncio.wait(
+                        (running, ended, again), timeout=DRAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                    )
+                await _settled(running)
+            if not running.cancelled() and (error := running.exception()) is not None:
+                if not isinstance(error, EngineLostError):
+                    raise error
+                return _engine_failed(engine)
+            if ended.done() and bar.lines < source.lines:
+                return _engine_failed(engine)
+            if stop.done() and bar.lines < source.lines:
+                say(f"persimmon: stopped with {bar.lines:,} of {source.lines:,} lines done; {GOES_ON}")
+                return STOPPED
+            return None
+
+
+async def _settled(task: asyncio.Task[Any]) -> None:
+    """Ends a task that has not ended; how it ended is left in it."""
+    task.cancel()
+    await asyncio.wait((task,))
+
+
+def _engine_failed(engine: SpawnProcess) -> int:
+    engine.join(LAST_WORDS_SECONDS)
+    if engine.exitcode == 2:  # it could not start, and has said why
+        return 2
+    ended = "is lost" if engine.exitcode is None else f"ended with code {engine.exitcode}"
+    say(f"persimmon: error: the engine process {ended}; {GOES_ON}")
+    return SOME_FAILED
+
+
+@contextlib.contextmanager
+def _engine_process(settings: Settings, folder: Path, runtime: Path) -> Iterator[SpawnProcess]:
+    spawn = multiprocessing.get_context("spawn")
+    report, end = spawn.Pipe(duplex=False)  # the engine's client is told that it is ready, so nobody reads this
+    process = spawn.Process(
+        target=engine_main, args=(settings, folder, _address(runtime), end), name="persimmon-engine"
+    )
+    process.start()
+    end.close()
+    try:
+        yield process
+    finally:
+        if process.is_alive():
+            process.kill()
+        process.join()
+        report.close()
+
+
+async def _end_of(process: SpawnProcess) -> None:
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(process.sentinel, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(process.sentinel)
+
+
+def _address(runtime: Path) -> str:
+    return f"ipc://{runtime}/engine"
+
+
+@contextlib.asynccontextmanager
+async def _application(
+    settings: Settings, folder: Path, served_model_name: str, runtime: Path
+) -> AsyncIterator[tuple[FastAPI, EngineClient]]:
+    """The server's own application, which nobody reaches from outside, and its connection to the engine."""
+    app, client = application(settings, folder, served_model_name, _address(runtime))
+    await client.start()
+    try:
+        yield app, client
+    finally:
+        await client.close()
+
+
+class _Signals:
+    """SIGTERM and SIGINT as events, for the length of a block.
+
+    Attributes:
+        first: set at the first one.
+        second: set at the next.
+    """
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._arrived)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().remove_signal_handler(number)
+
+    def _arrived(self) -> None:
+        (self.second if self.first.is_set() else self.first).set()
+
+
+class _Tasks:
+    """Tasks that end with a block; unlike a TaskGroup's, one that fails is left to those who look at it."""
+
+    def __init__(self) -> None:
+        self._tasks: list[asyncio.Task[Any]] = []
+
+    def start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Runs `work` beside the block."""
+        self._tasks.append(asyncio.create_task(work))
+        return self._tasks[-1]
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+class _Bar:
+    """A progress bar of lines, with the tokens of this run beside it.
+
+    Args:
+        total: lines in all.
+        done: those of earlier runs.
+
+    Attributes:
+        lines: done so far, in earlier runs too.
+    """
+
+    def __init__(self, total: int, done: int) -> None:
+        # One process draws it; tqdm's own lock, made for several, would leave a semaphore behind.
+        tqdm.set_lock(threading.RLock())
+        # disable=None: no bar where nobody watches, that is where this is not a terminal.
+        self._bar = tqdm(
+            desc="  batch", total=total, initial=done, unit="req", file=sys.stderr, disable=None, dynamic_ncols=True
+        )
+        self._started = time.perf_counter()
+        self._tokens = 0
+        self.lines = done
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def say(self, line: str) -> None:
+        """One line for the person at the console, above the bar."""
+        self._bar.write(line, file=sys.stderr)
+        sys.stderr.flush()
+
+    def advance(self, tokens: int) -> None:
+        """One more line, for which the engine has read and written so many tokens."""
+        self.lines += 1
+        self._tokens += tokens
+        rate = self._tokens / max(time.perf_counter() - self._started, 1e-9)
+        self._bar.set_postfix_str(f"{self._tokens:,} tokens, {rate:,.0f}/s", refresh=False)
+        self._bar.update()
