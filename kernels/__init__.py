@@ -10,10 +10,23 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from kernels import reference
+from kernels.cpu import library
+from kernels.cpu.native import NativeKernels
 from kernels.launch import KernelsUnavailableError, check_gpu
 from kernels.operands import Linear, Norm, Residual, Rotary, StepLimits
 
-__all__ = ["Kernels", "KernelsUnavailableError", "Linear", "Norm", "Residual", "Rotary", "StepLimits", "for_device"]
+__all__ = [
+    "Kernels",
+    "KernelsUnavailableError",
+    "Linear",
+    "Norm",
+    "Residual",
+    "Rotary",
+    "StepLimits",
+    "cpu_kernels_name",
+    "cpu_multiplies_bfloat16",
+    "for_device",
+]
 
 Plan = TypeVar("Plan")
 
@@ -27,6 +40,10 @@ class Kernels(Protocol[Plan]):
     def workspace_bytes(self, limits: StepLimits) -> int: ...  # noqa: D102
 
     def reserve(self, limits: StepLimits) -> None: ...  # noqa: D102
+
+    def stored_dtype(self, stored: torch.dtype, dtype: torch.dtype) -> torch.dtype: ...  # noqa: D102
+
+    def prepare_bias(self, bias: torch.Tensor) -> torch.Tensor: ...  # noqa: D102
 
     def prepare_weight(self, weight: torch.Tensor, *, sparse_input: bool = False) -> torch.Tensor: ...  # noqa: D102
 
@@ -70,8 +87,22 @@ class Kernels(Protocol[Plan]):
     def logits(self, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor: ...  # noqa: D102
 
 
-def for_device(device: torch.device) -> Kernels[Any]:
-    """The implementation that runs on this device: fused Triton kernels on a GPU, plain torch elsewhere.
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether there are kernels for this machine's CPU that multiply bfloat16 numbers as they are."""
+    return "avx512_bf16" in library.builds()
+
+
+def cpu_kernels_name(operations: Kernels[Any]) -> str:
+    """What computes on a CPU, for people."""
+    return f"{operations.build} kernels" if isinstance(operations, NativeKernels) else "plain torch"
+
+
+def for_device(device: torch.device, dtype: torch.dtype = torch.float32) -> Kernels[Any]:
+    """The implementation that runs on this device: fused Triton kernels on a GPU, on a CPU C or else plain torch.
+
+    Args:
+        device: where the network runs.
+        dtype: that it computes in.
 
     Raises:
         KernelsUnavailableError: the GPU or what is installed beside it does not do.
@@ -81,4 +112,5 @@ def for_device(device: torch.device) -> Kernels[Any]:
         from kernels.fused import FusedKernels  # brings Triton, which a CPU has no use for
 
         return FusedKernels(device)
-    return reference
+    builds = library.builds()
+    return NativeKernels(builds[0], dtype) if builds else reference

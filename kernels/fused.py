@@ -87,6 +87,15 @@ class FusedKernels:
             truncation.TruncationWorkspace.allocate(limits.max_num_seqs, limits.vocab_size, self.device),
         )
 
+    def stored_dtype(self, stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+        """As `reference.stored_dtype`."""
+        del stored
+        return dtype
+
+    def prepare_bias(self, bias: torch.Tensor) -> torch.Tensor:
+        """As it is."""
+        return bias
+
     def prepare_weight(self, weight: torch.Tensor, *, sparse_input: bool = False) -> torch.Tensor:
         """[out, in] as it is; [in, out] where the input is sparse, so that what meets a zero lies side by side."""
         return weight.t().contiguous() if sparse_input else weight

@@ -21,7 +21,7 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A projection: weight as `Kernels.prepare_weight` made it of [out, in], bias [out] or None."""
+    """A projection: weight as `Kernels.prepare_weight` made it of [out, in], bias [out] likewise or None."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -57,11 +57,13 @@ class StepLimits:
 
     Attributes:
         max_num_seqs: most sequences of a step.
+        max_num_batched_tokens: most tokens of a step.
         max_model_len: most tokens of a sequence.
         num_heads, head_dim, hidden_size, intermediate_size, vocab_size: the network's.
     """
 
     max_num_seqs: int
+    max_num_batched_tokens: int
     max_model_len: int
     num_heads: int
     head_dim: int

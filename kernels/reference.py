@@ -87,6 +87,17 @@ def reserve(limits: StepLimits) -> None:
     del limits
 
 
+def stored_dtype(stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """What a matrix stored in `stored` is kept in, where the network computes in `dtype`: that."""
+    del stored
+    return dtype
+
+
+def prepare_bias(bias: torch.Tensor) -> torch.Tensor:
+    """The form of a projection's bias that is added fastest: as it is."""
+    return bias
+
+
 def prepare_weight(weight: torch.Tensor, *, sparse_input: bool = False) -> torch.Tensor:
     """The form of a [out, in] weight that `linear` reads fastest; on a CPU, oneDNN's blocked layout.
 

@@ -99,11 +99,13 @@ class Checkpoint:
         files: the weight files, in the order they are read.
         names: the tensors that are read.
         total_bytes: their size, in the types they are stored in.
+        dtype: the widest of those types.
     """
 
     files: "tuple[_WeightFile, ...]"
     names: frozenset[str]
     total_bytes: int
+    dtype: torch.dtype
 
     @classmethod
     def open(cls, folder: Path, config: PersimmonConfig) -> "Checkpoint":
@@ -137,7 +139,9 @@ class Checkpoint:
                     f"{_and_more(absent)}"
                 )
         _compare(listing, found, config)
-        return cls(files, frozenset(found), sum(header.bytes for _, header in found.values()))
+        total_bytes = sum(header.bytes for _, header in found.values())
+        widest = max((header.dtype for _, header in found.values()), key=_BYTES.__getitem__)
+        return cls(files, frozenset(found), total_bytes, getattr(torch, widest))
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor once, by name, in the order they lie in the files.

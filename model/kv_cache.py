@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from kernels.cpu.pages import advise_large_pages
 from kernels.launch import upload
 from model.config import PersimmonConfig
 
@@ -38,7 +39,8 @@ class KVCache:
         shape = (num_blocks, config.num_attention_heads, block_size, config.head_dim)
 
         def layers() -> list[torch.Tensor]:
-            return [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+            tensors = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+            return list(map(advise_large_pages, tensors)) if device.type == "cpu" else tensors
 
         return cls(layers(), layers())
 

@@ -73,6 +73,7 @@ def plan_memory(
     max_model_len: int | None,
     kv_cache_bytes: int | None,
     step_buffers: int = 0,
+    matrix_dtype: torch.dtype | None = None,
 ) -> MemoryPlan:
     """Divides the memory.
 
@@ -87,6 +88,7 @@ def plan_memory(
         max_model_len: None for as much as the model was trained for and the cache holds.
         kv_cache_bytes: None for what is left.
         step_buffers: bytes of kernels' workspaces and CUDA graphs.
+        matrix_dtype: of most weights, where that is not `dtype`; see `parameter_dtype`.
 
     Raises:
         MemoryPlanError: it does not fit.
@@ -98,7 +100,8 @@ def plan_memory(
             f"give at most {trained_for}"
         )
     weights = sum(
-        math.prod(shape) * parameter_dtype(name, dtype).itemsize for name, shape in expected_shapes(config).items()
+        math.prod(shape) * parameter_dtype(name, dtype, matrix_dtype).itemsize
+        for name, shape in expected_shapes(config).items()
     )
     wanted_len = max_model_len or trained_for
     activations = activation_bytes(config, dtype, max_num_seqs, max_num_batched_tokens, wanted_len)

@@ -74,11 +74,13 @@ class Persimmon:
         parameters: dict[str, torch.Tensor] = {}
         for name, tensor in tensors:
             # A copy even where nothing changes: a checkpoint file that is replaced must not change the model.
-            parameter = tensor.to(device=device, dtype=parameter_dtype(name, dtype), copy=True)
-            is_projection = parameter.ndim == 2 and name not in ("model.embed_tokens.weight", "score.weight")
-            if is_projection:
+            kept = parameter_dtype(name, dtype, kernels.stored_dtype(tensor.dtype, dtype))
+            parameter = tensor.to(device=device, dtype=kept, copy=True)
+            if _is_projection(name) and parameter.ndim == 2:
                 # Squared ReLU leaves most of the MLP's activations zero.
                 parameter = kernels.prepare_weight(parameter, sparse_input=name.endswith("dense_4h_to_h.weight"))
+            elif _is_projection(name):
+                parameter = kernels.prepare_bias(parameter)
             parameters[name] = parameter
         self._embedding = parameters["model.embed_tokens.weight"]
         self.layers = [self._layer(parameters, index) for index in range(config.num_hidden_layers)]
@@ -125,14 +127,19 @@ class Persimmon:
         return Norm(parameters[f"{name}.weight"], parameters[f"{name}.bias"], self.config.layer_norm_eps)
 
     @torch.inference_mode()
-    def forward(self, step: Step, cache: KVCache) -> torch.Tensor:
+    def forward(self, step: Step, cache: KVCache, kernels: Kernels[Any] | None = None) -> torch.Tensor:
         """Runs one step and writes its keys and values into the cache.
+
+        Args:
+            step: what to compute.
+            cache: of keys and values.
+            kernels: operations instead of the network's own, on the same form of weights: such as record them.
 
         Returns:
             [R, hidden], the final LayerNorm's output at `step.logits_rows`: the last hidden state of Transformers'
             PersimmonModel, of which `logits` makes logits, and `scores` a classifier's scores.
         """
-        kernels, plan = self._kernels, step.attention
+        kernels, plan = kernels or self._kernels, step.attention
         heads, head_dim = self.config.num_attention_heads, self.config.head_dim
         rotary = kernels.rotary_at(self._rotary, plan)
         x = kernels.embed(step.token_ids, step.sampled, self._embedding, plan)
@@ -167,12 +174,24 @@ class Persimmon:
         return F.linear(hidden.float(), *self._score)
 
 
-def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """The type that a network computing in `dtype` keeps a parameter in.
+def _is_projection(name: str) -> bool:
+    """Whether a parameter belongs to a product that the kernels make."""
+    return not ("norm" in name or name.startswith("score.") or name == "model.embed_tokens.weight")
+
+
+def parameter_dtype(name: str, dtype: torch.dtype, matrix_dtype: torch.dtype | None = None) -> torch.dtype:
+    """The type that a network keeps a parameter in.
 
     Norms and classifiers' scores are computed in float32, so their few numbers stay in it.
+
+    Args:
+        name: the parameter's.
+        dtype: that the network computes in.
+        matrix_dtype: what kernels keep the matrices of products in, see `Kernels.stored_dtype`; by default `dtype`.
     """
-    return torch.float32 if "norm" in name or name.startswith("score.") else dtype
+    if "norm" in name or name.startswith("score."):
+        return torch.float32
+    return matrix_dtype if matrix_dtype and _is_projection(name) and name.endswith(".weight") else dtype
 
 
 def rotary_table(config: PersimmonConfig, device: torch.device) -> Rotary:

@@ -4,18 +4,21 @@ Turns them into device tensors, runs the network and samples.  Knows nothing of 
 run together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from kernels import Kernels
+from kernels.cpu.native import NativeKernels
 from kernels.launch import upload
 from model.kv_cache import KVCache
 from model.logprobs import LogprobRows
 from model.persimmon import Persimmon, Step
+from model.recorded_network import RecordedNetwork
 from model.sampler import Samples, rows_at_once, sample
 from model.sampling_params import SamplingParams, TokenLogprobs
 
@@ -58,9 +61,10 @@ class PooledStates:
 Report = PromptLogprobs | PooledStates
 
 
-@dataclass(frozen=True, slots=True)
+# Neither is this frozen nor SamplingParams: of a sequence that decodes, both are changed in place from step to step.
+@dataclass(slots=True)
 class SequenceInput:
-    """One sequence's part of a step.
+    """One sequence's part of a step; read before `Runner.launch` returns, and not kept.
 
     Attributes:
         token_ids: the tokens to compute, at least one.  A negative one, -1 - i, stands for the i-th token that the
@@ -188,6 +192,9 @@ class Runner:
         decode_steps: DecodeSteps | None = None,
     ) -> None:
         self._model = model
+        self._forward: Callable[[Step], torch.Tensor] = partial(model.forward, cache=cache)
+        if isinstance(kernels, NativeKernels):
+            self._forward = RecordedNetwork(model, cache, kernels).forward
         self._cache = cache
         self._kernels = kernels
         self._sampler = sampler or self._sample_logits
@@ -218,7 +225,7 @@ class Runner:
         order = sorted(range(len(batch)), key=lambda i: (len(batch[i].token_ids) != 1, batch[i].start))
         inputs = [batch[i] for i in order]
         sampling_rows, report_rows = _wanted_rows(inputs)
-        hidden = self._model.forward(self._step(inputs, sampling_rows + report_rows), self._cache)
+        hidden = self._forward(self._step(inputs, sampling_rows + report_rows))
         states = hidden[len(sampling_rows) :]
         prompt_logprobs: dict[int, tuple[LogprobRows, int]] = {}
         pooled: dict[int, torch.Tensor] = {}
@@ -250,7 +257,7 @@ class Runner:
             [R, vocab_size] float32, a row for each of the batch's samplings.
         """
         step = self._step(batch, _wanted_rows(batch)[0])
-        return self._model.logits(self._model.forward(step, self._cache))
+        return self._model.logits(self._forward(step))
 
     def _sample_logits(self, hidden: torch.Tensor, params: Sequence[SamplingParams]) -> Samples:
         return sample(self._model.logits(hidden), params)

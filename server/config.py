@@ -44,7 +44,9 @@ class Settings(BaseSettings):
     )
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = _setting(
         "auto",
-        "Type of weights and KV cache. auto: the checkpoint's own 16-bit type on a GPU, float32 on a CPU.",
+        "Type of the network's numbers and of the KV cache. auto: the checkpoint's own 16-bit type on a GPU; on a CPU "
+        "bfloat16 for a checkpoint stored in it, if the processor multiplies that, and otherwise float32, the exact "
+        "choice, in which 16-bit weights stay as they are.",
         "model",
     )
     add_bos: Literal["auto", "true", "false"] = _setting(

@@ -76,6 +76,7 @@ def _changed(setting: Setting, report: Report, dtype: torch.dtype) -> None:
     kernels.reserve(
         StepLimits(
             max_num_seqs=rows,
+            max_num_batched_tokens=rows,
             max_model_len=config.max_position_embeddings,
             num_heads=config.num_attention_heads,
             head_dim=config.head_dim,

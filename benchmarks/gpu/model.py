@@ -138,6 +138,7 @@ class Machine:
         kernels.reserve(
             StepLimits(
                 max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_seqs,
                 max_model_len=max_model_len,
                 num_heads=config.num_attention_heads,
                 head_dim=config.head_dim,

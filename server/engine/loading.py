@@ -43,13 +43,14 @@ class LoadedModel:
     plan: MemoryPlan
     device: torch.device
     dtype: torch.dtype
+    operations: kernels.Kernels[Any]
 
     @property
     def device_name(self) -> str:
         """The device for people."""
         if self.device.type == "cuda":
             return f"{self.device} ({torch.cuda.get_device_name(self.device)})"
-        return f"cpu ({torch.get_num_threads()} threads)"
+        return f"cpu ({torch.get_num_threads()} threads, {kernels.cpu_kernels_name(self.operations)})"
 
 
 def load_model(settings: Settings, folder: Path, print_line: Callable[[str], None]) -> LoadedModel:
@@ -69,8 +70,8 @@ def load_model(settings: Settings, folder: Path, print_line: Callable[[str], Non
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     config = PersimmonConfig.from_folder(folder)
-    dtype = choose_dtype(settings.dtype, config.dtype, device)
-    operations = kernels.for_device(device)
+    dtype = choose_dtype(settings.dtype, config.dtype, device, cpu_bfloat16=kernels.cpu_multiplies_bfloat16())
+    operations = kernels.for_device(device, dtype)
     sizes = _graph_sizes(settings, config, device)
     longest = settings.max_model_len or config.max_position_embeddings
     with _phase("checkpoint", print_line):
@@ -86,6 +87,7 @@ def load_model(settings: Settings, folder: Path, print_line: Callable[[str], Non
         max_model_len=settings.max_model_len,
         kv_cache_bytes=settings.kv_cache_memory,
         step_buffers=operations.workspace_bytes(_limits(settings, config, longest)) + graph_bytes(config, dtype, sizes),
+        matrix_dtype=operations.stored_dtype(checkpoint.dtype, dtype) if checkpoint else dtype,
     )
     _print_plan(plan, config, print_line)
     with _phase("weights", print_line):
@@ -104,7 +106,7 @@ def load_model(settings: Settings, folder: Path, print_line: Callable[[str], Non
     with _phase("warm-up", print_line):
         for batch in warm_up_steps(plan, settings, config, compiles=device.type == "cuda"):
             runner.run(batch)
-    return LoadedModel(runner, plan, device, dtype)
+    return LoadedModel(runner, plan, device, dtype, operations)
 
 
 def _graph_sizes(settings: Settings, config: PersimmonConfig, device: torch.device) -> list[int]:
@@ -117,6 +119,7 @@ def _graph_sizes(settings: Settings, config: PersimmonConfig, device: torch.devi
 def _limits(settings: Settings, config: PersimmonConfig, max_model_len: int) -> kernels.StepLimits:
     return kernels.StepLimits(
         max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=max_model_len,
         num_heads=config.num_attention_heads,
         head_dim=config.head_dim,
@@ -153,15 +156,21 @@ def _runner(
     return Runner(model, cache, operations, FusedSampler(fused, model.head), graphs)
 
 
-def choose_dtype(asked: str, stored: str | None, device: torch.device) -> torch.dtype:
+def choose_dtype(asked: str, stored: str | None, device: torch.device, *, cpu_bfloat16: bool) -> torch.dtype:
     """The type to compute in.
 
-    `auto` is float32 on a CPU, the exact choice; on a GPU it is the checkpoint's own 16-bit type, or
-    float16 for one stored in float32.
+    `auto` is the checkpoint's own 16-bit type on a GPU, or float16 for one stored in float32; on a CPU it is bfloat16
+    for a checkpoint stored in that, where the processor multiplies it, and otherwise float32, the exact choice.
+
+    Args:
+        asked: the setting.
+        stored: the checkpoint's type, None where it does not say.
+        device: that computes.
+        cpu_bfloat16: whether the processor multiplies bfloat16 numbers.
     """
     if asked == "auto":
         if device.type == "cpu":
-            return torch.float32
+            return torch.bfloat16 if stored == "bfloat16" and cpu_bfloat16 else torch.float32
         asked = stored if stored in ("float16", "bfloat16") else "float16"
     return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[asked]
 

@@ -76,6 +76,7 @@ def load(folder: Path, kernels: Kernels, dtype: torch.dtype) -> Persimmon:
 def limits(config: PersimmonConfig, max_num_seqs: int) -> StepLimits:
     return StepLimits(
         max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_seqs,
         max_model_len=MAX_MODEL_LEN,
         num_heads=config.num_attention_heads,
         head_dim=config.head_dim,

@@ -194,13 +194,14 @@ def test_logits_have_a_row_for_each_sequence_that_samples(bench: Bench) -> None:
 
 
 def test_single_tokens_come_first_and_by_length(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_attention, planned = kernels.reference.plan_attention, []
+    operations = type(kernels.for_device(CPU))
+    plan_attention, planned = operations.plan_attention, []
 
-    def record(tables: Any, starts: list[int], counts: list[int], **options: Any) -> Any:
+    def record(self: Any, tables: Any, starts: list[int], counts: list[int], **options: Any) -> Any:
         planned.append(list(zip(starts, counts, strict=True)))
-        return plan_attention(tables, starts, counts, **options)
+        return plan_attention(self, tables, starts, counts, **options)
 
-    monkeypatch.setattr(kernels.reference, "plan_attention", record)
+    monkeypatch.setattr(operations, "plan_attention", record)
     bench.runner.run([bench.part(1, 0, 20, None), bench.part(2, 0, 5, None)])
     bench.runner.run([bench.part(0, 0, 9), bench.part(1, 20, 21), bench.part(2, 5, 6)])
     assert planned[-1] == [(5, 1), (20, 1), (0, 9)]

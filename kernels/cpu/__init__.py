@@ -1,0 +1,1 @@
+"""Kernels for CPUs, in C: the whole network as one call a step.  Without them, `kernels.reference` computes."""

@@ -1,0 +1,237 @@
+/* QK-norm, rotary embedding, the cache, and attention over it, for one head of one sequence.
+ *
+ * A head's tokens of a block are one tile of the cache: values [block_size, head_dim] as they come, keys turned,
+ * [head_dim, block_size], so that a vector holds one dimension of many keys and scores need no sum across lanes.
+ *
+ * A query meets its keys segment by segment, whatever queries are beside it, so its bits do not depend on them.
+ */
+#ifndef PERSIMMON_ATTENTION_H
+#define PERSIMMON_ATTENTION_H
+
+#include "network.h"
+#include "norm.h"
+#include "vectors.h"
+
+/* Queries that share the keys and values in registers. */
+#define QUERIES 4
+/* Vectors of a value beside them. */
+#if LANES == 16
+#define VALUE_VECTORS 4
+#else
+#define VALUE_VECTORS 2
+#endif
+/* Keys whose weights wait together; a multiple of every block size.  Across segments, sums are rescaled to the highest
+ * score so far (online softmax, Milakov and Gimelshein, arXiv:1805.02867). */
+#define SEGMENT 1024
+#define MAX_DIM 256
+
+/* What one head of one sequence works on. */
+typedef struct {
+    const Operation *op;
+    const float *qkv;      /* the head's query of the sequence's first token; the next token's lies `stride` on */
+    int64_t stride;
+    float *out;            /* likewise, `out_stride` on */
+    int64_t out_stride;
+    int64_t head;
+    int64_t start;         /* position of the first token */
+    int64_t count;
+    const int32_t *table;
+} Head;
+
+/* LayerNorm, where there is one, then rotary embedding; `which` is 0 for queries and 1 for keys. */
+INLINE void norm_and_turn(const Operation *op, const float *from, int64_t position, int which, float *to,
+                          const int64_t dim) {
+    if (op->norm_weight) {
+        const float *weight = op->norm_weight + which * dim, *bias = op->norm_bias + which * dim;
+        layer_norm(from, to, weight, bias, (float)op->eps, dim);
+    } else {
+        memcpy(to, from, (size_t)dim * sizeof(float));
+    }
+    const int64_t half = op->rotary / 2;
+    const float *cosine = op->cosine + position * half, *sine = op->sine + position * half;
+    for (int64_t i = 0; i < half; i++) {
+        const float left = to[i], right = to[half + i];
+        to[i] = left * cosine[i] - right * sine[i];
+        to[half + i] = right * cosine[i] + left * sine[i];
+    }
+}
+
+/* The place of a head's tile in the cache, in numbers. */
+INLINE int64_t tile_of(const Head *own, int64_t block, const int64_t dim) {
+    return ((int64_t)own->table[block] * own->op->heads + own->head) * own->op->block_size * dim;
+}
+
+/* Writes the keys and values of all of the sequence's tokens in this step. */
+INLINE void store_keys_values(const Head *own, const int64_t dim, const int type) {
+    const int64_t block_size = own->op->block_size;
+    float key[MAX_DIM];
+    for (int64_t i = 0; i < own->count; i++) {
+        const float *qkv = own->qkv + i * own->stride;
+        const int64_t position = own->start + i, place = position % block_size;
+        const int64_t tile = tile_of(own, position / block_size, dim);
+        norm_and_turn(own->op, qkv + dim, position, 1, key, dim);
+        for (int64_t d = 0; d < dim; d++) store_as(own->op->keys, tile + d * block_size + place, key[d], type);
+        for (int64_t d = 0; d < dim; d++) store_as(own->op->values, tile + place * dim + d, qkv[2 * dim + d], type);
+    }
+}
+
+/* The address of a number in the cache. */
+INLINE const char *address(const void *from, int64_t index, const int type) {
+    return (const char *)from + index * (type == FLOAT32 ? 4 : 2);
+}
+
+/* How well `queries` neighbouring queries match the keys of one segment, masked where a key comes after a query.  A score
+ * is the sum of two sums, over the even and over the odd dimensions, so that fewer additions wait for one another. */
+INLINE void score_segment(const Head *own, const float query[][MAX_DIM], int64_t position, int64_t begin, int64_t end,
+                          float scores[][SEGMENT], const int64_t dim, const int type, const int queries) {
+    const Operation *op = own->op;
+    const int64_t block_size = op->block_size;
+    for (int64_t at = begin; at < end; at += LANES) {
+        const int64_t columns = tile_of(own, at / block_size, dim) + at % block_size;
+        /* The next block is on its way meanwhile: keys, or after the last of them the first values. */
+        const int64_t next_block = at / block_size + 1;
+        const char *ahead = next_block * block_size < end
+                                ? address(op->keys, tile_of(own, next_block, dim) + at % block_size, type)
+                                : address(op->values, tile_of(own, begin / block_size, dim) + at % block_size, type);
+        Vector even[QUERIES], odd[QUERIES];
+#pragma GCC unroll 4
+        for (int q = 0; q < queries; q++) even[q] = odd[q] = broadcast(0.0f);
+        int64_t d = 0;
+        for (; d + 2 <= dim; d += 2) {
+            const Vector key = load_as(op->keys, columns + d * block_size, type);
+            const Vector next = load_as(op->keys, columns + (d + 1) * block_size, type);
+            if (queries == 1) {
+                __builtin_prefetch(address(ahead, d * block_size, type));
+                __builtin_prefetch(address(ahead, (d + 1) * block_size, type));
+            }
+#pragma GCC unroll 4
+            for (int q = 0; q < queries; q++) {
+                even[q] = multiply_add(broadcast(query[q][d]), key, even[q]);
+                odd[q] = multiply_add(broadcast(query[q][d + 1]), next, odd[q]);
+            }
+        }
+        if (d < dim) {
+            const Vector key = load_as(op->keys, columns + d * block_size, type);
+#pragma GCC unroll 4
+            for (int q = 0; q < queries; q++) even[q] = multiply_add(broadcast(query[q][d]), key, even[q]);
+        }
+#pragma GCC unroll 4
+        for (int q = 0; q < queries; q++) {
+            const int64_t seen = position + q + 1 - at;
+            Vector score = add(even[q], odd[q]);
+            if (seen < LANES) score = first_lanes(score, seen < 0 ? 0 : (int)seen, -INFINITY);
+            store(scores[q] + (at - begin), score);
+        }
+    }
+}
+
+/* Adds the values of one segment's keys, weighted, to `vectors` vectors of sums. */
+INLINE void add_values(const Head *own, int64_t begin, int64_t end, float weights[][SEGMENT], float sums[][MAX_DIM],
+                       int64_t first, const int64_t dim, const int type, const int queries, const int vectors) {
+    const Operation *op = own->op;
+    const int64_t block_size = op->block_size;
+    Vector total[QUERIES][VALUE_VECTORS];
+#pragma GCC unroll 4
+    for (int q = 0; q < queries; q++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) total[q][v] = load(sums[q] + first + v * LANES);
+    for (int64_t block = begin; block < end; block += block_size) {
+        const int64_t tile = tile_of(own, block / block_size, dim) + first;
+        const int64_t keys = end - block < block_size ? end - block : block_size;
+        const int64_t next = block + block_size < end ? block + block_size : block;
+        const char *ahead = address(op->values, tile_of(own, next / block_size, dim) + first, type);
+        for (int64_t key = 0; key < keys; key++) {
+            if (queries == 1)
+                for (int v = 0; v < vectors; v++) __builtin_prefetch(address(ahead, key * dim + v * LANES, type));
+            Vector value[VALUE_VECTORS];
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) value[v] = load_as(op->values, tile + key * dim + v * LANES, type);
+#pragma GCC unroll 4
+            for (int q = 0; q < queries; q++) {
+                const Vector weight = broadcast(weights[q][block - begin + key]);
+#pragma GCC unroll 4
+                for (int v = 0; v < vectors; v++) total[q][v] = multiply_add(weight, value[v], total[q][v]);
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int q = 0; q < queries; q++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) store(sums[q] + first + v * LANES, total[q][v]);
+}
+
+/* Attention of `queries` neighbouring tokens, the first of them number `first` of the sequence's in this step. */
+INLINE void attend(const Head *own, int64_t first, const int64_t dim, const int type, const int queries) {
+    const Operation *op = own->op;
+    const int64_t position = own->start + first;
+    float query[QUERIES][MAX_DIM], sums[QUERIES][MAX_DIM], weights[QUERIES][SEGMENT];
+    float highest[QUERIES], total[QUERIES];
+    const float scale = 1.0f / sqrtf((float)dim);
+    for (int q = 0; q < queries; q++) {
+        norm_and_turn(op, own->qkv + (first + q) * own->stride, position + q, 0, query[q], dim);
+        for (int64_t d = 0; d < dim; d++) {
+            query[q][d] *= scale;
+            sums[q][d] = 0.0f;
+        }
+        highest[q] = -INFINITY;
+        total[q] = 0.0f;
+    }
+    const int64_t length = position + queries; /* keys that the last of them sees */
+    for (int64_t begin = 0; begin < length; begin += SEGMENT) {
+        const int64_t end = length - begin < SEGMENT ? length : begin + SEGMENT;
+        score_segment(own, query, position, begin, end, weights, dim, type, queries);
+        for (int q = 0; q < queries; q++) {
+            Vector most = broadcast(-INFINITY), some = broadcast(0.0f);
+            for (int64_t at = 0; at < end - begin; at += LANES) most = larger(most, load(weights[q] + at));
+            const float before = highest[q], now = maximum(most) > before ? maximum(most) : before;
+            for (int64_t at = 0; at < end - begin; at += LANES) {
+                const Vector weight = exponential(subtract(load(weights[q] + at), broadcast(now)));
+                store(weights[q] + at, weight);
+                some = add(some, weight);
+            }
+            highest[q] = now;
+            if (begin == 0) {
+                total[q] = sum(some);
+                continue;
+            }
+            float shrink[LANES];
+            store(shrink, exponential(broadcast(before - now)));
+            total[q] = total[q] * shrink[0] + sum(some);
+            for (int64_t d = 0; d < dim; d++) sums[q][d] *= shrink[0];
+        }
+        int64_t d = 0;
+        for (; d + VALUE_VECTORS * LANES <= dim; d += VALUE_VECTORS * LANES)
+            add_values(own, begin, end, weights, sums, d, dim, type, queries, VALUE_VECTORS);
+        for (; d + LANES <= dim; d += LANES) add_values(own, begin, end, weights, sums, d, dim, type, queries, 1);
+        for (; d < dim; d++)
+            for (int64_t at = begin; at < end; at++) {
+                const int64_t place = tile_of(own, at / op->block_size, dim) + at % op->block_size * dim + d;
+                const float value = item_as(op->values, place, type);
+                for (int q = 0; q < queries; q++) sums[q][d] = fmaf(weights[q][at - begin], value, sums[q][d]);
+            }
+    }
+    for (int q = 0; q < queries; q++)
+        for (int64_t d = 0; d < dim; d++) own->out[(first + q) * own->out_stride + d] = sums[q][d] / total[q];
+}
+
+INLINE void attend_all(const Head *own, const int64_t dim, const int type) {
+    store_keys_values(own, dim, type);
+    int64_t first = 0;
+    for (; first + QUERIES <= own->count; first += QUERIES) attend(own, first, dim, type, QUERIES);
+    for (; first < own->count; first++) attend(own, first, dim, type, 1);
+}
+
+static void attend_head(const Head *own) {
+    const Operation *op = own->op;
+    if (op->head_dim == 64) { /* Adept's; the compiler unrolls what it knows */
+        if (op->type == FLOAT16) attend_all(own, 64, FLOAT16);
+        else if (op->type == BFLOAT16) attend_all(own, 64, BFLOAT16);
+        else attend_all(own, 64, FLOAT32);
+    } else {
+        if (op->type == FLOAT16) attend_all(own, op->head_dim, FLOAT16);
+        else if (op->type == BFLOAT16) attend_all(own, op->head_dim, BFLOAT16);
+        else attend_all(own, op->head_dim, FLOAT32);
+    }
+}
+
+#endif

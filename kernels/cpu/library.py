@@ -1,0 +1,83 @@
+"""The compiled C code: finds the build for this processor, and mirrors the structures of network.h.
+
+Knows nothing of tensors.
+"""
+
+import ctypes
+from collections.abc import Mapping
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+BUILDS: Mapping[str, frozenset[str]] = {
+    "avx512_bf16": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}),
+    "avx512": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
+    "avx2": frozenset({"avx2", "fma", "f16c", "bmi2"}),
+}
+"""What each build needs, by the names of /proc/cpuinfo; the fastest first."""
+
+EMBED, LINEAR, ATTENTION, NORM_ROWS, ARGMAX = range(5)
+STORE, STORE_RELU_SQUARED, ADD = range(3)
+FLOAT32, FLOAT16, BFLOAT16 = range(3)
+
+
+class Operation(ctypes.Structure):
+    """One operation of a program; network.h says which fields each kind uses."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("kind", "type", "finish", "rounds", "sparse", "in_", "out")),
+        *((name, ctypes.c_int64) for name in ("heads", "head_dim", "rotary", "block_size")),
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("input", "output", "norm_weight", "norm_bias", "weight", "bias")),
+        *((name, ctypes.c_void_p) for name in ("cosine", "sine", "keys", "values")),
+    )
+
+
+class Step(ctypes.Structure):
+    """What a program runs on; network.h says what the fields hold."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("tokens", "sequences", "rows")),
+        *((name, ctypes.c_void_p) for name in ("token_ids", "sampled", "starts", "firsts", "tables", "table_firsts")),
+        *((name, ctypes.c_void_p) for name in ("row_ids", "hidden", "sampled_tokens")),
+    )
+
+
+def library_path(build: str) -> Path:
+    """Where installing the project has put a build, if it could be compiled."""
+    return Path(__file__).parent / f"_{build}{EXTENSION_SUFFIXES[0]}"
+
+
+def processor_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """What this processor can do, by the names of /proc/cpuinfo; empty where there is no such file."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+
+
+def builds() -> list[str]:
+    """The builds that are there and that this processor runs, the fastest first."""
+    flags = processor_flags()
+    return [build for build, needed in BUILDS.items() if needed <= flags and library_path(build).exists()]
+
+
+@cache
+def load(build: str) -> ctypes.CDLL:
+    """A build's functions, typed.
+
+    Raises:
+        OSError: it cannot be loaded.
+    """
+    library = ctypes.CDLL(str(library_path(build)))
+    integer, pointer = ctypes.c_int64, ctypes.c_void_p
+    library.persimmon_scratch_bytes.argtypes = (integer, integer)
+    library.persimmon_scratch_bytes.restype = integer
+    library.persimmon_run.argtypes = (pointer, integer, pointer, pointer, integer, integer)
+    library.persimmon_run.restype = integer
+    library.persimmon_pack.argtypes = (pointer, pointer, integer, integer, integer, integer, integer)
+    library.persimmon_pack.restype = None
+    library.persimmon_multiplies_bfloat16.argtypes = ()
+    library.persimmon_multiplies_bfloat16.restype = integer
+    return library

@@ -1,0 +1,253 @@
+/* Rows times a packed weight, the same bits for a row whatever other rows are there.
+ *
+ * A [out, in] weight is stored as panels of PANEL outputs, each [in, PANEL], so that the products of a panel read memory
+ * from front to back; the last panel is as narrow as what is left.  For inputs rounded to bfloat16 it is
+ * [in / 2, PANEL, 2]: one instruction multiplies a pair of inputs by a pair of weights.
+ *
+ * An output is summed in the order of its inputs, in float32, DEPTH of them at a time: a slice of a panel stays in the
+ * first-level cache while all rows pass it, and sums wait in memory meanwhile, which rounds nothing.
+ */
+#ifndef PERSIMMON_LINEAR_H
+#define PERSIMMON_LINEAR_H
+
+#include "network.h"
+#include "vectors.h"
+
+/* Inputs of a slice: [128, 64] float32 are 32 KiB. */
+#define DEPTH 128
+/* Rows whose sums wait together. */
+#define ROWS_AT_ONCE 96
+/* Rows that share the weights in registers. */
+#define TILE_ROWS 6
+/* Vectors of outputs beside so many rows: as many sums as registers hold, and enough of them that additions need not wait
+ * for one another. */
+#if LANES == 16
+#define MAX_VECTORS 4
+#define TILE_VECTORS(rows) 4
+#else
+#define MAX_VECTORS 8
+#define TILE_VECTORS(rows) ((rows) == 1 ? 8 : (rows) <= 3 ? 4 : 2)
+#endif
+/* Inputs that are zero in all rows are left out where there are at most so many rows, and at least a quarter of zeros. */
+#define SPARSE_ROWS 4
+
+/* Whose memory one thread uses: sums [ROWS_AT_ONCE, PANEL], a slice [DEPTH, PANEL] in another form, and which inputs of
+ * a slice are not zero. */
+typedef struct {
+    float sums[ROWS_AT_ONCE * PANEL];
+    float slice[DEPTH * PANEL];
+    int32_t nonzero[DEPTH];
+} Workspace;
+
+/* sums[row, :] += inputs[row, k] * slice[k, :] for `depth` values of k, in order; all, or those in `nonzero`. */
+INLINE void multiply_tile(const float *inputs, int64_t stride, const void *slice, int64_t depth,
+                          const int32_t *nonzero, float *sums, const int type, const int rows, const int sparse) {
+    const int vectors = TILE_VECTORS(rows);
+    for (int column = 0; column < PANEL; column += vectors * LANES) {
+        Vector total[TILE_ROWS][MAX_VECTORS];
+#pragma GCC unroll 6
+        for (int row = 0; row < rows; row++)
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; v++) total[row][v] = load(sums + row * PANEL + column + v * LANES);
+        for (int64_t i = 0; i < depth; i++) {
+            const int64_t k = sparse ? nonzero[i] : i;
+            Vector weights[MAX_VECTORS];
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; v++) weights[v] = load_as(slice, k * PANEL + column + v * LANES, type);
+#pragma GCC unroll 6
+            for (int row = 0; row < rows; row++) {
+                const Vector input = broadcast(inputs[row * stride + k]);
+#pragma GCC unroll 8
+                for (int v = 0; v < vectors; v++) total[row][v] = multiply_add(input, weights[v], total[row][v]);
+            }
+        }
+#pragma GCC unroll 6
+        for (int row = 0; row < rows; row++)
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; v++) store(sums + row * PANEL + column + v * LANES, total[row][v]);
+    }
+}
+
+#if defined(__AVX512BF16__)
+/* The same for pairs: inputs [*, stride] and slice [depth, PANEL, 2] of bfloat16. */
+INLINE void multiply_pairs_tile(const uint16_t *inputs, int64_t stride, const uint16_t *slice, int64_t depth,
+                                const int32_t *nonzero, float *sums, const int rows, const int sparse) {
+    Vector total[TILE_ROWS][MAX_VECTORS];
+#pragma GCC unroll 6
+    for (int row = 0; row < rows; row++)
+#pragma GCC unroll 4
+        for (int v = 0; v < MAX_VECTORS; v++) total[row][v] = load(sums + row * PANEL + v * LANES);
+    for (int64_t i = 0; i < depth; i++) {
+        const int64_t k = sparse ? nonzero[i] : i;
+        __m512bh weights[MAX_VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < MAX_VECTORS; v++)
+            weights[v] = (__m512bh)_mm512_loadu_si512(slice + (k * PANEL + v * LANES) * 2);
+#pragma GCC unroll 6
+        for (int row = 0; row < rows; row++) {
+            int32_t pair;
+            memcpy(&pair, inputs + row * stride + 2 * k, sizeof pair);
+            const __m512bh input = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+            for (int v = 0; v < MAX_VECTORS; v++)
+                total[row][v] = _mm512_dpbf16_ps(total[row][v], input, weights[v]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int row = 0; row < rows; row++)
+#pragma GCC unroll 4
+        for (int v = 0; v < MAX_VECTORS; v++) store(sums + row * PANEL + v * LANES, total[row][v]);
+}
+#endif
+
+#define FOR_ROWS(rows, call)                                                                                          \
+    switch (rows) {                                                                                                   \
+        case 1: call(1); break;                                                                                       \
+        case 2: call(2); break;                                                                                       \
+        case 3: call(3); break;                                                                                       \
+        case 4: call(4); break;                                                                                       \
+        case 5: call(5); break;                                                                                       \
+        default: call(6); break;                                                                                      \
+    }
+
+/* Where a slice's inputs are not zero in any row, if enough are zero to be worth it; else -1.  `pairs`: the inputs are
+ * bfloat16 and taken two by two. */
+static int64_t find_nonzero(const void *inputs, int64_t stride, int64_t rows, int64_t depth, int pairs, int32_t *found) {
+    int64_t count = 0;
+    for (int64_t k = 0; k < depth; k++) {
+        uint32_t bits = 0;
+        for (int64_t row = 0; row < rows; row++) {
+            uint32_t item;
+            memcpy(&item, (const char *)inputs + (row * stride * (pairs ? 2 : 4)) + k * 4, sizeof item);
+            bits |= item & (pairs ? 0x7fff7fffu : 0x7fffffffu);
+        }
+        found[count] = (int32_t)k;
+        count += bits != 0;
+    }
+    return count * 4 <= depth * 3 ? count : -1;
+}
+
+/* A slice of a panel as multiply_tile reads it: float32, PANEL wide. */
+INLINE void widen_slice(const void *weights, int64_t depth, int64_t width, const int type, float *slice) {
+    if (width == PANEL) {
+        for (int64_t i = 0; i < depth * PANEL; i += LANES) store(slice + i, load_as(weights, i, type));
+        return;
+    }
+    for (int64_t k = 0; k < depth; k++)
+        for (int64_t column = 0; column < PANEL; column++)
+            slice[k * PANEL + column] = column < width ? item_as(weights, k * width + column, type) : 0.0f;
+}
+
+/* A slice of pairs, PANEL wide. */
+static void widen_pairs(const uint16_t *weights, int64_t depth, int64_t width, uint16_t *slice) {
+    for (int64_t k = 0; k < depth; k++)
+        for (int64_t i = 0; i < 2 * PANEL; i++) slice[k * 2 * PANEL + i] = i < 2 * width ? weights[k * 2 * width + i] : 0;
+}
+
+/* The largest share of `rows` that tiles of TILE_ROWS can have alike. */
+INLINE int64_t tile_rows(int64_t rows) {
+    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    return (rows + tiles - 1) / tiles;
+}
+
+INLINE void multiply_slice(const float *inputs, int64_t stride, int64_t rows, const void *slice, int64_t depth,
+                           int64_t nonzero_count, const int32_t *nonzero, float *sums, const int type) {
+    const int64_t step = tile_rows(rows);
+    for (int64_t row = 0; row < rows; row += step) {
+        const int64_t some = rows - row < step ? rows - row : step;
+        const float *own = inputs + row * stride;
+        float *own_sums = sums + row * PANEL;
+        if (nonzero_count >= 0) {
+#define SPARSE(n) multiply_tile(own, stride, slice, nonzero_count, nonzero, own_sums, type, n, 1)
+            FOR_ROWS(some, SPARSE)
+        } else {
+#define DENSE(n) multiply_tile(own, stride, slice, depth, nonzero, own_sums, type, n, 0)
+            FOR_ROWS(some, DENSE)
+        }
+    }
+}
+
+/* The same for a slice in its own type.  What one tile reads, it widens itself; more tiles read what is widened once. */
+static void multiply_any_slice(const float *inputs, int64_t stride, int64_t rows, const void *weights, int64_t depth,
+                               int64_t width, int64_t type, int64_t nonzero_count, Workspace *own) {
+    const int direct = width == PANEL && (type == FLOAT32 || rows <= TILE_ROWS);
+    if (!direct) {
+        if (type == FLOAT16) widen_slice(weights, depth, width, FLOAT16, own->slice);
+        else if (type == BFLOAT16) widen_slice(weights, depth, width, BFLOAT16, own->slice);
+        else widen_slice(weights, depth, width, FLOAT32, own->slice);
+    }
+#define MULTIPLY(slice, as) multiply_slice(inputs, stride, rows, slice, depth, nonzero_count, own->nonzero, own->sums, as)
+    if (!direct) MULTIPLY(own->slice, FLOAT32);
+    else if (type == FLOAT16) MULTIPLY(weights, FLOAT16);
+    else if (type == BFLOAT16) MULTIPLY(weights, BFLOAT16);
+    else MULTIPLY(weights, FLOAT32);
+}
+
+#if defined(__AVX512BF16__)
+static void multiply_pairs_slice(const uint16_t *inputs, int64_t stride, int64_t rows, const uint16_t *slice,
+                                 int64_t depth, int64_t nonzero_count, const int32_t *nonzero, float *sums) {
+    const int64_t step = tile_rows(rows);
+    for (int64_t row = 0; row < rows; row += step) {
+        const int64_t some = rows - row < step ? rows - row : step;
+        const uint16_t *own = inputs + row * stride;
+        float *own_sums = sums + row * PANEL;
+        if (nonzero_count >= 0) {
+#define SPARSE_PAIRS(n) multiply_pairs_tile(own, stride, slice, nonzero_count, nonzero, own_sums, n, 1)
+            FOR_ROWS(some, SPARSE_PAIRS)
+        } else {
+#define DENSE_PAIRS(n) multiply_pairs_tile(own, stride, slice, depth, nonzero, own_sums, n, 0)
+            FOR_ROWS(some, DENSE_PAIRS)
+        }
+    }
+}
+#endif
+
+/* One panel's sums for up to ROWS_AT_ONCE rows. */
+static void multiply_panel(const Operation *op, const void *inputs, int64_t rows, int64_t panel, Workspace *own) {
+    const int64_t in = op->in, first = panel * PANEL;
+    const int64_t width = op->out - first < PANEL ? op->out - first : PANEL;
+    const int64_t item_bytes = op->type == FLOAT32 ? 4 : 2;
+    const char *weights = (const char *)op->weight + first * in * item_bytes;
+    const int may_be_sparse = op->sparse && rows <= SPARSE_ROWS;
+    memset(own->sums, 0, (size_t)(rows * PANEL) * sizeof(float));
+    for (int64_t start = 0; start < in; start += DEPTH) {
+        const int64_t depth = in - start < DEPTH ? in - start : DEPTH;
+        const void *slice = weights + start * width * item_bytes;
+        int64_t count = -1;
+#if defined(__AVX512BF16__)
+        if (op->rounds) {
+            const uint16_t *some = (const uint16_t *)inputs + start;
+            if (may_be_sparse) count = find_nonzero(some, in, rows, depth / 2, 1, own->nonzero);
+            if (width < PANEL) {
+                widen_pairs(slice, depth / 2, width, (uint16_t *)own->slice);
+                slice = own->slice;
+            }
+            multiply_pairs_slice(some, in, rows, slice, depth / 2, count, own->nonzero, own->sums);
+            continue;
+        }
+#endif
+        const float *some = (const float *)inputs + start;
+        if (may_be_sparse) count = find_nonzero(some, in, rows, depth, 0, own->nonzero);
+        multiply_any_slice(some, in, rows, slice, depth, width, op->type, count, own);
+    }
+}
+
+/* Bias, activation and residual, into the output. */
+static void finish_panel(const Operation *op, int64_t first_row, int64_t rows, int64_t panel, const float *sums) {
+    const int64_t first = panel * PANEL;
+    const int64_t width = op->out - first < PANEL ? op->out - first : PANEL;
+    for (int64_t row = 0; row < rows; row++) {
+        float *to = op->output + (first_row + row) * op->out + first;
+        const float *from = sums + row * PANEL;
+        for (int64_t i = 0; i < width; i++) {
+            float value = from[i] + (op->bias ? op->bias[first + i] : 0.0f);
+            if (op->finish == STORE_RELU_SQUARED) {
+                value = value > 0.0f ? value : 0.0f;
+                value *= value;
+            }
+            to[i] = op->finish == ADD ? to[i] + value : value;
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,291 @@
+"""The network's operations in C: each as a call of its own, or recorded as a program that one call runs.
+
+Shapes and maths are those of `kernels.reference`, except that activations are float32 whatever the weights' dtype, and
+that a block's keys lie in the cache dimension by dimension.  A row's result has the same bits whatever is computed
+beside it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from kernels.cpu import library
+from kernels.cpu.pages import advise_large_pages
+from kernels.cpu.program import Program, step_of
+from kernels.operands import Linear, Norm, Residual, Rotary, StepLimits
+
+_TYPES = {torch.float32: library.FLOAT32, torch.float16: library.FLOAT16, torch.bfloat16: library.BFLOAT16}
+
+
+@dataclass(frozen=True, slots=True)
+class NativePlan:
+    """A step's sequences as the kernels read them.
+
+    Attributes:
+        starts: [B] int32, position of each sequence's first token.
+        firsts: [B + 1] int32, the row of each one's first token, and T.
+        tables: [*] int32, the sequences' blocks, one list after the other.
+        table_firsts: [B] int32, where each one's list begins.
+    """
+
+    starts: np.ndarray
+    firsts: np.ndarray
+    tables: np.ndarray
+    table_firsts: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(self.firsts[-1])
+
+
+class NativeKernels:
+    """Implements `kernels.Kernels` for a CPU.
+
+    Args:
+        build: one of `library.builds()`.
+        dtype: the network's.  With bfloat16, a processor that multiplies such numbers as they are gets inputs rounded
+            to bfloat16, as in torch; all other products are made in float32.
+    """
+
+    def __init__(self, build: str, dtype: torch.dtype = torch.float32) -> None:
+        self.build = build
+        self.dtype = dtype
+        self.library = library.load(build)
+        self._rounds = dtype == torch.bfloat16 and bool(self.library.persimmon_multiplies_bfloat16())
+
+    def workspace_bytes(self, limits: StepLimits) -> int:
+        """Bytes of the buffers of a recorded program, and of a product's inputs beside them."""
+        hidden, inner = limits.hidden_size, limits.intermediate_size
+        # x, qkv, what attention makes, the MLP's inner values; then the widest input once more.
+        per_token = hidden + 3 * hidden + hidden + inner + max(hidden, inner)
+        return limits.max_num_batched_tokens * per_token * torch.float32.itemsize
+
+    def reserve(self, limits: StepLimits) -> None:
+        """Makes nothing: a program's buffers are its own."""
+        del limits
+
+    def stored_dtype(self, stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+        """As `reference.stored_dtype`; but 16 bits stay in a float32 network: products widen them exactly."""
+        return stored if dtype == torch.float32 and stored in _TYPES else dtype
+
+    def prepare_bias(self, bias: torch.Tensor) -> torch.Tensor:
+        """In float32, like all activations."""
+        return bias.float()
+
+    def prepare_weight(self, weight: torch.Tensor, *, sparse_input: bool = False) -> torch.Tensor:
+        """A [out, in] weight in panels, see linear.h.
+
+        Returns:
+            Its numbers in another order: [1, out, in], or [1, out, in / 2, 2] for inputs rounded to bfloat16.
+        """
+        del sparse_input
+        weight = weight.contiguous()
+        rows, columns = weight.shape
+        pairs = self._rounds and weight.dtype == torch.bfloat16 and columns % 2 == 0
+        shape = (1, rows, columns // 2, 2) if pairs else (1, rows, columns)
+        packed = advise_large_pages(torch.empty(shape, dtype=weight.dtype))
+        size, threads = weight.dtype.itemsize, torch.get_num_threads()
+        self.library.persimmon_pack(weight.data_ptr(), packed.data_ptr(), rows, columns, size, int(pairs), threads)
+        return packed
+
+    def plan_attention(
+        self,
+        block_tables: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        counts: Sequence[int],
+        *,
+        num_blocks: int,
+        num_heads: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> NativePlan:
+        """As `reference.plan_attention`; best sorted by length, because the last sequences are begun first."""
+        del num_blocks, num_heads, block_size, dtype, device
+        lengths = [len(table) for table in block_tables]
+        return NativePlan(
+            starts=np.array(starts, dtype=np.int32),
+            firsts=np.cumsum([0, *counts], dtype=np.int32),
+            tables=np.fromiter(chain.from_iterable(block_tables), dtype=np.int32, count=sum(lengths)),
+            table_firsts=np.cumsum([0, *lengths[:-1]], dtype=np.int32),
+        )
+
+    def rotary_at(self, table: Rotary, plan: NativePlan) -> Rotary:
+        """The whole table: kernels look their tokens' positions up themselves."""
+        del plan
+        return table
+
+    def embed(
+        self, token_ids: torch.Tensor, sampled: torch.Tensor | None, table: torch.Tensor, plan: NativePlan
+    ) -> Residual:
+        """As `reference.embed`."""
+        x = self._buffer("x", plan.num_tokens, table.shape[1])
+        operation = library.Operation(kind=library.EMBED, type=_TYPES[table.dtype], out=table.shape[1])
+        operation.weight, operation.output = table.data_ptr(), x.data_ptr()
+        self._run(operation, step_of_plan(plan, token_ids=token_ids, sampled=sampled), table, x)
+        return Residual(x)
+
+    def norm_linear(self, x: Residual, norm: Norm, linear: Linear, plan: NativePlan) -> torch.Tensor:
+        """As `reference.norm_linear`."""
+        out = self._buffer("projected", plan.num_tokens, _out_features(linear.weight))
+        self._linear(x.values, norm, linear, out, library.STORE, step_of_plan(plan))
+        return out
+
+    def attention(
+        self,
+        qkv: torch.Tensor,
+        qk_norm: Norm | None,
+        rotary: Rotary,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        plan: NativePlan,
+    ) -> torch.Tensor:
+        """As `reference.attention`."""
+        _, heads, _, head_dim = qkv.shape
+        out = self._buffer("attended", plan.num_tokens, heads * head_dim)
+        operation = library.Operation(
+            kind=library.ATTENTION,
+            type=_TYPES[k_cache.dtype],
+            heads=heads,
+            head_dim=head_dim,
+            rotary=2 * rotary.cos.shape[1],
+            block_size=k_cache.shape[2],
+            input=qkv.data_ptr(),
+            output=out.data_ptr(),
+            cosine=rotary.cos.data_ptr(),
+            sine=rotary.sin.data_ptr(),
+            keys=k_cache.data_ptr(),
+            values=v_cache.data_ptr(),
+        )
+        if qk_norm is not None:
+            operation.norm_weight, operation.norm_bias = qk_norm.weight.data_ptr(), qk_norm.bias.data_ptr()
+            operation.eps = qk_norm.eps
+        self._run(operation, step_of_plan(plan), qkv, qk_norm, rotary, k_cache, v_cache, out)
+        return out
+
+    def add_linear_(self, x: Residual, attended: torch.Tensor, linear: Linear, plan: NativePlan) -> None:
+        """As `reference.add_linear_`."""
+        self._linear(attended, None, linear, x.values, library.ADD, step_of_plan(plan))
+
+    def add_mlp_(self, x: Residual, norm: Norm, up: Linear, down: Linear, plan: NativePlan) -> None:
+        """As `reference.add_mlp_`; with few rows, inputs of `down` that are zero in all of them are left out."""
+        inner = self._buffer("inner", plan.num_tokens, _out_features(up.weight))
+        step = step_of_plan(plan)
+        self._linear(x.values, norm, up, inner, library.STORE_RELU_SQUARED, step)
+        self._linear(inner, None, down, x.values, library.ADD, step, sparse=True)
+
+    def norm_rows(self, x: Residual, norm: Norm, rows: torch.Tensor | None) -> torch.Tensor:
+        """As `reference.norm_rows`."""
+        hidden = torch.empty(len(x.values) if rows is None else len(rows), x.values.shape[1])
+        operation = library.Operation(kind=library.NORM_ROWS, in_=x.values.shape[1], input=x.values.data_ptr())
+        operation.norm_weight, operation.norm_bias, operation.eps = (
+            norm.weight.data_ptr(),
+            norm.bias.data_ptr(),
+            norm.eps,
+        )
+        self._run(operation, step_of(len(x.values), rows=rows, hidden=hidden), x.values, norm)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        """As `reference.logits`."""
+        if head.ndim == 2:  # an embedding, which is not packed
+            return F.linear(hidden.to(head.dtype), head).float()
+        out = torch.empty(len(hidden), _out_features(head))
+        self._linear(hidden.contiguous(), None, Linear(head, None), out, library.STORE, step_of(len(out)))
+        return out
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """[R] int64, the place of the largest of each row's logits [R, vocab_size] float32, the first among equals."""
+        tokens = torch.empty(len(logits), dtype=torch.int64)
+        operation = library.Operation(kind=library.ARGMAX, in_=logits.shape[1], input=logits.data_ptr())
+        self._run(operation, step_of(len(logits), sampled_tokens=tokens), logits)
+        return tokens
+
+    def _linear(
+        self,
+        values: torch.Tensor,
+        norm: Norm | None,
+        linear: Linear,
+        out: torch.Tensor,
+        finish: int,
+        step: library.Step,
+        *,
+        sparse: bool = False,
+    ) -> None:
+        weight = linear.weight
+        operation = library.Operation(
+            kind=library.LINEAR,
+            type=_TYPES[weight.dtype],
+            finish=finish,
+            rounds=int(weight.ndim == 4),
+            sparse=int(sparse),
+            in_=values.shape[1],
+            out=out.shape[1],
+            input=values.data_ptr(),
+            output=out.data_ptr(),
+            weight=weight.data_ptr(),
+            bias=None if linear.bias is None else linear.bias.data_ptr(),
+        )
+        if norm is not None:
+            operation.norm_weight, operation.norm_bias = norm.weight.data_ptr(), norm.bias.data_ptr()
+            operation.eps = norm.eps
+        self._run(operation, step, values, norm, linear, out)
+
+    def record(self, max_tokens: int, forward: Callable[["NativeKernels", NativePlan], object]) -> Program:
+        """Records the operations that `forward` asks for.
+
+        Args:
+            max_tokens: of the steps that the program is for.
+            forward: one pass of the network through the kernels it is given.  It gets a plan that stands for all, and
+                returns nothing that means anything.
+        """
+        program = Program(self.library, max_tokens)
+        nothing = np.zeros(1, dtype=np.int32)
+        forward(_Recorder(self, program), NativePlan(nothing, nothing, nothing, nothing))
+        return program
+
+    def _buffer(self, name: str, rows: int, width: int) -> torch.Tensor:
+        """Where a result goes: [rows, width] float32; `name` says what for."""
+        del name
+        return torch.empty(rows, width)
+
+    def _run(self, operation: library.Operation, step: library.Step, *operands: object) -> None:
+        """Runs one operation; `operands` are what it points at."""
+        program = Program(self.library, step.tokens)
+        program.append(operation, operands)
+        program.run(step)
+
+
+class _Recorder(NativeKernels):
+    """Writes down what it is asked to do."""
+
+    def __init__(self, kernels: NativeKernels, program: Program) -> None:
+        super().__init__(kernels.build, kernels.dtype)
+        self._program = program
+
+    def _buffer(self, name: str, rows: int, width: int) -> torch.Tensor:
+        del rows
+        return self._program.buffer(name, width)
+
+    def _run(self, operation: library.Operation, step: library.Step, *operands: object) -> None:
+        del step
+        self._program.append(operation, operands)
+
+
+def step_of_plan(plan: NativePlan, **tensors: torch.Tensor | None) -> library.Step:
+    """A step of a plan's sequences."""
+    step = step_of(plan.num_tokens, **tensors)
+    step.sequences = len(plan.starts)
+    for name in ("starts", "firsts", "tables", "table_firsts"):
+        setattr(step, name, getattr(plan, name).ctypes.data)
+    return step
+
+
+def _out_features(weight: torch.Tensor) -> int:
+    """Of what `prepare_weight` made."""
+    return weight.shape[1]

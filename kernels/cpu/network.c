@@ -1,0 +1,180 @@
+/* Runs a program of operations: each is one or two phases of a piece of work for the team of threads.
+ *
+ * Compiled once for each generation of processors that `library.py` names.
+ */
+#define _GNU_SOURCE
+#include "network.h"
+
+#include <stdlib.h>
+
+#include "vectors.h"
+
+#include "attention.h"
+#include "linear.h"
+#include "norm.h"
+#include "team.h"
+
+typedef struct {
+    const Operation *program;
+    const Step *step;
+    void *inputs;          /* [max_tokens, widest_input] floats: a projection's inputs, normalised or rounded */
+    Workspace *workspaces; /* one a thread */
+} Run;
+
+static void embed(const Operation *op, const Step *step, int64_t row) {
+    int64_t id = step->token_ids[row];
+    if (id < 0) id = step->sampled[-1 - id];
+    float *to = op->output + row * op->out;
+    for (int64_t i = 0; i < op->out; i++) to[i] = item_as(op->weight, id * op->out + i, (int)op->type);
+}
+
+/* One row of a projection's inputs, normalised or rounded. */
+static void prepare_row(const Operation *op, int64_t row, void *inputs) {
+    const float *from = op->input + row * op->in;
+    if (!op->rounds) {
+        layer_norm(from, (float *)inputs + row * op->in, op->norm_weight, op->norm_bias, (float)op->eps, op->in);
+        return;
+    }
+    float normed[op->in];
+    if (op->norm_weight) {
+        layer_norm(from, normed, op->norm_weight, op->norm_bias, (float)op->eps, op->in);
+        from = normed;
+    }
+    uint16_t *to = (uint16_t *)inputs + row * op->in;
+    for (int64_t i = 0; i < op->in; i++) to[i] = to_bfloat16(from[i]);
+}
+
+/* Some rows of one panel. */
+static void linear(const Operation *op, const Run *run, int64_t part, int64_t thread) {
+    const int64_t rows = run->step->tokens, panels = (op->out + PANEL - 1) / PANEL;
+    const int64_t first = part / panels * ROWS_AT_ONCE, panel = part % panels;
+    const int64_t some = rows - first < ROWS_AT_ONCE ? rows - first : ROWS_AT_ONCE;
+    const char *inputs = op->norm_weight || op->rounds ? run->inputs : (const void *)op->input;
+    Workspace *own = run->workspaces + thread;
+    multiply_panel(op, inputs + first * op->in * (op->rounds ? 2 : 4), some, panel, own);
+    finish_panel(op, first, some, panel, own->sums);
+}
+
+/* One head of one sequence. */
+static void attention(const Operation *op, const Step *step, int64_t part) {
+    const int64_t width = op->heads * op->head_dim;
+    /* The last sequences are the longest: they come first, so that nobody waits for one at the end. */
+    const int64_t sequence = step->sequences - 1 - part / op->heads, head = part % op->heads;
+    const int64_t first = step->firsts[sequence];
+    const Head own = {
+        .op = op,
+        .qkv = op->input + (first * op->heads + head) * 3 * op->head_dim,
+        .stride = 3 * width,
+        .out = op->output + first * width + head * op->head_dim,
+        .out_stride = width,
+        .head = head,
+        .start = step->starts[sequence],
+        .count = step->firsts[sequence + 1] - first,
+        .table = step->tables + step->table_firsts[sequence],
+    };
+    attend_head(&own);
+}
+
+static void norm_row(const Operation *op, const Step *step, int64_t row) {
+    const int64_t from = step->row_ids ? step->row_ids[row] : row;
+    layer_norm(op->input + from * op->in, step->hidden + row * op->in, op->norm_weight, op->norm_bias, (float)op->eps,
+               op->in);
+}
+
+/* The first of the largest; any place in a row of NaN. */
+static void argmax(const Operation *op, const Step *step, int64_t row) {
+    const float *from = op->input + row * op->in;
+    Vector most = broadcast(-INFINITY);
+    int64_t i = 0;
+    for (; i + LANES <= op->in; i += LANES) most = larger(load(from + i), most);
+    float best = maximum(most);
+    for (; i < op->in; i++) best = from[i] > best ? from[i] : best;
+    int64_t place = 0;
+    while (place < op->in && !(from[place] >= best)) place++;
+    step->sampled_tokens[row] = place < op->in ? place : 0;
+}
+
+/* How many parts an operation's two phases have. */
+static void count_parts(const Operation *op, const Step *step, uint32_t parts[2]) {
+    const int64_t blocks = (step->tokens + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+    parts[0] = parts[1] = 0;
+    switch (op->kind) {
+        case LINEAR:
+            parts[0] = op->norm_weight || op->rounds ? (uint32_t)step->tokens : 0;
+            parts[1] = (uint32_t)(blocks * ((op->out + PANEL - 1) / PANEL));
+            break;
+        case ATTENTION: parts[1] = (uint32_t)(step->sequences * op->heads); break;
+        case NORM_ROWS: parts[1] = (uint32_t)step->rows; break;
+        default: parts[1] = (uint32_t)step->tokens;
+    }
+}
+
+static void run_part(const void *context, int64_t phase, int64_t part, int64_t thread) {
+    const Run *run = context;
+    const Operation *op = run->program + phase / 2;
+    switch (op->kind) {
+        case EMBED: embed(op, run->step, part); break;
+        case LINEAR:
+            if (phase % 2) linear(op, run, part, thread);
+            else prepare_row(op, part, run->inputs);
+            break;
+        case ATTENTION: attention(op, run->step, part); break;
+        case NORM_ROWS: norm_row(op, run->step, part); break;
+        case ARGMAX: argmax(op, run->step, part); break;
+    }
+}
+
+static int64_t align(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+int64_t persimmon_scratch_bytes(int64_t inputs, int64_t threads) {
+    return align(inputs * (int64_t)sizeof(float)) + (threads < MAX_THREADS ? threads : MAX_THREADS) * sizeof(Workspace);
+}
+
+int64_t persimmon_run(const Operation *program, int64_t operations, const Step *step, void *scratch, int64_t inputs,
+                      int64_t threads) {
+    for (int64_t i = 0; i < operations; i++)
+        if (program[i].kind < EMBED || program[i].kind > ARGMAX) return i + 1;
+    uint32_t parts[MAX_PHASES];
+    for (int64_t first = 0; first < operations; first += MAX_PHASES / 2) {
+        const int64_t some = operations - first < MAX_PHASES / 2 ? operations - first : MAX_PHASES / 2;
+        for (int64_t i = 0; i < some; i++) count_parts(program + first + i, step, parts + 2 * i);
+        void *workspaces = (char *)scratch + align(inputs * (int64_t)sizeof(float));
+        const Run run = {program + first, step, scratch, workspaces};
+        work_together((Work){run_part, &run, 2 * some, threads}, parts);
+    }
+    return 0;
+}
+
+typedef struct {
+    const void *weight;
+    void *packed;
+    int64_t out, in, item_bytes, group;
+} Packing;
+
+static void pack_panel(const void *context, int64_t phase, int64_t panel, int64_t thread) {
+    (void)phase, (void)thread;
+    const Packing *own = context;
+    const int64_t first = panel * PANEL, width = own->out - first < PANEL ? own->out - first : PANEL;
+    for (int64_t column = 0; column < width; column++)
+        for (int64_t k = 0; k < own->in; k++) {
+            const int64_t from = (first + column) * own->in + k;
+            const int64_t to = first * own->in + (k / own->group * width + column) * own->group + k % own->group;
+            if (own->item_bytes == 4) ((uint32_t *)own->packed)[to] = ((const uint32_t *)own->weight)[from];
+            else ((uint16_t *)own->packed)[to] = ((const uint16_t *)own->weight)[from];
+        }
+}
+
+void persimmon_pack(const void *weight, void *packed, int64_t out, int64_t in, int64_t item_bytes, int64_t pairs,
+                    int64_t threads) {
+    const Packing packing = {weight, packed, out, in, item_bytes, pairs ? 2 : 1};
+    const uint32_t panels = (uint32_t)((out + PANEL - 1) / PANEL);
+    work_together((Work){pack_panel, &packing, 1, threads}, &panels);
+}
+
+int64_t persimmon_multiplies_bfloat16(void) {
+#if defined(__AVX512BF16__)
+    return 1;
+#else
+    return 0;
+#endif
+}

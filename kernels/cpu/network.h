@@ -1,0 +1,86 @@
+/* What Python and the native kernels say to each other: a program of operations, and the step it is run on.
+ *
+ * `library.py` mirrors these structures field by field.  Knows nothing of layers or requests.
+ */
+#ifndef PERSIMMON_NETWORK_H
+#define PERSIMMON_NETWORK_H
+
+#include <stdint.h>
+
+/* Columns of a weight that lie together; see `linear.h`. */
+#define PANEL 64
+
+enum { FLOAT32, FLOAT16, BFLOAT16 };
+
+enum { EMBED, LINEAR, ATTENTION, NORM_ROWS, ARGMAX };
+
+/* What a projection does with its result. */
+enum { STORE, STORE_RELU_SQUARED, ADD };
+
+/* One operation; each kind uses the fields it is documented to use, the others are zero.  Activations are float32,
+ * [T, width] and contiguous. */
+typedef struct {
+    int64_t kind;
+    /* EMBED: table [rows, width] of type -> output.
+     * LINEAR: input [T, in] -> LayerNorm where norm_weight is given -> times weight, plus bias where given -> output
+     *         [T, out], as `finish` says.  `rounds`: inputs are rounded to bfloat16 and multiplied as such.
+     *         `sparse`: most inputs are zero.
+     * ATTENTION: input [T, heads, 3, head_dim] -> output [T, heads * head_dim]; norm_weight, norm_bias [2, head_dim]
+     *         or null; cosine, sine [*, rotary / 2]; keys, values: the cache, of type.
+     * NORM_ROWS: rows of input [T, width] -> the step's hidden [R, width].
+     * ARGMAX: input [R, out] -> the step's tokens [R]. */
+    int64_t type;
+    int64_t finish;
+    int64_t rounds;
+    int64_t sparse;
+    int64_t in;
+    int64_t out;
+    int64_t heads;
+    int64_t head_dim;
+    int64_t rotary;
+    int64_t block_size;
+    double eps;
+    float *input;
+    float *output;
+    const float *norm_weight;
+    const float *norm_bias;
+    const void *weight;
+    const float *bias;
+    const float *cosine;
+    const float *sine;
+    void *keys;
+    void *values;
+} Operation;
+
+/* The step: T tokens of `sequences` sequences, one after the other. */
+typedef struct {
+    int64_t tokens;
+    int64_t sequences;
+    int64_t rows;              /* R */
+    const int64_t *token_ids;  /* [T]; a negative one, -1 - r, stands for sampled[r] */
+    const int64_t *sampled;    /* [*] or null */
+    const int32_t *starts;     /* [sequences] position of each one's first token */
+    const int32_t *firsts;     /* [sequences + 1] its row among the T, and T */
+    const int32_t *tables;     /* the sequences' blocks, one list after the other */
+    const int32_t *table_firsts; /* [sequences] where each one's list begins */
+    const int64_t *row_ids;    /* [R] or null for all */
+    float *hidden;             /* [R, width] */
+    int64_t *sampled_tokens;   /* [R] */
+} Step;
+
+/* Bytes of scratch memory that `persimmon_run` needs for programs whose projections have at most so many inputs in all
+ * rows together. */
+int64_t persimmon_scratch_bytes(int64_t inputs, int64_t threads);
+
+/* Runs a program in scratch memory made for it.  Returns 0, or 1 plus the index of an operation that it does not know. */
+int64_t persimmon_run(const Operation *program, int64_t operations, const Step *step, void *scratch, int64_t inputs,
+                      int64_t threads);
+
+/* Lays a [out, in] weight out as LINEAR reads it; `pairs`: for inputs rounded to bfloat16. */
+void persimmon_pack(const void *weight, void *packed, int64_t out, int64_t in, int64_t item_bytes, int64_t pairs,
+                    int64_t threads);
+
+/* Whether LINEAR can multiply bfloat16 numbers as they are. */
+int64_t persimmon_multiplies_bfloat16(void);
+
+#endif

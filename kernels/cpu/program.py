@@ -1,0 +1,93 @@
+"""Operations in a row, which one call runs on all threads.  Knows no network: it holds what it is given."""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+
+from kernels.cpu import library
+
+
+class Program:
+    """Operations recorded once, with the buffers between them, to be run on many steps.
+
+    Args:
+        functions: the library's, see `library.load`.
+        max_tokens: rows of the buffers, and so the most tokens of a step.
+    """
+
+    def __init__(self, functions: ctypes.CDLL, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self._functions = functions
+        self._operations: list[library.Operation] = []
+        self._operands: list[Sequence[object]] = []
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._ready: tuple[ctypes.Array[library.Operation], torch.Tensor, int, int] | None = None
+
+    def buffer(self, name: str, width: int) -> torch.Tensor:
+        """[max_tokens, width] float32, the same for the same name."""
+        if name not in self._buffers:
+            self._buffers[name] = torch.empty(self.max_tokens, width)
+        return self._buffers[name]
+
+    def append(self, operation: library.Operation, operands: Sequence[object]) -> None:
+        """Adds an operation.
+
+        Args:
+            operation: to run after the others.
+            operands: what it points at, to be kept alive.
+        """
+        self._operations.append(operation)
+        self._operands.append(operands)
+        self._ready = None
+
+    def run(self, step: library.Step) -> None:
+        """Runs all operations, on as many threads as torch uses.
+
+        Args:
+            step: of at most `max_tokens` tokens.
+
+        Raises:
+            ValueError: the step is too large.
+        """
+        if step.tokens > self.max_tokens:
+            raise ValueError(f"a step of {step.tokens} tokens does not fit into a program for {self.max_tokens}")
+        operations, scratch, inputs, threads = self._prepare()
+        self._functions.persimmon_run(
+            operations, len(operations), ctypes.byref(step), scratch.data_ptr(), inputs, threads
+        )
+
+    def _prepare(self) -> "tuple[ctypes.Array[library.Operation], torch.Tensor, int, int]":
+        threads = torch.get_num_threads()
+        if self._ready is None or self._ready[3] != threads:
+            inputs = self.max_tokens * max(operation.in_ for operation in self._operations)
+            size = self._functions.persimmon_scratch_bytes(inputs, threads)
+            operations = (library.Operation * len(self._operations))(*self._operations)
+            # torch aligns what it allocates to 64 bytes, as the scratch memory's parts are.
+            self._ready = operations, torch.empty(size, dtype=torch.uint8), inputs, threads
+        return self._ready
+
+
+def step_of(
+    tokens: int,
+    *,
+    token_ids: torch.Tensor | None = None,
+    sampled: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
+    hidden: torch.Tensor | None = None,
+    sampled_tokens: torch.Tensor | None = None,
+) -> library.Step:
+    """A step, which points at these tensors and does not keep them; network.h says what they are."""
+    step = library.Step(tokens=tokens)
+    for name, tensor in {
+        "token_ids": token_ids,
+        "sampled": sampled,
+        "row_ids": rows,
+        "hidden": hidden,
+        "sampled_tokens": sampled_tokens,
+    }.items():
+        if tensor is not None:
+            setattr(step, name, tensor.data_ptr())
+    if hidden is not None:
+        step.rows = len(hidden)
+    return step

@@ -1,0 +1,144 @@
+/* A team of threads that share the parts of one piece of work after another, and never wait for a thread that is not
+ * running.
+ *
+ * Work is a row of phases, each of some parts.  Whoever is free takes the next part; a phase has ended when its parts are
+ * done, not when all threads have come by.  So a thread that the system has taken off its core, for the API worker or
+ * another program, delays the others by the part it holds at most, and by nothing when it holds none: it finds what it
+ * missed done, and catches up.  With OpenMP's barriers every operation would wait for it, for milliseconds.
+ */
+#ifndef PERSIMMON_TEAM_H
+#define PERSIMMON_TEAM_H
+
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "vectors.h"
+
+#define MAX_THREADS 256
+#define MAX_PHASES 4096
+/* How often an idle thread looks for work before it sleeps: some tens of microseconds. */
+#define IDLE_SPINS 2000
+/* How often a thread looks whether a phase has ended before it lets others run. */
+#define PHASE_SPINS 2000
+
+typedef struct {
+    /* Which part is up, and in the upper half of which piece of work: a late thread takes nothing of another. */
+    _Atomic uint64_t next;
+    _Atomic uint32_t parts;
+    _Atomic uint32_t done;
+} Phase;
+
+typedef struct {
+    void (*run)(const void *context, int64_t phase, int64_t part, int64_t thread);
+    const void *context;
+    int64_t phases;
+    int64_t threads;
+} Work;
+
+/* A thread may be late by any time, so what it looks at before it has a part is never freed. */
+static struct {
+    pthread_mutex_t in_use;
+    _Atomic uint32_t number; /* of the piece of work; even while the next one is being written */
+    _Atomic uint32_t asleep;
+    Work work;
+    Phase phases[MAX_PHASES];
+    int64_t started;
+    pid_t process;
+} team = {.in_use = PTHREAD_MUTEX_INITIALIZER};
+
+/* The part to do next, or -1 when all are taken or the work is no longer `number`. */
+static int64_t take_part(Phase *phase, uint32_t number, uint32_t parts) {
+    uint64_t next = atomic_load_explicit(&phase->next, memory_order_acquire);
+    do {
+        if ((uint32_t)(next >> 32) != number || (uint32_t)next >= parts) return -1;
+    } while (!atomic_compare_exchange_weak_explicit(&phase->next, &next, next + 1, memory_order_acq_rel,
+                                                    memory_order_acquire));
+    return (int64_t)(uint32_t)next;
+}
+
+/* Does one thread's share of a piece of work. */
+static void take_part_in(const Work *work, uint32_t number, int64_t thread) {
+    for (int64_t i = 0; i < work->phases; i++) {
+        Phase *phase = team.phases + i;
+        const uint32_t parts = atomic_load_explicit(&phase->parts, memory_order_relaxed);
+        for (int64_t part = take_part(phase, number, parts); part >= 0; part = take_part(phase, number, parts)) {
+            work->run(work->context, i, part, thread);
+            atomic_fetch_add_explicit(&phase->done, 1, memory_order_release);
+        }
+        for (int spins = 0; atomic_load_explicit(&phase->done, memory_order_acquire) < parts; spins++) {
+            if (atomic_load_explicit(&team.number, memory_order_relaxed) != number) return;
+            if (spins < PHASE_SPINS) _mm_pause();
+            else sched_yield();
+        }
+    }
+}
+
+static void *team_thread(void *argument) {
+    const int64_t thread = (int64_t)(intptr_t)argument;
+    uint32_t last = 0;
+    for (;;) {
+        uint32_t number = atomic_load_explicit(&team.number, memory_order_acquire);
+        for (int spins = 0; (number == last || number % 2 == 0) && spins < IDLE_SPINS; spins++) {
+            _mm_pause();
+            number = atomic_load_explicit(&team.number, memory_order_acquire);
+        }
+        if (number == last || number % 2 == 0) {
+            atomic_fetch_add(&team.asleep, 1);
+            syscall(SYS_futex, &team.number, FUTEX_WAIT_PRIVATE, number, NULL, NULL, 0);
+            atomic_fetch_sub(&team.asleep, 1);
+            continue;
+        }
+        last = number;
+        /* A copy: what is written meanwhile is another number's, for which nothing can be taken. */
+        const Work work = team.work;
+        if (atomic_load_explicit(&team.number, memory_order_acquire) == number && thread < work.threads)
+            take_part_in(&work, number, thread);
+    }
+    return NULL;
+}
+
+/* Starts what is missing of the team; returns how many threads there are, the caller's included. */
+static int64_t start_team(int64_t threads) {
+    if (team.process != getpid()) { /* the first call, or the first after a fork, which threads do not survive */
+        team.process = getpid();
+        team.started = 1;
+        atomic_store(&team.asleep, 0);
+    }
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    while (team.started < threads) {
+        pthread_t thread;
+        if (pthread_create(&thread, &attributes, team_thread, (void *)(intptr_t)team.started)) break;
+        team.started++;
+    }
+    pthread_attr_destroy(&attributes);
+    return team.started < threads ? team.started : threads;
+}
+
+/* Does a piece of work of so many parts in each phase, on up to `work.threads` threads, of which the caller is one.
+ * Returns when all of it is done. */
+static void work_together(Work work, const uint32_t *parts) {
+    pthread_mutex_lock(&team.in_use);
+    work.threads = start_team(work.threads < MAX_THREADS ? work.threads : MAX_THREADS);
+    const uint32_t number = (atomic_load(&team.number) + 1) | 1;
+    atomic_store(&team.number, number - 1);
+    for (int64_t i = 0; i < work.phases; i++) {
+        atomic_store_explicit(&team.phases[i].done, 0, memory_order_relaxed);
+        atomic_store_explicit(&team.phases[i].parts, parts[i], memory_order_relaxed);
+        atomic_store_explicit(&team.phases[i].next, (uint64_t)number << 32, memory_order_release);
+    }
+    team.work = work;
+    atomic_store(&team.number, number);
+    if (work.threads > 1 && atomic_load(&team.asleep))
+        syscall(SYS_futex, &team.number, FUTEX_WAKE_PRIVATE, (int)team.started, NULL, NULL, 0);
+    take_part_in(&work, number, 0);
+    pthread_mutex_unlock(&team.in_use);
+}
+
+#endif

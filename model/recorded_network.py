@@ -1,0 +1,51 @@
+"""The network as a program of native kernels: recorded once, then one call a step.
+
+What CUDA graphs are on a GPU.  Knows nothing of sampling.
+"""
+
+import torch
+
+from kernels.cpu.native import NativeKernels, NativePlan, step_of_plan
+from kernels.cpu.program import Program
+from model.kv_cache import KVCache
+from model.persimmon import Persimmon, Step
+
+
+class RecordedNetwork:
+    """Runs `Persimmon.forward` on one cache.
+
+    Args:
+        model: the network, prepared for `kernels`.
+        cache: its keys and values.
+        kernels: record it.
+        max_tokens: of a step; a larger one makes the buffers grow.
+    """
+
+    def __init__(self, model: Persimmon, cache: KVCache, kernels: NativeKernels, max_tokens: int = 64) -> None:
+        self._model = model
+        self._cache = cache
+        self._kernels = kernels
+        self._program = self._record(max_tokens)
+
+    @torch.inference_mode()
+    def forward(self, step: Step) -> torch.Tensor:
+        """As `Persimmon.forward`."""
+        plan = step.attention
+        if plan.num_tokens > self._program.max_tokens:
+            # To the next power of two, so that it happens seldom.
+            self._program = self._record(1 << (plan.num_tokens - 1).bit_length())
+        rows = plan.num_tokens if step.logits_rows is None else len(step.logits_rows)
+        hidden = torch.empty(rows, self._model.config.hidden_size)
+        self._program.run(
+            step_of_plan(plan, token_ids=step.token_ids, sampled=step.sampled, rows=step.logits_rows, hidden=hidden)
+        )
+        return hidden
+
+    @torch.inference_mode()
+    def _record(self, max_tokens: int) -> Program:
+        nothing = torch.zeros(0, dtype=torch.int64)
+
+        def forward(kernels: NativeKernels, plan: NativePlan) -> None:
+            self._model.forward(Step(nothing, plan, None), self._cache, kernels)
+
+        return self._kernels.record(max_tokens, forward)

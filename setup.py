@@ -1,0 +1,33 @@
+"""Compiles the C kernels of kernels/cpu, once for each generation of processors; all else is in pyproject.toml.
+
+Where there is no C compiler, or one that does not know a generation, the project installs without: plain torch then
+computes in their place, slower.
+"""
+
+import platform
+
+from setuptools import Extension, setup
+
+# The names are those of kernels/cpu/library.py, which picks one when the server starts.
+FLAGS = {
+    "avx512_bf16": ["-march=x86-64-v4", "-mavx512bf16"],
+    "avx512": ["-march=x86-64-v4"],
+    "avx2": ["-march=x86-64-v3"],
+}
+
+SHARED = [f"kernels/cpu/{name}" for name in ("network.c", "network.h", "attention.h", "linear.h", "norm.h", "team.h")]
+SHARED.append("kernels/cpu/vectors.h")
+
+
+def _extension(build: str, flags: list[str]) -> Extension:
+    return Extension(
+        f"kernels.cpu._{build}",
+        sources=[f"kernels/cpu/{build}.c"],
+        depends=SHARED,
+        extra_compile_args=["-std=c11", "-O3", "-pthread", *flags],
+        optional=True,
+    )
+
+
+is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+setup(ext_modules=[_extension(build, flags) for build, flags in FLAGS.items()] if is_x86 else [])
