@@ -66,6 +66,14 @@ class Settings(BaseSettings):
 
     host: str = _setting("127.0.0.1", "Address to listen on; 0.0.0.0 is every interface.", "http", "ADDRESS")
     port: int = _setting(8000, "Port to listen on; 0 picks a free one and prints it.", "http", "PORT", ge=0, le=65535)
+    api_workers: int = _setting(
+        1,
+        "Processes that answer HTTP. One streams tens of thousands of tokens a second from one core.",
+        "http",
+        "N",
+        ge=1,
+        le=256,
+    )
 
     max_model_len: int | None = _setting(
         None,

@@ -1,12 +1,16 @@
 """Every Prometheus metric of the server, by name, in one place.
 
-Knows what is measured, not when: the engine's figures are read from its last report at scrape time.
+Knows what is measured, not when: the engine's figures are read from its last report at scrape time.  Each API worker
+counts for itself; its counts travel as a snapshot and become sums over the workers when Prometheus asks.
 """
 
-from collections.abc import Iterator
+import itertools
+import operator
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+import msgspec
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -52,6 +56,22 @@ class EngineView(Protocol):
         """This API worker's unfinished sequences."""
 
 
+_Labels = tuple[tuple[str, str], ...]
+
+
+class _Family(msgspec.Struct, frozen=True, array_like=True):
+    """A metric of one worker: the values of its series, by their names and labels."""
+
+    name: str
+    help: str
+    type: str
+    series: dict[tuple[str, _Labels], float]
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(list[_Family]).decode
+
+
 class Metrics:
     """The metrics of one API worker, in a registry of their own.
 
@@ -68,7 +88,12 @@ class Metrics:
 
     def __init__(self, engine: EngineView) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(engine))
+        self._engine = _EngineCollector(engine)
+        Gauge(
+            "persimmon_open_streams",
+            "Unfinished sequences of the API workers.",
+            registry=self._registry,
+        ).set_function(lambda: engine.open_streams)
         self.http_requests = Counter(
             "persimmon_http_requests",
             "HTTP requests answered; status 499 is a client that left before its answer.",
@@ -94,9 +119,50 @@ class Metrics:
     def _histogram(self, name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, help, registry=self._registry, buckets=buckets)
 
-    def exposition(self) -> bytes:
-        """All metrics in Prometheus' text format."""
-        return generate_latest(self._registry)
+    def snapshot(self) -> bytes:
+        """What this worker has counted until now, for `exposition` of any worker."""
+        return _encode(
+            [
+                _Family(
+                    family.name,
+                    family.documentation,
+                    family.type,
+                    {(sample.name, tuple(sample.labels.items())): sample.value for sample in family.samples},
+                )
+                for family in self._registry.collect()
+            ]
+        )
+
+    def exposition(self, snapshots: Iterable[bytes]) -> bytes:
+        """All metrics in Prometheus' text format.
+
+        Args:
+            snapshots: one of each API worker, this one included.
+        """
+        registry = CollectorRegistry()
+        registry.register(self._engine)
+        registry.register(_Sums(list(itertools.chain.from_iterable(map(_decode, snapshots)))))
+        return generate_latest(registry)
+
+
+class _Sums(Collector):
+    """The workers' metrics, added up."""
+
+    def __init__(self, families: Iterable[_Family]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterator[Metric]:
+        sums: dict[str, _Family] = {}
+        for family in self._families:
+            series = sums.setdefault(family.name, msgspec.structs.replace(family, series={})).series
+            for (name, labels), value in family.series.items():
+                add = min if name.endswith("_created") else operator.add  # that is when counting began
+                series[name, labels] = add(series[name, labels], value) if (name, labels) in series else value
+        for family in sums.values():
+            metric = Metric(family.name, family.help, family.type)
+            for (name, labels), value in family.series.items():
+                metric.add_sample(name, dict(labels), value)
+            yield metric
 
 
 class _EngineCollector(Collector):
@@ -107,7 +173,6 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield _gauge("persimmon_engine_ready", "1 while the engine serves, else 0.", self._engine.ready)
-        yield _gauge("persimmon_open_streams", "This API worker's unfinished sequences.", self._engine.open_streams)
         stats = self._engine.stats
         if stats is None:
             return

@@ -3,7 +3,7 @@
 Knows no endpoint's insides.
 """
 
-import random
+import itertools
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,8 @@ from server.http.parsing import parse
 from server.http.pooling_protocol import ClassifyRequest, EmbeddingRequest
 from server.http.protocol import ChatCompletionRequest, CompletionRequest
 from server.http.responses import ChatCompletion, ChatCompletionChunk, Completion
-from server.http.service import Service
+from server.http.service import Service, endless_seeds
+from server.http.siblings import Siblings, WorkerPlace
 from server.http.token_protocol import DetokenizeRequest, TokenizeRequest
 from server.metrics import Metrics
 
@@ -43,7 +44,11 @@ MAX_BODY_BYTES = 32 * 2**20
 
 
 def application(
-    settings: Settings, folder: Path, served_model_name: str, engine_address: str
+    settings: Settings,
+    folder: Path,
+    served_model_name: str,
+    engine_address: str,
+    place: WorkerPlace | None = None,
 ) -> tuple[FastAPI, EngineClient]:
     """The application for a checkpoint, and its connection to the engine, which the caller starts and closes.
 
@@ -52,6 +57,7 @@ def application(
         folder: the checkpoint, of which config.json and the tokenizer are read.
         served_model_name: the model's name in the API.
         engine_address: the engine's ZeroMQ endpoint.
+        place: the worker's among others; None for one alone.
 
     Raises:
         CheckpointError: config.json or the tokenizer cannot be used.
@@ -62,7 +68,7 @@ def application(
         config = vocabulary.original(config)
     tokenizer = Tokenizer.from_folder(folder, settings.add_bos_token)
     engine = EngineClient(engine_address, vocabulary)
-    return create_app(engine, tokenizer, config, served_model_name, settings.seed, vocabulary), engine
+    return create_app(engine, tokenizer, config, served_model_name, settings.seed, vocabulary, place), engine
 
 
 def create_app(
@@ -72,6 +78,7 @@ def create_app(
     served_model_name: str,
     seed: int = 0,
     vocabulary: VocabularyMap | None = None,
+    place: WorkerPlace | None = None,
 ) -> FastAPI:
     """The application of one API worker.
 
@@ -82,16 +89,22 @@ def create_app(
         served_model_name: its name in the API.
         seed: of the seeds that requests without one get.
         vocabulary: of a trimmed checkpoint, else None.
+        place: the worker's among others; None for one alone.
     """
+    place = place or WorkerPlace()
     metrics = Metrics(engine)
-    # Sampling wants reproducible seeds, not secret ones.
-    seeds = random.Random(seed)  # noqa: S311
-    service = Service(engine, tokenizer, config, served_model_name, metrics, seeds, vocabulary)
+    siblings = Siblings(place, metrics.snapshot)
+    # Every worker takes its own part of one sequence, so that no two give requests the same seed.
+    seeds = itertools.islice(endless_seeds(seed), place.index, None, place.count)
+    service = Service(
+        engine, tokenizer, config, served_model_name, metrics, seeds, siblings, vocabulary, created=place.started
+    )
     app = FastAPI(
         title="Persimmon server",
         version=version("persimmon-server"),
         description="OpenAI-style completions, chat, embeddings and classification for Adept's Persimmon models, and "
         "the API of Adept's own server.",
+        lifespan=lambda _: siblings.listening(),
     )
     documentation = Documentation()
     documentation.install(app)

@@ -2,8 +2,7 @@
 
 import asyncio
 import random
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from importlib.metadata import version
@@ -20,6 +19,7 @@ from server.http.generation import Generation, Generator, Prompt
 from server.http.grammars import Constraint, GrammarChecker
 from server.http.model_use import USES
 from server.http.protocol import GenerationRequest
+from server.http.siblings import Siblings
 from server.http.stop_strings import StopStrings
 from server.metrics import Metrics
 
@@ -30,6 +30,7 @@ MAX_ECHOED = 2**20
 """Log-probabilities of prompts that one request may ask for.  A prompt is computed once and told with each answer."""
 
 _SEEDS = 2**63
+_VERSION = version("persimmon-server")  # it is looked up in files, for 250 us, and is a part of every answer
 # Tokenizing this many characters takes about a millisecond; a longer text would hold up the other streams.
 _CHARACTERS_AT_ONCE = 16384
 
@@ -44,10 +45,11 @@ class Service:
         config: the served model's.
         served_model_name: its name in the API.
         metrics: what this worker measures.
-        vocabulary: of a trimmed checkpoint, whose embedding lacks some of the token ids; else None.
         seeds: gives a seed to each prompt of a request that brings none.
+        siblings: all API workers of the server.
+        vocabulary: of a trimmed checkpoint, whose embedding lacks some of the token ids; else None.
+        created: when the server started, in seconds since 1970.
         grammars: checks what clients want answers to look like.
-        created: when the worker started, in seconds since 1970.
     """
 
     engine: EngineClient
@@ -55,9 +57,10 @@ class Service:
     config: PersimmonConfig
     served_model_name: str
     metrics: Metrics
-    seeds: random.Random
-    vocabulary: VocabularyMap | None = None
-    created: int = field(default_factory=lambda: int(time.time()))
+    seeds: Iterator[int]
+    siblings: Siblings
+    vocabulary: VocabularyMap | None
+    created: int
     grammars: GrammarChecker = field(default_factory=lambda: GrammarChecker(GrammarCompiler.for_checking()))
 
     @property
@@ -83,7 +86,7 @@ class Service:
     def system_fingerprint(self) -> str:
         """Changes when answers to the same request with the same seed may: with the server, the model or the device."""
         info = self.engine.info
-        served = (version("persimmon-server"), self.served_model_name, info and info.dtype, info and info.device)
+        served = (_VERSION, self.served_model_name, info and info.dtype, info and info.device)
         return "fp_" + blake2b(repr(served).encode(), digest_size=5).hexdigest()
 
     def check_model(self, name: str | None) -> None:
@@ -207,7 +210,7 @@ class Service:
 
         Equal prompts in one request should not all get the same answer then.
         """
-        return self.seeds.randrange(_SEEDS) if asked is None else asked % _SEEDS
+        return next(self.seeds) if asked is None else asked % _SEEDS
 
     def top_k(self, asked: int) -> int:
         """How many tokens to draw from; 0 where that is all."""
@@ -252,6 +255,18 @@ class Service:
         if sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) <= _CHARACTERS_AT_ONCE:
             return encode()
         return await asyncio.to_thread(encode)
+
+
+def endless_seeds(seed: int) -> Iterator[int]:
+    """Seeds for requests that bring none.
+
+    Args:
+        seed: the same one gives the same sequence.
+    """
+    # Sampling wants reproducible seeds, not secret ones.
+    draws = random.Random(seed)  # noqa: S311
+    while True:
+        yield draws.randrange(_SEEDS)
 
 
 def _check_echo(request: GenerationRequest, prompt_tokens: int) -> None:

@@ -72,8 +72,8 @@ def router(service: Service, documentation: Documentation) -> APIRouter:
 
     @routes.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """Prometheus metrics."""
-        return Response(service.metrics.exposition(), media_type=CONTENT_TYPE)
+        """Prometheus metrics of the server, whichever worker answers."""
+        return Response(service.metrics.exposition(await service.siblings.snapshots()), media_type=CONTENT_TYPE)
 
     @routes.get("/version", **documentation.endpoint({200: Version}))
     async def server_version() -> Response:

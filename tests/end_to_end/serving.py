@@ -55,14 +55,15 @@ class Server:
         raise AssertionError(f"no line like {pattern.pattern!r} from the server:\n" + "\n".join(self.lines))
 
     def children(self) -> dict[str, int]:
-        """Process ids of the engine and the API worker, told apart by what they have loaded."""
+        """Process ids of the engine and the API workers ("api", "api-1" …), told apart by what they have loaded."""
         ids = [
             int(entry)
             for entry in os.listdir("/proc")
             if entry.isdigit() and _parent(int(entry)) == self.process.pid and "spawn_main" in _command(int(entry))
         ]
-        by_torch = {_has_torch(pid): pid for pid in ids}
-        return {"engine": by_torch[True], "api": by_torch[False]}
+        (engine,) = (pid for pid in ids if _has_torch(pid))
+        first, *others = sorted(pid for pid in ids if pid != engine)
+        return {"engine": engine, "api": first} | {f"api-{index}": pid for index, pid in enumerate(others, 1)}
 
     def metrics(self) -> dict[str, float]:
         """Every series without labels."""

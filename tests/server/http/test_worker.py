@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from server.config import Settings
+from server.http.siblings import WorkerPlace
 from server.http.worker import READY, run_api_worker
 from tests.server.http.conftest import DEMO
 from tests.server.http.fake_engine import FakeEngine, says
@@ -28,13 +29,14 @@ STREAM = {"prompt": "Hello", "stream": True, "max_tokens": 50}
 SUPERVISOR = """
 import multiprocessing, pathlib, signal, socket, sys
 from server.config import Settings
+from server.http.siblings import WorkerPlace
 from server.http.worker import run_api_worker
 
 if __name__ == "__main__":
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
     listener = socket.create_server(("127.0.0.1", 0))
-    arguments = (Settings(), pathlib.Path(sys.argv[1]), "demo", sys.argv[2], listener, sender)
+    arguments = (Settings(), pathlib.Path(sys.argv[1]), "demo", sys.argv[2], listener, WorkerPlace(), sender)
     spawn.Process(target=run_api_worker, args=arguments).start()
     receiver.recv()
     print(listener.getsockname()[1], flush=True)
@@ -49,7 +51,7 @@ async def worker(engine: FakeEngine, drain_seconds: float) -> AsyncIterator[tupl
     receiver, sender = spawn.Pipe(duplex=False)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        arguments = (Settings(), DEMO, "demo", engine.address, listener, sender, drain_seconds)
+        arguments = (Settings(), DEMO, "demo", engine.address, listener, WorkerPlace(), sender, drain_seconds)
         process = spawn.Process(target=run_api_worker, args=arguments)
         process.start()
     sender.close()  # so that a worker that cannot start is an EOFError here
