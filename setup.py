@@ -15,8 +15,8 @@ FLAGS = {
     "avx2": ["-march=x86-64-v3"],
 }
 
-SHARED = [f"kernels/cpu/{name}" for name in ("network.c", "network.h", "attention.h", "linear.h", "norm.h", "team.h")]
-SHARED.append("kernels/cpu/vectors.h")
+HEADERS = ("attention", "linear", "network", "norm", "sampling", "team", "vectors")
+SHARED = ["kernels/cpu/network.c", *(f"kernels/cpu/{name}.h" for name in HEADERS)]
 
 
 def _extension(build: str, flags: list[str]) -> Extension:

@@ -1,4 +1,4 @@
-"""This server beside vLLM's CPU build: the same random checkpoint, the same load, the two servers in turn.
+"""This server beside vLLM's CPU build: the same checkpoint, the same load, the two servers in turn.
 
     python -m benchmarks.peers --vllm VENV/bin/vllm --rounds 3 --streams 1 8 64 --out benchmarks/results/NAME.json
 
@@ -11,6 +11,7 @@ kept the machine meanwhile ("cores busy with other work").
 import argparse
 import datetime
 import json
+import math
 import os
 import signal
 import statistics
@@ -25,14 +26,17 @@ import psutil
 import torch
 import uvloop
 
-from benchmarks.checkpoint import write_checkpoint
+from benchmarks.checkpoint import DEMO, write_checkpoint
+from benchmarks.machine import Rates, floor_tokens_per_s, measure_rates
 from benchmarks.serve import Round, Workload, add_workload_arguments, describe, measure, warm_up
 from benchmarks.servers import RunningServer, Server, ServerFailedError, running
+from model.checkpoint import expected_shapes
+from model.config import PersimmonConfig
 from server.bench.probe import served_model
 from server.bench.report import Report
 
 OURS, VLLM = "ours", "vLLM"
-LISTEN = ("--dtype", "float32", "--host", "127.0.0.1", "--port", "{port}")
+LISTEN = ("--host", "127.0.0.1", "--port", "{port}")
 VLLM_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
@@ -156,6 +160,7 @@ def workload_at(streams: int, arguments: argparse.Namespace, round_number: int) 
         streams=streams,
         input_len=arguments.input_len,
         output_len=arguments.output_len,
+        prefix_len=arguments.prefix_len,
         token_ids=arguments.token_ids,
         seed=arguments.seed + round_number,
     )
@@ -190,6 +195,55 @@ def table(summaries: list[Summary]) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Floor:
+    """What the machine's own rates allow at one number of streams, and what share of it a server reached.
+
+    Attributes:
+        streams: requests in flight.
+        server: its name.
+        tokens_per_s: output tokens a second that reading the weights and multiplying by them allow.
+        share: of those, in the median round; above 1 where the weights fit into the processor's cache.
+    """
+
+    streams: int
+    server: str
+    tokens_per_s: float
+    share: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.server} at {self.streams} streams: {self.share:.0%} of the {self.tokens_per_s:,.0f} tokens/s "
+            "that this machine's memory and multipliers allow"
+        )
+
+
+def best_of(rates: list[Rates]) -> Rates:
+    """The best that was seen before and after the rounds."""
+    return Rates(max(each.read_gb_s for each in rates), max(each.matmul_gflop_s for each in rates), rates[0].dtype)
+
+
+def floors_of(
+    summaries: list[Summary], config: PersimmonConfig, rates: Rates, arguments: argparse.Namespace
+) -> list[Floor]:
+    """The machine's floor beside each server's output tokens a second."""
+    floors = []
+    for summary in summaries:
+        if summary.figure != "output tokens/s":
+            continue
+        most = floor_tokens_per_s(
+            config,
+            rates,
+            weight_bytes=getattr(torch, arguments.dtype).itemsize,
+            streams=summary.streams,
+            # A shared beginning is computed once, which is next to nothing.
+            input_len=sum(arguments.input_len) / 2,
+            output_len=sum(arguments.output_len) / 2,
+        )
+        floors.append(Floor(summary.streams, summary.server, round(most, 1), round(summary.median / most, 3)))
+    return floors
+
+
 def compare(servers: list[Server], arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs all rounds, prints each as it ends and the table after the last.
 
@@ -205,8 +259,12 @@ def compare(servers: list[Server], arguments: argparse.Namespace) -> dict[str, A
     agreements: list[Agreement] = []
     versions: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="persimmon-peers-") as scratch:
-        checkpoint = Path(scratch) / "checkpoint"
-        parameters = write_checkpoint(checkpoint)
+        checkpoint = DEMO
+        if arguments.checkpoint == "random":
+            checkpoint = Path(scratch) / "checkpoint"
+            write_checkpoint(checkpoint)
+        config = PersimmonConfig.from_folder(checkpoint)
+        rates = [measure_rates(getattr(torch, arguments.dtype))]
         for round_number in range(1, arguments.rounds + 1):
             by_server: list[list[Round]] = []
             for server in servers:
@@ -218,8 +276,12 @@ def compare(servers: list[Server], arguments: argparse.Namespace) -> dict[str, A
                 by_server.append([result for _, result in measured])
             if len(by_server) == 2:
                 agreements += [agreement(round_number, *both) for both in zip(*by_server, strict=True)]
+        rates.append(measure_rates(getattr(torch, arguments.dtype)))
     summaries = summarize(measurements)
     print(f"\n{table(summaries)}")
+    floors = floors_of(summaries, config, best_of(rates), arguments)
+    for floor in floors:
+        print(floor)
     if agreements:
         same, prompts = sum(each.same_text for each in agreements), sum(each.prompts for each in agreements)
         print(f"{same} of {prompts} answers are the same text from both")
@@ -227,7 +289,13 @@ def compare(servers: list[Server], arguments: argparse.Namespace) -> dict[str, A
         "started": started,
         "ended": _now(),
         "device": device(),
-        "checkpoint": {"parameters": parameters, "dtype": "float32", "weights": "random"},
+        "checkpoint": {
+            "weights": arguments.checkpoint,
+            "parameters": sum(math.prod(shape) for shape in expected_shapes(config).values()),
+            "stored": config.dtype,
+        },
+        "machine": asdict(best_of(rates)),
+        "floors": [asdict(floor) for floor in floors],
         "servers": {
             server.name: {"version": versions[server.name], "command": server.shown_command} for server in servers
         },
@@ -289,6 +357,14 @@ def _parser() -> argparse.ArgumentParser:
         help="requests in flight, measured one after the other; N streams get at most 8 N prompts [default: 64]",
     )
     add_workload_arguments(parser)
+    parser.add_argument(
+        "--checkpoint",
+        choices=("random", "demo"),
+        default="random",
+        help="random: 33M parameters in float32, of benchmarks.checkpoint; demo: the one that comes with the server "
+        "[default: %(default)s]",
+    )
+    parser.add_argument("--dtype", default="float32", help="of both servers [default: %(default)s]")
     parser.add_argument("--max-model-len", default="1024", help="of both servers [default: %(default)s]")
     parser.add_argument("--max-num-seqs", default="64", help="of both servers [default: %(default)s]")
     parser.add_argument(
@@ -310,7 +386,8 @@ def main() -> int:
             workload_at(streams, arguments, round_number=0)
     except ValueError as error:
         parser.error(str(error))
-    limits = ("--max-model-len", arguments.max_model_len, "--max-num-seqs", arguments.max_num_seqs)
+    lengths = ("--max-model-len", arguments.max_model_len, "--max-num-seqs", arguments.max_num_seqs)
+    limits = ("--dtype", arguments.dtype, *lengths)
     servers = [] if arguments.vllm_only else [our_server(dict(arguments.ours_env), limits)]
     if arguments.vllm:
         servers.append(vllm_server(arguments.vllm, dict(arguments.vllm_env), limits))

@@ -37,7 +37,8 @@ class Workload:
         prompts: requests in all.
         streams: requests in flight at any time.
         input_len: (least, most) token ids of a prompt, drawn uniformly.
-        output_len: tokens asked for per answer.
+        output_len: (least, most) tokens asked for per answer, drawn uniformly.
+        prefix_len: tokens of a beginning that all prompts share; 0 for none.
         token_ids: (first, last + 1) of the ids that prompts are made of.
         seed: of the prompts.
     """
@@ -45,7 +46,8 @@ class Workload:
     prompts: int = 128
     streams: int = 64
     input_len: tuple[int, int] = (64, 64)
-    output_len: int = 128
+    output_len: tuple[int, int] = (128, 128)
+    prefix_len: int = 0
     token_ids: tuple[int, int] = (300, 4000)
     seed: int = 0
 
@@ -57,7 +59,7 @@ class Workload:
     @property
     def random_workload(self) -> RandomWorkload:
         """What the prompts are drawn from."""
-        return RandomWorkload(self.input_len, (self.output_len, self.output_len), token_ids=self.token_ids)
+        return RandomWorkload(self.input_len, self.output_len, self.prefix_len, token_ids=self.token_ids)
 
     def requests(self, model: str) -> list[Request]:
         """The requests, encoded before the clock starts."""
@@ -151,9 +153,16 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--output-len",
-        type=int,
+        type=number_range,
         default=defaults.output_len,
-        help="tokens of an answer [default: %(default)s]",
+        metavar="N[:M]",
+        help="tokens of an answer, fixed or uniformly from a range [default: 128]",
+    )
+    parser.add_argument(
+        "--prefix-len",
+        type=int,
+        default=defaults.prefix_len,
+        help="token ids that all prompts begin with, before their own [default: %(default)s]",
     )
     parser.add_argument(
         "--token-ids",
@@ -188,6 +197,7 @@ def main() -> int:
             arguments.streams,
             arguments.input_len,
             arguments.output_len,
+            arguments.prefix_len,
             arguments.token_ids,
             arguments.seed,
         )

@@ -17,6 +17,7 @@ from kernels.cpu.native import NativeKernels
 from kernels.launch import upload
 from model.kv_cache import KVCache
 from model.logprobs import LogprobRows
+from model.native_draw import NativeDraw
 from model.persimmon import Persimmon, Step
 from model.recorded_network import RecordedNetwork
 from model.sampler import Samples, rows_at_once, sample
@@ -193,11 +194,13 @@ class Runner:
     ) -> None:
         self._model = model
         self._forward: Callable[[Step], torch.Tensor] = partial(model.forward, cache=cache)
+        sample_logits: Callable[..., Samples] = sample
         if isinstance(kernels, NativeKernels):
             self._forward = RecordedNetwork(model, cache, kernels).forward
+            sample_logits = partial(sample, draw=NativeDraw(kernels))
         self._cache = cache
         self._kernels = kernels
-        self._sampler = sampler or self._sample_logits
+        self._sampler = sampler or (lambda hidden, params: sample_logits(model.logits(hidden), params))
         self._decode_steps = decode_steps
         self._sampled = decode_steps.sampled if decode_steps else torch.zeros(0, dtype=torch.int64, device=cache.device)
 
@@ -258,9 +261,6 @@ class Runner:
         """
         step = self._step(batch, _wanted_rows(batch)[0])
         return self._model.logits(self._forward(step))
-
-    def _sample_logits(self, hidden: torch.Tensor, params: Sequence[SamplingParams]) -> Samples:
-        return sample(self._model.logits(hidden), params)
 
     def _logprobs(self, states: torch.Tensor, report: PromptLogprobs) -> LogprobRows:
         """Log-probabilities of prompt tokens; a few rows at a time, because one of 262,144 logits is 1 MiB."""

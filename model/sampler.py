@@ -4,7 +4,7 @@ A draw depends on (seed, sample_index, position) and the row's own logits alone,
 batch: the same request gives the same tokens whatever runs beside it, and again after a preemption.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from model.adjustments import adjust_, penalize
 from model.logprobs import LogprobRows
 from model.sampling_params import SamplingParams
 
-__all__ = ["Samples", "SamplingParams", "rows_at_once", "sample", "uniform"]
+__all__ = ["Draw", "Samples", "SamplingParams", "draw", "rows_at_once", "sample", "uniform"]
 
 _LOGITS_AT_ONCE = 2**23
 
@@ -38,23 +38,45 @@ class Samples:
     logprobs: LogprobRows | None = None
 
 
-def sample(logits: torch.Tensor, params: Sequence[SamplingParams]) -> Samples:
-    """One token a row.
+Draw = Callable[[torch.Tensor, Sequence[SamplingParams]], torch.Tensor]
+"""A token a row, as its settings say, from final logits: [R, vocab_size] float32 and R settings to [R] int64."""
 
-    What `model.adjustments` changes comes first, then temperature, then min-p, top-k and top-p, each on what the one
-    before kept.  Log-probabilities are those of the logits as they are given.
+
+def draw(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """`Draw` in plain torch.
+
+    Temperature, then min-p, top-k and top-p, each on what the one before kept, then the inverse of the cumulative
+    distribution at `uniform`.
+    """
+    tokens = logits.argmax(-1)
+    drawing = [row for row, own in enumerate(params) if not own.greedy]
+    at_once = rows_at_once(logits.shape[1])
+    for begin in range(0, len(drawing), at_once):
+        some = drawing[begin : begin + at_once]
+        rows = torch.tensor(some, device=logits.device)
+        tokens[rows] = _draw(logits.index_select(0, rows), [params[row] for row in some])
+    return tokens
+
+
+def sample(logits: torch.Tensor, params: Sequence[SamplingParams], draw: Draw = draw) -> Samples:
+    """One token a row, after what `model.adjustments` changes.
+
+    Log-probabilities are those of the logits as they are given.
 
     Args:
         logits: [R, vocab_size] float32; not changed.
         params: R of them.
+        draw: draws the tokens.
     """
-    tokens = logits.argmax(-1)
-    special = [row for row, own in enumerate(params) if not own.greedy or own.adjusts]
+    tokens = draw(logits, params)
+    adjusted = [row for row, own in enumerate(params) if own.adjusts]
     at_once = rows_at_once(logits.shape[1])
-    for begin in range(0, len(special), at_once):
-        some = special[begin : begin + at_once]
+    for begin in range(0, len(adjusted), at_once):
+        some = adjusted[begin : begin + at_once]
         rows = torch.tensor(some, device=logits.device)
-        tokens[rows] = _sample_rows(logits.index_select(0, rows), [params[row] for row in some])
+        own_logits, own_params = logits.index_select(0, rows), [params[row] for row in some]
+        adjust_(own_logits, own_params, penalize)
+        tokens[rows] = draw(own_logits, own_params)
     reported = [row for row, own in enumerate(params) if own.logprobs is not None]
     return Samples(tokens, reported, row_logprobs(logits, tokens, params, reported) if reported else None)
 
@@ -82,26 +104,6 @@ def row_logprobs(
 def rows_at_once(vocab_size: int) -> int:
     """Rows that draw together: a draw takes many times its logits' memory, which is 1 MiB a row of 262,144."""
     return max(1, _LOGITS_AT_ONCE // vocab_size)
-
-
-def _sample_rows(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Tokens of rows that draw or change their logits, which this may do in place."""
-    changed = [row for row, own in enumerate(params) if own.adjusts]
-    if len(changed) == len(params):
-        adjust_(logits, params, penalize)
-    elif changed:
-        rows = torch.tensor(changed, device=logits.device)
-        own_logits = logits[rows]
-        adjust_(own_logits, [params[row] for row in changed], penalize)
-        logits[rows] = own_logits
-    tokens = logits.argmax(-1)
-    drawing = [row for row, own in enumerate(params) if not own.greedy]
-    if len(drawing) == len(params):
-        return _draw(logits, params)
-    if drawing:
-        rows = torch.tensor(drawing, device=logits.device)
-        tokens[rows] = _draw(logits[rows], [params[row] for row in drawing])
-    return tokens
 
 
 def _draw(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:

@@ -9,6 +9,8 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
+import numpy as np
+
 BUILDS: Mapping[str, frozenset[str]] = {
     "avx512_bf16": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}),
     "avx512": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
@@ -16,7 +18,7 @@ BUILDS: Mapping[str, frozenset[str]] = {
 }
 """What each build needs, by the names of /proc/cpuinfo; the fastest first."""
 
-EMBED, LINEAR, ATTENTION, NORM_ROWS, ARGMAX = range(5)
+EMBED, LINEAR, ATTENTION, NORM_ROWS, DRAW = range(5)
 STORE, STORE_RELU_SQUARED, ADD = range(3)
 FLOAT32, FLOAT16, BFLOAT16 = range(3)
 
@@ -39,8 +41,17 @@ class Step(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("tokens", "sequences", "rows")),
         *((name, ctypes.c_void_p) for name in ("token_ids", "sampled", "starts", "firsts", "tables", "table_firsts")),
-        *((name, ctypes.c_void_p) for name in ("row_ids", "hidden", "sampled_tokens")),
+        *((name, ctypes.c_void_p) for name in ("row_ids", "hidden", "draws", "drawn")),
     )
+
+
+DRAWS = np.dtype(
+    [
+        *((name, np.float64) for name in ("temperature", "top_p", "min_p")),
+        *((name, np.int64) for name in ("top_k", "seed", "sample_index", "position")),
+    ]
+)
+"""How rows draw, by the names of network.h."""
 
 
 def library_path(build: str) -> Path:

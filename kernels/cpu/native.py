@@ -199,11 +199,25 @@ class NativeKernels:
         self._linear(hidden.contiguous(), None, Linear(head, None), out, library.STORE, step_of(len(out)))
         return out
 
-    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
-        """[R] int64, the place of the largest of each row's logits [R, vocab_size] float32, the first among equals."""
-        tokens = torch.empty(len(logits), dtype=torch.int64)
-        operation = library.Operation(kind=library.ARGMAX, in_=logits.shape[1], input=logits.data_ptr())
-        self._run(operation, step_of(len(logits), sampled_tokens=tokens), logits)
+    def draw(self, logits: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+        """A token a row, by the inverse of its cumulative distribution, see sampling.h.
+
+        Args:
+            logits: [R, vocab_size] float32, contiguous.
+            draws: [R] of `library.DRAWS`.
+
+        Returns:
+            [R] int64.
+        """
+        rows, vocab_size = logits.shape
+        tokens = torch.empty(rows, dtype=torch.int64)
+        # Its input is also what a thread needs memory for: weights, and an id and a logit for each.
+        operation = library.Operation(kind=library.DRAW, in_=vocab_size, input=logits.data_ptr())
+        step = step_of(rows, drawn=tokens)
+        step.draws = draws.ctypes.data
+        program = Program(self.library, max(rows, 3 * torch.get_num_threads()))
+        program.append(operation, ())
+        program.run(step)
         return tokens
 
     def _linear(

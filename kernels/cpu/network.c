@@ -12,6 +12,7 @@
 #include "attention.h"
 #include "linear.h"
 #include "norm.h"
+#include "sampling.h"
 #include "team.h"
 
 typedef struct {
@@ -81,17 +82,12 @@ static void norm_row(const Operation *op, const Step *step, int64_t row) {
                op->in);
 }
 
-/* The first of the largest; any place in a row of NaN. */
-static void argmax(const Operation *op, const Step *step, int64_t row) {
-    const float *from = op->input + row * op->in;
-    Vector most = broadcast(-INFINITY);
-    int64_t i = 0;
-    for (; i + LANES <= op->in; i += LANES) most = larger(load(from + i), most);
-    float best = maximum(most);
-    for (; i < op->in; i++) best = from[i] > best ? from[i] : best;
-    int64_t place = 0;
-    while (place < op->in && !(from[place] >= best)) place++;
-    step->sampled_tokens[row] = place < op->in ? place : 0;
+/* One row's token. */
+static void draw(const Operation *op, const Run *run, int64_t row, int64_t thread) {
+    /* The thread's share of what is used for inputs elsewhere: weights, and candidates that are twice as wide. */
+    float *weights = (float *)run->inputs + thread * 3 * op->in;
+    run->step->drawn[row] =
+        draw_token(run->step->draws + row, op->input + row * op->in, op->in, weights, (Candidate *)(weights + op->in));
 }
 
 /* How many parts an operation's two phases have. */
@@ -120,7 +116,7 @@ static void run_part(const void *context, int64_t phase, int64_t part, int64_t t
             break;
         case ATTENTION: attention(op, run->step, part); break;
         case NORM_ROWS: norm_row(op, run->step, part); break;
-        case ARGMAX: argmax(op, run->step, part); break;
+        case DRAW: draw(op, run, part, thread); break;
     }
 }
 
@@ -133,7 +129,7 @@ int64_t persimmon_scratch_bytes(int64_t inputs, int64_t threads) {
 int64_t persimmon_run(const Operation *program, int64_t operations, const Step *step, void *scratch, int64_t inputs,
                       int64_t threads) {
     for (int64_t i = 0; i < operations; i++)
-        if (program[i].kind < EMBED || program[i].kind > ARGMAX) return i + 1;
+        if (program[i].kind < EMBED || program[i].kind > DRAW) return i + 1;
     uint32_t parts[MAX_PHASES];
     for (int64_t first = 0; first < operations; first += MAX_PHASES / 2) {
         const int64_t some = operations - first < MAX_PHASES / 2 ? operations - first : MAX_PHASES / 2;

@@ -12,7 +12,7 @@
 
 enum { FLOAT32, FLOAT16, BFLOAT16 };
 
-enum { EMBED, LINEAR, ATTENTION, NORM_ROWS, ARGMAX };
+enum { EMBED, LINEAR, ATTENTION, NORM_ROWS, DRAW };
 
 /* What a projection does with its result. */
 enum { STORE, STORE_RELU_SQUARED, ADD };
@@ -28,7 +28,7 @@ typedef struct {
      * ATTENTION: input [T, heads, 3, head_dim] -> output [T, heads * head_dim]; norm_weight, norm_bias [2, head_dim]
      *         or null; cosine, sine [*, rotary / 2]; keys, values: the cache, of type.
      * NORM_ROWS: rows of input [T, width] -> the step's hidden [R, width].
-     * ARGMAX: input [R, out] -> the step's tokens [R]. */
+     * DRAW: input [T, in] logits -> the step's drawn tokens [T], as its draws say. */
     int64_t type;
     int64_t finish;
     int64_t rounds;
@@ -52,6 +52,17 @@ typedef struct {
     void *values;
 } Operation;
 
+/* How a row draws; temperature 0 takes the most probable token, the lowest id among equals. */
+typedef struct {
+    double temperature;
+    double top_p;
+    double min_p;
+    int64_t top_k;
+    int64_t seed;
+    int64_t sample_index;
+    int64_t position;
+} Draw;
+
 /* The step: T tokens of `sequences` sequences, one after the other. */
 typedef struct {
     int64_t tokens;
@@ -65,7 +76,8 @@ typedef struct {
     const int32_t *table_firsts; /* [sequences] where each one's list begins */
     const int64_t *row_ids;    /* [R] or null for all */
     float *hidden;             /* [R, width] */
-    int64_t *sampled_tokens;   /* [R] */
+    const Draw *draws;         /* [T] */
+    int64_t *drawn;            /* [T] */
 } Step;
 
 /* Bytes of scratch memory that `persimmon_run` needs for programs whose projections have at most so many inputs in all

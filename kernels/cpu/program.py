@@ -75,7 +75,7 @@ def step_of(
     sampled: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
     hidden: torch.Tensor | None = None,
-    sampled_tokens: torch.Tensor | None = None,
+    drawn: torch.Tensor | None = None,
 ) -> library.Step:
     """A step, which points at these tensors and does not keep them; network.h says what they are."""
     step = library.Step(tokens=tokens)
@@ -84,7 +84,7 @@ def step_of(
         "sampled": sampled,
         "row_ids": rows,
         "hidden": hidden,
-        "sampled_tokens": sampled_tokens,
+        "drawn": drawn,
     }.items():
         if tensor is not None:
             setattr(step, name, tensor.data_ptr())

@@ -31,9 +31,10 @@ INLINE Vector first_lanes(Vector v, int count, float other) {
 }
 INLINE Vector power_of_two(Vector whole) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), whole); }
 INLINE Vector nearest(Vector v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-INLINE Vector zero_below(Vector x, float limit, Vector v) {
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_GE_OQ), v);
+INLINE Vector zero_below(Vector x, Vector limit, Vector v) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_GE_OQ), v);
 }
+INLINE Vector divide(Vector a, Vector b) { return _mm512_div_ps(a, b); }
 #else
 #define LANES 8
 typedef __m256 Vector;
@@ -69,9 +70,10 @@ INLINE Vector power_of_two(Vector whole) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
 }
 INLINE Vector nearest(Vector v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-INLINE Vector zero_below(Vector x, float limit, Vector v) {
-    return _mm256_and_ps(_mm256_cmp_ps(x, _mm256_set1_ps(limit), _CMP_GE_OQ), v);
+INLINE Vector zero_below(Vector x, Vector limit, Vector v) {
+    return _mm256_and_ps(_mm256_cmp_ps(x, limit, _CMP_GE_OQ), v);
 }
+INLINE Vector divide(Vector a, Vector b) { return _mm256_div_ps(a, b); }
 #endif
 
 /* e^x for x <= 0, to about one unit in the last place; 0 below -87, 1 at 0.
@@ -88,7 +90,7 @@ INLINE Vector exponential(Vector x) {
     p = multiply_add(p, rest, broadcast(1.6666665459e-1f));
     p = multiply_add(p, rest, broadcast(5.0000001201e-1f));
     p = add(multiply_add(multiply(rest, rest), p, rest), broadcast(1.0f));
-    return zero_below(x, -87.0f, multiply(p, power_of_two(whole)));
+    return zero_below(x, broadcast(-87.0f), multiply(p, power_of_two(whole)));
 }
 
 /* To the nearest, ties to even; infinities stay, and NaN stays NaN because its first bits do. */

@@ -5,9 +5,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.machine import Rates, floor_tokens_per_s
 from benchmarks.peers import OURS, VLLM, Measurement, agreement, our_server, summarize, table, vllm_server
 from benchmarks.serve import Round, Workload
 from benchmarks.servers import Server, ServerFailedError, running
+from model.config import PersimmonConfig
 from server.bench.answer import Answer
 from server.bench.report import Distribution, Report
 
@@ -101,6 +103,29 @@ def test_the_table_has_the_ratio_of_medians() -> None:
 def test_the_table_stands_with_one_server_alone() -> None:
     row = next(line for line in table(summarize([measurement(OURS, 100.0)])).splitlines() if "output tokens/s" in line)
     assert row == "| 2 | output tokens/s | 100.0 (100.0-100.0) |  |  |"
+
+
+class TestFloor:
+    # One layer of 4 * 100^2 + 2 * 100 * 300 weights, and 100 * 1000 of the head: 200,000.
+    CONFIG = PersimmonConfig(
+        vocab_size=1000,
+        hidden_size=100,
+        intermediate_size=300,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=64,
+    )
+
+    def test_of_one_stream_is_reading_the_weights(self) -> None:
+        rates = Rates(read_gb_s=0.0008, matmul_gflop_s=1e6, dtype="float32")
+        floor = floor_tokens_per_s(self.CONFIG, rates, weight_bytes=4, streams=1, input_len=10, output_len=10)
+        assert floor == pytest.approx(1.0, rel=1e-3)
+
+    def test_of_many_is_multiplying_prompts_included(self) -> None:
+        rates = Rates(read_gb_s=1e6, matmul_gflop_s=0.004, dtype="float32")
+        floor = floor_tokens_per_s(self.CONFIG, rates, weight_bytes=4, streams=100, input_len=1, output_len=1)
+        # A token is 400,000 operations, and so is a prompt of one.
+        assert floor == pytest.approx(5.0, rel=1e-3)
 
 
 def test_answers_agree_where_their_texts_do() -> None:

@@ -9,7 +9,7 @@ from benchmarks.serve import Workload, measure, measure_warm, warm_up
 from server.bench.http_client import Endpoint
 from tests.server.bench.fake_server import FakeServer, fake_server, http_response
 
-SMALL = Workload(prompts=6, streams=2, input_len=(3, 9), output_len=4)
+SMALL = Workload(prompts=6, streams=2, input_len=(3, 9), output_len=(4, 4))
 
 
 def test_each_prompt_is_sent_once_and_never_more_streams_than_asked_for() -> None:
@@ -110,7 +110,13 @@ def test_prompts_keep_to_their_lengths_and_ids_and_repeat_with_the_seed() -> Non
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"streams": 0}, {"streams": 9, "prompts": 8}, {"input_len": (5, 4)}, {"output_len": 0}, {"token_ids": (9, 9)}],
+    [
+        {"streams": 0},
+        {"streams": 9, "prompts": 8},
+        {"input_len": (5, 4)},
+        {"output_len": (0, 4)},
+        {"token_ids": (9, 9)},
+    ],
 )
 def test_a_workload_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="it needs"):

@@ -1,7 +1,7 @@
 """The sampler: Philox, greedy, truncation and the distribution it draws from, each against a naive float64 version."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +11,12 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from kernels.cpu import library
+from kernels.cpu.native import NativeKernels
 from kernels.reference_sampling import philox
-from model.sampler import SamplingParams, sample, uniform
+from model import sampler
+from model.native_draw import NativeDraw
+from model.sampler import Samples, SamplingParams, uniform
 
 INFINITY = float("inf")
 
@@ -26,6 +30,22 @@ KNOWN_ANSWERS = [
         (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
     ),
 ]
+
+
+@pytest.fixture(params=["torch", *library.builds()], scope="module", autouse=True)
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test runs with each implementation."""
+    if request.param != "torch":
+        _ways.append(NativeDraw(NativeKernels(request.param)))
+    yield
+    _ways[1:] = []
+
+
+_ways: list[sampler.Draw] = [sampler.draw]
+
+
+def sample(logits: torch.Tensor, params: Sequence[SamplingParams]) -> Samples:
+    return sampler.sample(logits, params, _ways[-1])
 
 
 def draw(logits: Sequence[float], params: SamplingParams, count: int) -> list[int]:
@@ -255,6 +275,8 @@ class TestExtremes:
     def test_a_draw_on_a_border_takes_the_next_token_that_has_a_probability(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        if _ways[-1] is not sampler.draw:
+            pytest.skip("its numbers cannot be chosen")
         draws = [0.0, 0.25, 0.5, 0.75, 1 - 2**-53]
         monkeypatch.setattr("model.sampler.uniform", lambda params: np.array(draws))
         logits = torch.tensor([[-INFINITY, 0.0, -INFINITY, 0.0, 0.0, 0.0, -INFINITY]]).repeat(len(draws), 1)
@@ -314,6 +336,23 @@ class TestIndependence:
             torch.zeros(50, 10_000), [SamplingParams(temperature=1.0, seed=seed) for seed in range(50)]
         ).tokens
         assert len(set(tokens.tolist())) > 45
+
+    def test_of_the_implementation(self) -> None:
+        logits = 3 * torch.randn(300, 1000, generator=torch.Generator().manual_seed(9))
+        settings_: list[dict[str, Any]] = [
+            {},
+            {"top_p": 0.8},
+            {"top_k": 7},
+            {"min_p": 0.05},
+            {"top_k": 30, "top_p": 0.6, "min_p": 0.01},
+        ]
+        params = [
+            SamplingParams(
+                temperature=0.3 + row % 7 / 5, seed=row**5, sample_index=row % 3, position=row, **settings_[row % 5]
+            )
+            for row in range(len(logits))
+        ]
+        assert sample(logits, params).tokens.tolist() == sampler.sample(logits, params).tokens.tolist()
 
     def test_the_same_request_draws_the_same_again(self) -> None:
         logits, params = self.mixed_batch()

@@ -1,0 +1,86 @@
+"""What this machine's CPU can do at best, measured: bytes read and multiplications a second, and the floor they set.
+
+    python -m benchmarks.machine
+
+A decode step cannot end before every weight has been read once and every row multiplied by it; a prompt not before its
+rows are multiplied.  Knows nothing of servers.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from model.config import PersimmonConfig
+
+READ_BYTES = 1 << 29
+MATMUL_SIZE = 1536
+TRIES = 7
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The best of some tries, on all cores.
+
+    Attributes:
+        read_gb_s: 10^9 bytes of memory read a second.
+        matmul_gflop_s: 10^9 multiplications and additions a second in products of large matrices.
+        dtype: of those matrices.
+    """
+
+    read_gb_s: float
+    matmul_gflop_s: float
+    dtype: str
+
+
+def measure_rates(dtype: torch.dtype) -> Rates:
+    """Reads and multiplies for about a second."""
+    memory = torch.zeros(READ_BYTES // 8, dtype=torch.int64)
+    left, right = (torch.randn(MATMUL_SIZE, MATMUL_SIZE).to(dtype) for _ in range(2))
+    read = READ_BYTES / _best_seconds(lambda: memory.sum())
+    multiplied = 2 * MATMUL_SIZE**3 / _best_seconds(lambda: left @ right)
+    return Rates(round(read / 1e9, 1), round(multiplied / 1e9, 1), str(dtype).removeprefix("torch."))
+
+
+def floor_tokens_per_s(
+    config: PersimmonConfig, rates: Rates, *, weight_bytes: int, streams: int, input_len: float, output_len: float
+) -> float:
+    """The most output tokens a second that these rates allow, prompts included, attention and all else for nothing.
+
+    Args:
+        config: the network.
+        rates: the machine's.
+        weight_bytes: of one weight.
+        streams: sequences that decode together.
+        input_len: tokens of a prompt, on average.
+        output_len: and of an answer.
+    """
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    body, head = layers * hidden * (4 * hidden + 2 * inner), hidden * config.vocab_size
+    flops = rates.matmul_gflop_s * 1e9
+    step = max((body + head) * weight_bytes / (rates.read_gb_s * 1e9), 2 * (body + head) * streams / flops)
+    prompt = 2 * (body * input_len + head) / flops
+    return streams / (step + streams * prompt / output_len)
+
+
+def _best_seconds(work: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(TRIES):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.machine", description=(__doc__ or "").splitlines()[0])
+    parser.parse_args()
+    for dtype in (torch.float32, torch.bfloat16):
+        print(json.dumps(asdict(measure_rates(dtype))))
+
+
+if __name__ == "__main__":
+    main()
