@@ -4,6 +4,7 @@ With core.py the only part of the server that imports torch, and like it runs in
 """
 
 import logging
+import os
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ from tqdm import tqdm
 import kernels
 from model.checkpoint import Checkpoint, dummy_tensors
 from model.config import PersimmonConfig
+from model.cores import usable_cores
 from model.graph_sizes import default_sizes, graph_bytes
 from model.kv_cache import KVCache
 from model.memory import MemoryPlan, available_memory, plan_memory
@@ -66,6 +68,8 @@ def load_model(settings: Settings, folder: Path, print_line: Callable[[str], Non
         MemoryPlanError: it does not fit as asked.
     """
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if "OMP_NUM_THREADS" not in os.environ:  # by which torch counts its threads
+        torch.set_num_threads(usable_cores())
     # cuBLAS would otherwise add up split products in 16 bits, which squared ReLU's magnitudes do not survive.
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

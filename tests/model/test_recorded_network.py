@@ -1,0 +1,114 @@
+"""The network as a program of C kernels: the same bits on any number of threads, however they are scheduled."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.cpu import library
+from kernels.cpu.native import NativeKernels
+from model.persimmon import Persimmon, Step
+from model.recorded_network import RecordedNetwork
+from tests.engine_harness import load_model, poisoned_cache
+
+pytestmark = pytest.mark.skipif(not library.builds(), reason="no build of the C kernels for this processor")
+
+BLOCK_SIZE, BLOCKS_EACH, SEQUENCES = 16, 4, 12
+
+
+@pytest.fixture(scope="module")
+def model(random_checkpoint: Path) -> Persimmon:
+    return load_model(random_checkpoint)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+class Network:
+    """A recorded network with a cache of its own."""
+
+    def __init__(self, model: Persimmon, max_tokens: int = 64) -> None:
+        self.kernels = NativeKernels(library.builds()[0])
+        self.cache = poisoned_cache(model, SEQUENCES * BLOCKS_EACH, BLOCK_SIZE)
+        self.network = RecordedNetwork(model, self.cache, self.kernels, max_tokens)
+
+    def step(self, parts: list[tuple[int, int, int]]) -> torch.Tensor:
+        """The hidden states of one step: for each part a sequence, its first position and how many tokens."""
+        ids = [
+            random.Random(1000 * sequence + start + i).randrange(2, 4096)
+            for sequence, start, count in parts
+            for i in range(count)
+        ]
+        plan = self.kernels.plan_attention(
+            [range(sequence * BLOCKS_EACH, (sequence + 1) * BLOCKS_EACH) for sequence, _, _ in parts],
+            [start for _, start, _ in parts],
+            [count for _, _, count in parts],
+            num_blocks=self.cache.num_blocks,
+            num_heads=self.cache.num_heads,
+            block_size=BLOCK_SIZE,
+            dtype=self.cache.dtype,
+            device=self.cache.device,
+        )
+        return self.network.forward(Step(torch.tensor(ids), plan, None))
+
+
+def steps(seed: int, count: int) -> list[list[tuple[int, int, int]]]:
+    """Steps in which a few sequences each go on by a few tokens."""
+    dice, lengths, result = random.Random(seed), [0] * SEQUENCES, []
+    for _ in range(count):
+        parts = []
+        for sequence in dice.sample(range(SEQUENCES), dice.randint(1, SEQUENCES)):
+            tokens = min(dice.choice((1, 1, 1, 2, 9)), BLOCK_SIZE * BLOCKS_EACH - lengths[sequence])
+            if tokens:
+                parts.append((sequence, lengths[sequence], tokens))
+                lengths[sequence] += tokens
+        if parts:
+            result.append(parts)
+    return result
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_more_threads_than_cores_change_no_bit(model: Persimmon, count: int) -> None:
+    alone, together = Network(model), Network(model)
+    for parts in steps(seed=count, count=60):
+        torch.set_num_threads(1)
+        expected = alone.step(parts)
+        torch.set_num_threads(count)
+        assert torch.equal(together.step(parts), expected)
+
+
+@pytest.mark.usefixtures("threads")
+def test_programs_of_several_threads_at_once_wait_for_one_another(model: Persimmon) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    torch.set_num_threads(3)
+    plans = [steps(seed=seed, count=25) for seed in range(4)]
+
+    def run(plan: list[list[tuple[int, int, int]]]) -> list[torch.Tensor]:
+        network = Network(model)
+        return [network.step(parts) for parts in plan]
+
+    expected = [run(plan) for plan in plans]
+    with ThreadPoolExecutor(len(plans)) as pool:
+        for results, wanted in zip(pool.map(run, plans), expected, strict=True):
+            assert all(torch.equal(result, own) for result, own in zip(results, wanted, strict=True))
+
+
+def test_a_step_larger_than_the_buffers_makes_them_grow(model: Persimmon) -> None:
+    small, large = Network(model, max_tokens=4), Network(model)
+    for parts in ([(0, 0, 3)], [(1, 0, 50), (2, 0, 9)], [(0, 3, 1), (1, 50, 1)]):
+        assert torch.equal(small.step(parts), large.step(parts))
+
+
+def test_the_recorded_network_is_the_network(model: Persimmon) -> None:
+    recorded, direct = Network(model), Network(model)
+    direct.network.forward = lambda step: model.forward(step, direct.cache, direct.kernels)  # type: ignore[method-assign]
+    for parts in steps(seed=0, count=10):
+        assert torch.equal(recorded.step(parts), direct.step(parts))
