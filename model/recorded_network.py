@@ -25,7 +25,7 @@ class RecordedNetwork:
         self._model = model
         self._cache = cache
         self._kernels = kernels
-        self._program = self._record(max_tokens)
+        self._program = record(model, cache, kernels, max_tokens)
 
     @torch.inference_mode()
     def forward(self, step: Step) -> torch.Tensor:
@@ -33,7 +33,8 @@ class RecordedNetwork:
         plan = step.attention
         if plan.num_tokens > self._program.max_tokens:
             # To the next power of two, so that it happens seldom.
-            self._program = self._record(1 << (plan.num_tokens - 1).bit_length())
+            max_tokens = 1 << (plan.num_tokens - 1).bit_length()
+            self._program = record(self._model, self._cache, self._kernels, max_tokens)
         rows = plan.num_tokens if step.logits_rows is None else len(step.logits_rows)
         hidden = torch.empty(rows, self._model.config.hidden_size)
         self._program.run(
@@ -41,11 +42,13 @@ class RecordedNetwork:
         )
         return hidden
 
-    @torch.inference_mode()
-    def _record(self, max_tokens: int) -> Program:
-        nothing = torch.zeros(0, dtype=torch.int64)
 
-        def forward(kernels: NativeKernels, plan: NativePlan) -> None:
-            self._model.forward(Step(nothing, plan, None), self._cache, kernels)
+@torch.inference_mode()
+def record(model: Persimmon, cache: KVCache, kernels: NativeKernels, max_tokens: int) -> Program:
+    """The program of one pass of the network, for steps of up to `max_tokens` tokens."""
+    nothing = torch.zeros(0, dtype=torch.int64)
 
-        return self._kernels.record(max_tokens, forward)
+    def forward(recorder: NativeKernels, plan: NativePlan) -> None:
+        model.forward(Step(nothing, plan, None), cache, recorder)
+
+    return kernels.record(max_tokens, forward)

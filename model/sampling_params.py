@@ -9,7 +9,7 @@ import numpy as np
 from model.token_counts import TokenCounts
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SamplingParams:
     """How one row is sampled.
 

@@ -92,6 +92,20 @@ class Settings(BaseSettings):
         "TOKENS",
         ge=1,
     )
+    max_itl_ms: float | None = _setting(
+        None,
+        "Longest that a step with decoding sequences may take for prompts beside them; while more sequences wait for "
+        "their first token than decode, longer by that ratio. Default: 1.75 times what it takes without prompts.",
+        "engine",
+        "MILLISECONDS",
+        gt=0,
+    )
+    async_scheduling: Literal["auto", "on", "off"] = _setting(
+        "auto",
+        "Plan and launch each step while the one before it runs. auto: on with a GPU; off on a CPU, where every token "
+        "would come a step late.",
+        "engine",
+    )
     enable_prefix_caching: bool = _setting(
         True, "Reuse the KV blocks of a prompt's beginning when it was seen before.", "engine"
     )

@@ -3,7 +3,7 @@
 Every KV row is NaN until a sequence writes it, so a kernel that reads what it must not read is found out.
 """
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +19,10 @@ from model.kv_cache import KVCache
 from model.persimmon import Persimmon
 from model.runner import Runner
 from server.engine.blocks import BlockPool
+from server.engine.core import LaunchedStep
 from server.engine.messages import EngineStats, Sampling, TokenLogprobs
 from server.engine.plan_runner import PlanRunner
-from server.engine.scheduler import Scheduler
+from server.engine.scheduler import Scheduler, StepPlan
 from server.engine.sequence import Sequence
 
 CPU = torch.device("cpu")
@@ -68,6 +69,7 @@ class Harness:
         max_num_batched_tokens: token budget of a step.
         prefix_caching: whether full blocks are found again.
         grammars: compiles the sequences' grammars.
+        overlap: whether a step is planned and launched before the one before it is looked at, as on a GPU.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Harness:
         max_num_batched_tokens: int = 2048,
         prefix_caching: bool = False,
         grammars: GrammarCompiler | None = None,
+        overlap: bool = False,
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching)
         self.scheduler = Scheduler(
@@ -92,6 +95,8 @@ class Harness:
         self.told: defaultdict[Sequence, Told] = defaultdict(Told)
         """What the steps have reported of each sequence."""
         self._run = PlanRunner(Runner(model, cache, kernels.for_device(CPU)), grammars)
+        self._overlap = overlap
+        self._under_way: deque[tuple[StepPlan, LaunchedStep]] = deque()
         self.failures: dict[Sequence, str] = {}
         """Why sequences could not go on."""
 
@@ -129,11 +134,11 @@ class Harness:
         waiting = [sequence for _, sequence in sorted(zip(steps, sequences, strict=True), key=lambda pair: pair[0])]
         due = sorted(steps)
         step = 0
-        while waiting or self.scheduler.has_work:
+        while waiting or self.scheduler.has_work or self._under_way:
             while waiting and due[0] <= step:
                 self._add(waiting.pop(0))
                 del due[0]
-            if self.scheduler.has_work:
+            if self.scheduler.has_work or self._under_way:
                 self._step()
             step += 1
         if self.pool.num_free != self.pool.num_blocks:
@@ -146,8 +151,18 @@ class Harness:
         self.scheduler.add(sequence)
 
     def _step(self) -> None:
-        plan = self.scheduler.plan()
-        outcome = self._run(plan)
+        plan = self.scheduler.plan_ahead() if self._under_way else self.scheduler.plan()
+        if plan is None:
+            self._end_oldest()
+            plan = self.scheduler.plan()
+        if plan.scheduled:
+            self._under_way.append((plan, self._run.launch(plan)))
+        while len(self._under_way) > (1 if self._overlap and plan.scheduled else 0):
+            self._end_oldest()
+
+    def _end_oldest(self) -> None:
+        plan, launched = self._under_way.popleft()
+        outcome = launched.wait()
         for place, item in enumerate(plan.scheduled):
             told = self.told[item.sequence]
             told.prompt_logprobs += outcome.prompt_logprobs.get(place, [])

@@ -1,7 +1,7 @@
 """Operations in a row, which one call runs on all threads.  Knows no network: it holds what it is given."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -40,6 +40,15 @@ class Program:
         self._operations.append(operation)
         self._operands.append(operands)
         self._ready = None
+
+    def part(self, wanted: Callable[[library.Operation], bool]) -> "Program":
+        """Some of the operations, on the same buffers: to measure what each takes."""
+        part = Program(self._functions, self.max_tokens)
+        part._buffers = self._buffers
+        for operation, operands in zip(self._operations, self._operands, strict=True):
+            if wanted(operation):
+                part.append(operation, operands)
+        return part
 
     def run(self, step: library.Step) -> None:
         """Runs all operations, on as many threads as torch uses.

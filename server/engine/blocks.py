@@ -61,6 +61,10 @@ class BlockPool:
         """Whether nobody holds this block."""
         return self._references[block] == 0
 
+    def references(self, block: int) -> int:
+        """How many sequences hold this block."""
+        return self._references[block]
+
     def is_shared(self, block: int) -> bool:
         """Whether more than one sequence holds this block."""
         return self._references[block] > 1

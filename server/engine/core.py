@@ -1,11 +1,14 @@
-"""The engine loop: inbox -> plan -> run -> commit -> outbox, one step after the other.
+"""The engine loop: inbox -> plan -> launch -> wait -> commit -> outbox, one turn after the other.
 
-Knows API workers by their ZeroMQ identity, never by what is on their other side, and the model as a function from a
+On a device that computes beside the host the next step is launched before the last one is waited for.  Knows API
+workers by their ZeroMQ identity, never by what is on their other side, and the model as a function from a
 plan to tokens.
 """
 
 import logging
 import os
+import time
+from collections import deque
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Ids
 from concurrent.futures import Future
@@ -28,6 +31,7 @@ from server.engine.messages import (
 )
 from server.engine.scheduler import Advance, Scheduler, StepPlan
 from server.engine.sequence import Sequence
+from server.engine.step_cost import StepCostModel
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +76,19 @@ class StepOutcome:
     failures: Mapping[int, str] = field(default_factory=dict)
 
 
+class LaunchedStep(Protocol):
+    """A step that has been started."""
+
+    def wait(self) -> StepOutcome:
+        """What came of it, as soon as it has ended; an exception where it failed."""
+        ...
+
+
 class StepRunner(Protocol):
     """What the engine needs of a model."""
 
-    def __call__(self, plan: StepPlan) -> StepOutcome:
-        """Runs one step."""
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Starts a step; the one before it may still be under way."""
         ...
 
     def prepare(self, sequence: Sequence) -> "Future[Any] | None":
@@ -88,6 +100,25 @@ class StepRunner(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class _FailedLaunch:
+    """A step that could not even be started."""
+
+    error: Exception
+
+    def wait(self) -> StepOutcome:
+        raise self.error
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step under way, and when it was launched."""
+
+    plan: StepPlan
+    launched: LaunchedStep
+    started: float
+
+
 class Engine:
     """The loop and its socket.
 
@@ -96,15 +127,32 @@ class Engine:
         scheduler: decides what runs.
         run: runs it.
         limits: the news of this engine for workers that say hello; its stats are replaced by current ones.
+        costs: learns what steps take, so that prompts leave those who decode their pace.
+        overlap: whether a step is planned and launched while the one before it runs.  That pays where a device computes
+            beside the host; where the host itself computes, it would tell of every token a step late.
     """
 
-    def __init__(self, socket: zmq.Socket[bytes], scheduler: Scheduler, run: StepRunner, limits: Ready) -> None:
+    def __init__(
+        self,
+        socket: zmq.Socket[bytes],
+        scheduler: Scheduler,
+        run: StepRunner,
+        limits: Ready,
+        *,
+        costs: StepCostModel | None = None,
+        overlap: bool = False,
+    ) -> None:
         self._socket = socket
         # A message to a worker that has gone is an error here instead of silence, so that its sequences can end.
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._scheduler = scheduler
         self._run = run
         self._limits = limits
+        self._costs = costs
+        self._overlap = overlap
+        self._last_end = 0.0
+        # The older first; while a turn begins there is one at most, and none where steps do not overlap.
+        self._under_way: deque[_Step] = deque()
         # The workers that have said hello, each with its live sequences.
         self._workers: dict[bytes, set[int]] = {}
         self._encoder = msgspec.msgpack.Encoder()
@@ -126,15 +174,20 @@ class Engine:
         while True:
             self.turn()
 
+    @property
+    def has_work(self) -> bool:
+        """Whether a turn would do something though no message comes."""
+        return self._scheduler.has_work or bool(self._under_way)
+
     def turn(self) -> None:
-        """Takes what has arrived, waiting for it when there is nothing to do, and runs one step."""
+        """Takes what has arrived, waiting for it when there is nothing to do, and ends or begins a step."""
         outputs: Outputs = {}
-        if not self._scheduler.has_work:
+        if not self.has_work:
             self._wait()
         news = self._drain_inbox(outputs)
         if self._preparing:
             news |= self._admit_prepared(outputs)
-        if self._scheduler.has_work:
+        if self.has_work:
             self._step(outputs)
             news = True
         if news:
@@ -215,21 +268,54 @@ class Engine:
         self._scheduler.abort(key)
 
     def _step(self, outputs: Outputs) -> None:
-        plan = self._scheduler.plan()
+        """Launches the next step, then ends the one before it and, where steps do not overlap, this one."""
+        costs = self._costs.costs if self._costs is not None else None
+        plan = self._scheduler.plan_ahead(costs) if self._under_way else self._scheduler.plan(costs)
+        if plan is None:
+            # What comes next depends on the tokens of the step under way.
+            self._end_oldest(outputs)
+            plan = self._scheduler.plan(costs)
+        launched = self._launch(plan)
+        stay_under_way = 1 if launched and self._overlap else 0
+        while len(self._under_way) > stay_under_way:
+            self._end_oldest(outputs)
+
+    def _launch(self, plan: StepPlan) -> bool:
+        """Starts a step; False where there is nothing in it, or it failed at once and waits for being told of."""
+        if not plan.scheduled:
+            return False
+        started = time.perf_counter()
         try:
-            outcome = self._run(plan)
+            self._under_way.append(_Step(plan, self._run.launch(plan), started))
+        except Exception as error:  # noqa: BLE001, it is raised when the step ends
+            self._under_way.append(_Step(plan, _FailedLaunch(error), started))
+            return False
+        return True
+
+    def _end_oldest(self, outputs: Outputs) -> None:
+        """Waits for the oldest step under way, applies what came of it, and tells the workers of its sequences."""
+        step = self._under_way.popleft()
+        plan = step.plan
+        try:
+            outcome = step.launched.wait()
         except Exception:
             self._failed_steps += 1
             if self._failed_steps >= MAX_FAILED_STEPS:
                 raise
             logger.exception("a step of %d sequences failed; they end with an error", len(plan.scheduled))
-            self._fail(plan, outputs)
+            failed = map(_key, self._scheduler.fail(plan))
+            self._refuse(failed, "the model failed on this request; see the log", outputs)
             return
         self._failed_steps = 0
+        now = time.perf_counter()
+        if self._costs is not None:
+            # A device begins a step when the one before it has ended.
+            self._costs.observe(plan.work, now - max(step.started, self._last_end))
+        self._last_end = now
         reports = {
             item.sequence: (outcome.prompt_logprobs.get(place, []), outcome.pooled.get(place, b""))
             for place, item in enumerate(plan.scheduled)
-            if place in outcome.prompt_logprobs or place in outcome.pooled
+            if (place in outcome.prompt_logprobs or place in outcome.pooled) and item.sequence.wants_report
         }
         for advance in self._scheduler.commit(plan, outcome.tokens):
             if (reason := outcome.failures.get(advance.row)) is not None and advance.token is not None:
@@ -270,13 +356,6 @@ class Engine:
         )
         if sequence.finished:
             self._workers[worker].discard(sequence_id)
-
-    def _fail(self, plan: StepPlan, outputs: Outputs) -> None:
-        failed = {own.key: own for item in plan.scheduled for own in (*item.sequence.family, *item.samples)}
-        # Forks first: one whose leader has gone would take its place.
-        for sequence in reversed(failed.values()):
-            self._abort(_key(sequence))
-        self._refuse(map(_key, failed.values()), "the model failed on this request; see the log", outputs)
 
     def _refuse(self, keys: Iterable[SequenceKey], reason: str, outputs: Outputs) -> None:
         """Ends sequences with an error; they are in no part of the engine any more."""

@@ -64,6 +64,11 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property
+    def draws_from_output(self) -> bool:
+        """Whether a draw depends on the tokens that were drawn before it."""
+        return self.penalizes or self.grammar is not None
+
+    @property
     def is_plain(self) -> bool:
         """Whether tokens are drawn from the network's logits as they are, and nothing is told of them."""
         return (

@@ -1,7 +1,7 @@
 """The scheduler's plans in the model's words: what each sequence computes, how it draws, what it reports.
 
-Knows both sides and translates; decides nothing.  Keeps what a sequence's draws carry on from token to token: the
-tokens that penalties look at, and where its grammar stands.
+Knows both sides and translates; decides nothing.  Keeps with each sequence what its draws carry on from token to token:
+the tokens that penalties look at, where its grammar stands, and its row of a decode step.
 """
 
 from collections import OrderedDict
@@ -9,15 +9,14 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import cast
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from model.grammar import GrammarCompiler, GrammarError, GrammarKind, GrammarSpec, Matcher
-from model.runner import PooledStates, PromptLogprobs, Report, Runner, SequenceInput
+from model.runner import PendingStep, PooledStates, PromptLogprobs, Report, Runner, SequenceInput
 from model.sampling_params import SamplingParams
 from model.token_counts import TokenCounts
-from server.engine.core import StepOutcome
+from server.engine.core import LaunchedStep, StepOutcome
 from server.engine.messages import Grammar, TokenLogprobs
 from server.engine.scheduler import ScheduledSequence, StepPlan
 from server.engine.sequence import Sequence
@@ -41,9 +40,6 @@ class PlanRunner:
         self._compiling = ThreadPoolExecutor(1, thread_name_prefix="grammar-compiler")
         self._masking = ThreadPoolExecutor(1, thread_name_prefix="grammar-masks")
         self._compiled: OrderedDict[Grammar, Future[Matcher]] = OrderedDict()
-        self._matchers: WeakKeyDictionary[Sequence, Future[Matcher]] = WeakKeyDictionary()
-        self._counts: WeakKeyDictionary[Sequence, TokenCounts] = WeakKeyDictionary()
-        self._progress: WeakKeyDictionary[Sequence, GrammarProgress] = WeakKeyDictionary()
 
     def prepare(self, sequence: Sequence) -> Future[Matcher] | None:
         """Starts what a sequence and its forks need before they run; None when that is nothing.
@@ -61,21 +57,14 @@ class PlanRunner:
         while len(self._compiled) > COMPILED_GRAMMARS:
             self._compiled.popitem(last=False)
         for own in sequence.family:
-            self._matchers[own] = compiled
+            _state(own).matcher = compiled
         return compiled
 
-    def __call__(self, plan: StepPlan) -> StepOutcome:
-        """Runs one step."""
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Starts one step."""
         if plan.copies:
             self._runner.copy_blocks(plan.copies)
-        result = self._runner.launch([self._input(item) for item in plan.scheduled]).wait()
-        return StepOutcome(
-            result.tokens,
-            {row: TokenLogprobs(*entry) for row, entry in result.logprobs.items()},
-            {place: [TokenLogprobs(*entry) for entry in entries] for place, entries in result.prompt_logprobs.items()},
-            {place: rows.astype("<f4").tobytes() for place, rows in result.pooled.items()},
-            self._failures(plan),
-        )
+        return _Launched(self, plan, self._runner.launch([self._input(item) for item in plan.scheduled]))
 
     def _compile(self, grammar: Grammar) -> Matcher:
         if self._compiler is None:
@@ -85,22 +74,23 @@ class PlanRunner:
         return self._compiler.compile(GrammarSpec(kind, grammar.text), grammar.leading_space)
 
     def _input(self, item: ScheduledSequence) -> SequenceInput:
-        sequence = item.sequence
+        sequence, state = item.sequence, _state(item.sequence)
+        if item.count == 1 and item.samples == (sequence,) and state.is_plain and item.report_from == item.end:
+            return state.decode(item)
+        token_ids = sequence.token_ids[item.start : item.end]
         return SequenceInput(
-            token_ids=sequence.token_ids[item.start : item.end],
+            token_ids=token_ids if item.pending_row is None else [-1 - item.pending_row],
             start=item.start,
             block_table=sequence.block_table,
-            samplings=[self._sampling(sample) for sample in item.samples],
+            samplings=[self._sampling(sample, item.end - sample.prompt_length) for sample in item.samples],
             report=_report(item),
         )
 
-    def _sampling(self, sequence: Sequence) -> SamplingParams:
+    def _sampling(self, sequence: Sequence, position: int) -> SamplingParams:
+        """How the token at a position of a sequence's output is drawn."""
         asked = sequence.sampling
-        position = sequence.num_output_tokens
         if asked.is_plain:
-            return SamplingParams(
-                asked.temperature, asked.top_p, asked.top_k, asked.min_p, asked.seed, sequence.sample_index, position
-            )
+            return _plain_sampling(sequence, position)
         return SamplingParams(
             temperature=asked.temperature,
             top_p=asked.top_p,
@@ -120,25 +110,28 @@ class PlanRunner:
         )
 
     def _seen(self, sequence: Sequence) -> TokenCounts:
-        counts = self._counts.get(sequence)
-        if counts is None:
-            counts = self._counts[sequence] = TokenCounts(sequence.token_ids[: sequence.prompt_length])
-        for token_id in sequence.token_ids[sequence.prompt_length + counts.output_length :]:
-            counts.append(token_id)
-        return counts
+        state = _state(sequence)
+        if state.counts is None:
+            state.counts = TokenCounts(sequence.token_ids[: sequence.prompt_length])
+        for token_id in sequence.token_ids[sequence.prompt_length + state.counts.output_length :]:
+            state.counts.append(token_id)
+        return state.counts
 
     def _allowed(self, sequence: Sequence) -> Callable[[], np.ndarray]:
-        progress = self._progress.get(sequence)
-        if progress is None:
-            progress = self._progress[sequence] = GrammarProgress(self._matchers[sequence].result().copy())
-        news = sequence.token_ids[sequence.prompt_length + progress.num_tokens :]
-        return self._masking.submit(partial(progress.advance, news)).result
+        state = _state(sequence)
+        if state.progress is None:
+            if state.matcher is None:
+                raise ValueError("a sequence with a grammar was not prepared")
+            state.progress = GrammarProgress(state.matcher.result().copy())
+        news = sequence.token_ids[sequence.prompt_length + state.progress.num_tokens :]
+        return self._masking.submit(partial(state.progress.advance, news)).result
 
-    def _failures(self, plan: StepPlan) -> dict[int, str]:
+    def failures(self, plan: StepPlan) -> dict[int, str]:
+        """By the place of a sample among all of a step: why its sequence cannot go on."""
         failures = {}
         samples = (sample for item in plan.scheduled for sample in item.samples)
         for row, sample in enumerate(samples):
-            progress = self._progress.get(sample) if sample.sampling.grammar is not None else None
+            progress = _state(sample).progress
             if progress is not None and progress.error is not None:
                 failures[row] = progress.error
                 # Its copies share what was found out about it, up to a limit that this one has perhaps reached.
@@ -178,6 +171,74 @@ class GrammarProgress:
         except GrammarError as error:
             self.error = str(error)
         return self._mask
+
+
+class _SequenceState:
+    """What is kept with a sequence while it lives.
+
+    Args:
+        sequence: it.
+
+    Attributes:
+        is_plain: whether each of its draws differs from the one before in its position alone.
+        matcher: at the beginning of its grammar, when that is compiled; shared.
+        counts: the tokens that penalties look at.
+        progress: where it stands in its grammar.
+    """
+
+    __slots__ = ("_input", "_params", "_token_ids", "counts", "is_plain", "matcher", "progress")
+
+    def __init__(self, sequence: Sequence) -> None:
+        self.is_plain = sequence.sampling.is_plain
+        self.matcher: Future[Matcher] | None = None
+        self.counts: TokenCounts | None = None
+        self.progress: GrammarProgress | None = None
+        self._params = _plain_sampling(sequence, 0)
+        self._token_ids = [0]
+        self._input = SequenceInput(self._token_ids, 0, sequence.block_table, [self._params])
+
+    def decode(self, item: ScheduledSequence) -> SequenceInput:
+        """Its row of a decode step: the same objects in every step, so that few are made.  `launch` reads them."""
+        sequence, start = item.sequence, item.start
+        self._token_ids[0] = sequence.token_ids[start] if item.pending_row is None else -1 - item.pending_row
+        self._params.position = start + 1 - sequence.prompt_length
+        row = self._input
+        row.start = start
+        row.block_table = sequence.block_table
+        return row
+
+
+def _state(sequence: Sequence) -> _SequenceState:
+    state = sequence.runner_state
+    if not isinstance(state, _SequenceState):
+        state = sequence.runner_state = _SequenceState(sequence)
+    return state
+
+
+class _Launched:
+    """A step that has been started."""
+
+    def __init__(self, owner: PlanRunner, plan: StepPlan, pending: PendingStep) -> None:
+        self._owner = owner
+        self._plan = plan
+        self._pending = pending
+
+    def wait(self) -> StepOutcome:
+        result = self._pending.wait()
+        return StepOutcome(
+            result.tokens,
+            {row: TokenLogprobs(*entry) for row, entry in result.logprobs.items()},
+            {place: [TokenLogprobs(*entry) for entry in entries] for place, entries in result.prompt_logprobs.items()},
+            {place: rows.astype("<f4").tobytes() for place, rows in result.pooled.items()},
+            self._owner.failures(self._plan),
+        )
+
+
+def _plain_sampling(sequence: Sequence, position: int) -> SamplingParams:
+    asked = sequence.sampling
+    return SamplingParams(
+        asked.temperature, asked.top_p, asked.top_k, asked.min_p, asked.seed, sequence.sample_index, position
+    )
 
 
 def _report(item: ScheduledSequence) -> Report | None:

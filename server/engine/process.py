@@ -26,6 +26,11 @@ from server.engine.loading import load_model
 from server.engine.messages import Ready
 from server.engine.plan_runner import PlanRunner
 from server.engine.scheduler import Scheduler
+from server.engine.step_cost import StepCostModel
+
+COLLECTOR_THRESHOLDS = (50_000, 20, 100)
+"""What a step makes dies by its reference counts.  With Python's own thresholds the collector took a twentieth of the
+loop's time, up to a millisecond at once, and found nothing; cycles, which errors may leave, it finds all the same."""
 
 
 def run_engine(settings: Settings, folder: Path, address: str, report: Connection) -> None:
@@ -73,7 +78,11 @@ def run_engine(settings: Settings, folder: Path, address: str, report: Connectio
     # What lives now lives as long as the process: the collector need not look at it again.
     gc.collect()
     gc.freeze()
-    Engine(socket, scheduler, runner, ready).serve_forever()
+    gc.set_threshold(*COLLECTOR_THRESHOLDS)
+    # A CPU is the host itself: nothing would run beside it.
+    overlap = {"on": True, "off": False, "auto": loaded.device.type == "cuda"}[settings.async_scheduling]
+    costs = StepCostModel(None if settings.max_itl_ms is None else settings.max_itl_ms / 1000)
+    Engine(socket, scheduler, runner, ready, costs=costs, overlap=overlap).serve_forever()
 
 
 def _grammar_compiler(folder: Path) -> GrammarCompiler:

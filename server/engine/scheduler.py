@@ -1,25 +1,39 @@
 """Which tokens run in the next step: plan() decides, commit() applies what the step sampled.
 
 Decides and does nothing else: no tensors, no I/O, no clock.  Sequences are ordered by priority, then by arrival; the
-first that runs is never preempted, so of one priority everything that is admitted finishes.  The samples of one
+first that runs always advances and is never preempted, so of one priority everything finishes.  The samples of one
 prompt arrive as one sequence with forks: its prompt is computed once, and then each fork goes on in the same blocks, of
 which it copies the last before it writes there.
 """
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Hashable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
+from math import inf
 from operator import attrgetter
 
+from server.engine.admission import Admission, Growing
 from server.engine.blocks import BlockPool
 from server.engine.messages import EngineStats
 from server.engine.sequence import Sequence
+from server.engine.step_cost import NO_WORK, StepCosts, StepWork
 
 _rank = attrgetter("rank")
 
+TYPICAL_OUTPUT = 512
+"""Output tokens that a sequence is expected to get before any has finished."""
 
-@dataclass(frozen=True, slots=True)
+LEAST_CHUNK = 16
+"""So many tokens of a prompt are computed in a step though there is no time for them: few more are dearer than none."""
+
+MOST_OVERTAKEN = 8
+"""So many waiting sequences may be overtaken by others because they wait for a prefix that is being computed."""
+
+
+# Not frozen, because that makes each four times as slow to make.
+@dataclass(slots=True)
 class ScheduledSequence:
     """The part of a step that belongs to one sequence.
 
@@ -30,6 +44,7 @@ class ScheduledSequence:
         samples: the sequences that get their next token from the last of them: none for a chunk that ends inside the
             prompt, several where forks begin.
         report_from: the first position whose state is to be reported; end where there is none.
+        pending_row: of a token to compute that the step before is still sampling, its place among all that are.
     """
 
     sequence: Sequence
@@ -37,6 +52,12 @@ class ScheduledSequence:
     count: int
     samples: tuple[Sequence, ...]
     report_from: int
+    pending_row: int | None = None
+
+    @property
+    def members(self) -> tuple[Sequence, ...]:
+        """The sequences that this part brings on."""
+        return self.samples or (self.sequence,)
 
     @property
     def end(self) -> int:
@@ -44,17 +65,21 @@ class ScheduledSequence:
         return self.start + self.count
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepPlan:
     """One step: sequences that decode come first, then prompt chunks.
 
     Attributes:
         scheduled: what is computed.
         copies: (from, to) blocks to copy before that, because a sequence writes into what others read.
+        num_samples: tokens that the step samples.
+        work: how much it computes.
     """
 
     scheduled: list[ScheduledSequence] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    num_samples: int = 0
+    work: StepWork = NO_WORK
 
     @property
     def num_tokens(self) -> int:
@@ -62,7 +87,7 @@ class StepPlan:
         return sum(item.count for item in self.scheduled)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Advance:
     """A sequence that a step has brought on.
 
@@ -77,6 +102,42 @@ class Advance:
     row: int
 
 
+class _ChunkShare:
+    """What is left of a step for prompt chunks.
+
+    Args:
+        tokens: of the token budget.
+        seconds: of the time; infinite where nothing is known of that.
+        costs: what chunks take of it.
+    """
+
+    def __init__(self, tokens: int, seconds: float, costs: StepCosts | None) -> None:
+        self.tokens = tokens
+        self._seconds = seconds
+        self._costs = costs
+
+    def take(self, sequence: Sequence, taken: int, least: int, part: float = 1.0) -> int:
+        """Takes a chunk for a sequence, as long as it can be.
+
+        Args:
+            sequence: whose prompt.
+            taken: tokens that it has in this step already.
+            least: so many tokens it gets though there is no time for them.
+            part: how much of what is left it may take.
+        """
+        wanted = sequence.num_uncomputed - taken
+        start = sequence.num_computed + taken
+        count = min(wanted, max(1, int(self.tokens * part)), self.tokens)
+        if self._costs is not None:
+            if taken == 0:
+                self._seconds -= self._costs.reach(start)
+            affordable = self._costs.affordable(self._seconds * part, start)
+            count = int(min(count, max(affordable, least)))
+            self._seconds -= self._costs.chunk(count, start)
+        self.tokens -= count
+        return count
+
+
 class Scheduler:
     """Continuous batching over a block pool.
 
@@ -85,12 +146,21 @@ class Scheduler:
         max_num_seqs: most sequences that hold blocks at once.
         max_num_batched_tokens: token budget of a step, at least max_num_seqs, so that every running sequence advances.
         max_model_len: most tokens of one sequence; the pool holds at least one such sequence.
+        typical_output: output tokens that a sequence may be expected to get, until some have finished.
 
     Raises:
         ValueError: the limits contradict each other.
     """
 
-    def __init__(self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        typical_output: int = TYPICAL_OUTPUT,
+    ) -> None:
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
                 f"a step of {max_num_batched_tokens} tokens cannot advance {max_num_seqs} running sequences"
@@ -113,6 +183,9 @@ class Scheduler:
         self._by_key: dict[Hashable, Sequence] = {}
         # Full blocks that running sequences are about to compute, by their hashes.
         self._promised: dict[bytes, Sequence] = {}
+        # Planned and not committed, the older first.
+        self._under_way: list[StepPlan] = []
+        self._admission = Admission(pool.num_blocks, pool.block_size, typical_output)
         self._steps = 0
         self._prompt_tokens = 0
         self._generated_tokens = 0
@@ -191,8 +264,9 @@ class Scheduler:
         self._queue(sequence)
 
     def abort(self, key: Hashable) -> None:
-        """Ends a sequence at once; its blocks are free when this returns.  Unknown keys are ignored.
+        """Ends a sequence at once.  Unknown keys are ignored.
 
+        Its blocks are free when this returns, or when the last step under way that may write them has been committed.
         Its forks live on: the first of them takes its place.
         """
         sequence = self._by_key.pop(key, None)
@@ -209,44 +283,75 @@ class Scheduler:
             self._waiting.remove(sequence)
         else:
             self._running.remove(sequence)
-            self._release(sequence)
+            self._retire(sequence)
 
-    def plan(self) -> StepPlan:
-        """Fills one step: a token for each decoding sequence, then prompt chunks, oldest first.
+    def plan(self, costs: StepCosts | None = None) -> StepPlan:
+        """Fills one step: a token for each decoding sequence, then chunks of prompts.
 
-        Reserves the blocks that the step writes, preempting the newest sequences when there are too few.
+        Reserves the blocks that the step writes, preempting sequences when there are too few; no step is under way.
+
+        Args:
+            costs: what a step costs, for chunks that leave those who decode their pace; without it they take what the
+                token budget leaves.
+
+        Raises:
+            ValueError: a step is under way.
         """
+        if self._under_way:
+            raise ValueError("a step is under way: what comes after it is planned with plan_ahead()")
+        while self._missing_blocks() > 0:
+            self._preempt(self._victim())
+        return self._fill_step(costs)
+
+    def plan_ahead(self, costs: StepCosts | None = None) -> StepPlan | None:
+        """Fills the step after the one under way, whose tokens nobody knows yet.
+
+        It may turn out to compute a token too many for a sequence that ends before it; that token is dropped.
+
+        Args:
+            costs: as for `plan`.
+
+        Returns:
+            None where that step must be known first: because a draw depends on its tokens, or because there are too few
+            blocks and a sequence whose blocks a step may write cannot be preempted.
+        """
+        if any(sequence.draws_from_output and sequence.num_pending for sequence in self._running):
+            return None
+        return None if self._missing_blocks() > 0 else self._fill_step(costs)
+
+    def _fill_step(self, costs: StepCosts | None) -> StepPlan:
         plan = StepPlan()
-        budget = self._max_num_batched_tokens - self._plan_decodes(plan)
-        budget -= self._plan_chunks(plan, budget)
-        self._admit(plan, budget)
+        self._plan_decodes(plan)
+        self._admit()
+        self._plan_chunks(plan, costs)
+        if plan.scheduled:
+            self._under_way.append(plan)
         return plan
 
     def commit(self, plan: StepPlan, sampled: Ids[int]) -> list[Advance]:
-        """Applies a finished step.
+        """Applies a finished step, the oldest under way.
 
         Args:
             plan: what ran.
             sampled: one token for each of the plan's samples, in their order.
 
         Returns:
-            Each sequence that got a token or ended.  Those that are `finished` hold no blocks any more.  Sequences
-            aborted since the plan was made are left out.
+            Each sequence that got a token or ended.  Sequences that ended since the plan was made are left out.
 
         Raises:
             ValueError: there are fewer or more tokens than samples.
         """
-        wanted = sum(len(item.samples) for item in plan.scheduled)
-        if len(sampled) != wanted:
-            raise ValueError(f"the step sampled {len(sampled)} tokens for {wanted} sequences")
+        if len(sampled) != plan.num_samples:
+            raise ValueError(f"the step sampled {len(sampled)} tokens for {plan.num_samples} sequences")
         self._steps += 1
+        self._admission.step(plan.work.decodes + plan.work.chunk_tokens)
         advanced: list[Advance] = []
         row = 0
         for item in plan.scheduled:
             self._commit_computed(item)
             for sequence in item.samples:
-                if not sequence.finished:
-                    self._generated_tokens += 1
+                if sequence.finish_reason is None:
+                    sequence.num_pending -= 1
                     sequence.append(sampled[row])
                     advanced.append(Advance(sequence, sampled[row], row))
                 row += 1
@@ -254,61 +359,133 @@ class Scheduler:
             if sequence.max_tokens == 0 and item.end == sequence.prompt_length and not sequence.finished:
                 sequence.finish_reason = "length"
                 advanced.append(Advance(sequence, None, row))
-        ended = [advance.sequence for advance in advanced if advance.sequence.finished]
+        self._generated_tokens += sum(advance.token is not None for advance in advanced)
+        ended = [advance.sequence for advance in advanced if advance.sequence.finish_reason is not None]
         for sequence in ended:
+            if sequence.max_tokens > 0:
+                self._admission.end(sequence.num_output_tokens)
             del self._by_key[sequence.key]
-            self._release(sequence)
+            self._retire(sequence)
         if ended:
             self._running = [sequence for sequence in self._running if not sequence.finished]
+        self._leave(plan)
         return advanced
 
+    def fail(self, plan: StepPlan) -> list[Sequence]:
+        """Ends the sequences of a step that came to nothing, the oldest under way, and their forks.
+
+        Returns:
+            Those that it ended.
+        """
+        concerned: dict[Sequence, None] = {}
+        for step in self._under_way:
+            for item in step.scheduled:
+                # Forks that a later step began rest on the same blocks.
+                if step is plan or item.sequence in concerned:
+                    concerned |= dict.fromkeys((*item.sequence.family, *item.samples))
+        ended = [sequence for sequence in concerned if not sequence.finished]
+        # Forks first: one whose leader has gone would take its place.
+        for sequence in reversed(ended):
+            self.abort(sequence.key)
+        self._leave(plan)
+        return ended
+
+    def _leave(self, plan: StepPlan) -> None:
+        """A step is no longer under way: what it might have written is free where its sequence has ended."""
+        if plan.scheduled:
+            self._under_way.remove(plan)
+        for item in plan.scheduled:
+            for sequence in item.members:
+                sequence.steps_under_way -= 1
+                if sequence.finish_reason is not None and sequence.steps_under_way == 0:
+                    self._pool.release(sequence.block_table)
+                    sequence.block_table = []
+
     def _commit_computed(self, item: ScheduledSequence) -> None:
-        sequence, holder = item.sequence, None
-        if sequence.finish_reason is None:
-            holder = sequence
-            sequence.num_computed = item.end
-            if sequence.num_reported < sequence.prompt_length:
-                sequence.num_reported = max(sequence.num_reported, min(item.end, sequence.prompt_length))
-        else:
+        holder: Sequence | None = item.sequence
+        if item.sequence.finish_reason is not None:
             # Of an aborted sequence the blocks may live on in its forks.
             holder = next((own for own in item.samples if not own.finished), None)
         if holder is not None and self._pool.prefix_caching:
-            self._index_full_blocks(holder, item.start)
+            self._index_full_blocks(holder, item.start, item.end)
 
-    def _plan_decodes(self, plan: StepPlan) -> int:
-        # Victims are taken from the end of the list and this loop starts at its beginning, so none is scheduled yet.
-        position = 0
-        while position < len(self._running):
-            sequence = self._running[position]
-            if sequence.num_uncomputed == 1 and self._reserve_next(plan, sequence):
+    def _missing_blocks(self) -> int:
+        """How many blocks more than there are free ones the next tokens of all that decode need."""
+        free = self._pool.num_free
+        if free >= len(self._running):
+            return 0
+        size, needed = self._pool.block_size, 0
+        writers: Counter[int] = Counter()
+        for sequence in self._running:
+            if sequence.num_uncomputed == 1 and not sequence.awaits_its_last_token:
+                index = sequence.num_computed // size
+                if index == len(sequence.block_table):
+                    needed += 1
+                else:
+                    writers[sequence.block_table[index]] += 1
+        # Whoever writes into a block that others hold copies it, until the last holder is alone with it.
+        needed += sum(min(count, self._pool.references(block) - 1) for block, count in writers.items())
+        return needed - free
+
+    def _plan_decodes(self, plan: StepPlan) -> None:
+        for sequence in list(self._running):  # forks that begin in this step join those that run
+            if sequence.num_uncomputed == 1 and not sequence.awaits_its_last_token:
+                self._reserve_next(plan, sequence)
                 self._schedule(plan, sequence, 1)
-            position += 1
-        return len(plan.scheduled)
+        plan.work = StepWork(len(plan.scheduled), sum([item.start for item in plan.scheduled]))
 
-    def _plan_chunks(self, plan: StepPlan, budget: int) -> int:
-        used = 0
-        for sequence in list(self._running):
-            if used == budget:
+    def _plan_chunks(self, plan: StepPlan, costs: StepCosts | None) -> None:
+        """Shares what decodes leave of a step among the prompts that run.
+
+        Half of it is for the first of them, however long, the rest for the shortest, however late: so neither a long
+        prompt nor those behind it starve.  Each of the two advances by LEAST_CHUNK tokens whatever that takes.
+        """
+        prompts = [own for own in self._running if own.num_pending == 0 and own.num_uncomputed > 0]
+        if not prompts:
+            return
+        work, seconds = plan.work, inf
+        tokens = self._max_num_batched_tokens - work.decodes
+        if costs is not None:
+            wait = len(prompts) + len(self._waiting)
+            seconds = costs.chunk_seconds(work.decodes, work.decode_context, wait)
+            tokens = int(min(tokens, costs.chunk_tokens(work.decodes, wait)))
+        share = _ChunkShare(tokens, seconds, costs)
+        first, *others = prompts
+        others.sort(key=lambda own: (own.priority, own.num_uncomputed))
+        counts = {first: share.take(first, 0, LEAST_CHUNK, part=0.5 if others else 1.0)}
+        for place, sequence in enumerate(others):
+            if share.tokens == 0:
                 break
-            if sequence.num_uncomputed > 1:
-                used += self._plan_chunk(plan, sequence, budget - used)
-        return used
-
-    def _plan_chunk(self, plan: StepPlan, sequence: Sequence, budget: int) -> int:
-        count = min(sequence.num_uncomputed, budget)
-        self._schedule(plan, sequence, count)
-        return count
+            counts[sequence] = share.take(sequence, 0, LEAST_CHUNK if place == 0 else 0)
+        counts[first] += share.take(first, counts[first], 0)
+        chunk_tokens = chunk_context = chunk_reach = 0
+        for sequence, count in counts.items():
+            if count > 0:
+                chunk_tokens += count
+                chunk_reach += sequence.num_computed
+                chunk_context += count * sequence.num_computed + count * (count + 1) // 2
+                self._schedule(plan, sequence, count)
+        plan.work = StepWork(work.decodes, work.decode_context, chunk_tokens, chunk_context, chunk_reach)
 
     def _schedule(self, plan: StepPlan, sequence: Sequence, count: int) -> None:
         start = sequence.num_computed
         end = start + count
+        pending_row = sequence.row if start >= len(sequence.token_ids) else None
         samples: tuple[Sequence, ...] = ()
-        if end == sequence.num_tokens and sequence.max_tokens > 0:
+        if count == sequence.num_uncomputed and sequence.max_tokens > 0:
             samples = (sequence, *self._begin_forks(sequence, end)) if sequence.forks else (sequence,)
-        report_from = sequence.num_reported
-        if report_from >= end or report_from == sequence.prompt_length:
-            report_from = end
-        plan.scheduled.append(ScheduledSequence(sequence, start, count, samples, report_from))
+        report_from = end
+        if sequence.num_reported < sequence.prompt_length:
+            report_from = min(sequence.num_reported, end)
+            sequence.num_reported = max(sequence.num_reported, min(end, sequence.prompt_length))
+        sequence.num_computed = end
+        for own in samples or (sequence,):
+            own.steps_under_way += 1
+        for own in samples:
+            own.num_pending += 1
+            own.row = plan.num_samples
+            plan.num_samples += 1
+        plan.scheduled.append(ScheduledSequence(sequence, start, count, samples, report_from, pending_row))
 
     def _begin_forks(self, sequence: Sequence, end: int) -> list[Sequence]:
         """Makes a sequence's forks run beside it, in its blocks, as if their prompt were computed up to `end`."""
@@ -325,22 +502,31 @@ class Scheduler:
         sequence.forks = []
         return forks
 
-    def _admit(self, plan: StepPlan, budget: int) -> None:
-        while self._waiting and budget > 0 and self.num_running < self._max_num_seqs:
-            sequence = self._waiting[0]
+    def _admit(self) -> None:
+        """Gives blocks to those that wait, in their order, as long as there are enough for all to grow."""
+        overtaken = 0
+        running: list[Growing] | None = None
+        while len(self._waiting) > overtaken and self.num_running < self._max_num_seqs:
+            sequence = self._waiting[overtaken]
             hashes = self._reusable_hashes(sequence)
             hits = self._pool.lookup(hashes)
             if len(hits) < len(hashes) and hashes[len(hits)] in self._promised:
-                return  # a prefix is computed once, though several that have it arrive together
+                # A prefix is computed once, though several that have it arrive together; others need not wait for it.
+                overtaken += 1
+                if overtaken > MOST_OVERTAKEN:
+                    return
+                continue
             needed = self._pool.blocks_for(sequence.num_tokens) - len(hits)
-            available = self._pool.num_free - sum(map(self._pool.is_free, hits))
-            # Each running sequence may soon want one more block; without that headroom a sequence that was just
-            # preempted would come straight back, only to be preempted again.
-            headroom = available - needed - self.num_running
-            if headroom < 0:
+            free = self._pool.num_free - sum(map(self._pool.is_free, hits)) - needed
+            if running is None:
+                running = [own for other in self._running for own in [self._growing(other)] * (1 + len(other.forks))]
+            newcomer = self._growing(sequence)
+            most = min(1 + len(sequence.forks), self._max_num_seqs - self.num_running)
+            samples = self._admission.fits(running, newcomer, most, free)
+            if samples == 0:
                 return
-            del self._waiting[0]
-            self._split(sequence, min(headroom, self._max_num_seqs - self.num_running - 1))
+            del self._waiting[overtaken]
+            self._split(sequence, samples - 1)
             self._pool.share(hits)
             sequence.block_table = hits + self._pool.allocate(needed)
             sequence.num_computed = len(hits) * self._pool.block_size
@@ -348,7 +534,11 @@ class Scheduler:
             self._promise(sequence, len(hits))
             self._pending_forks += len(sequence.forks)
             self._count_admission(sequence)
-            budget -= self._plan_chunk(plan, sequence, budget)
+            running += [newcomer] * samples
+
+    def _growing(self, sequence: Sequence) -> Growing:
+        blocks = len(sequence.block_table) or self._pool.blocks_for(sequence.num_tokens)
+        return self._admission.growing(sequence.prompt_length, sequence.num_output_tokens, sequence.max_tokens, blocks)
 
     def _split(self, sequence: Sequence, most_forks: int) -> None:
         """Leaves a sequence so many forks; the others wait, and one of them leads them."""
@@ -371,6 +561,10 @@ class Scheduler:
         if heir.block_table:
             self._running[self._running.index(sequence)] = heir
             self._pending_forks -= 1
+            # What steps under way compute of the prompt is the heir's.
+            for item in (item for plan in self._under_way for item in plan.scheduled):
+                if item.sequence is sequence:
+                    item.sequence = heir
         else:
             self._waiting[self._waiting.index(sequence)] = heir
 
@@ -397,7 +591,7 @@ class Scheduler:
         if not self._promised:
             return
         size = self._pool.block_size
-        for block_hash in sequence.block_hashes(sequence.num_tokens // size, size)[sequence.num_computed // size :]:
+        for block_hash in sequence.block_hashes(sequence.num_tokens // size, size):
             if self._promised.get(block_hash) is sequence:
                 if heir is None:
                     del self._promised[block_hash]
@@ -411,47 +605,50 @@ class Scheduler:
             sequence.cached_tokens = sequence.num_computed
             self._prompt_tokens += sequence.prompt_length
 
-    def _reserve_next(self, plan: StepPlan, sequence: Sequence) -> bool:
-        """Makes room for one more token; False when that took the sequence's own blocks."""
+    def _reserve_next(self, plan: StepPlan, sequence: Sequence) -> None:
+        """Makes room for one more token."""
         table, index = sequence.block_table, sequence.num_computed // self._pool.block_size
-        while index == len(table) or self._pool.is_shared(table[index]):
-            if self._pool.num_free == 0:
-                victim = self._running[-1]
-                self._preempt(victim)
-                if victim is sequence:
-                    return False
-                continue  # perhaps it was the victim who shared the block
+        if index == len(table):
+            table += self._pool.allocate(1)
+        elif self._pool.is_shared(table[index]):
             (block,) = self._pool.allocate(1)
-            if index == len(table):
-                table.append(block)
-            else:
-                plan.copies.append((table[index], block))
-                self._pool.release([table[index]])
-                table[index] = block
-        return True
+            plan.copies.append((table[index], block))
+            self._pool.release([table[index]])
+            table[index] = block
+
+    def _victim(self) -> Sequence:
+        """Who loses least: of the lowest priority that runs who has computed the fewest tokens, and never the first."""
+        _, *others = self._running
+        lowest = others[-1].priority
+        candidates = [sequence for sequence in reversed(others) if sequence.priority == lowest]
+        return min(candidates, key=attrgetter("num_computed"))
 
     def _preempt(self, victim: Sequence) -> None:
-        self._running.pop()
+        self._running.remove(victim)
         self._pending_forks -= len(victim.forks)
         self._preemptions += 1
         self._recomputed_tokens += victim.num_computed
-        self._release(victim)
+        self._admission.lose(victim.num_computed)
+        self._retire(victim)
         victim.num_computed = 0
         self._queue(victim)
 
     def _queue(self, sequence: Sequence) -> None:
         insort(self._waiting, sequence, key=_rank)
 
-    def _release(self, sequence: Sequence) -> None:
+    def _retire(self, sequence: Sequence) -> None:
+        """Gives a sequence's blocks back, unless a step under way may write them: then its end does."""
         self._take_back(sequence)
-        self._pool.release(sequence.block_table)
-        sequence.block_table = []
+        if sequence.steps_under_way == 0:
+            self._pool.release(sequence.block_table)
+            sequence.block_table = []
 
-    def _index_full_blocks(self, sequence: Sequence, start: int) -> None:
+    def _index_full_blocks(self, sequence: Sequence, start: int, end: int) -> None:
+        """Makes the blocks findable that became full from position `start` to `end`."""
         size = self._pool.block_size
-        first, end = start // size, sequence.num_computed // size
-        if first < end:
-            hashes = sequence.block_hashes(end, size)
-            for number in range(first, end):
+        first, count = start // size, end // size
+        if first < count:
+            hashes = sequence.block_hashes(count, size)
+            for number in range(first, count):
                 self._pool.index(sequence.block_table[number], hashes[number])
                 self._promised.pop(hashes[number], None)

@@ -19,7 +19,7 @@ class Sequence:
         prompt_length: how many of them are the prompt.
         max_tokens: most output tokens; with 0 it ends when its prompt is computed.
         stop_token_ids: an output token among these is the last.
-        sampling: passed on to the runner unread, as are the next four.
+        sampling: for the runner.
         sample_index: which of the samples of one prompt it is.
         priority: a lower one goes first.
         arrival: how many came before it; the scheduler counts.
@@ -28,11 +28,17 @@ class Sequence:
         scores: whether to report a classifier's scores instead of the states.
         forks: further samples of the same prompt, which begin where this one's prompt ends and cost nothing before.
         leader: the sequence among whose forks it is.
-        num_reported: so many prompt tokens are reported or need no report.
-        num_computed: the first so many tokens have their keys and values in the blocks.
-        block_table: the blocks that hold them, in order.
+        num_reported: so many prompt tokens are reported or need no report; those that steps under way report count.
+        num_computed: the first so many tokens have their keys and values in the blocks, or get them from the steps
+            under way.
+        num_pending: tokens that the steps under way will sample; nobody knows them yet.
+        row: of such a token, the place among all that its step samples.
+        steps_under_way: so many steps under way may write its blocks.
+        block_table: the blocks that hold its tokens, in order.
         cached_tokens: prompt tokens found in the prefix cache at the first admission; None before it.
         finish_reason: None while it lives, else "stop", "length" or "abort".
+        draws_from_output: whether each draw needs the tokens before it, which no step under way may be about to sample.
+        runner_state: what its runner keeps with it; read by nobody else.
     """
 
     key: Hashable
@@ -51,13 +57,19 @@ class Sequence:
     prompt_length: int = field(init=False)
     num_reported: int = field(init=False)
     num_computed: int = 0
+    num_pending: int = 0
+    row: int = 0
+    steps_under_way: int = 0
     block_table: list[int] = field(default_factory=list)
     cached_tokens: int | None = None
     finish_reason: str | None = None
+    draws_from_output: bool = field(init=False)
+    runner_state: object = None
     _block_hashes: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.token_ids)
+        self.draws_from_output = self.sampling.draws_from_output
         if self.prompt_logprobs is not None or self.pooling in ("sum", "all"):
             self.num_reported = 0
         else:
@@ -69,6 +81,11 @@ class Sequence:
     def rank(self) -> tuple[int, int, int]:
         """Its place among all sequences: by priority, then in the order of arrival."""
         return self.priority, self.arrival, self.sample_index
+
+    @property
+    def wants_report(self) -> bool:
+        """Whether something is to be told of its prompt."""
+        return self.prompt_logprobs is not None or self.pooling is not None
 
     @property
     def family(self) -> list["Sequence"]:
@@ -87,8 +104,13 @@ class Sequence:
 
     @property
     def num_uncomputed(self) -> int:
-        """Known tokens without keys and values yet; 1 while decoding."""
-        return len(self.token_ids) - self.num_computed
+        """Tokens, known or pending, that no step computes yet; 1 while decoding."""
+        return len(self.token_ids) + self.num_pending - self.num_computed
+
+    @property
+    def awaits_its_last_token(self) -> bool:
+        """Whether a step under way samples the last token that `max_tokens` allows."""
+        return self.num_pending > 0 and self.num_output_tokens + self.num_pending >= self.max_tokens
 
     @property
     def finished(self) -> bool:
@@ -102,6 +124,7 @@ class Sequence:
         for fork in heir.forks:
             fork.leader = heir
         heir.block_table, self.block_table = self.block_table, []
+        heir.steps_under_way, self.steps_under_way = self.steps_under_way, 0
         heir.continue_from(self)
 
     def continue_from(self, other: Self) -> None:

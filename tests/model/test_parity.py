@@ -18,6 +18,7 @@ from model.runner import Runner, SequenceInput
 from model.sampler import SamplingParams
 from model.tokenizer import Tokenizer
 from server.engine.messages import Sampling
+from server.engine.sequence import Sequence
 from tests.engine_harness import CPU, Harness, blocks_for, load_model, new_tokens, poisoned_cache
 from tests.model import transformers_reference
 from tests.model.checkpoints import DEMO
@@ -222,6 +223,56 @@ class TestPrefixCache:
         twins = harness.generate([case.reference.prompts[index]] * 12, NEW_TOKENS, arrivals=list(range(0, 48, 4)))
         assert [new_tokens(sequence) for sequence in twins] == [case.reference.outputs[index]] * 12
         assert all(sequence.cached_tokens for sequence in twins[1:])
+
+
+class TestOverlap:
+    """Each step launched before anybody has looked at the tokens of the one before, as on a GPU."""
+
+    def test_gives_the_same_tokens(self, case: Case) -> None:
+        reference = case.reference
+        arrivals = random.Random(3).choices(range(100), k=len(reference.prompts))
+        harness = Harness(
+            case.model,
+            num_blocks=case.blocks(),
+            max_num_seqs=16,
+            max_num_batched_tokens=48,
+            prefix_caching=True,
+            overlap=True,
+        )
+        assert harness.outputs(reference.prompts, NEW_TOKENS, arrivals) == reference.outputs
+
+    def test_with_preemption_gives_the_same_tokens(self, case: Case) -> None:
+        harness = Harness(case.model, num_blocks=round(0.3 * case.blocks()), prefix_caching=True, overlap=True)
+        assert harness.outputs(case.reference.prompts, NEW_TOKENS) == case.reference.outputs
+        assert harness.stats.preemptions > 0
+
+    def test_draws_the_same_tokens_for_each_sample_and_penalty(self, case: Case) -> None:
+        asked = [
+            Sampling(temperature=0.8, seed=1),
+            Sampling(temperature=0.0, frequency_penalty=0.3),
+            Sampling(temperature=1.0, top_k=40, seed=2, min_tokens=5, logprobs=2),
+        ]
+
+        def tokens(*, overlap: bool) -> list[list[int]]:
+            harness = Harness(case.model, num_blocks=case.blocks(), prefix_caching=True, overlap=overlap)
+            families = [
+                Sequence(
+                    (number, 0),
+                    list(prompt),
+                    20,
+                    sampling=asked[number % 3],
+                    forks=[
+                        Sequence((number, index), list(prompt), 20, sampling=asked[number % 3], sample_index=index)
+                        for index in (1, 2)
+                    ],
+                )
+                for number, prompt in enumerate(case.some().prompts)
+            ]
+            everyone = [own for family in families for own in family.family]
+            harness.run(families)
+            return [own.token_ids for own in everyone]
+
+        assert tokens(overlap=True) == tokens(overlap=False)
 
 
 class TestPreemption:

@@ -57,6 +57,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "in small chunks": {"num_blocks": 40, "max_num_seqs": 4, "max_num_batched_tokens": 7},
     "preempted": {"num_blocks": 7, "max_num_batched_tokens": 40},
     "on prefix hits": {"num_blocks": 60, "prefix_caching": True},
+    "overlapped": {"num_blocks": 40, "max_num_batched_tokens": 32, "overlap": True},
 }
 
 
@@ -112,7 +113,7 @@ def test_pooled_states_are_transformers(case: Case, way: str, pooling: Pooling) 
 
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
-@pytest.mark.parametrize("way", ["whole", "in small chunks", "preempted"])
+@pytest.mark.parametrize("way", ["whole", "in small chunks", "preempted", "overlapped"])
 def test_each_sample_of_a_prompt_is_what_it_would_be_alone(case: Case, way: str, prefix_caching: bool) -> None:
     """One prompt, many samples, whose settings look at what came before."""
     sampling = Sampling(temperature=1.0, seed=11, logprobs=2, frequency_penalty=0.5, repetition_penalty=1.2)

@@ -1,21 +1,24 @@
 """A scheduler driven step by step, with a fake model and every promise checked at every step.
 
 The fake model keeps, in place of keys and values, the tokens they would have been computed from, so a block that is
-stale, wrongly shared or overwritten is seen by the first step that reads it.
+stale, wrongly shared or overwritten is seen by the first step that reads it.  It computes as late as it may: a step's
+reads and writes happen when the step is waited for, after the next was planned where steps overlap.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as Ids
+from dataclasses import dataclass
 from operator import attrgetter
 from zlib import crc32
 
 import msgspec
 
 from server.engine.blocks import BlockPool
-from server.engine.messages import EngineStats, Pooling
+from server.engine.messages import EngineStats, Pooling, Sampling
 from server.engine.scheduler import Advance, ScheduledSequence, Scheduler, StepPlan
 from server.engine.sequence import Sequence
+from server.engine.step_cost import StepCosts
 
 _rank = attrgetter("rank")
 
@@ -40,49 +43,102 @@ def generate_alone(
     return token_ids[len(prompt) :], "length"
 
 
+@dataclass(frozen=True)
+class LaunchedPart:
+    """A part of a step as a device gets it: what it knows of the sequence does not change any more."""
+
+    item: ScheduledSequence
+    token_ids: list[int]
+    pending_row: int | None
+    block_table: list[int]
+
+    @classmethod
+    def of(cls, item: ScheduledSequence) -> "LaunchedPart":
+        sequence = item.sequence
+        known = sequence.token_ids[: item.end]
+        assert len(known) == item.end - (item.pending_row is not None)
+        return cls(item, known, item.pending_row, list(sequence.block_table))
+
+    def tokens(self, sampled_before: list[int]) -> list[int]:
+        """The sequence up to the end of the part."""
+        if self.pending_row is None:
+            return self.token_ids
+        return [*self.token_ids, *sampled_before[self.pending_row : self.pending_row + 1]]
+
+
 class FakeModel:
     """Runs plans over a cache whose slots remember which tokens their content depends on."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self._block_size = block_size
         self._slots: list[tuple[int, ...] | None] = [None] * (num_blocks * block_size)
+        self._launched: deque[tuple[list[tuple[int, int]], list[LaunchedPart]]] = deque()
+        self._sampled: list[int] = []
 
-    def run(self, plan: StepPlan) -> list[int]:
-        """Computes what was planned and samples, reading the cache before and after all writes of the step."""
-        self._copy(plan)
-        for item in plan.scheduled:
-            self._read(item, item.start)
-        for item in plan.scheduled:
-            for position in range(item.start, item.start + item.count):
-                prefix = tuple(item.sequence.token_ids[: position + 1])
-                self._slots[self._slot(item.sequence, position)] = prefix
-        for item in plan.scheduled:
-            self._read(item, item.start + item.count)
-        return [next_token(sample.token_ids, sample.sample_index) for item in plan.scheduled for sample in item.samples]
+    def launch(self, plan: StepPlan) -> None:
+        """Takes a step, which will be computed when it is waited for."""
+        self._launched.append((list(plan.copies), [LaunchedPart.of(item) for item in plan.scheduled]))
 
-    def _copy(self, plan: StepPlan) -> None:
+    def blocks_to_write(self) -> set[int]:
+        """The blocks that launched steps have not written yet."""
         size = self._block_size
-        targets = [target for _, target in plan.copies]
+        blocks = {target for copies, _ in self._launched for _, target in copies}
+        for _, parts in self._launched:
+            for part in parts:
+                blocks |= set(part.block_table[part.item.start // size : -(-part.item.end // size)])
+        return blocks
+
+    def wait(self) -> list[int]:
+        """Computes the oldest launched step and samples, reading the cache before and after all writes of the step."""
+        copies, parts = self._launched.popleft()
+        self._copy(copies)
+        for part in parts:
+            self._read(part, part.item.start)
+        for part in parts:
+            token_ids = part.tokens(self._sampled)
+            for position in range(part.item.start, part.item.end):
+                self._slots[self._slot(part, position)] = tuple(token_ids[: position + 1])
+        for part in parts:
+            self._read(part, part.item.end)
+        self._sampled = [
+            next_token(part.tokens(self._sampled), sample.sample_index)
+            for part in parts
+            for sample in part.item.samples
+        ]
+        return self._sampled
+
+    def fail(self) -> None:
+        """The oldest launched step computes nothing."""
+        self._launched.popleft()
+        self._sampled = []
+
+    def _copy(self, copies: list[tuple[int, int]]) -> None:
+        size = self._block_size
+        targets = [target for _, target in copies]
         assert len(set(targets)) == len(targets), "two blocks are copied into one"
         before = list(self._slots)
-        for source, target in plan.copies:
+        for source, target in copies:
             self._slots[target * size : (target + 1) * size] = before[source * size : (source + 1) * size]
 
-    def _read(self, item: ScheduledSequence, end: int) -> None:
+    def _read(self, part: LaunchedPart, end: int) -> None:
+        if all(own.finished for own in part.item.members):
+            return  # nobody looks at what comes of it
+        token_ids = part.tokens(self._sampled)
         for position in range(end):
-            held = self._slots[self._slot(item.sequence, position)]
-            wanted = tuple(item.sequence.token_ids[: position + 1])
-            assert held == wanted, f"position {position} of {item.sequence.key} attends to {held}, not {wanted}"
+            held = self._slots[self._slot(part, position)]
+            wanted = tuple(token_ids[: position + 1])
+            assert held == wanted, f"position {position} of {part.item.sequence.key} attends to {held}, not {wanted}"
 
-    def _slot(self, sequence: Sequence, position: int) -> int:
-        block = sequence.block_table[position // self._block_size]
-        return block * self._block_size + position % self._block_size
+    def _slot(self, part: LaunchedPart, position: int) -> int:
+        return part.block_table[position // self._block_size] * self._block_size + position % self._block_size
 
 
 class Simulation:
     """A scheduler, its pool, a fake model, and a second account of what they should be doing.
 
-    Sequences are keyed 0, 1, 2, ... in order of arrival.  Between `plan` and `commit` a step is under way.
+    Sequences are keyed 0, 1, 2, ... in order of arrival.  Between `plan` and `commit` a step is under way; with overlap
+    the next may be planned meanwhile.  With a typical output of one token too many are admitted, so that sequences are
+    preempted.
     """
 
     def __init__(
@@ -94,6 +150,8 @@ class Simulation:
         max_num_seqs: int = 8,
         max_num_batched_tokens: int = 64,
         prefix_caching: bool = True,
+        overlap: bool = False,
+        typical_output: int = 1,
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching)
         self.scheduler = Scheduler(
@@ -101,18 +159,23 @@ class Simulation:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
+            typical_output=typical_output,
         )
         self.max_model_len = max_model_len
         self.live: dict[int, Sequence] = {}
         self.finished: dict[int, Sequence] = {}
         self.arrivals = 0
-        self.plan_under_way: StepPlan | None = None
+        self.under_way: deque[StepPlan] = deque()
+        self.costs: StepCosts | None = None
         self.aborts: Counter[str] = Counter()
         """How many sequences were aborted in which state."""
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._model = FakeModel(num_blocks, block_size)
-        self._sampled: list[int] = []
+        self._overlap = overlap
+        # Ended while steps were under way that may write their blocks.
+        self._leaving: list[Sequence] = []
+        self._started_before: list[Sequence] = []
         self._first_hits: dict[int, int] = {}
         self._families: dict[int, int] = {}
         self._counted: set[int] = set()
@@ -155,15 +218,19 @@ class Simulation:
         samples: int = 1,
         pooling: Pooling | None = None,
         priority: int = 0,
+        penalized: bool = False,
     ) -> Sequence:
         """A prompt with so many samples, the first of which is returned; the keys of the others follow its own."""
         stops = frozenset(stop_token_ids)
+        sampling = Sampling(presence_penalty=1.0 if penalized else 0.0)
         forks = [
-            Sequence(self.arrivals + index, list(prompt), max_tokens, stops, sample_index=index, priority=priority)
+            Sequence(
+                self.arrivals + index, list(prompt), max_tokens, stops, sampling, sample_index=index, priority=priority
+            )
             for index in range(1, samples)
         ]
         sequence = Sequence(
-            self.arrivals, list(prompt), max_tokens, stops, pooling=pooling, forks=forks, priority=priority
+            self.arrivals, list(prompt), max_tokens, stops, sampling, pooling=pooling, forks=forks, priority=priority
         )
         family, first = sequence.family, self.arrivals
         self.scheduler.add(sequence)
@@ -182,44 +249,82 @@ class Simulation:
             self.aborts[self._state(sequence)] += 1
         self.scheduler.abort(key)
         assert ended is None or ended.finish_reason == reason
-        assert sequence is None or (sequence.finish_reason == "abort" and sequence.block_table == [])
+        assert sequence is None or sequence.finish_reason == "abort"
+        if sequence is not None:
+            self._leaving.append(sequence)
         self.check()
 
+    @property
+    def can_plan(self) -> bool:
+        return len(self.under_way) < (2 if self._overlap else 1)
+
     def plan(self) -> StepPlan:
-        """Plans a step and runs it; `commit` ends it."""
-        assert self.plan_under_way is None
+        """Plans a step that can be planned now."""
+        plan = self.try_plan()
+        assert plan is not None
+        return plan
+
+    def try_plan(self) -> StepPlan | None:
+        """Plans a step and launches it; `commit` ends it.  None where the step under way must end before."""
+        assert self.can_plan
+        ahead = bool(self.under_way)
         before = {key: (own.num_computed, list(own.block_table)) for key, own in self.live.items()}
-        decoding = [sequence for sequence in self.running if sequence.num_uncomputed == 1]
+        decoding = [own for own in self.running if own.num_uncomputed == 1 and not own.awaits_its_last_token]
         missing = sum(map(self._needs_a_block, decoding)) - self.pool.num_free
-        plan = self.scheduler.plan()
+        must_wait = any(own.draws_from_output and own.num_pending for own in self.running)
+        plan = self.scheduler.plan_ahead(self.costs) if ahead else self.scheduler.plan(self.costs)
+        if plan is None:
+            assert missing > 0 or must_wait
+            self.check()
+            return None
+        assert not (ahead and must_wait)
         preempted = self._account_for(before, plan)
-        assert not preempted or missing > 0, "sequences were preempted although there were free blocks"
-        held = [own for key, own in self.live.items() if before[key][1] and own not in preempted]
-        assert all(lost.rank > own.rank for lost in preempted for own in held), "the last by rank are preempted"
-        self._check_plan(plan, [sequence for sequence in decoding if sequence not in preempted])
-        self._sampled = self._model.run(plan)
-        self.plan_under_way = plan
+        assert not preempted or (missing > 0 and not ahead), "sequences were preempted although there were free blocks"
+        held = sorted((own for key, own in self.live.items() if before[key][1] and own not in preempted), key=_rank)
+        done_before = {own: before[key][0] for key, own in self.live.items()}
+        for lost in preempted:
+            assert all(lost.rank > own.rank for own in held[:1]), "the first is preempted"
+            assert all(lost.priority >= own.priority for own in held), "a lower priority is preempted first"
+            done = done_before[lost]
+            kept = [own for own in held[1:] if own.priority == lost.priority]
+            assert all(done <= done_before[own] for own in kept), "who has computed least is preempted"
+        self._check_plan(plan, [sequence for sequence in decoding if sequence not in preempted], ahead=ahead)
+        if plan.scheduled:
+            self._model.launch(plan)
+            self.under_way.append(plan)
         self.check()
         return plan
 
+    def fail(self) -> None:
+        """The oldest step under way comes to nothing."""
+        plan = self.under_way.popleft()
+        self._model.fail()
+        concerned = {own for item in plan.scheduled for own in (*item.sequence.family, *item.samples)}
+        later = [item for step in self.under_way for item in step.scheduled if item.sequence in concerned]
+        concerned |= {own for item in later for own in item.samples}
+        ended = self.scheduler.fail(plan)
+        assert set(ended) == {own for own in self.live.values() if own in concerned}
+        assert all(own.finish_reason == "abort" for own in ended)
+        self._leaving += ended
+        self.live = {key: own for key, own in self.live.items() if own not in ended}
+        self.check()
+
     def commit(self) -> list[Advance]:
-        plan = self.plan_under_way
-        assert plan is not None
+        """Computes the oldest step under way and ends it."""
+        plan = self.under_way.popleft()
+        sampled_tokens = self._model.wait()
         expected = []
         row = 0
         for item in plan.scheduled:
             for sample in item.samples:
                 if not sample.finished:
-                    expected.append(Advance(sample, self._sampled[row], row))
+                    expected.append(Advance(sample, sampled_tokens[row], row))
                 row += 1
             sequence = item.sequence
-            if not sequence.finished:
-                self._reported[sequence.key] = max(self._reported[sequence.key], min(item.end, sequence.prompt_length))
-                if sequence.max_tokens == 0 and item.end == sequence.prompt_length:
-                    expected.append(Advance(sequence, None, row))
-        advanced = self.scheduler.commit(plan, self._sampled)
+            if not sequence.finished and sequence.max_tokens == 0 and item.end == sequence.prompt_length:
+                expected.append(Advance(sequence, None, row))
+        advanced = self.scheduler.commit(plan, sampled_tokens)
         assert advanced == expected
-        self.plan_under_way = None
         sampled = [advance for advance in advanced if advance.token is not None]
         self._expected = msgspec.structs.replace(
             self._expected,
@@ -235,8 +340,13 @@ class Simulation:
         return advanced
 
     def step(self) -> StepPlan:
-        plan = self.plan()
-        self.commit()
+        """One turn of the engine: the step that it launched."""
+        plan = self.try_plan()
+        if plan is None:
+            self.commit()
+            plan = self.plan()
+        while len(self.under_way) > (1 if self._overlap and plan.scheduled else 0):
+            self.commit()
         return plan
 
     def step_until(self, happened: Callable[[], bool]) -> None:
@@ -248,12 +358,14 @@ class Simulation:
         assert happened()
 
     def drain(self) -> None:
-        """Runs until all sequences have finished, which takes no more steps than they have tokens."""
-        if self.plan_under_way is not None:
+        """Runs until all have finished, which takes no more than a few times the steps that they have tokens."""
+        while self.under_way:
             self.commit()
         for _ in range(self._steps_left()):
             if self.live:
                 self.step()
+        while self.under_way:
+            self.commit()
         assert not self.live, f"sequences {list(self.live)} never finished"
         assert not self.scheduler.has_work
         assert self.pool.num_free == self.pool.num_blocks
@@ -261,7 +373,12 @@ class Simulation:
 
     def check(self) -> None:
         """What holds at any moment."""
-        references = Counter(block for sequence in self.live.values() for block in sequence.block_table)
+        self._leaving = [sequence for sequence in self._leaving if sequence.block_table]
+        held = {own for plan in self.under_way for item in plan.scheduled for own in item.members}
+        assert all(sequence in held for sequence in self._leaving), "blocks are held for a step that is not under way"
+        everybody = [*self.live.values(), *self._leaving]
+        references = Counter(block for sequence in everybody for block in sequence.block_table)
+        assert all(references[block] for block in self._model.blocks_to_write()), "a step under way writes a free block"
         for block in range(self.pool.num_blocks):
             assert self.pool._references[block] == references[block], f"references of block {block}"
             assert self.pool.is_free(block) == (references[block] == 0)
@@ -270,11 +387,15 @@ class Simulation:
         assert len(waiting) == self.scheduler.num_waiting
         assert self.scheduler.has_work == bool(self.live)
         assert all(sequence.num_computed == 0 for sequence in waiting)
-        # Of each priority in the order of arrival: nobody runs whom somebody who waits was before.
-        for priority in {sequence.priority for sequence in self.live.values()}:
-            of_it = [sequence.priority == priority for sequence in self.live.values()]
-            runs = [sequence in started for sequence, own in zip(self.live.values(), of_it, strict=True) if own]
-            assert runs == sorted(runs, reverse=True)
+        if not self.pool.prefix_caching:
+            # Of each priority newcomers begin in the order of arrival, and none before those who lost their blocks.
+            # (With prefix caching those who wait for a prefix that is being computed are overtaken.)
+            for priority in {sequence.priority for sequence in self.live.values()}:
+                of_it = [own for own in self.live.values() if own.priority == priority]
+                waits = [own for own in of_it if own in waiting]
+                news = [own for own in started if own.priority == priority and own not in self._started_before]
+                assert not waits or all(own.rank < waits[0].rank for own in news)
+        self._started_before = started
         self._expected = msgspec.structs.replace(
             self._expected,
             running=len(started),
@@ -284,25 +405,35 @@ class Simulation:
         assert self.stats == self._expected
 
     def _steps_left(self) -> int:
-        # Each step computes at least a token of the oldest sequence, and that one is never preempted.
-        return sum(sequence.prompt_length + sequence.max_tokens for sequence in self.live.values())
+        # Each step computes at least a token of the first that runs, which is never preempted.  What it has computed
+        # may be lost only when an older one that was preempted comes back and is then the first for good.
+        steps = sum(sequence.prompt_length + sequence.max_tokens for sequence in self.live.values())
+        # Where steps overlap, one may be there for a token that is dropped.
+        return 2 * steps + (len(self.live) + 1 if self._overlap else 0)
 
-    def _check_plan(self, plan: StepPlan, decoding: list[Sequence]) -> None:
+    def _check_plan(self, plan: StepPlan, decoding: list[Sequence], *, ahead: bool) -> None:
         scheduled = [item.sequence for item in plan.scheduled]
         assert len(set(map(id, scheduled))) == len(scheduled), "a sequence was scheduled twice"
         assert plan.num_tokens <= self._max_num_batched_tokens
         assert sum(len(item.samples) for item in plan.scheduled) <= self._max_num_seqs
-        assert bool(scheduled) == bool(self.live)
+        assert ahead or bool(scheduled) == bool(self.live)
         if self.running:
-            assert self.running[0] in scheduled, "the oldest sequence does not advance"
+            first = self.running[0]
+            waits = ahead and (first.num_uncomputed == 0 or first.awaits_its_last_token)
+            assert waits or first in scheduled, "the oldest sequence does not advance"
         assert scheduled[: len(decoding)] == decoding, "decodes come first, and all that were not preempted"
         for sequence in self.running:
-            assert len(sequence.block_table) == self.pool.blocks_for(sequence.num_tokens)
+            most = max(sequence.num_tokens, sequence.num_computed)
+            assert len(sequence.block_table) == self.pool.blocks_for(most)
         for item in plan.scheduled:
             sequence, end = item.sequence, item.end
-            assert item.start == sequence.num_computed
-            assert item.start < end <= sequence.num_tokens
-            assert item.samples[:1] == ((sequence,) if end == sequence.num_tokens and sequence.max_tokens else ())
+            known_or_pending = sequence.num_tokens + sequence.num_pending - (sequence in item.samples)
+            assert end == sequence.num_computed
+            assert item.start < end <= known_or_pending
+            assert item.samples[:1] == ((sequence,) if end == known_or_pending and sequence.max_tokens else ())
+            assert all(own.num_output_tokens + own.num_pending <= own.max_tokens for own in item.samples), (
+                "overscheduled"
+            )
             self._check_report(item)
             size = self.pool.block_size
             readers = max(1, len(item.samples))
@@ -316,6 +447,7 @@ class Simulation:
         first = max(first_wanted, self._reported[sequence.key])
         assert item.report_from == (first if first < min(item.end, sequence.prompt_length) else item.end)
         assert item.report_from >= item.start
+        self._reported[sequence.key] = max(self._reported[sequence.key], min(item.end, sequence.prompt_length))
 
     def _check_finished(self, sequence: Sequence) -> None:
         (key,) = (key for key, own in self.live.items() if own is sequence)
@@ -329,6 +461,7 @@ class Simulation:
             assert sequence.cached_tokens == self._first_hits[key]
         assert sequence.num_reported == sequence.prompt_length
         self.finished[key] = self.live.pop(key)
+        self._leaving.append(sequence)
 
     def _account_for(self, before: dict[int, tuple[int, list[int]]], plan: StepPlan) -> list[Sequence]:
         """Adds to the expected totals what a plan did, as seen from the block tables before and after it.
@@ -339,15 +472,17 @@ class Simulation:
         """
         preempted = []
         begun = [fork for item in plan.scheduled for fork in item.samples[1:]]
+        starts = {item.sequence.key: item.start for item in plan.scheduled}
         prompt_tokens = cached_tokens = queried_tokens = recomputed_tokens = 0
         for key, sequence in self.live.items():
             if sequence in begun:
                 continue
             num_computed, block_table = before[key]
+            computed = starts.get(key, sequence.num_computed)
             kept = (
                 block_table != []
                 and len(sequence.block_table) >= len(block_table)
-                and sequence.num_computed == num_computed
+                and computed == num_computed
                 and all(
                     now == then or (then, now) in plan.copies
                     for now, then in zip(sequence.block_table, block_table, strict=False)
@@ -357,12 +492,12 @@ class Simulation:
                 preempted.append(sequence)
                 recomputed_tokens += num_computed
             if sequence.block_table and not kept:
-                cached_tokens += sequence.num_computed
+                cached_tokens += computed
                 queried_tokens += sequence.num_tokens
                 # The prompt of several samples counts once, and so do the hits of the first that is admitted.
                 if self._families[key] not in self._counted:
                     self._counted.add(self._families[key])
-                    self._first_hits[key] = sequence.num_computed
+                    self._first_hits[key] = computed
                     prompt_tokens += sequence.prompt_length
         totals = self._expected
         self._expected = msgspec.structs.replace(
@@ -381,8 +516,7 @@ class Simulation:
         return index == len(sequence.block_table) or self.pool.is_shared(sequence.block_table[index])
 
     def _state(self, sequence: Sequence) -> str:
-        under_way = self.plan_under_way.scheduled if self.plan_under_way else []
-        if any(sequence in (item.sequence, *item.samples) for item in under_way):
+        if any(sequence in item.members for plan in self.under_way for item in plan.scheduled):
             return "in a step"
         if sequence.leader is not None:
             return "before its prompt was computed by another"

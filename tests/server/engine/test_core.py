@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -28,6 +29,7 @@ from server.engine.messages import (
 )
 from server.engine.scheduler import ScheduledSequence, Scheduler, StepPlan
 from server.engine.sequence import Sequence
+from server.engine.step_cost import StepCostModel, StepCosts, StepWork
 from tests.server.engine.simulation import generate_alone, next_token
 
 PATIENCE_MS = 10_000
@@ -67,7 +69,15 @@ class Worker:
 class House:
     """An engine whose turns the test takes, with a model that may be told to fail."""
 
-    def __init__(self, address: str, *, max_model_len: int = 2 * LONG, max_num_seqs: int = 4) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        max_model_len: int = 2 * LONG,
+        max_num_seqs: int = 4,
+        overlap: bool = False,
+        costs: StepCostModel | None = None,
+    ) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.address = address
         self.socket = self.context.socket(zmq.ROUTER)
@@ -90,7 +100,10 @@ class House:
             dtype="float32",
             stats=self.scheduler.stats(),
         )
-        self.engine = Engine(self.socket, self.scheduler, self, ready)
+        self.overlap = overlap
+        self.launched = 0
+        self.failed_launches_to_come = 0
+        self.engine = Engine(self.socket, self.scheduler, self, ready, costs=costs, overlap=overlap)
 
     def worker(self) -> Worker:
         """A worker that has been welcomed."""
@@ -102,18 +115,24 @@ class House:
 
     def turn(self) -> None:
         # The engine itself waits for ever where nothing is to be done; a test should not.
-        assert self.scheduler.has_work or self.socket.poll(PATIENCE_MS), "nothing has come"
+        assert self.engine.has_work or self.socket.poll(PATIENCE_MS), "nothing has come"
         self.engine.turn()
+
+    def first_step(self) -> None:
+        """Turns until the first step of what has come has ended, which is a turn later where steps overlap."""
+        self.turn()
+        if self.overlap:
+            self.engine.turn()
 
     def turn_until(self, happened: Callable[[], bool]) -> None:
         deadline = time.monotonic() + PATIENCE_MS / 1000
         while not happened():
             assert time.monotonic() < deadline
-            if self.scheduler.has_work or self.socket.poll(10):
+            if self.engine.has_work or self.socket.poll(10):
                 self.engine.turn()
 
     def finish(self) -> None:
-        while self.scheduler.has_work:
+        while self.engine.has_work:
             self.engine.turn()
 
     def is_empty(self) -> bool:
@@ -122,10 +141,16 @@ class House:
     def prepare(self, sequence: Sequence) -> Future[None] | None:
         return self.preparations.get(sequence.prompt_length)
 
-    def __call__(self, plan: StepPlan) -> StepOutcome:
-        if self.failures_to_come:
-            self.failures_to_come -= 1
+    def launch(self, plan: StepPlan) -> "LaunchedStep":
+        if self.failed_launches_to_come:
+            self.failed_launches_to_come -= 1
             raise RuntimeError("out of memory")
+        self.launched += 1
+        fails = self.failures_to_come > 0
+        self.failures_to_come -= fails
+        return LaunchedStep(self, plan, fails)
+
+    def outcome(self, plan: StepPlan) -> StepOutcome:
         samples = [sample for item in plan.scheduled for sample in item.samples]
         tokens = [next_token(sample.token_ids, sample.sample_index) for sample in samples]
         reporting = [(place, item) for place, item in enumerate(plan.scheduled) if item.report_from < item.end]
@@ -154,14 +179,28 @@ class House:
         self.context.destroy(linger=0)
 
 
+@dataclass(frozen=True)
+class LaunchedStep:
+    """Is computed when it is waited for, when the tokens of the step before are known."""
+
+    house: House
+    plan: StepPlan
+    fails: bool
+
+    def wait(self) -> StepOutcome:
+        if self.fails:
+            raise RuntimeError("out of memory")
+        return self.house.outcome(self.plan)
+
+
 def _reported(item: ScheduledSequence) -> list[int]:
     return item.sequence.token_ids[item.report_from : item.end]
 
 
-@pytest.fixture
-def house() -> Iterator[House]:
+@pytest.fixture(params=[False, True], ids=["", "overlap"])
+def house(request: pytest.FixtureRequest) -> Iterator[House]:
     """An engine reached within the process, where what was sent has arrived."""
-    house = House("inproc://engine")
+    house = House("inproc://engine", overlap=request.param)
     yield house
     house.close()
 
@@ -261,18 +300,18 @@ def test_every_worker_hears_of_the_state_after_each_step(house: House) -> None:
     busy, idle = house.worker(), house.worker()
     idle.received()
     busy.send(submit(1, [1], 2))
-    house.turn()
-    house.turn()
+    house.first_step()
+    house.finish()
     messages = idle.received()
-    assert [message.stats.generated_tokens for message in messages] == [1, 2]
-    assert [message.stats.running for message in messages] == [1, 0]
+    assert [message.stats.generated_tokens for message in messages][-2:] == [1, 2]
+    assert [message.stats.running for message in messages][-2:] == [1, 0]
     assert all(isinstance(message, StepOutput) and not message.outputs for message in messages)
 
 
 def test_a_running_sequence_is_aborted_before_the_next_step(house: House) -> None:
     worker = house.worker()
     worker.send(submit(1, [1], LONG), submit(2, [2], 5))
-    house.turn()
+    house.first_step()
     worker.send(Abort([1]))
     worker.outputs()
     house.turn()
@@ -359,7 +398,7 @@ def test_a_failed_step_ends_its_sequences_with_an_error_and_the_next_request_wor
     worker = house.worker()
     worker.send(*(submit(i, [1, i % 3], 4) for i in range(5)))
     house.failures_to_come = 1
-    house.turn()
+    house.first_step()
     outputs = worker.outputs()
     assert [(output.sequence_id, output.finish_reason) for output in outputs] == [(i, "error") for i in range(4)]
     assert all(output.error for output in outputs)
@@ -373,13 +412,88 @@ def test_a_failed_step_ends_its_sequences_with_an_error_and_the_next_request_wor
     assert house.is_empty()
 
 
+def test_a_step_that_cannot_be_launched_does_not_take_the_tokens_of_the_one_before(house: House) -> None:
+    worker = house.worker()
+    worker.send(submit(1, [1], 4), submit(2, [2], 1))
+    house.turn()
+    house.failed_launches_to_come = 1
+    house.turn()
+    house.finish()
+    outputs = worker.outputs()
+    assert tokens_of(outputs, 1) == generate_alone([1], 1)[0]
+    assert tokens_of(outputs, 2) == generate_alone([2], 1)[0]
+    assert [output.finish_reason for output in outputs] == [None, "length", "error"]
+    assert house.is_empty()
+
+
+def test_a_failed_step_leaves_the_newcomers_of_the_next_alone() -> None:
+    house = House("inproc://engine", overlap=True)
+    worker = house.worker()
+    worker.send(submit(1, [1], 4))
+    house.failures_to_come = 1
+    house.turn()
+    worker.send(submit(2, [2], 3))
+    house.turn()
+    house.finish()
+    outputs = worker.outputs()
+    assert [output.finish_reason for output in outputs if output.sequence_id == 1] == ["error"]
+    assert tokens_of(outputs, 2) == generate_alone([2], 3)[0]
+    assert house.is_empty()
+    house.close()
+
+
+def test_where_steps_overlap_the_next_is_launched_before_the_last_is_waited_for() -> None:
+    house = House("inproc://engine", overlap=True)
+    worker = house.worker()
+    worker.send(submit(1, [1], 9))
+    house.turn()
+    assert worker.outputs() == []
+    for number in range(9):
+        assert house.launched == min(number + 1, 9)
+        house.turn()
+        assert len(worker.outputs()) == 1
+    assert house.launched == 9
+    house.close()
+
+
+class KnownCosts(StepCostModel):
+    """Each token of a chunk takes a second; a step with decodes has twenty for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observed: list[tuple[StepWork, float]] = []
+
+    def observe(self, work: StepWork, seconds: float) -> None:
+        self.observed.append((work, seconds))
+
+    @property
+    def costs(self) -> StepCosts:
+        return StepCosts(1.0, 0.0, 0.0, 0.0, 1.0, 0.0, longest=21.0)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_engine_learns_what_steps_take_and_bounds_chunks_by_it(overlap: bool) -> None:
+    costs = KnownCosts()
+    house = House("inproc://engine", overlap=overlap, costs=costs)
+    worker = house.worker()
+    worker.send(submit(1, [1], 30))
+    house.first_step()
+    worker.send(submit(2, [2, 0] * 30, 1))
+    house.finish()
+    assert tokens_of(worker.outputs(), 2) == generate_alone([2, 0] * 30, 1)[0]
+    assert [work.chunk_tokens for work, _ in costs.observed if work.decodes and work.chunk_tokens] == [20, 20, 20]
+    assert len(costs.observed) == house.scheduler.stats().steps
+    assert all(seconds > 0 for _, seconds in costs.observed)
+    house.close()
+
+
 def test_nothing_of_a_failed_step_is_found_in_the_prefix_cache(house: House) -> None:
     worker = house.worker()
     prompt = [0, 1, 2, 0, 1, 2]
     house.failures_to_come = 1
     for _ in range(2):
         worker.send(submit(1, prompt, 1))
-        house.turn()
+        house.first_step()
     assert [output.finish_reason for output in worker.outputs()] == ["error", "length"]
     assert house.scheduler.stats().cached_tokens == 0
 
@@ -388,11 +502,11 @@ def test_an_engine_whose_steps_keep_failing_ends(house: House) -> None:
     worker = house.worker()
     house.failures_to_come = MAX_FAILED_STEPS
     for i in range(MAX_FAILED_STEPS - 1):
-        worker.send(submit(i, [1], 4))
-        house.turn()
-    worker.send(submit(9, [1], 4))
+        worker.send(submit(i, [1], 1))
+        house.first_step()
+    worker.send(submit(9, [1], 1))
     with pytest.raises(RuntimeError, match="out of memory"):
-        house.turn()
+        house.first_step()
 
 
 def test_failures_between_good_steps_do_not_end_the_engine(house: House) -> None:
@@ -400,7 +514,7 @@ def test_failures_between_good_steps_do_not_end_the_engine(house: House) -> None
     for i in range(2 * MAX_FAILED_STEPS):
         house.failures_to_come = i % 2
         worker.send(submit(i, [1], 1))
-        house.turn()
+        house.first_step()
     reasons = [output.finish_reason for output in worker.outputs()]
     assert reasons == ["length", "error"] * MAX_FAILED_STEPS
 

@@ -1,0 +1,332 @@
+"""What the engine's own work costs: microseconds a sequence and step, by part, with a model that answers at once.
+
+    python -m benchmarks.engine --running 1 8 64 256 --out benchmarks/results/NAME.json
+
+The scheduler, the loop, the translation, the messages and the socket (ZeroMQ over a unix socket) are the server's.
+Sequences of 128 prompt and 128 output tokens finish and are replaced all the time, as in a server's steady state.  The
+worker at the other end of the socket runs between the turns and is not counted; knows no network.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, ParamSpec, TypeVar, cast
+
+import msgspec
+import torch
+import zmq
+
+from benchmarks.peers import device
+from model.runner import Runner, SequenceInput, StepResult
+from model.step_inputs import StepBuffer, write_step
+from server.engine.blocks import BlockPool
+from server.engine.core import Engine, LaunchedStep
+from server.engine.messages import EngineStats, FromEngine, Hello, Ready, Sampling, StepOutput, Submit
+from server.engine.plan_runner import PlanRunner
+from server.engine.process import COLLECTOR_THRESHOLDS
+from server.engine.scheduler import Advance, Scheduler, StepPlan
+from server.engine.step_cost import StepCostModel
+
+BLOCK_SIZE = 32
+VOCABULARY = 8192
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+class Stopwatch:
+    """Seconds spent in each of several named parts."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def time(
+        self, part: str, do: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs
+    ) -> Result:
+        """Does something and adds the time it takes to a part."""
+        started = time.perf_counter()
+        try:
+            return do(*args, **kwargs)
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
+
+
+class TimedScheduler(Scheduler):
+    """The scheduler, timed."""
+
+    stopwatch: Stopwatch
+
+    def plan(self, *args: Any) -> StepPlan:
+        """Plans."""
+        return self.stopwatch.time("plan", super().plan, *args)
+
+    def plan_ahead(self, *args: Any) -> StepPlan | None:
+        """Plans ahead."""
+        return self.stopwatch.time("plan", super().plan_ahead, *args)
+
+    def commit(self, plan: StepPlan, sampled: Sequence[int]) -> list[Advance]:
+        """Commits."""
+        return self.stopwatch.time("commit", super().commit, plan, sampled)
+
+
+class TimedPlanRunner(PlanRunner):
+    """The translation, timed."""
+
+    stopwatch: Stopwatch
+
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Translates and launches."""
+        return self.stopwatch.time("translate", super().launch, plan)
+
+
+class InstantStep:
+    """A step that has been computed."""
+
+    def __init__(self, count: int) -> None:
+        self._result = StepResult([7] * count)
+
+    def wait(self) -> StepResult:
+        """The tokens."""
+        return self._result
+
+
+class InstantRunner:
+    """Has a step's tokens at once.  What it takes to write a step's inputs for a GPU it measures apart from the rest.
+
+    Args:
+        stopwatch: gets the time of that.
+        max_rows: sequences of the largest step.
+        max_tokens: of a sequence.
+    """
+
+    def __init__(self, stopwatch: Stopwatch, max_rows: int, max_tokens: int) -> None:
+        self._stopwatch = stopwatch
+        self._buffer = StepBuffer(max_rows, -(-max_tokens // BLOCK_SIZE), torch.device("cpu"))
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies nothing."""
+
+    def launch(self, batch: Sequence[SequenceInput]) -> InstantStep:
+        """Answers."""
+        self._stopwatch.time("GPU inputs", self._write, batch)
+        return InstantStep(sum(len(item.samplings) for item in batch))
+
+    def _write(self, batch: Sequence[SequenceInput]) -> None:
+        decodes = [item for item in batch if len(item.token_ids) == 1]
+        write_step(self._buffer.inputs(len(decodes)), decodes)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What runs.
+
+    Attributes:
+        running: sequences side by side.
+        prompt_length: of each.
+        output_length: of each.
+        overlap: whether a step is planned while another is under way.
+    """
+
+    running: int
+    prompt_length: int = 128
+    output_length: int = 128
+    overlap: bool = False
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a step costs.
+
+    Attributes:
+        load: what ran.
+        steps: measured.
+        sequence_steps: tokens sampled in them.
+        plan, translate, commit, messages: microseconds a sequence and step: which tokens run; in the model's words;
+            what came of it; outputs, encoding, sending, and reading what arrives.
+        gpu_inputs: writing a decode step's inputs for a GPU, which comes on top.
+        longest_turn_ms: the longest turn of the loop.
+        collections: of the garbage collector's oldest generation meanwhile.
+    """
+
+    load: Load
+    steps: int
+    sequence_steps: int
+    plan: float
+    translate: float
+    commit: float
+    messages: float
+    gpu_inputs: float
+    longest_turn_ms: float
+    collections: int
+
+    @property
+    def total(self) -> float:
+        """Microseconds a sequence and step, without what is a GPU's."""
+        return self.plan + self.translate + self.commit + self.messages
+
+
+class Bench:
+    """An engine at work on a load, and the worker that it works for."""
+
+    def __init__(self, load: Load, folder: Path) -> None:
+        tokens = load.prompt_length + load.output_length
+        self.load = load
+        self.stopwatch = Stopwatch()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        router, self._worker = self._context.socket(zmq.ROUTER), self._context.socket(zmq.DEALER)
+        for socket in (router, self._worker):
+            socket.set_hwm(0)
+        router.bind(f"ipc://{folder}/engine")
+        self._worker.connect(f"ipc://{folder}/engine")
+        pool = BlockPool((load.running + 8) * (-(-tokens // BLOCK_SIZE) + 1), BLOCK_SIZE)
+        self._scheduler = TimedScheduler(
+            pool, max_num_seqs=load.running, max_num_batched_tokens=max(2048, load.running), max_model_len=tokens
+        )
+        self._scheduler.stopwatch = self.stopwatch
+        # The loop asks no more of a runner than these two methods.
+        instant = cast("Runner", InstantRunner(self.stopwatch, load.running, tokens))
+        runner = TimedPlanRunner(instant)
+        runner.stopwatch = self.stopwatch
+        ready = Ready(tokens, BLOCK_SIZE, pool.num_blocks, "none", "none", self._scheduler.stats())
+        self._engine = Engine(router, self._scheduler, runner, ready, costs=StepCostModel(), overlap=load.overlap)
+        self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+        self._ids = itertools.count()
+        self._random = Random(0)
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's counts."""
+        return self._scheduler.stats()
+
+    def start(self) -> None:
+        """Begins with sequences that end at all times, and runs until none of them is left."""
+        self._worker.send(msgspec.msgpack.encode(Hello()))
+        self._engine.turn()
+        self._worker.recv()
+        self._worker.recv()
+        for number in range(self.load.running):
+            self._submit(1 + number * self.load.output_length // self.load.running)
+        for _ in range(self.load.output_length + 4):
+            self.turn()
+
+    def turn(self) -> float:
+        """One turn of the loop, in seconds; then the worker replaces what has ended."""
+        started = time.perf_counter()
+        self._engine.turn()
+        seconds = time.perf_counter() - started
+        # Every turn has news.
+        message = self._decoder.decode(self._worker.recv())
+        for output in message.outputs if isinstance(message, StepOutput) else ():
+            if output.finish_reason:
+                self._submit(self.load.output_length)
+        return seconds
+
+    def close(self) -> None:
+        """Gives everything back."""
+        self._engine.close()
+        self._context.destroy(linger=0)
+
+    def _submit(self, max_tokens: int) -> None:
+        prompt = [self._random.randrange(VOCABULARY) for _ in range(self.load.prompt_length)]
+        submit = Submit([next(self._ids)], prompt, max_tokens, [0], Sampling(temperature=0.8, top_p=0.9, seed=5))
+        self._worker.send(msgspec.msgpack.encode(submit))
+
+
+@contextmanager
+def running(load: Load) -> Iterator[Bench]:
+    """An engine in its steady state."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(load, Path(folder))
+        try:
+            bench.start()
+            yield bench
+        finally:
+            bench.close()
+
+
+def measure(load: Load, steps: int) -> Budget:
+    """Measures the steady state over so many turns."""
+    with running(load) as bench:
+        # As the engine process does.
+        gc.collect()
+        gc.freeze()
+        thresholds = gc.get_threshold()
+        gc.set_threshold(*COLLECTOR_THRESHOLDS)
+        before, collections = bench.stats, gc.get_stats()[2]["collections"]
+        bench.stopwatch.seconds.clear()
+        turns = [bench.turn() for _ in range(steps)]
+        collections = gc.get_stats()[2]["collections"] - collections
+        gc.unfreeze()
+        gc.set_threshold(*thresholds)
+        tokens = bench.stats.generated_tokens - before.generated_tokens
+        seconds = bench.stopwatch.seconds
+        gpu_inputs = seconds["GPU inputs"]
+        parts = {
+            "plan": seconds["plan"],
+            "translate": seconds["translate"] - gpu_inputs,
+            "commit": seconds["commit"],
+            "messages": sum(turns) - seconds["plan"] - seconds["translate"] - seconds["commit"],
+            "gpu_inputs": gpu_inputs,
+        }
+        return Budget(
+            load,
+            steps,
+            tokens,
+            **{part: round(own / tokens * 1e6, 3) for part, own in parts.items()},
+            longest_turn_ms=round(max(turns) * 1e3, 3),
+            collections=collections,
+        )
+
+
+def table(budgets: Sequence[Budget]) -> str:
+    """The budgets as Markdown."""
+    lines = [
+        "| running | plan | translate | commit | plan to commit | messages | in all | GPU inputs | longest turn, ms |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for own in budgets:
+        decided = own.plan + own.translate + own.commit
+        figures = (own.plan, own.translate, own.commit, decided, own.messages, own.total, own.gpu_inputs)
+        shown = " | ".join(f"{figure:.2f}" for figure in figures)
+        name = f"{own.load.running}{', overlapped' if own.load.overlap else ''}"
+        lines.append(f"| {name} | {shown} | {own.longest_turn_ms:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.engine", description="Measure what the engine's own work costs."
+    )
+    parser.add_argument(
+        "--running",
+        type=int,
+        nargs="+",
+        default=[1, 8, 64, 256],
+        metavar="N",
+        help="sequences side by side, measured one after the other [default: 1 8 64 256]",
+    )
+    parser.add_argument("--steps", type=int, default=1000, help="turns measured of each [default: %(default)s]")
+    parser.add_argument("--overlap", action="store_true", help="plan each step while the one before it is under way")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write all figures as JSON")
+    arguments = parser.parse_args()
+    if min(arguments.running) < 1 or arguments.steps < 1:
+        parser.error("--running and --steps need at least 1")
+    budgets = [measure(Load(count, overlap=arguments.overlap), arguments.steps) for count in arguments.running]
+    print("Microseconds a sequence and step:\n")
+    print(table(budgets))
+    if arguments.out:
+        figures = [asdict(own) | {"total": round(own.total, 3)} for own in budgets]
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps({"device": device(), "budgets": figures}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""How long a step takes: learned from the steps that ran, as a sum of what each part of a step costs.
+
+Plain arithmetic over figures that others measure; knows no clock, no scheduler and no device.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf, sqrt
+
+MEMORY = 100
+"""An observation counts by 1/e of what it did after so many others of its kind."""
+
+ENOUGH = 8
+"""So many steps of a kind are seen before anything is said of it."""
+
+FIRST_CHUNK = 256
+"""Tokens of chunks beside decodes while nothing is known; then they at most double from step to step."""
+
+OUTLIER = 4.0
+"""A step that took longer than so many times the expected counts as one that took just that: something else ran."""
+
+QUIET_SHARE = 0.75
+"""Prompt chunks may make a step longer by this share of what it takes without them."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """What a step computes.
+
+    Attributes:
+        decodes: sequences that compute one token.
+        decode_context: tokens that those attend to, in all.
+        chunk_tokens: tokens of prompt chunks.
+        chunk_context: tokens that each of those attends to, in all.
+        chunk_reach: tokens before each chunk, in all: they are read once for it, however short it is.
+    """
+
+    decodes: int
+    decode_context: int
+    chunk_tokens: int = 0
+    chunk_context: int = 0
+    chunk_reach: int = 0
+
+
+NO_WORK = StepWork(0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """What the parts of a step cost, in seconds.
+
+    Attributes:
+        step: of any step.
+        decode: of a sequence that decodes.
+        decode_context: of a token that one of those attends to.
+        chunks: of having prompt chunks at all.
+        chunk_token: of a token of a chunk.
+        chunk_context: of a token that one of those attends to.
+        chunk_reach: of a token before a chunk.
+        longest: a step with decodes may take so long for the sake of prompts; None leaves it to QUIET_SHARE.
+        most_tokens: chunks beside decodes have no more tokens than this: more than twice what was tried lately would be
+            a guess.
+    """
+
+    step: float
+    decode: float
+    decode_context: float
+    chunks: float
+    chunk_token: float
+    chunk_context: float
+    chunk_reach: float = 0.0
+    longest: float | None = None
+    most_tokens: float = inf
+
+    def chunk_tokens(self, decodes: int, prompts: int) -> float:
+        """The tokens that chunks may have whatever they take; see `chunk_seconds`."""
+        return self.most_tokens * max(1.0, prompts / decodes) if decodes else inf
+
+    def chunk_seconds(self, decodes: int, decode_context: int, prompts: int) -> float:
+        """The time that a step has for prompt chunks.
+
+        Whoever decodes waits for it.  While more wait for their first token than decode, it is longer by their ratio:
+        otherwise the first of many who come together would hold up all others.
+
+        Args:
+            decodes: sequences that decode in the step.
+            decode_context: tokens that those attend to, in all.
+            prompts: sequences that wait for their first token.
+        """
+        if decodes == 0:
+            return inf
+        quiet = self.step + self.decode * decodes + self.decode_context * decode_context
+        share = QUIET_SHARE * quiet if self.longest is None else self.longest - quiet
+        return share * max(1.0, prompts / decodes) - self.chunks
+
+    def reach(self, start: int) -> float:
+        """Seconds that a chunk after `start` tokens takes however short it is."""
+        return self.chunk_reach * start
+
+    def chunk(self, tokens: float, start: int) -> float:
+        """Seconds that so many tokens of a chunk after `start` others take beside that."""
+        return tokens * (self.chunk_token + self.chunk_context * (start + tokens / 2))
+
+    def affordable(self, seconds: float, start: int) -> float:
+        """How many tokens after `start` others take no longer than this, beside what `reach` tells."""
+        if self.chunk_token == 0 and self.chunk_context == 0:
+            return inf
+        if seconds <= 0:
+            return 0
+        half, each = self.chunk_context / 2, self.chunk_token + self.chunk_context * start
+        if seconds == inf or each == 0:
+            return inf
+        # The positive solution of half * n^2 + each * n = seconds, in the form that does not cancel.
+        return 2 * seconds / (each + sqrt(each * each + 4 * half * seconds))
+
+
+class StepCostModel:
+    """Learns `StepCosts` as the server runs.
+
+    Steps without chunks teach what steps and decodes cost; steps with chunks teach, by what they take beyond that, what
+    chunks cost.  Two small fits instead of one, because while nobody sends a prompt the second learns nothing and must
+    not forget.
+
+    Args:
+        longest: see `StepCosts`.
+    """
+
+    def __init__(self, longest: float | None = None) -> None:
+        self._longest = longest
+        # Contexts count by the thousand, so that all figures are of similar size.
+        self._quiet = LinearFit(3)
+        self._chunks = LinearFit(4)
+        self._most_tokens = float(FIRST_CHUNK)
+
+    def observe(self, work: StepWork, seconds: float) -> None:
+        """Takes notice of a step that ran."""
+        quiet = (1.0, float(work.decodes), work.decode_context / 1000)
+        if work.chunk_tokens == 0:
+            self._quiet.observe(quiet, seconds)
+        else:
+            if work.decodes > 0 and min(self._quiet.seen, self._chunks.seen) >= ENOUGH:
+                self._most_tokens = max(FIRST_CHUNK, 2 * work.chunk_tokens, 0.95 * self._most_tokens)
+            rest = max(0.0, seconds - self._quiet.predict(quiet))
+            self._chunks.observe(
+                (1.0, float(work.chunk_tokens), work.chunk_context / 1000, work.chunk_reach / 1000), rest
+            )
+
+    @property
+    def costs(self) -> StepCosts:
+        """What is known now; while that is too little, the time does not count and chunks remain short."""
+        if min(self._quiet.seen, self._chunks.seen) < ENOUGH:
+            return StepCosts(0, 0, 0, 0, 0, 0, most_tokens=FIRST_CHUNK)
+        step, decode, decode_context = self._quiet.coefficients
+        chunks, chunk_token, chunk_context, chunk_reach = self._chunks.coefficients
+        return StepCosts(
+            step,
+            decode,
+            decode_context / 1000,
+            chunks,
+            chunk_token,
+            chunk_context / 1000,
+            chunk_reach / 1000,
+            self._longest,
+            self._most_tokens,
+        )
+
+
+class LinearFit:
+    """Least squares of relative errors without negative coefficients; old observations fade.
+
+    Args:
+        size: coefficients.
+
+    Attributes:
+        seen: observations so far.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.seen = 0
+        self._size = size
+        self._products = [[0.0] * size for _ in range(size)]
+        self._targets = [0.0] * size
+        self._coefficients: list[float] | None = [0.0] * size
+
+    @property
+    def coefficients(self) -> list[float]:
+        """The fit to what was seen."""
+        if self._coefficients is None:
+            self._coefficients = self._solve()
+        return self._coefficients
+
+    def predict(self, features: Sequence[float]) -> float:
+        """What the fit expects."""
+        return sum(own * feature for own, feature in zip(self.coefficients, features, strict=True))
+
+    def observe(self, features: Sequence[float], value: float) -> None:
+        """Takes notice of a value, at least 0."""
+        if self.seen >= ENOUGH:
+            value = min(value, OUTLIER * max(self.predict(features), 1e-6))
+        keep = 1 - 1 / MEMORY
+        # Errors count in relation to the value: a short step's microsecond is as good as a long one's millisecond.
+        weight = 1 / max(value, 1e-4) ** 2
+        for row, own in enumerate(features):
+            products = self._products[row]
+            for column, other in enumerate(features):
+                products[column] = keep * products[column] + weight * own * other
+            self._targets[row] = keep * self._targets[row] + weight * own * value
+        self.seen += 1
+        self._coefficients = None
+
+    def _solve(self) -> list[float]:
+        """The normal equations' solution with the coefficients that would be negative left out, the worst first."""
+        kept = [index for index in range(self._size) if self._products[index][index] > 0]
+        while kept:
+            solution = _solve([[self._products[i][j] for j in kept] for i in kept], [self._targets[i] for i in kept])
+            worst = min(range(len(kept)), key=lambda index: solution[index] * self._products[kept[index]][kept[index]])
+            if solution[worst] >= 0:
+                found = dict(zip(kept, solution, strict=True))
+                return [found.get(index, 0.0) for index in range(self._size)]
+            del kept[worst]
+        return [0.0] * self._size
+
+
+def _solve(matrix: list[list[float]], targets: list[float]) -> list[float]:
+    """Solves symmetric equations, with a little added to the diagonal for features that nothing tells apart."""
+    size = len(targets)
+    rows = [[*row, target] for row, target in zip(matrix, targets, strict=True)]
+    for index in range(size):
+        rows[index][index] *= 1 + 1e-6
+    for index in range(size):
+        for below in range(index + 1, size):
+            factor = rows[below][index] / rows[index][index]
+            rows[below] = [own - factor * pivot for own, pivot in zip(rows[below], rows[index], strict=True)]
+    solution = [0.0] * size
+    for index in reversed(range(size)):
+        known = sum(rows[index][column] * solution[column] for column in range(index + 1, size))
+        solution[index] = (rows[index][size] - known) / rows[index][index]
+    return solution
