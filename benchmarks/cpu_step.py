@@ -7,16 +7,23 @@ of which other programs take their share: run it on a quiet machine.  Knows no s
 """
 
 import argparse
+import contextlib
 import datetime
 import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+# As the server sets it, see server/supervisor.py; read when torch is first imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
 
@@ -160,6 +167,16 @@ def draws(operations: NativeKernels, vocab_size: int, rows: int, runs: int) -> l
     ]
 
 
+@contextlib.contextmanager
+def busy_program() -> Iterator[None]:
+    """Keeps one core busy in another process."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
 def measure(folder: Path, dtype: torch.dtype, runs: int) -> list[Timing]:
     """Everything, in the order of the table.
 
@@ -180,6 +197,13 @@ def measure(folder: Path, dtype: torch.dtype, runs: int) -> list[Timing]:
         )
         timings.append(Timing("whole step", sequences, tokens, native_us, torch_us))
         timings += parts(native, operations, sequences, tokens, few)
+    with busy_program():
+        for sequences in (1, 8, 64):
+            few = max(10, runs // sequences)
+            native_us, torch_us = (
+                median_us(partial(own.runner.run, own.batch(sequences, 1)), few) for own in (native, plain)
+            )
+            timings.append(Timing("step beside a busy program", sequences, 1, native_us, torch_us))
     for vocab_size, rows in ((8192, 1), (8192, 64), (262144, 8)):
         timings += draws(operations, vocab_size, rows, max(3, runs // 8))
     return timings

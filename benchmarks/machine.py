@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+import kernels
+from kernels.cpu.native import NativeKernels
 from model.config import PersimmonConfig
 
 READ_BYTES = 1 << 29
@@ -27,7 +29,8 @@ class Rates:
 
     Attributes:
         read_gb_s: 10^9 bytes of memory read a second.
-        matmul_gflop_s: 10^9 multiplications and additions a second in products of large matrices.
+        matmul_gflop_s: 10^9 multiplications and additions a second in products of large matrices, torch's or those of
+            the C kernels, whichever are faster: on some processors torch's libraries do not use the widest vectors.
         dtype: of those matrices.
     """
 
@@ -41,7 +44,12 @@ def measure_rates(dtype: torch.dtype) -> Rates:
     memory = torch.zeros(READ_BYTES // 8, dtype=torch.int64)
     left, right = (torch.randn(MATMUL_SIZE, MATMUL_SIZE).to(dtype) for _ in range(2))
     read = READ_BYTES / _best_seconds(lambda: memory.sum())
-    multiplied = 2 * MATMUL_SIZE**3 / _best_seconds(lambda: left @ right)
+    seconds = _best_seconds(lambda: left @ right)
+    operations = kernels.for_device(torch.device("cpu"), dtype)
+    if isinstance(operations, NativeKernels):
+        packed, rows = operations.prepare_weight(right), left.float()
+        seconds = min(seconds, _best_seconds(lambda: operations.logits(rows, packed)))
+    multiplied = 2 * MATMUL_SIZE**3 / seconds
     return Rates(round(read / 1e9, 1), round(multiplied / 1e9, 1), str(dtype).removeprefix("torch."))
 
 

@@ -28,6 +28,8 @@
 #define MAX_VECTORS 8
 #define TILE_VECTORS(rows) ((rows) == 1 ? 8 : (rows) <= 3 ? 4 : 2)
 #endif
+/* How many pairs ahead weights are fetched: 4 KiB. */
+#define AHEAD 16
 /* Inputs that are zero in all rows are left out where there are at most so many rows, and at least a quarter of zeros. */
 #define SPARSE_ROWS 4
 
@@ -81,8 +83,11 @@ INLINE void multiply_pairs_tile(const uint16_t *inputs, int64_t stride, const ui
         const int64_t k = sparse ? nonzero[i] : i;
         __m512bh weights[MAX_VECTORS];
 #pragma GCC unroll 4
-        for (int v = 0; v < MAX_VECTORS; v++)
+        for (int v = 0; v < MAX_VECTORS; v++) {
             weights[v] = (__m512bh)_mm512_loadu_si512(slice + (k * PANEL + v * LANES) * 2);
+            /* With few rows memory is what is waited for, and one row alone reads it fast enough as it is. */
+            if (rows > 1 && rows <= 4) __builtin_prefetch(slice + ((k + AHEAD) * PANEL + v * LANES) * 2);
+        }
 #pragma GCC unroll 6
         for (int row = 0; row < rows; row++) {
             int32_t pair;
