@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # What an installation is made from: the last are the C kernels, which it compiles.
 INSTALLED_FROM := pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*.[ch])
 
-.PHONY: serve test compat lint types contracts format clean
+.PHONY: serve test compat lint types contracts format audit clean
 
 serve: $(VENV)/.installed
 	$(BIN)/persimmon serve $(ARGS)
@@ -34,8 +34,15 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Needs PyPI's or OSV's vulnerability service, so CI runs it where one can be reached.  Its own environment, because it
+# is no part of what is audited.
+audit: constraints.txt
+	test -x $(VENV)-audit/bin/pip-audit || $(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(VENV)-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info build dist kernels/cpu/*.so
+	rm -rf $(VENV) $(VENV)-audit .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info build dist kernels/cpu/*.so
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 12) else \

@@ -36,6 +36,7 @@ from benchmarks.peers import device
 from model.tokenizer import Tokenizer
 from server.bench.report import Distribution
 from server.config import Settings
+from server.engine.client import WARM_UP_ID
 from server.engine.messages import Abort, EngineStats, Hello, Ready, SequenceOutput, StepOutput, Submit, ToEngine
 from server.http.siblings import WorkerPlace
 from server.http.worker import run_api_worker
@@ -109,6 +110,8 @@ class ScriptedEngine:
             match self._decode(body):
                 case Hello():
                     self._send(worker, Ready(MAX_MODEL_LEN, 32, 1, "cpu", "float32", STATS))
+                case Submit(sequence_ids=[sequence_id]) if sequence_id == WARM_UP_ID:
+                    self._send(worker, StepOutput([SequenceOutput(WARM_UP_ID, self._token_ids, "length")], STATS))
                 case Submit() as submit:
                     submitted = True
                     live |= dict.fromkeys(submit.sequence_ids, submit.max_tokens)

@@ -54,6 +54,7 @@ class DecodeGraphs:
         self._kernels = kernels
         self._sizes = sorted(set(sizes))
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._replays = 0
         most, device = self._sizes[-1], cache.device
         max_blocks = -(-max_model_len // cache.block_size)
         on_gpu = device.type == "cuda"
@@ -72,6 +73,11 @@ class DecodeGraphs:
     def sampled(self) -> torch.Tensor:
         """[max_num_seqs] int64, the tokens of the last step."""
         return self._kernels.sampled
+
+    @property
+    def replays(self) -> int:
+        """How many steps were replays of a captured graph."""
+        return self._replays
 
     def takes(self, rows: int) -> bool:
         """Whether a step of so many sequences fits."""
@@ -111,6 +117,7 @@ class DecodeGraphs:
         graph = self._graphs.get(size)
         if graph is not None:
             graph.replay()
+            self._replays += 1
         else:
             self._run(self._buffer.inputs(size))
         params = [own for item in batch for own in item.samplings]

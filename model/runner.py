@@ -172,6 +172,11 @@ class DecodeSteps(Protocol):
         """Starts a step; its tokens on the device are also the first of `sampled`."""
         ...
 
+    @property
+    def replays(self) -> int:
+        """How many steps were replays of what was captured."""
+        ...
+
 
 class Runner:
     """The network, its cache and the sampler on one device.
@@ -203,6 +208,11 @@ class Runner:
         self._sampler = sampler or (lambda hidden, params: sample_logits(model.logits(hidden), params))
         self._decode_steps = decode_steps
         self._sampled = decode_steps.sampled if decode_steps else torch.zeros(0, dtype=torch.int64, device=cache.device)
+
+    @property
+    def graph_replays(self) -> int:
+        """How many steps were CUDA graphs."""
+        return 0 if self._decode_steps is None else self._decode_steps.replays
 
     @torch.inference_mode()
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:

@@ -18,10 +18,13 @@ from model.tokenizer import Tokenizer
 from model.vocabulary import VocabularyMap
 from server.bench.arguments import add_arguments as add_bench_arguments
 from server.config import GROUPS, Settings, SettingsError, add_arguments, read_settings
+from server.http.access import check as check_access
 from server.http.model_use import USES, ModelUse
+from server.logs import configure as configure_log
+from server.logs import say
 from server.offline.command import generate as answer_batch
 from server.offline.files import BatchFileError
-from server.supervisor import ListenError, say, supervise
+from server.supervisor import ListenError, supervise
 
 DEMO_NAME = "persimmon-demo"
 
@@ -53,9 +56,12 @@ def serve(settings: Settings) -> int:
     """Serves until told to stop; see `server.supervisor.supervise` for the exit code.
 
     Raises:
+        SettingsError: keys or certificates cannot be read, or a package is missing.
         CheckpointError: the checkpoint cannot be found, or is not one that this server serves.
         ListenError: the address cannot be listened on.
     """
+    configure_log("supervisor", settings.log_format)
+    check_access(settings)
     folder, name, use = _checkpoint(settings)
     return supervise(settings, folder, name, use)
 
@@ -187,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     generator.add_argument("batch_source", metavar="IN.jsonl", type=Path, help="the requests, one a line")
     generator.add_argument("batch_out", metavar="OUT.jsonl", type=Path, help="the answers, one a line")
-    add_arguments(generator, [key for key in GROUPS if key != "http"])
+    add_arguments(generator, [key for key in GROUPS if key not in ("http", "access", "log", "load")])
     converter = commands.add_parser(
         "convert",
         help="convert a checkpoint to safetensors",

@@ -6,21 +6,27 @@ A flag wins over its environment variable, which wins over the default.
 
 import argparse
 from collections.abc import Collection
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field, ValidationError, field_validator
+from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 ENVIRONMENT_PREFIX = "PERSIMMON_"
+
+MAX_BODY_BYTES = 32 * 2**20
+"""Of a request's body, unless told otherwise: a text of 16,384 tokens is some 100 KB, and a request may bring many."""
 
 
 class SettingsError(ValueError):
     """A setting has a value it cannot have.  The message is one line for the person who gave it."""
 
 
-def _setting(default: Any, help: str, group: str, metavar: str | None = None, **constraints: Any) -> Any:
-    extra: dict[str, Any] = {"group": group} | ({"metavar": metavar} if metavar else {})
+def _setting(
+    default: Any, help: str, group: str, metavar: str | None = None, *, several: bool = False, **constraints: Any
+) -> Any:
+    extra: dict[str, Any] = {"group": group, "several": several} | ({"metavar": metavar} if metavar else {})
     return Field(default, description=help, json_schema_extra=extra, **constraints)
 
 
@@ -74,6 +80,68 @@ class Settings(BaseSettings):
         ge=1,
         le=256,
     )
+    ssl_certfile: Path | None = _setting(
+        None, "Certificate chain (PEM) to serve HTTPS with; with --ssl-keyfile.", "http", "FILE"
+    )
+    ssl_keyfile: Path | None = _setting(None, "The certificate's private key (PEM), without password.", "http", "FILE")
+    read_timeout: float = _setting(
+        30.0,
+        "A client may take so long to send its headers, and may pause so long in its body; then it is hung up on.",
+        "http",
+        "SECONDS",
+        gt=0,
+    )
+    max_body_size: ByteSize = _setting(
+        ByteSize(MAX_BODY_BYTES),
+        "Longest body of a request; a longer one gets a 413.",
+        "http",
+        "SIZE",
+        gt=0,
+    )
+    allowed_origins: Annotated[tuple[str, ...] | None, NoDecode] = _setting(
+        None,
+        "Web pages of these origins may ask from a browser (CORS), like https://chat.example.com; * for all. "
+        "Default: none.",
+        "http",
+        "ORIGIN",
+        several=True,
+    )
+
+    api_key: Annotated[tuple[SecretStr, ...] | None, NoDecode] = _setting(
+        None,
+        "Keys that requests must bring one of, as Authorization: Bearer KEY. Other users of the machine can read a "
+        "command line; the environment variable, with commas between keys, or --api-key-file is safer. Default: "
+        "anybody may ask.",
+        "access",
+        "KEY",
+        several=True,
+    )
+    api_key_file: Path | None = _setting(
+        None, "File of keys, a line each: name:key. The name stands for the key in logs.", "access", "FILE"
+    )
+    protect_metrics: bool = _setting(False, "Ask for a key on /metrics too.", "access")
+    max_concurrent_requests_per_key: int | None = _setting(
+        None, "Most requests of one key at once; more get a 429. Default: any number.", "access", "N", ge=1
+    )
+    requests_per_minute_per_key: int | None = _setting(
+        None,
+        "Requests that one key may send a minute, all at once or evenly; more get a 429. Default: any number.",
+        "access",
+        "N",
+        ge=1,
+    )
+
+    log_format: Literal["text", "json"] = _setting(
+        "text", "Lines for people, or one JSON object a line, of all processes.", "log"
+    )
+    access_log: bool = _setting(True, "Write a line for each request but probes and scrapes that are well.", "log")
+    log_prompts: bool = _setting(False, "Add what was asked to the access log. Nothing else ever logs it.", "log")
+    tracing: bool = _setting(
+        False,
+        "Send a trace of each request to where OTEL_EXPORTER_OTLP_ENDPOINT says; needs pip install "
+        "'persimmon-server[tracing]'.",
+        "log",
+    )
 
     max_model_len: int | None = _setting(
         None,
@@ -122,6 +190,64 @@ class Settings(BaseSettings):
         False, "Capture no CUDA graphs: starts sooner and takes less memory, but decodes slower.", "gpu"
     )
 
+    max_num_queued_reqs: int | None = _setting(
+        None,
+        "Most sequences in the server at once, those that run included; each of a request's n counts. Over it requests "
+        "get a 429. Default: five times --max-num-seqs: one full batch runs, and who comes last waits for about four "
+        "answers.",
+        "load",
+        "N",
+        ge=1,
+    )
+    max_num_queued_tokens: int | None = _setting(
+        None,
+        "Most prompt tokens that wait to be computed. Over it requests get a 429. Default: 256 times "
+        "--max-num-batched-tokens, that is 256 full steps.",
+        "load",
+        "TOKENS",
+        ge=1,
+    )
+    queue_timeout: float = _setting(
+        60.0,
+        "Longest that a request waits to be begun; then it gets a 429. 0 for any time. Most proxies and clients give "
+        "up a silent connection after a minute.",
+        "load",
+        "SECONDS",
+        ge=0,
+    )
+    step_timeout: float | None = _setting(
+        None,
+        "An engine that has work and ends no step for so long counts as hung: health turns false, and it is killed and "
+        "started again. Default: 30 with a GPU, on which the longest step takes a fraction of a second; 300 on a CPU, "
+        "on which one of a large model takes minutes.",
+        "load",
+        "SECONDS",
+        gt=0,
+    )
+    drain_timeout: float = _setting(
+        25.0,
+        "After SIGTERM, how long open requests may go on before they end with an error. Some seconds less than what "
+        "the process is given to stop: Kubernetes gives 30.",
+        "load",
+        "SECONDS",
+        ge=0,
+    )
+    send_timeout: float = _setting(
+        60.0,
+        "A client that leaves what was sent to it for so long, 64 KiB of it, counts as gone.",
+        "load",
+        "SECONDS",
+        gt=0,
+    )
+    sse_ping_interval: float = _setting(
+        15.0,
+        "A stream that is quiet for so long gets a comment, so that no proxy takes it for dead. With the first one the "
+        "status 200 is sent, and a later error is an event. 0 for none.",
+        "load",
+        "SECONDS",
+        ge=0,
+    )
+
     block_size: Literal[16, 32, 64] = _setting(32, "Tokens in one block of the KV cache.", "memory")
     kv_cache_memory: ByteSize | None = _setting(
         None,
@@ -151,6 +277,13 @@ class Settings(BaseSettings):
     def _numbers(cls, value: Any) -> Any:
         return value.replace(",", " ").split() if isinstance(value, str) else value
 
+    @field_validator("api_key", "allowed_origins", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        # A flag may come several times, each with several values; a variable has commas between them.
+        parts = [value] if isinstance(value, str) else value
+        return [part.strip() for text in parts for part in text.split(",")] if isinstance(parts, list) else value
+
     @property
     def add_bos_token(self) -> bool | None:
         """`add_bos` as the tokenizer takes it: None follows the checkpoint."""
@@ -159,9 +292,12 @@ class Settings(BaseSettings):
 
 GROUPS = {
     "model": "what is served",
-    "http": "where it listens",
+    "http": "where it listens, and to whom",
+    "access": "API keys",
+    "log": "what it tells",
     "engine": "how requests share the machine",
     "gpu": "CUDA graphs",
+    "load": "overload, health, shutdown",
     "memory": "KV cache",
 }
 
@@ -185,6 +321,8 @@ def default_text(field: FieldInfo) -> str | None:
     """A setting's default as a person would type it; None where the help text explains it."""
     if isinstance(field.default, bool):
         return "on" if field.default else "off"
+    if isinstance(field.default, ByteSize):
+        return field.default.human_readable().replace(".0", "")
     return None if field.default is None else str(field.default)
 
 
@@ -218,6 +356,8 @@ def add_arguments(parser: argparse.ArgumentParser, keys: Collection[str] = tuple
         else:
             allowed = choices(field)
             extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+            if extra["several"]:
+                options |= {"action": "extend", "nargs": "+"}
             options["metavar"] = "{" + ",".join(map(str, allowed)) + "}" if allowed else extra.get("metavar")
         groups[group(field)].add_argument(flag(name), **options)
 
@@ -237,7 +377,9 @@ def read_settings(given: dict[str, Any]) -> Settings:
         first = error.errors()[0]
         name = str(first["loc"][0])
         rule = first["msg"][0].lower() + first["msg"][1:]
-        raise SettingsError(f"{flag(name)} (or {environment_variable(name)}) is {first['input']}: {rule}") from None
+        secret = "SecretStr" in repr(Settings.model_fields[name].annotation)
+        given_value = "not shown" if secret else first["input"]
+        raise SettingsError(f"{flag(name)} (or {environment_variable(name)}) is {given_value}: {rule}") from None
 
 
 def _checked(settings: Settings) -> Settings:
@@ -247,6 +389,11 @@ def _checked(settings: Settings) -> Settings:
             f"{settings.max_num_seqs}: each running sequence needs one token a step, "
             "so raise the first or lower the second"
         )
+    if (settings.ssl_certfile is None) != (settings.ssl_keyfile is None):
+        raise SettingsError("--ssl-certfile and --ssl-keyfile are given together or not at all")
+    for name in ("max_concurrent_requests_per_key", "requests_per_minute_per_key", "protect_metrics"):
+        if getattr(settings, name) and settings.api_key is None and settings.api_key_file is None:
+            raise SettingsError(f"{flag(name)} needs keys: give --api-key-file or --api-key")
     sizes = settings.cuda_graph_sizes
     if sizes is not None and not (sizes and all(1 <= size <= settings.max_num_seqs for size in sizes)):
         raise SettingsError(

@@ -1,32 +1,37 @@
-"""Starts the engine process and the API workers, watches them, and ends them in order.
+"""Starts the engine process and the API workers, watches them, starts them again, and ends them in order.
 
 Knows processes and signals; what they say to each other is theirs.
 """
 
 import contextlib
-import multiprocessing
 import os
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing import connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
+from server.children import Child
 from server.config import Settings
 from server.engine.messages import Ready
 from server.http.model_use import ModelUse
 from server.http.siblings import WorkerPlace
+from server.logs import error_logged, say
+from server.step_watch import StepWatch, step_limit
+from server.vitals import Vitals
 
-DRAIN_SECONDS = 30.0
-"""How long open requests may go on after the first signal."""
+LAST_WORDS_SECONDS = 2.0
+"""How long an API worker may take, after its open requests should have ended, to tell clients that they have not."""
 
 FLUSH_SECONDS = 5.0
-"""How long an API worker may take to tell its clients that the engine has died."""
+"""How long an API worker may take to tell its clients that the server ends."""
+
+LOOK_SECONDS = 0.5
+"""How often the engine's heartbeat is looked at."""
 
 
 class ListenError(OSError):
@@ -34,7 +39,9 @@ class ListenError(OSError):
 
 
 def supervise(settings: Settings, folder: Path, served_model_name: str, use: ModelUse) -> int:
-    """Runs the server until it is told to stop or a part of it ends.
+    """Runs the server until it is told to stop or cannot go on.
+
+    A process that dies is started again, unless it never came to serve or dies time and again.
 
     Args:
         settings: of the server.
@@ -44,7 +51,7 @@ def supervise(settings: Settings, folder: Path, served_model_name: str, use: Mod
 
     Returns:
         The exit code: 0 after SIGTERM or Ctrl-C; 2 when the checkpoint or the settings do not allow a start,
-        which the engine has explained on the console; 1 when a process ended that should not have.
+        which the engine has explained on the console; 1 when a process ended and is not started again.
 
     Raises:
         ListenError: the port is taken, or the address is not this machine's.
@@ -55,56 +62,156 @@ def supervise(settings: Settings, folder: Path, served_model_name: str, use: Mod
         for listener in listeners:
             stack.enter_context(listener)
         runtime = stack.enter_context(runtime_folder())
-        return _run(settings, folder, served_model_name, use, listeners, runtime, signals)
+        return _Supervisor(settings, folder, served_model_name, use, listeners, runtime, signals).run()
 
 
-def _run(
-    settings: Settings,
-    folder: Path,
-    served_model_name: str,
-    use: ModelUse,
-    listeners: Sequence[socket.socket],
-    runtime: Path,
-    signals: int,
-) -> int:
-    address = f"ipc://{runtime}/engine"
-    engine, engine_report = _start("persimmon-engine", engine_main, settings, folder, address)
-    awaited = {engine_report: engine}
-    workers: list[SpawnProcess] = []
-    started = int(time.time())
-    for index, listener in enumerate(listeners):
-        place = WorkerPlace(index, len(listeners), runtime, started)
-        worker, worker_report = _start(
-            f"persimmon-api-{index}", _worker_main, settings, folder, served_model_name, address, listener, place
-        )
-        workers.append(worker)
-        awaited[worker_report] = worker
-    ready: Ready | None = None
-    while True:
-        happened = connection.wait([engine.sentinel, *(worker.sentinel for worker in workers), signals, *awaited])
-        if signals in happened:
-            return _drain(engine, workers, signals)
-        if engine.sentinel in happened:
-            return _engine_ended(engine, workers)
-        for worker in workers:
-            if worker.sentinel in happened:
-                return _worker_ended(engine, workers, worker)
-        for report in [each for each in awaited if each in happened]:
-            message = _receive(report)
-            ready = message if isinstance(message, Ready) else ready
-            del awaited[report]
-            if not awaited and ready is not None:
-                _announce(listeners[0], served_model_name, use, ready)
+class _Supervisor:
+    """The processes of a server; `supervise` says what the arguments are."""
 
+    def __init__(
+        self,
+        settings: Settings,
+        folder: Path,
+        served_model_name: str,
+        use: ModelUse,
+        listeners: Sequence[socket.socket],
+        runtime: Path,
+        signals: int,
+    ) -> None:
+        self._settings = settings
+        self._served_model_name = served_model_name
+        self._use = use
+        self._listeners = listeners
+        self._signals = signals
+        address, vitals, count = f"ipc://{runtime}/engine", runtime / "vitals", len(listeners)
+        self._vitals = Vitals.create(vitals, count)
+        self._watch = StepWatch(self._vitals)
+        # What the engine said of itself; None while it loads.
+        self._ready: Ready | None = None
+        self._announced = False
+        self._engine = Child("persimmon-engine", "the engine process", engine_main, settings, folder, address, vitals)
+        started = int(time.time())
+        self._workers = [
+            Child(
+                f"persimmon-api-{index}",
+                "the API process" if count == 1 else f"API process {index}",
+                _worker_main,
+                settings,
+                folder,
+                served_model_name,
+                address,
+                listener,
+                WorkerPlace(index, count, runtime, started, vitals),
+            )
+            for index, listener in enumerate(listeners)
+        ]
 
-def _start(name: str, main: Callable[..., None], *arguments: object) -> tuple[SpawnProcess, connection.Connection]:
-    """Starts a process that gets, as its last argument, the other end of the connection that comes back."""
-    spawn = multiprocessing.get_context("spawn")
-    report, end = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=main, args=(*arguments, end), name=name)
-    process.start()
-    end.close()  # so that a report's end is seen when its process ends
-    return process, report
+    def run(self) -> int:
+        """Watches them until the server ends; its exit code."""
+        children = [self._engine, *self._workers]
+        while True:
+            running = [child for child in children if child.due is None]
+            sentinels = [child.process.sentinel for child in running]
+            reports = [child.report for child in running if child.report is not None]
+            happened = connection.wait([self._signals, *sentinels, *reports], LOOK_SECONDS)
+            if self._signals in happened:
+                return self._drain()
+            for child in running:
+                if child.report in happened:
+                    self._hear(child.receive())
+                if child.process.sentinel in happened and (code := self._bury(child)) is not None:
+                    return code
+            for child in children:
+                if child.due is not None and child.due <= time.monotonic():
+                    child.start()
+            self._look_at_engine()
+
+    def _hear(self, message: object) -> None:
+        """Takes what a child says when it is ready."""
+        if isinstance(message, Ready):
+            self._ready = message
+            self._watch.restart()
+            if self._announced:
+                say("The engine serves again")
+        everybody = all(child.has_served for child in (self._engine, *self._workers))
+        if everybody and self._ready is not None and not self._announced:
+            self._announced = True
+            self._announce(self._ready)
+
+    def _bury(self, child: Child) -> int | None:
+        """Sees to the next one of a child that has died; the server's exit code where there is none."""
+        child.process.join()
+        if child is self._engine:
+            self._ready = None
+            self._vitals.forget_engine()
+            if child.process.exitcode == 2 and not child.has_served:  # it could not start, and has said why
+                self._kill_all()
+                return 2
+        else:
+            self._vitals.forget_worker(self._workers.index(child))
+        delay = child.plan_restart(time.monotonic()) if child.has_served else None
+        if delay is None:
+            say(f"persimmon: error: {child.obituary}; the server ends")
+            self._end()
+            return 1
+        when = f"in {delay:g} s" if delay else "now"
+        say(f"persimmon: error: {child.obituary}; its requests end with an error, and it is started again {when}")
+        return None
+
+    def _announce(self, ready: Ready) -> None:
+        host, port = self._listeners[0].getsockname()[:2]
+        shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
+        url = f"{'http' if self._settings.ssl_certfile is None else 'https'}://{shown}:{port}"
+        say(f"Serving {self._served_model_name} on {url} ({ready.dtype}, {ready.device}). Try:")
+        endpoint, body = self._use.example
+        keys = self._settings.api_key or self._settings.api_key_file
+        key = " -H 'Authorization: Bearer KEY'" if keys else ""
+        say(f"  curl {url}{endpoint}{key} -H 'Content-Type: application/json' -d '{body}'")
+
+    def _look_at_engine(self) -> None:
+        """Kills an engine that hangs, so that it is started again."""
+        if self._ready is None:
+            return
+        overdue = self._watch.overdue_seconds()
+        if overdue > step_limit(self._settings.step_timeout, self._ready.device):
+            say(f"persimmon: error: the engine has work, but has ended no step for {overdue:.1f} s; it is killed")
+            self._ready = None
+            self._engine.process.kill()
+
+    def _drain(self) -> int:
+        say("Stopping: open requests may finish (a second signal stops at once)")
+        os.read(self._signals, 64)
+        self._terminate_workers()
+        # The workers have their own, and go on accepting with them; connections after their end are refused.
+        for listener in self._listeners:
+            listener.close()
+        self._wait_for_workers(self._settings.drain_timeout + LAST_WORDS_SECONDS + FLUSH_SECONDS, self._signals)
+        self._kill_all()
+        return 0
+
+    def _end(self) -> None:
+        """Lets workers tell their clients that the engine is gone, and ends them."""
+        _kill(self._engine.process)
+        self._terminate_workers()
+        self._wait_for_workers(FLUSH_SECONDS)
+        self._kill_all()
+
+    def _terminate_workers(self) -> None:
+        for worker in self._workers:
+            worker.process.terminate()
+
+    def _wait_for_workers(self, seconds: float, *reasons_to_stop: int) -> None:
+        """Returns when all workers have ended, another descriptor is readable, or the time is over."""
+        deadline = time.monotonic() + seconds
+        running = {worker.process.sentinel for worker in self._workers}
+        while running and (left := deadline - time.monotonic()) > 0:
+            happened = connection.wait([*running, *reasons_to_stop], left)
+            if any(reason in happened for reason in reasons_to_stop):
+                return
+            running.difference_update(happened)
+
+    def _kill_all(self) -> None:
+        _kill(self._engine.process, *(worker.process for worker in self._workers))
 
 
 def engine_main(*args: object) -> None:
@@ -117,84 +224,18 @@ def engine_main(*args: object) -> None:
     # Imported here because it brings torch, which the supervisor and the API workers live without.
     from server.engine.process import run_engine
 
-    run_engine(*args)  # type: ignore[arg-type]
+    with error_logged():
+        run_engine(*args)  # type: ignore[arg-type]
 
 
 def _worker_main(*args: object) -> None:
     from server.http.worker import run_api_worker
 
-    run_api_worker(*args)  # type: ignore[arg-type]
+    with error_logged():
+        run_api_worker(*args)  # type: ignore[arg-type]
 
 
-def _receive(report: connection.Connection) -> object:
-    try:
-        return report.recv()
-    except EOFError:  # its process has ended; the sentinel tells the rest
-        return None
-
-
-def _announce(listener: socket.socket, served_model_name: str, use: ModelUse, ready: Ready) -> None:
-    host, port = listener.getsockname()[:2]
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
-    url = f"http://{shown}:{port}"
-    say(f"Serving {served_model_name} on {url} ({ready.dtype}, {ready.device}). Try:")
-    endpoint, body = use.example
-    say(f"  curl {url}{endpoint} -H 'Content-Type: application/json' -d '{body}'")
-
-
-def _engine_ended(engine: SpawnProcess, workers: Sequence[SpawnProcess]) -> int:
-    engine.join()
-    if engine.exitcode == 2:  # it could not start, and has said why
-        _end(*workers)
-        return 2
-    say(f"persimmon: error: the engine process ended with code {engine.exitcode}; open requests end with an error")
-    _flush(workers)
-    return 1
-
-
-def _worker_ended(engine: SpawnProcess, workers: Sequence[SpawnProcess], worker: SpawnProcess) -> int:
-    worker.join()
-    code = worker.exitcode
-    others = "; open requests end with an error" if len(workers) > 1 else ""
-    say(f"persimmon: error: the API process ended with code {code}{others}")
-    _end(engine)
-    _flush(workers)
-    return 1
-
-
-def _flush(workers: Sequence[SpawnProcess]) -> None:
-    """Lets workers tell their clients that the engine is gone, and ends them."""
-    _terminate(workers)
-    _wait(workers, (), FLUSH_SECONDS)
-    _end(*workers)
-
-
-def _drain(engine: SpawnProcess, workers: Sequence[SpawnProcess], signals: int) -> int:
-    say("Stopping: open requests may finish (a second signal stops at once)")
-    os.read(signals, 64)
-    _terminate(workers)
-    _wait(workers, (engine.sentinel, signals), DRAIN_SECONDS)
-    _end(*workers, engine)
-    return 0
-
-
-def _terminate(workers: Sequence[SpawnProcess]) -> None:
-    for worker in workers:
-        worker.terminate()
-
-
-def _wait(workers: Sequence[SpawnProcess], reasons_to_stop: Sequence[int], seconds: float) -> None:
-    """Returns when all workers have ended, one of the other descriptors is readable, or the time is over."""
-    deadline = time.monotonic() + seconds
-    running = {worker.sentinel for worker in workers}
-    while running and (left := deadline - time.monotonic()) > 0:
-        happened = connection.wait([*running, *reasons_to_stop], left)
-        if any(reason in happened for reason in reasons_to_stop):
-            return
-        running.difference_update(happened)
-
-
-def _end(*processes: SpawnProcess) -> None:
+def _kill(*processes: SpawnProcess) -> None:
     for process in processes:
         if process.is_alive():
             process.kill()
@@ -268,8 +309,3 @@ def _signal_pipe() -> Iterator[int]:
         signal.set_wakeup_fd(previous)
         os.close(read_end)
         os.close(write_end)
-
-
-def say(line: str) -> None:
-    """One line for the person at the console."""
-    print(line, file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
 ROOT_HASH = b""
-"""The parent of a sequence's first block."""
+"""The parent of a sequence's first block, unless a salt keeps it apart; a salt never has a hash's 32 bytes."""
 
 
 def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
@@ -18,7 +18,7 @@ def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
     A 256-bit cryptographic hash, because a collision would hand one user the context of another.
 
     Args:
-        parent: hash of the block before it, or ROOT_HASH.
+        parent: hash of the block before it; of the first one ROOT_HASH, or a salt.
         token_ids: all tokens of the block.
     """
     return blake2b(array("i", token_ids).tobytes(), digest_size=32, key=parent).digest()

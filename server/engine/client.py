@@ -7,13 +7,14 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 import zmq
 
 from model.vocabulary import VocabularyMap
+from server.engine.load import Load
 from server.engine.messages import (
     Abort,
     EngineStats,
@@ -34,6 +35,12 @@ logger = logging.getLogger(__name__)
 
 _RECEIVED_AT_ONCE = 64
 """Messages that are taken before the rest of the event loop has its turn."""
+
+_KEPT_APART = 1024
+"""Outputs that wait for a slow reader before they are merged: a token then takes 40 bytes instead of 300."""
+
+WARM_UP_ID = 0
+"""The sequence that an engine must finish before it counts as ready."""
 
 
 class EngineDeadError(RuntimeError):
@@ -58,6 +65,8 @@ class Work:
         pooling: what to report of the prompt's final states, or None.
         scores: whether to pool a classifier's scores instead.
         priority: a lower one goes first.
+        cache_salt: prompts share their prefixes in the cache with those of the same salt alone.
+        request_id: what logs call the request that it belongs to.
     """
 
     token_ids: list[int]
@@ -69,6 +78,31 @@ class Work:
     pooling: Pooling | None = None
     scores: bool = False
     priority: int = 0
+    cache_salt: bytes = b""
+    request_id: str = ""
+
+    def submission(self, sequence_ids: list[int]) -> Submit:
+        """The message that asks for it."""
+        return Submit(
+            sequence_ids,
+            self.token_ids,
+            self.max_tokens,
+            self.stop_token_ids,
+            self.sampling,
+            self.prompt_logprobs,
+            self.pooling,
+            self.scores,
+            self.priority,
+            self.cache_salt,
+            self.request_id,
+        )
+
+
+GENERATES = Work([0], 1, sampling=Sampling(temperature=0))
+"""A first piece of work for a model that generates; every vocabulary has a token 0."""
+
+CLASSIFIES = Work([0], 0, pooling="last", scores=True)
+"""The same for one that classifies."""
 
 
 class SequenceStream:
@@ -80,10 +114,15 @@ class SequenceStream:
     Args:
         sequence_id: the sequence's.
         abort: ends it in the engine, if it has not ended there.
+        prompt_tokens: how many tokens the engine has to read before its first output; of one sample of a prompt alone.
+
+    Attributes:
+        prompt_tokens: those that are still to be read.
     """
 
-    def __init__(self, sequence_id: int, abort: Callable[[int], None]) -> None:
+    def __init__(self, sequence_id: int, abort: Callable[[int], None], prompt_tokens: int = 0) -> None:
         self.sequence_id = sequence_id
+        self.prompt_tokens = prompt_tokens
         self._abort = abort
         self.finished = False
         self._arrived: list[SequenceOutput] = []
@@ -93,6 +132,9 @@ class SequenceStream:
     def put(self, output: SequenceOutput) -> None:
         """Takes the engine's next output; called by the client alone."""
         self._arrived.append(output)
+        if len(self._arrived) >= _KEPT_APART:
+            # Its reader waits for a client that reads slowly.
+            self._arrived = [_merged(self._arrived)]
         self._wakeup.set()
 
     def fail(self, error: Exception) -> None:
@@ -116,17 +158,23 @@ class SequenceStream:
             self._wakeup.clear()
             await self._wakeup.wait()
         arrived, self._arrived = self._arrived, []
-        last = arrived[-1]
-        self.finished = last.finish_reason is not None
-        if len(arrived) == 1:
-            return last
-        return msgspec.structs.replace(
-            last,
-            token_ids=[token for output in arrived for token in output.token_ids],
-            logprobs=[entry for output in arrived for entry in output.logprobs],
-            prompt_logprobs=[entry for output in arrived for entry in output.prompt_logprobs],
-            pooled=b"".join(output.pooled for output in arrived),
-        )
+        merged = _merged(arrived)
+        self.finished = merged.finish_reason is not None
+        return merged
+
+
+def _merged(outputs: Sequence[SequenceOutput]) -> SequenceOutput:
+    """Outputs of one sequence, one after the other, as one."""
+    last = outputs[-1]
+    if len(outputs) == 1:
+        return last
+    return msgspec.structs.replace(
+        last,
+        token_ids=[token for output in outputs for token in output.token_ids],
+        logprobs=[entry for output in outputs for entry in output.logprobs],
+        prompt_logprobs=[entry for output in outputs for entry in output.prompt_logprobs],
+        pooled=b"".join(output.pooled for output in outputs),
+    )
 
 
 class _Connection:
@@ -189,22 +237,39 @@ class _Connection:
 
 
 class EngineClient:
-    """A worker's connection to the engine process.
+    """A worker's connection to the engine process, and to the one that is started when that has died.
 
     Args:
         address: the engine's ZeroMQ endpoint, like "ipc:///run/persimmon/engine".
         vocabulary: of a trimmed checkpoint: callers speak in token ids, the engine in rows of its embedding.
+        load: where it counts what it wants of the engine.
+        warm_up: what each engine must do, from here and back, before it is ready.
+
+    Attributes:
+        info: the engine's news of itself; None while it loads, and after its end until the next one is ready.
+        stats: its last report.
+        dead: whether there is none: it has ended and the next one is not ready.
     """
 
-    def __init__(self, address: str, vocabulary: VocabularyMap | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        vocabulary: VocabularyMap | None = None,
+        load: Load | None = None,
+        warm_up: Work = GENERATES,
+    ) -> None:
         self._address = address
         self._vocabulary = vocabulary
+        self._warm_up = warm_up
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
-        self._ids = itertools.count(1)
+        self._ids = itertools.count(WARM_UP_ID + 1)
         self._streams: dict[int, SequenceStream] = {}
         self._connection: _Connection | None = None
         self._answered = asyncio.Event()
+        self._candidate: Ready | None = None
+        self._closed = False
+        self.load = load or Load()
         self.info: Ready | None = None
         self.stats: EngineStats | None = None
         self.dead = False
@@ -220,16 +285,16 @@ class EngineClient:
         return len(self._streams)
 
     async def start(self) -> None:
-        """Connects; `ready` turns true when the engine has answered."""
-        self._connection = _Connection(self._address, self._take, lambda: self._die("the engine process has ended"))
-        self._send(Hello())
+        """Connects; `ready` turns true when the engine has done its warm-up."""
+        self._connect()
 
     async def wait_until_ready(self) -> None:
-        """Returns when the engine has loaded its model; never, if it dies before."""
+        """Returns when an engine has loaded its model and done its warm-up."""
         await self._answered.wait()
 
     async def close(self) -> None:
         """Disconnects.  Streams still open end with EngineDeadError."""
+        self._closed = True
         self._die("the server is shutting down")
         if self._connection is not None:
             self._connection.close()
@@ -242,34 +307,53 @@ class EngineClient:
             EngineNotReadyError: the model is still loading.
             EngineDeadError: the engine process is gone.
         """
-        if self.dead:
-            raise EngineDeadError("the engine has stopped")
-        if self.info is None:
-            raise EngineNotReadyError("the model is still loading")
-        streams = [SequenceStream(next(self._ids), self._abort) for _ in range(work.samples)]
+        self.check_ready()
+        first = SequenceStream(next(self._ids), self._abort, len(work.token_ids))
+        streams = [first] + [SequenceStream(next(self._ids), self._abort) for _ in range(work.samples - 1)]
         self._streams |= {stream.sequence_id: stream for stream in streams}
-        submit = Submit(
-            [stream.sequence_id for stream in streams],
-            work.token_ids,
-            work.max_tokens,
-            work.stop_token_ids,
-            work.sampling,
-            work.prompt_logprobs,
-            work.pooling,
-            work.scores,
-            work.priority,
-        )
+        self.load.add(len(streams), first.prompt_tokens)
+        submit = work.submission([stream.sequence_id for stream in streams])
         try:
             self._send(submit if self._vocabulary is None else _in_rows(submit, self._vocabulary))
             yield streams
         finally:
             self._abort(*(stream.sequence_id for stream in streams))
 
+    def check_ready(self) -> Ready:
+        """The engine's news of itself.
+
+        Raises:
+            EngineNotReadyError: the model is still loading.
+            EngineDeadError: the engine process is gone.
+        """
+        if self.dead:
+            raise EngineDeadError("the engine has stopped")
+        if self.info is None:
+            raise EngineNotReadyError("the model is still loading")
+        return self.info
+
+    def _connect(self) -> None:
+        # A connection of its own for each engine: nothing that was meant for one reaches the next.
+        self._connection = _Connection(self._address, self._take, lambda: self._lose("the engine process has ended"))
+        self._send(Hello())
+
+    def _lose(self, reason: str) -> None:
+        self._die(reason)
+        if self._connection is not None:
+            self._connection.close()
+        if not self._closed:
+            self._connect()
+
     def _abort(self, *sequence_ids: int) -> None:
         # Still registered: the engine has not reported an end, so it may be holding blocks for these sequences.
-        running = [sequence_id for sequence_id in sequence_ids if self._streams.pop(sequence_id, None) is not None]
-        if running and not self.dead:
-            self._send(Abort(running))
+        streams = [stream for own in sequence_ids if (stream := self._streams.pop(own, None)) is not None]
+        if not streams:
+            return
+        for stream in streams:
+            self._read_prompt(stream)
+        self.load.add(-len(streams), 0)
+        if not self.dead:
+            self._send(Abort([stream.sequence_id for stream in streams]))
 
     def _send(self, message: ToEngine) -> None:
         if self._connection is None:
@@ -277,20 +361,33 @@ class EngineClient:
         self._connection.send(self._encoder.encode(message))
 
     def _take(self, payload: bytes) -> None:
-        if self.dead:
+        if self._closed:
             return
         try:
             message = self._decoder.decode(payload)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             # It may have been the end of any stream, so none can be waited for any more.
-            self._die(f"the engine sent a message that cannot be read: {error}")
+            self._lose(f"the engine sent a message that cannot be read: {error}")
             return
-        self.stats = message.stats
         if isinstance(message, Ready):
-            self.info = message
-            self._answered.set()
-        else:
+            self._candidate = message
+            self._send(self._warm_up.submission([WARM_UP_ID]))
+        elif self._candidate is not None:
+            self._watch_warm_up(self._candidate, message)
+        elif not self.dead:
+            self.stats = message.stats
             self._dispatch(message)
+
+    def _watch_warm_up(self, candidate: Ready, step: StepOutput) -> None:
+        """Makes an engine the one that serves, when it has finished its warm-up."""
+        for output in step.outputs:
+            if output.finish_reason in ("error", "expired"):
+                logger.error("the engine failed its warm-up and serves nothing: %s", output.error)
+                self._candidate = None
+            elif output.finish_reason is not None:
+                self._candidate = None
+                self.info, self.stats, self.dead = candidate, step.stats, False
+                self._answered.set()
 
     def _dispatch(self, step: StepOutput) -> None:
         for output in step.outputs:
@@ -298,16 +395,28 @@ class EngineClient:
                 stream = self._streams.get(output.sequence_id)
             else:
                 stream = self._streams.pop(output.sequence_id, None)
+                if stream is not None:
+                    self.load.end_one()
             if stream is not None:  # aborted here while the output was on its way
+                if stream.prompt_tokens and (output.token_ids or output.finish_reason is not None):
+                    self._read_prompt(stream)
                 stream.put(output if self._vocabulary is None else _in_ids(output, self._vocabulary))
+
+    def _read_prompt(self, stream: SequenceStream) -> None:
+        """Nothing is to be read of its prompt any more."""
+        self.load.add(0, -stream.prompt_tokens)
+        stream.prompt_tokens = 0
 
     def _die(self, reason: str) -> None:
         if not self.dead:
             self.dead = True
             if self._streams:
                 logger.error("%s; %d open sequences end with an error", reason, len(self._streams))
+        self.info = self.stats = self._candidate = None
         streams, self._streams = list(self._streams.values()), {}
+        self.load.add(-len(streams), -sum(stream.prompt_tokens for stream in streams))
         for stream in streams:
+            stream.prompt_tokens = 0
             stream.fail(EngineDeadError(reason))
 
 

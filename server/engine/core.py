@@ -8,8 +8,10 @@ plan to tokens.
 import logging
 import os
 import time
+import weakref
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Ids
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -19,7 +21,9 @@ import msgspec
 import zmq
 
 from server.engine.messages import (
+    STEP_SECONDS,
     Abort,
+    EngineStats,
     FromEngine,
     Hello,
     Ready,
@@ -32,11 +36,15 @@ from server.engine.messages import (
 from server.engine.scheduler import Advance, Scheduler, StepPlan
 from server.engine.sequence import Sequence
 from server.engine.step_cost import StepCostModel
+from server.logs import with_fields
 
 logger = logging.getLogger(__name__)
 
 MAX_FAILED_STEPS = 3
 """After so many failed steps in a row the engine ends: it is not the requests that are bad."""
+
+PREPARING_MS = 1000
+"""While only threads work, for sequences that may not run yet, the heart beats so often."""
 
 SequenceKey = tuple[bytes, int]
 """A worker's identity and its own number for the sequence."""
@@ -119,6 +127,24 @@ class _Step:
     started: float
 
 
+class _StepTimes:
+    """How long steps took.
+
+    Attributes:
+        seconds: all together.
+        counts: as `EngineStats.step_counts` has them.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.counts = [0] * (len(STEP_SECONDS) + 1)
+
+    def add(self, seconds: float) -> None:
+        """Takes one more step."""
+        self.seconds += seconds
+        self.counts[bisect_left(STEP_SECONDS, seconds)] += 1
+
+
 class Engine:
     """The loop and its socket.
 
@@ -130,6 +156,10 @@ class Engine:
         costs: learns what steps take, so that prompts leave those who decode their pace.
         overlap: whether a step is planned and launched while the one before it runs.  That pays where a device computes
             beside the host; where the host itself computes, it would tell of every token a step late.
+        queue_timeout: seconds after which a sequence that has not been begun ends with "expired"; 0 for never.
+        graph_replays: how many steps were CUDA graphs so far.
+        beat: told before and after each step that the engine is well, and whether it has work.
+        clock: seconds, for `queue_timeout`.
     """
 
     def __init__(
@@ -141,6 +171,10 @@ class Engine:
         *,
         costs: StepCostModel | None = None,
         overlap: bool = False,
+        queue_timeout: float = 0.0,
+        beat: Callable[[bool], None] = lambda busy: None,
+        graph_replays: Callable[[], int] = lambda: 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._socket = socket
         # A message to a worker that has gone is an error here instead of silence, so that its sequences can end.
@@ -150,6 +184,14 @@ class Engine:
         self._limits = limits
         self._costs = costs
         self._overlap = overlap
+        self._queue_timeout = queue_timeout
+        self._beat = beat
+        self._clock = clock
+        # When each sequence must have been begun, the earliest first; of those behind the first that has not been, some
+        # may have ended, and are not kept alive by it.
+        self._deadlines: deque[tuple[float, weakref.ref[Sequence]]] = deque()
+        self._graph_replays = graph_replays
+        self._step_times = _StepTimes()
         self._last_end = 0.0
         # The older first; while a turn begins there is one at most, and none where steps do not overlap.
         self._under_way: deque[_Step] = deque()
@@ -187,15 +229,19 @@ class Engine:
         news = self._drain_inbox(outputs)
         if self._preparing:
             news |= self._admit_prepared(outputs)
+        news |= self._expire(outputs)
         if self.has_work:
+            self._beat(True)
             self._step(outputs)
             news = True
         if news:
             self._publish(outputs)
+        self._beat(self.has_work)
 
     def _wait(self) -> None:
         """Returns when something has come, from a worker or from the threads that prepare sequences."""
-        if any(source == self._prepared for source, _ in self._poller.poll()):
+        patience = PREPARING_MS if self._preparing else None
+        if any(source == self._prepared for source, _ in self._poller.poll(patience)):
             os.eventfd_read(self._prepared)
 
     def _drain_inbox(self, outputs: Outputs) -> bool:
@@ -218,7 +264,7 @@ class Engine:
         match message:
             case Hello():
                 self._workers.setdefault(worker, set())
-                self._send(worker, msgspec.structs.replace(self._limits, stats=self._scheduler.stats()))
+                self._send(worker, msgspec.structs.replace(self._limits, stats=self._stats()))
             case _ if worker not in self._workers:
                 # It does not keep to the protocol, or sent this before it went and that was noticed first.
                 logger.warning("a message from an API worker that has gone or has not said hello is ignored")
@@ -238,6 +284,9 @@ class Engine:
             self._refuse([(worker, sequence_id) for sequence_id in submit.sequence_ids], str(error), outputs)
             return
         self._workers[worker] |= set(submit.sequence_ids)
+        if self._queue_timeout:
+            deadline = self._clock() + self._queue_timeout
+            self._deadlines.extend((deadline, weakref.ref(sequence)) for sequence in first.family)
         if prepared is None:
             self._scheduler.add(first)
         else:
@@ -260,6 +309,23 @@ class Engine:
             keys = [_key(sequence) for sequence in waiting.first.family]
             self._refuse([key for key in keys if key not in waiting.aborted], str(failure), outputs)
         return bool(ended)
+
+    def _expire(self, outputs: Outputs) -> bool:
+        """Ends the sequences that have waited too long to be begun; whether there were any."""
+        expired: list[SequenceKey] = []
+        while self._deadlines:
+            deadline, reference = self._deadlines[0]
+            sequence = reference()
+            if sequence is not None and not sequence.finished and not sequence.begun:
+                if deadline > self._clock():
+                    break
+                expired.append(_key(sequence))
+            self._deadlines.popleft()
+        for key in expired:
+            self._abort(key)
+        reason = f"The request has waited for {self._queue_timeout:g} s and was not begun."
+        self._refuse(expired, reason, outputs, "expired")
+        return bool(expired)
 
     def _abort(self, key: SequenceKey) -> None:
         for waiting in self._preparing:
@@ -285,6 +351,11 @@ class Engine:
         if not plan.scheduled:
             return False
         started = time.perf_counter()
+        # Whose first step it is, is among the chunks.
+        for item in plan.scheduled[plan.work.decodes :]:
+            if item.sequence.queue_seconds is None:
+                for own in item.sequence.family:
+                    own.queue_seconds = started - own.submitted
         try:
             self._under_way.append(_Step(plan, self._run.launch(plan), started))
         except Exception as error:  # noqa: BLE001, it is raised when the step ends
@@ -302,15 +373,22 @@ class Engine:
             self._failed_steps += 1
             if self._failed_steps >= MAX_FAILED_STEPS:
                 raise
-            logger.exception("a step of %d sequences failed; they end with an error", len(plan.scheduled))
+            failed_requests = sorted({item.sequence.request_id for item in plan.scheduled})
+            logger.exception(
+                "a step of %d sequences failed; they end with an error",
+                len(plan.scheduled),
+                extra=with_fields(request_ids=failed_requests),
+            )
             failed = map(_key, self._scheduler.fail(plan))
             self._refuse(failed, "the model failed on this request; see the log", outputs)
             return
         self._failed_steps = 0
         now = time.perf_counter()
+        # A device begins a step when the one before it has ended.
+        seconds = now - max(step.started, self._last_end)
+        self._step_times.add(seconds)
         if self._costs is not None:
-            # A device begins a step when the one before it has ended.
-            self._costs.observe(plan.work, now - max(step.started, self._last_end))
+            self._costs.observe(plan.work, seconds)
         self._last_end = now
         reports = {
             item.sequence: (outcome.prompt_logprobs.get(place, []), outcome.pooled.get(place, b""))
@@ -352,24 +430,33 @@ class Engine:
                 logprobs,
                 prompt_logprobs,
                 pooled,
+                sequence.queue_seconds or 0.0,
             )
         )
         if sequence.finished:
             self._workers[worker].discard(sequence_id)
 
-    def _refuse(self, keys: Iterable[SequenceKey], reason: str, outputs: Outputs) -> None:
+    def _refuse(self, keys: Iterable[SequenceKey], reason: str, outputs: Outputs, finish_reason: str = "error") -> None:
         """Ends sequences with an error; they are in no part of the engine any more."""
         for worker, sequence_id in keys:
             self._workers[worker].discard(sequence_id)
-            output = SequenceOutput(sequence_id, [], finish_reason="error", error=reason)
+            output = SequenceOutput(sequence_id, [], finish_reason, error=reason)
             outputs.setdefault(worker, []).append(output)
 
     def _publish(self, outputs: Outputs) -> None:
-        stats = self._scheduler.stats()
+        stats = self._stats()
         reached = [self._send(worker, StepOutput(outputs.get(worker, []), stats)) for worker in list(self._workers)]
         if not all(reached):
             # Perhaps no step follows that would tell the others what is free now.
             self._publish({})
+
+    def _stats(self) -> EngineStats:
+        return msgspec.structs.replace(
+            self._scheduler.stats(),
+            graph_replays=self._graph_replays(),
+            step_seconds=self._step_times.seconds,
+            step_counts=tuple(self._step_times.counts),
+        )
 
     def _send(self, worker: bytes, message: FromEngine) -> bool:
         """Sends a message; False when the worker has gone, whose sequences then end."""
@@ -388,6 +475,7 @@ class Engine:
 
 def _sequence(worker: bytes, submit: Submit) -> Sequence:
     """A submission's first sample, with the others as its forks."""
+    now = time.perf_counter()
 
     def sample(index: int, forks: Iterable[Sequence] = (), **reports: Any) -> Sequence:
         return Sequence(
@@ -398,6 +486,9 @@ def _sequence(worker: bytes, submit: Submit) -> Sequence:
             sampling=submit.sampling,
             sample_index=index,
             priority=submit.priority,
+            cache_salt=submit.cache_salt,
+            request_id=submit.request_id,
+            submitted=now,
             forks=list(forks),
             **reports,
         )

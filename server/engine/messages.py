@@ -99,6 +99,8 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
         pooling: report the prompt's pooled states to the first sample; None for none.
         scores: the states to pool are a classifier's scores of its final hidden states.
         priority: a lower one goes first, and gives its blocks up last.
+        cache_salt: prompts share their prefixes in the cache with those of the same salt alone.
+        request_id: what logs call the request that it belongs to.
     """
 
     sequence_ids: Annotated[list[int], msgspec.Meta(min_length=1)]
@@ -110,6 +112,8 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
     pooling: Pooling | None = None
     scores: bool = False
     priority: int = 0
+    cache_salt: bytes = b""
+    request_id: str = ""
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
@@ -145,13 +149,15 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
         sequence_id: the worker's own id.
         token_ids: new tokens, in order; empty when the step computed a part of the prompt, or the sequence ended
             without one.
-        finish_reason: None while it runs; "stop" (a stop token came), "length", or "error".
+        finish_reason: None while it runs; "stop" (a stop token came), "length", "error", or "expired" (it has waited
+            too long, and was not begun).
         cached_tokens: prompt tokens served from the prefix cache; meaningful from the first token on.
-        error: with finish_reason "error", a sentence for the client.
+        error: with finish_reason "error" or "expired", a sentence for the client.
         logprobs: one for each of token_ids where the sequence asked for them, else empty.
         prompt_logprobs: of the next prompt tokens.
         pooled: a row for each of the next prompt tokens, their sum, or the last token's row, as `pooling` asks:
             float32, little-endian.
+        queue_seconds: how long it waited for the first step that computed a part of it.
     """
 
     sequence_id: int
@@ -162,6 +168,11 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     logprobs: list[TokenLogprobs] = []
     prompt_logprobs: list[TokenLogprobs] = []
     pooled: bytes = b""
+    queue_seconds: float = 0.0
+
+
+STEP_SECONDS = (0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.12, 0.25, 0.5, 1, 2, 5, 15, 60)
+"""Steps are counted by how long they took, up to each of these and beyond."""
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
@@ -179,6 +190,9 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
         queried_tokens: tokens looked up in the prefix cache at admission.
         preemptions: times a sequence lost its blocks to older ones.
         recomputed_tokens: computed tokens that preemptions threw away.
+        graph_replays: decode steps that were CUDA graphs.
+        step_seconds: what all steps took together.
+        step_counts: how many took up to each of STEP_SECONDS and more than the one before it, and how many longer.
     """
 
     running: int
@@ -192,6 +206,9 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     queried_tokens: int
     preemptions: int
     recomputed_tokens: int
+    graph_replays: int = 0
+    step_seconds: float = 0.0
+    step_counts: tuple[int, ...] = (0,) * (len(STEP_SECONDS) + 1)
 
 
 class StepOutput(msgspec.Struct, frozen=True, array_like=True, tag="step"):

@@ -18,6 +18,7 @@ from model.grammar import GrammarCompiler
 from model.memory import MemoryPlanError
 from model.tokenizer import Tokenizer
 from model.vocabulary import VocabularyMap
+from server import logs
 from server.child_process import follow_supervisor
 from server.config import Settings
 from server.engine.blocks import BlockPool
@@ -27,24 +28,26 @@ from server.engine.messages import Ready
 from server.engine.plan_runner import PlanRunner
 from server.engine.scheduler import Scheduler
 from server.engine.step_cost import StepCostModel
+from server.vitals import Vitals
 
 COLLECTOR_THRESHOLDS = (50_000, 20, 100)
 """What a step makes dies by its reference counts.  With Python's own thresholds the collector took a twentieth of the
 loop's time, up to a millisecond at once, and found nothing; cycles, which errors may leave, it finds all the same."""
 
 
-def run_engine(settings: Settings, folder: Path, address: str, report: Connection) -> None:
+def run_engine(settings: Settings, folder: Path, address: str, vitals: Path | None, report: Connection) -> None:
     """Entry point of the process.
 
     Args:
         settings: of the server.
         folder: the checkpoint's.
         address: the ZeroMQ endpoint to bind, like "ipc:///run/persimmon/engine".
+        vitals: the file that its heart beats in; None for nowhere.
         report: gets one `Ready` when the model is loaded and has run.
 
     Exits with code 2, after one line on the console, when the checkpoint, the GPU or the settings do not allow a start.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure("engine", settings.log_format, logging.INFO)
     follow_supervisor()
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
     # Unbounded on purpose: what is in flight is bounded by admission, and a dropped message is a lost answer.
@@ -52,9 +55,9 @@ def run_engine(settings: Settings, folder: Path, address: str, report: Connectio
     # Bound before the model loads, so that a worker's hello waits here and is answered at once.
     socket.bind(address)
     try:
-        loaded = load_model(settings, folder, print_line)
+        loaded = load_model(settings, folder, logs.say)
     except (CheckpointError, KernelsUnavailableError, MemoryPlanError) as error:
-        print_line(f"persimmon: error: {error}")
+        logs.say(f"persimmon: error: {error}")
         sys.exit(2)
     plan = loaded.plan
     pool = BlockPool(plan.num_blocks, plan.block_size, prefix_caching=settings.enable_prefix_caching)
@@ -82,7 +85,17 @@ def run_engine(settings: Settings, folder: Path, address: str, report: Connectio
     # A CPU is the host itself: nothing would run beside it.
     overlap = {"on": True, "off": False, "auto": loaded.device.type == "cuda"}[settings.async_scheduling]
     costs = StepCostModel(None if settings.max_itl_ms is None else settings.max_itl_ms / 1000)
-    Engine(socket, scheduler, runner, ready, costs=costs, overlap=overlap).serve_forever()
+    Engine(
+        socket,
+        scheduler,
+        runner,
+        ready,
+        costs=costs,
+        overlap=overlap,
+        queue_timeout=settings.queue_timeout,
+        graph_replays=lambda: loaded.runner.graph_replays,
+        beat=(Vitals.private() if vitals is None else Vitals.open(vitals)).beat,
+    ).serve_forever()
 
 
 def _grammar_compiler(folder: Path) -> GrammarCompiler:
@@ -93,8 +106,3 @@ def _grammar_compiler(folder: Path) -> GrammarCompiler:
     if vocabulary is not None:
         token_bytes = [token_bytes[token_id] if token_id < len(token_bytes) else b"" for token_id in vocabulary.ids]
     return GrammarCompiler(token_bytes, config.vocab_size, config.eos_token_ids)
-
-
-def print_line(line: str) -> None:
-    """One line for the person at the console."""
-    print(line, file=sys.stderr, flush=True)

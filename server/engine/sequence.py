@@ -39,6 +39,11 @@ class Sequence:
         finish_reason: None while it lives, else "stop", "length" or "abort".
         draws_from_output: whether each draw needs the tokens before it, which no step under way may be about to sample.
         runner_state: what its runner keeps with it; read by nobody else.
+        cache_salt: stands before its first block in the prefix cache, so that it shares blocks with those of the same
+            salt alone.
+        request_id: what logs call the request that it belongs to.
+        submitted: when it came, on a clock of the engine's.
+        queue_seconds: how long it waited for its first step; None before that.
     """
 
     key: Hashable
@@ -65,6 +70,10 @@ class Sequence:
     finish_reason: str | None = None
     draws_from_output: bool = field(init=False)
     runner_state: object = None
+    cache_salt: bytes = ROOT_HASH
+    request_id: str = ""
+    submitted: float = 0.0
+    queue_seconds: float | None = None
     _block_hashes: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -113,6 +122,11 @@ class Sequence:
         return self.num_pending > 0 and self.num_output_tokens + self.num_pending >= self.max_tokens
 
     @property
+    def begun(self) -> bool:
+        """Whether it, or the sequence among whose forks it is, has ever had blocks."""
+        return (self.leader or self).cached_tokens is not None
+
+    @property
     def finished(self) -> bool:
         """Whether it will get no more tokens."""
         return self.finish_reason is not None
@@ -138,7 +152,7 @@ class Sequence:
         hashes = self._block_hashes
         while len(hashes) < count:
             start = len(hashes) * block_size
-            parent = hashes[-1] if hashes else ROOT_HASH
+            parent = hashes[-1] if hashes else self.cache_salt
             hashes.append(hash_block(parent, self.token_ids[start : start + block_size]))
         return hashes[:count]
 

@@ -17,7 +17,8 @@ from server.http.adept_protocol import AdeptRequest
 from server.http.disconnect import until_disconnect
 from server.http.errors import bad_request
 from server.http.generation import Answer, Generation
-from server.http.service import Service
+from server.http.request_record import RequestRecord
+from server.http.service import Service, expected_tokens
 from server.http.token_report import token_text
 
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # as SentencePiece's pieces have it
@@ -44,14 +45,14 @@ class AdeptHealth(Struct, frozen=True):
     success: bool
 
 
-async def generate(service: Service, request: AdeptRequest, receive: Receive, arrival: float) -> Response:
+async def generate(service: Service, request: AdeptRequest, receive: Receive, record: RequestRecord) -> Response:
     """The answer to a request in Adept's form.
 
     Args:
         service: what the worker serves with.
         request: well-formed.
         receive: the request's ASGI channel, its body read to the end.
-        arrival: when the request came, on time.perf_counter's clock.
+        record: of the request; what is found out is written into it.
 
     Raises:
         ApiError: the request asks for what the model cannot do, or the engine gave it up.
@@ -62,12 +63,13 @@ async def generate(service: Service, request: AdeptRequest, receive: Receive, ar
     if request.add_bos and service.tokenizer.bos_token_id is None:
         raise bad_request("This model's vocabulary has no beginning-of-sequence token to add.", "add_BOS")
     limit = service.max_model_len
-    encoded = await service.encode_prompts("prompts", request.prompts, request.add_bos)
+    with service.gate.reserved(len(request.prompts), expected_tokens(request.prompts)):
+        encoded = await service.encode_prompts("prompts", request.prompts, request.add_bos)
     prompts = [token_ids for _, token_ids in encoded]
     # Adept's server generates what the longest prompt leaves room for, where that is less than was asked for.
     left = max(1, limit - max(map(len, prompts)))
     completion = request.completion(min(request.tokens_to_generate, left))
-    generation = await service.prepare(completion, prompts, [], arrival)
+    generation = await service.prepare(completion, prompts, [], record)
     answers, _ = await until_disconnect(receive, service.generator.answers(generation))
     return Response(
         msgspec.json.encode(await _answer(service, request, generation, answers)), media_type="application/json"

@@ -4,31 +4,37 @@ Knows no endpoint's insides.
 """
 
 import itertools
-import time
 from importlib.metadata import version
 from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.middleware.cors import CORSMiddleware
 
-from model.config import PersimmonConfig
+from model.config import Architecture, PersimmonConfig
 from model.tokenizer import Tokenizer
 from model.vocabulary import VocabularyMap
 from server.config import Settings
-from server.engine.client import EngineClient
+from server.engine.client import CLASSIFIES, GENERATES, EngineClient
 from server.http import adept_api, classify, embeddings, errors, status, tokens
+from server.http.access import Access
 from server.http.adept_protocol import AdeptRequest
+from server.http.authentication import Authentication
+from server.http.body import BodyReader
 from server.http.chat import create_chat_completion
 from server.http.completions import create_completion
 from server.http.documentation import Documentation
+from server.http.gate import Gate, GateKeeper
+from server.http.observer import Observer
 from server.http.parsing import parse
 from server.http.pooling_protocol import ClassifyRequest, EmbeddingRequest
 from server.http.protocol import ChatCompletionRequest, CompletionRequest
+from server.http.request_record import REQUEST_ID_HEADER, record_of
 from server.http.responses import ChatCompletion, ChatCompletionChunk, Completion
 from server.http.service import Service, endless_seeds
 from server.http.siblings import Siblings, WorkerPlace
 from server.http.token_protocol import DetokenizeRequest, TokenizeRequest
 from server.metrics import Metrics
+from server.tracing import Tracing
 
 COMPLETIONS = "/v1/completions"
 CHAT_COMPLETIONS = "/v1/chat/completions"
@@ -39,8 +45,11 @@ CLASSIFY_TOKENS = "/classify/tokens"
 TOKENIZE = "/tokenize"
 DETOKENIZE = "/detokenize"
 
-MAX_BODY_BYTES = 32 * 2**20
-"""The longest request body: a text of 16,384 tokens is some 100 KB, and a request may bring many."""
+ENGINE_PATHS = (COMPLETIONS, CHAT_COMPLETIONS, ADEPT, EMBEDDINGS, CLASSIFY, CLASSIFY_TOKENS)
+"""The endpoints that ask something of the engine."""
+
+GENERATING_PATHS = (COMPLETIONS, CHAT_COMPLETIONS, ADEPT)
+"""Of these the ones whose answers are generated."""
 
 
 def application(
@@ -49,6 +58,9 @@ def application(
     served_model_name: str,
     engine_address: str,
     place: WorkerPlace | None = None,
+    gate: Gate | None = None,
+    access: Access | None = None,
+    tracing: Tracing | None = None,
 ) -> tuple[FastAPI, EngineClient]:
     """The application for a checkpoint, and its connection to the engine, which the caller starts and closes.
 
@@ -58,6 +70,9 @@ def application(
         served_model_name: the model's name in the API.
         engine_address: the engine's ZeroMQ endpoint.
         place: the worker's among others; None for one alone.
+        gate: who is let in; None for everybody.
+        access: what is asked of clients; None for nothing.
+        tracing: where requests become spans; None for nowhere.
 
     Raises:
         CheckpointError: config.json or the tokenizer cannot be used.
@@ -67,8 +82,12 @@ def application(
     if vocabulary is not None:
         config = vocabulary.original(config)
     tokenizer = Tokenizer.from_folder(folder, settings.add_bos_token)
-    engine = EngineClient(engine_address, vocabulary)
-    return create_app(engine, tokenizer, config, served_model_name, settings.seed, vocabulary, place), engine
+    warm_up = GENERATES if config.architecture is Architecture.CAUSAL_LM else CLASSIFIES
+    engine = EngineClient(engine_address, vocabulary, None if gate is None else gate.load, warm_up)
+    app = create_app(
+        engine, tokenizer, config, served_model_name, settings.seed, vocabulary, place, gate, access, tracing
+    )
+    return app, engine
 
 
 def create_app(
@@ -79,6 +98,9 @@ def create_app(
     seed: int = 0,
     vocabulary: VocabularyMap | None = None,
     place: WorkerPlace | None = None,
+    gate: Gate | None = None,
+    access: Access | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The application of one API worker.
 
@@ -90,14 +112,19 @@ def create_app(
         seed: of the seeds that requests without one get.
         vocabulary: of a trimmed checkpoint, else None.
         place: the worker's among others; None for one alone.
+        gate: who is let in; None for everybody.
+        access: what is asked of clients; None for nothing.
+        tracing: where requests become spans; None for nowhere.
     """
     place = place or WorkerPlace()
-    metrics = Metrics(engine)
+    gate = gate or Gate(engine.load)
+    access = access or Access()
+    metrics = Metrics(engine, served_model_name)
     siblings = Siblings(place, metrics.snapshot)
     # Every worker takes its own part of one sequence, so that no two give requests the same seed.
     seeds = itertools.islice(endless_seeds(seed), place.index, None, place.count)
     service = Service(
-        engine, tokenizer, config, served_model_name, metrics, seeds, siblings, vocabulary, created=place.started
+        engine, tokenizer, config, served_model_name, metrics, seeds, siblings, gate, vocabulary, created=place.started
     )
     app = FastAPI(
         title="Persimmon server",
@@ -109,15 +136,37 @@ def create_app(
     documentation = Documentation()
     documentation.install(app)
     errors.install(app)
-    app.add_middleware(_Measured, metrics=metrics)
+    app.add_middleware(GateKeeper, gate=gate, engine_paths=ENGINE_PATHS)
+    app.add_middleware(
+        Authentication,
+        keys=access.keys,
+        limiter=access.limiter(place),
+        open_paths=status.OPEN_PATHS if access.metrics_need_key else (*status.OPEN_PATHS, status.METRICS),
+    )
+    if access.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=access.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=[REQUEST_ID_HEADER, "retry-after"],
+        )
+    app.add_middleware(
+        Observer,
+        metrics=metrics,
+        generating=GENERATING_PATHS,
+        quiet=status.QUIET_PATHS,
+        tracing=tracing,
+        log_prompts=access.log_prompts,
+    )
+    bodies = BodyReader(access.max_body_bytes, access.read_timeout)
     app.include_router(status.router(service, documentation))
 
     @app.post(COMPLETIONS, **documentation.endpoint({200: Completion}, CompletionRequest, chunk=Completion))
     async def completions(request: Request) -> Response:
         """Continues one or more prompts."""
-        arrival = time.perf_counter()
-        body = parse(await _body(request), CompletionRequest)
-        return await create_completion(service, body, request.receive, arrival)
+        body = parse(await bodies.read(request), CompletionRequest)
+        return await create_completion(service, body, request.receive, record_of(request.scope))
 
     @app.post(
         CHAT_COMPLETIONS,
@@ -125,86 +174,41 @@ def create_app(
     )
     async def chat_completions(request: Request) -> Response:
         """Answers the last message of a conversation."""
-        arrival = time.perf_counter()
-        body = parse(await _body(request), ChatCompletionRequest)
-        return await create_chat_completion(service, body, request.receive, arrival)
+        body = parse(await bodies.read(request), ChatCompletionRequest)
+        return await create_chat_completion(service, body, request.receive, record_of(request.scope))
 
     @app.put(ADEPT, **documentation.endpoint({200: adept_api.AdeptAnswer}, AdeptRequest))
     async def adept(request: Request) -> Response:
         """Continues one or more prompts, as Adept's own server does."""
-        arrival = time.perf_counter()
-        body = parse(await _body(request), AdeptRequest)
-        return await adept_api.generate(service, body, request.receive, arrival)
+        body = parse(await bodies.read(request), AdeptRequest)
+        return await adept_api.generate(service, body, request.receive, record_of(request.scope))
 
     @app.post(EMBEDDINGS, **documentation.endpoint({200: embeddings.Embeddings}, EmbeddingRequest))
     async def create_embeddings(request: Request) -> Response:
         """The model's final hidden states of one or more inputs."""
-        body = parse(await _body(request), EmbeddingRequest)
-        return await embeddings.create_embeddings(service, body, request.receive)
+        body = parse(await bodies.read(request), EmbeddingRequest)
+        return await embeddings.create_embeddings(service, body, request.receive, record_of(request.scope))
 
     @app.post(CLASSIFY, **documentation.endpoint({200: classify.Classifications}, ClassifyRequest))
     async def classify_texts(request: Request) -> Response:
         """What a model that classifies texts says of one or more inputs."""
-        return await classify.classify(service, parse(await _body(request), ClassifyRequest), request.receive)
+        body = parse(await bodies.read(request), ClassifyRequest)
+        return await classify.classify(service, body, request.receive, record_of(request.scope))
 
     @app.post(CLASSIFY_TOKENS, **documentation.endpoint({200: classify.TokenClassifications}, ClassifyRequest))
     async def classify_tokens(request: Request) -> Response:
         """What a model that classifies tokens says of each token of one or more inputs."""
-        return await classify.classify_tokens(service, parse(await _body(request), ClassifyRequest), request.receive)
+        body = parse(await bodies.read(request), ClassifyRequest)
+        return await classify.classify_tokens(service, body, request.receive, record_of(request.scope))
 
     @app.post(TOKENIZE, **documentation.endpoint({200: tokens.Tokens}, TokenizeRequest))
     async def tokenize(request: Request) -> Response:
         """The token ids of a text or of a conversation."""
-        return await tokens.tokenize(service, parse(await _body(request), TokenizeRequest))
+        return await tokens.tokenize(service, parse(await bodies.read(request), TokenizeRequest))
 
     @app.post(DETOKENIZE, **documentation.endpoint({200: tokens.Text}, DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
-        return await tokens.detokenize(service, parse(await _body(request), DetokenizeRequest))
+        return await tokens.detokenize(service, parse(await bodies.read(request), DetokenizeRequest))
 
     return app
-
-
-async def _body(request: Request) -> bytes:
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise errors.ApiError(413, f"The body is longer than {MAX_BODY_BYTES} bytes.", code="request_too_large")
-    return bytes(body)
-
-
-class _Measured:
-    """Counts every request by endpoint and status, and times those that were generated to their end."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app = app
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        status_code = errors.CLIENT_CLOSED_REQUEST
-        complete = False
-        started = time.perf_counter()
-
-        async def watched(message: Message) -> None:
-            nonlocal status_code, complete
-            if message["type"] == "http.response.start":
-                status_code = message["status"]
-            elif not message.get("more_body", False):
-                complete = True
-            await send(message)
-
-        try:
-            await self._app(scope, receive, watched)
-        except Exception:
-            status_code = 500
-            raise
-        finally:
-            # The route's own path, not the client's: a label's values must be few.
-            endpoint = getattr(scope.get("route"), "path", "unknown")
-            self._metrics.http_requests.labels(endpoint, status_code).inc()
-            if complete and status_code == 200 and endpoint in (COMPLETIONS, CHAT_COMPLETIONS, ADEPT):
-                self._metrics.request_latency.observe(time.perf_counter() - started)

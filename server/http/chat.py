@@ -17,6 +17,7 @@ from server.http.conversation import chat_prompt
 from server.http.disconnect import until_disconnect
 from server.http.generation import Answer, Generation, Piece, UsageCount
 from server.http.protocol import ChatCompletionRequest
+from server.http.request_record import RequestRecord
 from server.http.responses import (
     CalledFunction,
     ChatChoice,
@@ -38,7 +39,7 @@ from server.http.token_report import TokenReport, TokenText
 
 
 async def create_chat_completion(
-    service: Service, request: ChatCompletionRequest, receive: Receive, arrival: float
+    service: Service, request: ChatCompletionRequest, receive: Receive, record: RequestRecord
 ) -> Response:
     """The answer to a chat completion request.
 
@@ -49,7 +50,7 @@ async def create_chat_completion(
         service: what the worker serves with.
         request: well-formed.
         receive: the request's ASGI channel, its body read to the end.
-        arrival: when the request came, on time.perf_counter's clock.
+        record: of the request; what is found out is written into it.
 
     Raises:
         ApiError: the request asks for what the model cannot do, or the engine gave it up.
@@ -63,9 +64,9 @@ async def create_chat_completion(
         prompt += begun_call(form.calls.begun)
     # What is no text may hold what would else be a new turn.
     stop = request.stop if request.ignore_eos or not form.may_be_text else [*request.stop, STOP]
-    generation = await service.prepare(request, [prompt], stop, arrival, form)
+    generation = await service.prepare(request, [prompt], stop, record, form)
     if request.stream:
-        return EventStream(_stream(service, request, generation))
+        return EventStream(_stream(service, request, generation), service.gate.limits.ping_interval)
     body = await until_disconnect(receive, _whole(service, request, generation))
     return Response(body, media_type="application/json")
 

@@ -19,6 +19,7 @@ from model.tokenizer import Tokenizer
 from server.http.disconnect import until_disconnect
 from server.http.pooling import Inputs, pooled, prepare, written
 from server.http.pooling_protocol import ClassifyRequest
+from server.http.request_record import RequestRecord
 from server.http.service import Service
 from server.http.token_report import read_prompt, token_text
 
@@ -85,7 +86,7 @@ class TokenClassifications(_Answer, frozen=True, tag="list"):
     data: list[InputClassification]
 
 
-async def classify(service: Service, request: ClassifyRequest, receive: Receive) -> Response:
+async def classify(service: Service, request: ClassifyRequest, receive: Receive, record: RequestRecord) -> Response:
     """The answer to a request to classify texts.
 
     As in Transformers, padding at an input's end is looked past.
@@ -94,6 +95,7 @@ async def classify(service: Service, request: ClassifyRequest, receive: Receive)
         service: what the worker serves with.
         request: well-formed.
         receive: the request's ASGI channel, its body read to the end.
+        record: of the request; what is found out is written into it.
 
     Raises:
         ApiError: the request asks for what the model cannot do, or the engine gave it up.
@@ -102,14 +104,16 @@ async def classify(service: Service, request: ClassifyRequest, receive: Receive)
         ClientDisconnect: the client went away before its answer was complete.
     """
     service.check_use(Architecture.SEQUENCE_CLASSIFICATION)
-    inputs = await prepare(service, request)
+    inputs = await prepare(service, request, record)
     return await _answer(receive, _whole(service, request, inputs))
 
 
-async def classify_tokens(service: Service, request: ClassifyRequest, receive: Receive) -> Response:
+async def classify_tokens(
+    service: Service, request: ClassifyRequest, receive: Receive, record: RequestRecord
+) -> Response:
     """The answer to a request to classify tokens; arguments and errors are those of `classify`."""
     service.check_use(Architecture.TOKEN_CLASSIFICATION)
-    inputs = await prepare(service, request)
+    inputs = await prepare(service, request, record)
     return await _answer(receive, _of_tokens(service, request, inputs))
 
 
@@ -128,7 +132,7 @@ async def _whole(service: Service, request: ClassifyRequest, inputs: Inputs) -> 
 
     # What comes after the token whose scores count changes nothing.
     prompts = (token_ids[: config.pooled_token(token_ids) + 1] for token_ids in inputs.prompts)
-    data = await written(pooled(service.engine, prompts, "last", config.num_labels, scores=True), entry)
+    data = await written(pooled(service.engine, prompts, "last", config.num_labels, inputs.record, scores=True), entry)
     return Classifications(*_identity(service), _usage(inputs), data)
 
 
@@ -147,7 +151,7 @@ async def _of_tokens(service: Service, request: ClassifyRequest, inputs: Inputs)
         ]
         return InputClassification(index, tokens, config.num_labels)
 
-    results = pooled(service.engine, inputs.prompts, "all", config.num_labels, scores=True)
+    results = pooled(service.engine, inputs.prompts, "all", config.num_labels, inputs.record, scores=True)
     return TokenClassifications(*_identity(service), _usage(inputs), await written(results, entry))
 
 

@@ -14,20 +14,23 @@ from server.http.answer_form import AnswerForm
 from server.http.disconnect import until_disconnect
 from server.http.generation import Generation, Piece, UsageCount
 from server.http.protocol import CompletionRequest
+from server.http.request_record import RequestRecord
 from server.http.responses import Completion, CompletionChoice, CompletionLogprobs
 from server.http.service import Service
 from server.http.sse import DONE, EventStream, event
 from server.http.token_report import TokenReport
 
 
-async def create_completion(service: Service, request: CompletionRequest, receive: Receive, arrival: float) -> Response:
+async def create_completion(
+    service: Service, request: CompletionRequest, receive: Receive, record: RequestRecord
+) -> Response:
     """The answer to a completion request.
 
     Args:
         service: what the worker serves with.
         request: well-formed.
         receive: the request's ASGI channel, its body read to the end.
-        arrival: when the request came, on time.perf_counter's clock.
+        record: of the request; what is found out is written into it.
 
     Raises:
         ApiError: the request asks for what the model cannot do, or the engine gave it up.
@@ -36,12 +39,12 @@ async def create_completion(service: Service, request: CompletionRequest, receiv
         ClientDisconnect: the client went away before its answer was complete.
     """
     form = AnswerForm(request.constraint)
-    generation = await service.prepare(request, request.prompt, request.stop, arrival, form)
+    generation = await service.prepare(request, request.prompt, request.stop, record, form)
     empty = Completion(
         f"cmpl-{uuid.uuid4().hex}", int(time.time()), service.served_model_name, service.system_fingerprint, []
     )
     if request.stream:
-        return EventStream(_stream(service, request, generation, empty))
+        return EventStream(_stream(service, request, generation, empty), service.gate.limits.ping_interval)
     body = await until_disconnect(receive, _whole(service, request, generation, empty))
     return Response(body, media_type="application/json")
 

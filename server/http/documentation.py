@@ -22,10 +22,13 @@ _BODY = "#/components/schemas/request.{model}"
 _ANSWER = "#/components/schemas/answer.{name}"
 _ERRORS = {
     HTTPStatus.BAD_REQUEST: "The request is wrong; the error says what and where.",
+    HTTPStatus.UNAUTHORIZED: "The server asks for an API key, and the request brings none that it knows.",
     HTTPStatus.NOT_FOUND: "The request names a model that this server does not serve.",
+    HTTPStatus.REQUEST_TIMEOUT: "The body did not come in time.",
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "The body is too long.",
+    HTTPStatus.TOO_MANY_REQUESTS: "The server is full, or the key is at a limit; Retry-After says when to come again.",
     HTTPStatus.INTERNAL_SERVER_ERROR: "The generation failed, or the server has a fault.",
-    HTTPStatus.SERVICE_UNAVAILABLE: "The model is still loading, or the engine has ended.",
+    HTTPStatus.SERVICE_UNAVAILABLE: "The model is still loading, the engine has ended, or the server is stopping.",
 }
 
 

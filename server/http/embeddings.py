@@ -15,6 +15,7 @@ from server.http.disconnect import until_disconnect
 from server.http.errors import bad_request
 from server.http.pooling import Inputs, pooled, prepare, written
 from server.http.pooling_protocol import EmbeddingRequest
+from server.http.request_record import RequestRecord
 from server.http.service import Service
 
 
@@ -40,13 +41,16 @@ class Embeddings(Struct, frozen=True, tag_field="object", tag="list"):
     usage: EmbeddingUsage
 
 
-async def create_embeddings(service: Service, request: EmbeddingRequest, receive: Receive) -> Response:
+async def create_embeddings(
+    service: Service, request: EmbeddingRequest, receive: Receive, record: RequestRecord
+) -> Response:
     """The answer to an embeddings request, of any model.
 
     Args:
         service: what the worker serves with.
         request: well-formed.
         receive: the request's ASGI channel, its body read to the end.
+        record: of the request; what is found out is written into it.
 
     Raises:
         ApiError: the request asks for what the model cannot do, or the engine gave it up.
@@ -61,7 +65,7 @@ async def create_embeddings(service: Service, request: EmbeddingRequest, receive
             f"for nothing; leave it out or send {width}.",
             "dimensions",
         )
-    inputs = await prepare(service, request)
+    inputs = await prepare(service, request, record)
     body = await until_disconnect(receive, _whole(service, request, inputs))
     return Response(body, media_type="application/json")
 
@@ -74,7 +78,9 @@ async def _whole(service: Service, request: EmbeddingRequest, inputs: Inputs) ->
         embedding = _embedding(rows, count, normalize=request.normalizes)
         return Embedding(index, _base64(embedding) if request.encoding_format == "base64" else embedding.tolist())
 
-    states = pooled(service.engine, inputs.prompts, "sum" if mean else "last", service.config.hidden_size)
+    states = pooled(
+        service.engine, inputs.prompts, "sum" if mean else "last", service.config.hidden_size, inputs.record
+    )
     data = await written(states, entry)
     usage = EmbeddingUsage(inputs.num_tokens, inputs.num_tokens)
     return msgspec.json.encode(Embeddings(data, service.served_model_name, usage))

@@ -3,6 +3,7 @@
 Knows which exception is which status.  A traceback goes to the log, never to the client.
 """
 
+from collections.abc import Mapping
 from http import HTTPStatus
 
 import msgspec
@@ -16,6 +17,11 @@ CLIENT_CLOSED_REQUEST = 499
 """The status of a request whose client left before the answer; nobody reads it but the metrics."""
 
 _RETRY_AFTER_LOADING = 5
+_RETRY_AFTER_DEATH = 5
+# The queue is longer than its time-out, and that is the most that clients are told.
+_RETRY_AFTER_EXPIRY = 30
+# A load balancer that retries takes another server, and one alone takes some seconds to start again.
+_RETRY_AFTER_SHUTDOWN = 5
 # What a client sent may be megabytes, and an error that quotes all of it helps nobody.
 _MAX_ERROR_CHARACTERS = 1000
 
@@ -54,16 +60,18 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.retry_after = retry_after
+        self.headers = headers or {}
         self.body = ErrorBody(ErrorDetail(_shortened(message), type, param and _shortened(param), code))
 
     def response(self) -> Response:
         """The error as a whole answer."""
-        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
-        return Response(msgspec.json.encode(self.body), self.status, headers, "application/json")
+        retry = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        return Response(msgspec.json.encode(self.body), self.status, {**retry, **self.headers}, "application/json")
 
 
 EXPECTED = (ApiError, EngineNotReadyError, EngineDeadError)
@@ -96,9 +104,46 @@ def context_length_exceeded(prompt_tokens: int, max_tokens: int, limit: int, par
     )
 
 
+def given_up(finish_reason: str | None, reason: str | None) -> ApiError:
+    """What becomes of a sequence that the engine has ended without an answer: of it alone.
+
+    Args:
+        finish_reason: "error", or "expired" for one that has waited too long.
+        reason: a sentence.
+    """
+    if finish_reason != "expired":
+        return generation_failed(reason)
+    return _server_error(
+        HTTPStatus.TOO_MANY_REQUESTS,
+        reason or "The request has waited too long.",
+        "queue_timeout",
+        _RETRY_AFTER_EXPIRY,
+    )
+
+
 def generation_failed(reason: str | None) -> ApiError:
     """A 500 for a sequence that the engine gave up, it alone."""
     return _server_error(HTTPStatus.INTERNAL_SERVER_ERROR, reason or "The generation failed.", "generation_failed")
+
+
+def overloaded(reason: str, retry_after: int) -> ApiError:
+    """A 429 for work that there is no room for now."""
+    return _server_error(
+        HTTPStatus.TOO_MANY_REQUESTS,
+        f"{reason}. Please try again in {retry_after} s.",
+        "overloaded",
+        retry_after,
+    )
+
+
+def shutting_down() -> ApiError:
+    """A 503 for work that comes when the server stops."""
+    return _server_error(
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        "The server is shutting down and takes no new requests.",
+        "shutting_down",
+        _RETRY_AFTER_SHUTDOWN,
+    )
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -114,7 +159,12 @@ def as_api_error(error: Exception) -> ApiError:
                 _RETRY_AFTER_LOADING,
             )
         case EngineDeadError():
-            return _server_error(HTTPStatus.SERVICE_UNAVAILABLE, f"The server cannot answer: {error}.", "engine_dead")
+            return _server_error(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                f"The server cannot answer: {error}.",
+                "engine_dead",
+                _RETRY_AFTER_DEATH,
+            )
         case _:
             return _server_error(
                 HTTPStatus.INTERNAL_SERVER_ERROR,
@@ -134,15 +184,13 @@ def _server_error(status: int, message: str, code: str, retry_after: int | None 
 
 
 def install(app: FastAPI) -> None:
-    """Makes the app answer every exception in OpenAI's shape."""
+    """Makes the app answer every exception that is expected in OpenAI's shape; the others are `Observer`'s."""
 
     async def answer(request: Request, error: Exception) -> Response:
         return as_api_error(error).response()
 
     for known in EXPECTED:
         app.add_exception_handler(known, answer)
-    # Starlette raises what this one has answered once more, so that the server below it logs the traceback.
-    app.add_exception_handler(Exception, answer)
 
     @app.exception_handler(HTTPException)
     async def wrong_address(request: Request, error: HTTPException) -> Response:

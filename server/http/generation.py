@@ -17,7 +17,8 @@ from model.tokenizer import Tokenizer
 from model.tool_calls import CallDelta, CallForm, CallReader, ToolCall
 from server.engine.client import EngineClient, SequenceStream, Work
 from server.engine.messages import Sampling, SequenceOutput, TokenLogprobs
-from server.http.errors import generation_failed
+from server.http.errors import given_up
+from server.http.request_record import RequestRecord
 from server.http.responses import PromptTokensDetails, Usage
 from server.http.stop_strings import StopChecker, StopStrings
 from server.http.token_report import ReportQueue, TokenReport, read_prompt, report
@@ -55,7 +56,7 @@ class Generation:
         is_chat: whether the text is an answer in the chat format.
         echo: whether a sample's text begins with its prompt's.
         logprobs: how many of the most probable tokens to report beside each token; None reports no tokens.
-        arrival: when the request came, on time.perf_counter's clock.
+        record: of the request; what its sequences come to is written into it.
         calls: which tools an answer may call; None where its text is no call whatever it says.
         priority: requests of a lower one go first.
     """
@@ -68,7 +69,7 @@ class Generation:
     is_chat: bool
     echo: bool
     logprobs: int | None
-    arrival: float
+    record: RequestRecord
     calls: CallForm | None = None
     priority: int = 0
 
@@ -91,6 +92,8 @@ class Generation:
             self.samples,
             self.logprobs if self.echo else None,
             priority=self.priority,
+            cache_salt=self.record.cache_salt,
+            request_id=self.record.request_id,
         )
 
 
@@ -313,6 +316,13 @@ class _PromptReport:
         self.known = asyncio.Event()
 
 
+@dataclass(slots=True)
+class _Ending:
+    """Why a sequence ends: until it is known, because nobody wants the rest."""
+
+    reason: str = "abort"
+
+
 class Generator:
     """Runs generations on the engine.
 
@@ -384,19 +394,24 @@ class Generator:
         prompt_report: _PromptReport,
     ) -> AsyncGenerator[Piece, None]:
         sample = SampleText(choice, self._tokenizer, generation, prompt.sampling.min_tokens)
-        latency, last = self._metrics.time_to_first_token, generation.arrival
+        record = generation.record
+        latency, last = self._metrics.time_to_first_token, record.arrival
         begun = False
-        with contextlib.closing(stream):
+        with contextlib.closing(stream), self._ending(record) as ending:
             async for output in stream:
-                if output.finish_reason == "error":
-                    raise generation_failed(output.error)
+                if output.finish_reason in ("error", "expired"):
+                    raise given_up(output.finish_reason, output.error)
                 prompt_report.logprobs += output.prompt_logprobs
+                if record.queue_seconds is None:
+                    record.queue_seconds = output.queue_seconds
                 if not output.token_ids and output.finish_reason is None:
                     continue
                 if not begun:
                     begun = True
+                    self._metrics.queue_time.observe(output.queue_seconds)
                     if choice % generation.samples == 0:
                         prompt_report.known.set()
+                        record.cached_tokens += output.cached_tokens
                     if generation.echo:
                         await prompt_report.known.wait()
                         for _ in sample.echo(prompt.token_ids, prompt_report.logprobs):
@@ -404,10 +419,30 @@ class Generator:
                 now = time.perf_counter()
                 latency.observe(now - last)
                 latency, last = self._metrics.inter_token_latency, now
+                if record.first_token is None:
+                    record.first_token = now
                 piece = sample.push(output)
+                record.output_tokens += len(piece.token_ids)
+                if piece.finish_reason is not None:
+                    ending.reason = piece.finish_reason
                 yield piece
                 if piece.finish_reason is not None:
                     return
+
+    @contextlib.contextmanager
+    def _ending(self, record: RequestRecord) -> Iterator[_Ending]:
+        """Counts how a sequence ends, however its block is left."""
+        ending = _Ending()
+        try:
+            yield ending
+        except Exception:
+            ending.reason = "error"
+            raise
+        finally:
+            record.finish_reasons[ending.reason] += 1
+            # A call of tools is an answer that has stopped, to those who count sequences.
+            counted = "stop" if ending.reason == "tool_calls" else ending.reason
+            self._metrics.sequences_finished.labels(counted).inc()
 
 
 async def _merged(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[list[Piece], None]:

@@ -16,9 +16,11 @@ import numpy as np
 
 from server.engine.client import EngineClient, SequenceStream, Work
 from server.engine.messages import Pooling
-from server.http.errors import bad_request, context_length_exceeded, generation_failed
+from server.http.errors import bad_request, context_length_exceeded, generation_failed, given_up
+from server.http.keys import salted
 from server.http.pooling_protocol import PoolingRequest
-from server.http.service import MAX_CHOICES, Service
+from server.http.request_record import RequestRecord
+from server.http.service import MAX_CHOICES, Service, expected_tokens
 
 MAX_RUNNING = 64
 """Inputs of one request that the engine has at a time.  So a long list does not hold up who comes after it, and short
@@ -31,9 +33,11 @@ class Inputs:
 
     Attributes:
         prompts: at least one, each of at least one token.
+        record: of the request.
     """
 
     prompts: Sequence[list[int]]
+    record: RequestRecord
 
     @property
     def num_tokens(self) -> int:
@@ -41,12 +45,17 @@ class Inputs:
         return sum(map(len, self.prompts))
 
 
-async def prepare(service: Service, request: PoolingRequest) -> Inputs:
+async def prepare(service: Service, request: PoolingRequest, record: RequestRecord) -> Inputs:
     """Checks a request's inputs against the model and tokenizes them.
+
+    Args:
+        service: what the worker serves with.
+        request: well-formed.
+        record: of the request; what is found out is written into it.
 
     Raises:
         ApiError: another model's name, too many inputs, an empty one or one that is too long, or a token id outside the
-            vocabulary.
+            vocabulary; or the server is full.
         EngineNotReadyError: the model is still loading.
         EngineDeadError: the engine has ended.
     """
@@ -54,15 +63,28 @@ async def prepare(service: Service, request: PoolingRequest) -> Inputs:
     limit = service.max_model_len
     if len(request.input) > MAX_CHOICES:
         raise bad_request(f"input has {len(request.input)} entries; one request may have {MAX_CHOICES}.", "input")
-    encoded = await service.encode_prompts("input", request.input, request.add_bos)
+    at_once = request.input[:MAX_RUNNING]
+    with service.gate.reserved(len(at_once), expected_tokens(at_once)):
+        encoded = await service.encode_prompts("input", request.input, request.add_bos)
     for name, token_ids in encoded:
         if len(token_ids) > limit:
             raise context_length_exceeded(len(token_ids), 0, limit, name)
-    return Inputs([token_ids for _, token_ids in encoded])
+    inputs = Inputs([token_ids for _, token_ids in encoded], record)
+    record.prompt_tokens = inputs.num_tokens
+    record.cache_salt = salted(record.cache_salt, request.cache_salt)
+    if record.prompts is not None:
+        record.prompts += request.input
+    return inputs
 
 
 async def pooled(
-    engine: EngineClient, prompts: Iterable[list[int]], pooling: Pooling, width: int, *, scores: bool = False
+    engine: EngineClient,
+    prompts: Iterable[list[int]],
+    pooling: Pooling,
+    width: int,
+    record: RequestRecord,
+    *,
+    scores: bool = False,
 ) -> AsyncGenerator[np.ndarray, None]:
     """What the engine reports of each prompt, in their order.
 
@@ -73,6 +95,7 @@ async def pooled(
         prompts: token ids, at least one each.
         pooling: what to report, as `server.engine.messages.Submit` has it.
         width: numbers of a row: the hidden size, or how many labels there are.
+        record: of the request that they belong to.
         scores: whether rows are a classifier's scores instead of final hidden states.
 
     Yields:
@@ -89,7 +112,15 @@ async def pooled(
 
         def submit(count: int) -> None:
             for token_ids in islice(waiting, count):
-                running.extend(stack.enter_context(engine.submit(Work(token_ids, 0, pooling=pooling, scores=scores))))
+                work = Work(
+                    token_ids,
+                    0,
+                    pooling=pooling,
+                    scores=scores,
+                    cache_salt=record.cache_salt,
+                    request_id=record.request_id,
+                )
+                running.extend(stack.enter_context(engine.submit(work)))
 
         submit(MAX_RUNNING)
         while running:
@@ -118,8 +149,8 @@ async def written(
 async def _rows(stream: SequenceStream, width: int) -> np.ndarray:
     parts = []
     async for output in stream:
-        if output.finish_reason == "error":
-            raise generation_failed(output.error)
+        if output.finish_reason in ("error", "expired"):
+            raise given_up(output.finish_reason, output.error)
         parts.append(output.pooled)
     rows = np.frombuffer(b"".join(parts), "<f4").reshape(-1, width)
     if not np.isfinite(rows).all():

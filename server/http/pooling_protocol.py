@@ -7,11 +7,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from server.http.protocol import Prompts
+from server.http.protocol import CacheSalt, Prompts
 from server.http.request_object import Neutral, RequestObject, invalid
 
 _NEUTRAL: Neutral = {
-    "cache_salt": (),
     "padding": ("do_not_pad",),
     "truncate_prompt_tokens": (),
     "truncation_side": ("left", "right"),
@@ -30,6 +29,7 @@ class PoolingRequest(RequestObject):
     add_special_tokens: bool = Field(
         True, description="Begin texts with the beginning-of-sequence token where completions do; false never does."
     )
+    cache_salt: CacheSalt = None
     user: str | None = Field(None, description="A name for the end user; it has no effect.")
 
     @property

@@ -74,6 +74,7 @@ _REPLACED = {
 _REPLACED_CHAT = _REPLACED | {"functions": "tools", "function_call": "tool_choice"}
 
 MAX_BIASED_TOKENS = 1024
+MAX_SALT_LENGTH = 1024
 MAX_SAMPLES = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKENS = 1024
@@ -136,6 +137,17 @@ _PROMPT_SCHEMA = {
 }
 Prompts = Annotated[list[str | list[int]], PlainValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
 """One or more texts, or lists of token ids; in JSON a single one may stand for itself."""
+
+CacheSalt = Annotated[
+    str | None,
+    Field(
+        min_length=1,
+        max_length=MAX_SALT_LENGTH,
+        description="Share the cached beginnings of prompts with requests of the same salt alone, so that nobody else "
+        "can tell from the time what was asked. Each API key has a salt of its own already.",
+    ),
+]
+"""A field of vLLM's."""
 
 _STOP_STRING_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_STRING_LENGTH}
 _STOP_SCHEMA = {
@@ -213,6 +225,7 @@ class GenerationRequest(RequestObject):
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
     return_token_ids: bool = Field(False, description="Add the token ids of prompts and answers.")
     max_tokens: int | None = Field(None, ge=1, description="At most this many new tokens.")
+    cache_salt: CacheSalt = None
     user: str | None = Field(None, description="A name for the end user; it has no effect.")
 
     @field_validator("stream_options")

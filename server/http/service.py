@@ -11,14 +11,17 @@ from model.config import Architecture, PersimmonConfig
 from model.grammar import GrammarCompiler
 from model.tokenizer import Tokenizer
 from model.vocabulary import VocabularyMap
-from server.engine.client import EngineClient, EngineDeadError, EngineNotReadyError
+from server.engine.client import EngineClient
 from server.engine.messages import Grammar, Sampling
 from server.http.answer_form import ANY_TEXT, AnswerForm
 from server.http.errors import bad_request, context_length_exceeded, model_not_found
+from server.http.gate import CHARACTERS_PER_TOKEN, Gate
 from server.http.generation import Generation, Generator, Prompt
 from server.http.grammars import Constraint, GrammarChecker
+from server.http.keys import salted
 from server.http.model_use import USES
 from server.http.protocol import GenerationRequest
+from server.http.request_record import RequestRecord
 from server.http.siblings import Siblings
 from server.http.stop_strings import StopStrings
 from server.metrics import Metrics
@@ -47,6 +50,7 @@ class Service:
         metrics: what this worker measures.
         seeds: gives a seed to each prompt of a request that brings none.
         siblings: all API workers of the server.
+        gate: who is let in.
         vocabulary: of a trimmed checkpoint, whose embedding lacks some of the token ids; else None.
         created: when the server started, in seconds since 1970.
         grammars: checks what clients want answers to look like.
@@ -59,6 +63,7 @@ class Service:
     metrics: Metrics
     seeds: Iterator[int]
     siblings: Siblings
+    gate: Gate
     vocabulary: VocabularyMap | None
     created: int
     grammars: GrammarChecker = field(default_factory=lambda: GrammarChecker(GrammarCompiler.for_checking()))
@@ -76,11 +81,7 @@ class Service:
             EngineNotReadyError: the model is still loading.
             EngineDeadError: the engine has ended.
         """
-        if self.engine.dead:
-            raise EngineDeadError("the engine has stopped")
-        if self.engine.info is None:
-            raise EngineNotReadyError("the model is still loading")
-        return self.engine.info.max_model_len
+        return self.engine.check_ready().max_model_len
 
     @property
     def system_fingerprint(self) -> str:
@@ -99,7 +100,7 @@ class Service:
         request: GenerationRequest,
         prompts: Sequence[str | list[int]],
         stop: Sequence[str],
-        arrival: float,
+        record: RequestRecord,
         form: AnswerForm = ANY_TEXT,
     ) -> Generation:
         """Checks a request against the model and tokenizes its prompts.
@@ -108,12 +109,12 @@ class Service:
             request: what both endpoints have in common is read from it.
             prompts: texts or token ids.
             stop: strings that end an answer.
-            arrival: when the request came, on time.perf_counter's clock.
+            record: of the request; what is found out is written into it.
             form: what an answer may look like.
 
         Raises:
             ApiError: another model's name, too many choices, an empty prompt or one that is too long, a
-                token id outside the vocabulary, a grammar that cannot be used.
+                token id outside the vocabulary, a grammar that cannot be used; or the server is full.
             EngineNotReadyError: the model is still loading.
             EngineDeadError: the engine has ended.
         """
@@ -129,9 +130,15 @@ class Service:
             )
         self.check_token_ids("stop_token_ids", request.stop_token_ids)
         self.check_token_ids("logit_bias", request.logit_bias)
-        grammar = None if form.constraint is None else await self._grammar(form.constraint, request.is_chat)
-        encoded = await self.encode_prompts(request.prompt_field, prompts)
-        _check_echo(request, sum(len(token_ids) for _, token_ids in encoded))
+        with self.gate.reserved(len(prompts) * samples, expected_tokens(prompts)):
+            grammar = None if form.constraint is None else await self._grammar(form.constraint, request.is_chat)
+            encoded = await self.encode_prompts(request.prompt_field, prompts)
+        prompt_tokens = sum(len(token_ids) for _, token_ids in encoded)
+        _check_echo(request, prompt_tokens)
+        record.prompt_tokens = prompt_tokens
+        record.cache_salt = salted(record.cache_salt, request.cache_salt)
+        if record.prompts is not None:
+            record.prompts += prompts
         end_of_text = list(self.config.eos_token_ids)
         return Generation(
             prompts=[
@@ -145,7 +152,7 @@ class Service:
             is_chat=request.is_chat,
             echo=request.echoes,
             logprobs=request.reported_logprobs,
-            arrival=arrival,
+            record=record,
             calls=form.calls,
             priority=request.priority,
         )
@@ -255,6 +262,11 @@ class Service:
         if sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) <= _CHARACTERS_AT_ONCE:
             return encode()
         return await asyncio.to_thread(encode)
+
+
+def expected_tokens(prompts: Iterable[str | list[int]]) -> int:
+    """How many tokens prompts have, about, before anyone has counted them."""
+    return sum(len(prompt) // CHARACTERS_PER_TOKEN if isinstance(prompt, str) else len(prompt) for prompt in prompts)
 
 
 def endless_seeds(seed: int) -> Iterator[int]:

@@ -25,12 +25,14 @@ class WorkerPlace:
         count: how many there are.
         folder: a private one for their sockets; without other workers there are none.
         started: when the server started, in seconds since 1970.
+        vitals: the file of the server's `Vitals`, in a private folder; None for none but its own.
     """
 
     index: int = 0
     count: int = 1
     folder: Path = Path()
     started: int = field(default_factory=lambda: int(time.time()))
+    vitals: Path | None = None
 
     def socket(self, index: int) -> Path:
         """The unix socket on which a worker tells its snapshot."""

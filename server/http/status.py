@@ -4,6 +4,7 @@ No endpoint here sends anything to the engine: asking a busy server how it is mu
 """
 
 from importlib.metadata import version
+from typing import Literal
 
 import msgspec
 from fastapi import APIRouter, Response
@@ -18,13 +19,27 @@ from server.http.model_use import USES
 from server.http.responses import Model, ModelList
 from server.http.service import Service
 from server.metrics import CONTENT_TYPE
+from server.step_watch import step_limit
+
+METRICS = "/metrics"
+
+OPEN_PATHS = ("/health", "/livez", "/readyz", "/healthz", "/version")
+"""What everybody is told, whatever the server asks of others: load balancers have no keys."""
+
+QUIET_PATHS = ("/health", "/livez", "/readyz", "/healthz", METRICS)
+"""What is asked every few seconds."""
 
 
 class Health(Struct, frozen=True):
     """The answer of the probes."""
 
-    status: str
+    status: Literal["alive", "ready", "loading", "dead", "hung", "draining"]
     reason: str | UnsetType = UNSET
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are served."""
+        return self.status == "ready"
 
 
 class Version(Struct, frozen=True):
@@ -56,21 +71,17 @@ def router(service: Service, documentation: Documentation) -> APIRouter:
     @routes.get("/health", **documentation.endpoint({200: Health, 503: Health}))
     @routes.get("/readyz", **documentation.endpoint({200: Health, 503: Health}))
     async def ready() -> Response:
-        """200 while the engine serves, 503 while it loads and after its end."""
-        try:
-            service.max_model_len  # noqa: B018 - raises where there is no engine to serve
-        except EngineNotReadyError as error:
-            return _json(Health("loading", str(error)), 503)
-        except EngineDeadError as error:
-            return _json(Health("dead", str(error)), 503)
-        return _json(Health("ready"))
+        """200 while the server serves; 503 while it loads or stops, and while its engine is dead or hung."""
+        health = _health(service)
+        return _json(health, 200 if health.ready else 503)
 
     @routes.get("/healthz", **documentation.endpoint({200: AdeptHealth, 503: AdeptHealth}))
     async def healthy() -> Response:
         """What /health says, as Adept's own server says it."""
-        return _json(AdeptHealth(True)) if service.engine.ready else _json(AdeptHealth(False), 503)
+        ready = _health(service).ready
+        return _json(AdeptHealth(ready), 200 if ready else 503)
 
-    @routes.get("/metrics", response_class=PlainTextResponse)
+    @routes.get(METRICS, response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus metrics of the server, whichever worker answers."""
         return Response(service.metrics.exposition(await service.siblings.snapshots()), media_type=CONTENT_TYPE)
@@ -81,6 +92,22 @@ def router(service: Service, documentation: Documentation) -> APIRouter:
         return _json(Version(version("persimmon-server")))
 
     return routes
+
+
+def _health(service: Service) -> Health:
+    gate = service.gate
+    if gate.draining:
+        return Health("draining", "the server is shutting down")
+    try:
+        engine = service.engine.check_ready()
+    except EngineNotReadyError as error:
+        return Health("loading", str(error))
+    except EngineDeadError as error:
+        return Health("dead", str(error))
+    overdue = gate.load.overdue_seconds
+    if overdue > step_limit(gate.limits.step_timeout, engine.device):
+        return Health("hung", f"the engine has work, but has ended no step for {overdue:.0f} s")
+    return Health("ready")
 
 
 def _model(service: Service) -> Model:

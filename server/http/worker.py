@@ -7,32 +7,42 @@ import asyncio
 import contextlib
 import gc
 import logging
-import math
+import shutil
 import signal
 import socket
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import uvicorn
 import uvloop
 
+from server import logs
 from server.child_process import follow_supervisor
 from server.config import Settings
 from server.engine.client import EngineClient
+from server.engine.load import Load
+from server.http import observer
+from server.http.access import Access
 from server.http.app import application
+from server.http.bounded_protocol import BoundedProtocol
+from server.http.gate import Gate, Limits
+from server.http.send_timeout import SendTimeoutProtocol
 from server.http.siblings import WorkerPlace
+from server.tracing import Tracing
+from server.vitals import Vitals
 
 READY = "ready"
 """What a worker sends once, when it accepts connections and the engine answers."""
 
-DRAIN_SECONDS = 25.0
-"""How long open requests may go on after SIGTERM before they end with an error.  The supervisor waits longer."""
-
 # Longer than clients and proxies keep an idle connection, so that none of them sends a request into a closing one.
 KEEP_ALIVE_SECONDS = 75
 
-_LAST_WORDS_SECONDS = 2  # for those errors to reach clients that read
+ENGINE_HEAD_START_SECONDS = 0.5
+
+LAST_WORDS_SECONDS = 2
+"""For the errors of requests that did not end in time to reach clients that read."""
 
 
 def run_api_worker(
@@ -43,9 +53,8 @@ def run_api_worker(
     listener: socket.socket,
     place: WorkerPlace,
     report: Connection,
-    drain_seconds: float = DRAIN_SECONDS,
 ) -> None:
-    """Serves HTTP until SIGTERM, then lets open requests finish and returns.
+    """Serves HTTP until SIGTERM, then refuses what is new, lets open requests finish and returns.
 
     The entry point of a process, which ends at once if its supervisor does.
 
@@ -57,34 +66,49 @@ def run_api_worker(
         listener: bound and listening.
         place: which of the API workers it is.
         report: gets READY when connections are accepted and the engine answers.
-        drain_seconds: how long open requests may go on after SIGTERM.
 
     Raises:
         CheckpointError: config.json or the tokenizer cannot be used.
+        SettingsError: the file of keys has become one that cannot be used.
     """
-    follow_supervisor()
+    follow_supervisor(lambda: _remove(place))
     name = "api worker" if place.count == 1 else f"api worker {place.index}"
-    logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s %(levelname)s {name}: %(message)s")
+    logs.configure(name, settings.log_format)
+    logging.getLogger(observer.__name__).setLevel(logging.INFO if settings.access_log else logging.WARNING)
 
     async def main() -> None:
-        app, engine = application(settings, folder, served_model_name, engine_address, place)
+        vitals = None if place.vitals is None else Vitals.open(place.vitals)
+        gate = Gate(Load(vitals, place.index), Limits.of(settings))
+        access = Access.of(settings)
+        tracing = Tracing.from_environment(served_model_name) if settings.tracing else None
+        app, engine = application(settings, folder, served_model_name, engine_address, place, gate, access, tracing)
         server_config = uvicorn.Config(
             app,
-            http="httptools",
+            http=partial(  # type: ignore[arg-type]
+                _Protocol, send_seconds=settings.send_timeout, header_seconds=access.read_timeout
+            ),
             ws="none",
             lifespan="on",
             access_log=False,
             log_config=None,
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=math.ceil(drain_seconds) + _LAST_WORDS_SECONDS,
+            timeout_graceful_shutdown=LAST_WORDS_SECONDS,
+            ssl_certfile=settings.ssl_certfile,
+            ssl_keyfile=settings.ssl_keyfile,
         )
         server = _Server(server_config)
         await engine.start()
-        await _serve(server, engine, listener, drain_seconds, report)
+        await _serve(server, engine, gate, listener, settings.drain_timeout, report)
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main())
+
+
+class _Protocol(SendTimeoutProtocol, BoundedProtocol):
+    """One connection, bounded in what it may send and in how it reads."""
 
 
 class _Server(uvicorn.Server):
@@ -111,13 +135,15 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         # uvicorn would raise SIGTERM again at the end, and a drained worker has ended well.
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, self._stop)
+        loop.add_signal_handler(signal.SIGTERM, self.stopping.set)
         yield
         loop.remove_signal_handler(signal.SIGTERM)
 
-    def _stop(self) -> None:
-        self.should_exit = True
-        self.stopping.set()
+
+def _remove(place: WorkerPlace) -> None:
+    """Removes the sockets of a server whose supervisor cannot."""
+    if place.vitals is not None:
+        shutil.rmtree(place.vitals.parent, ignore_errors=True)
 
 
 async def _report_ready(server: _Server, engine: EngineClient, report: Connection) -> None:
@@ -141,15 +167,22 @@ def _settle_garbage_collector() -> None:
 
 
 async def _serve(
-    server: _Server, engine: EngineClient, listener: socket.socket, drain_seconds: float, report: Connection
+    server: _Server, engine: EngineClient, gate: Gate, listener: socket.socket, drain_seconds: float, report: Connection
 ) -> None:
+    # Whoever takes another worker's place finds the engine ready at once, and has nobody to send away.
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(engine.wait_until_ready(), ENGINE_HEAD_START_SECONDS)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     reporting = asyncio.create_task(_report_ready(server, engine, report))
     stopping = asyncio.create_task(server.stopping.wait())
     await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
-    await asyncio.wait((serving,), timeout=drain_seconds)
+    # It goes on listening: who has not heard of its end yet gets an answer that sends him elsewhere.
+    gate.draining = True
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(gate.wait_until_empty(), drain_seconds)
     # What is still open gets an error of its own from here, instead of a connection that breaks.
     await engine.close()
+    server.should_exit = True
     reporting.cancel()
     stopping.cancel()
     await serving

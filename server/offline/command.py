@@ -5,7 +5,6 @@ Knows processes, signals and the console; nothing of what a line asks for.
 
 import asyncio
 import contextlib
-import logging
 import math
 import multiprocessing
 import signal
@@ -22,12 +21,14 @@ import uvloop
 from fastapi import FastAPI
 from tqdm import tqdm
 
+from server import logs
 from server.config import Settings
 from server.engine.client import EngineClient
 from server.http.app import application
+from server.logs import say
 from server.offline.batch import Batch, EngineLostError
 from server.offline.files import BatchInput, BatchOutput
-from server.supervisor import engine_main, runtime_folder, say
+from server.supervisor import engine_main, runtime_folder
 
 ANSWERED, SOME_FAILED, STOPPED = 0, 1, 130
 """Exit codes; 2 is for what the person at the console can mend."""
@@ -87,7 +88,7 @@ async def _generate(
     settings: Settings, folder: Path, served_model_name: str, source: BatchInput, output: BatchOutput, missing: int
 ) -> int | None:
     """Runs a batch of so many lines; the exit code where it did not come to its end."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    logs.configure("generate")
     with _Signals() as signals, runtime_folder() as runtime, _engine_process(settings, folder, runtime) as engine:
         async with _application(settings, folder, served_model_name, runtime) as (app, client), _Tasks() as tasks:
             ended = tasks.start(_end_of(engine))
@@ -142,8 +143,10 @@ def _engine_failed(engine: SpawnProcess) -> int:
 def _engine_process(settings: Settings, folder: Path, runtime: Path) -> Iterator[SpawnProcess]:
     spawn = multiprocessing.get_context("spawn")
     report, end = spawn.Pipe(duplex=False)  # the engine's client is told that it is ready, so nobody reads this
+    # However long a line waits, nobody is impatient.
+    patient = settings.model_copy(update={"queue_timeout": 0.0})
     process = spawn.Process(
-        target=engine_main, args=(settings, folder, _address(runtime), end), name="persimmon-engine"
+        target=engine_main, args=(patient, folder, _address(runtime), None, end), name="persimmon-engine"
     )
     process.start()
     end.close()

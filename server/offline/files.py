@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self
 
-from server.http.app import MAX_BODY_BYTES
+from server.config import MAX_BODY_BYTES
 from server.offline.batch_lines import ANSWER_START, BatchAnswer, custom_id, encode, key, read_answer
 
 MAX_LINE_BYTES = MAX_BODY_BYTES + 2**16

@@ -6,7 +6,7 @@ from tests.end_to_end.serving import Server, serving
 @pytest.fixture(scope="session")
 def demo():
     """The server as `make serve` starts it, with a cache small enough to be fought over."""
-    with serving("--kv-cache-memory", "26MB", "--max-num-seqs", "32") as server:
+    with serving("--kv-cache-memory", "26MB", "--max-num-seqs", "32", "--max-num-queued-reqs", "400") as server:
         yield server
 
 

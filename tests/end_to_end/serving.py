@@ -56,14 +56,21 @@ class Server:
 
     def children(self) -> dict[str, int]:
         """Process ids of the engine and the API workers ("api", "api-1" …), told apart by what they have loaded."""
-        ids = [
+        ids = self._spawned()
+        (engine,) = (pid for pid in ids if _has_torch(pid))
+        first, *others = sorted(pid for pid in ids if pid != engine)
+        return {"engine": engine, "api": first} | {f"api-{index}": pid for index, pid in enumerate(others, 1)}
+
+    def engines(self) -> set[int]:
+        """Process ids of engines: one, none while it is dead or has not begun to load."""
+        return {pid for pid in self._spawned() if _has_torch(pid)}
+
+    def _spawned(self) -> list[int]:
+        return [
             int(entry)
             for entry in os.listdir("/proc")
             if entry.isdigit() and _parent(int(entry)) == self.process.pid and "spawn_main" in _command(int(entry))
         ]
-        (engine,) = (pid for pid in ids if _has_torch(pid))
-        first, *others = sorted(pid for pid in ids if pid != engine)
-        return {"engine": engine, "api": first} | {f"api-{index}": pid for index, pid in enumerate(others, 1)}
 
     def metrics(self) -> dict[str, float]:
         """Every series without labels."""
@@ -128,5 +135,8 @@ def _command(pid: int) -> str:
 
 
 def _has_torch(pid: int) -> bool:
-    with open(f"/proc/{pid}/maps") as file:
-        return "libtorch" in file.read()
+    try:
+        with open(f"/proc/{pid}/maps") as file:
+            return "libtorch" in file.read()
+    except OSError:  # it has ended
+        return False

@@ -4,9 +4,17 @@ import os
 import re
 import select
 import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
+import psutil
 import pytest
+
+from server.restarts import MOST_DEATHS
+from tests.end_to_end.serving import Server, serving
 
 LONG = {"prompt": "human: Hello!\n\nadept:", "max_tokens": 2000, "ignore_eos": True, "stream": True}
 
@@ -15,30 +23,121 @@ def first_event(response: httpx.Response) -> str:
     return next(line for line in response.iter_lines() if line.startswith("data: "))
 
 
-def test_a_killed_engine_ends_open_requests_with_an_error_and_the_server(fresh):
-    with httpx.stream("POST", f"{fresh.url}/v1/completions", json=LONG, timeout=60) as response:
+@pytest.fixture(scope="module")
+def sturdy():
+    """A server that notices soon when its engine hangs."""
+    with serving("--kv-cache-memory", "64MB", "--step-timeout", "1.5") as server:
+        yield server
+
+
+def wait_until(happened: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_healthy(server: Server) -> bool:
+    try:
+        return httpx.get(f"{server.url}/health", timeout=30).status_code == 200
+    except httpx.TransportError:  # the connection was that of a worker that has died
+        return False
+
+
+def answers(server: Server) -> bool:
+    response = httpx.post(f"{server.url}/v1/completions", json={"prompt": "Hi", "max_tokens": 3}, timeout=60)
+    return response.status_code == 200
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_engine_that_dies_or_hangs_ends_open_requests_with_an_error_and_another_takes_its_place(sturdy, number):
+    engine = sturdy.children()["engine"]
+    with (
+        ThreadPoolExecutor(1) as pool,
+        httpx.stream("POST", f"{sturdy.url}/v1/completions", json=LONG, timeout=60) as response,
+    ):
+        plain = pool.submit(
+            httpx.post, f"{sturdy.url}/v1/completions", json=LONG | {"stream": False, "n": 4}, timeout=60
+        )
         lines = response.iter_lines()
         assert next(lines).startswith("data: ")
-        os.kill(fresh.children()["engine"], signal.SIGKILL)
+        wait_until(lambda: sturdy.metrics()["persimmon_requests_running"] == 5)
+        os.kill(engine, number)
+        killed = time.monotonic()
+        wait_until(lambda: not is_healthy(sturdy))
+        assert time.monotonic() - killed < (2 if number == signal.SIGKILL else 15)
         events = [line for line in lines if line.startswith("data: ")]
-    assert '"error"' in events[-1]
+        refused = plain.result()
+    assert '"code":"engine_dead"' in events[-1]
     assert "[DONE]" not in events[-1]
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "engine_dead"
+    assert int(refused.headers["retry-after"]) > 0
+    wait_until(lambda: is_healthy(sturdy))
+    assert answers(sturdy)
+    assert sturdy.children()["engine"] != engine
+    assert any("engine process ended with code -9" in line for line in sturdy.lines)
+    assert sturdy.wait_until_idle()["persimmon_engine_ready"] == 1
+
+
+def test_another_api_worker_takes_the_place_of_one_that_dies(sturdy):
+    worker = sturdy.children()["api"]
+    with httpx.stream("POST", f"{sturdy.url}/v1/completions", json=LONG, timeout=60) as response:
+        lines = response.iter_lines()
+        assert next(lines).startswith("data: ")
+        os.kill(worker, signal.SIGKILL)
+        with pytest.raises(httpx.TransportError):
+            list(lines)
+    wait_until(lambda: is_healthy(sturdy))
+    assert answers(sturdy)
+    assert sturdy.children()["api"] != worker
+    assert any("API process ended with code -9" in line for line in sturdy.lines)
+    sturdy.wait_until_idle()  # what the dead one had asked for is forgotten
+
+
+def test_a_long_prompt_and_idleness_are_no_reason_to_worry(sturdy):
+    body = {"prompt": "word " * 1900, "max_tokens": 1}
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(httpx.post, f"{sturdy.url}/v1/completions", json=body, timeout=60) for _ in range(4)]
+        while not all(each.done() for each in asked):
+            assert is_healthy(sturdy)
+    assert [each.result().status_code for each in asked] == [200] * 4
+    before = sturdy.wait_until_idle()
+    assert is_healthy(sturdy)
+    assert sturdy.metrics()["persimmon_steps_total"] == before["persimmon_steps_total"]  # probes are no work
+
+
+def test_an_engine_that_dies_again_and_again_ends_the_server(fresh):
+    seen: set[int] = set()
+
+    def kill_a_new_one() -> bool:
+        for engine in fresh.engines() - seen:
+            seen.add(engine)
+            os.kill(engine, signal.SIGKILL)
+        return fresh.process.poll() is not None
+
+    wait_until(kill_a_new_one)
     assert fresh.wait() == 1
-    assert any("engine process ended" in line for line in fresh.lines)
+    assert len(seen) == MOST_DEATHS
+    (last,) = [line for line in fresh.lines if "the server ends" in line]
+    assert f"death {MOST_DEATHS} in 10 minutes" in last
 
 
-def test_a_killed_api_worker_ends_the_server(fresh):
-    os.kill(fresh.children()["api"], signal.SIGKILL)
-    assert fresh.wait() == 1
-    assert any("API process ended" in line for line in fresh.lines)
-
-
-def test_no_process_outlives_a_killed_supervisor(fresh):
+@pytest.mark.parametrize("stopped", [False, True])
+def test_no_process_and_no_file_outlives_a_killed_supervisor(fresh, stopped):
     children = fresh.children()
     descriptors = [os.pidfd_open(pid) for pid in children.values()]
+    (sockets,) = {
+        Path(file.path).parent for file in psutil.Process(children["api"]).memory_maps() if file.path.endswith("vitals")
+    }
+    assert (sockets / "engine").is_socket()
+    if stopped:
+        for pid in children.values():
+            os.kill(pid, signal.SIGSTOP)
     fresh.process.kill()
     for descriptor in descriptors:
         wait_for_exit(descriptor)
+    assert not sockets.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -63,6 +162,19 @@ def test_a_second_signal_stops_at_once(fresh):
         fresh.wait_for_line(re.compile("Stopping"), 30)
         fresh.process.send_signal(signal.SIGTERM)
         assert fresh.wait() == 0
+
+
+def test_a_stream_that_does_not_end_in_time_after_a_signal_ends_with_an_error():
+    with (
+        serving("--kv-cache-memory", "64MB", "--drain-timeout", "0.5") as server,
+        httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"n": 16}, timeout=60) as response,
+    ):
+        lines = response.iter_lines()
+        assert next(lines).startswith("data: ")
+        server.process.send_signal(signal.SIGTERM)
+        events = [line for line in lines if line.startswith("data: ")]
+        assert "the server is shutting down" in events[-1]
+        assert server.wait() == 0
 
 
 def wait_for_exit(descriptor: int) -> None:

@@ -6,9 +6,20 @@ from collections.abc import AsyncIterator, Callable
 
 import msgspec
 import pytest
+import zmq
+import zmq.asyncio
 
-from server.engine.client import EngineClient, EngineDeadError, EngineNotReadyError, SequenceStream, Work
-from server.engine.messages import Sampling, SequenceOutput, StepOutput, Submit, TokenLogprobs
+from server.engine.client import WARM_UP_ID, EngineClient, EngineDeadError, EngineNotReadyError, SequenceStream, Work
+from server.engine.messages import (
+    Ready,
+    Sampling,
+    SequenceOutput,
+    StepOutput,
+    Submit,
+    ToEngine,
+    TokenLogprobs,
+)
+from server.vitals import WorkerLoad
 from tests.server.http.fake_engine import MAX_MODEL_LEN, STATS, FakeEngine, outputs, says
 
 pytestmark = pytest.mark.anyio
@@ -282,7 +293,80 @@ async def test_streams_end_when_the_engine_cannot_be_understood(
         await engine._socket.send_multipart([engine.workers[0], garbage])
         with pytest.raises(EngineDeadError, match="cannot be read"):
             await read(stream)
-    assert client.dead
+    # It begins anew, as another worker would, and the engine drops what it had of the one that has gone.
+    await until(lambda: client.ready)
+    assert len(engine.workers) == 2
+
+
+async def test_an_engine_is_ready_when_it_has_done_its_warm_up() -> None:
+    address = "tcp://127.0.0.1:*"
+    with zmq.asyncio.Context() as context, context.socket(zmq.ROUTER) as socket:
+        socket.bind(address)
+        client = EngineClient(socket.getsockopt(zmq.LAST_ENDPOINT).decode())  # type: ignore[union-attr]
+        await client.start()
+        async with asyncio.timeout(PATIENCE):
+            worker, _ = await socket.recv_multipart()
+            ready = Ready(99, block_size=32, total_blocks=9, device="cpu", dtype="float32", stats=STATS)
+            await socket.send_multipart([worker, msgspec.msgpack.encode(ready)])
+            _, message = await socket.recv_multipart()
+        submit = msgspec.msgpack.decode(message, type=ToEngine)
+        assert isinstance(submit, Submit)
+        assert (submit.sequence_ids, submit.max_tokens) == ([WARM_UP_ID], 1)
+        assert not client.ready
+        with pytest.raises(EngineNotReadyError), client.submit(Work([1], 1)):
+            pass
+        output = SequenceOutput(WARM_UP_ID, [5], "length")
+        await socket.send_multipart([worker, msgspec.msgpack.encode(StepOutput([output], STATS))])
+        async with asyncio.timeout(PATIENCE):
+            await client.wait_until_ready()
+        assert client.open_streams == 0
+        with client.submit(Work([1], 1)):
+            pass
+        await client.close()
+
+
+async def test_the_next_engine_serves_when_one_has_died(engine: FakeEngine) -> None:
+    async with connected(engine) as client:
+        await until(lambda: client.ready)
+        with client.submit(Work([1, 2, 3], 9, [], SAMPLING, samples=2)) as streams:
+            await engine.submissions(2)
+            await engine.die()
+            for stream in streams:
+                with pytest.raises(EngineDeadError):
+                    await read(stream)
+            assert client.load.own == WorkerLoad(0, 0)
+        async with FakeEngine(says([4]), address=engine.address) as successor:
+            await until(lambda: client.ready)
+            with client.submit(Work([8], 1, [], SAMPLING)) as (stream,):
+                assert (await read_all(stream)).token_ids == [4]
+            # Nothing that was meant for the one has reached the other.
+            assert [submit.token_ids for submit in successor.submitted] == [[8]]
+            assert successor.aborted == []
+
+
+async def test_what_is_wanted_of_the_engine_is_counted(client: EngineClient, engine: FakeEngine) -> None:
+    with client.submit(Work([5, 6, 7], 9, samples=2)), client.submit(Work([5], 9)) as (other,):
+        first, _, _ = await engine.submissions(3)
+        assert client.load.own == WorkerLoad(3, 4)
+        await engine.send(first.sequence_id, [4])
+        await engine.send(other.sequence_id, [4], "length")
+        await read_all(other)
+        assert client.load.own == WorkerLoad(2, 0)
+    assert client.load.own == WorkerLoad(0, 0)
+
+
+async def test_a_prompt_that_is_never_read_counts_until_it_is_aborted(client: EngineClient) -> None:
+    with client.submit(Work([5, 6], 9)) as (stream,):
+        stream.close()
+        assert client.load.own == WorkerLoad(0, 0)
+
+
+async def test_a_reader_that_never_comes_keeps_few_objects() -> None:
+    stream = SequenceStream(1, lambda sequence_id: None)
+    for token in range(10_000):
+        stream.put(SequenceOutput(1, [token]))
+    assert len(stream._arrived) < 1100
+    assert (await read(stream)).token_ids == list(range(10_000))
 
 
 async def test_closing_ends_open_streams(engine: FakeEngine) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import msgspec
 import pytest
@@ -77,6 +77,7 @@ class House:
         max_num_seqs: int = 4,
         overlap: bool = False,
         costs: StepCostModel | None = None,
+        **more: Any,
     ) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.address = address
@@ -103,7 +104,7 @@ class House:
         self.overlap = overlap
         self.launched = 0
         self.failed_launches_to_come = 0
-        self.engine = Engine(self.socket, self.scheduler, self, ready, costs=costs, overlap=overlap)
+        self.engine = Engine(self.socket, self.scheduler, self, ready, costs=costs, overlap=overlap, **more)
 
     def worker(self) -> Worker:
         """A worker that has been welcomed."""
@@ -541,7 +542,7 @@ def test_the_other_workers_hear_of_blocks_that_a_gone_one_leaves(reachable_house
     house.turn_until(lambda: house.scheduler.num_running == 1)
     gone.socket.close()
     house.turn_until(house.is_empty)
-    while stays.receive().stats != house.scheduler.stats():
+    while stays.receive().stats.free_blocks != house.scheduler.stats().free_blocks:
         pass  # news from before
 
 
@@ -761,3 +762,37 @@ class TestPreparation:
         house.finish()
         assert tokens_of(other.outputs(), 2) == generate_alone([2], 3)[0]
         assert house.is_empty()
+
+
+def test_steps_are_counted_with_their_time_and_the_graphs_among_them() -> None:
+    house = House("inproc://steps", graph_replays=lambda: 5)
+    worker = house.worker()
+    worker.send(submit(1, [1], 3))
+    house.turn()
+    house.turn_until(house.is_empty)
+    last = worker.received()[-1].stats
+    house.close()
+    assert sum(last.step_counts) == last.steps == 3
+    assert last.step_seconds > 0
+    assert last.graph_replays == 5
+
+
+def test_a_sequence_tells_how_long_it_waited_for_its_first_step() -> None:
+    house = House("inproc://queue", max_num_seqs=1)
+    worker = house.worker()
+    worker.send(submit(1, [1], 3), submit(2, [1], 3))
+    house.turn()
+    house.turn_until(house.is_empty)
+    waited = {output.sequence_id: output.queue_seconds for output in worker.outputs()}
+    house.close()
+    assert 0 < waited[1] < waited[2]
+
+
+def test_the_log_names_the_requests_of_a_step_that_failed(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    worker = house.worker()
+    house.failures_to_come = 1
+    worker.send(msgspec.structs.replace(submit(1, [1], 3), request_id="mine"))
+    house.turn()
+    house.turn_until(house.is_empty)
+    (record,) = [record for record in caplog.records if record.exc_info]
+    assert vars(record)["fields"] == {"request_ids": ["mine"]}

@@ -73,6 +73,14 @@ def test_block_hashes_are_the_chain_over_full_blocks(block_size: int) -> None:
     assert list(named.block_hashes(1, block_size)) == chain[:1]
 
 
+def test_prompts_of_different_salts_share_no_block() -> None:
+    chains = [
+        Sequence("key", list(range(8)), 1, cache_salt=salt).block_hashes(2, 4) for salt in (b"", b"a", b"b", b"a")
+    ]
+    assert chains[1] == chains[3]
+    assert len({block for chain in chains for block in chain}) == 6
+
+
 @settings(deadline=None)
 @given(prompt=st.lists(st.integers(0, 2), min_size=6, max_size=6), outputs=st.lists(st.integers(0, 2), max_size=6))
 def test_block_hashes_do_not_depend_on_when_a_token_became_known(prompt: list[int], outputs: list[int]) -> None:

@@ -11,7 +11,9 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from server.engine.client import WARM_UP_ID
 from server.engine.messages import (
+    STEP_SECONDS,
     Abort,
     EngineStats,
     Hello,
@@ -68,6 +70,9 @@ STATS = EngineStats(
     queried_tokens=19,
     preemptions=23,
     recomputed_tokens=29,
+    graph_replays=31,
+    step_seconds=3.5,
+    step_counts=(0, 3, *[0] * (len(STEP_SECONDS) - 3), 4, 0),
 )
 
 
@@ -111,7 +116,7 @@ class FakeEngine:
         address: where it listens.
     """
 
-    def __init__(self, script: Script = silent, ready: bool = True) -> None:
+    def __init__(self, script: Script = silent, ready: bool = True, address: str = "tcp://127.0.0.1:*") -> None:
         self.script = script
         self.submitted: list[Sample] = []
         self.aborted: list[int] = []
@@ -123,7 +128,7 @@ class FakeEngine:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.set_hwm(0)
-        self._socket.bind("tcp://127.0.0.1:*")
+        self._socket.bind(address)
         self.address = self._socket.getsockopt(zmq.LAST_ENDPOINT).decode()  # type: ignore[union-attr]
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
@@ -180,6 +185,9 @@ class FakeEngine:
                     self.workers.append(worker)
                     if self._ready:
                         await self._send(worker, self._welcome())
+                case Submit(sequence_ids=[only]) if only == WARM_UP_ID:
+                    output = SequenceOutput(WARM_UP_ID, [5], "length")
+                    await self._send(worker, StepOutput([output], STATS))
                 case Submit() as submit:
                     self._owners |= dict.fromkeys(submit.sequence_ids, worker)
                     for sample in map(partial(Sample, submit), range(len(submit.sequence_ids))):

@@ -56,7 +56,7 @@ async def test_every_endpoint_with_a_body_documents_it_and_the_errors_it_may_bri
     assert "post /v1/completions" in with_body
     for name, operation in with_body.items():
         assert operation["requestBody"]["content"]["application/json"]["schema"]["$ref"], name
-        assert {"200", "400", "404", "413", "500", "503"} <= operation["responses"].keys(), name
+        assert {"200", "400", "401", "404", "408", "413", "429", "500", "503"} <= operation["responses"].keys(), name
         assert "422" not in operation["responses"], name
 
 

@@ -4,7 +4,7 @@ import httpx
 import pytest
 
 from server.engine.client import EngineClient
-from server.http import app, protocol
+from server.http import protocol
 from tests.server.http.fake_engine import FakeEngine, says
 
 pytestmark = pytest.mark.anyio
@@ -465,13 +465,6 @@ async def test_a_wrong_method_is_a_405_of_the_same_shape(http: httpx.AsyncClient
     assert response.status_code == 405
     assert response.headers["allow"] == "POST"
     assert response.json()["error"]["message"] == "GET is not allowed on /v1/completions; use POST."
-
-
-async def test_a_body_without_end_is_refused(http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "MAX_BODY_BYTES", 1000)
-    response = await http.post(COMPLETIONS, json={"prompt": "a" * 1000})
-    assert response.status_code == 413
-    assert response.json()["error"]["code"] == "request_too_large"
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from model.tokenizer import Tokenizer
 from server.engine.messages import Sampling, SequenceOutput, TokenLogprobs
 from server.http.generation import Answer, Generation, Prompt, SampleText
+from server.http.request_record import RequestRecord
 from server.http.stop_strings import StopChecker, StopStrings
 from server.http.token_report import token_text
 from tests.server.http.conftest import LiveServer
@@ -323,7 +324,7 @@ def generation(stop: Sequence[str], *, is_chat: bool = False, echo: bool = False
         is_chat=is_chat,
         echo=echo,
         logprobs=0,
-        arrival=0.0,
+        record=RequestRecord(),
     )
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
@@ -13,9 +14,11 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
 
 from server.config import Settings
+from server.engine.messages import SequenceOutput, TokenLogprobs
 from server.http.siblings import WorkerPlace
 from server.http.worker import READY, run_api_worker
 from tests.server.http.conftest import DEMO
@@ -45,13 +48,16 @@ if __name__ == "__main__":
 
 
 @contextlib.asynccontextmanager
-async def worker(engine: FakeEngine, drain_seconds: float) -> AsyncIterator[tuple[SpawnProcess, httpx.AsyncClient]]:
+async def worker(
+    engine: FakeEngine, drain_seconds: float = 120, send_seconds: float = 60
+) -> AsyncIterator[tuple[SpawnProcess, httpx.AsyncClient]]:
     """A worker process that serves, and a client of it."""
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        arguments = (Settings(), DEMO, "demo", engine.address, listener, WorkerPlace(), sender, drain_seconds)
+        settings = Settings(drain_timeout=drain_seconds, send_timeout=send_seconds, sse_ping_interval=0.05)
+        arguments = (settings, DEMO, "demo", engine.address, listener, WorkerPlace(), sender)
         process = spawn.Process(target=run_api_worker, args=arguments)
         process.start()
     sender.close()  # so that a worker that cannot start is an EOFError here
@@ -72,9 +78,10 @@ async def test_a_stream_goes_on_after_sigterm_to_its_end(engine: FakeEngine, tok
             [submit] = await engine.submissions(1)
             await engine.send(submit.sequence_id, tokens("one"))
             process.terminate()
-            with contextlib.suppress(httpx.TransportError):
-                while True:  # until it listens no more
-                    await client.get("/livez", headers={"Connection": "close"})
+            while (await client.get("/readyz")).status_code == 200:
+                pass
+            refused = await client.post("/v1/completions", json={"prompt": "Hello"})
+            assert (refused.status_code, refused.headers["connection"]) == (503, "close")
             await engine.send(submit.sequence_id, tokens("two"), "length")
         response = asking.result()
         await asyncio.to_thread(process.join)
@@ -98,6 +105,54 @@ async def test_a_stream_that_takes_too_long_after_sigterm_ends_with_an_error(
     assert '"code":"engine_dead"' in response.text
     assert "the server is shutting down" in response.text
     assert process.exitcode == 0
+
+
+async def test_a_client_that_does_not_read_is_given_up_and_has_its_sequence_aborted(
+    engine: FakeEngine, tokens: Tokens
+) -> None:
+    async with worker(engine, send_seconds=0.2) as (_, client):
+        _reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port, limit=1)
+        body = json.dumps(STREAM | {"max_tokens": 1500, "logprobs": 5}).encode()
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        [submit] = await engine.submissions(1)
+        top = TokenLogprobs(5, -1.0, list(range(5, 10)), [-1.0] * 5)
+        while not engine.aborted:
+            for _ in range(200):
+                await engine.send_output(SequenceOutput(submit.sequence_id, [5] * 8, logprobs=[top] * 8))
+            await asyncio.sleep(0)
+        assert engine.aborted == [submit.sequence_id]
+        writer.close()
+        engine.script = says(tokens("yes"))
+        assert (await client.post("/v1/completions", json={"prompt": "Hello"})).status_code == 200
+
+
+async def test_a_quiet_stream_is_pinged_and_an_error_after_that_is_an_event(engine: FakeEngine, tokens: Tokens) -> None:
+    async with worker(engine) as (_, client), client.stream("POST", "/v1/completions", json=STREAM) as response:
+        lines = response.aiter_lines()
+        assert response.status_code == 200
+        assert await anext(lines) == ": ping"
+        submit = engine.submitted[0]
+        await engine.send(submit.sequence_id, tokens("one"))
+        while not (line := await anext(lines)).startswith("data: "):
+            assert line in (": ping", "")
+        while (await anext(lines)) != ": ping":  # it is quiet again
+            pass
+        await engine.send_output(SequenceOutput(submit.sequence_id, [], "error", error="It failed."))
+        rest = [line async for line in lines if line.startswith("data: ")]
+        assert len(rest) == 1
+        assert json.loads(rest[0].removeprefix("data: "))["error"]["message"] == "It failed."
+
+
+async def test_openais_client_does_not_see_pings(engine: FakeEngine, tokens: Tokens) -> None:
+    async with worker(engine) as (_, http):
+        client = openai.AsyncOpenAI(base_url=f"{http.base_url}/v1", api_key="none", max_retries=0)
+        asking = asyncio.create_task(client.completions.create(model="demo", prompt="Hello", stream=True))
+        [submit] = await engine.submissions(1)
+        stream = await asking  # it has its status line, with a ping, before any token
+        await engine.send(submit.sequence_id, tokens("one"))
+        await engine.send(submit.sequence_id, tokens("two"), "length")
+        assert "".join([chunk.choices[0].text async for chunk in stream]) == " one two"
+        await client.close()
 
 
 async def test_an_idle_worker_ignores_ctrl_c_and_ends_at_sigterm(engine: FakeEngine, tokens: Tokens) -> None:

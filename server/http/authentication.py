@@ -1,0 +1,57 @@
+"""Whose request it is: asks for an API key where the server has some, and holds each key to its limits.
+
+Refuses before the body is read.  Knows nothing of what a request is for.
+"""
+
+import contextlib
+from collections.abc import Collection, Iterator
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.http.errors import ApiError
+from server.http.key_limits import KeyLimiter
+from server.http.keys import KeyRing
+from server.http.request_record import record_of
+
+
+class Authentication:
+    """Lets requests in by their key.
+
+    Args:
+        app: answers those that are let in.
+        keys: all that there are.
+        limiter: counts each key's requests; None without limits.
+        open_paths: what is answered without a key.
+    """
+
+    def __init__(self, app: ASGIApp, keys: KeyRing, limiter: KeyLimiter | None, open_paths: Collection[str]) -> None:
+        self._app = app
+        self._keys = keys
+        self._limiter = limiter
+        self._open_paths = open_paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        if scope["type"] != "http" or scope["path"] in self._open_paths:
+            await self._app(scope, receive, send)
+            return
+        try:
+            with self._let_in(scope):
+                await self._app(scope, receive, send)
+        except ApiError as error:  # of the key: the application's own are answered in it
+            await error.response()(scope, receive, send)
+
+    @contextlib.contextmanager
+    def _let_in(self, scope: Scope) -> Iterator[None]:
+        owner = self._keys.owner(Headers(scope=scope).get("authorization"))
+        if owner is None:
+            yield
+            return
+        record = record_of(scope)
+        record.key, record.cache_salt = owner.name, owner.cache_salt
+        if self._limiter is None:
+            yield
+            return
+        with self._limiter.request(self._keys.keys.index(owner)):
+            yield

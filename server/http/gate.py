@@ -1,0 +1,194 @@
+"""Who is let in: work while the server serves and has room for it, and nothing new while it stops.
+
+Refuses in microseconds, before a body is read.  Knows how many sequences and prompt tokens there are, not what is in
+them.
+"""
+
+import asyncio
+import contextlib
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.config import Settings
+from server.engine.load import Load
+from server.http.errors import ApiError, overloaded, shutting_down
+
+MOST_RETRY_SECONDS = 30
+"""The latest that a refused client is told to come back after."""
+
+CHARACTERS_PER_TOKEN = 4
+"""Of English text, about; it stands for a prompt's length until its tokens are counted."""
+
+BATCHES_IN_FLIGHT = 5
+"""One full batch runs and four wait: who is let in last waits for about four answers."""
+
+STEPS_QUEUED = 256
+"""Prompt tokens that may wait, in full steps.  With the largest model and GPU known here that is some ten seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a server takes on.
+
+    Attributes:
+        sequences: most in the server at once, those that run included; None for any number.
+        prompt_tokens: most that wait to be computed; None for any number.
+        step_timeout: seconds after which an engine that ends no step counts as hung; None for the device's default.
+        ping_interval: seconds after which a quiet stream of events gets a comment; 0 for never.
+    """
+
+    sequences: int | None = None
+    prompt_tokens: int | None = None
+    step_timeout: float | None = None
+    ping_interval: float = 0.0
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Limits":
+        """What the settings say, or what follows from how much the engine does at once."""
+        return cls(
+            settings.max_num_queued_reqs or BATCHES_IN_FLIGHT * settings.max_num_seqs,
+            settings.max_num_queued_tokens or STEPS_QUEUED * settings.max_num_batched_tokens,
+            settings.step_timeout,
+            settings.sse_ping_interval,
+        )
+
+
+class Gate:
+    """The gate of one API worker; the bounds are those of all workers together.
+
+    Args:
+        load: what this worker wants of the engine, and the others.
+        limits: of the server.
+
+    Attributes:
+        draining: whether the server stops, so that nothing new is let in.
+    """
+
+    def __init__(self, load: Load, limits: Limits | None = None) -> None:
+        self.load = load
+        self.limits = limits or Limits()
+        self.draining = False
+        self._open = 0
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def check(self, sequences: int = 1, prompt_tokens: int = 0) -> None:
+        """Raises the ApiError of work that there is no room for.
+
+        Work that is larger than all the room there is has some while nearly nothing waits: it would never have any
+        otherwise.
+
+        Args:
+            sequences: that it asks for, as far as known.
+            prompt_tokens: that it brings, as far as known.
+        """
+        total, most = self.load.total, self.limits
+        if not _has_room(total.sequences, sequences, most.sequences):
+            raise overloaded(
+                f"The server is full: it has {total.sequences} of at most {most.sequences} sequences, and this request "
+                f"asks for {sequences}",
+                self.retry_after,
+            )
+        if not _has_room(total.prompt_tokens, prompt_tokens, most.prompt_tokens):
+            raise overloaded(
+                f"The server is full: {total.prompt_tokens} prompt tokens of at most {most.prompt_tokens} are waiting, "
+                f"and this request brings about {prompt_tokens}",
+                self.retry_after,
+            )
+
+    @contextlib.contextmanager
+    def reserved(self, sequences: int, prompt_tokens: int) -> Iterator[None]:
+        """Keeps room for work that is being tokenized, for the length of a block.
+
+        Raises:
+            ApiError: there is none.
+        """
+        self.check(sequences, prompt_tokens)
+        self.load.add(sequences, prompt_tokens)
+        try:
+            yield
+        finally:
+            self.load.add(-sequences, -prompt_tokens)
+
+    @property
+    def retry_after(self) -> int:
+        """Whole seconds after which a refused client may find room: by then those inside have been answered."""
+        return max(1, math.ceil(min(self.load.seconds_to_drain, MOST_RETRY_SECONDS)))
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """One request is in the server for the length of a block.
+
+        Raises:
+            ApiError: the server is stopping.
+        """
+        if self.draining:
+            raise shutting_down()
+        self._open += 1
+        self._empty.clear()
+        try:
+            yield
+        finally:
+            self._open -= 1
+            if not self._open:
+                self._empty.set()
+
+    async def wait_until_empty(self) -> None:
+        """Returns when no request is in the server."""
+        await self._empty.wait()
+
+
+def _has_room(present: int, more: int, most: int | None) -> bool:
+    if most is None or present + more <= most:
+        return True
+    return more > most and present <= most // BATCHES_IN_FLIGHT
+
+
+@dataclass(frozen=True, slots=True)
+class _Endpoint:
+    """What metrics know a refused request by, as they know others by their route."""
+
+    path: str
+
+
+class GateKeeper:
+    """Refuses requests that the gate does not let in, and closes connections while the server stops.
+
+    Args:
+        app: answers the others.
+        gate: the worker's.
+        engine_paths: the endpoints that ask something of the engine.
+    """
+
+    def __init__(self, app: ASGIApp, gate: Gate, engine_paths: Collection[str]) -> None:
+        self._app = app
+        self._gate = gate
+        self._engine_paths = frozenset(engine_paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def closing(message: Message) -> None:
+            if message["type"] == "http.response.start" and self._gate.draining:
+                # The client's next request is for another server.
+                message["headers"] = [*message.get("headers", []), (b"connection", b"close")]
+            await send(message)
+
+        if scope["method"] not in ("POST", "PUT"):
+            await self._app(scope, receive, closing)
+            return
+        try:
+            with self._gate.entered():
+                if scope["path"] in self._engine_paths:
+                    self._gate.check()
+                await self._app(scope, receive, closing)
+        except ApiError as error:  # the gate's: those of the application are answered in it
+            if scope["path"] in self._engine_paths:
+                scope["route"] = _Endpoint(scope["path"])
+            await error.response()(scope, receive, closing)

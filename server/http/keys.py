@@ -1,0 +1,140 @@
+"""API keys: where they come from, and whose key a request brings.
+
+A key is kept as its digest alone, so nothing here can put one into a log, an error or a traceback.
+"""
+
+import hmac
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b, sha256
+from http import HTTPStatus
+from pathlib import Path
+
+from server.config import Settings, SettingsError
+from server.http.errors import ApiError
+
+_NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
+_KEY = re.compile(r"[\x21-\x7e]+")
+_BEARER = "bearer "
+_SALT_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """A key that is let in.
+
+    Attributes:
+        name: what it is called in logs, which may be read by more people than the key.
+        digest: SHA-256 of the key.
+    """
+
+    name: str
+    digest: bytes
+
+    @classmethod
+    def of(cls, name: str, key: str) -> "ApiKey":
+        """A key as its owner writes it."""
+        return cls(name, sha256(key.encode()).digest())
+
+    @property
+    def cache_salt(self) -> bytes:
+        """Keeps what this key has asked apart from what others have; tells nothing of the key."""
+        return blake2b(self.digest, digest_size=_SALT_BYTES, person=b"prefix cache").digest()
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRing:
+    """All keys that are let in; without any, everybody is."""
+
+    keys: Sequence[ApiKey] = ()
+
+    def owner(self, authorization: str | None) -> ApiKey | None:
+        """The key that a request brings; None where the server asks for none.
+
+        It takes as long for a wrong key as for a right one, and for the first as for the last.
+
+        Args:
+            authorization: the header of this name.
+
+        Raises:
+            ApiError: a 401: there is no key, or it is not one of these.
+        """
+        if not self.keys:
+            return None
+        if authorization is None or not authorization.lower().startswith(_BEARER):
+            raise _unauthorized("You did not provide an API key. Send it in the header Authorization: Bearer KEY.")
+        given = sha256(authorization[len(_BEARER) :].strip().encode()).digest()
+        found = None
+        for key in self.keys:
+            if hmac.compare_digest(key.digest, given):
+                found = key
+        if found is None:
+            raise _unauthorized("The API key is not one that this server knows.")
+        return found
+
+
+def key_ring(settings: Settings) -> KeyRing:
+    """The keys of --api-key and --api-key-file.
+
+    Raises:
+        SettingsError: the file cannot be read, a line of it is no key with a name, or a key or a name is there twice.
+    """
+    keys = [
+        _checked(ApiKey.of(f"key-{number}", secret.get_secret_value()), secret.get_secret_value(), "--api-key")
+        for number, secret in enumerate(settings.api_key or (), 1)
+    ]
+    if settings.api_key_file is not None:
+        keys += _read(settings.api_key_file)
+    for what, own in (("name", [key.name for key in keys]), ("key", [key.digest for key in keys])):
+        if len(set(own)) < len(own):
+            raise SettingsError(f"--api-key and --api-key-file have one {what} twice; each must be of one client")
+    return KeyRing(tuple(keys))
+
+
+def salted(own: bytes, asked: str | None) -> bytes:
+    """The salt of a request: its key's, and the one that it asks for itself.
+
+    Args:
+        own: of the key; empty without one.
+        asked: the request's `cache_salt`.
+    """
+    if asked is None:
+        return own
+    return blake2b(asked.encode(), digest_size=_SALT_BYTES, key=own).digest()
+
+
+def _read(path: Path) -> list[ApiKey]:
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise SettingsError(f"--api-key-file {path} cannot be read: {reason}") from None
+    keys = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        name, separator, key = (part.strip() for part in line.partition(":"))
+        if not separator or not _NAME.fullmatch(name):
+            raise SettingsError(
+                f"--api-key-file {path}, line {number}: needed is name:key, the name of up to 64 letters, digits, ._@-"
+            )
+        keys.append(_checked(ApiKey.of(name, key), key, f"--api-key-file {path}, line {number}"))
+    if not keys:
+        raise SettingsError(f"--api-key-file {path} has no key; write lines like alice:a-long-random-text")
+    return keys
+
+
+def _checked(key: ApiKey, text: str, where: str) -> ApiKey:
+    if not _KEY.fullmatch(text):
+        raise SettingsError(f"{where}: a key must be printable ASCII without spaces, and not empty")
+    return key
+
+
+def _unauthorized(message: str) -> ApiError:
+    return ApiError(
+        HTTPStatus.UNAUTHORIZED,
+        message,
+        code="invalid_api_key",
+        headers={"WWW-Authenticate": 'Bearer realm="persimmon"'},
+    )

@@ -1,0 +1,82 @@
+"""What is known of one HTTP request while it is answered: who asked, what came of it and when.
+
+Knows nothing of how that is told: metrics, the access log and traces read it when the answer has ended.
+"""
+
+import re
+import time
+import uuid
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from starlette.types import Scope
+
+REQUEST_ID_HEADER = "x-request-id"
+
+# Long enough for UUIDs, ULIDs and W3C ids with a prefix; none of the characters means anything in a log or a header.
+_SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@~-]{1,128}")
+_SCOPE_KEY = "persimmon.record"
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """One request.  All times are of time.perf_counter's clock.
+
+    Attributes:
+        request_id: the client's own, or one made for it.
+        arrival: when it came.
+        key: the name of the API key that it came with; None where the server asks for none.
+        cache_salt: keeps the prefixes of this client apart from others' in the prefix cache; empty shares them.
+        prompt_tokens: of all its prompts.
+        cached_tokens: of these, found in the prefix cache.
+        output_tokens: of all its answers.
+        queue_seconds: how long its first sequence waited to be computed; None before that.
+        first_token: when its first token came; None before that.
+        finish_reasons: how many of its sequences ended how.
+        prompts: what it asked, where the server was told to log that; else None.
+    """
+
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    arrival: float = field(default_factory=time.perf_counter)
+    key: str | None = None
+    cache_salt: bytes = b""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    queue_seconds: float | None = None
+    first_token: float | None = None
+    finish_reasons: Counter[str] = field(default_factory=Counter)
+    prompts: list[str | list[int]] | None = None
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from its arrival to its first token."""
+        return None if self.first_token is None else self.first_token - self.arrival
+
+    @property
+    def finish_reason(self) -> str | None:
+        """How its sequences ended, like "stop" or "length,stop"; None where none did."""
+        return ",".join(sorted(self.finish_reasons)) or None
+
+    def attach(self, scope: Scope) -> None:
+        """Makes it the record of an ASGI connection."""
+        scope[_SCOPE_KEY] = self
+
+
+def record_of(scope: Scope) -> RequestRecord:
+    """The record that was attached to an ASGI connection."""
+    record = scope[_SCOPE_KEY]
+    if not isinstance(record, RequestRecord):
+        raise TypeError(f"a request's record is not {record!r}")
+    return record
+
+
+def request_id(headers: Mapping[str, str]) -> str:
+    """The id that a client gave its request, if it can stand in a header and in a log, else a new one.
+
+    Args:
+        headers: of the request, found whatever their case.
+    """
+    given = headers.get(REQUEST_ID_HEADER, "")
+    return given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex

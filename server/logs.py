@@ -1,0 +1,112 @@
+"""How every process of the server writes to the console: lines for people, or one JSON object a line for programs.
+
+Knows what a line looks like, not what is worth one.
+"""
+
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+LogFormat = Literal["text", "json"]
+
+_console = logging.getLogger("persimmon.console")
+
+
+def configure(process: str, log_format: LogFormat = "text", level: int = logging.WARNING) -> None:
+    """Sends the log of this process to the console.
+
+    Args:
+        process: its name among those of the server.
+        log_format: of all lines, those of `say` included.
+        level: the least that is written.
+    """
+    handler = _StandardError()
+    handler.setFormatter(_Json(process) if log_format == "json" else _Text(process))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    for own in _console.handlers:
+        own.setFormatter(_Json(process) if log_format == "json" else None)
+
+
+def say(line: str) -> None:
+    """One line for the person at the console; without a time, unless the log is JSON."""
+    _console.info("%s", line)
+
+
+@contextlib.contextmanager
+def error_logged() -> Iterator[None]:
+    """Makes an error that leaves the block, the whole of a process, a line of the log and exit code 1."""
+    try:
+        yield
+    except Exception:
+        logging.getLogger(__name__).critical("the process ends with an error", exc_info=True)
+        sys.exit(1)
+
+
+def with_fields(**fields: Any) -> Mapping[str, Any]:
+    """What a logging call takes as `extra`, to add facts to its message; those that are None are left out."""
+    return {"fields": {name: value for name, value in fields.items() if value is not None}}
+
+
+class _StandardError(logging.Handler):
+    """Writes to what is standard error at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except Exception:  # noqa: BLE001, logging says what becomes of a line that cannot be written
+            self.handleError(record)
+
+
+class _Text(logging.Formatter):
+    def __init__(self, process: str) -> None:
+        super().__init__(f"%(asctime)s %(levelname)s {process}: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802, logging's name
+        shown = [f"{name}={_shown(value)}" for name, value in _fields(record).items()]
+        return " ".join([super().formatMessage(record), *shown])
+
+
+class _Json(logging.Formatter):
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line = {
+            "time": time.replace("+00:00", "Z"),
+            "level": record.levelname,
+            "process": self._process,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        # The line's own names win: a field must not say who wrote the line or when.
+        return json.dumps({**line, **_fields(record), **line}, ensure_ascii=False, default=str)
+
+
+def _fields(record: logging.LogRecord) -> Mapping[str, Any]:
+    fields: Mapping[str, Any] = getattr(record, "fields", {})
+    return fields
+
+
+def _shown(value: Any) -> str:
+    """A value on a line of text, in which spaces part the fields."""
+    if isinstance(value, str) and value.isprintable() and " " not in value and value:
+        return value
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _prepare_console() -> None:
+    handler = _StandardError()
+    _console.addHandler(handler)
+    _console.setLevel(logging.INFO)
+    _console.propagate = False
+
+
+_prepare_console()

@@ -1,0 +1,207 @@
+"""A server as it stands in the open: HTTPS, keys, two API workers, JSON logs, traces."""
+
+import json
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import trustme
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from tests.end_to_end.serving import Server, serving
+
+LONG_PROMPT = "human: " + "What does galaxy mean? " * 40 + "\n\nadept:"
+KEYS = {"alice": "correct-horse", "bob": "battery-staple", "carol": "carols-key"}
+
+
+class Collector:
+    """Takes what an OTLP exporter sends over HTTP."""
+
+    def __init__(self) -> None:
+        received: Queue[bytes] = Queue()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                received.put(self.rfile.read(int(self.headers["Content-Length"])))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, format: str, *arguments: object) -> None:
+                pass
+
+        self.received = received
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def spans(self) -> dict[str, dict[str, Any]]:
+        """The attributes of all spans that have come, by their names."""
+        told = {}
+        while not self.received.empty():
+            for resource in ExportTraceServiceRequest.FromString(self.received.get()).resource_spans:
+                for span in (own for scope in resource.scope_spans for own in scope.spans):
+                    told[span.name] = {own.key: own.value for own in span.attributes}
+        return told
+
+
+def eventually(happened: Callable[[], bool]) -> None:
+    """Returns when something has happened."""
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@dataclass
+class Guarded:
+    """The server, and what a client needs to reach it."""
+
+    server: Server
+    trust: ssl.SSLContext
+
+    def client(self, name: str | None = None) -> httpx.Client:
+        headers = {} if name is None else {"Authorization": f"Bearer {KEYS[name]}"}
+        return httpx.Client(base_url=self.server.url, verify=self.trust, headers=headers, timeout=60)
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in list(self.server.lines)]
+
+
+@pytest.fixture(scope="module")
+def collector() -> Iterator[Collector]:
+    collector = Collector()
+    yield collector
+    collector.server.shutdown()
+    collector.server.server_close()
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Guarded]:
+    folder: Path = tmp_path_factory.mktemp("guarded")
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    chain, key, keys = folder / "chain.pem", folder / "key.pem", folder / "keys"
+    certificate.private_key_pem.write_to_path(key)
+    for part in certificate.cert_chain_pems:
+        part.write_to_path(chain, append=True)
+    keys.write_text("".join(f"{name}:{KEYS[name]}\n" for name in ("alice", "carol")))
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+    with serving(
+        *("--kv-cache-memory", "26MB", "--max-num-seqs", "8", "--api-workers", "2", "--log-format", "json"),
+        *("--ssl-certfile", str(chain), "--ssl-keyfile", str(key), "--api-key-file", str(keys), "--tracing"),
+        *("--requests-per-minute-per-key", "30", "--read-timeout", "2"),
+        PERSIMMON_API_KEY=KEYS["bob"],
+        OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{collector.server.server_port}",
+        OTEL_BSP_SCHEDULE_DELAY="100",
+    ) as server:
+        yield Guarded(server, trust)
+
+
+def test_openais_client_is_let_in_with_a_key_alone(guarded):
+    assert guarded.server.url.startswith("https://")
+    for key, allowed in ((KEYS["alice"], True), (KEYS["bob"], True), ("wrong", False)):
+        with openai.OpenAI(
+            base_url=f"{guarded.server.url}/v1",
+            api_key=key,
+            max_retries=0,
+            http_client=openai.DefaultHttpxClient(verify=guarded.trust),
+        ) as client:
+            if allowed:
+                assert [each.id for each in client.models.list()] == [guarded.server.name]
+            else:
+                with pytest.raises(openai.AuthenticationError) as raised:
+                    client.models.list()
+                assert raised.value.code == "invalid_api_key"
+
+
+def test_probes_are_answered_without_a_key_and_only_over_https(guarded):
+    with guarded.client() as client:
+        assert client.get("/health").json() == {"status": "ready"}
+        assert client.get("/metrics").status_code == 200
+    with pytest.raises(httpx.TransportError):
+        httpx.get(guarded.server.url.replace("https:", "http:") + "/health", timeout=30)
+
+
+def test_headers_that_do_not_end_are_refused_and_those_that_do_not_come_are_hung_up_on(guarded):
+    url = httpx.URL(guarded.server.url)
+    for sent, expected in ((b"GET /" + b"a" * 70_000, b"HTTP/1.1 431 "), (b"GET /health HTTP/1.1\r\nHost: a\r\n", b"")):
+        with (
+            socket.create_connection((url.host, url.port), timeout=60) as plain,
+            guarded.trust.wrap_socket(plain, server_hostname=url.host) as connection,
+        ):
+            connection.sendall(sent)
+            assert connection.recv(13) == expected  # the second after --read-timeout
+
+
+def test_nobody_finds_what_another_has_asked_in_the_prefix_cache(guarded):
+    def cached(name: str, **more: str) -> int:
+        with guarded.client(name) as client:
+            answer = client.post("/v1/completions", json={"prompt": LONG_PROMPT, "max_tokens": 1} | more)
+        return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    assert [cached("alice") > 0, cached("alice") > 0] == [False, True]
+    assert [cached("bob") > 0, cached("bob") > 0] == [False, True]
+    assert [cached("bob", cache_salt="mine") > 0, cached("bob", cache_salt="mine") > 0] == [False, True]
+
+
+def test_both_workers_count_the_requests_of_a_key_together(guarded):
+    statuses = []
+    for _ in range(36):
+        with guarded.client("carol") as client:  # a connection each: they go to both workers
+            response = client.get("/v1/models")
+            statuses.append(response.status_code)
+            if response.status_code == 429:
+                assert 1 <= int(response.headers["retry-after"]) <= 2
+    # The allowance of a minute, and what is added to it in some seconds.
+    assert 30 <= statuses.count(200) < 36
+    assert set(statuses) == {200, 429}
+
+
+def test_every_line_of_every_process_is_json_and_none_tells_a_key_or_a_prompt(guarded):
+    with guarded.client("bob") as client:
+        client.post("/v1/completions", json={"prompt": "the-prompt", "max_tokens": 3}, headers={"X-Request-Id": "mine"})
+    eventually(lambda: any(line.get("request_id") == "mine" for line in guarded.lines()))
+    lines = guarded.lines()
+    assert {"supervisor", "engine", "api worker 0", "api worker 1"} <= {line["process"] for line in lines}
+    assert all({"time", "level", "process", "message"} <= line.keys() for line in lines)
+    (mine,) = [line for line in lines if line.get("request_id") == "mine"]
+    assert (mine["status"], mine["key"], mine["output_tokens"]) == (200, "key-1", 3)
+    assert mine["duration"] > mine["ttft"] > mine["queued"] > 0
+    everything = "\n".join(guarded.server.lines)
+    assert not any(secret in everything for secret in ("the-prompt", *KEYS.values()))
+
+
+def test_requests_are_exported_as_spans(guarded, collector):
+    with guarded.client("bob") as client:
+        client.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 3}, headers={"X-Request-Id": "traced"})
+    told: dict[str, dict[str, Any]] = {}
+
+    def arrived() -> bool:
+        told.update(collector.spans())
+        return "traced" in str(told.get("POST /v1/completions"))
+
+    eventually(arrived)
+    assert {"POST /v1/completions", "queue", "prefill", "decode"} <= told.keys()
+
+
+def test_a_server_whose_keys_cannot_be_read_does_not_start_and_says_why(tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("alice:correct-horse\nbattery-staple\n")
+    command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--api-key-file", str(keys)]
+    ended = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(f"persimmon: error: --api-key-file {keys}, line 2: needed is name:key")
+    assert "battery" not in line

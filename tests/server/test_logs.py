@@ -1,0 +1,83 @@
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from server import logs
+
+logger = logging.getLogger("tests.logs")
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    """The root logger as the test runner has it, and the console as it is before anything is configured."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    logs.configure("tests")
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().err.splitlines()
+
+
+def test_a_line_for_people_has_its_fields_behind_its_message(capsys):
+    logs.configure("api worker")
+    logger.warning("it is %s", "late", extra=logs.with_fields(status=200, path="/a b", key=None, ttft=0.5))
+    (line,) = lines(capsys)
+    assert line.endswith(' WARNING api worker: it is late status=200 path="/a b" ttft=0.5')
+
+
+def test_what_is_said_to_people_has_no_time_and_no_level(capsys):
+    logs.say("Serving demo")
+    logs.configure("supervisor")
+    logs.say("100% of it")
+    assert lines(capsys) == ["Serving demo", "100% of it"]
+
+
+def test_every_line_is_a_json_object_where_that_is_asked(capsys):
+    logs.configure("engine", "json")
+    logs.say("Serving demo")
+    logger.warning("two\nlines", extra=logs.with_fields(status=200))
+    try:
+        raise ZeroDivisionError("oh")
+    except ZeroDivisionError:
+        logger.exception("it failed")
+    said, warned, failed = map(json.loads, lines(capsys))
+    assert (said["message"], said["level"], said["process"]) == ("Serving demo", "INFO", "engine")
+    assert (warned["message"], warned["level"], warned["status"]) == ("two\nlines", "WARNING", 200)
+    assert warned["time"].endswith("Z")
+    assert "ZeroDivisionError: oh" in failed["exception"]
+
+
+def test_a_field_cannot_take_the_place_of_what_says_who_wrote_the_line(capsys):
+    logs.configure("engine", "json")
+    logger.warning("true", extra=logs.with_fields(message="false", process="other"))
+    (line,) = map(json.loads, lines(capsys))
+    assert (line["message"], line["process"]) == ("true", "engine")
+
+
+def test_what_is_less_than_the_level_is_not_written(capsys):
+    logs.configure("engine", level=logging.WARNING)
+    logger.info("quiet")
+    assert lines(capsys) == []
+
+
+def test_an_error_that_ends_a_process_is_a_line_like_all_others(capsys):
+    logs.configure("engine", "json")
+    with pytest.raises(SystemExit) as raised, logs.error_logged():
+        raise ZeroDivisionError("oh")
+    assert raised.value.code == 1
+    (line,) = map(json.loads, lines(capsys))
+    assert line["level"] == "CRITICAL"
+    assert "ZeroDivisionError: oh" in line["exception"]
+
+
+def test_an_exit_of_its_own_is_no_error(capsys):
+    with pytest.raises(SystemExit) as raised, logs.error_logged():
+        raise SystemExit(2)
+    assert raised.value.code == 2
+    assert lines(capsys) == []

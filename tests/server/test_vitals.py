@@ -1,0 +1,112 @@
+"""Heartbeat and load through shared memory: when an engine is overdue, and what all workers want of it."""
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from server.step_watch import CPU_STEP_SECONDS, GPU_STEP_SECONDS, StepWatch, step_limit
+from server.vitals import Vitals, WorkerLoad
+
+
+class Clock:
+    seconds = 50.0
+
+    def nanoseconds(self) -> int:
+        return int(self.seconds * 1e9)
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def vitals(clock: Clock) -> Vitals:
+    return Vitals.private(2, clock.nanoseconds)
+
+
+IDLE, BUSY = WorkerLoad(0, 0), WorkerLoad(3, 40)
+
+
+def test_an_engine_without_work_is_never_overdue(vitals: Vitals, clock: Clock) -> None:
+    vitals.beat(False)
+    clock.seconds += 10_000
+    assert vitals.overdue_seconds == 0
+
+
+def test_an_engine_is_overdue_from_its_last_step_on(vitals: Vitals, clock: Clock) -> None:
+    vitals.tell(0, BUSY)
+    clock.seconds += 5
+    vitals.beat(True)
+    clock.seconds += 7
+    assert vitals.overdue_seconds == 7
+    vitals.beat(True)
+    assert vitals.overdue_seconds == 0
+
+
+def test_an_idle_engine_is_overdue_from_when_there_was_work(vitals: Vitals, clock: Clock) -> None:
+    vitals.beat(False)
+    clock.seconds += 1000
+    vitals.tell(1, BUSY)
+    clock.seconds += 2
+    vitals.tell(0, BUSY)
+    clock.seconds += 1
+    assert vitals.overdue_seconds == 3
+    vitals.tell(1, IDLE)
+    assert vitals.overdue_seconds == 1
+
+
+def test_an_engine_that_hangs_in_a_step_whose_clients_have_left_is_overdue(vitals: Vitals, clock: Clock) -> None:
+    vitals.tell(0, BUSY)
+    vitals.beat(True)
+    vitals.tell(0, IDLE)
+    clock.seconds += 4
+    assert vitals.overdue_seconds == 4
+
+
+def test_what_a_dead_process_has_told_is_forgotten(vitals: Vitals, clock: Clock) -> None:
+    vitals.beat(True)
+    vitals.tell(0, BUSY)
+    vitals.tell(1, WorkerLoad(1, 2))
+    vitals.forget_engine()
+    vitals.forget_worker(0)
+    assert vitals.load == WorkerLoad(1, 2)
+    vitals.forget_worker(1)
+    clock.seconds += 100
+    assert vitals.overdue_seconds == 0
+
+
+def tell(path: Path) -> None:
+    Vitals.open(path).tell(1, WorkerLoad(2, 7))
+
+
+def test_processes_see_what_the_others_tell(tmp_path: Path) -> None:
+    vitals = Vitals.create(tmp_path / "vitals", 2)
+    vitals.tell(0, WorkerLoad(5, 11))
+    process = multiprocessing.get_context("spawn").Process(target=tell, args=(tmp_path / "vitals",))
+    process.start()
+    process.join()
+    assert vitals.load == WorkerLoad(7, 18)
+
+
+def test_who_was_stopped_with_the_engine_gives_it_time(vitals: Vitals, clock: Clock) -> None:
+    watch = StepWatch(vitals, clock)
+    vitals.tell(0, BUSY)
+    clock.seconds += 1
+    assert watch.overdue_seconds() == 1
+    clock.seconds += 3600  # the whole server was stopped
+    assert watch.overdue_seconds() == 0
+    clock.seconds += 1
+    assert watch.overdue_seconds() == 1
+    watch.restart()
+    assert watch.overdue_seconds() == 0
+
+
+def test_steps_may_take_longer_on_a_cpu_unless_told_otherwise() -> None:
+    assert step_limit(None, "cpu (2 threads)") == CPU_STEP_SECONDS
+    assert step_limit(None, "cuda:0 (NVIDIA H100)") == GPU_STEP_SECONDS
+    assert step_limit(7, "cuda:0") == 7
