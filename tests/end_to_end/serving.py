@@ -36,7 +36,6 @@ class Server:
         self._reader.start()
         serving = self.wait_for_line(SERVING, START_SECONDS)
         self.url, self.name = serving["url"], serving["name"]
-        self.wait_for_line(re.compile(r"^  curl "), START_SECONDS)  # the last one of a start
 
     def _read(self) -> None:
         assert self.process.stderr is not None
