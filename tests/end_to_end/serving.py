@@ -36,8 +36,6 @@ class Server:
         self._reader.start()
         serving = self.wait_for_line(SERVING, START_SECONDS)
         self.url, self.name = serving["url"], serving["name"]
-        if "json" not in arguments:
-            self.wait_for_line(re.compile(r"^  curl "), START_SECONDS)  # the last line of a start, for people
 
     def _read(self) -> None:
         assert self.process.stderr is not None

@@ -145,6 +145,8 @@ def test_an_environment_variable_is_read_and_checked(monkeypatch):
 
 
 def test_the_console_tells_each_phase_the_memory_plan_and_where_to_go(demo):
+    if not any(line.startswith("  curl ") for line in demo.lines):  # the last line of a start may be on its way yet
+        demo.wait_for_line(re.compile(r"^  curl "), 60)
     console = "\n".join(demo.lines)
     assert "demo checkpoint" in demo.lines[0]
     for phase in ("checkpoint", "weights", "KV cache", "warm-up"):
