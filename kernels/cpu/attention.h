@@ -14,11 +14,13 @@
 
 /* Queries that share the keys and values in registers. */
 #define QUERIES 4
-/* Vectors of a value beside them. */
+/* Dimensions of values beside them, in pairs of vectors; and keys whose scores are summed together. */
 #if LANES == 16
-#define VALUE_VECTORS 4
+#define MAX_PAIRS 2
+#define SCORE_WIDTH(queries) (2 * LANES)
 #else
-#define VALUE_VECTORS 2
+#define MAX_PAIRS 1
+#define SCORE_WIDTH(queries) ((queries) == 1 ? 2 * LANES : LANES)
 #endif
 /* Keys whose weights wait together; a multiple of every block size.  Across segments, sums are rescaled to the highest
  * score so far (online softmax, Milakov and Gimelshein, arXiv:1805.02867). */
@@ -36,6 +38,7 @@ typedef struct {
     int64_t start;         /* position of the first token */
     int64_t count;
     const int32_t *table;
+    const char *next;      /* the keys that the same thread reads next, a tile; or null */
 } Head;
 
 /* LayerNorm, where there is one, then rotary embedding; `which` is 0 for queries and 1 for keys. */
@@ -80,84 +83,110 @@ INLINE const char *address(const void *from, int64_t index, const int type) {
     return (const char *)from + index * (type == FLOAT32 ? 4 : 2);
 }
 
+/* Fetches so many numbers into the processor's cache. */
+INLINE void fetch(const char *from, const int numbers, const int type) {
+    for (int64_t byte = 0; byte < numbers * (type == FLOAT32 ? 4 : 2); byte += 64) __builtin_prefetch(from + byte);
+}
+
 /* How well `queries` neighbouring queries match the keys of one segment, masked where a key comes after a query.  A score
- * is the sum of two sums, over the even and over the odd dimensions, so that fewer additions wait for one another. */
+ * is the sum of two sums, over the even and over the odd dimensions, so that fewer additions wait for one another.
+ * `width` keys at a time, LANES or twice as many. */
 INLINE void score_segment(const Head *own, const float query[][MAX_DIM], int64_t position, int64_t begin, int64_t end,
-                          float scores[][SEGMENT], const int64_t dim, const int type, const int queries) {
+                          float scores[][SEGMENT], const int64_t dim, const int type, const int queries,
+                          const int width) {
     const Operation *op = own->op;
     const int64_t block_size = op->block_size;
-    for (int64_t at = begin; at < end; at += LANES) {
+    const int pairs = width > LANES;
+    for (int64_t at = begin; at < end; at += width) {
         const int64_t columns = tile_of(own, at / block_size, dim) + at % block_size;
         /* The next block is on its way meanwhile: keys, or after the last of them the first values. */
         const int64_t next_block = at / block_size + 1;
         const char *ahead = next_block * block_size < end
                                 ? address(op->keys, tile_of(own, next_block, dim) + at % block_size, type)
                                 : address(op->values, tile_of(own, begin / block_size, dim) + at % block_size, type);
-        Vector even[QUERIES], odd[QUERIES];
+        Pair even[QUERIES], odd[QUERIES];
 #pragma GCC unroll 4
-        for (int q = 0; q < queries; q++) even[q] = odd[q] = broadcast(0.0f);
+        for (int q = 0; q < queries; q++) even[q].one = even[q].other = odd[q].one = odd[q].other = broadcast(0.0f);
+#define SCORE(d, total)                                                                                               \
+    {                                                                                                                 \
+        const int64_t from = columns + (d) * block_size;                                                              \
+        const Vector none = broadcast(0.0f);                                                                          \
+        const Pair key = pairs ? load_pair_as(op->keys, from, type) : (Pair){load_as(op->keys, from, type), none};    \
+        if (queries == 1) fetch(address(ahead, (d) * block_size, type), width, type);                                 \
+        _Pragma("GCC unroll 4") for (int q = 0; q < queries; q++) {                                                   \
+            const Vector own_query = broadcast(query[q][d]);                                                          \
+            total[q].one = multiply_add(own_query, key.one, total[q].one);                                            \
+            if (pairs) total[q].other = multiply_add(own_query, key.other, total[q].other);                           \
+        }                                                                                                             \
+    }
         int64_t d = 0;
         for (; d + 2 <= dim; d += 2) {
-            const Vector key = load_as(op->keys, columns + d * block_size, type);
-            const Vector next = load_as(op->keys, columns + (d + 1) * block_size, type);
-            if (queries == 1) {
-                __builtin_prefetch(address(ahead, d * block_size, type));
-                __builtin_prefetch(address(ahead, (d + 1) * block_size, type));
-            }
-#pragma GCC unroll 4
-            for (int q = 0; q < queries; q++) {
-                even[q] = multiply_add(broadcast(query[q][d]), key, even[q]);
-                odd[q] = multiply_add(broadcast(query[q][d + 1]), next, odd[q]);
-            }
+            SCORE(d, even)
+            SCORE(d + 1, odd)
         }
-        if (d < dim) {
-            const Vector key = load_as(op->keys, columns + d * block_size, type);
-#pragma GCC unroll 4
-            for (int q = 0; q < queries; q++) even[q] = multiply_add(broadcast(query[q][d]), key, even[q]);
-        }
+        if (d < dim) SCORE(d, even)
+#undef SCORE
 #pragma GCC unroll 4
         for (int q = 0; q < queries; q++) {
-            const int64_t seen = position + q + 1 - at;
-            Vector score = add(even[q], odd[q]);
-            if (seen < LANES) score = first_lanes(score, seen < 0 ? 0 : (int)seen, -INFINITY);
-            store(scores[q] + (at - begin), score);
+            float *to = scores[q] + (at - begin);
+            const Pair score = {add(even[q].one, odd[q].one), add(even[q].other, odd[q].other)};
+            if (pairs) store_like(to, score, type);
+            else store(to, score.one);
+            for (int64_t lane = 0; lane < width; lane += LANES) {
+                const int64_t seen = position + q + 1 - at - lane;
+                if (seen < LANES) store(to + lane, first_lanes(load(to + lane), seen < 0 ? 0 : (int)seen, -INFINITY));
+            }
         }
     }
 }
 
-/* Adds the values of one segment's keys, weighted, to `vectors` vectors of sums. */
+/* Adds the values of one segment's keys, weighted, to `width` sums from `first` on: LANES, or an even number of vectors.
+ * `after` is what will be read then, a tile. */
 INLINE void add_values(const Head *own, int64_t begin, int64_t end, float weights[][SEGMENT], float sums[][MAX_DIM],
-                       int64_t first, const int64_t dim, const int type, const int queries, const int vectors) {
+                       int64_t first, const char *after, const int64_t dim, const int type, const int queries,
+                       const int width) {
     const Operation *op = own->op;
     const int64_t block_size = op->block_size;
-    Vector total[QUERIES][VALUE_VECTORS];
+    const int pairs = width / (2 * LANES);
+    const Vector none = broadcast(0.0f);
+    Pair total[QUERIES][MAX_PAIRS];
 #pragma GCC unroll 4
-    for (int q = 0; q < queries; q++)
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) total[q][v] = load(sums[q] + first + v * LANES);
+    for (int q = 0; q < queries; q++) {
+        if (pairs == 0) total[q][0] = (Pair){load(sums[q] + first), none};
+#pragma GCC unroll 2
+        for (int p = 0; p < pairs; p++) total[q][p] = load_like(sums[q] + first + p * 2 * LANES, type);
+    }
     for (int64_t block = begin; block < end; block += block_size) {
         const int64_t tile = tile_of(own, block / block_size, dim) + first;
         const int64_t keys = end - block < block_size ? end - block : block_size;
-        const int64_t next = block + block_size < end ? block + block_size : block;
-        const char *ahead = address(op->values, tile_of(own, next / block_size, dim) + first, type);
+        /* The row of values that lies a block ahead is on its way meanwhile, or, in rows as long, what comes after. */
+        const int64_t next = block + block_size;
+        const char *ahead = next < end ? address(op->values, tile_of(own, next / block_size, dim) + first, type) : after;
+        const char *behind = address(after, first + (next - end) * dim, type);
         for (int64_t key = 0; key < keys; key++) {
-            if (queries == 1)
-                for (int v = 0; v < vectors; v++) __builtin_prefetch(address(ahead, key * dim + v * LANES, type));
-            Vector value[VALUE_VECTORS];
-#pragma GCC unroll 4
-            for (int v = 0; v < vectors; v++) value[v] = load_as(op->values, tile + key * dim + v * LANES, type);
+            if (queries == 1) fetch(address(next + key < end ? ahead : behind, key * dim, type), width, type);
+            Pair value[MAX_PAIRS];
+            if (pairs == 0) value[0] = (Pair){load_as(op->values, tile + key * dim, type), none};
+#pragma GCC unroll 2
+            for (int p = 0; p < pairs; p++) value[p] = load_pair_as(op->values, tile + key * dim + p * 2 * LANES, type);
 #pragma GCC unroll 4
             for (int q = 0; q < queries; q++) {
                 const Vector weight = broadcast(weights[q][block - begin + key]);
-#pragma GCC unroll 4
-                for (int v = 0; v < vectors; v++) total[q][v] = multiply_add(weight, value[v], total[q][v]);
+                if (pairs == 0) total[q][0].one = multiply_add(weight, value[0].one, total[q][0].one);
+#pragma GCC unroll 2
+                for (int p = 0; p < pairs; p++) {
+                    total[q][p].one = multiply_add(weight, value[p].one, total[q][p].one);
+                    total[q][p].other = multiply_add(weight, value[p].other, total[q][p].other);
+                }
             }
         }
     }
 #pragma GCC unroll 4
-    for (int q = 0; q < queries; q++)
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) store(sums[q] + first + v * LANES, total[q][v]);
+    for (int q = 0; q < queries; q++) {
+        if (pairs == 0) store(sums[q] + first, total[q][0].one);
+#pragma GCC unroll 2
+        for (int p = 0; p < pairs; p++) store_like(sums[q] + first + p * 2 * LANES, total[q][p], type);
+    }
 }
 
 /* Attention of `queries` neighbouring tokens, the first of them number `first` of the sequence's in this step. */
@@ -179,7 +208,10 @@ INLINE void attend(const Head *own, int64_t first, const int64_t dim, const int 
     const int64_t length = position + queries; /* keys that the last of them sees */
     for (int64_t begin = 0; begin < length; begin += SEGMENT) {
         const int64_t end = length - begin < SEGMENT ? length : begin + SEGMENT;
-        score_segment(own, query, position, begin, end, weights, dim, type, queries);
+        if (op->block_size % SCORE_WIDTH(queries) == 0)
+            score_segment(own, query, position, begin, end, weights, dim, type, queries, SCORE_WIDTH(queries));
+        else
+            score_segment(own, query, position, begin, end, weights, dim, type, queries, LANES);
         for (int q = 0; q < queries; q++) {
             Vector most = broadcast(-INFINITY), some = broadcast(0.0f);
             for (int64_t at = 0; at < end - begin; at += LANES) most = larger(most, load(weights[q] + at));
@@ -199,10 +231,13 @@ INLINE void attend(const Head *own, int64_t first, const int64_t dim, const int 
             total[q] = total[q] * shrink[0] + sum(some);
             for (int64_t d = 0; d < dim; d++) sums[q][d] *= shrink[0];
         }
+        const int64_t more = end < length ? end / op->block_size : 0;
+        const char *after = end < length || !own->next ? address(op->keys, tile_of(own, more, dim), type) : own->next;
         int64_t d = 0;
-        for (; d + VALUE_VECTORS * LANES <= dim; d += VALUE_VECTORS * LANES)
-            add_values(own, begin, end, weights, sums, d, dim, type, queries, VALUE_VECTORS);
-        for (; d + LANES <= dim; d += LANES) add_values(own, begin, end, weights, sums, d, dim, type, queries, 1);
+        for (; d + MAX_PAIRS * 2 * LANES <= dim; d += MAX_PAIRS * 2 * LANES)
+            add_values(own, begin, end, weights, sums, d, after, dim, type, queries, MAX_PAIRS * 2 * LANES);
+        for (; d + LANES <= dim; d += LANES)
+            add_values(own, begin, end, weights, sums, d, after, dim, type, queries, LANES);
         for (; d < dim; d++)
             for (int64_t at = begin; at < end; at++) {
                 const int64_t place = tile_of(own, at / op->block_size, dim) + at % op->block_size * dim + d;

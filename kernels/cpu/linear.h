@@ -33,6 +33,18 @@
 /* Inputs that are zero in all rows are left out where there are at most so many rows, and at least a quarter of zeros. */
 #define SPARSE_ROWS 4
 
+/* What is fetched while something else is multiplied: from `at` on, `stride` bytes for each input, up to two lines. */
+typedef struct {
+    const char *at;
+    int64_t stride;
+} Fetch;
+
+INLINE void fetch_more(Fetch *fetch) {
+    __builtin_prefetch(fetch->at);
+    if (fetch->stride > 64) __builtin_prefetch(fetch->at + 64);
+    fetch->at += fetch->stride;
+}
+
 /* Whose memory one thread uses: sums [ROWS_AT_ONCE, PANEL], a slice [DEPTH, PANEL] in another form, and which inputs of
  * a slice are not zero. */
 typedef struct {
@@ -42,8 +54,8 @@ typedef struct {
 } Workspace;
 
 /* sums[row, :] += inputs[row, k] * slice[k, :] for `depth` values of k, in order; all, or those in `nonzero`. */
-INLINE void multiply_tile(const float *inputs, int64_t stride, const void *slice, int64_t depth,
-                          const int32_t *nonzero, float *sums, const int type, const int rows, const int sparse) {
+INLINE void multiply_tile(const float *inputs, int64_t stride, const void *slice, int64_t depth, const int32_t *nonzero,
+                          float *sums, Fetch *fetch, const int type, const int rows, const int sparse) {
     const int vectors = TILE_VECTORS(rows);
     for (int column = 0; column < PANEL; column += vectors * LANES) {
         Vector total[TILE_ROWS][MAX_VECTORS];
@@ -53,6 +65,7 @@ INLINE void multiply_tile(const float *inputs, int64_t stride, const void *slice
             for (int v = 0; v < vectors; v++) total[row][v] = load(sums + row * PANEL + column + v * LANES);
         for (int64_t i = 0; i < depth; i++) {
             const int64_t k = sparse ? nonzero[i] : i;
+            if (rows > 4) fetch_more(fetch);
             Vector weights[MAX_VECTORS];
 #pragma GCC unroll 8
             for (int v = 0; v < vectors; v++) weights[v] = load_as(slice, k * PANEL + column + v * LANES, type);
@@ -73,7 +86,7 @@ INLINE void multiply_tile(const float *inputs, int64_t stride, const void *slice
 #if defined(__AVX512BF16__)
 /* The same for pairs: inputs [*, stride] and slice [depth, PANEL, 2] of bfloat16. */
 INLINE void multiply_pairs_tile(const uint16_t *inputs, int64_t stride, const uint16_t *slice, int64_t depth,
-                                const int32_t *nonzero, float *sums, const int rows, const int sparse) {
+                                const int32_t *nonzero, float *sums, Fetch *fetch, const int rows, const int sparse) {
     Vector total[TILE_ROWS][MAX_VECTORS];
 #pragma GCC unroll 6
     for (int row = 0; row < rows; row++)
@@ -81,6 +94,7 @@ INLINE void multiply_pairs_tile(const uint16_t *inputs, int64_t stride, const ui
         for (int v = 0; v < MAX_VECTORS; v++) total[row][v] = load(sums + row * PANEL + v * LANES);
     for (int64_t i = 0; i < depth; i++) {
         const int64_t k = sparse ? nonzero[i] : i;
+        if (rows > 4) fetch_more(fetch);
         __m512bh weights[MAX_VECTORS];
 #pragma GCC unroll 4
         for (int v = 0; v < MAX_VECTORS; v++) {
@@ -156,17 +170,17 @@ INLINE int64_t tile_rows(int64_t rows) {
 }
 
 INLINE void multiply_slice(const float *inputs, int64_t stride, int64_t rows, const void *slice, int64_t depth,
-                           int64_t nonzero_count, const int32_t *nonzero, float *sums, const int type) {
+                           int64_t nonzero_count, const int32_t *nonzero, float *sums, Fetch fetch, const int type) {
     const int64_t step = tile_rows(rows);
     for (int64_t row = 0; row < rows; row += step) {
         const int64_t some = rows - row < step ? rows - row : step;
         const float *own = inputs + row * stride;
         float *own_sums = sums + row * PANEL;
         if (nonzero_count >= 0) {
-#define SPARSE(n) multiply_tile(own, stride, slice, nonzero_count, nonzero, own_sums, type, n, 1)
+#define SPARSE(n) multiply_tile(own, stride, slice, nonzero_count, nonzero, own_sums, &fetch, type, n, 1)
             FOR_ROWS(some, SPARSE)
         } else {
-#define DENSE(n) multiply_tile(own, stride, slice, depth, nonzero, own_sums, type, n, 0)
+#define DENSE(n) multiply_tile(own, stride, slice, depth, nonzero, own_sums, &fetch, type, n, 0)
             FOR_ROWS(some, DENSE)
         }
     }
@@ -174,14 +188,15 @@ INLINE void multiply_slice(const float *inputs, int64_t stride, int64_t rows, co
 
 /* The same for a slice in its own type.  What one tile reads, it widens itself; more tiles read what is widened once. */
 static void multiply_any_slice(const float *inputs, int64_t stride, int64_t rows, const void *weights, int64_t depth,
-                               int64_t width, int64_t type, int64_t nonzero_count, Workspace *own) {
+                               int64_t width, int64_t type, int64_t nonzero_count, Fetch fetch, Workspace *own) {
     const int direct = width == PANEL && (type == FLOAT32 || rows <= TILE_ROWS);
     if (!direct) {
         if (type == FLOAT16) widen_slice(weights, depth, width, FLOAT16, own->slice);
         else if (type == BFLOAT16) widen_slice(weights, depth, width, BFLOAT16, own->slice);
         else widen_slice(weights, depth, width, FLOAT32, own->slice);
     }
-#define MULTIPLY(slice, as) multiply_slice(inputs, stride, rows, slice, depth, nonzero_count, own->nonzero, own->sums, as)
+#define MULTIPLY(slice, as) \
+    multiply_slice(inputs, stride, rows, slice, depth, nonzero_count, own->nonzero, own->sums, fetch, as)
     if (!direct) MULTIPLY(own->slice, FLOAT32);
     else if (type == FLOAT16) MULTIPLY(weights, FLOAT16);
     else if (type == BFLOAT16) MULTIPLY(weights, BFLOAT16);
@@ -190,34 +205,44 @@ static void multiply_any_slice(const float *inputs, int64_t stride, int64_t rows
 
 #if defined(__AVX512BF16__)
 static void multiply_pairs_slice(const uint16_t *inputs, int64_t stride, int64_t rows, const uint16_t *slice,
-                                 int64_t depth, int64_t nonzero_count, const int32_t *nonzero, float *sums) {
+                                 int64_t depth, int64_t nonzero_count, const int32_t *nonzero, float *sums, Fetch fetch) {
     const int64_t step = tile_rows(rows);
     for (int64_t row = 0; row < rows; row += step) {
         const int64_t some = rows - row < step ? rows - row : step;
         const uint16_t *own = inputs + row * stride;
         float *own_sums = sums + row * PANEL;
         if (nonzero_count >= 0) {
-#define SPARSE_PAIRS(n) multiply_pairs_tile(own, stride, slice, nonzero_count, nonzero, own_sums, n, 1)
+#define SPARSE_PAIRS(n) multiply_pairs_tile(own, stride, slice, nonzero_count, nonzero, own_sums, &fetch, n, 1)
             FOR_ROWS(some, SPARSE_PAIRS)
         } else {
-#define DENSE_PAIRS(n) multiply_pairs_tile(own, stride, slice, depth, nonzero, own_sums, n, 0)
+#define DENSE_PAIRS(n) multiply_pairs_tile(own, stride, slice, depth, nonzero, own_sums, &fetch, n, 0)
             FOR_ROWS(some, DENSE_PAIRS)
         }
     }
 }
 #endif
 
-/* One panel's sums for up to ROWS_AT_ONCE rows. */
-static void multiply_panel(const Operation *op, const void *inputs, int64_t rows, int64_t panel, Workspace *own) {
+/* One panel's sums for up to ROWS_AT_ONCE rows.  Each slice is fetched while the one before is multiplied, the first of
+ * panel number `next_panel` during the last. */
+static void multiply_panel(const Operation *op, const void *inputs, int64_t rows, int64_t panel, int64_t next_panel,
+                           Workspace *own) {
     const int64_t in = op->in, first = panel * PANEL;
     const int64_t width = op->out - first < PANEL ? op->out - first : PANEL;
     const int64_t item_bytes = op->type == FLOAT32 ? 4 : 2;
     const char *weights = (const char *)op->weight + first * in * item_bytes;
     const int may_be_sparse = op->sparse && rows <= SPARSE_ROWS;
+    const char *next_weights = (const char *)op->weight + next_panel * PANEL * in * item_bytes;
+    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
     memset(own->sums, 0, (size_t)(rows * PANEL) * sizeof(float));
     for (int64_t start = 0; start < in; start += DEPTH) {
         const int64_t depth = in - start < DEPTH ? in - start : DEPTH;
         const void *slice = weights + start * width * item_bytes;
+        /* A tile takes an input, or a pair of them, at a time, for so many vectors of outputs at a time. */
+        const int64_t turns = (op->rounds ? depth / 2 : depth * (PANEL / (TILE_VECTORS(TILE_ROWS) * LANES))) * tiles;
+        const Fetch fetch = {
+            .at = start + DEPTH < in ? (const char *)slice + depth * width * item_bytes : next_weights,
+            .stride = DEPTH * width * item_bytes / turns,
+        };
         int64_t count = -1;
 #if defined(__AVX512BF16__)
         if (op->rounds) {
@@ -227,13 +252,13 @@ static void multiply_panel(const Operation *op, const void *inputs, int64_t rows
                 widen_pairs(slice, depth / 2, width, (uint16_t *)own->slice);
                 slice = own->slice;
             }
-            multiply_pairs_slice(some, in, rows, slice, depth / 2, count, own->nonzero, own->sums);
+            multiply_pairs_slice(some, in, rows, slice, depth / 2, count, own->nonzero, own->sums, fetch);
             continue;
         }
 #endif
         const float *some = (const float *)inputs + start;
         if (may_be_sparse) count = find_nonzero(some, in, rows, depth, 0, own->nonzero);
-        multiply_any_slice(some, in, rows, slice, depth, width, op->type, count, own);
+        multiply_any_slice(some, in, rows, slice, depth, width, op->type, count, fetch, own);
     }
 }
 

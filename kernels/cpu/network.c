@@ -15,11 +15,15 @@
 #include "sampling.h"
 #include "team.h"
 
+/* Parts that each thread should have of an operation at least. */
+#define PARTS_EACH 16
+
 typedef struct {
     const Operation *program;
     const Step *step;
     void *inputs;          /* [max_tokens, widest_input] floats: a projection's inputs, normalised or rounded */
     Workspace *workspaces; /* one a thread */
+    int64_t threads;
 } Run;
 
 static void embed(const Operation *op, const Step *step, int64_t row) {
@@ -52,28 +56,45 @@ static void linear(const Operation *op, const Run *run, int64_t part, int64_t th
     const int64_t some = rows - first < ROWS_AT_ONCE ? rows - first : ROWS_AT_ONCE;
     const char *inputs = op->norm_weight || op->rounds ? run->inputs : (const void *)op->input;
     Workspace *own = run->workspaces + thread;
-    multiply_panel(op, inputs + first * op->in * (op->rounds ? 2 : 4), some, panel, own);
+    /* Threads take panels in turn. */
+    const int64_t next_panel = (panel + run->threads) % panels;
+    multiply_panel(op, inputs + first * op->in * (op->rounds ? 2 : 4), some, panel, next_panel, own);
     finish_panel(op, first, some, panel, own->sums);
 }
 
-/* One head of one sequence. */
-static void attention(const Operation *op, const Step *step, int64_t part) {
-    const int64_t width = op->heads * op->head_dim;
+/* How many of a sequence's heads one thread takes together, so that it can fetch the next one's keys in time: as many as
+ * leave each thread enough parts. */
+static int64_t heads_together(const Operation *op, const Run *run) {
+    int64_t heads = 1;
+    while (op->heads % (2 * heads) == 0 && run->step->sequences * op->heads >= 2 * heads * PARTS_EACH * run->threads)
+        heads *= 2;
+    return heads;
+}
+
+/* Some heads of one sequence. */
+static void attention(const Operation *op, const Run *run, int64_t part) {
+    const Step *step = run->step;
+    const int64_t width = op->heads * op->head_dim, together = heads_together(op, run);
     /* The last sequences are the longest: they come first, so that nobody waits for one at the end. */
-    const int64_t sequence = step->sequences - 1 - part / op->heads, head = part % op->heads;
+    const int64_t sequence = step->sequences - 1 - part * together / op->heads, first_head = part * together % op->heads;
     const int64_t first = step->firsts[sequence];
-    const Head own = {
-        .op = op,
-        .qkv = op->input + (first * op->heads + head) * 3 * op->head_dim,
-        .stride = 3 * width,
-        .out = op->output + first * width + head * op->head_dim,
-        .out_stride = width,
-        .head = head,
-        .start = step->starts[sequence],
-        .count = step->firsts[sequence + 1] - first,
-        .table = step->tables + step->table_firsts[sequence],
-    };
-    attend_head(&own);
+    const int32_t *table = step->tables + step->table_firsts[sequence];
+    for (int64_t head = first_head; head < first_head + together; head++) {
+        const int64_t next_tile = (table[0] * op->heads + head + 1) * op->block_size * op->head_dim;
+        const Head own = {
+            .op = op,
+            .qkv = op->input + (first * op->heads + head) * 3 * op->head_dim,
+            .stride = 3 * width,
+            .out = op->output + first * width + head * op->head_dim,
+            .out_stride = width,
+            .head = head,
+            .start = step->starts[sequence],
+            .count = step->firsts[sequence + 1] - first,
+            .table = table,
+            .next = head + 1 < first_head + together ? address(op->keys, next_tile, (int)op->type) : NULL,
+        };
+        attend_head(&own);
+    }
 }
 
 static void norm_row(const Operation *op, const Step *step, int64_t row) {
@@ -91,7 +112,8 @@ static void draw(const Operation *op, const Run *run, int64_t row, int64_t threa
 }
 
 /* How many parts an operation's two phases have. */
-static void count_parts(const Operation *op, const Step *step, uint32_t parts[2]) {
+static void count_parts(const Operation *op, const Run *run, uint32_t parts[2]) {
+    const Step *step = run->step;
     const int64_t blocks = (step->tokens + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
     parts[0] = parts[1] = 0;
     switch (op->kind) {
@@ -99,7 +121,7 @@ static void count_parts(const Operation *op, const Step *step, uint32_t parts[2]
             parts[0] = op->norm_weight || op->rounds ? (uint32_t)step->tokens : 0;
             parts[1] = (uint32_t)(blocks * ((op->out + PANEL - 1) / PANEL));
             break;
-        case ATTENTION: parts[1] = (uint32_t)(step->sequences * op->heads); break;
+        case ATTENTION: parts[1] = (uint32_t)(step->sequences * op->heads / heads_together(op, run)); break;
         case NORM_ROWS: parts[1] = (uint32_t)step->rows; break;
         default: parts[1] = (uint32_t)step->tokens;
     }
@@ -114,7 +136,7 @@ static void run_part(const void *context, int64_t phase, int64_t part, int64_t t
             if (phase % 2) linear(op, run, part, thread);
             else prepare_row(op, part, run->inputs);
             break;
-        case ATTENTION: attention(op, run->step, part); break;
+        case ATTENTION: attention(op, run, part); break;
         case NORM_ROWS: norm_row(op, run->step, part); break;
         case DRAW: draw(op, run, part, thread); break;
     }
@@ -133,9 +155,9 @@ int64_t persimmon_run(const Operation *program, int64_t operations, const Step *
     uint32_t parts[MAX_PHASES];
     for (int64_t first = 0; first < operations; first += MAX_PHASES / 2) {
         const int64_t some = operations - first < MAX_PHASES / 2 ? operations - first : MAX_PHASES / 2;
-        for (int64_t i = 0; i < some; i++) count_parts(program + first + i, step, parts + 2 * i);
         void *workspaces = (char *)scratch + align(inputs * (int64_t)sizeof(float));
-        const Run run = {program + first, step, scratch, workspaces};
+        const Run run = {program + first, step, scratch, workspaces, threads};
+        for (int64_t i = 0; i < some; i++) count_parts(program + first + i, &run, parts + 2 * i);
         work_together((Work){run_part, &run, 2 * some, threads}, parts);
     }
     return 0;

@@ -35,6 +35,29 @@ INLINE Vector zero_below(Vector x, Vector limit, Vector v) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_GE_OQ), v);
 }
 INLINE Vector divide(Vector a, Vector b) { return _mm512_div_ps(a, b); }
+INLINE Vector bfloat16_evens(const uint16_t *from) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512((const void *)from), 16));
+}
+INLINE Vector bfloat16_odds(const uint16_t *from) {
+    return _mm512_castsi512_ps(
+        _mm512_and_si512(_mm512_loadu_si512((const void *)from), _mm512_set1_epi32((int)0xffff0000u)));
+}
+INLINE Vector evens(Vector a, Vector b) {
+    const __m512i lanes = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return _mm512_permutex2var_ps(a, lanes, b);
+}
+INLINE Vector odds(Vector a, Vector b) {
+    const __m512i lanes = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return _mm512_permutex2var_ps(a, lanes, b);
+}
+INLINE Vector zip_first(Vector a, Vector b) {
+    const __m512i lanes = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    return _mm512_permutex2var_ps(a, lanes, b);
+}
+INLINE Vector zip_second(Vector a, Vector b) {
+    const __m512i lanes = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    return _mm512_permutex2var_ps(a, lanes, b);
+}
 #else
 #define LANES 8
 typedef __m256 Vector;
@@ -74,6 +97,24 @@ INLINE Vector zero_below(Vector x, Vector limit, Vector v) {
     return _mm256_and_ps(_mm256_cmp_ps(x, limit, _CMP_GE_OQ), v);
 }
 INLINE Vector divide(Vector a, Vector b) { return _mm256_div_ps(a, b); }
+INLINE Vector bfloat16_evens(const uint16_t *from) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const void *)from), 16));
+}
+INLINE Vector bfloat16_odds(const uint16_t *from) {
+    return _mm256_castsi256_ps(
+        _mm256_and_si256(_mm256_loadu_si256((const void *)from), _mm256_set1_epi32((int)0xffff0000u)));
+}
+INLINE Vector in_halves(Vector v) {
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), _MM_SHUFFLE(3, 1, 2, 0)));
+}
+INLINE Vector evens(Vector a, Vector b) { return in_halves(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(2, 0, 2, 0))); }
+INLINE Vector odds(Vector a, Vector b) { return in_halves(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(3, 1, 3, 1))); }
+INLINE Vector zip_first(Vector a, Vector b) {
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
+}
+INLINE Vector zip_second(Vector a, Vector b) {
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
+}
 #endif
 
 /* e^x for x <= 0, to about one unit in the last place; 0 below -87, 1 at 0.
@@ -115,6 +156,31 @@ INLINE Vector load_as(const void *from, int64_t index, const int type) {
     if (type == FLOAT16) return load_float16((const uint16_t *)from + index);
     if (type == BFLOAT16) return load_bfloat16((const uint16_t *)from + index);
     return load((const float *)from + index);
+}
+
+/* 2 * LANES numbers in the order in which they are had for least: of bfloat16 those at even places and those at odd ones,
+ * for which two shifts do, of other types the first half and the second. */
+typedef struct {
+    Vector one, other;
+} Pair;
+
+INLINE Pair load_pair_as(const void *from, int64_t index, const int type) {
+    if (type == BFLOAT16) {
+        const uint16_t *own = (const uint16_t *)from + index;
+        return (Pair){bfloat16_evens(own), bfloat16_odds(own)};
+    }
+    return (Pair){load_as(from, index, type), load_as(from, index + LANES, type)};
+}
+
+/* Floats in the order in which `load_pair_as` has numbers of `type`, and back. */
+INLINE Pair load_like(const float *from, const int type) {
+    const Vector first = load(from), second = load(from + LANES);
+    return type == BFLOAT16 ? (Pair){evens(first, second), odds(first, second)} : (Pair){first, second};
+}
+
+INLINE void store_like(float *to, Pair pair, const int type) {
+    store(to, type == BFLOAT16 ? zip_first(pair.one, pair.other) : pair.one);
+    store(to + LANES, type == BFLOAT16 ? zip_second(pair.one, pair.other) : pair.other);
 }
 
 INLINE float item_as(const void *from, int64_t index, const int type) {
