@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels.cpu.pages import advise_large_pages
+from kernels.cpu.pages import advise_large_pages, populate
 from kernels.launch import upload
 from model.config import PersimmonConfig
 
@@ -34,7 +34,7 @@ class KVCache:
     ) -> "KVCache":
         """Blocks with nothing in them: no kernel reads a row that its sequence has not written.
 
-        On a CPU the system hands out the memory as it is first written, so a large cache costs nothing at start.
+        On a CPU the system hands out the memory as it is first written, or as `populate` asks for it.
         """
         shape = (num_blocks, config.num_attention_heads, block_size, config.head_dim)
 
@@ -43,6 +43,10 @@ class KVCache:
             return list(map(advise_large_pages, tensors)) if device.type == "cpu" else tensors
 
         return cls(layers(), layers())
+
+    def populate(self, threads: int) -> None:
+        """Asks a CPU's system for all of the memory, in threads beside the caller, the first blocks' first."""
+        populate((*self.keys, *self.values), threads)
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies whole blocks in every layer, all of them as they were before: (from, to) pairs, no two to the same."""

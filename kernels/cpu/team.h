@@ -11,10 +11,10 @@
 
 #include <linux/futex.h>
 #include <pthread.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "vectors.h"
@@ -23,8 +23,9 @@
 #define MAX_PHASES 4096
 /* How often an idle thread looks for work before it sleeps: some tens of microseconds. */
 #define IDLE_SPINS 2000
-/* How often a thread looks whether a phase has ended before it lets others run. */
+/* How often a thread looks whether a phase has ended before it sleeps, and how long at most. */
 #define PHASE_SPINS 2000
+#define PHASE_SLEEP_NS 1000000
 
 typedef struct {
     /* Which part is up, and in the upper half of which piece of work: a late thread takes nothing of another. */
@@ -45,6 +46,7 @@ static struct {
     pthread_mutex_t in_use;
     _Atomic uint32_t number; /* of the piece of work; even while the next one is being written */
     _Atomic uint32_t asleep;
+    _Atomic uint32_t waiting; /* threads that sleep until a phase has ended */
     Work work;
     Phase phases[MAX_PHASES];
     int64_t started;
@@ -61,6 +63,29 @@ static int64_t take_part(Phase *phase, uint32_t number, uint32_t parts) {
     return (int64_t)(uint32_t)next;
 }
 
+static void part_is_done(Phase *phase, uint32_t parts) {
+    if (atomic_fetch_add(&phase->done, 1) + 1 == parts && atomic_load(&team.waiting))
+        syscall(SYS_futex, &phase->done, FUTEX_WAKE_PRIVATE, MAX_THREADS, NULL, NULL, 0);
+}
+
+/* Waits until a phase has ended; false if the work is another one by now.  A thread that only let others run would keep
+ * its core from the one that it waits for: the system moves that to a core that has nothing to do. */
+static int wait_for(Phase *phase, uint32_t number, uint32_t parts) {
+    for (int spins = 0;; spins++) {
+        const uint32_t done = atomic_load_explicit(&phase->done, memory_order_acquire);
+        if (atomic_load_explicit(&team.number, memory_order_acquire) != number) return 0;
+        if (done >= parts) return 1;
+        if (spins < PHASE_SPINS) {
+            _mm_pause();
+            continue;
+        }
+        const struct timespec most = {0, PHASE_SLEEP_NS};
+        atomic_fetch_add(&team.waiting, 1);
+        syscall(SYS_futex, &phase->done, FUTEX_WAIT_PRIVATE, done, &most, NULL, 0);
+        atomic_fetch_sub(&team.waiting, 1);
+    }
+}
+
 /* Does one thread's share of a piece of work. */
 static void take_part_in(const Work *work, uint32_t number, int64_t thread) {
     for (int64_t i = 0; i < work->phases; i++) {
@@ -68,13 +93,9 @@ static void take_part_in(const Work *work, uint32_t number, int64_t thread) {
         const uint32_t parts = atomic_load_explicit(&phase->parts, memory_order_relaxed);
         for (int64_t part = take_part(phase, number, parts); part >= 0; part = take_part(phase, number, parts)) {
             work->run(work->context, i, part, thread);
-            atomic_fetch_add_explicit(&phase->done, 1, memory_order_release);
+            part_is_done(phase, parts);
         }
-        for (int spins = 0; atomic_load_explicit(&phase->done, memory_order_acquire) < parts; spins++) {
-            if (atomic_load_explicit(&team.number, memory_order_relaxed) != number) return;
-            if (spins < PHASE_SPINS) _mm_pause();
-            else sched_yield();
-        }
+        if (!wait_for(phase, number, parts)) return;
     }
 }
 

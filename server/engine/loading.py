@@ -94,6 +94,16 @@ def load_model(settings: Settings, folder: Path, print_line: Callable[[str], Non
         matrix_dtype=operations.stored_dtype(checkpoint.dtype, dtype) if checkpoint else dtype,
     )
     _print_plan(plan, config, print_line)
+
+    def allocate() -> KVCache:
+        with _phase("KV cache", print_line):
+            return KVCache.allocate(config, plan.num_blocks, plan.block_size, dtype, device)
+
+    cache = None
+    if device.type == "cpu":
+        # It gets its memory while weights are read: no step must wait for that, and what is short of memory is so now.
+        cache = allocate()
+        cache.populate(threads=max(1, usable_cores() // 2))
     with _phase("weights", print_line):
         if checkpoint is not None:
             tensors = _with_progress_bar(checkpoint.tensors(), checkpoint.total_bytes)
@@ -103,9 +113,8 @@ def load_model(settings: Settings, folder: Path, print_line: Callable[[str], Non
         if device.type == "cuda":
             # What loading has borrowed beyond the weights is the KV cache's.
             torch.cuda.empty_cache()
-    with _phase("KV cache", print_line):
-        cache = KVCache.allocate(config, plan.num_blocks, plan.block_size, dtype, device)
-        operations.reserve(_limits(settings, config, plan.max_model_len))
+    cache = cache or allocate()
+    operations.reserve(_limits(settings, config, plan.max_model_len))
     runner = _runner(model, cache, operations, sizes, plan, print_line)
     with _phase("warm-up", print_line):
         for batch in warm_up_steps(plan, settings, config, compiles=device.type == "cuda"):
