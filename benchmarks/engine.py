@@ -32,8 +32,9 @@ from server.engine.core import Engine, LaunchedStep
 from server.engine.messages import EngineStats, FromEngine, Hello, Ready, Sampling, StepOutput, Submit
 from server.engine.plan_runner import PlanRunner
 from server.engine.process import COLLECTOR_THRESHOLDS
-from server.engine.scheduler import Advance, Scheduler, StepPlan
+from server.engine.scheduler import Scheduler
 from server.engine.step_cost import StepCostModel
+from server.engine.step_plan import Advance, StepPlan
 
 BLOCK_SIZE = 32
 VOCABULARY = 8192

@@ -22,8 +22,9 @@ from server.engine.blocks import BlockPool
 from server.engine.core import LaunchedStep
 from server.engine.messages import EngineStats, Sampling, TokenLogprobs
 from server.engine.plan_runner import PlanRunner
-from server.engine.scheduler import Scheduler, StepPlan
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
+from server.engine.step_plan import StepPlan
 
 CPU = torch.device("cpu")
 GREEDY = Sampling(temperature=0.0)

@@ -35,8 +35,8 @@ def advise_large_pages(tensor: torch.Tensor) -> torch.Tensor:
 def populate(tensors: Sequence[torch.Tensor], threads: int) -> list[threading.Thread]:
     """Has the system back tensors with memory now, in threads beside the caller, and leaves what is in them.
 
-    Otherwise it does so page by page as they are first written, in the middle of steps, which on a virtual machine
-    takes seconds a GiB.
+    Otherwise it does so page by page as they are first written, in the middle of steps, which on a virtual machine can
+    take longer than what is computed.
 
     Args:
         tensors: of one size; what lies at the same place of each is populated together, from front to back.

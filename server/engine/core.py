@@ -33,9 +33,10 @@ from server.engine.messages import (
     ToEngine,
     TokenLogprobs,
 )
-from server.engine.scheduler import Advance, Scheduler, StepPlan
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
 from server.engine.step_cost import StepCostModel
+from server.engine.step_plan import Advance, StepPlan
 from server.logs import with_fields
 
 logger = logging.getLogger(__name__)

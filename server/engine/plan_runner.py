@@ -18,8 +18,8 @@ from model.sampling_params import SamplingParams
 from model.token_counts import TokenCounts
 from server.engine.core import LaunchedStep, StepOutcome
 from server.engine.messages import Grammar, TokenLogprobs
-from server.engine.scheduler import ScheduledSequence, StepPlan
 from server.engine.sequence import Sequence
+from server.engine.step_plan import ScheduledSequence, StepPlan
 
 COMPILED_GRAMMARS = 16
 """So many grammars are kept compiled, the latest used ones.  One may come to hold 25 MB of what is known of it."""

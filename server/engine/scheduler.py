@@ -10,132 +10,23 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Hashable
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass, field
-from math import inf
 from operator import attrgetter
 
 from server.engine.admission import Admission, Growing
 from server.engine.blocks import BlockPool
+from server.engine.chunks import share_chunks
 from server.engine.messages import EngineStats
 from server.engine.sequence import Sequence
-from server.engine.step_cost import NO_WORK, StepCosts, StepWork
+from server.engine.step_cost import StepCosts, StepWork
+from server.engine.step_plan import Advance, ScheduledSequence, StepPlan
 
 _rank = attrgetter("rank")
 
 TYPICAL_OUTPUT = 512
 """Output tokens that a sequence is expected to get before any has finished."""
 
-LEAST_CHUNK = 16
-"""So many tokens of a prompt are computed in a step though there is no time for them: few more are dearer than none."""
-
 MOST_OVERTAKEN = 8
 """So many waiting sequences may be overtaken by others because they wait for a prefix that is being computed."""
-
-
-# Not frozen, because that makes each four times as slow to make.
-@dataclass(slots=True)
-class ScheduledSequence:
-    """The part of a step that belongs to one sequence.
-
-    Attributes:
-        sequence: whose tokens.
-        start: position of the first token to compute.
-        count: how many tokens from there.
-        samples: the sequences that get their next token from the last of them: none for a chunk that ends inside the
-            prompt, several where forks begin.
-        report_from: the first position whose state is to be reported; end where there is none.
-        pending_row: of a token to compute that the step before is still sampling, its place among all that are.
-    """
-
-    sequence: Sequence
-    start: int
-    count: int
-    samples: tuple[Sequence, ...]
-    report_from: int
-    pending_row: int | None = None
-
-    @property
-    def members(self) -> tuple[Sequence, ...]:
-        """The sequences that this part brings on."""
-        return self.samples or (self.sequence,)
-
-    @property
-    def end(self) -> int:
-        """The position after the last token to compute."""
-        return self.start + self.count
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """One step: sequences that decode come first, then prompt chunks.
-
-    Attributes:
-        scheduled: what is computed.
-        copies: (from, to) blocks to copy before that, because a sequence writes into what others read.
-        num_samples: tokens that the step samples.
-        work: how much it computes.
-    """
-
-    scheduled: list[ScheduledSequence] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    num_samples: int = 0
-    work: StepWork = NO_WORK
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens the step computes."""
-        return sum(item.count for item in self.scheduled)
-
-
-@dataclass(slots=True)
-class Advance:
-    """A sequence that a step has brought on.
-
-    Attributes:
-        sequence: it.
-        token: its new token; None for one that ended with its prompt.
-        row: the token's place among all that the step sampled.
-    """
-
-    sequence: Sequence
-    token: int | None
-    row: int
-
-
-class _ChunkShare:
-    """What is left of a step for prompt chunks.
-
-    Args:
-        tokens: of the token budget.
-        seconds: of the time; infinite where nothing is known of that.
-        costs: what chunks take of it.
-    """
-
-    def __init__(self, tokens: int, seconds: float, costs: StepCosts | None) -> None:
-        self.tokens = tokens
-        self._seconds = seconds
-        self._costs = costs
-
-    def take(self, sequence: Sequence, taken: int, least: int, part: float = 1.0) -> int:
-        """Takes a chunk for a sequence, as long as it can be.
-
-        Args:
-            sequence: whose prompt.
-            taken: tokens that it has in this step already.
-            least: so many tokens it gets though there is no time for them.
-            part: how much of what is left it may take.
-        """
-        wanted = sequence.num_uncomputed - taken
-        start = sequence.num_computed + taken
-        count = min(wanted, max(1, int(self.tokens * part)), self.tokens)
-        if self._costs is not None:
-            if taken == 0:
-                self._seconds -= self._costs.reach(start)
-            affordable = self._costs.affordable(self._seconds * part, start)
-            count = int(min(count, max(affordable, least)))
-            self._seconds -= self._costs.chunk(count, start)
-        self.tokens -= count
-        return count
 
 
 class Scheduler:
@@ -435,36 +326,18 @@ class Scheduler:
         plan.work = StepWork(len(plan.scheduled), sum([item.start for item in plan.scheduled]))
 
     def _plan_chunks(self, plan: StepPlan, costs: StepCosts | None) -> None:
-        """Shares what decodes leave of a step among the prompts that run.
-
-        Half of it is for the first of them, however long, the rest for the shortest, however late: so neither a long
-        prompt nor those behind it starve.  Each of the two advances by LEAST_CHUNK tokens whatever that takes.
-        """
+        """Shares what decodes leave of a step among the prompts that run."""
         prompts = [own for own in self._running if own.num_pending == 0 and own.num_uncomputed > 0]
         if not prompts:
             return
-        work, seconds = plan.work, inf
+        work = plan.work
         tokens = self._max_num_batched_tokens - work.decodes
-        if costs is not None:
-            wait = len(prompts) + len(self._waiting)
-            seconds = costs.chunk_seconds(work.decodes, work.decode_context, wait)
-            tokens = int(min(tokens, costs.chunk_tokens(work.decodes, wait)))
-        share = _ChunkShare(tokens, seconds, costs)
-        first, *others = prompts
-        others.sort(key=lambda own: (own.priority, own.num_uncomputed))
-        counts = {first: share.take(first, 0, LEAST_CHUNK, part=0.5 if others else 1.0)}
-        for place, sequence in enumerate(others):
-            if share.tokens == 0:
-                break
-            counts[sequence] = share.take(sequence, 0, LEAST_CHUNK if place == 0 else 0)
-        counts[first] += share.take(first, counts[first], 0)
         chunk_tokens = chunk_context = chunk_reach = 0
-        for sequence, count in counts.items():
-            if count > 0:
-                chunk_tokens += count
-                chunk_reach += sequence.num_computed
-                chunk_context += count * sequence.num_computed + count * (count + 1) // 2
-                self._schedule(plan, sequence, count)
+        for sequence, count in share_chunks(prompts, len(self._waiting), tokens, work, costs).items():
+            chunk_tokens += count
+            chunk_reach += sequence.num_computed
+            chunk_context += count * sequence.num_computed + count * (count + 1) // 2
+            self._schedule(plan, sequence, count)
         plan.work = StepWork(work.decodes, work.decode_context, chunk_tokens, chunk_context, chunk_reach)
 
     def _schedule(self, plan: StepPlan, sequence: Sequence, count: int) -> None:

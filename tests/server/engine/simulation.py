@@ -16,9 +16,10 @@ import msgspec
 
 from server.engine.blocks import BlockPool
 from server.engine.messages import EngineStats, Pooling, Sampling
-from server.engine.scheduler import Advance, ScheduledSequence, Scheduler, StepPlan
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
 from server.engine.step_cost import StepCosts
+from server.engine.step_plan import Advance, ScheduledSequence, StepPlan
 
 _rank = attrgetter("rank")
 
@@ -41,6 +42,20 @@ def generate_alone(
         if token_ids[-1] in stops:
             return token_ids[len(prompt) :], "stop"
     return token_ids[len(prompt) :], "length"
+
+
+class WatchedScheduler(Scheduler):
+    """A scheduler that tells whom it preempted: one that comes straight back may get the very blocks that it gave up.
+
+    Attributes:
+        preempted: since it was last cleared.
+    """
+
+    preempted: list[Sequence]
+
+    def _preempt(self, victim: Sequence) -> None:
+        self.preempted.append(victim)
+        super()._preempt(victim)
 
 
 @dataclass(frozen=True)
@@ -154,7 +169,7 @@ class Simulation:
         typical_output: int = 1,
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching)
-        self.scheduler = Scheduler(
+        self.scheduler = WatchedScheduler(
             self.pool,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -272,13 +287,15 @@ class Simulation:
         decoding = [own for own in self.running if own.num_uncomputed == 1 and not own.awaits_its_last_token]
         missing = sum(map(self._needs_a_block, decoding)) - self.pool.num_free
         must_wait = any(own.draws_from_output and own.num_pending for own in self.running)
+        self.scheduler.preempted = []
         plan = self.scheduler.plan_ahead(self.costs) if ahead else self.scheduler.plan(self.costs)
         if plan is None:
             assert missing > 0 or must_wait
             self.check()
             return None
         assert not (ahead and must_wait)
-        preempted = self._account_for(before, plan)
+        preempted = self.scheduler.preempted
+        self._account_for(before, plan, preempted)
         assert not preempted or (missing > 0 and not ahead), "sequences were preempted although there were free blocks"
         held = sorted((own for key, own in self.live.items() if before[key][1] and own not in preempted), key=_rank)
         done_before = {own: before[key][0] for key, own in self.live.items()}
@@ -463,14 +480,12 @@ class Simulation:
         self.finished[key] = self.live.pop(key)
         self._leaving.append(sequence)
 
-    def _account_for(self, before: dict[int, tuple[int, list[int]]], plan: StepPlan) -> list[Sequence]:
+    def _account_for(self, before: dict[int, tuple[int, list[int]]], plan: StepPlan, preempted: list[Sequence]) -> None:
         """Adds to the expected totals what a plan did, as seen from the block tables before and after it.
 
-        Returns:
-            The sequences it preempted.  Some may have come straight back: where twins had computed the same prefix
-            side by side, the one that was preempted can share the other's blocks.
+        Who was preempted may have come straight back: where twins had computed the same prefix side by side, one can
+        share the other's blocks.
         """
-        preempted = []
         begun = [fork for item in plan.scheduled for fork in item.samples[1:]]
         starts = {item.sequence.key: item.start for item in plan.scheduled}
         prompt_tokens = cached_tokens = queried_tokens = recomputed_tokens = 0
@@ -479,17 +494,15 @@ class Simulation:
                 continue
             num_computed, block_table = before[key]
             computed = starts.get(key, sequence.num_computed)
-            kept = (
-                block_table != []
-                and len(sequence.block_table) >= len(block_table)
-                and computed == num_computed
-                and all(
+            kept = block_table != [] and sequence not in preempted
+            if kept:
+                assert computed == num_computed
+                assert len(sequence.block_table) >= len(block_table)
+                assert all(
                     now == then or (then, now) in plan.copies
                     for now, then in zip(sequence.block_table, block_table, strict=False)
                 )
-            )
-            if block_table and not kept:
-                preempted.append(sequence)
+            elif block_table:
                 recomputed_tokens += num_computed
             if sequence.block_table and not kept:
                 cached_tokens += computed
@@ -508,7 +521,6 @@ class Simulation:
             preemptions=totals.preemptions + len(preempted),
             recomputed_tokens=totals.recomputed_tokens + recomputed_tokens,
         )
-        return preempted
 
     def _needs_a_block(self, sequence: Sequence) -> bool:
         """Whether its next token fits into no block of its own."""

@@ -27,9 +27,10 @@ from server.engine.messages import (
     ToEngine,
     TokenLogprobs,
 )
-from server.engine.scheduler import ScheduledSequence, Scheduler, StepPlan
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
 from server.engine.step_cost import StepCostModel, StepCosts, StepWork
+from server.engine.step_plan import ScheduledSequence, StepPlan
 from tests.server.engine.simulation import generate_alone, next_token
 
 PATIENCE_MS = 10_000

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from server.engine.blocks import BlockPool
+from server.engine.chunks import LEAST_CHUNK
 from server.engine.messages import Pooling
-from server.engine.scheduler import LEAST_CHUNK, Advance, Scheduler
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
 from server.engine.step_cost import StepCosts
+from server.engine.step_plan import Advance
 from tests.server.engine.simulation import VOCABULARY, Simulation, generate_alone
 
 STEMS = [[0, 1, 2, 0, 2, 1] * 5, [2, 2, 1, 0, 0, 1] * 5]

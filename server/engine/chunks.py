@@ -1,0 +1,84 @@
+"""How a step's room for prompts is shared among those that are being computed.
+
+Decides counts of tokens; knows neither blocks nor who runs.
+"""
+
+from collections.abc import Sequence as Ordered
+from math import inf
+
+from server.engine.sequence import Sequence
+from server.engine.step_cost import StepCosts, StepWork
+
+LEAST_CHUNK = 16
+"""So many tokens of a prompt are computed in a step though there is no time for them: few more are dearer than none."""
+
+
+def share_chunks(
+    prompts: Ordered[Sequence], waiting: int, tokens: int, work: StepWork, costs: StepCosts | None
+) -> dict[Sequence, int]:
+    """How many tokens of each prompt run beside a step's decodes.
+
+    Half of the room is for the first prompt, however long, the rest for the shortest, however late: so neither a long
+    prompt nor those behind it starve.  Each of the two advances by LEAST_CHUNK tokens whatever that takes.
+
+    Args:
+        prompts: those that run and are not computed to their end, in their order; at least one.
+        waiting: sequences that wait behind them.
+        tokens: that the step has left.
+        work: its decodes.
+        costs: what chunks take of its time; None where that does not count.
+
+    Returns:
+        Tokens for each prompt that gets some, in their order.
+    """
+    seconds = inf
+    if costs is not None:
+        wait = len(prompts) + waiting
+        seconds = costs.chunk_seconds(work.decodes, work.decode_context, wait)
+        tokens = int(min(tokens, costs.chunk_tokens(work.decodes, wait)))
+    share = _ChunkShare(tokens, seconds, costs)
+    first, *others = prompts
+    others.sort(key=lambda own: (own.priority, own.num_uncomputed))
+    counts = {first: share.take(first, 0, LEAST_CHUNK, part=0.5 if others else 1.0)}
+    for place, sequence in enumerate(others):
+        if share.tokens == 0:
+            break
+        counts[sequence] = share.take(sequence, 0, LEAST_CHUNK if place == 0 else 0)
+    counts[first] += share.take(first, counts[first], 0)
+    return {sequence: count for sequence, count in counts.items() if count > 0}
+
+
+class _ChunkShare:
+    """What is left of a step for prompt chunks.
+
+    Args:
+        tokens: of the token budget.
+        seconds: of the time; infinite where nothing is known of that.
+        costs: what chunks take of it.
+    """
+
+    def __init__(self, tokens: int, seconds: float, costs: StepCosts | None) -> None:
+        self.tokens = tokens
+        self._seconds = seconds
+        self._costs = costs
+
+    def take(self, sequence: Sequence, taken: int, least: int, part: float = 1.0) -> int:
+        """Takes a chunk for a sequence, as long as it can be.
+
+        Args:
+            sequence: whose prompt.
+            taken: tokens that it has in this step already.
+            least: so many tokens it gets though there is no time for them.
+            part: how much of what is left it may take.
+        """
+        wanted = sequence.num_uncomputed - taken
+        start = sequence.num_computed + taken
+        count = min(wanted, max(1, int(self.tokens * part)), self.tokens)
+        if self._costs is not None:
+            if taken == 0:
+                self._seconds -= self._costs.reach(start)
+            affordable = self._costs.affordable(self._seconds * part, start)
+            count = int(min(count, max(affordable, least)))
+            self._seconds -= self._costs.chunk(count, start)
+        self.tokens -= count
+        return count
