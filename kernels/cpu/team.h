@@ -23,8 +23,11 @@
 #define MAX_PHASES 4096
 /* How often an idle thread looks for work before it sleeps: some tens of microseconds. */
 #define IDLE_SPINS 2000
-/* How often a thread looks whether a phase has ended before it sleeps, and how long at most. */
-#define PHASE_SPINS 2000
+/* How often a thread looks whether a phase has ended before it sleeps, for each thread up to some: of two, the core of one
+ * that looks is half the machine; of many it is little, and on their machine the part that is missing is soon done, sooner
+ * than they would wake.  And how long it sleeps at most. */
+#define PHASE_SPINS 1000
+#define PHASE_SPINS_MOST_THREADS 16
 #define PHASE_SLEEP_NS 1000000
 
 typedef struct {
@@ -70,18 +73,19 @@ static void part_is_done(Phase *phase, uint32_t parts) {
 
 /* Waits until a phase has ended; false if the work is another one by now.  A thread that only let others run would keep
  * its core from the one that it waits for: the system moves that to a core that has nothing to do. */
-static int wait_for(Phase *phase, uint32_t number, uint32_t parts) {
-    for (int spins = 0;; spins++) {
+static int wait_for(Phase *phase, uint32_t number, uint32_t parts, int64_t threads) {
+    const int64_t most = PHASE_SPINS * (threads < PHASE_SPINS_MOST_THREADS ? threads : PHASE_SPINS_MOST_THREADS);
+    for (int64_t spins = 0;; spins++) {
         const uint32_t done = atomic_load_explicit(&phase->done, memory_order_acquire);
         if (atomic_load_explicit(&team.number, memory_order_acquire) != number) return 0;
         if (done >= parts) return 1;
-        if (spins < PHASE_SPINS) {
+        if (spins < most) {
             _mm_pause();
             continue;
         }
-        const struct timespec most = {0, PHASE_SLEEP_NS};
+        const struct timespec longest = {0, PHASE_SLEEP_NS};
         atomic_fetch_add(&team.waiting, 1);
-        syscall(SYS_futex, &phase->done, FUTEX_WAIT_PRIVATE, done, &most, NULL, 0);
+        syscall(SYS_futex, &phase->done, FUTEX_WAIT_PRIVATE, done, &longest, NULL, 0);
         atomic_fetch_sub(&team.waiting, 1);
     }
 }
@@ -95,7 +99,7 @@ static void take_part_in(const Work *work, uint32_t number, int64_t thread) {
             work->run(work->context, i, part, thread);
             part_is_done(phase, parts);
         }
-        if (!wait_for(phase, number, parts)) return;
+        if (!wait_for(phase, number, parts, work->threads)) return;
     }
 }
 
