@@ -34,12 +34,12 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Needs PyPI's or OSV's vulnerability service, so CI runs it where one can be reached.  Its own environment, because it
-# is no part of what is audited.
-audit: constraints.txt
+# Asks PyPI's database of vulnerabilities, which mirrors need not have, so CI does not run it: run it by hand before a
+# release.  Its own environment, because it is no part of what is audited.
+audit: constraints.txt constraints-compat.txt
 	test -x $(VENV)-audit/bin/pip-audit || $(PYTHON) -m venv $(VENV)-audit
 	$(VENV)-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
-	$(VENV)-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
+	$(VENV)-audit/bin/pip-audit --requirement constraints.txt --requirement constraints-compat.txt --no-deps --disable-pip --strict
 
 clean:
 	rm -rf $(VENV) $(VENV)-audit .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info build dist kernels/cpu/*.so

@@ -158,10 +158,7 @@ def measure(loaded: LoadedModel, settings: Settings, arguments: argparse.Namespa
             client.turn()
         # What chunks take has to be seen before it can be heeded.
         client.until_begun([client.submit(8 * SHORT, 1)])
-        started = time.perf_counter()
-        for _ in range(arguments.quiet_steps):
-            client.turn()
-        quiet = client.gaps_ms(streams, started)
+        quiet = quiet_gaps(client, streams, arguments.quiet_steps)
         started = time.perf_counter()
         long, short = [], []
         for _ in range(arguments.prompts):
@@ -170,6 +167,8 @@ def measure(loaded: LoadedModel, settings: Settings, arguments: argparse.Namespa
             short.append(client.submit(SHORT, 1))
             client.until_begun([long[-1], short[-1]])
         busy = client.gaps_ms(streams, started)
+        # As many before as after: steps take longer as the streams grow.
+        quiet = sorted(quiet + quiet_gaps(client, streams, arguments.quiet_steps))
         quiet_p99, busy_p99 = _p99(quiet), _p99(busy)
         return Latencies(
             bounded,
@@ -182,6 +181,14 @@ def measure(loaded: LoadedModel, settings: Settings, arguments: argparse.Namespa
             alone_ttft,
             [client.ttft_ms(number) for number in short],
         )
+
+
+def quiet_gaps(client: Client, streams: list[int], steps: int) -> list[float]:
+    """Milliseconds between the streams' tokens while nothing else runs, for so many steps."""
+    started = time.perf_counter()
+    for _ in range(steps):
+        client.turn()
+    return client.gaps_ms(streams, started)
 
 
 def _p99(ordered: list[float]) -> float:
@@ -212,7 +219,9 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=32, help="that go on all the time [default: %(default)s]")
     parser.add_argument("--prompt-len", type=int, default=4096, help="tokens of a long prompt [default: %(default)s]")
     parser.add_argument("--prompts", type=int, default=3, help="long prompts, one after another [default: %(default)s]")
-    parser.add_argument("--quiet-steps", type=int, default=200, help="before they arrive [default: %(default)s]")
+    parser.add_argument(
+        "--quiet-steps", type=int, default=200, help="before they arrive, and after [default: %(default)s]"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all figures as JSON")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="persimmon-long-prompts-") as scratch:

@@ -94,7 +94,7 @@ def cpu_multiplies_bfloat16() -> bool:
 
 def cpu_kernels_name(operations: Kernels[Any]) -> str:
     """What computes on a CPU, for people."""
-    return f"{operations.build} kernels" if isinstance(operations, NativeKernels) else "plain torch"
+    return f"{operations.build} kernels" if isinstance(operations, NativeKernels) else "plain torch, no C kernels"
 
 
 def for_device(device: torch.device, dtype: torch.dtype = torch.float32) -> Kernels[Any]:

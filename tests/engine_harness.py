@@ -7,11 +7,13 @@ from collections import defaultdict, deque
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 import kernels
+from kernels import Kernels
 from model.checkpoint import Checkpoint
 from model.config import PersimmonConfig
 from model.grammar import GrammarCompiler
@@ -30,11 +32,11 @@ CPU = torch.device("cpu")
 GREEDY = Sampling(temperature=0.0)
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Persimmon:
-    """A checkpoint's network on the CPU."""
+def load_model(folder: Path, dtype: torch.dtype = torch.float32, operations: Kernels[Any] | None = None) -> Persimmon:
+    """A checkpoint's network on the CPU, with the operations that serve there unless others are given."""
     config = PersimmonConfig.from_folder(folder)
     tensors = Checkpoint.open(folder, config).tensors()
-    return Persimmon(config, tensors, dtype, CPU, kernels.for_device(CPU))
+    return Persimmon(config, tensors, dtype, CPU, operations or kernels.for_device(CPU))
 
 
 def poisoned_cache(model: Persimmon, num_blocks: int, block_size: int) -> KVCache:
@@ -71,6 +73,7 @@ class Harness:
         prefix_caching: whether full blocks are found again.
         grammars: compiles the sequences' grammars.
         overlap: whether a step is planned and launched before the one before it is looked at, as on a GPU.
+        operations: those that the model was loaded with; what serves a CPU by default.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Harness:
         prefix_caching: bool = False,
         grammars: GrammarCompiler | None = None,
         overlap: bool = False,
+        operations: Kernels[Any] | None = None,
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching)
         self.scheduler = Scheduler(
@@ -95,7 +99,7 @@ class Harness:
         cache = poisoned_cache(model, num_blocks, block_size)
         self.told: defaultdict[Sequence, Told] = defaultdict(Told)
         """What the steps have reported of each sequence."""
-        self._run = PlanRunner(Runner(model, cache, kernels.for_device(CPU)), grammars)
+        self._run = PlanRunner(Runner(model, cache, operations or kernels.for_device(CPU)), grammars)
         self._overlap = overlap
         self._under_way: deque[tuple[StepPlan, LaunchedStep]] = deque()
         self.failures: dict[Sequence, str] = {}

@@ -111,7 +111,8 @@ INLINE void score_segment(const Head *own, const float query[][MAX_DIM], int64_t
     {                                                                                                                 \
         const int64_t from = columns + (d) * block_size;                                                              \
         const Vector none = broadcast(0.0f);                                                                          \
-        const Pair key = pairs ? load_pair_as(op->keys, from, type) : (Pair){load_as(op->keys, from, type), none};    \
+        Pair key = pairs ? load_pair_as(op->keys, from, type) : (Pair){load_as(op->keys, from, type), none};          \
+        if (queries > 1) key = (Pair){kept(key.one), kept(key.other)};                                                \
         if (queries == 1) fetch(address(ahead, (d) * block_size, type), width, type);                                 \
         _Pragma("GCC unroll 4") for (int q = 0; q < queries; q++) {                                                   \
             const Vector own_query = broadcast(query[q][d]);                                                          \

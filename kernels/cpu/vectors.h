@@ -158,6 +158,16 @@ INLINE Vector load_as(const void *from, int64_t index, const int type) {
     return load((const float *)from + index);
 }
 
+/* Keeps a vector in a register: the compiler would rather load it again for every use, and loads are what is scarce. */
+INLINE Vector kept(Vector v) {
+#if LANES == 16
+    __asm__("" : "+v"(v));
+#else
+    __asm__("" : "+x"(v));
+#endif
+    return v;
+}
+
 /* 2 * LANES numbers in the order in which they are had for least: of bfloat16 those at even places and those at odd ones,
  * for which two shifts do, of other types the first half and the second. */
 typedef struct {

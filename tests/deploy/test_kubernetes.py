@@ -1,22 +1,25 @@
-"""The Kubernetes manifests: valid by Kubernetes' own schemas, strict about privileges, with times that add up."""
+"""The Kubernetes manifests: of the right form, strict about privileges, with times that add up."""
 
 import shutil
 import subprocess
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
 
 from server.config import Settings, environment_variable, read_settings
 from server.supervisor import FLUSH_SECONDS, LAST_WORDS_SECONDS
+from tests.deploy import operators
 from tests.deploy.files import KUBERNETES, read_yaml
 
 VERSIONS = ("1.30", "1.34", kubernetes_validate.latest_version())
 MANIFESTS = ("deployment.yaml", "service.yaml", "disruption_budget.yaml")
-OF_OPERATORS = ("monitoring.coreos.com/v1", "keda.sh/v1alpha1")
-"""Kinds of resource that Kubernetes has only where somebody has installed them; their schemas are not its own."""
+OF_OPERATORS = ("monitoring/service_monitor.yaml", "autoscaling/scaled_object.yaml")
+"""Of kinds that Kubernetes has only where somebody has installed them; their schemas are not its own."""
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,52 @@ def test_the_schemas_refuse_a_misspelt_field(deployment: Any):
         kubernetes_validate.validate(wrong, VERSIONS[0], strict=True)
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("manifest", OF_OPERATORS)
+def test_a_manifest_for_an_operator_has_the_form_that_it_wants(manifest: str, version: str):
+    operators.validate(read_yaml(KUBERNETES / manifest), version)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        (("metadata", "label"), {}, "'label' was unexpected"),
+        (("spec", "endpoint"), [], "'endpoint' was unexpected"),
+        (("spec", "endpoints", 0, "interval"), 15, "15 is not of type 'string'"),
+        (("spec", "endpoints", 0, "interval"), "15 s", "'15 s' does not match"),
+        (("spec", "endpoints", 0, "scheme"), "HTTPS:", "'HTTPS:' is not one of"),
+        (("spec", "selector", "matchLabel"), {}, "'matchLabel' was unexpected"),
+    ],
+)
+def test_the_form_of_a_service_monitor_refuses(path: tuple[str | int, ...], value: Any, named: str):
+    _assert_refused(OF_OPERATORS[0], path, value, named)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        (("spec", "maxReplicas"), 8, "'maxReplicas' was unexpected"),
+        (("spec", "pollingInterval"), "15s", "'15s' is not of type 'integer'"),
+        (("spec", "scaleTargetRef"), {}, "'name' is a required property"),
+        (("spec", "triggers", 0, "metricType"), "Utilization", "'Utilization' is not one of"),
+        (("spec", "triggers", 0, "metadata", "threshold"), 8, "8 is not of type 'string'"),
+        (("spec", "triggers", 0, "metadata"), {"query": "up", "threshold": "8"}, "'serverAddress' is a required"),
+        (("spec", "advanced", "horizontalPodAutoscalerConfig", "behavior", "scaleup"), {}, "'scaleup' was unexpected"),
+    ],
+)
+def test_the_form_of_a_scaled_object_refuses(path: tuple[str | int, ...], value: Any, named: str):
+    _assert_refused(OF_OPERATORS[1], path, value, named)
+
+
+def _assert_refused(manifest: str, path: tuple[str | int, ...], value: Any, named: str) -> None:
+    """With another value at a place, a manifest is refused in these words."""
+    wrong = read_yaml(KUBERNETES / manifest)
+    *outer, last = path
+    reduce(lambda part, key: part[key], outer, wrong)[last] = value
+    with pytest.raises(jsonschema.ValidationError, match=named):
+        operators.validate(wrong, VERSIONS[0])
+
+
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl puts the parts together")
 def test_the_parts_put_together_have_the_form_that_kubernetes_wants(tmp_path: Path):
     shutil.copytree(KUBERNETES, tmp_path, dirs_exist_ok=True)
@@ -59,7 +108,9 @@ def test_the_parts_put_together_have_the_form_that_kubernetes_wants(tmp_path: Pa
     kinds = {"Deployment", "Service", "PodDisruptionBudget", "ServiceMonitor", "ScaledObject"}
     assert {resource["kind"] for resource in resources} == kinds
     for resource in resources:
-        if resource["apiVersion"] not in OF_OPERATORS:
+        if resource["kind"] in operators.SCHEMAS:
+            operators.validate(resource, VERSIONS[0])
+        else:
             kubernetes_validate.validate(resource, VERSIONS[0], strict=True)
     (container,) = next(each for each in resources if each["kind"] == "Deployment")["spec"]["template"]["spec"][
         "containers"

@@ -13,9 +13,11 @@ import sys
 import termios
 from pathlib import Path
 
+import httpx
 import pytest
 
 import model
+from tests.end_to_end.serving import serving
 
 DEMO = Path(model.__path__[0]) / "demo"
 
@@ -155,6 +157,23 @@ def test_the_console_tells_each_phase_the_memory_plan_and_where_to_go(demo):
     assert re.search(rf"weights \d\d\.\d MiB, activations \d+\.\d MiB,{buffers} KV cache 2\d\.\d MiB", console)
     assert re.search(r"\d+ KV blocks of 32 hold [\d,]+ tokens", console)
     assert f"curl {demo.url}/v1/chat/completions" in console
+
+
+def test_a_server_without_c_kernels_says_so_and_answers_the_same(demo, tmp_path):
+    # As it is installed where there is no C compiler.
+    project = DEMO.parents[1]
+    for package in ("server", "model"):
+        (tmp_path / package).symlink_to(project / package)
+    shutil.copytree(project / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    asked = {"messages": [{"role": "user", "content": "What does galaxy mean?"}], "temperature": 0}
+    # Python looks there first, and not in the folder that it is started in.
+    with serving("--kv-cache-memory", "26MB", PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1") as server:
+        answers = [
+            httpx.post(f"{each.url}/v1/chat/completions", json=asked, timeout=60).json() for each in (demo, server)
+        ]
+    told = r"^Serving .* \(float32, cpu \(\d+ threads, plain torch, no C kernels\)\)"
+    assert re.search(told, "\n".join(server.lines), re.MULTILINE)
+    assert answers[0]["choices"] == answers[1]["choices"]
 
 
 def test_the_printed_curl_works(demo):

@@ -5,13 +5,15 @@ Batching, chunking, prefix hits and preemption change speed, never tokens.
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import kernels
+from kernels import Kernels
 from model.chat_format import Turn, render
 from model.persimmon import Persimmon
 from model.runner import Runner, SequenceInput
@@ -46,8 +48,18 @@ OTHER_TEXTS = (
 class Case:
     """A checkpoint, loaded, and what Transformers makes of prompts for it."""
 
+    folder: Path
+    operations: Kernels[Any]
     model: Persimmon
     reference: GreedyReference
+
+    def computed_by(self, operations: Kernels[Any]) -> "Case":
+        """The same, loaded for other operations."""
+        return replace(self, operations=operations, model=load_model(self.folder, operations=operations))
+
+    def harness(self, **options: Any) -> Harness:
+        """An engine for it."""
+        return Harness(self.model, operations=self.operations, **options)
 
     def some(self) -> GreedyReference:
         """A few prompts, short and long, for what runs them one by one."""
@@ -90,7 +102,14 @@ def case(request: pytest.FixtureRequest) -> Case:
     reference = transformers_reference.continue_greedily(transformers, candidates, NEW_TOKENS).without_near_ties()
     if len(reference.prompts) < NUM_PROMPTS:
         pytest.fail(f"only {len(reference.prompts)} of {len(candidates)} prompts are without near-ties: add some")
-    return Case(load_model(folder), reference.select(range(NUM_PROMPTS)))
+    operations = kernels.for_device(CPU)
+    return Case(folder, operations, load_model(folder, operations=operations), reference.select(range(NUM_PROMPTS)))
+
+
+@pytest.fixture
+def each_way(case: Case, cpu_kernels: Kernels[Any]) -> Case:
+    """The case in each of the ways in which a CPU computes."""
+    return case.computed_by(cpu_kernels)
 
 
 def test_the_reference_is_worth_comparing_with(case: Case) -> None:
@@ -106,9 +125,10 @@ def test_the_reference_is_worth_comparing_with(case: Case) -> None:
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 64])
-def test_greedy_tokens_equal_transformers(case: Case, block_size: int) -> None:
-    harness = Harness(case.model, num_blocks=case.blocks(block_size), block_size=block_size)
-    assert harness.outputs(case.reference.prompts, NEW_TOKENS) == case.reference.outputs
+def test_greedy_tokens_equal_transformers(each_way: Case, block_size: int) -> None:
+    reference = each_way.reference
+    harness = each_way.harness(num_blocks=each_way.blocks(block_size), block_size=block_size)
+    assert harness.outputs(reference.prompts, NEW_TOKENS) == reference.outputs
     # One step for all prompts and one more for each further token: they did run side by side.
     assert harness.stats.steps == NEW_TOKENS
 
@@ -118,9 +138,9 @@ class TestLogits:
 
     @pytest.mark.parametrize("cached", ["nothing", "half", "all but the last token"])
     @pytest.mark.parametrize("of_all", [0.0, 0.3, 0.6, 1.0])
-    def test_equal_transformers(self, case: Case, cached: str, of_all: float) -> None:
-        reference = case.reference
-        runner = Runner(case.model, poisoned_cache(case.model, case.blocks(), 16), kernels.for_device(CPU))
+    def test_equal_transformers(self, each_way: Case, cached: str, of_all: float) -> None:
+        reference = each_way.reference
+        runner = Runner(each_way.model, poisoned_cache(each_way.model, each_way.blocks(), 16), each_way.operations)
         contexts, rests, expected = [], [], []
         first_block = 0
         for index, logits in enumerate(reference.logits):
@@ -141,19 +161,19 @@ class TestChunks:
     @pytest.mark.parametrize("chunk", [1, 7, 64])
     def test_of_any_size_give_the_same_tokens(self, case: Case, chunk: int) -> None:
         some = case.some()
-        harness = Harness(case.model, num_blocks=case.blocks(), max_num_seqs=1, max_num_batched_tokens=chunk)
+        harness = case.harness(num_blocks=case.blocks(), max_num_seqs=1, max_num_batched_tokens=chunk)
         assert harness.outputs(some.prompts, NEW_TOKENS) == some.outputs
         chunks = sum(-(-len(prompt) // chunk) for prompt in some.prompts)
         assert harness.stats.steps == chunks + (NEW_TOKENS - 1) * len(some.prompts)
 
     @pytest.mark.parametrize(("budget", "max_num_seqs"), [(7, 7), (64, 32)])
     def test_between_other_sequences_decodes_give_the_same_tokens(
-        self, case: Case, budget: int, max_num_seqs: int
+        self, each_way: Case, budget: int, max_num_seqs: int
     ) -> None:
-        harness = Harness(
-            case.model, num_blocks=case.blocks(), max_num_seqs=max_num_seqs, max_num_batched_tokens=budget
+        harness = each_way.harness(
+            num_blocks=each_way.blocks(), max_num_seqs=max_num_seqs, max_num_batched_tokens=budget
         )
-        assert harness.outputs(case.reference.prompts, NEW_TOKENS) == case.reference.outputs
+        assert harness.outputs(each_way.reference.prompts, NEW_TOKENS) == each_way.reference.outputs
 
 
 class TestBatches:
@@ -162,7 +182,7 @@ class TestBatches:
         reference = case.some() if max_num_seqs == 1 else case.reference
         # Some together, some while others decode, in an order of their own for each size.
         arrivals = random.Random(max_num_seqs).choices(range(100), k=len(reference.prompts))
-        harness = Harness(case.model, num_blocks=case.blocks(), max_num_seqs=max_num_seqs)
+        harness = case.harness(num_blocks=case.blocks(), max_num_seqs=max_num_seqs)
         assert harness.outputs(reference.prompts, NEW_TOKENS, arrivals) == reference.outputs
 
 
@@ -170,16 +190,16 @@ class TestPrefixCache:
     @staticmethod
     def harness(case: Case) -> Harness:
         """A cache that need not forget anything."""
-        return Harness(case.model, num_blocks=3 * case.blocks(), prefix_caching=True)
+        return case.harness(num_blocks=3 * case.blocks(), prefix_caching=True)
 
-    def test_cold_and_warm_give_the_same_tokens(self, case: Case) -> None:
-        harness = self.harness(case)
-        assert harness.outputs(case.reference.prompts, NEW_TOKENS) == case.reference.outputs
-        warm = harness.generate(case.reference.prompts, NEW_TOKENS)
-        assert [new_tokens(sequence) for sequence in warm] == case.reference.outputs
+    def test_cold_and_warm_give_the_same_tokens(self, each_way: Case) -> None:
+        harness = self.harness(each_way)
+        assert harness.outputs(each_way.reference.prompts, NEW_TOKENS) == each_way.reference.outputs
+        warm = harness.generate(each_way.reference.prompts, NEW_TOKENS)
+        assert [new_tokens(sequence) for sequence in warm] == each_way.reference.outputs
         # Everything that can be reused is: full blocks, the one with the last token excepted.
         assert [sequence.cached_tokens for sequence in warm] == [
-            (len(prompt) - 1) // 16 * 16 for prompt in case.reference.prompts
+            (len(prompt) - 1) // 16 * 16 for prompt in each_way.reference.prompts
         ]
 
     @pytest.mark.parametrize("length", [16, 32, 48])
@@ -215,7 +235,7 @@ class TestPrefixCache:
         mixed = other[:16] + one[16:]
         (sequence,) = harness.generate([mixed], 16)
         assert sequence.cached_tokens == 16
-        assert [new_tokens(sequence)] == Harness(case.model, num_blocks=8).outputs([mixed], 16)
+        assert [new_tokens(sequence)] == case.harness(num_blocks=8).outputs([mixed], 16)
 
     def test_twins_that_share_blocks_while_they_run_give_the_same_tokens(self, case: Case) -> None:
         index = max(range(NUM_PROMPTS), key=lambda index: len(case.reference.prompts[index]))
@@ -228,12 +248,11 @@ class TestPrefixCache:
 class TestOverlap:
     """Each step launched before anybody has looked at the tokens of the one before, as on a GPU."""
 
-    def test_gives_the_same_tokens(self, case: Case) -> None:
-        reference = case.reference
+    def test_gives_the_same_tokens(self, each_way: Case) -> None:
+        reference = each_way.reference
         arrivals = random.Random(3).choices(range(100), k=len(reference.prompts))
-        harness = Harness(
-            case.model,
-            num_blocks=case.blocks(),
+        harness = each_way.harness(
+            num_blocks=each_way.blocks(),
             max_num_seqs=16,
             max_num_batched_tokens=48,
             prefix_caching=True,
@@ -242,7 +261,7 @@ class TestOverlap:
         assert harness.outputs(reference.prompts, NEW_TOKENS, arrivals) == reference.outputs
 
     def test_with_preemption_gives_the_same_tokens(self, case: Case) -> None:
-        harness = Harness(case.model, num_blocks=round(0.3 * case.blocks()), prefix_caching=True, overlap=True)
+        harness = case.harness(num_blocks=round(0.3 * case.blocks()), prefix_caching=True, overlap=True)
         assert harness.outputs(case.reference.prompts, NEW_TOKENS) == case.reference.outputs
         assert harness.stats.preemptions > 0
 
@@ -254,7 +273,7 @@ class TestOverlap:
         ]
 
         def tokens(*, overlap: bool) -> list[list[int]]:
-            harness = Harness(case.model, num_blocks=case.blocks(), prefix_caching=True, overlap=overlap)
+            harness = case.harness(num_blocks=case.blocks(), prefix_caching=True, overlap=overlap)
             families = [
                 Sequence(
                     (number, 0),
@@ -280,23 +299,22 @@ class TestPreemption:
 
     @staticmethod
     def harness(case: Case, *, prefix_caching: bool, max_num_batched_tokens: int = 2048) -> Harness:
-        return Harness(
-            case.model,
+        return case.harness(
             num_blocks=round(0.3 * case.blocks()),
             prefix_caching=prefix_caching,
             max_num_batched_tokens=max_num_batched_tokens,
         )
 
     @pytest.mark.parametrize(("budget", "prefix_caching"), [(48, True), (2048, False)])
-    def test_preempted_sequences_yield_the_same_tokens(self, case: Case, budget: int, prefix_caching: bool) -> None:
-        harness = self.harness(case, prefix_caching=prefix_caching, max_num_batched_tokens=budget)
-        assert harness.outputs(case.reference.prompts, NEW_TOKENS) == case.reference.outputs
+    def test_preempted_sequences_yield_the_same_tokens(self, each_way: Case, budget: int, prefix_caching: bool) -> None:
+        harness = self.harness(each_way, prefix_caching=prefix_caching, max_num_batched_tokens=budget)
+        assert harness.outputs(each_way.reference.prompts, NEW_TOKENS) == each_way.reference.outputs
         assert harness.stats.preemptions > 0
 
     def test_preempted_sequences_draw_the_same_tokens(self, case: Case) -> None:
         prompts = case.reference.prompts
         drawn = [Sampling(temperature=0.8, top_p=0.9, seed=seed) for seed in range(len(prompts))]
-        roomy = Harness(case.model, num_blocks=case.blocks())
+        roomy = case.harness(num_blocks=case.blocks())
         tight = self.harness(case, prefix_caching=True)
         expected = [sequence.token_ids for sequence in roomy.generate(prompts, NEW_TOKENS, sampling=drawn)]
         assert [sequence.token_ids for sequence in tight.generate(prompts, NEW_TOKENS, sampling=drawn)] == expected

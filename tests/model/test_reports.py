@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import PersimmonForCausalLM, PersimmonModel
 
+from kernels import Kernels
 from model.persimmon import Persimmon
 from server.engine.messages import Pooling, Sampling, TokenLogprobs
 from server.engine.sequence import Sequence
@@ -62,8 +63,11 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_logprobs_of_prompts_and_answers_are_transformers(case: Case, way: str) -> None:
-    harness = Harness(case.model, **WAYS[way])
+def test_logprobs_of_prompts_and_answers_are_transformers(
+    case: Case, random_checkpoint: Path, cpu_kernels: Kernels[Any], way: str
+) -> None:
+    model = load_model(random_checkpoint, operations=cpu_kernels)
+    harness = Harness(model, operations=cpu_kernels, **WAYS[way])
     if way == "on prefix hits":
         harness.generate(case.prompts, 2)
     sequences = [
