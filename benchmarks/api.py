@@ -415,11 +415,12 @@ class Bench:
 
 
 @contextlib.contextmanager
-def serving(workers: int) -> Iterator[Bench]:
+def serving(workers: int, settings: Settings | None = None) -> Iterator[Bench]:
     """An engine and API workers for the length of a block; this process shares the engine's core meanwhile.
 
     Args:
         workers: API workers; there must be one core more.
+        settings: of the server; None for the default ones.
     """
     *cores, own_core = sorted(os.sched_getaffinity(0))
     if workers > len(cores):
@@ -438,7 +439,16 @@ def serving(workers: int) -> Iterator[Bench]:
                 report, report_end = spawn.Pipe(duplex=False)
                 reports.append(report)
                 place = WorkerPlace(index, workers, Path(scratch))
-                arguments = (cores[index], Settings(), CHECKPOINT, MODEL, address, listener, place, report_end)
+                arguments = (
+                    cores[index],
+                    settings or Settings(),
+                    CHECKPOINT,
+                    MODEL,
+                    address,
+                    listener,
+                    place,
+                    report_end,
+                )
                 processes.append(spawn.Process(target=run_pinned_worker, args=arguments))
             for process in processes:
                 process.start()

@@ -2,13 +2,15 @@
 
     python -m benchmarks.overload --seconds 60 --out FILE.json
 
-Starts the server on the demo checkpoint, finds its peak in a closed loop, then sends requests in an open loop at some
-multiple of that, whether earlier ones are answered or not.  Goodput is tokens of whole answers a second while the load
-lasts.  The client shares the machine's cores with the server, unless --server-cores gives the server some of its own.
+Starts the server on the demo or a random checkpoint, finds its peak in a closed loop, then sends requests in an open
+loop at some multiple of that, whether earlier ones are answered or not.  Goodput is tokens of whole answers a second
+while the load lasts.  The client shares the machine's cores with the server, unless --server-cores gives the server
+some of its own and the client is started on others; so the figures say which cores each had, and what it took of them.
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
 import math
 import sys
@@ -18,20 +20,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
 import uvloop
 
+from benchmarks.checkpoint import DEMO, write_checkpoint
 from benchmarks.processes import Family, Sample, watch
-from benchmarks.servers import Server, running
-from model import demo
+from benchmarks.servers import RunningServer, Server, running
 from server.bench.answer import Answer, RequestFailedError
-from server.bench.http_client import Endpoint, Response
-from server.bench.load import ClosedLoop, Exchange, Limits, OpenLoop, Run, drive
+from server.bench.http_client import Response
+from server.bench.load import ClosedLoop, Exchange, Limits, Load, OpenLoop, Run, drive
 from server.bench.probe import served_model
 from server.bench.report import read_exchanges
 from server.bench.workload import RandomWorkload, Request, request
 
 SETTLE_SECONDS = 5.0
 """What ends in the first seconds of a load was begun at another one, and is not counted."""
+
+CLIENT = "client"
+"""This process, among those that take processor time."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class Figures:
         other_failures: of any other kind, by it.
         refusal_ms: how long refusals took: median, 99th percentile and longest.
         ttft_ms: time to first token of whole answers: median and 99th percentile.
+        busy_cores: by process, seconds of processor time that it took in a second of the whole load.
     """
 
     offered_per_s: float | None
@@ -59,10 +66,18 @@ class Figures:
     other_failures: Mapping[str, int]
     refusal_ms: tuple[float, float, float] | None
     ttft_ms: tuple[float, float] | None
+    busy_cores: Mapping[str, float]
 
 
-def figures(run: Run, offered: float | None, seconds: float) -> Figures:
-    """What came of a load that lasted so long.  Answers count where they ended while it lasted."""
+def figures(run: Run, offered: float | None, seconds: float, server_cpu_s: Mapping[str, float]) -> Figures:
+    """What came of a load that lasted so long.  Answers count where they ended while it lasted.
+
+    Args:
+        run: as it was driven.
+        offered: requests a second; None in a closed loop.
+        seconds: that requests were sent for.
+        server_cpu_s: processor time of the server's processes in the run.
+    """
     begin = min(exchange.outcome.started for exchange in run.exchanges if isinstance(exchange.outcome, Response))
     first, last = begin + SETTLE_SECONDS, begin + seconds
     results = list(zip(run.exchanges, read_exchanges(run.exchanges), strict=True))
@@ -75,6 +90,7 @@ def figures(run: Run, offered: float | None, seconds: float) -> Figures:
         if isinstance(each, RequestFailedError) and (_status(exchange) or 0) not in range(400, 600)
     )
     counted = last - first
+    cpu_s = {CLIENT: run.client_cpu_s, **server_cpu_s}
     return Figures(
         offered,
         round(counted, 2),
@@ -85,6 +101,7 @@ def figures(run: Run, offered: float | None, seconds: float) -> Figures:
         dict(failures),
         None if not refusals else (_at(refusals, 0.5), _at(refusals, 0.99), _at(refusals, 1)),
         None if not answers else _first_tokens(answers),
+        {name: round(each / run.duration_s, 3) for name, each in cpu_s.items()},
     )
 
 
@@ -108,17 +125,46 @@ def _at(values: Sequence[float], share: float) -> float:
 
 
 @dataclass(frozen=True)
+class Cores:
+    """Where processes may run, as the system numbers cores.
+
+    Attributes:
+        client: this process.
+        server: all of the server's.
+    """
+
+    client: Sequence[int]
+    server: Sequence[int]
+
+    @property
+    def count(self) -> int:
+        """Of both together."""
+        return len({*self.client, *self.server})
+
+    def __str__(self) -> str:
+        if set(self.client) & set(self.server):
+            return f"client and server share cores: {_listed(self.client)} and {_listed(self.server)}"
+        return f"the server has cores of its own, {_listed(self.server)}; the client has {_listed(self.client)}"
+
+
+def _listed(cores: Sequence[int]) -> str:
+    return ",".join(map(str, cores))
+
+
+@dataclass(frozen=True)
 class Result:
     """A measurement.
 
     Attributes:
         command: how the server was started.
+        cores: where client and server ran.
         peak: in a closed loop of twice as many streams as run at once.
         overload: in an open loop.
         memory: of all processes of the server, before, during and after the overload.
     """
 
     command: str
+    cores: Cores
     peak: Figures
     overload: Figures
     memory: Sequence[Sample]
@@ -128,43 +174,57 @@ class Result:
         """Goodput under overload over the peak's."""
         return self.overload.goodput_tokens_per_s / self.peak.goodput_tokens_per_s
 
+    def client_share(self, load: Figures) -> float:
+        """How much of the time of all cores the client took in one of the loads, from 0 to 1."""
+        return load.busy_cores[CLIENT] / self.cores.count
+
 
 async def measure(
-    endpoint: Endpoint, command: str, pid: int, workload: RandomWorkload, streams: int, factor: float, seconds: float
+    server: RunningServer, command: str, workload: RandomWorkload, streams: int, factor: float, seconds: float
 ) -> Result:
     """Finds the peak and overloads the server.
 
     Args:
-        endpoint: the server.
+        server: which serves.
         command: how it was started.
-        pid: of its first process.
         workload: what is asked.
         streams: sequences that run at once; at the peak twice as many requests are in flight.
         factor: the open loop's rate over the peak's.
         seconds: of each load.
     """
-    model = await served_model(endpoint)
+    model = await served_model(server.endpoint)
+    family, memory = Family(server.process_id), list[Sample]()
 
     def requests(seed: int) -> Iterator[Request]:
         return (request(model, prompt, ignore_eos=True) for prompt in workload.prompts(seed))
 
-    await drive(endpoint, requests(1), ClosedLoop(streams), Limits(2 * streams))
-    limits = Limits(duration_s=seconds)
+    async def loaded(seed: int, load: Load, offered: float | None) -> Figures:
+        before = family.sample()
+        run = await drive(server.endpoint, requests(seed), load, Limits(duration_s=seconds))
+        after = family.sample()
+        server_cpu_s = {name: held.cpu_s - before.held[name].cpu_s for name, held in after.held.items()}
+        return figures(run, offered, seconds, server_cpu_s)
+
+    await drive(server.endpoint, requests(1), ClosedLoop(streams), Limits(2 * streams))
     # As many again wait, so that no place stays empty for a moment.
-    closed = figures(await drive(endpoint, requests(2), ClosedLoop(2 * streams), limits), None, seconds)
+    closed = await loaded(2, ClosedLoop(2 * streams), None)
     rate = factor * closed.answered_per_s
-    family, memory = Family(pid), list[Sample]()
     watching = asyncio.create_task(watch(family, seconds / 5, memory))
-    opened = figures(await drive(endpoint, requests(3), OpenLoop(rate), limits), round(rate, 2), seconds)
+    opened = await loaded(3, OpenLoop(rate), round(rate, 2))
     watching.cancel()
     memory.append(family.sample())
-    return Result(command, closed, opened, memory)
+    return Result(command, _cores(server.process_id), closed, opened, memory)
+
+
+def _cores(server: int) -> Cores:
+    return Cores(*(tuple(psutil.Process(each).cpu_affinity()) for each in (None, server)))
 
 
 def describe(result: Result) -> str:
     """The figures in lines for people."""
     rows = [f"{'':12}{'offered/s':>10}{'answers/s':>10}{'tokens/s':>10}{'TTFT p50':>10}{'p99, ms':>10}"]
-    for name, each in (("peak", result.peak), ("overload", result.overload)):
+    loads = {"peak": result.peak, "overload": result.overload}
+    for name, each in loads.items():
         offered = "" if each.offered_per_s is None else f"{each.offered_per_s:.1f}"
         ttft = each.ttft_ms or (0.0, 0.0)
         rows.append(
@@ -173,6 +233,10 @@ def describe(result: Result) -> str:
         )
     over = result.overload
     rows.append(f"goodput under overload: {100 * result.goodput_ratio:.1f}% of the peak")
+    rows.append(str(result.cores))
+    for name, each in loads.items():
+        taken = ", ".join(f"{process} {busy:.2f}" for process, busy in each.busy_cores.items())
+        rows.append(f"cores busy, {name}: {taken}; the client's are {result.client_share(each):.0%} of all")
     refusals = over.refusal_ms
     took = "" if refusals is None else f"; {refusals[0]} ms median, {refusals[1]} ms p99, {refusals[2]} ms the longest"
     rows.append(f"refused with 429: {over.refused}{took}")
@@ -183,12 +247,23 @@ def describe(result: Result) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overload", description="Overload a server.")
+    parser.add_argument(
+        "--checkpoint",
+        choices=("demo", "random"),
+        default="demo",
+        help="demo: the one that comes with the server, which answers faster than anything that people use; random: "
+        "33M parameters, of benchmarks.checkpoint [default: %(default)s]",
+    )
     parser.add_argument("--seconds", type=float, default=60, help="of each of the two loads [default: %(default)s]")
     parser.add_argument("--factor", type=float, default=5, help="rate over the peak's [default: %(default)s]")
     parser.add_argument("--streams", type=int, default=32, help="sequences that run at once [default: %(default)s]")
     parser.add_argument("--input-len", type=int, default=64, help="token ids of a prompt [default: %(default)s]")
-    parser.add_argument("--output-len", type=int, default=64, help="tokens of an answer [default: %(default)s]")
-    parser.add_argument("--server-cores", metavar="LIST", help="cores for the server alone, as taskset has them")
+    parser.add_argument("--output-len", type=int, default=64, help="of an answer, on average [default: %(default)s]")
+    parser.add_argument(
+        "--server-cores",
+        metavar="LIST",
+        help="the server's, as taskset has them; start this program on others: taskset -c LIST",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     arguments = parser.parse_args()
     taskset = () if arguments.server_cores is None else ("taskset", "-c", arguments.server_cores)
@@ -200,14 +275,20 @@ def main() -> int:
         ("serve", "--model", "{checkpoint}", "--port", "{port}", "--no-access-log", *limits),
         {},
     )
-    workload = RandomWorkload((arguments.input_len,) * 2, (arguments.output_len,) * 2, 0, token_ids=(300, 4000))
-    checkpoint = Path(next(iter(demo.__path__)))
-    with tempfile.TemporaryDirectory() as folder, running(server, checkpoint, Path(folder) / "log", 120) as started:
+    # Answers of one length end together, and a closed loop would ask in waves, which cost less than an open loop.
+    lengths = (max(1, arguments.output_len // 2), max(1, 3 * arguments.output_len // 2))
+    workload = RandomWorkload((arguments.input_len,) * 2, lengths, 0, token_ids=(300, 4000))
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        checkpoint = DEMO
+        if arguments.checkpoint == "random":
+            checkpoint = folder / "checkpoint"
+            write_checkpoint(checkpoint)
+        started = stack.enter_context(running(server, checkpoint, folder / "log", 120))
         result = uvloop.run(
             measure(
-                started.endpoint,
+                started,
                 server.shown_command,
-                started.process_id,
                 workload,
                 arguments.streams,
                 arguments.factor,

@@ -3,12 +3,25 @@
 Knows when it was ready and when it is due again; nothing of what it does.
 """
 
+import contextlib
 import multiprocessing
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Collection, Iterator
 from multiprocessing import connection
 from multiprocessing.context import SpawnProcess
 
 from server.restarts import WINDOW_SECONDS, Restarts
+
+
+@contextlib.contextmanager
+def blocking(signals: Collection[signal.Signals]) -> Iterator[None]:
+    """Keeps signals waiting for the length of a block, and in processes that it starts from their first moment on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Child:
@@ -19,6 +32,7 @@ class Child:
         title: for people.
         main: what it runs.
         arguments: for that; behind them comes the end of a connection, on which it sends one message when it is ready.
+        blocked: signals that it is started with blocked; they wait until it says otherwise.
 
     Attributes:
         title: for people.
@@ -28,10 +42,18 @@ class Child:
         has_served: whether one of them has been ready.
     """
 
-    def __init__(self, name: str, title: str, main: Callable[..., None], *arguments: object) -> None:
+    def __init__(
+        self,
+        name: str,
+        title: str,
+        main: Callable[..., None],
+        *arguments: object,
+        blocked: Collection[signal.Signals] = (),
+    ) -> None:
         self._name = name
         self._main = main
         self._arguments = arguments
+        self._blocked = blocked
         self._restarts = Restarts()
         self.title = title
         self.has_served = False
@@ -44,7 +66,8 @@ class Child:
         self.due: float | None = None
         self.report: connection.Connection | None = report
         self.process: SpawnProcess = spawn.Process(target=self._main, args=(*self._arguments, end), name=self._name)
-        self.process.start()
+        with blocking(self._blocked):
+            self.process.start()
         end.close()  # so that a report's end is seen when its process ends
 
     def receive(self) -> object:
@@ -58,6 +81,11 @@ class Child:
             message = None
         self._forget_report()
         return message
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends it a signal, unless it has ended: its process id may be another's by then."""
+        if self.process.exitcode is None and self.process.pid is not None:
+            os.kill(self.process.pid, number)
 
     def plan_restart(self, now: float) -> float | None:
         """Decides when the next one starts; called when it has died, after it has served.

@@ -117,7 +117,10 @@ class Settings(BaseSettings):
         several=True,
     )
     api_key_file: Path | None = _setting(
-        None, "File of keys, a line each: name:key. The name stands for the key in logs.", "access", "FILE"
+        None,
+        "File of keys, a line each: name:key. The name stands for the key in logs. SIGHUP has it read again.",
+        "access",
+        "FILE",
     )
     protect_metrics: bool = _setting(False, "Ask for a key on /metrics too.", "access")
     max_concurrent_requests_per_key: int | None = _setting(

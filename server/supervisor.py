@@ -10,14 +10,17 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from multiprocessing import connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 from server.children import Child
-from server.config import Settings
+from server.config import Settings, SettingsError
 from server.engine.messages import Ready
+from server.http.access import reads_keys_again
+from server.http.authentication import KeyCheck
+from server.http.keys import key_ring
 from server.http.model_use import ModelUse
 from server.http.siblings import WorkerPlace
 from server.logs import error_logged, say
@@ -33,6 +36,9 @@ FLUSH_SECONDS = 5.0
 LOOK_SECONDS = 0.5
 """How often the engine's heartbeat is looked at."""
 
+ENDING = frozenset({signal.SIGTERM, signal.SIGINT})
+"""Signals that ask the server to end."""
+
 
 class ListenError(OSError):
     """The address cannot be listened on.  One line for the person who gave it."""
@@ -41,7 +47,8 @@ class ListenError(OSError):
 def supervise(settings: Settings, folder: Path, served_model_name: str, use: ModelUse) -> int:
     """Runs the server until it is told to stop or cannot go on.
 
-    A process that dies is started again, unless it never came to serve or dies time and again.
+    A process that dies is started again, unless it never came to serve or dies time and again.  SIGHUP has a
+    file of keys read again.
 
     Args:
         settings: of the server.
@@ -55,14 +62,17 @@ def supervise(settings: Settings, folder: Path, served_model_name: str, use: Mod
 
     Raises:
         ListenError: the port is taken, or the address is not this machine's.
+        SettingsError: the keys cannot be read.
     """
     with contextlib.ExitStack() as stack:
-        signals = stack.enter_context(_signal_pipe())
+        # Elsewhere SIGHUP does what it always does, and the end of a terminal is the end of the server.
+        passed_on = {signal.SIGHUP} if reads_keys_again(settings) else set()
+        signals = stack.enter_context(_signal_pipe(ENDING | passed_on))
         listeners = listen(settings.host, settings.port, settings.api_workers)
         for listener in listeners:
             stack.enter_context(listener)
         runtime = stack.enter_context(runtime_folder())
-        return _Supervisor(settings, folder, served_model_name, use, listeners, runtime, signals).run()
+        return _Supervisor(settings, folder, served_model_name, use, listeners, runtime, signals, passed_on).run()
 
 
 class _Supervisor:
@@ -77,6 +87,7 @@ class _Supervisor:
         listeners: Sequence[socket.socket],
         runtime: Path,
         signals: int,
+        passed_on: Collection[signal.Signals],
     ) -> None:
         self._settings = settings
         self._served_model_name = served_model_name
@@ -89,19 +100,33 @@ class _Supervisor:
         # What the engine said of itself; None while it loads.
         self._ready: Ready | None = None
         self._announced = False
-        self._engine = Child("persimmon-engine", "the engine process", engine_main, settings, folder, address, vitals)
+        # A worker that takes another's place gets what this holds then: its siblings' keys, whatever the file has.
+        self._keys = KeyCheck(key_ring(settings))
+        # A signal that workers must not miss waits until they are ready for it; in the engine, for ever.
+        self._engine = Child(
+            "persimmon-engine",
+            "the engine process",
+            engine_main,
+            settings,
+            folder,
+            address,
+            vitals,
+            blocked=passed_on,
+        )
         started = int(time.time())
         self._workers = [
             Child(
                 f"persimmon-api-{index}",
                 "the API process" if count == 1 else f"API process {index}",
                 _worker_main,
+                self._keys,
                 settings,
                 folder,
                 served_model_name,
                 address,
                 listener,
                 WorkerPlace(index, count, runtime, started, vitals),
+                blocked=passed_on,
             )
             for index, listener in enumerate(listeners)
         ]
@@ -115,7 +140,9 @@ class _Supervisor:
             reports = [child.report for child in running if child.report is not None]
             happened = connection.wait([self._signals, *sentinels, *reports], LOOK_SECONDS)
             if self._signals in happened:
-                return self._drain()
+                if ENDING & self._take_signals():
+                    return self._drain()
+                self._read_keys_again()
             for child in running:
                 if child.report in happened:
                     self._hear(child.receive())
@@ -180,12 +207,11 @@ class _Supervisor:
 
     def _drain(self) -> int:
         say("Stopping: open requests may finish (a second signal stops at once)")
-        os.read(self._signals, 64)
         self._terminate_workers()
         # The workers have their own, and go on accepting with them; connections after their end are refused.
         for listener in self._listeners:
             listener.close()
-        self._wait_for_workers(self._settings.drain_timeout + LAST_WORDS_SECONDS + FLUSH_SECONDS, self._signals)
+        self._wait_for_workers(self._settings.drain_timeout + LAST_WORDS_SECONDS + FLUSH_SECONDS, until_signal=True)
         self._kill_all()
         return 0
 
@@ -200,15 +226,34 @@ class _Supervisor:
         for worker in self._workers:
             worker.process.terminate()
 
-    def _wait_for_workers(self, seconds: float, *reasons_to_stop: int) -> None:
-        """Returns when all workers have ended, another descriptor is readable, or the time is over."""
+    def _wait_for_workers(self, seconds: float, *, until_signal: bool = False) -> None:
+        """Returns when all workers have ended, a signal asks for the end at once, or the time is over."""
         deadline = time.monotonic() + seconds
         running = {worker.process.sentinel for worker in self._workers}
+        signals = [self._signals] if until_signal else []
         while running and (left := deadline - time.monotonic()) > 0:
-            happened = connection.wait([*running, *reasons_to_stop], left)
-            if any(reason in happened for reason in reasons_to_stop):
-                return
+            happened = connection.wait([*running, *signals], left)
+            if self._signals in happened:
+                if ENDING & self._take_signals():
+                    return
+                say("Stopping: the API keys are not read again")
             running.difference_update(happened)
+
+    def _take_signals(self) -> set[int]:
+        """The numbers of those that have come."""
+        return set(os.read(self._signals, 64))
+
+    def _read_keys_again(self) -> None:
+        """Has the workers read the file of keys again, if it can be used."""
+        try:
+            self._keys.replace(key_ring(self._settings))
+        except SettingsError as error:
+            say(f"persimmon: error: {error}; the API keys stay as they were")
+            return
+        for worker in self._workers:
+            worker.send(signal.SIGHUP)
+        count = len(self._keys.keys.keys)
+        say(f"{self._settings.api_key_file} is read again: {count} API key{'s' if count > 1 else ''} from now on")
 
     def _kill_all(self) -> None:
         _kill(self._engine.process, *(worker.process for worker in self._workers))
@@ -228,11 +273,11 @@ def engine_main(*args: object) -> None:
         run_engine(*args)  # type: ignore[arg-type]
 
 
-def _worker_main(*args: object) -> None:
+def _worker_main(keys: KeyCheck, *args: object) -> None:
     from server.http.worker import run_api_worker
 
     with error_logged():
-        run_api_worker(*args)  # type: ignore[arg-type]
+        run_api_worker(*args, keys=keys.keys)  # type: ignore[arg-type]
 
 
 def _kill(*processes: SpawnProcess) -> None:
@@ -295,12 +340,12 @@ def runtime_folder() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _signal_pipe() -> Iterator[int]:
-    """A file descriptor that turns readable when SIGTERM or SIGINT arrives."""
+def _signal_pipe(numbers: Collection[signal.Signals]) -> Iterator[int]:
+    """A file descriptor from which the number of each of these signals can be read when it has come, a byte each."""
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     previous = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
     try:
         yield read_end
     finally:

@@ -15,6 +15,9 @@ logger = logging.getLogger(__name__)
 
 _LARGE_PAGE = 2 << 20
 
+POPULATE = "populate"
+"""Name of the threads that `populate` starts."""
+
 _POPULATE_WRITE = 23
 """MADV_POPULATE_WRITE, of Linux 5.14, which `mmap` does not name."""
 
@@ -61,7 +64,7 @@ def populate(tensors: Sequence[torch.Tensor], threads: int) -> list[threading.Th
                 logger.warning("the system does not give the KV cache its memory: %s", os.strerror(error))
             return
 
-    started = [threading.Thread(target=work, name="populate", daemon=True) for _ in range(threads)]
+    started = [threading.Thread(target=work, name=POPULATE, daemon=True) for _ in range(threads)]
     for thread in started:
         thread.start()
     return started

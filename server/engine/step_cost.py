@@ -13,7 +13,7 @@ MEMORY = 100
 ENOUGH = 8
 """So many steps of a kind are seen before anything is said of it."""
 
-FIRST_CHUNK = 256
+FIRST_CHUNK = 64
 """Tokens of chunks beside decodes while nothing is known; then they at most double from step to step."""
 
 OUTLIER = 4.0

@@ -3,11 +3,12 @@
 Knows settings and files; what is done with them is others' affair.
 """
 
+import signal
 import ssl
 from dataclasses import dataclass, field
-from hashlib import blake2b
 
 from server.config import MAX_BODY_BYTES, Settings, SettingsError
+from server.http.authentication import KeyCheck
 from server.http.key_limits import KeyLimiter, KeyLimits
 from server.http.keys import KeyRing, key_ring
 from server.http.siblings import WorkerPlace
@@ -37,14 +38,18 @@ class Access:
     log_prompts: bool = False
 
     @classmethod
-    def of(cls, settings: Settings) -> "Access":
+    def of(cls, settings: Settings, keys: KeyRing | None = None) -> "Access":
         """What the settings say.
+
+        Args:
+            settings: of the server.
+            keys: in place of those that the settings name.
 
         Raises:
             SettingsError: the keys cannot be read.
         """
         return cls(
-            keys=key_ring(settings),
+            keys=key_ring(settings) if keys is None else keys,
             limits=KeyLimits(settings.max_concurrent_requests_per_key, settings.requests_per_minute_per_key),
             metrics_need_key=settings.protect_metrics,
             allowed_origins=settings.allowed_origins or (),
@@ -53,16 +58,17 @@ class Access:
             log_prompts=settings.log_prompts,
         )
 
-    def limiter(self, place: WorkerPlace) -> KeyLimiter | None:
-        """Counts each key's requests together with the other workers; None without limits."""
+    def key_check(self, place: WorkerPlace) -> KeyCheck:
+        """The keys, each held to its limits; requests are counted together with those of the other workers."""
         if not self.limits.any:
-            return None
-        path = None
-        if place.count > 1:
-            # A worker that starts after the file of keys has changed counts with those that read the same keys.
-            known = blake2b(b"".join(key.digest for key in self.keys.keys), digest_size=8).hexdigest()
-            path = place.folder / f"keys-{known}"
-        return KeyLimiter(self.limits, len(self.keys.keys), place.index, place.count, path)
+            return KeyCheck(self.keys)
+        folder = place.folder if place.count > 1 else None
+        return KeyCheck(self.keys, KeyLimiter(self.limits, self.keys.digests, place.index, place.count, folder))
+
+
+def reads_keys_again(settings: Settings) -> bool:
+    """Whether SIGHUP has the file of keys read again: there is one, and the signal is not ignored, as with nohup."""
+    return settings.api_key_file is not None and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
 
 
 def check(settings: Settings) -> None:

@@ -18,7 +18,7 @@ from server.engine.client import CLASSIFIES, GENERATES, EngineClient
 from server.http import adept_api, classify, embeddings, errors, status, tokens
 from server.http.access import Access
 from server.http.adept_protocol import AdeptRequest
-from server.http.authentication import Authentication
+from server.http.authentication import Authentication, KeyCheck
 from server.http.body import BodyReader
 from server.http.chat import create_chat_completion
 from server.http.completions import create_completion
@@ -61,6 +61,7 @@ def application(
     gate: Gate | None = None,
     access: Access | None = None,
     tracing: Tracing | None = None,
+    key_check: KeyCheck | None = None,
 ) -> tuple[FastAPI, EngineClient]:
     """The application for a checkpoint, and its connection to the engine, which the caller starts and closes.
 
@@ -73,6 +74,7 @@ def application(
         gate: who is let in; None for everybody.
         access: what is asked of clients; None for nothing.
         tracing: where requests become spans; None for nowhere.
+        key_check: the keys, if they may change; None for those of `access`.
 
     Raises:
         CheckpointError: config.json or the tokenizer cannot be used.
@@ -85,7 +87,7 @@ def application(
     warm_up = GENERATES if config.architecture is Architecture.CAUSAL_LM else CLASSIFIES
     engine = EngineClient(engine_address, vocabulary, None if gate is None else gate.load, warm_up)
     app = create_app(
-        engine, tokenizer, config, served_model_name, settings.seed, vocabulary, place, gate, access, tracing
+        engine, tokenizer, config, served_model_name, settings.seed, vocabulary, place, gate, access, tracing, key_check
     )
     return app, engine
 
@@ -101,6 +103,7 @@ def create_app(
     gate: Gate | None = None,
     access: Access | None = None,
     tracing: Tracing | None = None,
+    key_check: KeyCheck | None = None,
 ) -> FastAPI:
     """The application of one API worker.
 
@@ -115,6 +118,7 @@ def create_app(
         gate: who is let in; None for everybody.
         access: what is asked of clients; None for nothing.
         tracing: where requests become spans; None for nowhere.
+        key_check: the keys, if they may change; None for those of `access`.
     """
     place = place or WorkerPlace()
     gate = gate or Gate(engine.load)
@@ -139,8 +143,7 @@ def create_app(
     app.add_middleware(GateKeeper, gate=gate, engine_paths=ENGINE_PATHS)
     app.add_middleware(
         Authentication,
-        keys=access.keys,
-        limiter=access.limiter(place),
+        check=key_check or access.key_check(place),
         open_paths=status.OPEN_PATHS if access.metrics_need_key else (*status.OPEN_PATHS, status.METRICS),
     )
     if access.allowed_origins:

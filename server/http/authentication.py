@@ -5,6 +5,7 @@ Refuses before the body is read.  Knows nothing of what a request is for.
 
 import contextlib
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -15,20 +16,37 @@ from server.http.keys import KeyRing
 from server.http.request_record import record_of
 
 
+@dataclass(slots=True)
+class KeyCheck:
+    """The keys that are let in now.
+
+    Attributes:
+        keys: all that there are.
+        limiter: counts each key's requests; None without limits.
+    """
+
+    keys: KeyRing
+    limiter: KeyLimiter | None = None
+
+    def replace(self, keys: KeyRing) -> None:
+        """Lets in these keys and no others from now on; requests under way go on."""
+        if self.limiter is not None:
+            self.limiter.replace(keys.digests)
+        self.keys = keys
+
+
 class Authentication:
     """Lets requests in by their key.
 
     Args:
         app: answers those that are let in.
-        keys: all that there are.
-        limiter: counts each key's requests; None without limits.
+        check: the keys, which may change.
         open_paths: what is answered without a key.
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyRing, limiter: KeyLimiter | None, open_paths: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, check: KeyCheck, open_paths: Collection[str]) -> None:
         self._app = app
-        self._keys = keys
-        self._limiter = limiter
+        self._check = check
         self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -44,14 +62,14 @@ class Authentication:
 
     @contextlib.contextmanager
     def _let_in(self, scope: Scope) -> Iterator[None]:
-        owner = self._keys.owner(Headers(scope=scope).get("authorization"))
+        owner = self._check.keys.owner(Headers(scope=scope).get("authorization"))
         if owner is None:
             yield
             return
         record = record_of(scope)
         record.key, record.cache_salt = owner.name, owner.cache_salt
-        if self._limiter is None:
+        if self._check.limiter is None:
             yield
             return
-        with self._limiter.request(self._keys.keys.index(owner)):
+        with self._check.limiter.request(owner.digest):
             yield

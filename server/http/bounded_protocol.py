@@ -31,6 +31,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._header_seconds = header_seconds
         self._deadline: asyncio.TimerHandle | None = None
+        self._in_headers = False  # between the first byte of a request and its body
         self._in_body = False
         self._unread = 0  # bytes that came since the parser told of something last
         self._header_bytes = 0
@@ -51,10 +52,11 @@ class BoundedProtocol(HttpToolsProtocol):
         """Called with what has come."""
         if self._refused:
             return
-        if not self._in_body:
-            self._await_headers()
         self._unread += len(data)
         super().data_received(data)
+        # Most requests come whole, and need no deadline.
+        if self._in_headers or (self._unread and not self._in_body):
+            self._await_headers()
         if self._unread + self._header_bytes > MOST_HEADER_BYTES and not (self._refused or self.transport.is_closing()):
             self._refusal = _too_long()
             self.send_400_response("")
@@ -62,7 +64,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Called by the parser at a request's first byte."""
         super().on_message_begin()
-        self._await_headers()
+        self._in_headers = True
         self._header_bytes = 0
 
     def on_url(self, url: bytes) -> None:
@@ -86,6 +88,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Called when the body begins, if there is one."""
         self._stop_waiting()
+        self._in_headers = False
         self._in_body = True
         self._unread = 0
         super().on_headers_complete()

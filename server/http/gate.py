@@ -118,15 +118,14 @@ class Gate:
         """Whole seconds after which a refused client may find room: by then those inside have been answered."""
         return max(1, math.ceil(min(self.load.seconds_to_drain, MOST_RETRY_SECONDS)))
 
-    @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        """One request is in the server for the length of a block.
-
-        Raises:
-            ApiError: the server is stopping.
-        """
+    def check_open(self) -> None:
+        """Raises the ApiError of work that comes while the server stops."""
         if self.draining:
             raise shutting_down()
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """One request is in the server for the length of a block."""
         self._open += 1
         self._empty.clear()
         try:
@@ -183,12 +182,15 @@ class GateKeeper:
         if scope["method"] not in ("POST", "PUT"):
             await self._app(scope, receive, closing)
             return
+        path = scope["path"]
         try:
-            with self._gate.entered():
-                if scope["path"] in self._engine_paths:
-                    self._gate.check()
-                await self._app(scope, receive, closing)
-        except ApiError as error:  # the gate's: those of the application are answered in it
-            if scope["path"] in self._engine_paths:
-                scope["route"] = _Endpoint(scope["path"])
+            self._gate.check_open()
+            if path in self._engine_paths:
+                self._gate.check()
+        except ApiError as error:
+            if path in self._engine_paths:
+                scope["route"] = _Endpoint(path)
             await error.response()(scope, receive, closing)
+            return
+        with self._gate.entered():
+            await self._app(scope, receive, closing)

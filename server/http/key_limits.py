@@ -1,6 +1,6 @@
 """How much each API key may ask at once and in a minute, counted for all API workers together.
 
-Knows keys by their place, workers by their number and requests as moments.
+Knows keys by their digests, workers by their number and requests as moments.
 """
 
 import contextlib
@@ -9,8 +9,10 @@ import math
 import mmap
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from http import HTTPStatus
 from pathlib import Path
 
@@ -42,22 +44,33 @@ class KeyLimits:
 class _Ledger:
     """For each key when its allowance is full again, and how many requests each worker answers for it.
 
-    Several workers share a file; one alone has memory of its own.
+    Workers that know the same keys share a file; one alone has memory of its own.
 
     Args:
-        keys: how many.
+        keys: their digests.
         workers: how many.
-        path: of the file, in a folder of this server alone; None for one worker.
+        folder: of the file, of this server alone; None for one worker.
     """
 
-    def __init__(self, keys: int, workers: int, path: Path | None) -> None:
-        self._row = _TIME.size + workers * _COUNT.size
+    def __init__(self, keys: Sequence[bytes], workers: int, folder: Path | None) -> None:
+        self._rows = {key: row for row, key in enumerate(keys)}
+        self._row_bytes = _TIME.size + workers * _COUNT.size
         self._workers = workers
-        size = keys * self._row
-        self._file = None if path is None else path.open("a+b")
-        if self._file is not None:
+        size = len(keys) * self._row_bytes
+        self._file = None
+        if folder is not None:
+            self._file = (folder / f"keys-{blake2b(b''.join(keys), digest_size=8).hexdigest()}").open("a+b")
             self._file.truncate(size)  # zeros for who comes first; for the others it is so long already
         self._memory = mmap.mmap(-1 if self._file is None else self._file.fileno(), size)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._rows
+
+    def close(self) -> None:
+        """Gives memory and file back."""
+        self._memory.close()
+        if self._file is not None:
+            self._file.close()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -71,29 +84,27 @@ class _Ledger:
         finally:
             fcntl.flock(self._file, fcntl.LOCK_UN)
 
-    def full_at(self, key: int) -> float:
+    def times(self) -> Mapping[bytes, float]:
+        """When each key's allowance is full again."""
+        return {key: self.full_at(key) for key in self._rows}
+
+    def full_at(self, key: bytes) -> float:
         """When a key's allowance is full again."""
-        return float(_TIME.unpack_from(self._memory, key * self._row)[0])
+        return float(_TIME.unpack_from(self._memory, self._rows[key] * self._row_bytes)[0])
 
-    def set_full_at(self, key: int, moment: float) -> None:
-        _TIME.pack_into(self._memory, key * self._row, moment)
+    def set_full_at(self, key: bytes, moment: float) -> None:
+        _TIME.pack_into(self._memory, self._rows[key] * self._row_bytes, moment)
 
-    def running(self, key: int) -> int:
+    def running(self, key: bytes) -> int:
         """Requests of a key that all workers answer now."""
-        return sum(self._count(key, worker) for worker in range(self._workers))
+        places = (self._place(key, worker) for worker in range(self._workers))
+        return sum(int(_COUNT.unpack_from(self._memory, place)[0]) for place in places)
 
-    def add(self, key: int, worker: int, count: int) -> None:
-        _COUNT.pack_into(self._memory, self._place(key, worker), self._count(key, worker) + count)
+    def set_running(self, key: bytes, worker: int, count: int) -> None:
+        _COUNT.pack_into(self._memory, self._place(key, worker), count)
 
-    def clear(self, key: int, worker: int) -> None:
-        """Forgets what a worker answers, because it has just begun."""
-        _COUNT.pack_into(self._memory, self._place(key, worker), 0)
-
-    def _count(self, key: int, worker: int) -> int:
-        return int(_COUNT.unpack_from(self._memory, self._place(key, worker))[0])
-
-    def _place(self, key: int, worker: int) -> int:
-        return key * self._row + _TIME.size + worker * _COUNT.size
+    def _place(self, key: bytes, worker: int) -> int:
+        return self._rows[key] * self._row_bytes + _TIME.size + worker * _COUNT.size
 
 
 class KeyLimiter:
@@ -104,35 +115,64 @@ class KeyLimiter:
 
     Args:
         limits: of each key, the same for all.
-        keys: how many there are.
+        keys: their digests.
         worker: this worker's number.
         workers: how many there are.
-        path: of a file that they share; None for one worker.
+        folder: where they share files; None for one worker.
         clock: seconds, on a clock that the workers share.
     """
 
     def __init__(
         self,
         limits: KeyLimits,
-        keys: int,
+        keys: Sequence[bytes],
         worker: int = 0,
         workers: int = 1,
-        path: Path | None = None,
+        folder: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limits = limits
         self._worker = worker
+        self._workers = workers
+        self._folder = folder
         self._clock = clock
-        self._ledger = _Ledger(keys, workers, path)
-        for key in range(keys):
-            self._ledger.clear(key, worker)
+        # What this worker answers for each key, those that are let in no more included.
+        self._running: Counter[bytes] = Counter()
+        self._ledger = self._opened(keys, {})
+
+    def replace(self, keys: Sequence[bytes]) -> None:
+        """Counts for these keys from now on.
+
+        A key that stays keeps its rate allowance, and its open requests still count.  Workers count together again
+        when all of them have these keys: a key that asks at one that has them and at one that has not yet is counted
+        at each, for the milliseconds between.
+
+        Args:
+            keys: their digests.
+        """
+        before = self._ledger
+        with before.locked():
+            times = before.times()
+        self._ledger = self._opened(keys, times)
+        before.close()
+
+    def _opened(self, keys: Sequence[bytes], times: Mapping[bytes, float]) -> _Ledger:
+        """The ledger of these keys, with what this worker knows of them."""
+        ledger = _Ledger(keys, self._workers, self._folder)
+        with ledger.locked():
+            for key in keys:
+                # In place of what is there of a worker of this number that has died.
+                ledger.set_running(key, self._worker, self._running[key])
+                # Another worker may have these keys already, and have counted on.
+                ledger.set_full_at(key, max(ledger.full_at(key), times.get(key, 0.0)))
+        return ledger
 
     @contextlib.contextmanager
-    def request(self, key: int) -> Iterator[None]:
+    def request(self, key: bytes) -> Iterator[None]:
         """Counts a request for the length of a block.
 
         Args:
-            key: its place among the keys.
+            key: the digest of one of the keys.
 
         Raises:
             ApiError: a 429 that says which limit is reached and when to come again.
@@ -140,18 +180,25 @@ class KeyLimiter:
         with self._ledger.locked():
             self._check_concurrent(key)
             self._take(key)
-            self._ledger.add(key, self._worker, 1)
+            self._count(key, 1)
         try:
             yield
         finally:
-            self._ledger.add(key, self._worker, -1)  # nobody else writes this number
+            self._count(key, -1)
 
-    def _check_concurrent(self, key: int) -> None:
+    def _count(self, key: bytes, change: int) -> None:
+        self._running[key] += change
+        if key in self._ledger:  # else it has been taken away meanwhile
+            self._ledger.set_running(key, self._worker, self._running[key])  # nobody else writes this number
+        if not self._running[key]:
+            del self._running[key]
+
+    def _check_concurrent(self, key: bytes) -> None:
         most = self._limits.concurrent
         if most is not None and self._ledger.running(key) >= most:
             raise _too_many(f"This API key has {most} requests running, and may have no more at once.", 1)
 
-    def _take(self, key: int) -> None:
+    def _take(self, key: bytes) -> None:
         rate = self._limits.per_minute
         if rate is None:
             return

@@ -49,6 +49,11 @@ class KeyRing:
 
     keys: Sequence[ApiKey] = ()
 
+    @property
+    def digests(self) -> Sequence[bytes]:
+        """The digest of each key."""
+        return [key.digest for key in self.keys]
+
     def owner(self, authorization: str | None) -> ApiKey | None:
         """The key that a request brings; None where the server asks for none.
 

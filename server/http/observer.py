@@ -3,6 +3,7 @@
 Knows that requests are answered, not how; what a generation found out it reads from the request's record.
 """
 
+import functools
 import logging
 import time
 from collections.abc import Collection
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 UNKNOWN = "unknown"
 """The endpoint of a request that no route takes: a client's own paths would be too many for a metric's label."""
+
+_ID_HEADER = REQUEST_ID_HEADER.encode()
 
 
 @dataclass(slots=True)
@@ -65,15 +68,17 @@ class Observer:
         self._quiet = quiet
         self._tracing = tracing
         self._log_prompts = log_prompts
+        # Finding a series by its labels takes longer than counting, and there are few: endpoints are routes.
+        self._count = functools.cache(metrics.http_requests.labels)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, whatever happens below."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = RequestRecord(request_id(Headers(scope=scope)), prompts=[] if self._log_prompts else None)
+        record = RequestRecord(request_id(scope), prompts=[] if self._log_prompts else None)
         record.attach(scope)
-        own_header = (REQUEST_ID_HEADER.encode(), record.request_id.encode())
+        own_header = (_ID_HEADER, record.request_id.encode())
         answer = _Answer()
 
         async def watched(message: Message) -> None:
@@ -97,7 +102,7 @@ class Observer:
     def _tell(self, scope: Scope, record: RequestRecord, answer: _Answer) -> None:
         ended = time.perf_counter()
         endpoint = getattr(scope.get("route"), "path", UNKNOWN)
-        self._metrics.http_requests.labels(endpoint, answer.status).inc()
+        self._count(endpoint, answer.status).inc()
         if answer.complete and answer.status == 200 and endpoint in self._generating:
             self._metrics.request_latency.observe(ended - record.arrival)
         if endpoint in self._quiet and answer.status < 500:

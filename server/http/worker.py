@@ -20,18 +20,23 @@ import uvloop
 
 from server import logs
 from server.child_process import follow_supervisor
-from server.config import Settings
+from server.config import Settings, SettingsError
 from server.engine.client import EngineClient
 from server.engine.load import Load
 from server.http import observer
-from server.http.access import Access
+from server.http.access import Access, reads_keys_again
 from server.http.app import application
+from server.http.authentication import KeyCheck
 from server.http.bounded_protocol import BoundedProtocol
 from server.http.gate import Gate, Limits
+from server.http.joined_head import JoinedHeadProtocol
+from server.http.keys import KeyRing, key_ring
 from server.http.send_timeout import SendTimeoutProtocol
 from server.http.siblings import WorkerPlace
 from server.tracing import Tracing
 from server.vitals import Vitals
+
+logger = logging.getLogger(__name__)
 
 READY = "ready"
 """What a worker sends once, when it accepts connections and the engine answers."""
@@ -53,6 +58,8 @@ def run_api_worker(
     listener: socket.socket,
     place: WorkerPlace,
     report: Connection,
+    *,
+    keys: KeyRing | None = None,
 ) -> None:
     """Serves HTTP until SIGTERM, then refuses what is new, lets open requests finish and returns.
 
@@ -66,10 +73,11 @@ def run_api_worker(
         listener: bound and listening.
         place: which of the API workers it is.
         report: gets READY when connections are accepted and the engine answers.
+        keys: those that are let in at first; None for what the settings say.
 
     Raises:
         CheckpointError: config.json or the tokenizer cannot be used.
-        SettingsError: the file of keys has become one that cannot be used.
+        SettingsError: there are no `keys`, and their file cannot be used.
     """
     follow_supervisor(lambda: _remove(place))
     name = "api worker" if place.count == 1 else f"api worker {place.index}"
@@ -79,9 +87,14 @@ def run_api_worker(
     async def main() -> None:
         vitals = None if place.vitals is None else Vitals.open(place.vitals)
         gate = Gate(Load(vitals, place.index), Limits.of(settings))
-        access = Access.of(settings)
+        access = Access.of(settings, keys)
+        key_check = access.key_check(place)
+        if reads_keys_again(settings):
+            _read_keys_again_at_hangup(settings, key_check)
         tracing = Tracing.from_environment(served_model_name) if settings.tracing else None
-        app, engine = application(settings, folder, served_model_name, engine_address, place, gate, access, tracing)
+        app, engine = application(
+            settings, folder, served_model_name, engine_address, place, gate, access, tracing, key_check
+        )
         server_config = uvicorn.Config(
             app,
             http=partial(  # type: ignore[arg-type]
@@ -107,8 +120,8 @@ def run_api_worker(
         runner.run(main())
 
 
-class _Protocol(SendTimeoutProtocol, BoundedProtocol):
-    """One connection, bounded in what it may send and in how it reads."""
+class _Protocol(JoinedHeadProtocol, SendTimeoutProtocol, BoundedProtocol):
+    """One connection, bounded in what it may send and in how it reads, and sparing with what it writes."""
 
 
 class _Server(uvicorn.Server):
@@ -144,6 +157,22 @@ def _remove(place: WorkerPlace) -> None:
     """Removes the sockets of a server whose supervisor cannot."""
     if place.vitals is not None:
         shutil.rmtree(place.vitals.parent, ignore_errors=True)
+
+
+def _read_keys_again_at_hangup(settings: Settings, key_check: KeyCheck) -> None:
+    """Has each SIGHUP change the keys for those that the file has then.
+
+    This process was started with the signal blocked, so one that came before its handler has waited until here.
+    """
+
+    def read() -> None:
+        try:
+            key_check.replace(key_ring(settings))
+        except SettingsError as error:
+            logger.error("%s; the API keys stay as they were", error)
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, read)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
 
 async def _report_ready(server: _Server, engine: EngineClient, report: Connection) -> None:

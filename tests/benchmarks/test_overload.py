@@ -1,4 +1,4 @@
-from benchmarks.overload import SETTLE_SECONDS, figures
+from benchmarks.overload import SETTLE_SECONDS, Cores, Result, describe, figures
 from server.bench.answer import RequestFailedError
 from server.bench.http_client import Response
 from server.bench.load import Exchange, Run
@@ -28,10 +28,21 @@ def test_goodput_is_of_whole_answers_that_ended_while_the_load_lasted() -> None:
         exchange(Response(106, 106.001, 503, [(106.001, b"{}")])),
         exchange(RequestFailedError("connection failed")),
     )
-    result = figures(Run(exchanges, 12, 1), 7.0, 10)
+    result = figures(Run(exchanges, 12, 3), 7.0, 10, {"engine": 12.0})
     assert result.seconds == 10 - SETTLE_SECONDS
     assert result.answered_per_s == 2 / 5
     assert result.goodput_tokens_per_s == 4 / 5
     assert (result.refused, result.server_errors, result.other_failures) == (1, 1, {"connection failed": 1})
     assert result.refusal_ms == (4.0, 4.0, 4.0)
     assert result.ttft_ms == (500.0, 2500.0)
+    assert result.busy_cores == {"client": 0.25, "engine": 1.0}
+
+
+def test_it_is_said_which_cores_the_client_had_and_what_it_took_of_them() -> None:
+    run = Run((answered(100, 1), answered(107, 1)), 10, 3)
+    load = figures(run, None, 10, {"engine": 10.0})
+    shared = describe(Result("persimmon", Cores((0, 1), (0, 1)), load, load, []))
+    assert "client and server share cores: 0,1 and 0,1" in shared
+    assert "cores busy, overload: client 0.30, engine 1.00; the client's are 15% of all" in shared
+    apart = describe(Result("persimmon", Cores((2, 3), (0, 1)), load, load, []))
+    assert "the server has cores of its own, 0,1; the client has 2,3" in apart

@@ -1,9 +1,15 @@
-"""Clients that leave at any moment: nothing of them stays, and their neighbours do not notice."""
+"""Clients that leave at any moment or hardly read: nothing of them stays, and their neighbours do not notice."""
 
 import asyncio
 import contextlib
+import http.client
+import io
 import json
 import random
+import re
+import socket
+from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import psutil
@@ -11,12 +17,18 @@ import pytest
 
 from benchmarks.soak import soak
 from server.bench.http_client import Endpoint
+from tests.end_to_end.serving import Server
 
 pytestmark = pytest.mark.anyio
 
 LEAVERS = 300
 AT_ONCE = 50  # more than run at once, so that some leave the queue
 NEIGHBOUR = {"prompt": "human: What does galaxy mean?\n\nadept:", "max_tokens": 40, "temperature": 0.9, "seed": 3}
+
+BYTES_READ = 30
+MOST_WORKER_BYTES = 8 * 2**20
+LARGE = NEIGHBOUR | {"n": 8, "max_tokens": 250, "logprobs": 5, "ignore_eos": True}
+"""Half a megabyte and more, however it is cut into events."""
 
 
 @pytest.fixture
@@ -86,3 +98,83 @@ async def test_a_soak_tells_what_processes_hold_and_what_is_left_in_the_end(demo
     assert tiny.outcomes["200"] + tiny.outcomes["left"] == 100
     assert result.metrics["kv_blocks_free"] == result.metrics["kv_blocks_total"]
     assert set(result.after.held) == {"supervisor", "engine", "api worker 0"}
+
+
+@contextlib.contextmanager
+def slow_client(server: Server, body: dict[str, Any]) -> Iterator[socket.socket]:
+    """A connection on which a stream has been asked for, and of whose answer little fits into the network."""
+    url, content = httpx.URL(server.url), json.dumps(body | {"stream": True}).encode()
+    with socket.socket() as connection:
+        connection.settimeout(60)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        # The server's kernel makes room for some segments; of loopback's own, of 64 KiB, that would be megabytes.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+        connection.connect((url.host, url.port))
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: server\r\nConnection: close\r\n"
+        connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(content) + content)
+        yield connection
+
+
+class Received:
+    """What has been read of a connection, as one that can be read again."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    def makefile(self, _: str) -> io.BytesIO:
+        return io.BytesIO(self._content)
+
+
+def events(received: bytes) -> list[str]:
+    """The data of the events of a whole answer."""
+    response = http.client.HTTPResponse(Received(received))  # type: ignore[arg-type]
+    response.begin()
+    return [line.removeprefix("data: ") for line in response.read().decode().split("\n\n") if line]
+
+
+def answered(server: Server) -> float:
+    """Completions that have been sent to their end, or given up."""
+    text = httpx.get(f"{server.url}/metrics", timeout=30).text
+    counts = re.findall(r'^persimmon_http_requests_total\{endpoint="/v1/completions",\S+ (\S+)$', text, re.MULTILINE)
+    return sum(map(float, counts))
+
+
+def choices(answers: list[dict[str, Any]]) -> dict[int, tuple[str, list[str]]]:
+    """Text and tokens of each choice, from a whole answer or all events of a stream."""
+    found: dict[int, tuple[str, list[str]]] = {}
+    for choice in (own for answer in answers for own in answer["choices"]):
+        text, tokens = found.get(choice["index"], ("", []))
+        reported = choice["logprobs"]["tokens"] if choice["logprobs"] else []
+        found[choice["index"]] = (text + choice["text"], tokens + reported)
+    return found
+
+
+def test_a_client_that_reads_a_byte_at_a_time_costs_little_and_its_neighbours_nothing(demo) -> None:
+    with httpx.Client(base_url=demo.url, timeout=60) as client, contextlib.ExitStack() as stack:
+
+        def neighbour() -> str:
+            return str(client.post("/v1/completions", json=NEIGHBOUR | {"max_tokens": 10}).json()["choices"][0]["text"])
+
+        quiet = neighbour()
+        expected = choices([client.post("/v1/completions", json=LARGE).json()])
+        demo.wait_until_idle()
+        worker = psutil.Process(demo.children()["api"])
+        before, memory, descriptors = answered(demo), worker.memory_info().rss, worker.num_fds()
+        stays, leaves = (stack.enter_context(slow_client(demo, LARGE)) for _ in range(2))
+        received = b""
+        for _ in range(BYTES_READ):
+            assert neighbour() == quiet
+            received += stays.recv(1)
+            leaves.recv(1)
+        demo.wait_until_idle()  # the engine has nothing to do with it any more, and nothing of it
+        assert answered(demo) == before + BYTES_READ
+        assert worker.memory_info().rss - memory < MOST_WORKER_BYTES
+        leaves.close()
+        while data := stays.recv(2**16):
+            received += data
+        *answers, last = events(received)
+        assert last == "[DONE]"
+        assert choices([json.loads(answer) for answer in answers]) == expected
+        stays.close()
+        while answered(demo) < before + BYTES_READ + 2 or worker.num_fds() > descriptors:
+            pass  # a request a turn

@@ -1,13 +1,16 @@
 """A server as it stands in the open: HTTPS, keys, two API workers, JSON logs, traces."""
 
+import contextlib
 import json
+import os
+import re
+import signal
 import socket
 import ssl
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,9 +24,11 @@ import trustme
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from tests.end_to_end.serving import Server, serving
+from tests.end_to_end.test_processes import LONG, stopped
+from tests.end_to_end.test_workers import clients
 
 LONG_PROMPT = "human: " + "What does galaxy mean? " * 40 + "\n\nadept:"
-KEYS = {"alice": "correct-horse", "bob": "battery-staple", "carol": "carols-key"}
+KEYS = {"alice": "correct-horse", "bob": "battery-staple", "carol": "carols-key", "dave": "daves-key"}
 
 
 class Collector:
@@ -45,22 +50,14 @@ class Collector:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
-    def spans(self) -> dict[str, dict[str, Any]]:
-        """The attributes of all spans that have come, by their names."""
-        told = {}
-        while not self.received.empty():
-            for resource in ExportTraceServiceRequest.FromString(self.received.get()).resource_spans:
+    def spans(self, name: str, part: str) -> dict[str, dict[str, Any]]:
+        """The attributes of the spans that come, by their names, when some of that name have this in an attribute."""
+        told: dict[str, dict[str, Any]] = {}
+        while part not in str(told.get(name)):
+            for resource in ExportTraceServiceRequest.FromString(self.received.get(timeout=60)).resource_spans:
                 for span in (own for scope in resource.scope_spans for own in scope.spans):
                     told[span.name] = {own.key: own.value for own in span.attributes}
         return told
-
-
-def eventually(happened: Callable[[], bool]) -> None:
-    """Returns when something has happened."""
-    deadline = time.monotonic() + 60
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @dataclass
@@ -69,6 +66,7 @@ class Guarded:
 
     server: Server
     trust: ssl.SSLContext
+    keys: Path
 
     def client(self, name: str | None = None) -> httpx.Client:
         headers = {} if name is None else {"Authorization": f"Bearer {KEYS[name]}"}
@@ -106,7 +104,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> I
         OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{collector.server.server_port}",
         OTEL_BSP_SCHEDULE_DELAY="100",
     ) as server:
-        yield Guarded(server, trust)
+        yield Guarded(server, trust, keys)
 
 
 def test_openais_client_is_let_in_with_a_key_alone(guarded):
@@ -172,7 +170,7 @@ def test_both_workers_count_the_requests_of_a_key_together(guarded):
 def test_every_line_of_every_process_is_json_and_none_tells_a_key_or_a_prompt(guarded):
     with guarded.client("bob") as client:
         client.post("/v1/completions", json={"prompt": "the-prompt", "max_tokens": 3}, headers={"X-Request-Id": "mine"})
-    eventually(lambda: any(line.get("request_id") == "mine" for line in guarded.lines()))
+    guarded.server.wait_for_line(re.compile('"request_id": "mine"'), 60)
     lines = guarded.lines()
     assert {"supervisor", "engine", "api worker 0", "api worker 1"} <= {line["process"] for line in lines}
     assert all({"time", "level", "process", "message"} <= line.keys() for line in lines)
@@ -186,14 +184,77 @@ def test_every_line_of_every_process_is_json_and_none_tells_a_key_or_a_prompt(gu
 def test_requests_are_exported_as_spans(guarded, collector):
     with guarded.client("bob") as client:
         client.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 3}, headers={"X-Request-Id": "traced"})
-    told: dict[str, dict[str, Any]] = {}
-
-    def arrived() -> bool:
-        told.update(collector.spans())
-        return "traced" in str(told.get("POST /v1/completions"))
-
-    eventually(arrived)
+    told = collector.spans("POST /v1/completions", "traced")
     assert {"POST /v1/completions", "queue", "prefill", "decode"} <= told.keys()
+
+
+@pytest.fixture
+def keys(guarded):
+    """The server's file of keys, to be changed: it is restored, and read again."""
+    before = guarded.keys.read_text()
+    yield guarded.keys
+    guarded.keys.write_text(before)
+    guarded.server.process.send_signal(signal.SIGHUP)
+    with clients(guarded.server, guarded.client) as workers:
+        for worker in workers:
+            while status(worker, "alice") != 200:
+                pass
+
+
+def status(client: httpx.Client, name: str) -> int:
+    return client.get("/v1/models", headers={"Authorization": f"Bearer {KEYS[name]}"}).status_code
+
+
+def test_sighup_changes_keys_in_both_workers_and_streams_of_a_key_that_goes_run_to_their_end(guarded, keys):
+    body = LONG | {"max_tokens": 300, "stream_options": {"include_usage": True}}
+    processes = guarded.server.children()
+    with (
+        clients(guarded.server, lambda: guarded.client("alice")) as streaming,
+        clients(guarded.server, guarded.client) as asking,
+        contextlib.ExitStack() as stack,
+    ):
+        streams = [stack.enter_context(each.stream("POST", "/v1/completions", json=body)) for each in streaming]
+        lines = [stream.iter_lines() for stream in streams]
+        for each in lines:
+            assert next(each).startswith("data: ")
+        with stopped(processes["engine"]):  # so that both are under way until it goes on
+            keys.write_text("".join(f"{name}:{KEYS[name]}\n" for name in ("carol", "dave")))
+            guarded.server.process.send_signal(signal.SIGHUP)
+            os.kill(processes["engine"], signal.SIGHUP)  # as the end of a terminal would; it has nothing to read
+            guarded.server.wait_for_line(re.compile("is read again: 3 API keys"), 30)
+            for worker in asking:
+                while status(worker, "dave") != 200:
+                    pass
+                assert [status(worker, name) for name in ("alice", "bob")] == [401, 200]
+            assert "persimmon_open_streams 2.0" in asking[0].get("/metrics").text.splitlines()
+        for each in lines:
+            events = [line for line in each if line.startswith("data: ")]
+            assert events[-1] == "data: [DONE]"
+            assert json.loads(events[-2].removeprefix("data: "))["usage"]["completion_tokens"] == 300
+    assert guarded.server.children() == processes
+
+
+def test_a_file_of_keys_that_cannot_be_used_changes_nothing_and_the_console_says_why(guarded, keys):
+    keys.write_text(f"dave:{KEYS['dave']}\n{KEYS['alice']}\n")
+    guarded.server.process.send_signal(signal.SIGHUP)
+    told = f"--api-key-file {keys}, line 2: needed is name:key.*; the API keys stay as they were"
+    guarded.server.wait_for_line(re.compile(told), 30)
+    with clients(guarded.server, guarded.client) as workers:
+        for worker in workers:
+            assert [status(worker, name) for name in ("alice", "bob", "dave")] == [200, 200, 401]
+    assert KEYS["alice"] not in "\n".join(guarded.server.lines)
+
+
+def test_a_worker_that_takes_anothers_place_has_its_keys_although_the_file_cannot_be_used_any_more(guarded, keys):
+    keys.unlink()
+    worker = guarded.server.children()["api"]
+    os.kill(worker, signal.SIGKILL)
+    with guarded.client() as client:
+        while worker in guarded.server.children().values() or len(guarded.server.children()) < 3:
+            with contextlib.suppress(httpx.TransportError):  # the connection was that of the one that has died
+                client.get("/livez")
+    with clients(guarded.server, guarded.client) as workers:
+        assert [status(worker, "alice") for worker in workers] == [200, 200]
 
 
 def test_a_server_whose_keys_cannot_be_read_does_not_start_and_says_why(tmp_path):

@@ -1,11 +1,12 @@
 """What happens to clients when a process of the server ends, by request or by accident."""
 
+import contextlib
 import os
 import re
 import select
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,10 +32,20 @@ def sturdy():
 
 
 def wait_until(happened: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Asks until it is so.  Asking is a request to the server, which takes its time; there is nothing to sleep for."""
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def stopped(process: int) -> Iterator[None]:
+    """Stops a process for the length of a block."""
+    os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process, signal.SIGCONT)
 
 
 def is_healthy(server: Server) -> bool:
@@ -108,17 +119,12 @@ def test_a_long_prompt_and_idleness_are_no_reason_to_worry(sturdy):
 
 
 def test_an_engine_that_dies_again_and_again_ends_the_server(fresh):
-    seen: set[int] = set()
-
-    def kill_a_new_one() -> bool:
-        for engine in fresh.engines() - seen:
-            seen.add(engine)
-            os.kill(engine, signal.SIGKILL)
-        return fresh.process.poll() is not None
-
-    wait_until(kill_a_new_one)
+    for death in range(MOST_DEATHS):
+        if death:  # the first line of the next one
+            fresh.wait_for_line(re.compile("^  checkpoint "), 60)
+        (engine,) = fresh.engines()
+        os.kill(engine, signal.SIGKILL)
     assert fresh.wait() == 1
-    assert len(seen) == MOST_DEATHS
     (last,) = [line for line in fresh.lines if "the server ends" in line]
     assert f"death {MOST_DEATHS} in 10 minutes" in last
 
@@ -162,6 +168,27 @@ def test_a_second_signal_stops_at_once(fresh):
         fresh.wait_for_line(re.compile("Stopping"), 30)
         fresh.process.send_signal(signal.SIGTERM)
         assert fresh.wait() == 0
+
+
+def test_sighup_while_the_server_stops_is_no_second_signal(tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("alice:correct-horse\n")
+    headers = {"Authorization": "Bearer correct-horse"}
+    body = LONG | {"max_tokens": 300}
+    with (
+        serving("--kv-cache-memory", "64MB", "--api-key-file", str(keys)) as server,
+        httpx.stream("POST", f"{server.url}/v1/completions", json=body, headers=headers, timeout=60) as response,
+    ):
+        lines = response.iter_lines()
+        assert next(lines).startswith("data: ")
+        with stopped(server.children()["engine"]):
+            server.process.send_signal(signal.SIGTERM)
+            server.wait_for_line(re.compile("open requests may finish"), 30)
+            server.process.send_signal(signal.SIGHUP)
+            server.wait_for_line(re.compile("the API keys are not read again"), 30)
+        events = [line for line in lines if line.startswith("data: ")]
+        assert events[-1] == "data: [DONE]"
+        assert server.wait() == 0
 
 
 def test_a_stream_that_does_not_end_in_time_after_a_signal_ends_with_an_error():

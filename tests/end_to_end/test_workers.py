@@ -5,13 +5,14 @@ import json
 import os
 import re
 import signal
+from collections.abc import Callable
 
 import httpx
 import psutil
 import pytest
 
 from tests.end_to_end.serving import Server, serving
-from tests.end_to_end.test_processes import LONG, wait_until
+from tests.end_to_end.test_processes import LONG, is_healthy, wait_until
 
 ASKED = {"prompt": "human: What does galaxy mean?\n\nadept:", "max_tokens": 12, "return_token_ids": True}
 VARIED = {"prompt": "the", "max_tokens": 24, "temperature": 2, "ignore_eos": True, "return_token_ids": True}
@@ -46,13 +47,13 @@ def worker_of(server: Server, client: httpx.Client) -> int:
 
 
 @contextlib.contextmanager
-def clients(server: Server):
+def clients(server: Server, connect: Callable[[], httpx.Client] | None = None):
     """A client of each worker, by its process id: connections are opened until both have one."""
     workers = {process for name, process in server.children().items() if name != "engine"}
     with contextlib.ExitStack() as stack:
         found: dict[int, httpx.Client] = {}
         while found.keys() != workers:
-            client = stack.enter_context(httpx.Client(base_url=server.url, timeout=60))
+            client = stack.enter_context(connect() if connect else httpx.Client(base_url=server.url, timeout=60))
             client.get("/livez")
             found.setdefault(worker_of(server, client), client)
         yield [found[worker] for worker in sorted(workers)]
@@ -137,7 +138,7 @@ def test_a_killed_worker_ends_its_own_streams_alone_and_another_takes_its_place(
         assert events[-1] == "data: [DONE]"
         with pytest.raises(httpx.TransportError):
             list(lines[0])
-    wait_until(lambda: len(doomed.children()) == 3)
+    wait_until(lambda: is_healthy(doomed) and len(doomed.children()) == 3)
     doomed.wait_until_idle()
     with clients(doomed) as workers:
         for worker in workers:

@@ -1,6 +1,7 @@
 """When requests are sent; the clock is one that tests turn."""
 
 import asyncio
+import gc
 import itertools
 import statistics
 
@@ -8,8 +9,9 @@ import pytest
 
 from server.bench.answer import RequestFailedError
 from server.bench.http_client import Response
-from server.bench.load import ClosedLoop, Exchange, Limits, OpenLoop, closed_loop, open_loop, poisson_arrivals
+from server.bench.load import ClosedLoop, Exchange, Limits, OpenLoop, closed_loop, drive, open_loop, poisson_arrivals
 from server.bench.workload import Request
+from tests.server.bench.fake_server import fake_server
 
 
 class Clock:
@@ -127,3 +129,16 @@ def test_loads_and_limits_that_make_no_sense_are_refused(wrong: float) -> None:
         ClosedLoop(0)
     with pytest.raises(ValueError, match="without end"):
         Limits()
+
+
+def test_no_garbage_is_collected_while_a_load_lasts() -> None:
+    collected: list[bool] = []
+
+    async def run() -> None:
+        async with fake_server() as (_, endpoint):
+            limits = Limits(requests=2)
+            await drive(endpoint, requests(2), ClosedLoop(1), limits, lambda _: collected.append(gc.isenabled()))
+
+    asyncio.run(run())
+    assert collected == [False, False]
+    assert gc.isenabled()

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from model.tokenizer import Tokenizer
 from server.config import Settings, SettingsError, read_settings
 from server.engine.client import EngineClient
 from server.http import observer
-from server.http.access import Access, check
+from server.http.access import Access, check, reads_keys_again
 from server.http.app import create_app
+from server.http.authentication import KeyCheck
 from server.http.key_limits import KeyLimits
 from server.http.keys import ApiKey, KeyRing, salted
+from server.http.siblings import WorkerPlace
 from server.tracing import Tracing
 from tests.server.http.fake_engine import FakeEngine, says
 
@@ -36,12 +39,15 @@ ALICE, BOB = {"Authorization": "Bearer correct-horse"}, {"Authorization": "Beare
 
 @contextlib.asynccontextmanager
 async def client(
-    engine_client: EngineClient, access: Access, tracing: Tracing | None = None
+    engine_client: EngineClient,
+    access: Access,
+    tracing: Tracing | None = None,
+    key_check: KeyCheck | None = None,
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A client of an app that asks this of its clients."""
     folder = Path(__file__).parents[3] / "model" / "demo"
     tokenizer, config = Tokenizer.from_folder(folder), PersimmonConfig.from_folder(folder)
-    app = create_app(engine_client, tokenizer, config, "demo", access=access, tracing=tracing)
+    app = create_app(engine_client, tokenizer, config, "demo", access=access, tracing=tracing, key_check=key_check)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
         yield http
@@ -121,6 +127,35 @@ async def test_a_keys_limits_are_a_429_that_says_when_to_come_again(
         await engine.send(sample.sequence_id, [9], "length")
         assert (await first).status_code == 200
         assert (await http.get("/v1/models", headers=ALICE)).status_code == 200
+
+
+async def test_keys_change_at_once_and_a_request_of_one_that_goes_is_answered_all_the_same(
+    engine: FakeEngine, engine_client: EngineClient
+) -> None:
+    access = Access(RING, KeyLimits(concurrent=1))
+    keys = access.key_check(WorkerPlace())
+    carol = {"Authorization": "Bearer carols-key"}
+    async with client(engine_client, access, key_check=keys) as http, asyncio.TaskGroup() as tasks:
+        asking = [tasks.create_task(http.post(COMPLETIONS, headers=own, json=HELLO)) for own in (ALICE, BOB)]
+        samples = await engine.submissions(2)
+        keys.replace(KeyRing((ApiKey.of("carol", "carols-key"), RING.keys[1])))
+        statuses = [(await http.get("/v1/models", headers=own)).status_code for own in (ALICE, BOB, carol)]
+        assert statuses == [401, 429, 200]
+        for sample in samples:
+            await engine.send(sample.sequence_id, [9], "length")
+    assert [task.result().status_code for task in asking] == [200, 200]
+
+
+@pytest.mark.parametrize(("handler", "expected"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
+def test_a_hangup_has_the_file_of_keys_read_again_unless_it_is_ignored(
+    handler: signal.Handlers, expected: bool
+) -> None:
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        assert reads_keys_again(Settings(api_key_file=Path("keys"))) == expected
+        assert not reads_keys_again(Settings())
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 async def test_pages_of_other_origins_may_ask_only_where_that_is_allowed(

@@ -17,6 +17,7 @@ import httpx
 import openai
 import pytest
 
+from server.children import blocking
 from server.config import Settings
 from server.engine.messages import SequenceOutput, TokenLogprobs
 from server.http.siblings import WorkerPlace
@@ -49,17 +50,23 @@ if __name__ == "__main__":
 
 @contextlib.asynccontextmanager
 async def worker(
-    engine: FakeEngine, drain_seconds: float = 120, send_seconds: float = 60
+    engine: FakeEngine, drain_seconds: float = 120, send_seconds: float = 60, key_file: Path | None = None
 ) -> AsyncIterator[tuple[SpawnProcess, httpx.AsyncClient]]:
     """A worker process that serves, and a client of it."""
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        settings = Settings(drain_timeout=drain_seconds, send_timeout=send_seconds, sse_ping_interval=0.05)
+        settings = Settings(
+            drain_timeout=drain_seconds, send_timeout=send_seconds, sse_ping_interval=0.05, api_key_file=key_file
+        )
         arguments = (settings, DEMO, "demo", engine.address, listener, WorkerPlace(), sender)
         process = spawn.Process(target=run_api_worker, args=arguments)
-        process.start()
+        with blocking({signal.SIGHUP}):  # as the supervisor starts it
+            process.start()
+        if key_file is not None:
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGHUP)  # too early for it to answer
     sender.close()  # so that a worker that cannot start is an EOFError here
     try:
         async with httpx.AsyncClient(base_url=url, timeout=60) as client:
@@ -131,7 +138,7 @@ async def test_a_quiet_stream_is_pinged_and_an_error_after_that_is_an_event(engi
         lines = response.aiter_lines()
         assert response.status_code == 200
         assert await anext(lines) == ": ping"
-        submit = engine.submitted[0]
+        [submit] = await engine.submissions(1)
         await engine.send(submit.sequence_id, tokens("one"))
         while not (line := await anext(lines)).startswith("data: "):
             assert line in (": ping", "")
@@ -165,6 +172,34 @@ async def test_an_idle_worker_ignores_ctrl_c_and_ends_at_sigterm(engine: FakeEng
         process.terminate()
         await asyncio.to_thread(process.join)
     assert process.exitcode == 0
+
+
+async def test_sighup_changes_a_workers_keys_and_with_a_file_that_cannot_be_used_nothing(
+    engine: FakeEngine, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("alice:correct-horse\n")
+    async with worker(engine, key_file=keys) as (process, client):
+        assert process.pid is not None
+
+        async def status(key: str) -> int:
+            return (await client.get("/v1/models", headers={"Authorization": f"Bearer {key}"})).status_code
+
+        assert await status("correct-horse") == 200
+        keys.write_text("bob:battery-staple\n")
+        os.kill(process.pid, signal.SIGHUP)
+        while await status("battery-staple") != 200:
+            pass
+        assert await status("correct-horse") == 401
+        keys.write_text("bob\n")
+        os.kill(process.pid, signal.SIGHUP)
+        logged = ""
+        while "the API keys stay as they were" not in logged:
+            assert await status("battery-staple") == 200
+            logged += capfd.readouterr().err
+        assert await status("battery-staple") == 200
+    (line,) = [line for line in logged.splitlines() if " ERROR " in line]
+    assert f"--api-key-file {keys}, line 1: needed is name:key" in line
 
 
 async def test_a_worker_ends_when_its_supervisor_is_killed(engine: FakeEngine, tmp_path: Path) -> None:
