@@ -6,7 +6,10 @@ twice.  Knows nothing of what is answered.
 
 import asyncio
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+_INTERIM = b"HTTP/1.1 1"
+"""What a 100 Continue begins with, which comes before the head and must not wait."""
 
 
 class JoinedHeadProtocol(HttpToolsProtocol):
@@ -16,7 +19,7 @@ class JoinedHeadProtocol(HttpToolsProtocol):
         """Called when the body begins, if there is one."""
         super().on_headers_complete()
         if self.cycle is not None and self.cycle.transport is self.transport:  # a new request, and no upgrade
-            self.cycle.transport = _AnswerTransport(self.cycle, self.loop)  # type: ignore[assignment]
+            self.cycle.transport = _AnswerTransport(self.transport, self.loop)  # type: ignore[assignment]
 
     def on_response_complete(self) -> None:
         """Called when an answer has been written."""
@@ -26,16 +29,15 @@ class JoinedHeadProtocol(HttpToolsProtocol):
 
 
 class _AnswerTransport:
-    """What a request's answer is written to.
+    """What a request's answer is written to.  Does not know the request, which knows it: nobody would break the circle.
 
     Args:
-        cycle: the request and its answer.
+        transport: the connection's.
         loop: at the end of whose turn a head goes out without a body.
     """
 
-    def __init__(self, cycle: RequestResponseCycle, loop: asyncio.AbstractEventLoop) -> None:
-        self._cycle = cycle
-        self._transport = cycle.transport
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
         self._loop = loop
         self._head_seen = False
         self._held = b""
@@ -43,7 +45,7 @@ class _AnswerTransport:
     def write(self, data: bytes) -> None:
         if self._held:
             data, self._held = self._held + data, b""
-        elif not self._head_seen and self._cycle.response_started:  # before that there may be a 100 Continue
+        elif not self._head_seen and not data.startswith(_INTERIM):
             self._head_seen = True
             self._held = data
             self._loop.call_soon(self.flush)

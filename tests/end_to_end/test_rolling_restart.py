@@ -84,10 +84,9 @@ async def test_a_rolling_restart_loses_no_request() -> None:
     servers = [await asyncio.to_thread(start) for _ in range(2)]
     proxy.ports = [httpx.URL(server.url).port or 0 for server in servers]
     over = asyncio.Event()
-    answered = 0
+    answers = asyncio.Queue[int]()
 
     async def ask_on(url: str) -> None:
-        nonlocal answered
         async with httpx.AsyncClient(base_url=url, timeout=60, headers={"Connection": "close"}) as client:
             while not over.is_set():
                 response = await client.post("/v1/completions", json=ASKED)
@@ -95,13 +94,14 @@ async def test_a_rolling_restart_loses_no_request() -> None:
                 assert response.text.endswith("data: [DONE]\n\n"), response.text[-500:]
                 pieces = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
                 assert pieces[-1]["choices"][0]["finish_reason"] == "length"
-                answered += 1
+                answers.put_nowait(len(pieces))
 
     async def more(count: int) -> None:
-        wanted = answered + count
+        while not answers.empty():
+            answers.get_nowait()
         async with asyncio.timeout(60):
-            while answered < wanted:  # noqa: ASYNC110 - the clients count
-                await asyncio.sleep(0.02)
+            for _ in range(count):
+                await answers.get()
 
     try:
         async with proxy.listening() as url, asyncio.TaskGroup() as clients:

@@ -1,12 +1,14 @@
 """How many times an answer is written: to a transport that keeps what it is given."""
 
 import asyncio
+import gc
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from uvicorn.server import ServerState
 
 from server.http.joined_head import JoinedHeadProtocol
@@ -70,6 +72,23 @@ async def answered(app: App, request: bytes) -> Transport:
 
 async def test_a_whole_answer_is_written_once() -> None:
     assert (await answered(whole, REQUEST)).writes == [SENT_HEAD + b"body"]
+
+
+async def test_nothing_of_a_request_is_left_for_the_garbage_collector() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        before = living_requests()
+        for _ in range(3):
+            await answered(whole, REQUEST * 4)
+        # The last of a connection hangs on to it until it is collected, as in uvicorn itself.
+        assert living_requests() - before <= 3
+    finally:
+        gc.enable()
+
+
+def living_requests() -> int:
+    return sum(isinstance(own, RequestResponseCycle) for own in gc.get_objects())
 
 
 async def test_answers_to_pipelined_requests_are_written_once_each_in_their_order() -> None:
