@@ -22,6 +22,10 @@ GPU_RESERVE = 512 << 20
 """Bytes of a GPU's free memory that no plan touches: cuBLAS's workspaces, kernels that are loaded when first run."""
 
 
+SMALL_CACHE = GIB
+"""So much a CPU gives to the KV cache of a small model, if it has it: a demo is no reason to fill a laptop."""
+
+
 class MemoryPlanError(ValueError):
     """What is asked for does not fit.  One line with the numbers and the flag to change."""
 
@@ -81,7 +85,8 @@ def plan_memory(
         config: the network.
         available: bytes the server may use, see `available_memory`.
         dtype: of weights and cache.
-        device: a CPU's default for the KV cache is modest, because other programs share its memory.
+        device: a CPU's default for the KV cache is modest, because other programs share its memory: a quarter of it at
+            most, and SMALL_CACHE, four times the weights or one longest sequence, whichever is most.
         block_size: tokens in a block.
         max_num_seqs: rows of logits in the largest step.
         max_num_batched_tokens: tokens in the largest step.
@@ -110,8 +115,9 @@ def plan_memory(
     if kv_cache_bytes is None:
         kv_cache_bytes = left
         if device.type == "cpu":
-            full = max_num_seqs * -(-wanted_len // block_size) * per_block
-            kv_cache_bytes = min(full, left, available // 4)
+            one = -(-wanted_len // block_size) * per_block
+            enough = max(SMALL_CACHE, 4 * weights, one)
+            kv_cache_bytes = min(max_num_seqs * one, enough, left, available // 4)
     num_blocks = kv_cache_bytes // per_block
     numbers = (
         f"weights {_gib(weights)}, activations {_gib(activations)}, "

@@ -122,6 +122,19 @@ class TestPlan:
         made = plan(max_num_seqs=1000, available=2 * GIB)
         assert GIB // 2 - made.block_bytes < made.kv_cache <= GIB // 2
 
+    def test_a_cpu_gives_a_small_model_no_more_than_a_small_cache(self) -> None:
+        made = plan(max_num_seqs=100_000, available=64 * GIB)
+        assert GIB - made.block_bytes < made.kv_cache <= GIB
+
+    def test_a_cpu_gives_a_large_model_up_to_four_times_its_weights(self) -> None:
+        made = plan(PERSIMMON_8B, max_num_seqs=1000, available=1024 * GIB)
+        assert 0 <= 4 * made.weights - made.kv_cache < made.block_bytes
+
+    def test_a_cpu_gives_the_cache_room_for_one_longest_sequence(self) -> None:
+        made = plan(replace(SMALL, max_position_embeddings=2**20), available=64 * GIB)
+        assert made.kv_tokens == made.max_model_len == 2**20
+        assert made.kv_cache > GIB
+
     @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
     def test_step_buffers_leave_less_for_the_cache(self, device: torch.device) -> None:
         fixed = plan().weights + plan().activations
