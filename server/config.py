@@ -255,8 +255,8 @@ class Settings(BaseSettings):
     kv_cache_memory: ByteSize | None = _setting(
         None,
         "Size of the KV cache, like 4GiB or 800MB. Default: what --gpu-memory-utilization leaves on a GPU; "
-        "on a CPU, room for --max-num-seqs full sequences, but at most a quarter of the free memory, and at most 1 GiB or "
-        "four times the weights, whichever is more. All of it is taken at start.",
+        "on a CPU, room for --max-num-seqs full sequences, but at most a quarter of the free memory, and at most 1 GiB "
+        "or four times the weights, whichever is more. All of it is taken at start.",
         "memory",
         "SIZE",
         gt=0,
