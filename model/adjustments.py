@@ -1,6 +1,7 @@
 """What a request changes in the network's logits before a token is drawn from them.
 
-Penalties come first, then biases, then what is ruled out: banned tokens and those that a grammar does not allow.
+The order is that of vLLM's and Transformers' logits processors: biases, penalties, then what is ruled out, which no
+bias can bring back: banned tokens and those that a grammar does not allow.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,20 +18,20 @@ Penalize = Callable[[torch.Tensor, PenaltyInputs], None]
 
 
 def adjust_(logits: torch.Tensor, params: Sequence[SamplingParams], penalize: Penalize) -> None:
-    """Changes logits in place as their rows ask for.
+    """Changes logits in place as their rows ask for: biases, penalties, bans, then masks of grammars.
 
     Args:
         logits: [R, vocab_size] float32.
         params: R of them.
         penalize: applies the penalties.
     """
-    if any(own.penalizes for own in params):
-        penalize(logits, _penalties(params, logits.device))
     biased = [(row, token, bias) for row, own in enumerate(params) for token, bias in own.logit_bias]
     if biased:
         rows, tokens, biases = zip(*biased, strict=True)
-        # Each id is at most once in a row, so the order of addition is no matter.
+        # A row has each id at most once, so the order of addition does not matter.
         logits.view(-1).index_add_(0, _places(rows, tokens, logits), _column(biases, logits.device))
+    if any(own.penalizes for own in params):
+        penalize(logits, _penalties(params, logits.device))
     banned = [(row, token) for row, own in enumerate(params) for token in own.banned]
     if banned:
         rows, tokens = zip(*banned, strict=True)

@@ -26,8 +26,9 @@ class Grammar(msgspec.Struct, frozen=True, array_like=True):
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
     """How one sequence draws its tokens.
 
-    The network's logits are changed in this order: penalties, `logit_bias`, what is ruled out (stop tokens before
-    `min_tokens`, tokens that the grammar does not allow), temperature, `min_p`, `top_k`, `top_p`.
+    The network's logits are changed in this order, which is vLLM's: `logit_bias`, penalties (repetition, frequency,
+    presence), what is ruled out (stop tokens before `min_tokens`, tokens that the grammar does not allow), temperature,
+    `min_p`, `top_k`, `top_p`.
 
     Attributes:
         temperature: 0 takes the most probable token (ties go to the lowest id).

@@ -208,7 +208,7 @@ class GenerationRequest(RequestObject):
         1.0, gt=0, le=10, description="Divides the positive, multiplies the negative logits of tokens seen before."
     )
     logit_bias: Annotated[dict[int, float], PlainValidator(_logit_bias), WithJsonSchema(_LOGIT_BIAS_SCHEMA)] = Field(
-        default={}, description="Added to the logits of these token ids, after the penalties."
+        default={}, description="Added to the logits of these token ids, before the penalties."
     )
     min_tokens: int = Field(0, ge=0, description="Before so many tokens the answer does not end.")
     response_format: ResponseFormat | None = Field(

@@ -91,6 +91,40 @@ def test_penalties_follow_their_definition() -> None:
     assert logits.tolist() == [[1.0, -4.0, 1.0 - 0.75, -4.0 - 1.0, 1.0]]
 
 
+@pytest.mark.parametrize(
+    ("logit", "bias", "repetition", "expected"),
+    [
+        # A bias that changes the sign turns a multiplication into a division, and the other way round.
+        (-4.0, 10.0, 2.0, 3.0),
+        (4.0, -10.0, 2.0, -12.0),
+        (4.0, -4.0, 2.0, 0.0),
+        (-4.0, 10.0, 0.5, 12.0),
+        (1.0, 1.0, 2.0, 1.0),
+    ],
+)
+def test_a_bias_comes_before_the_penalties(logit: float, bias: float, repetition: float, expected: float) -> None:
+    logits = torch.tensor([[logit, 0.5]])
+    params = SamplingParams(repetition_penalty=repetition, seen=counts([0], []), logit_bias=((0, bias),))
+    adjust_(logits, [params], penalize)
+    assert logits.tolist() == [[expected, 0.5]]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "ruled_out",
+    [
+        SamplingParams(banned=(7,)),
+        SamplingParams(allowed=lambda: words({1, 2, 3})),
+        SamplingParams(banned=(7,), seen=counts([7], [7, 7]), repetition_penalty=0.1, frequency_penalty=-2.0),
+    ],
+    ids=["a ban", "a grammar", "a ban of a token that penalties favour"],
+)
+def test_no_bias_beats_a_ban(ruled_out: SamplingParams, temperature: float) -> None:
+    logits = random_logits(20)
+    params = [replace(ruled_out, temperature=temperature, seed=row, logit_bias=((7, 100.0),)) for row in range(20)]
+    assert 7 not in sample(logits, params).tokens.tolist()
+
+
 def test_each_row_is_changed_as_it_asked_and_in_order() -> None:
     params = [
         SamplingParams(),

@@ -422,27 +422,38 @@ class TestDraws:
             SamplingParams(allowed=lambda: even, logprobs=1),
             SamplingParams(temperature=2.0, seed=5, top_k=3, seen=seen, presence_penalty=-1.0, allowed=lambda: even),
             SamplingParams(logprobs=2),
+            # A bias that changes a logit's sign decides whether the repetition penalty divides or multiplies it.
+            SamplingParams(
+                temperature=3.0,
+                seed=6,
+                seen=seen,
+                repetition_penalty=1.5,
+                frequency_penalty=0.5,
+                logit_bias=((4, 20.0), (5, -20.0), (6, 20.0)),
+                banned=(6,),
+                logprobs=1,
+            ),
         ]
         fused = Fused(shallow, sizes=sizes)
-        batch = [SequenceInput([9 + i], 0, fused.tables[i % 4][:1], (row,)) for i, row in enumerate(params)]
-        batch[4] = replace(batch[4], block_table=fused.tables[0][1:2])
-        batch[5] = replace(batch[5], block_table=fused.tables[1][1:2])
+        tables = [fused.tables[i % 4][i // 4 : i // 4 + 1] for i in range(len(params))]
+        batch = [SequenceInput([9 + i], 0, tables[i], (row,)) for i, row in enumerate(params)]
         result = fused.runner.launch(batch).wait()
         logits = fused.runner.logits(batch)
         expected = logits.clone()
-        expected[0, 5] += 4
-        expected[0, VOCAB_SIZE - 1] += 5
-        expected[1, :3] = -math.inf
-        for row in (2, 4):
+        for row, own in enumerate(params):
+            for token, bias in own.logit_bias:
+                expected[row, token] += bias
+        for row in (2, 4, 6):
             own = params[row]
             for token, count in ((4, 0), (5, 0), (6, 2), (7, 1)):
                 x = expected[row, token]
                 x = x / own.repetition_penalty if x > 0 else x * own.repetition_penalty
                 expected[row, token] = x - own.frequency_penalty * count - own.presence_penalty * (count > 0)
+        expected[1, :3] = expected[6, 6] = -math.inf
         expected[3, 1::2] = expected[4, 1::2] = -math.inf
         assert result.tokens == reference_tokens(expected, params)
-        # What is reported is the network's own opinion.
-        assert sorted(result.logprobs) == [0, 2, 3, 5]
+        # Log-probabilities are those of the network's own logits.
+        assert sorted(result.logprobs) == [0, 2, 3, 5, 6]
         for row, entry in result.logprobs.items():
             logprobs = logits[row].log_softmax(-1)
             assert entry.token_id == result.tokens[row]
