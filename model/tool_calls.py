@@ -154,12 +154,14 @@ class CallForm:
         parallel: whether there may be several calls.
         forced: whether there is nothing but calls.
         begun: the function whose call the prompt has begun, with `begun_call`: the answer is its arguments.
+        enforced: whether a grammar holds calls to their form, so that stop strings do not cut them.
     """
 
     names: tuple[str, ...]
     parallel: bool = True
     forced: bool = False
     begun: str | None = None
+    enforced: bool = False
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,28 @@ class AnswerForm:
         """Whether an answer may be any text, and ends where texts do."""
         return self.constraint is None or self.constraint.grammar.kind == "text_or_calls"
 
+    @property
+    def takes_stop_strings(self) -> bool:
+        """Whether stop strings may end an answer: in free text, and in a regular expression or grammar, as in vLLM.
+
+        They would break off JSON, choices and forced calls in the middle, so those ignore them.
+        """
+        return self.may_be_text or self._is_pattern
+
+    @property
+    def takes_stop_tokens(self) -> bool:
+        """Whether stop tokens may end an answer.  The engine cannot tell free text from a strict call next to it."""
+        return self.constraint is None or self._is_pattern
+
+    @property
+    def ends_by_grammar(self) -> bool:
+        """Whether a grammar decides where an answer may end, so that ignore_eos and min_tokens are ignored."""
+        return self.constraint is not None
+
+    @property
+    def _is_pattern(self) -> bool:
+        return self.constraint is not None and self.constraint.grammar.kind in ("regex", "grammar")
+
 
 ANY_TEXT = AnswerForm()
 
@@ -48,6 +70,7 @@ def chat_form(request: ChatCompletionRequest) -> AnswerForm:
         parallel=request.parallel_tool_calls,
         forced=request.must_call,
         begun=choice.name if isinstance(choice, NamedTool) else None,
+        enforced=request.must_call or any(tool.function.strict for tool in request.callable_tools),
     )
     parts = _parameters(request, functions)
     if isinstance(choice, NamedTool):

@@ -43,8 +43,8 @@ async def create_chat_completion(
 ) -> Response:
     """The answer to a chat completion request.
 
-    An answer ends at end-of-text and before a new human turn; ignore_eos lifts both.  One that follows a grammar ends
-    where that says.
+    An answer ends at end-of-text and before a new human turn; ignore_eos lifts both.  An answer that follows a grammar
+    ends where the grammar allows it.
 
     Args:
         service: what the worker serves with.
@@ -62,9 +62,10 @@ async def create_chat_completion(
     prompt = chat_prompt(request.messages, request.tools if form.calls is not None else ())
     if form.calls is not None and form.calls.begun is not None:
         prompt += begun_call(form.calls.begun)
-    # What is no text may hold what would else be a new turn.
-    stop = request.stop if request.ignore_eos or not form.may_be_text else [*request.stop, STOP]
-    generation = await service.prepare(request, [prompt], stop, record, form)
+    goes_on = request.ignore_eos and not form.ends_by_grammar
+    # JSON and other enforced text may contain what would otherwise be a new turn.
+    turn_end = [STOP] if form.may_be_text and not goes_on else []
+    generation = await service.prepare(request, [prompt], [*request.stop, *turn_end], record, form)
     if request.stream:
         return EventStream(_stream(service, request, generation), service.gate.limits.ping_interval)
     body = await until_disconnect(receive, _whole(service, request, generation))

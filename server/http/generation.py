@@ -201,6 +201,8 @@ class SampleText:
         self._calls = None if generation.calls is None else CallReader(generation.calls)
         # OpenAI says "stop" where the request names the function.
         self._says_tool_calls = generation.calls is not None and generation.calls.begun is None
+        # Stop strings do not cut calls that a grammar enforces, only the text that may come instead of them.
+        self._stops_content = generation.calls is not None and generation.calls.enforced
         self._call_deltas: list[CallDelta] = []
         self._reports = ReportQueue() if generation.logprobs is not None else None
         self._keeps_all_reports = not generation.is_chat
@@ -242,8 +244,7 @@ class SampleText:
         if ended is not None:
             if ended == "stop":
                 self._note(output.token_ids[-1], logprobs[-1], "")
-            text += self._content(self._stop.push(self._without_format(self._detokenizer.finish())[0]))
-            text += self._content(self._stop.finish())
+            text += self._finish(self._without_format(self._detokenizer.finish())[0])
             ended = "stop" if self._is_over else ended
         return self._piece(text, output, len(output.token_ids), ended)
 
@@ -258,7 +259,24 @@ class SampleText:
         if self._unstoppable:
             self._unstoppable -= 1
             return self._content(text)
+        if self._stops_content:
+            return self._stop_content(self._content(text))
         return self._content(self._stop.push(text))
+
+    def _finish(self, text: str) -> str:
+        """What is certain of the text once it has ended, with its last piece."""
+        if self._calls is not None and self._stops_content:
+            certain = self._stop_content(self._content(text) + self._calls.finish())
+            held = self._stop.finish()
+            self._shown += len(held)
+            return certain + held
+        return self._content(self._stop.push(text)) + self._content(self._stop.finish())
+
+    def _stop_content(self, content: str) -> str:
+        """What is certain of content that stop strings may end."""
+        certain = self._stop.push(content)
+        self._shown += len(certain) - len(content)
+        return certain
 
     def _content(self, text: str) -> str:
         """What is certain to be content of a text that is certain; what adds to calls is kept for the piece."""

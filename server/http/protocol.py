@@ -188,15 +188,21 @@ class GenerationRequest(RequestObject):
         Field(max_length=MAX_STOP_STRINGS),
         BeforeValidator(_as_list),
         WithJsonSchema(_STOP_SCHEMA),
-    ] = Field(default=[], description="Strings that end the answer and are not part of it.")
+    ] = Field(
+        default=[],
+        description="Strings that end the answer and are not part of it. Ignored inside JSON, choices and calls that "
+        "are enforced.",
+    )
     stop_token_ids: list[int] = Field(
         default=[],
         max_length=MAX_STOP_TOKENS,
-        description="Tokens that end the answer and are not part of its text, with ignore_eos too.",
+        description="Tokens that end the answer and are not part of its text, with ignore_eos too. Ignored where JSON, "
+        "choices or calls are enforced.",
     )
     ignore_eos: bool = Field(
         False,
-        description="Go on past the answer's own end: end-of-text, and in chat the next human turn.",
+        description="Go on past the answer's own end: end-of-text, and in chat the next human turn. Ignored where the "
+        "answer follows a grammar.",
     )
     presence_penalty: float = Field(
         0.0, ge=-2, le=2, description="Taken off the logit of each token that is in the answer already."
@@ -210,7 +216,11 @@ class GenerationRequest(RequestObject):
     logit_bias: Annotated[dict[int, float], PlainValidator(_logit_bias), WithJsonSchema(_LOGIT_BIAS_SCHEMA)] = Field(
         default={}, description="Added to the logits of these token ids, before the penalties."
     )
-    min_tokens: int = Field(0, ge=0, description="Before so many tokens the answer does not end.")
+    min_tokens: int = Field(
+        0,
+        ge=0,
+        description="The answer has at least this many tokens. Ignored where it follows a grammar; calls end it too.",
+    )
     response_format: ResponseFormat | None = Field(
         None, description='What an answer must look like. One whose finish_reason is not "length" does.'
     )
@@ -243,15 +253,9 @@ class GenerationRequest(RequestObject):
         return self
 
     @model_validator(mode="after")
-    def _one_grammar_that_ends_the_answer(self) -> Self:
+    def _one_grammar(self) -> Self:
         if self.format_constraint is not None and self.structured_outputs is not None:
             raise invalid("structured_outputs", "response_format already says what the answer must look like")
-        for field in ("ignore_eos", "min_tokens"):
-            if self.ended_by is not None and getattr(self, field):
-                raise invalid(field, f"it cannot be combined with {self.ended_by}, which says where the answer ends")
-        for field in ("stop_token_ids", *(() if self.may_be_cut else ("stop",))):
-            if self.grammar_field is not None and getattr(self, field):
-                raise invalid(field, f"it cannot be combined with {self.grammar_field}: it may cut the answer short")
         return self
 
     @property
@@ -263,24 +267,6 @@ class GenerationRequest(RequestObject):
     def constraint(self) -> Constraint | None:
         """What an answer must look like; None for any text."""
         return self.format_constraint if self.structured_outputs is None else self.structured_outputs.constraint
-
-    @property
-    def grammar_field(self) -> str | None:
-        """The field that makes answers follow a grammar, if any."""
-        if self.format_constraint is not None:
-            return "response_format"
-        return None if self.structured_outputs is None else "structured_outputs"
-
-    @property
-    def ended_by(self) -> str | None:
-        """The field that says where answers end, if any."""
-        return self.grammar_field
-
-    @property
-    def may_be_cut(self) -> bool:
-        """Whether stop strings may end an answer early, which vLLM's users do with regular expressions."""
-        constraint = self.constraint
-        return constraint is None or constraint.grammar.kind in ("regex", "grammar")
 
     @property
     def token_limit(self) -> tuple[str, int | None]:
@@ -446,24 +432,6 @@ class ChatCompletionRequest(GenerationRequest):
     def must_call(self) -> bool:
         """Whether the answer is nothing but calls."""
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
-
-    @property
-    def grammar_field(self) -> str | None:
-        """The field that makes answers follow a grammar, if any."""
-        if self.must_call:
-            return "tool_choice"
-        strict = any(tool.function.strict for tool in self.callable_tools)
-        return super().grammar_field or ("tools" if strict else None)
-
-    @property
-    def ended_by(self) -> str | None:
-        """The field that says where answers end, if any; calls end one."""
-        return self.grammar_field or ("tools" if self.callable_tools else None)
-
-    @property
-    def may_be_cut(self) -> bool:
-        """Whether stop strings may end an answer early."""
-        return super().may_be_cut and self.grammar_field not in ("tool_choice", "tools")
 
     @property
     def reported_logprobs(self) -> int | None:

@@ -108,7 +108,7 @@ class Service:
         Args:
             request: what both endpoints have in common is read from it.
             prompts: texts or token ids.
-            stop: strings that end an answer.
+            stop: strings that end an answer, where its form lets them.
             record: of the request; what is found out is written into it.
             form: what an answer may look like.
 
@@ -139,16 +139,23 @@ class Service:
         record.cache_salt = salted(record.cache_salt, request.cache_salt)
         if record.prompts is not None:
             record.prompts += prompts
-        end_of_text = list(self.config.eos_token_ids)
+        stop_token_ids = list(request.stop_token_ids) if form.takes_stop_tokens else []
+        if form.ends_by_grammar or not request.ignore_eos:
+            stop_token_ids += self.config.eos_token_ids
+        min_tokens = 0 if form.ends_by_grammar else request.min_tokens
         return Generation(
             prompts=[
-                Prompt(token_ids, _max_tokens(request, name, len(token_ids), limit), self._sampling(request, grammar))
+                Prompt(
+                    token_ids,
+                    _max_tokens(request, name, len(token_ids), limit),
+                    self._sampling(request, min_tokens, grammar),
+                )
                 for name, token_ids in encoded
             ],
             n=request.n,
             samples=samples,
-            stop_token_ids=[*dict.fromkeys(request.stop_token_ids + ([] if request.ignore_eos else end_of_text))],
-            stop_strings=StopStrings(stop),
+            stop_token_ids=[*dict.fromkeys(stop_token_ids)],
+            stop_strings=StopStrings(stop if form.takes_stop_strings else ()),
             is_chat=request.is_chat,
             echo=request.echoes,
             logprobs=request.reported_logprobs,
@@ -229,7 +236,7 @@ class Service:
         # In a chat the space after the label is the format's, as AnswerText has it.
         return Grammar(constraint.grammar.kind, constraint.grammar.text, leading_space=is_chat)
 
-    def _sampling(self, request: GenerationRequest, grammar: Grammar | None) -> Sampling:
+    def _sampling(self, request: GenerationRequest, min_tokens: int, grammar: Grammar | None) -> Sampling:
         logprobs = request.reported_logprobs
         if logprobs is None and request.samples[1] > request.n:
             logprobs = 0  # the most probable samples are the answers
@@ -243,7 +250,7 @@ class Service:
             request.presence_penalty,
             request.frequency_penalty,
             request.logit_bias,
-            request.min_tokens,
+            min_tokens,
             logprobs,
             grammar,
         )

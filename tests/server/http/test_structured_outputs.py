@@ -86,8 +86,6 @@ def format_of(schema: object, **fields: object) -> dict[str, Any]:
 
 
 SCHEMA_FIELD = "response_format.json_schema.schema"
-ENDS = "which says where the answer ends"
-CUTS = "it may cut the answer short"
 ONE = "give exactly one of json, regex, choice, grammar and json_object, not"
 
 
@@ -151,25 +149,6 @@ ONE = "give exactly one of json, regex, choice, grammar and json_object, not"
             "structured_outputs",
             "Invalid 'structured_outputs': response_format already says what the answer must look like.",
         ),
-        *(
-            (
-                {"response_format": JSON_SCHEMA, field: value},
-                field,
-                f"Invalid '{field}': it cannot be combined with response_format{reason}.",
-            )
-            for field, value, reason in [
-                ("ignore_eos", True, f", {ENDS}"),
-                ("min_tokens", 2, f", {ENDS}"),
-                ("stop_token_ids", [5], f": {CUTS}"),
-                ("stop", "a", f": {CUTS}"),
-            ]
-        ),
-        (
-            {"structured_outputs": {"choice": ["a"]}, "stop": ["a"]},
-            "stop",
-            f"Invalid 'stop': it cannot be combined with structured_outputs: {CUTS}.",
-        ),
-        ({"structured_outputs": {"regex": "a"}, "stop_token_ids": [5]}, "stop_token_ids", None),
         (
             {"guided_json": SCHEMA},
             "guided_json",
@@ -197,6 +176,41 @@ async def test_what_cannot_be_asked_of_an_answer_is_a_400_that_names_the_field(
     if message is not None:
         assert error["message"] == message
     assert engine.submitted == []
+
+
+ENDINGS: dict[str, Any] = {"stop": ["Hel"], "stop_token_ids": [5], "ignore_eos": True, "min_tokens": 4}
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize(
+    ("body", "text", "stop_token_ids"),
+    [
+        ({"response_format": JSON_SCHEMA}, "Hello!", [EOS]),
+        ({"response_format": {"type": "json_object"}}, "Hello!", [EOS]),
+        ({"structured_outputs": {"json": SCHEMA}}, "Hello!", [EOS]),
+        ({"structured_outputs": {"choice": ["Hello!"]}}, "Hello!", [EOS]),
+        # vLLM's users end these with stop strings.
+        ({"structured_outputs": {"regex": "Hello!"}}, "", [5, EOS]),
+        ({"structured_outputs": {"grammar": 'root ::= "Hello!"'}}, "", [5, EOS]),
+    ],
+)
+async def test_what_would_end_an_answer_does_not_cut_enforced_json_and_choices(
+    http: httpx.AsyncClient,
+    engine: FakeEngine,
+    tokens: Tokens,
+    path: str,
+    body: dict[str, Any],
+    text: str,
+    stop_token_ids: list[int],
+) -> None:
+    engine.script = says(tokens("Hello!"), EOS)
+    response = await http.post(path, json=(HELLO if path == COMPLETIONS else ASK) | body | ENDINGS)
+    assert response.status_code == 200, response.text
+    [choice] = response.json()["choices"]
+    assert (choice["text"] if path == COMPLETIONS else choice["message"]["content"]).strip() == text
+    assert choice["finish_reason"] == "stop"
+    assert engine.submitted[-1].stop_token_ids == stop_token_ids
+    assert engine.submitted[-1].sampling.min_tokens == 0
 
 
 async def test_the_properties_of_a_schema_keep_their_order(http: httpx.AsyncClient, engine: FakeEngine) -> None:

@@ -395,18 +395,11 @@ CHOICES = (
             "structured_outputs",
             "Invalid 'structured_outputs': with tools it is only allowed when tool_choice is 'none'.",
         ),
-        *(({"tools": TOOLS, "tool_choice": "required", field: value}, field, None)
-          for field, value in [("ignore_eos", True), ("min_tokens", 1), ("stop", "a"), ("stop_token_ids", [5])]),
-        *(({"tools": TOOLS, field: value}, field,
-           f"Invalid '{field}': it cannot be combined with tools, which says where the answer ends.")
-          for field, value in [("ignore_eos", True), ("min_tokens", 1)]),
         (
             {"tools": [*TOOLS, *function(name="c", strict=True, parameters={"not": {}})["tools"]]},
             "tools[2].function.parameters",
             "Invalid 'tools[2].function.parameters': the JSON schema at /not is not supported.",
         ),
-        *((function(strict=True) | {field: value}, field, None)
-          for field, value in [("stop", "a"), ("stop_token_ids", [5])]),
         (
             function(parameters={"not": {}}) | {"tool_choice": NAMED},
             "tools[0].function.parameters",
@@ -482,3 +475,50 @@ async def test_tools_whose_schemas_cannot_be_forced_may_be_called_by_the_model_i
     engine.script = says(tokens(CALL), EOS)
     [choice] = (await answer(http, **function(parameters={"not": {"required": ["x"]}})))["choices"]
     assert choice["finish_reason"] == "tool_calls"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"tool_choice": "required"}, {"tools": [*function(strict=True, name="now")["tools"], TOOLS[0]]}],
+    ids=["required", "strict"],
+)
+async def test_what_would_end_an_answer_does_not_cut_enforced_calls(
+    http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens, body: dict[str, Any]
+) -> None:
+    engine.script = says(tokens(CALL), EOS)
+    body |= {"stop": ["find", '"'], "stop_token_ids": tokens(":"), "ignore_eos": True, "min_tokens": 90}
+    [choice] = (await answer(http, **body))["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert without_ids(choice["message"]["tool_calls"]) == one_call('{"word": "a"}')
+    assert engine.submitted[-1].stop_token_ids == [EOS]
+    assert engine.submitted[-1].sampling.min_tokens == 0
+    deltas, reason = await streamed(http, **body)
+    assert "".join(call["function"]["arguments"] for delta in deltas for call in delta.get("tool_calls", ())) == (
+        '{"word": "a"}'
+    )
+    assert reason == "tool_calls"
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [("Hello! Bye.", "Hello"), ("[1] Bye", "[1] Bye"), ("[{! Bye", "[{"), ('[{"na', '[{"na'), ("Hello", "Hello")],
+)
+async def test_stop_strings_end_a_text_that_may_come_instead_of_strict_calls(
+    http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens, text: str, content: str
+) -> None:
+    engine.script = says(tokens(text), EOS)
+    body: dict[str, Any] = {"tools": function(strict=True)["tools"], "stop": ["! "], "logprobs": True}
+    [choice] = (await answer(http, **body))["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (content, "stop")
+    deltas, reason = await streamed(http, **body)
+    assert ("".join(delta.get("content") or "" for delta in deltas), reason) == (content, "stop")
+
+
+async def test_min_tokens_and_ignore_eos_hold_where_a_text_may_come_instead_of_calls(
+    http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens
+) -> None:
+    engine.script = says(tokens(CALL), EOS)
+    [choice] = (await answer(http, min_tokens=99, ignore_eos=True, stop_token_ids=[5]))["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert engine.submitted[-1].sampling.min_tokens == 99
+    assert engine.submitted[-1].stop_token_ids == [5]
