@@ -1,118 +1,144 @@
-"""Text to token ids and back: SentencePiece as the checkpoint's own file defines it.
+"""Text to token ids and back, as a checkpoint's own files define it.
 
-Knows nothing of chat turns, stop strings or the network, and imports no torch: API workers use it too.
+Chooses between SentencePiece's model file and tokenizer.json.  Knows nothing of chat turns, stop strings or the
+network, and imports no torch: API workers use it too.
 """
 
 import codecs
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
-
-from google.protobuf.message import DecodeError
-from sentencepiece import SentencePieceProcessor
-from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from typing import Self
 
 from model.errors import CheckpointError
-from model.json_object import JsonObject
+from model.sentencepiece_backend import MODEL_FILES, SentencePieceBackend, read_model
+from model.token_backend import Frame, TokenBackend
+from model.token_finder import Part, TokenFinder
+from model.tokenizer_json import TOKENIZER_JSON, TokenizerJson
+from model.tokenizer_settings import END_OF_TEXT, SETTINGS_FILE, TokenizerSettings
+from model.tokenizers_backend import TokenizersBackend
 
-END_OF_TEXT = "|ENDOFTEXT|"
-"""The piece that begins and ends a text in Adept's vocabularies."""
-
-MODEL_FILES = ("tokenizer.model", "adept_vocab.model")
-"""Names of SentencePiece's file: in Hugging Face layout, and in Adept's own release."""
-
-SETTINGS_FILE = "tokenizer_config.json"
-
-_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space inside a piece
-_Piece = ModelProto.SentencePiece
+__all__ = ["END_OF_TEXT", "IncrementalDetokenizer", "Tokenizer"]
 
 
 class Tokenizer:
     """A checkpoint's tokenizer.  Safe to use from several threads at once.
 
     Text never turns into a control token: `encode("|ENDOFTEXT|")` gives the pieces that spell it.  A control
-    token is in a prompt because its id was put there.
+    token is in a prompt because its id was put there.  Tokens that were added to the vocabulary are one id each.
 
     Args:
-        model: SentencePiece's model.
+        backend: the vocabulary, and how text becomes its tokens.
         bos_token_id: the id that begins a text, if the vocabulary has one.
-        add_bos: whether `encode` begins with it when not told otherwise.
-
-    Raises:
-        RuntimeError: SentencePiece cannot use the model.
-        ValueError: add_bos without a bos_token_id.
+        frame: what `encode` puts around a text when not told otherwise.
+        notices: sentences for the operator about how the checkpoint's files were understood.
     """
 
-    def __init__(self, model: Any, bos_token_id: int | None, add_bos: bool) -> None:
-        if add_bos and bos_token_id is None:
-            raise ValueError("add_bos is set, but there is no beginning-of-sequence token")
+    def __init__(
+        self, backend: TokenBackend, bos_token_id: int | None, frame: Frame, notices: Sequence[str] = ()
+    ) -> None:
         self.bos_token_id = bos_token_id
-        self.add_bos = add_bos
-        self._processor = SentencePieceProcessor(model_proto=model.SerializeToString())
-        self._dummy_prefix: bool = model.normalizer_spec.add_dummy_prefix
-        unknown = model.trainer_spec.unk_surface
-        self._token_bytes = [_piece_bytes(piece, unknown) for piece in model.pieces]
+        self.notices = tuple(notices)
+        self._backend = backend
+        self._frame = frame
+        self._token_bytes = backend.token_bytes
+        # A prompt may spell the special tokens that were added to the vocabulary, never those that it was trained with.
+        self._spelled = TokenFinder(token for token in backend.specials.values() if token.token_id >= backend.base_size)
 
     @classmethod
     def from_folder(cls, folder: Path, add_bos: bool | None = None) -> Self:
-        """The tokenizer of a checkpoint folder: its tokenizer.model, else its adept_vocab.model.
+        """The tokenizer of a checkpoint folder.
 
-        tokenizer_config.json beside it is optional.  It says whether texts begin with the BOS token (without
-        the file or the key they do not) and which piece that is (`|ENDOFTEXT|` where it names none).
+        SentencePiece's file decides where there is no tokenizer.json, where tokenizer.json is the same in another
+        form, and where that is a BPE made of a Unigram model's vocabulary.  Otherwise tokenizer.json decides, as in
+        Transformers.
+
+        Texts begin with BOS, and end with EOS, where tokenizer_config.json says so; where it says nothing, as the
+        post-processor of tokenizer.json has it.
 
         Args:
             folder: the checkpoint.
-            add_bos: begin texts with BOS, or not; None does what tokenizer_config.json says.
+            add_bos: begin texts with BOS, or not; None does what the checkpoint says.
 
         Raises:
             CheckpointError: a file is missing or damaged, or BOS is asked for and not in the vocabulary.
         """
-        settings = _Settings.from_folder(folder)
-        path = _model_path(folder)
-        model = _read_model(path)
-        _make_control(model, settings)
-        bos_token_id = next((id for id, piece in enumerate(model.pieces) if piece.piece == settings.bos_token), None)
-        add_bos = settings.add_bos if add_bos is None else add_bos
-        if add_bos and bos_token_id is None:
-            raise CheckpointError(
-                f"{path}: texts are to begin with the BOS token {settings.bos_token!r}, which is not in its "
-                f'vocabulary: name the right one as "bos_token" in {SETTINGS_FILE}, or turn BOS off'
+        settings = TokenizerSettings.from_folder(folder)
+        path = next((folder / name for name in MODEL_FILES if (folder / name).is_file()), None)
+        file = TokenizerJson.from_folder(folder)
+        notices: list[str] = []
+        backend = _backend(folder, path, file, settings, notices)
+        place = path or folder / TOKENIZER_JSON
+        bos_token_id = backend.token_id(settings.bos_token)
+        frame = backend.frame or (file.frame if file is not None else Frame())
+        begin = frame.begin
+        if bos_token_id is None and begin:
+            bos_token_id = begin[0]
+        wanted = settings.add_bos if add_bos is None else add_bos
+        if add_bos is None and wanted is not None and file is not None and wanted != bool(begin):
+            notices.append(
+                f"{SETTINGS_FILE} has add_bos_token {str(wanted).lower()}, the post-processor of {TOKENIZER_JSON} does "
+                f"otherwise: the former is followed (--add-bos {str(not wanted).lower()} for the latter)"
             )
-        try:
-            return cls(model, bos_token_id, add_bos)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{path}: SentencePiece cannot load this file: {reason}") from None
+        if wanted and not begin:
+            if bos_token_id is None:
+                raise CheckpointError(
+                    f"{place}: texts are to begin with the BOS token {settings.bos_token!r}, which is not in its "
+                    f'vocabulary: name the right one as "bos_token" in {SETTINGS_FILE}, or turn BOS off'
+                )
+            begin = (bos_token_id,)
+        elif wanted is False:
+            begin = ()
+        return cls(backend, bos_token_id, Frame(begin, _end(backend, settings, frame)), notices)
+
+    @property
+    def add_bos(self) -> bool:
+        """Whether `encode` begins with BOS when not told otherwise."""
+        return bool(self._frame.begin)
 
     @property
     def vocab_size(self) -> int:
-        """Pieces in the vocabulary; the model's embedding may have more rows."""
+        """Token ids of the vocabulary; the model's embedding may have more rows."""
         return len(self._token_bytes)
 
     def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
-        """The token ids of a text, exactly SentencePiece's own, with BOS before them where asked for.
+        """The token ids of a text, with BOS before them and EOS after them where asked for.
 
         Args:
             text: any text; the empty one gives no ids but BOS.
-            add_bos: begin with BOS, or not; None does what `self.add_bos` says.
+            add_bos: begin with BOS, or put nothing around the text; None does what the checkpoint says.
 
         Raises:
             ValueError: the text holds a lone surrogate, or there is no BOS to add.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"the text is not valid Unicode: character {error.start} is the lone surrogate "
-                f"U+{ord(text[error.start]):04X}; send a whole surrogate pair or leave it out"
-            ) from None
-        ids: list[int] = self._processor.encode(text)
-        if not (self.add_bos if add_bos is None else add_bos):
+        return self.encode_parts(self._spelled.split(text) if self._spelled else [text], add_bos)
+
+    def encode_parts(self, parts: Sequence[Part], add_bos: bool | None = None) -> list[int]:
+        """The token ids of a prompt some of whose tokens are known; no text in it becomes a special token.
+
+        Args:
+            parts: texts, and ids of special tokens.
+            add_bos: as `encode` has it.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        for part in parts:
+            if isinstance(part, str):
+                _check_unicode(part)
+        ids = self._backend.encode(parts)
+        if add_bos is False:
             return ids
-        if self.bos_token_id is None:
-            raise ValueError("this model's vocabulary has no beginning-of-sequence token to add")
-        return [self.bos_token_id, *ids]
+        begin = self._frame.begin
+        if add_bos and not begin:
+            if self.bos_token_id is None:
+                raise ValueError("this model's vocabulary has no beginning-of-sequence token to add")
+            begin = (self.bos_token_id,)
+        return [*begin, *ids, *self._frame.end]
+
+    def special_finder(self) -> TokenFinder:
+        """Finds every special token, control tokens too, in what a chat template has written."""
+        # One of a single character could not be hidden in a message.
+        return TokenFinder(token for token in self._backend.specials.values() if len(token.content) > 1)
 
     def decode(self, token_ids: Sequence[int], from_start: bool = False) -> str:
         """The text of some tokens.
@@ -122,7 +148,7 @@ class Tokenizer:
         `from_start` takes that one off again, so that `decode(encode(text), from_start=True)` is the text as
         the model's normalizer left it, save that U+2581, SentencePiece's mark for a space, comes back as one.
 
-        Control tokens, and ids outside the vocabulary (an embedding may have more rows), add nothing.  Bytes
+        Special tokens, and ids outside the vocabulary (an embedding may have more rows), add nothing.  Bytes
         that are no UTF-8 become U+FFFD, one for each maximal invalid part, as Unicode recommends.
 
         Args:
@@ -133,34 +159,30 @@ class Tokenizer:
         return text[1:] if from_start and self.begins_with_prefix(token_ids) else text
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
-        """Each token's own name in the vocabulary, spaces written as U+2581 and bytes like <0x0A>.
+        """Each token's own name in the vocabulary, in SentencePiece's spaces written as U+2581 and bytes like <0x0A>.
 
         Args:
-            token_ids: ids of the vocabulary.
+            token_ids: any ids; one outside the vocabulary is named like "token_id:5".
         """
-        names: list[str] = self._processor.id_to_piece(list(token_ids))
-        return names
+        return [self._backend.name(token_id) for token_id in token_ids]
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token of the vocabulary adds to a text, in UTF-8; a control token nothing."""
+        """What a token of the vocabulary adds to a text, in UTF-8; a special token nothing."""
         return self._token_bytes[token_id]
 
     def text_bytes(self) -> list[bytes]:
-        """What each token adds to a text, in UTF-8; nothing where no text is made of it: control tokens, and <unk>."""
-        unknown = self._processor.unk_id()
-        return [b"" if token_id == unknown else text for token_id, text in enumerate(self._token_bytes)]
+        """What each token adds to a text, in UTF-8; nothing where no text is made of it: special tokens, and <unk>."""
+        unknown = self._backend.unknown_ids
+        return [b"" if token_id in unknown else text for token_id, text in enumerate(self._token_bytes)]
 
     def detokenizer(self) -> "IncrementalDetokenizer":
         """A detokenizer for one new stream of tokens."""
         return IncrementalDetokenizer(self._token_bytes)
 
     def begins_with_prefix(self, token_ids: Sequence[int]) -> bool:
-        """Whether the text of these tokens begins with the space that SentencePiece puts before a text."""
-        if not self._dummy_prefix:
-            return False
+        """Whether the text of these tokens begins with the space that encoding puts before a text."""
         first = next((id for id in token_ids if _join(self._token_bytes, (id,))), None)
-        # By the piece, not its text: the surface of <unk> begins with a space of its own.
-        return first is not None and self._processor.id_to_piece(first).startswith(_SPACE)
+        return first is not None and self._backend.begins_with_prefix(first)
 
 
 class IncrementalDetokenizer:
@@ -186,130 +208,42 @@ class IncrementalDetokenizer:
         return self._decoder.decode(b"", final=True)
 
 
-def parse_model(content: bytes, place: object) -> Any:
-    """SentencePiece's model from the content of its file.
-
-    Args:
-        content: of the file.
-        place: where it is, for messages.
-
-    Raises:
-        CheckpointError: it is not such a file, or not whole.
-    """
-    model = ModelProto()
-    try:
-        model.ParseFromString(content)
-    except DecodeError:
-        raise CheckpointError(f"{place}: not a SentencePiece model, or damaged: download it again") from None
-    # A file cut between two of its parts still parses, and with a part's defaults the ids would be others.
-    if not model.pieces or not model.HasField("trainer_spec") or not model.HasField("normalizer_spec"):
-        raise CheckpointError(f"{place}: not a whole SentencePiece model ({len(content)} bytes): download it again")
-    return model
-
-
-def special_tokens(content: Mapping[str, Any]) -> Iterator[str]:
-    """The tokens that Transformers keeps apart from text, in the places where its versions have put them.
-
-    Args:
-        content: of tokenizer_config.json, or of special_tokens_map.json.
-    """
-    for key, value in content.items():
-        if key.endswith(("_token", "_special_tokens")) or key == "added_tokens_decoder":
-            yield from _tokens_within(value)
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What tokenizer_config.json says.
-
-    Attributes:
-        add_bos: whether prompts begin with BOS.
-        bos_token: the piece that begins a text.
-        boundaries: pieces that begin or end a text.
-        special: other pieces that are no text.
-    """
-
-    add_bos: bool = False
-    bos_token: str = END_OF_TEXT
-    boundaries: frozenset[str] = frozenset({END_OF_TEXT})
-    special: frozenset[str] = frozenset()
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> Self:
-        content = JsonObject.read(folder / SETTINGS_FILE)
-        if content is None:
-            return cls()
-        bos_token = _token(content, "bos_token") or END_OF_TEXT
-        eos_token = _token(content, "eos_token") or END_OF_TEXT
-        return cls(
-            add_bos=content.flag("add_bos_token", default=False),
-            bos_token=bos_token,
-            boundaries=frozenset({bos_token, eos_token, END_OF_TEXT}),
-            special=frozenset(special_tokens(content.values)),
+def _backend(
+    folder: Path, path: Path | None, file: TokenizerJson | None, settings: TokenizerSettings, notices: list[str]
+) -> TokenBackend:
+    if path is None:
+        if file is None:
+            raise CheckpointError(f"{folder}: no tokenizer: looked for {', '.join(MODEL_FILES)} and {TOKENIZER_JSON}")
+        return TokenizersBackend(file, settings)
+    model = read_model(path, settings)
+    if file is None:
+        return SentencePieceBackend.of(path, model, settings.added)
+    if file.is_another_form_than(model):
+        notices.append(
+            f"{TOKENIZER_JSON} is a BPE made of the vocabulary of {path.name}, which is a Unigram model: tokens are "
+            f"those of {path.name}"
         )
+        return SentencePieceBackend.of(path, model, (*file.added, *settings.added))
+    if file.agrees_with(model, settings):
+        return SentencePieceBackend.of(path, model)
+    return TokenizersBackend(file, settings)
 
 
-def _token(content: JsonObject, key: str) -> str | None:
-    value = content.values.get(key)
-    token = value.get("content") if isinstance(value, dict) else value
-    if value is None or isinstance(token, str):
-        return token
-    raise content.error(key, 'a string or an object with "content"')
+def _end(backend: TokenBackend, settings: TokenizerSettings, frame: Frame) -> tuple[int, ...]:
+    if settings.add_eos is None or settings.add_eos == bool(frame.end):
+        return frame.end
+    eos_token_id = backend.token_id(settings.eos_token)
+    return (eos_token_id,) if settings.add_eos and eos_token_id is not None else ()
 
 
-def _tokens_within(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from _tokens_within(item)
-    elif isinstance(value, dict) and "content" not in value:
-        yield from _tokens_within(list(value.values()))
-    elif isinstance(value, dict) and value.get("special", True):
-        yield from _tokens_within(value["content"])
-
-
-def _model_path(folder: Path) -> Path:
-    for name in MODEL_FILES:
-        if (folder / name).is_file():
-            return folder / name
-    found = ""
-    if (folder / "tokenizer.json").is_file():
-        found = "; there is a tokenizer.json, but SentencePiece's own file is needed"
-    raise CheckpointError(f"{folder}: no tokenizer: looked for {' and '.join(MODEL_FILES)}{found}")
-
-
-def _read_model(path: Path) -> Any:
+def _check_unicode(text: str) -> None:
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    return parse_model(content, path)
-
-
-def _make_control(model: Any, settings: _Settings) -> None:
-    """Makes the pieces that are no text CONTROL, the one type that SentencePiece never finds in a text.
-
-    Some vocabularies have them as USER_DEFINED (always found) or as NORMAL (found when probable).  Of the
-    NORMAL ones only those that begin or end a text are changed: a padding token may be any rare word.
-    """
-    for piece in model.pieces:
-        if (piece.piece in settings.boundaries and piece.type in (_Piece.USER_DEFINED, _Piece.NORMAL)) or (
-            piece.piece in settings.special and piece.type == _Piece.USER_DEFINED
-        ):
-            piece.type = _Piece.CONTROL
-
-
-def _piece_bytes(piece: Any, unknown: str) -> bytes:
-    """What a piece adds to the text, in UTF-8; `unknown` is the surface of the unknown token."""
-    if piece.type == _Piece.CONTROL:
-        return b""
-    if piece.type == _Piece.UNKNOWN:
-        return unknown.encode()
-    if piece.type == _Piece.BYTE:
-        return bytes.fromhex(piece.piece[3:5])  # <0xE2>
-    text: str = piece.piece
-    return text.replace(_SPACE, " ").encode()
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text is not valid Unicode: character {error.start} is the lone surrogate "
+            f"U+{ord(text[error.start]):04X}; send a whole surrogate pair or leave it out"
+        ) from None
 
 
 def _join(token_bytes: Sequence[bytes], token_ids: Sequence[int]) -> bytes:

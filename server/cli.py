@@ -93,6 +93,8 @@ def _checkpoint(settings: Settings) -> tuple[Path, str, ModelUse]:
     vocabulary = VocabularyMap.from_folder(folder, config)
     check_vocabulary(folder, vocabulary.original(config) if vocabulary else config, tokenizer.vocab_size)
     say(f"persimmon {importlib.metadata.version('persimmon-server')}: {what}")
+    for notice in tokenizer.notices:
+        say(f"persimmon: {notice}")
     return folder, name, USES[config.architecture]
 
 

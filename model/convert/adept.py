@@ -22,7 +22,8 @@ from model.convert.sources import TensorSource
 from model.convert.stored import Region, small_file
 from model.convert.writer import Conversion
 from model.errors import CheckpointError
-from model.tokenizer import END_OF_TEXT, parse_model
+from model.sentencepiece_backend import parse_model
+from model.tokenizer_settings import END_OF_TEXT
 
 # Settings that say which network it is, with the values that say Persimmon's.
 _ONLY: dict[str, tuple[Any, ...]] = {

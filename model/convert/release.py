@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from model.convert.stored import Region, small_file
 from model.errors import CheckpointError
-from model.tokenizer import MODEL_FILES
+from model.sentencepiece_backend import MODEL_FILES
 
 _RANK = re.compile(r"mp_rank_(\d+)(_\d+)?")
 _WEIGHTS = ("model_optim_rng.pt", "model_rng.pt")

@@ -13,7 +13,8 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from model.config import PersimmonConfig
 from model.errors import CheckpointError
 from model.json_object import JsonObject
-from model.tokenizer import END_OF_TEXT, MODEL_FILES, parse_model, special_tokens
+from model.sentencepiece_backend import MODEL_FILES, parse_model
+from model.tokenizer_settings import END_OF_TEXT, special_tokens
 
 _Piece = ModelProto.SentencePiece
 _NEVER_IN_TEXT = (_Piece.CONTROL, _Piece.UNUSED)
