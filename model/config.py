@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from model.errors import CheckpointError
-from model.json_object import JsonObject
+from model.json_object import JsonObject, shown
 
 MODEL_TYPE = "persimmon"
 DTYPES = ("float16", "bfloat16", "float32")
@@ -20,6 +20,10 @@ ScoreFunction = Literal["softmax", "sigmoid", "none"]
 
 MAX_LABELS = 1 << 20
 """More labels than this are a mistake in the file, which is found here before a name is made for each."""
+
+
+MAX_LAYERS = 10_000
+"""More layers than this are a mistake in the file, which is found here before their tensors are listed."""
 
 
 class Architecture(StrEnum):
@@ -36,6 +40,9 @@ class Architecture(StrEnum):
 # Adept published one vocabulary, of this size, in which |ENDOFTEXT| begins and ends every document.
 ADEPT_VOCAB_SIZE = 262144
 ADEPT_END_OF_TEXT = 71013
+
+ADAPTER_FILE = "adapter_config.json"
+"""What makes a folder a PEFT adapter."""
 
 # What Transformers' PersimmonConfig writes where nobody chose, as in its own conversion of Adept's release.
 _PLACEHOLDER_IDS = {"bos_token_id": 1, "eos_token_id": 2}
@@ -104,12 +111,12 @@ class PersimmonConfig:
             )
         if not 0 < self.partial_rotary_factor <= 1:
             raise ValueError(
-                f"partial_rotary_factor is {self.partial_rotary_factor}, needed is more than 0 and at most 1"
+                f"partial_rotary_factor is {self.partial_rotary_factor}; expected more than 0 and at most 1"
             )
         if self.rotary_dim < 2 or self.rotary_dim % 2:
             raise ValueError(
                 f"partial_rotary_factor {self.partial_rotary_factor} of head_dim {self.head_dim} makes "
-                f"{self.rotary_dim} rotary dimensions; they turn in pairs, needed is a positive even number"
+                f"{self.rotary_dim} rotary dimensions; they turn in pairs; expected a positive even number"
             )
         if self.hidden_act != "relu2":
             raise ValueError(f"hidden_act is {self.hidden_act!r}, only 'relu2' is supported")
@@ -121,7 +128,7 @@ class PersimmonConfig:
             )
         if self.problem_type == "single_label_classification" and self.num_labels == 1:
             raise ValueError(
-                "problem_type is 'single_label_classification' of one label; needed are two labels or more, "
+                "problem_type is 'single_label_classification' of one label; expected two labels or more, "
                 "or 'regression'"
             )
 
@@ -197,11 +204,12 @@ class PersimmonConfig:
         if not folder.exists():
             raise CheckpointError(f"{folder}: no such folder")
         if not folder.is_dir():
-            raise CheckpointError(f"{folder} is a file; needed is the folder that holds config.json")
+            raise CheckpointError(f"{folder} is a file; expected the folder that holds config.json")
         file = JsonObject.read(folder / "config.json")
+        _refuse_adapter(folder, merged=file is not None)
         if file is None:
             raise CheckpointError(
-                f"{folder}: no config.json; needed is a checkpoint in Hugging Face layout "
+                f"{folder}: no config.json; expected a checkpoint in Hugging Face layout "
                 "(config.json, tokenizer.model, model.safetensors)"
             )
         architecture = _architecture(file)
@@ -219,7 +227,7 @@ class PersimmonConfig:
                 vocab_size=vocab_size,
                 hidden_size=file.positive_integer("hidden_size"),
                 intermediate_size=file.positive_integer("intermediate_size"),
-                num_hidden_layers=file.positive_integer("num_hidden_layers"),
+                num_hidden_layers=file.positive_integer("num_hidden_layers", MAX_LAYERS),
                 num_attention_heads=file.positive_integer("num_attention_heads"),
                 max_position_embeddings=file.positive_integer("max_position_embeddings"),
                 layer_norm_eps=_positive_number([file], "layer_norm_eps", cls.layer_norm_eps),
@@ -259,6 +267,26 @@ def check_vocabulary(folder: Path, config: PersimmonConfig, tokenizer_vocab_size
         )
 
 
+def _refuse_adapter(folder: Path, *, merged: bool) -> None:
+    """Raises CheckpointError where a folder holds a PEFT adapter, which Transformers would apply to its base model.
+
+    Args:
+        folder: the checkpoint.
+        merged: whether it holds a whole checkpoint too.
+    """
+    adapter = JsonObject.read(folder / ADAPTER_FILE)
+    if adapter is None:
+        return
+    base = adapter.values.get("base_model_name_or_path")
+    of = f" of {base!r}"[:200] if isinstance(base, str) and base else ""
+    merge = "merge it into its base model (PEFT's merge_and_unload), save that, and serve the result"
+    if merged:
+        merge += f"; if the weights here are merged already, delete {ADAPTER_FILE}"
+    raise CheckpointError(
+        f"{adapter.path}: this is a PEFT adapter{of}; adapters are not applied by this server: {merge}"
+    )
+
+
 def _architecture(file: JsonObject) -> Architecture:
     """The first of a file's architectures that is served; generation where it names none."""
     names = file.values.get("architectures")
@@ -271,8 +299,8 @@ def _architecture(file: JsonObject) -> Architecture:
         if served:
             return Architecture(served[0])
     raise CheckpointError(
-        f"{file.path}: architectures is {names!r} and model_type {model_type!r}, "
-        f"this server serves {', '.join(Architecture)} (model_type {MODEL_TYPE!r}) alone"
+        f"{file.path}: architectures is {shown(names)} and model_type {shown(model_type)}; "
+        f"this server serves only {', '.join(Architecture)} (model_type {MODEL_TYPE!r})"
     )
 
 

@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from model.config import ADAPTER_FILE
 from model.errors import CheckpointError
 from model.vocabulary import VOCABULARY_FILE
 
@@ -28,6 +29,7 @@ _DESCRIPTION_FILES = [
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    ADAPTER_FILE,
     VOCABULARY_FILE,
 ]
 _SAFETENSORS_FILES = ["model*.safetensors", "model.safetensors.index.json"]
@@ -48,7 +50,7 @@ def resolve(path_or_hub_id: str) -> Path:
         CheckpointError: there is no such folder, and no such model that can be fetched.
     """
     if not path_or_hub_id:
-        raise CheckpointError("the model's name is empty; needed is a folder or a Hugging Face Hub id")
+        raise CheckpointError("the model's name is empty; expected a folder or a Hugging Face Hub id")
     path = Path(os.path.expanduser(path_or_hub_id))  # Path's own raises for an unknown ~user
     try:
         if path.is_dir():
@@ -57,9 +59,7 @@ def resolve(path_or_hub_id: str) -> Path:
     except OSError as error:  # no permission to look, for one
         raise CheckpointError(f"{path_or_hub_id} cannot be read: {error.strerror}") from error
     if is_file:
-        raise CheckpointError(
-            f"{path_or_hub_id} is a file; needed is the folder that holds config.json and the weights"
-        )
+        raise CheckpointError(f"{path_or_hub_id} is a file; expected the folder that holds config.json and the weights")
     if path_or_hub_id.startswith(("/", ".", "~")) or path_or_hub_id.count("/") > 1:
         raise CheckpointError(f"{path_or_hub_id}: no such folder")
     if "/" not in path_or_hub_id:
@@ -93,7 +93,7 @@ def _explanation(hub_id: str, error: Exception) -> str:
         case RepositoryNotFoundError():
             return f"{page} does not exist; if it is private, set HF_TOKEN or run `hf auth login`"
         case HFValidationError():
-            return "it is no Hugging Face Hub id either: those look like owner/name"
+            return "it is not a Hugging Face Hub id either: those look like owner/name"
         case LocalEntryNotFoundError() if huggingface_hub.constants.HF_HUB_OFFLINE:
             return "the Hugging Face Hub's copy is not, or not wholly, in the cache while HF_HUB_OFFLINE is set"
         case LocalEntryNotFoundError():

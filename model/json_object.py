@@ -4,12 +4,14 @@ Knows no key of any file.
 """
 
 import json
-import math
+import reprlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from model.errors import CheckpointError
+from model.regular_file import MAX_SMALL_FILE, read_small
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,10 @@ class JsonObject:
     prefix: str = ""
 
     @classmethod
-    def read(cls, path: Path) -> "JsonObject | None":
-        """The object that a file holds; None where there is no such file."""
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-        return cls.parse(path, content)
+    def read(cls, path: Path, limit: int = MAX_SMALL_FILE) -> "JsonObject | None":
+        """The object that a file of at most `limit` bytes holds; None where there is no such file."""
+        content = read_small(path, limit)
+        return None if content is None else cls.parse(path, content)
 
     @classmethod
     def parse(cls, path: Path, content: bytes) -> "JsonObject":
@@ -46,24 +43,25 @@ class JsonObject:
             values = json.loads(content.decode())
         except ValueError as error:
             raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+        except RecursionError:
+            raise CheckpointError(f"{path} is not valid here: its JSON is nested too deeply") from None
         if not isinstance(values, dict):
-            raise CheckpointError(f"{path} holds a JSON {type(values).__name__}, needed is an object")
+            raise CheckpointError(f"{path} holds a JSON {type(values).__name__}; expected an object")
         return cls(path, values)
 
-    def error(self, key: str, needed: str) -> CheckpointError:
-        """What to raise when a key's value is not what is needed."""
-        value = repr(self.values.get(key))
-        if len(value) > 200:
-            value = f"{value[:200]}…"
-        return CheckpointError(f"{self.path}: {self.prefix}{key} is {value}, needed is {needed}")
+    def error(self, key: str, expected: str) -> CheckpointError:
+        """What to raise when a key's value is not what is expected."""
+        return CheckpointError(f"{self.path}: {self.prefix}{key} is {shown(self.values.get(key))}; expected {expected}")
 
-    def positive_integer(self, key: str) -> int:
-        """A key that has to be there."""
+    def positive_integer(self, key: str, limit: int = 2**31 - 1) -> int:
+        """An integer from 1 to a limit, which has to be there."""
         value = self.values.get(key)
         if value is None:
             raise CheckpointError(f"{self.path}: {self.prefix}{key} is missing")
         if not _is_integer(value) or value < 1:
             raise self.error(key, "a positive integer")
+        if value > limit:
+            raise self.error(key, f"at most {limit:,}")
         return int(value)
 
     def positive_number(self, key: str) -> float | None:
@@ -71,7 +69,8 @@ class JsonObject:
         value = self.values.get(key)
         if value is None:
             return None
-        if not (isinstance(value, float) or _is_integer(value)) or not (0 < value < math.inf):
+        # Integers may be larger than any float.
+        if not (isinstance(value, float) or _is_integer(value)) or not (0 < value <= sys.float_info.max):
             raise self.error(key, "a positive number")
         return float(value)
 
@@ -107,6 +106,21 @@ class JsonObject:
         if not all(_is_integer(token_id) and token_id >= 0 for token_id in token_ids):
             raise self.error(key, "a token id or a list of them")
         return token_ids
+
+
+def shown(value: Any) -> str:
+    """A value for an error message: its beginning, where it is long or deeply nested."""
+    return _REPR.repr(value)
+
+
+def _short_repr() -> reprlib.Repr:
+    short = reprlib.Repr()
+    short.maxlevel, short.maxdict, short.maxlist = 3, 8, 16
+    short.maxstring = short.maxlong = short.maxother = 120
+    return short
+
+
+_REPR = _short_repr()
 
 
 def _is_integer(value: Any) -> bool:

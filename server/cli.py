@@ -144,7 +144,7 @@ def _size(text: str) -> int:
     except ValidationError:
         size = ByteSize(0)
     if size <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size, needed is one like 5GB or 800MiB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a valid size; use for example 5GB or 800MiB")
     return size
 
 
@@ -155,7 +155,7 @@ def _token_ids(text: str) -> tuple[range, ...]:
         ids = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
         if not ids:
             raise argparse.ArgumentTypeError(
-                f"{part!r} is no token id and no range of them, needed is one like 3-70002"
+                f"{part!r} is not a token id or a range of them; expected one like 3-70002"
             )
         ranges.append(ids)
     return tuple(ranges)

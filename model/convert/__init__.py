@@ -47,6 +47,8 @@ def convert_checkpoint(
         conversion = plan_from_adept(Path(source).expanduser(), asked, max_shard_bytes)
     else:
         conversion = plan_from_hugging_face(resolve(source), asked, max_shard_bytes)
+    for note in conversion.notes:
+        print_line(f"{source}: {note}")
     if trim_vocab or drop_ids is not None:
         conversion = trim_vocabulary(conversion, drop_ids, print_line)
     write(conversion, out, print_line)

@@ -18,7 +18,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 def check_tensors(
     tensors: Mapping[str, TensorSource], config: PersimmonConfig, source: object, places: Mapping[str, object]
 ) -> dict[str, TensorSource]:
-    """The tensors in the network's order, without the rotary frequencies that old versions stored with them.
+    """The tensors in the network's order.
 
     Args:
         tensors: by their Hugging Face names.
@@ -30,7 +30,7 @@ def check_tensors(
         CheckpointError: one is missing, unexpected, of another shape or not in a floating point type.
     """
     expected = expected_shapes(config)
-    unexpected = [name for name in tensors if name not in expected and not name.endswith(".rotary_emb.inv_freq")]
+    unexpected = [name for name in tensors if name not in expected]
     if unexpected:
         raise CheckpointError(f"{places[unexpected[0]]}: tensor {unexpected[0]} is unexpected{_and_more(unexpected)}")
     missing = [name for name in expected if name not in tensors]

@@ -4,12 +4,12 @@ Knows which files such a folder has.  Reads no tensor, and writes nothing.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from model.checkpoint import equal_rows
 from model.config import PersimmonConfig
 from model.convert.check import check_tensors
 from model.convert.sources import TensorSource, read_safetensors
@@ -18,15 +18,12 @@ from model.convert.torch_file import read_torch_file
 from model.convert.writer import Conversion
 from model.errors import CheckpointError
 from model.json_object import JsonObject
+from model.leftovers import EMBEDDING, HEAD, settle
 from model.vocabulary import VOCABULARY_FILE, VocabularyMap
+from model.weight_files import find_weight_files
 
-# In the order Transformers looks for them: a folder may hold several formats of the same weights.
-_WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+_COMPARED_ROWS = 4096
+
 # What travels with the weights.  Training states and other formats' weights do not.
 _OTHER_FILES = (
     *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "adept_vocab.*"),
@@ -49,7 +46,7 @@ def plan_from_hugging_face(folder: Path, dtype: torch.dtype | None, max_shard_by
     """
     config = PersimmonConfig.from_folder(folder)
     VocabularyMap.from_folder(folder, config)  # a wrong one is found before anything is written
-    paths = _weight_files(folder)
+    paths = [file.path for file in find_weight_files(folder)[1]]
     tensors: dict[str, TensorSource] = {}
     places: dict[str, Path] = {}
     for path in paths:
@@ -57,34 +54,19 @@ def plan_from_hugging_face(folder: Path, dtype: torch.dtype | None, max_shard_by
             if name in tensors:
                 raise CheckpointError(f"{path}: tensor {name} is also in {places[name].name}")
             tensors[name], places[name] = tensor, path
-    ordered = check_tensors(tensors, config, folder, places)
+    settled = settle(tensors, config, lambda: _same_head(tensors))
+    config = settled.config
+    kept = {name: tensors[stored] for stored, name in settled.names.items()}
+    ordered = check_tensors(kept, config, folder, {name: places[stored] for stored, name in settled.names.items()})
     files = {path.name: small_file(Region.of_file(path)) for path in _other_files(folder)}
-    files["config.json"] = _config_json(folder, {dtype or tensor.dtype for tensor in ordered.values()})
+    files["config.json"] = _config_json(folder, config, {dtype or tensor.dtype for tensor in ordered.values()})
     origin = {
         "source": str(folder.resolve()),
         "files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths],
         "dtype": str(dtype),
         "max_shard_bytes": max_shard_bytes,
     }
-    return Conversion(origin, config, ordered, dtype, max_shard_bytes, files)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    listing = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
-    if listing is None:
-        raise CheckpointError(f"{folder}: no weights; needed is one of {', '.join(_WEIGHT_FILES)}")
-    if listing.suffix != ".json":
-        return [listing]
-    index = JsonObject.read(listing)
-    shards = index.table("weight_map") if index is not None else None
-    names: set[Any] = set(shards.values.values()) if shards is not None else set()
-    # A name with a folder in it would lead out of the checkpoint.
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise CheckpointError(f"{listing}: weight_map is wrong, needed is each tensor's name with a file beside it")
-    missing = [name for name in sorted(names) if not (folder / name).is_file()]
-    if missing:
-        raise CheckpointError(f"{folder / missing[0]} is missing, {listing.name} names it")
-    return [folder / name for name in sorted(names)]
+    return Conversion(origin, config, ordered, dtype, max_shard_bytes, files, settled.notes)
 
 
 def _read(path: Path) -> dict[str, TensorSource]:
@@ -92,11 +74,11 @@ def _read(path: Path) -> dict[str, TensorSource]:
         return read_safetensors(path)
     contents = read_torch_file(Region.of_file(path))
     if not isinstance(contents, dict):
-        raise CheckpointError(f"{path} holds a {type(contents).__name__}, needed are tensors by name")
+        raise CheckpointError(f"{path} holds a {type(contents).__name__}; expected tensors by name")
     for name, tensor in contents.items():
         if not isinstance(name, str) or not isinstance(tensor, StoredTensor):
             raise CheckpointError(
-                f"{path} holds a {type(tensor).__name__} under {str(name)[:80]!r}, needed are tensors by name"
+                f"{path} holds a {type(tensor).__name__} under {str(name)[:80]!r}; expected tensors by name"
             )
     return contents
 
@@ -106,9 +88,26 @@ def _other_files(folder: Path) -> Iterator[Path]:
         yield from (path for path in sorted(folder.glob(pattern)) if path.is_file())
 
 
-def _config_json(folder: Path, dtypes: set[torch.dtype]) -> bytes:
-    """The folder's config.json, with the tensors' type where they have one; versions differ in the key's name."""
-    values = json.loads((folder / "config.json").read_text("utf-8"))
+def _same_head(tensors: Mapping[str, TensorSource]) -> bool:
+    embedding, head = tensors[EMBEDDING], tensors[HEAD]
+    if embedding.shape != head.shape:
+        return False
+    rows = range(0, head.shape[0], _COMPARED_ROWS)
+    ends = [min(start + _COMPARED_ROWS, head.shape[0]) for start in rows]
+    return all(
+        equal_rows(head.rows(start, end), embedding.rows(start, end)) for start, end in zip(rows, ends, strict=True)
+    )
+
+
+def _config_json(folder: Path, config: PersimmonConfig, dtypes: set[torch.dtype]) -> bytes:
+    """The folder's config.json with what the tensors show: whether there is an lm_head, and their type if it is one.
+
+    Versions differ in the name of the type's key.
+    """
+    file = JsonObject.read(folder / "config.json")
+    values = {} if file is None else dict(file.values)
+    if not config.tie_word_embeddings and values.get("tie_word_embeddings"):
+        values["tie_word_embeddings"] = False
     if len(dtypes) == 1:
         key = "torch_dtype" if "torch_dtype" in values else "dtype"
         values[key] = str(dtypes.pop()).removeprefix("torch.")

@@ -127,6 +127,8 @@ def read_safetensors(path: Path) -> dict[str, TensorSource]:
                 pass
         except SafetensorError as error:
             raise damaged(region, str(error)) from error
+        except RuntimeError as error:  # PyTorch could not map it
+            raise CheckpointError(f"{path} is too large to be mapped into memory: {error}") from error
         file.seek(0)
         (size,) = struct.unpack("<Q", file.read(8))
         header: dict[str, Any] = json.loads(file.read(size))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from model.errors import CheckpointError
+from model.regular_file import check_regular
 
 LFS_POINTER = b"version https://git-lfs"
 """How a file begins that stands for another one."""
@@ -42,12 +43,9 @@ class Region:
         """The whole of a file.
 
         Raises:
-            CheckpointError: it cannot be read.
+            CheckpointError: it is not a regular file, or cannot be read.
         """
-        try:
-            return cls(path, 0, path.stat().st_size)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        return cls(path, 0, check_regular(path))
 
     def __str__(self) -> str:
         return f"{self.path}:{self.member}" if self.member else str(self.path)

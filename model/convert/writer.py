@@ -44,6 +44,7 @@ class Conversion:
         dtype: the type to store them in; None keeps each one's.
         max_shard_bytes: a file holds no more tensors than fit into this, but always one.
         files: the other files' contents by their names; config.json is one of them.
+        notes: lines for people on tensors of the source that were ignored, or used although config.json says otherwise.
     """
 
     origin: Mapping[str, Any]
@@ -52,6 +53,7 @@ class Conversion:
     dtype: torch.dtype | None
     max_shard_bytes: int
     files: Mapping[str, bytes]
+    notes: tuple[str, ...] = ()
 
     @property
     def total_bytes(self) -> int:

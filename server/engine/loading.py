@@ -80,6 +80,10 @@ def load_model(settings: Settings, folder: Path, print_line: Callable[[str], Non
     longest = settings.max_model_len or config.max_position_embeddings
     with _phase("checkpoint", print_line):
         checkpoint = Checkpoint.open(folder, config) if settings.load_format == "auto" else None
+    if checkpoint is not None:
+        config = checkpoint.config
+        for note in checkpoint.notes:
+            print_line(f"  {'':<12} {note}")
     plan = plan_memory(
         config,
         available=available_memory(device, settings.gpu_memory_utilization),

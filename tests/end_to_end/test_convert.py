@@ -192,14 +192,14 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(arguments, named, tmp_path, m
 def test_a_size_that_is_none_is_named(size, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["convert", str(DEMO), "out", f"--max-shard-size={size}"])
-    assert f"'{size}' is no size" in capsys.readouterr().err
+    assert f"'{size}' is not a valid size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("ids", ["", "all", "3-", "-3", "5-3", "1,,2", "1-2-3", "²", "999999999"])
 def test_ids_that_are_none_are_named(ids, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["convert", str(DEMO), "out", f"--drop-ids={ids}"])
-    assert "needed is one like 3-70002" in capsys.readouterr().err
+    assert "expected one like 3-70002" in capsys.readouterr().err
 
 
 def test_ids_are_found_or_named_but_not_both(capsys):

@@ -210,16 +210,14 @@ def test_size_that_is_missing_is_named(tmp_path: Path, key: str) -> None:
 @pytest.mark.parametrize("key", REQUIRED)
 @pytest.mark.parametrize("value", [0, -3, 2.5, "12", True, [1]])
 def test_size_has_to_be_a_positive_integer(tmp_path: Path, key: str, value: Any) -> None:
-    assert (
-        error(tmp_path, **{key: value}) == f"{tmp_path}/config.json: {key} is {value!r}, needed is a positive integer"
-    )
+    assert error(tmp_path, **{key: value}) == f"{tmp_path}/config.json: {key} is {value!r}; expected a positive integer"
 
 
 @pytest.mark.parametrize("key", ["layer_norm_eps", "rope_theta", "partial_rotary_factor"])
 @pytest.mark.parametrize("value", [0, -0.5, "0.5", False, float("nan"), float("inf")])
 def test_number_has_to_be_positive(tmp_path: Path, key: str, value: Any) -> None:
-    needed = "needed is a positive number"
-    assert error(tmp_path, **{key: value}) == f"{tmp_path}/config.json: {key} is {value!r}, {needed}"
+    needed = "expected a positive number"
+    assert error(tmp_path, **{key: value}) == f"{tmp_path}/config.json: {key} is {value!r}; {needed}"
 
 
 @pytest.mark.parametrize(
@@ -231,26 +229,30 @@ def test_number_has_to_be_positive(tmp_path: Path, key: str, value: Any) -> None
         ({"architectures": ABSENT, "model_type": ABSENT}, "architectures is None"),
         ({"architectures": "PersimmonForCausalLM"}, "architectures is 'PersimmonForCausalLM'"),
         ({"hidden_size": 4100}, "hidden_size 4100 is not divisible by num_attention_heads 64"),
-        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5, needed is more than 0 and at most 1"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5; expected more than 0 and at most 1"),
         ({"partial_rotary_factor": 0.4}, "0.4 of head_dim 64 makes 25 rotary dimensions"),
         ({"partial_rotary_factor": 0.01}, "makes 0 rotary dimensions"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', only 'relu2' is supported"),
-        ({"hidden_act": 2}, "hidden_act is 2, needed is a string"),
+        ({"hidden_act": 2}, "hidden_act is 2; expected a string"),
         ({"torch_dtype": "int8"}, "dtype is 'int8', supported are float16, bfloat16, float32"),
-        ({"qk_layernorm": "yes"}, "qk_layernorm is 'yes', needed is true or false"),
-        ({"tie_word_embeddings": 0}, "tie_word_embeddings is 0, needed is true or false"),
+        ({"qk_layernorm": "yes"}, "qk_layernorm is 'yes'; expected true or false"),
+        ({"tie_word_embeddings": 0}, "tie_word_embeddings is 0; expected true or false"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling asks for a 'linear' rotary"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_parameters asks for a 'dynamic'"),
         ({"rope_parameters": {"rope_theta": "big"}}, "rope_parameters.rope_theta is 'big'"),
-        ({"rope_parameters": [1]}, "rope_parameters is [1], needed is an object"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, needed is none"),
-        ({"eos_token_id": 262144}, "eos_token_id is 262144, needed is below vocab_size 262144"),
+        ({"rope_parameters": [1]}, "rope_parameters is [1]; expected an object"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}; expected none"),
+        ({"eos_token_id": 262144}, "eos_token_id is 262144; expected below vocab_size 262144"),
         ({"eos_token_id": [5, 262145]}, "token ids beyond the embedding"),
         ({"bos_token_id": 300000}, "bos_token_id is 300000"),
-        ({"vocab_size": 4096}, "bos_token_id is 71013, needed is below vocab_size 4096"),
-        ({"eos_token_id": -1}, "eos_token_id is -1, needed is a token id or a list of them"),
-        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>', needed is a token id or a list of them"),
+        ({"vocab_size": 4096}, "bos_token_id is 71013; expected below vocab_size 4096"),
+        ({"eos_token_id": -1}, "eos_token_id is -1; expected a token id or a list of them"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; expected a token id or a list of them"),
         ({"eos_token_id": [True]}, "eos_token_id is [True]"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; expected at most 10,000"),
+        ({"vocab_size": 10**30}, "expected at most 2,147,483,647"),
+        ({"max_position_embeddings": 2**31}, "max_position_embeddings is 2147483648; expected at most"),
+        ({"layer_norm_eps": 10**400}, "expected a positive number"),
     ],
 )
 def test_value_that_cannot_be_served_is_named_with_its_file(
@@ -263,9 +265,9 @@ def test_value_that_cannot_be_served_is_named_with_its_file(
 
 def test_other_architecture_is_told_what_is_served(tmp_path: Path) -> None:
     assert error(tmp_path, architectures=["LlamaForCausalLM"], model_type="llama") == (
-        f"{tmp_path}/config.json: architectures is ['LlamaForCausalLM'] and model_type 'llama', "
-        "this server serves PersimmonForCausalLM, PersimmonForSequenceClassification, PersimmonForTokenClassification "
-        "(model_type 'persimmon') alone"
+        f"{tmp_path}/config.json: architectures is ['LlamaForCausalLM'] and model_type 'llama'; "
+        "this server serves only PersimmonForCausalLM, PersimmonForSequenceClassification, "
+        "PersimmonForTokenClassification (model_type 'persimmon')"
     )
 
 
@@ -285,7 +287,7 @@ class TestArchitecture:
 
     @pytest.mark.parametrize("names", [[], ["PersimmonForQuestionAnswering"], ["PersimmonModel"], [["a"]], {}, 3])
     def test_of_another_kind_is_refused(self, tmp_path: Path, names: Any) -> None:
-        assert f"architectures is {names!r} and model_type 'persimmon', this server serves" in error(
+        assert f"architectures is {names!r} and model_type 'persimmon'; this server serves only" in error(
             tmp_path, architectures=names
         )
 
@@ -328,24 +330,24 @@ class TestLabels:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"id2label": {}}, "id2label is {}, needed is a name for each number from 0 on, without gaps"),
-            ({"id2label": {"1": "a", "2": "b"}}, "needed is a name for each number from 0 on, without gaps"),
-            ({"id2label": {"0": "a", "2": "b"}}, "needed is a name for each number from 0 on, without gaps"),
-            ({"id2label": {"0": "a", "one": "b"}}, "needed is a name for each number from 0 on, without gaps"),
-            ({"id2label": {"0": "a", "1": None}}, "needed is a name for each number from 0 on, without gaps"),
-            ({"id2label": {"0": "a", "1": 7}}, "id2label.1 is 7, needed is a string"),
-            ({"id2label": ["a", "b"]}, "id2label is ['a', 'b'], needed is an object"),
-            ({"id2label": {"0": "a"}, "num_labels": 2}, "num_labels is 2, needed is 1, as many as id2label names"),
-            ({"num_labels": 0}, "num_labels is 0, needed is a positive integer"),
-            ({"num_labels": "2"}, "num_labels is '2', needed is a positive integer"),
-            ({"num_labels": MAX_LABELS + 1}, "num_labels is 1048577, needed is at most 1048576"),
-            ({"problem_type": "ranking"}, "problem_type is 'ranking', needed is one of regression, single_label_"),
-            ({"problem_type": ["regression"]}, "problem_type is ['regression'], needed is a string"),
-            ({"problem_type": "single_label_classification", "num_labels": 1}, "of one label; needed are two labels"),
-            ({"token_classification_bias": 1}, "token_classification_bias is 1, needed is true or false"),
-            ({"pad_token_id": 262144}, "pad_token_id is 262144, needed is one token id below vocab_size 262144"),
-            ({"pad_token_id": -1}, "pad_token_id is -1, needed is a token id"),
-            ({"pad_token_id": [1, 2]}, "pad_token_id is [1, 2], needed is one token id"),
+            ({"id2label": {}}, "id2label is {}; expected a name for each number from 0 on, without gaps"),
+            ({"id2label": {"1": "a", "2": "b"}}, "expected a name for each number from 0 on, without gaps"),
+            ({"id2label": {"0": "a", "2": "b"}}, "expected a name for each number from 0 on, without gaps"),
+            ({"id2label": {"0": "a", "one": "b"}}, "expected a name for each number from 0 on, without gaps"),
+            ({"id2label": {"0": "a", "1": None}}, "expected a name for each number from 0 on, without gaps"),
+            ({"id2label": {"0": "a", "1": 7}}, "id2label.1 is 7; expected a string"),
+            ({"id2label": ["a", "b"]}, "id2label is ['a', 'b']; expected an object"),
+            ({"id2label": {"0": "a"}, "num_labels": 2}, "num_labels is 2; expected 1, as many as id2label names"),
+            ({"num_labels": 0}, "num_labels is 0; expected a positive integer"),
+            ({"num_labels": "2"}, "num_labels is '2'; expected a positive integer"),
+            ({"num_labels": MAX_LABELS + 1}, "num_labels is 1048577; expected at most 1048576"),
+            ({"problem_type": "ranking"}, "problem_type is 'ranking'; expected one of regression, single_label_"),
+            ({"problem_type": ["regression"]}, "problem_type is ['regression']; expected a string"),
+            ({"problem_type": "single_label_classification", "num_labels": 1}, "of one label; expected two labels"),
+            ({"token_classification_bias": 1}, "token_classification_bias is 1; expected true or false"),
+            ({"pad_token_id": 262144}, "pad_token_id is 262144; expected one token id below vocab_size 262144"),
+            ({"pad_token_id": -1}, "pad_token_id is -1; expected a token id"),
+            ({"pad_token_id": [1, 2]}, "pad_token_id is [1, 2]; expected one token id"),
         ],
         ids=str,
     )
@@ -438,12 +440,12 @@ def test_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
 def test_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.touch()
-    with pytest.raises(CheckpointError, match=r"model.safetensors is a file; needed is the folder"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors is a file; expected the folder"):
         PersimmonConfig.from_folder(file)
 
 
 def test_folder_without_config_json_is_told_what_is_needed(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no config.json; needed is a checkpoint in Hugging Face"):
+    with pytest.raises(CheckpointError, match=r"no config.json; expected a checkpoint in Hugging Face"):
         PersimmonConfig.from_folder(tmp_path)
 
 
@@ -454,7 +456,7 @@ def test_folder_without_config_json_is_told_what_is_needed(tmp_path: Path) -> No
         (b'{"vocab_size": 1,}', "is not valid JSON: "),
         (b"", "is not valid JSON: "),
         (b"\xff\xfe{}", "is not valid JSON: "),
-        (b"[1, 2]", "holds a JSON list, needed is an object"),
+        (b"[1, 2]", "holds a JSON list; expected an object"),
     ],
 )
 def test_broken_json_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -466,9 +468,22 @@ def test_broken_json_is_named(tmp_path: Path, name: str, content: bytes, message
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("with_config", [True, False])
+def test_adapter_is_refused_with_what_to_do(tmp_path: Path, with_config: bool) -> None:
+    if with_config:
+        read(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "adept/base"}')
+    with pytest.raises(CheckpointError) as caught:
+        PersimmonConfig.from_folder(tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}/adapter_config.json: this is a PEFT adapter of 'adept/base'")
+    assert "merge_and_unload" in message
+    assert ("delete adapter_config.json" in message) == with_config
+
+
 def test_config_json_that_is_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
-    with pytest.raises(CheckpointError, match=r"config.json cannot be read: Is a directory"):
+    with pytest.raises(CheckpointError, match=r"config.json is a folder; expected a regular file"):
         PersimmonConfig.from_folder(tmp_path)
 
 

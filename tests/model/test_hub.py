@@ -155,7 +155,7 @@ def test_single_word_may_have_been_either(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_file_is_not_a_folder(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is a file; needed is the folder"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is a file; expected the folder"):
         resolve(str(tmp_path / "model.safetensors"))
 
 
@@ -220,7 +220,7 @@ def test_hub_that_cannot_be_reached(resolve_elsewhere: Resolve) -> None:
 
 def test_name_that_is_no_hub_id(resolve_elsewhere: Resolve) -> None:
     _, error = resolve_elsewhere("my models/persimmon")
-    assert error.startswith("my models/persimmon: no such folder, and it is no Hugging Face Hub id either")
+    assert error.startswith("my models/persimmon: no such folder, and it is not a Hugging Face Hub id either")
 
 
 def test_cache_that_cannot_be_written_is_one_line_too(resolve_elsewhere: Resolve, tmp_path: Path) -> None:
