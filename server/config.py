@@ -137,7 +137,11 @@ class Settings(BaseSettings):
     log_format: Literal["text", "json"] = _setting(
         "text", "Lines for people, or one JSON object a line, of all processes.", "log"
     )
-    access_log: bool = _setting(True, "Write a line for each request but probes and scrapes that are well.", "log")
+    access_log: bool = _setting(
+        True,
+        "Log one line per request. Health probes and metrics scrapes get a line only when their answer changes.",
+        "log",
+    )
     log_prompts: bool = _setting(False, "Add what was asked to the access log. Nothing else ever logs it.", "log")
     tracing: bool = _setting(
         False,

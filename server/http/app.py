@@ -158,7 +158,7 @@ def create_app(
         Observer,
         metrics=metrics,
         generating=GENERATING_PATHS,
-        quiet=status.QUIET_PATHS,
+        probes=status.PROBED_PATHS,
         tracing=tracing,
         log_prompts=access.log_prompts,
     )

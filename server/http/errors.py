@@ -10,8 +10,10 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from server.engine.client import EngineDeadError, EngineNotReadyError
+from server.http.request_record import attached_record
 
 CLIENT_CLOSED_REQUEST = 499
 """The status of a request whose client left before the answer; nobody reads it but the metrics."""
@@ -49,7 +51,16 @@ class ErrorBody(msgspec.Struct, frozen=True):
 
 
 class ApiError(Exception):
-    """An error with the status and the body that the client gets."""
+    """An error with the status and the body that the client gets.
+
+    Args:
+        status: HTTP's.
+        message, type, param, code: as `ErrorDetail` has them.
+        retry_after: seconds, for the header Retry-After; None sends none.
+        headers: further headers of the answer.
+        quotation: the part of the message that quotes the request's content; the access log leaves it out unless
+            prompts are logged.
+    """
 
     def __init__(
         self,
@@ -61,26 +72,47 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after: int | None = None,
         headers: Mapping[str, str] | None = None,
+        quotation: str = "",
     ) -> None:
         super().__init__(message)
         self.status = status
         self.retry_after = retry_after
         self.headers = headers or {}
         self.body = ErrorBody(ErrorDetail(_shortened(message), type, param and _shortened(param), code))
+        self._without_quotation = message.replace(quotation, "") if quotation else message
 
     def response(self) -> Response:
         """The error as a whole answer."""
         retry = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
-        return Response(msgspec.json.encode(self.body), self.status, {**retry, **self.headers}, "application/json")
+        return _ErrorResponse(self, {**retry, **self.headers})
+
+    def note(self, scope: Scope) -> None:
+        """Leaves the reason in the record of a request, for the access log; does nothing where there is no record."""
+        record = attached_record(scope)
+        if record is not None:
+            message = str(self) if record.prompts is not None else self._without_quotation
+            record.error, record.error_param = message, self.body.error.param
+
+
+class _ErrorResponse(Response):
+    """An error as a whole answer, which leaves its reason in the request's record."""
+
+    def __init__(self, error: ApiError, headers: Mapping[str, str]) -> None:
+        super().__init__(msgspec.json.encode(error.body), error.status, headers, "application/json")
+        self._error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._error.note(scope)
+        await super().__call__(scope, receive, send)
 
 
 EXPECTED = (ApiError, EngineNotReadyError, EngineDeadError)
 """Exceptions that happen to a healthy server; every other one is a bug and is logged with its traceback."""
 
 
-def bad_request(message: str, param: str | None, code: str | None = None) -> ApiError:
-    """A 400 that names the field at fault."""
-    return ApiError(HTTPStatus.BAD_REQUEST, message, param=param, code=code)
+def bad_request(message: str, param: str | None, code: str | None = None, *, quotation: str = "") -> ApiError:
+    """A 400 that names the field at fault; `quotation` is as in `ApiError`."""
+    return ApiError(HTTPStatus.BAD_REQUEST, message, param=param, code=code, quotation=quotation)
 
 
 def model_not_found(name: str, served: str) -> ApiError:

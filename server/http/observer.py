@@ -8,6 +8,8 @@ import logging
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
+from http import HTTPStatus
+from http.client import responses
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,6 +26,10 @@ UNKNOWN = "unknown"
 """The endpoint of a request that no route takes: a client's own paths would be too many for a metric's label."""
 
 _ID_HEADER = REQUEST_ID_HEADER.encode()
+_GOOD = (200, None)
+_PROBE_STATUSES = (HTTPStatus.OK, HTTPStatus.SERVICE_UNAVAILABLE)
+_REASONS = {CLIENT_CLOSED_REQUEST: "The client closed the connection before the answer was complete."}
+_MAX_TEXT = 300
 
 
 @dataclass(slots=True)
@@ -48,9 +54,10 @@ class Observer:
         app: what answers.
         metrics: count every request by endpoint and status, and time those that were generated to their end.
         generating: endpoints whose answers are generated.
-        quiet: endpoints that are asked every few seconds; a good answer of theirs is no line of the log.
+        probes: endpoints that are asked every few seconds.  They have no spans, and a line in the log only where an
+            answer differs from the one before; the first is expected to be good.
         tracing: where requests become spans, if anywhere.
-        log_prompts: whether the access log tells what was asked.
+        log_prompts: whether the access log shows prompts.
     """
 
     def __init__(
@@ -58,14 +65,14 @@ class Observer:
         app: ASGIApp,
         metrics: Metrics,
         generating: Collection[str],
-        quiet: Collection[str],
+        probes: Collection[str],
         tracing: Tracing | None = None,
         log_prompts: bool = False,
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._generating = generating
-        self._quiet = quiet
+        self._last_answers: dict[str, tuple[int, str | None]] = dict.fromkeys(probes, _GOOD)
         self._tracing = tracing
         self._log_prompts = log_prompts
         # Finding a series by its labels takes longer than counting, and there are few: endpoints are routes.
@@ -105,13 +112,17 @@ class Observer:
         self._count(endpoint, answer.status).inc()
         if answer.complete and answer.status == 200 and endpoint in self._generating:
             self._metrics.request_latency.observe(ended - record.arrival)
-        if endpoint in self._quiet and answer.status < 500:
-            return
-        if logger.isEnabledFor(logging.INFO):
+        probed = endpoint in self._last_answers and answer.status in _PROBE_STATUSES
+        if logger.isEnabledFor(logging.INFO) and not (probed and self._is_repeated(endpoint, answer, record)):
             self._log(scope, record, answer, ended)
-        if self._tracing is not None:
+        if self._tracing is not None and not probed:
             headers = Headers(scope=scope)
             self._tracing.add(FinishedRequest(record, scope["method"], endpoint, answer.status, headers, ended))
+
+    def _is_repeated(self, endpoint: str, answer: _Answer, record: RequestRecord) -> bool:
+        now = (answer.status, record.error)
+        before, self._last_answers[endpoint] = self._last_answers[endpoint], now
+        return now == before
 
     def _log(self, scope: Scope, record: RequestRecord, answer: _Answer, ended: float) -> None:
         client = scope.get("client")
@@ -122,6 +133,8 @@ class Observer:
             # Without the query, and percent-encoded as it came: nothing in it can end a line.
             path=scope.get("raw_path", b"").decode("ascii", "backslashreplace"),
             status=answer.status,
+            error=_bounded(record.error or _unexplained(answer.status)),
+            param=_bounded(record.error_param),
             duration=_rounded(ended - record.arrival),
             ttft=_rounded(record.time_to_first_token),
             queued=_rounded(record.queue_seconds),
@@ -135,6 +148,17 @@ class Observer:
             prompts=record.prompts or None,
         )
         logger.info("request", extra=fields)
+
+
+def _unexplained(status: int) -> str | None:
+    """Why a request failed, where nothing but the status is known; None where it did not fail."""
+    if status < 400:
+        return None
+    return _REASONS.get(status) or responses.get(status, f"HTTP {status}")
+
+
+def _bounded(text: str | None) -> str | None:
+    return text if text is None or len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 1]}…"
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -55,15 +55,17 @@ def _bad_request(error: ErrorDetails) -> ApiError:
         case "value_error":
             return bad_request(f"Invalid '{path}': {context['error']}.", path)
         case _:
-            return bad_request(f"Invalid '{path}': {_requirement(error)}.", path)
+            requirement, quotation = error["msg"][0].lower() + error["msg"][1:], _quotation(error["input"])
+            # A text may be a prompt, sent in the wrong place.
+            private = quotation if isinstance(error["input"], str) else ""
+            return bad_request(f"Invalid '{path}': {requirement}{quotation}.", path, quotation=private)
 
 
-def _requirement(error: ErrorDetails) -> str:
-    value = error["input"]
-    sentence = error["msg"][0].lower() + error["msg"][1:]
+def _quotation(value: object) -> str:
+    """The end of a sentence that says what was given, where that is short."""
     if isinstance(value, str | int | float) and len(given := repr(value)) <= 40:
-        return f"{sentence}, not {given}"
-    return sentence
+        return f", not {given}"
+    return ""
 
 
 def _path(location: Sequence[str | int]) -> str:

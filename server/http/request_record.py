@@ -39,6 +39,8 @@ class RequestRecord:
         first_token: when its first token came; None before that.
         finish_reasons: how many of its sequences ended how.
         prompts: what it asked, where the server was told to log that; else None.
+        error: why it was refused or failed; None otherwise.
+        error_param: the field of the request that was at fault, if one was.
     """
 
     request_id: str = field(default_factory=_new_id)
@@ -52,6 +54,8 @@ class RequestRecord:
     first_token: float | None = None
     finish_reasons: Counter[str] = field(default_factory=Counter)
     prompts: list[str | list[int]] | None = None
+    error: str | None = None
+    error_param: str | None = None
 
     @property
     def time_to_first_token(self) -> float | None:
@@ -69,11 +73,21 @@ class RequestRecord:
 
 
 def record_of(scope: Scope) -> RequestRecord:
-    """The record that was attached to an ASGI connection."""
-    record = scope[_SCOPE_KEY]
-    if not isinstance(record, RequestRecord):
-        raise TypeError(f"a request's record is not {record!r}")
+    """The record that was attached to an ASGI connection.
+
+    Raises:
+        LookupError: none was.
+    """
+    record = attached_record(scope)
+    if record is None:
+        raise LookupError("no record is attached to this request")
     return record
+
+
+def attached_record(scope: Scope) -> RequestRecord | None:
+    """The record that was attached to an ASGI connection; None where none was."""
+    record = scope.get(_SCOPE_KEY)
+    return record if isinstance(record, RequestRecord) else None
 
 
 def header(scope: Scope, name: bytes) -> str | None:

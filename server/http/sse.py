@@ -55,9 +55,9 @@ class EventStream(Response):
         """Writes the stream until it ends or the client goes away."""
         start: Message = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         with contextlib.suppress(ClientDisconnect):  # nobody is left to be told
-            await until_disconnect(receive, self._write(_Wire(send, start)))
+            await until_disconnect(receive, self._write(_Wire(send, start), scope))
 
-    async def _write(self, wire: "_Wire") -> None:
+    async def _write(self, wire: "_Wire", scope: Scope) -> None:
         try:
             with wire.pinged(self._ping_interval):
                 async with contextlib.aclosing(self._frames) as frames:
@@ -68,7 +68,9 @@ class EventStream(Response):
                 raise
             if not isinstance(error, EXPECTED):
                 logger.exception("a stream ends with an error")
-            await wire.write(event(as_api_error(error).body))
+            known = as_api_error(error)
+            known.note(scope)
+            await wire.write(event(known.body))
         await wire.write(b"", more=False)
 
 

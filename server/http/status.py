@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Literal
 
 import msgspec
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 from msgspec import UNSET, Struct, UnsetType
 
@@ -16,6 +16,7 @@ from server.http.adept_api import AdeptHealth
 from server.http.documentation import Documentation
 from server.http.errors import ErrorBody
 from server.http.model_use import USES
+from server.http.request_record import record_of
 from server.http.responses import Model, ModelList
 from server.http.service import Service
 from server.metrics import CONTENT_TYPE
@@ -26,7 +27,7 @@ METRICS = "/metrics"
 OPEN_PATHS = ("/health", "/livez", "/readyz", "/healthz", "/version")
 """What everybody is told, whatever the server asks of others: load balancers have no keys."""
 
-QUIET_PATHS = ("/health", "/livez", "/readyz", "/healthz", METRICS)
+PROBED_PATHS = ("/health", "/livez", "/readyz", "/healthz", METRICS)
 """What is asked every few seconds."""
 
 
@@ -70,15 +71,15 @@ def router(service: Service, documentation: Documentation) -> APIRouter:
 
     @routes.get("/health", **documentation.endpoint({200: Health, 503: Health}))
     @routes.get("/readyz", **documentation.endpoint({200: Health, 503: Health}))
-    async def ready() -> Response:
+    async def ready(request: Request) -> Response:
         """200 while the server serves; 503 while it loads or stops, and while its engine is dead or hung."""
-        health = _health(service)
+        health = _noted(_health(service), request)
         return _json(health, 200 if health.ready else 503)
 
     @routes.get("/healthz", **documentation.endpoint({200: AdeptHealth, 503: AdeptHealth}))
-    async def healthy() -> Response:
+    async def healthy(request: Request) -> Response:
         """What /health says, as Adept's own server says it."""
-        ready = _health(service).ready
+        ready = _noted(_health(service), request).ready
         return _json(AdeptHealth(ready), 200 if ready else 503)
 
     @routes.get(METRICS, response_class=PlainTextResponse)
@@ -108,6 +109,13 @@ def _health(service: Service) -> Health:
     if overdue > step_limit(gate.limits.step_timeout, engine.device):
         return Health("hung", f"the engine has work, but has ended no step for {overdue:.0f} s")
     return Health("ready")
+
+
+def _noted(health: Health, request: Request) -> Health:
+    """Leaves the state in the request's record, where it is not good: the access log shows when it changes."""
+    if not health.ready:
+        record_of(request.scope).error = health.status
+    return health
 
 
 def _model(service: Service) -> Model:
