@@ -1,37 +1,71 @@
-"""What every child process of the server does first."""
+"""What every child process of the server does first, before it imports what its work needs."""
 
 import contextlib
 import ctypes
 import os
+import pickle
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from multiprocessing import connection, parent_process
+
+from server import logs
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
+_at_orphaned: list[Callable[[], None]] = []
 
-def follow_supervisor(orphaned: Callable[[], None] | None = None) -> None:
-    """Leaves Ctrl-C to the supervisor, and ends this process when the supervisor goes, however it goes.
+
+def run(pickled: bytes) -> None:
+    """Entry point of a process that `server.children.spawn` starts.
 
     Args:
-        orphaned: called before that.  Without it, the kernel kills the process, which nothing can hold up; with it, the
-            kernel lets it run on if it was stopped.
+        pickled: a function and its arguments.  They are unpickled late, because that imports modules for a second or
+            more, in which the death of the supervisor must already end this process.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    follow_supervisor()
+    with logs.error_logged():
+        main, arguments = pickle.loads(pickled)  # noqa: S301, from the process that started this one
+        main(*arguments)
+
+
+def ignore(numbers: Collection[signal.Signals]) -> None:
+    """Ignores signals that this process was started with blocked."""
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+
+def follow_supervisor(orphaned: Callable[[], None] | None = None) -> None:
+    """Leaves Ctrl-C to the supervisor, and ends this process when the supervisor ends for any reason.
+
+    May be called again, to add `orphaned`.
+
+    Args:
+        orphaned: called before this process ends.  Without it the kernel kills the process, which nothing can delay;
+            with it, the kernel continues the process if it was stopped.
+    """
+    ignore({signal.SIGINT})
     parent = parent_process()
     if parent is None:
         return
     libc = ctypes.CDLL(None, use_errno=True)
     # Of the thread that started this process: the supervisor's main one.
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL if orphaned is None else signal.SIGCONT)
+    if orphaned is not None:
+        _at_orphaned.append(orphaned)
+    if any(thread.name == _FOLLOWER for thread in threading.enumerate()):
+        return
 
     def wait() -> None:
         connection.wait([parent.sentinel])
-        if orphaned is not None:
+        for each in _at_orphaned:
             with contextlib.suppress(Exception):
-                orphaned()
+                each()
         os._exit(1)
 
-    # For what has ended before the kernel was asked, too.
-    threading.Thread(target=wait, name="follow-supervisor", daemon=True).start()
+    # Also notices a supervisor that had ended before the kernel was asked.
+    threading.Thread(target=wait, name=_FOLLOWER, daemon=True).start()
+
+
+_FOLLOWER = "follow-supervisor"

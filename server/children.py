@@ -7,11 +7,26 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Collection, Iterator
-from multiprocessing import connection
+from multiprocessing import connection, reduction, resource_tracker
 from multiprocessing.context import SpawnProcess
 
+from server import child_process
 from server.restarts import WINDOW_SECONDS, Restarts
+
+HELD_BACK = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1})
+"""Signals that wait, in a new process, until it has decided what to do with them."""
+
+
+class _Later:
+    """Makes its value bytes when it is pickled, so that the reader decides when to unpickle it."""
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    def __reduce__(self) -> tuple[type[bytes], tuple[bytes]]:
+        return bytes, (bytes(reduction.ForkingPickler.dumps(self._value)),)
 
 
 @contextlib.contextmanager
@@ -24,51 +39,80 @@ def blocking(signals: Collection[signal.Signals]) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def spawn(name: str, main: Callable[..., None], *arguments: object) -> SpawnProcess:
+    """Starts a process of a fresh interpreter.
+
+    It ends when this process does, and has HELD_BACK blocked.
+
+    Args:
+        name: of the process, for tools that list processes.
+        main: what it runs.
+        arguments: for `main`.
+
+    Raises:
+        OSError: the system allows no more processes or has no memory for one.
+    """
+    process = multiprocessing.get_context("spawn").Process(
+        target=child_process.run, args=(_Later((main, arguments)),), name=name
+    )
+    with blocking({signal.SIGHUP}):
+        resource_tracker.ensure_running()  # here, because it unblocks some signals
+    with blocking(HELD_BACK):
+        process.start()
+    return process
+
+
 class Child:
-    """A process and its successors.
+    """A process and its successors.  It is due at once.
 
     Args:
         name: of the process, for tools that list processes.
         title: for people.
         main: what it runs.
         arguments: for that; behind them comes the end of a connection, on which it sends one message when it is ready.
-        blocked: signals that it is started with blocked; they wait until it says otherwise.
 
     Attributes:
         title: for people.
-        process: the last one.
+        process: the last one; None before the first.
+        started: when it started, in seconds on the clock of `due`.
         report: where that message comes; None when it has come, or cannot come any more.
-        due: when the next one is to be started; None while one runs.
+        due: when the next one is to be started, on the monotonic clock; None while one runs.
         has_served: whether one of them has been ready.
     """
 
-    def __init__(
-        self,
-        name: str,
-        title: str,
-        main: Callable[..., None],
-        *arguments: object,
-        blocked: Collection[signal.Signals] = (),
-    ) -> None:
+    def __init__(self, name: str, title: str, main: Callable[..., None], *arguments: object) -> None:
         self._name = name
         self._main = main
         self._arguments = arguments
-        self._blocked = blocked
         self._restarts = Restarts()
         self.title = title
+        self.process: SpawnProcess | None = None
+        self.started = 0.0
+        self.report: connection.Connection | None = None
+        self.due: float | None = time.monotonic()
         self.has_served = False
-        self.start()
 
     def start(self) -> None:
-        """Starts it, or the next one."""
-        spawn = multiprocessing.get_context("spawn")
-        report, end = spawn.Pipe(duplex=False)
-        self.due: float | None = None
-        self.report: connection.Connection | None = report
-        self.process: SpawnProcess = spawn.Process(target=self._main, args=(*self._arguments, end), name=self._name)
-        with blocking(self._blocked):
-            self.process.start()
-        end.close()  # so that a report's end is seen when its process ends
+        """Starts it, or the next one.
+
+        Raises:
+            OSError: the system allows no more processes or files, or has no memory for one.
+        """
+        report, end = multiprocessing.get_context("spawn").Pipe(duplex=False)
+        with end:  # closed here, so that a report's end is seen when its process ends
+            try:
+                self.process = spawn(self._name, self._main, *self._arguments, end)
+            except OSError:
+                report.close()
+                raise
+        self.started = time.monotonic()
+        self.due = None
+        self.report = report
+
+    @property
+    def sentinel(self) -> int | None:
+        """A descriptor that is readable when the running process has ended; None where none runs."""
+        return None if self.process is None or self.due is not None else self.process.sentinel
 
     def receive(self) -> object:
         """The message that it sends when it is ready; None where it has ended instead."""
@@ -84,28 +128,42 @@ class Child:
 
     def send(self, number: signal.Signals) -> None:
         """Sends it a signal, unless it has ended: its process id may be another's by then."""
-        if self.process.exitcode is None and self.process.pid is not None:
+        if self.process is not None and self.process.exitcode is None and self.process.pid is not None:
             os.kill(self.process.pid, number)
 
-    def plan_restart(self, now: float) -> float | None:
-        """Decides when the next one starts; called when it has died, after it has served.
+    def join(self) -> int | None:
+        """Waits for its end; the exit code, which is negative after a signal."""
+        if self.process is None:
+            return None
+        self.process.join()
+        return self.process.exitcode
 
-        Args:
-            now: in seconds, on the clock of `due`.
+    def plan_restart(self) -> float | None:
+        """Decides when the next one starts; called when it has died, after it has served.
 
         Returns:
             Seconds from now; None where it has died too often.
         """
         self._forget_report()
+        now = time.monotonic()
         delay = self._restarts.delay_after_death(now)
         self.due = None if delay is None else now + delay
         return delay
 
+    def postpone(self) -> float:
+        """Decides when to try again to start it; called when that has failed.
+
+        Returns:
+            Seconds from now.
+        """
+        delay = self._restarts.delay_after_failed_start()
+        self.due = time.monotonic() + delay
+        return delay
+
     @property
-    def obituary(self) -> str:
+    def exit_summary(self) -> str:
         """A line for people on how it ended, and how often."""
-        self.process.join()
-        line = f"{self.title} ended with code {self.process.exitcode}"
+        line = f"{self.title} ended with code {self.join()}"
         if not self.has_served:
             return f"{line} before it was ready"
         if self._restarts.deaths > 1:
@@ -116,3 +174,11 @@ class Child:
         if self.report is not None:
             self.report.close()
             self.report = None
+
+
+def kill(children: Collection[Child]) -> None:
+    """Ends processes at once, and waits for it."""
+    for child in children:
+        child.send(signal.SIGKILL)
+    for child in children:
+        child.join()

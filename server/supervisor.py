@@ -5,25 +5,25 @@ Knows processes and signals; what they say to each other is theirs.
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
-import tempfile
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from multiprocessing import connection
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from typing import Self
 
-from server.children import Child
+from server.children import Child, kill
 from server.config import Settings, SettingsError
 from server.engine.messages import Ready
+from server.entry_points import engine_main, worker_main
 from server.http.access import reads_keys_again
 from server.http.authentication import KeyCheck
 from server.http.keys import key_ring
 from server.http.model_use import ModelUse
 from server.http.siblings import WorkerPlace
-from server.logs import error_logged, say
+from server.logs import say
+from server.runtime_folder import runtime_folder
 from server.step_watch import StepWatch, step_limit
 from server.vitals import Vitals
 
@@ -36,8 +36,11 @@ FLUSH_SECONDS = 5.0
 LOOK_SECONDS = 0.5
 """How often the engine's heartbeat is looked at."""
 
-ENDING = frozenset({signal.SIGTERM, signal.SIGINT})
-"""Signals that ask the server to end."""
+START_ADVICE = "see the limits on processes, memory and open files (ulimit -a, the container's limits)"
+
+REPEAT_SECONDS = 0.1
+"""Signals that come within this time of the first one are the same request: a terminal signals all processes, and a
+wrapper such as timeout(1) passes the signal on as well."""
 
 
 class ListenError(OSError):
@@ -63,16 +66,19 @@ def supervise(settings: Settings, folder: Path, served_model_name: str, use: Mod
     Raises:
         ListenError: the port is taken, or the address is not this machine's.
         SettingsError: the keys cannot be read.
+        RuntimeFolderError: there is no place for the sockets of the server's processes.
     """
     with contextlib.ExitStack() as stack:
-        # Elsewhere SIGHUP does what it always does, and the end of a terminal is the end of the server.
-        passed_on = {signal.SIGHUP} if reads_keys_again(settings) else set()
-        signals = stack.enter_context(_signal_pipe(ENDING | passed_on))
+        ending = {signal.SIGTERM, signal.SIGINT}
+        # Without files to read again, the end of a terminal is the end of the server; nohup ignores it.
+        if not reads_keys_again(settings) and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            ending.add(signal.SIGHUP)
+        signals = stack.enter_context(_Signals(ending, {signal.SIGHUP} if reads_keys_again(settings) else ()))
         listeners = listen(settings.host, settings.port, settings.api_workers)
         for listener in listeners:
             stack.enter_context(listener)
         runtime = stack.enter_context(runtime_folder())
-        return _Supervisor(settings, folder, served_model_name, use, listeners, runtime, signals, passed_on).run()
+        return _Supervisor(settings, folder, served_model_name, use, listeners, runtime, signals).run()
 
 
 class _Supervisor:
@@ -86,8 +92,7 @@ class _Supervisor:
         use: ModelUse,
         listeners: Sequence[socket.socket],
         runtime: Path,
-        signals: int,
-        passed_on: Collection[signal.Signals],
+        signals: "_Signals",
     ) -> None:
         self._settings = settings
         self._served_model_name = served_model_name
@@ -102,23 +107,13 @@ class _Supervisor:
         self._announced = False
         # A worker that takes another's place gets what this holds then: its siblings' keys, whatever the file has.
         self._keys = KeyCheck(key_ring(settings))
-        # A signal that workers must not miss waits until they are ready for it; in the engine, for ever.
-        self._engine = Child(
-            "persimmon-engine",
-            "the engine process",
-            engine_main,
-            settings,
-            folder,
-            address,
-            vitals,
-            blocked=passed_on,
-        )
+        self._engine = Child("persimmon-engine", "the engine process", engine_main, settings, folder, address, vitals)
         started = int(time.time())
         self._workers = [
             Child(
                 f"persimmon-api-{index}",
                 "the API process" if count == 1 else f"API process {index}",
-                _worker_main,
+                worker_main,
                 self._keys,
                 settings,
                 folder,
@@ -126,32 +121,49 @@ class _Supervisor:
                 address,
                 listener,
                 WorkerPlace(index, count, runtime, started, vitals),
-                blocked=passed_on,
             )
             for index, listener in enumerate(listeners)
         ]
+        self._children = [self._engine, *self._workers]
 
     def run(self) -> int:
         """Watches them until the server ends; its exit code."""
-        children = [self._engine, *self._workers]
+        try:
+            return self._run()
+        finally:
+            kill(self._children)
+
+    def _run(self) -> int:
         while True:
-            running = [child for child in children if child.due is None]
-            sentinels = [child.process.sentinel for child in running]
+            for child in self._children:
+                if child.due is not None and child.due <= time.monotonic() and (code := self._start(child)) is not None:
+                    return code
+            running = [child for child in self._children if child.sentinel is not None]
+            sentinels = [child.sentinel for child in running]
             reports = [child.report for child in running if child.report is not None]
-            happened = connection.wait([self._signals, *sentinels, *reports], LOOK_SECONDS)
-            if self._signals in happened:
-                if ENDING & self._take_signals():
+            happened = connection.wait([self._signals.descriptor, *filter(None, sentinels), *reports], LOOK_SECONDS)
+            if self._signals.descriptor in happened:
+                if self._signals.take():
                     return self._drain()
                 self._read_keys_again()
             for child in running:
                 if child.report in happened:
                     self._hear(child.receive())
-                if child.process.sentinel in happened and (code := self._bury(child)) is not None:
+                if child.sentinel in happened and (code := self._on_exit(child)) is not None:
                     return code
-            for child in children:
-                if child.due is not None and child.due <= time.monotonic():
-                    child.start()
             self._look_at_engine()
+
+    def _start(self, child: Child) -> int | None:
+        """Starts a child that is due, or plans the next attempt; the server's exit code where there is none."""
+        try:
+            child.start()
+        except OSError as error:
+            reason = f"{child.title} cannot be started: {error.strerror or error}; {START_ADVICE}"
+            if not child.has_served:
+                say(f"persimmon: error: {reason}")
+                return 2
+            say(f"persimmon: error: {reason}. The next attempt is in {child.postpone():g} s")
+        return None
 
     def _hear(self, message: object) -> None:
         """Takes what a child says when it is ready."""
@@ -160,29 +172,28 @@ class _Supervisor:
             self._watch.restart()
             if self._announced:
                 say("The engine serves again")
-        everybody = all(child.has_served for child in (self._engine, *self._workers))
+        everybody = all(child.has_served for child in self._children)
         if everybody and self._ready is not None and not self._announced:
             self._announced = True
             self._announce(self._ready)
 
-    def _bury(self, child: Child) -> int | None:
-        """Sees to the next one of a child that has died; the server's exit code where there is none."""
-        child.process.join()
+    def _on_exit(self, child: Child) -> int | None:
+        """Plans the successor of a child that has ended; the server's exit code where there is none."""
+        exit_code = child.join()
         if child is self._engine:
             self._ready = None
             self._vitals.forget_engine()
-            if child.process.exitcode == 2 and not child.has_served:  # it could not start, and has said why
-                self._kill_all()
+            if exit_code == 2 and not child.has_served:  # it could not start, and has said why
                 return 2
         else:
             self._vitals.forget_worker(self._workers.index(child))
-        delay = child.plan_restart(time.monotonic()) if child.has_served else None
+        delay = child.plan_restart() if child.has_served else None
         if delay is None:
-            say(f"persimmon: error: {child.obituary}; the server ends")
+            say(f"persimmon: error: {child.exit_summary}; the server ends")
             self._end()
             return 1
         when = f"in {delay:g} s" if delay else "now"
-        say(f"persimmon: error: {child.obituary}; its requests end with an error, and it is started again {when}")
+        say(f"persimmon: error: {child.exit_summary}; its requests end with an error, and it is started again {when}")
         return None
 
     def _announce(self, ready: Ready) -> None:
@@ -203,45 +214,46 @@ class _Supervisor:
         if overdue > step_limit(self._settings.step_timeout, self._ready.device):
             say(f"persimmon: error: the engine has work, but has ended no step for {overdue:.1f} s; it is killed")
             self._ready = None
-            self._engine.process.kill()
+            self._engine.send(signal.SIGKILL)
 
     def _drain(self) -> int:
+        if self._ready is None:  # no request can be open, so a worker that is still starting need not come to its end
+            kill([worker for worker in self._workers if worker.report is not None])
+        self._signal_workers(signal.SIGTERM)
+        self._signals.take_repeats(REPEAT_SECONDS)
         say("Stopping: open requests may finish (a second signal stops at once)")
-        self._terminate_workers()
         # The workers have their own, and go on accepting with them; connections after their end are refused.
         for listener in self._listeners:
             listener.close()
-        self._wait_for_workers(self._settings.drain_timeout + LAST_WORDS_SECONDS + FLUSH_SECONDS, until_signal=True)
-        self._kill_all()
+        # Of those that are due again, the server needs none any more.
+        if not self._wait_for_workers(self._settings.drain_timeout + LAST_WORDS_SECONDS + FLUSH_SECONDS):
+            say("Stopping at once: open requests end with an error")
+            self._signal_workers(signal.SIGUSR1)
+            self._wait_for_workers(LAST_WORDS_SECONDS + FLUSH_SECONDS)
         return 0
 
     def _end(self) -> None:
         """Lets workers tell their clients that the engine is gone, and ends them."""
-        _kill(self._engine.process)
-        self._terminate_workers()
+        kill([self._engine])
+        self._signal_workers(signal.SIGTERM)
         self._wait_for_workers(FLUSH_SECONDS)
-        self._kill_all()
 
-    def _terminate_workers(self) -> None:
+    def _signal_workers(self, number: signal.Signals) -> None:
         for worker in self._workers:
-            worker.process.terminate()
+            worker.send(number)
 
-    def _wait_for_workers(self, seconds: float, *, until_signal: bool = False) -> None:
-        """Returns when all workers have ended, a signal asks for the end at once, or the time is over."""
+    def _wait_for_workers(self, seconds: float) -> bool:
+        """Returns when all workers have ended or the time is over; False when a signal asks for the end at once."""
         deadline = time.monotonic() + seconds
-        running = {worker.process.sentinel for worker in self._workers}
-        signals = [self._signals] if until_signal else []
+        running = {worker.sentinel for worker in self._workers if worker.sentinel is not None}
         while running and (left := deadline - time.monotonic()) > 0:
-            happened = connection.wait([*running, *signals], left)
-            if self._signals in happened:
-                if ENDING & self._take_signals():
-                    return
+            happened = connection.wait([*running, self._signals.descriptor], left)
+            if self._signals.descriptor in happened:
+                if self._signals.take():
+                    return False
                 say("Stopping: the API keys are not read again")
             running.difference_update(happened)
-
-    def _take_signals(self) -> set[int]:
-        """The numbers of those that have come."""
-        return set(os.read(self._signals, 64))
+        return True
 
     def _read_keys_again(self) -> None:
         """Has the workers read the file of keys again, if it can be used."""
@@ -254,38 +266,6 @@ class _Supervisor:
             worker.send(signal.SIGHUP)
         count = len(self._keys.keys.keys)
         say(f"{self._settings.api_key_file} is read again: {count} API key{'s' if count > 1 else ''} from now on")
-
-    def _kill_all(self) -> None:
-        _kill(self._engine.process, *(worker.process for worker in self._workers))
-
-
-def engine_main(*args: object) -> None:
-    """Entry point of the engine process; see `server.engine.process.run_engine` for its arguments."""
-    # Read when torch is first imported.  Idle OpenMP threads spin for milliseconds by default, on cores that the API
-    # worker or another program may need, and every parallel region then waits for a thread that is not running.
-    # Some microseconds bridge the gap between two operations just as well.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-    # Imported here because it brings torch, which the supervisor and the API workers live without.
-    from server.engine.process import run_engine
-
-    with error_logged():
-        run_engine(*args)  # type: ignore[arg-type]
-
-
-def _worker_main(keys: KeyCheck, *args: object) -> None:
-    from server.http.worker import run_api_worker
-
-    with error_logged():
-        run_api_worker(*args, keys=keys.keys)  # type: ignore[arg-type]
-
-
-def _kill(*processes: SpawnProcess) -> None:
-    for process in processes:
-        if process.is_alive():
-            process.kill()
-    for process in processes:
-        process.join()
 
 
 def listen(host: str, port: int, count: int) -> list[socket.socket]:
@@ -329,28 +309,45 @@ def listen(host: str, port: int, count: int) -> list[socket.socket]:
     return listeners
 
 
-@contextlib.contextmanager
-def runtime_folder() -> Iterator[Path]:
-    """A folder for the sockets of the server's processes, for the length of a block."""
-    folder = Path(tempfile.mkdtemp(prefix="persimmon-"))  # mode 0700: nobody else reaches the sockets
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+class _Signals:
+    """Signals as something to wait for, for the length of a block.
 
+    Args:
+        ending: those that ask the server to end.
+        others: to be waited for as well.
 
-@contextlib.contextmanager
-def _signal_pipe(numbers: Collection[signal.Signals]) -> Iterator[int]:
-    """A file descriptor from which the number of each of these signals can be read when it has come, a byte each."""
-    read_end, write_end = os.pipe()
-    os.set_blocking(write_end, False)
-    previous = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
-    try:
-        yield read_end
-    finally:
-        for number, handler in handlers.items():
+    Attributes:
+        descriptor: readable when a signal has come.
+    """
+
+    def __init__(self, ending: Collection[signal.Signals], others: Collection[signal.Signals]) -> None:
+        self._ending = frozenset(ending)
+        self._numbers = self._ending | frozenset(others)
+
+    def __enter__(self) -> Self:
+        self.descriptor, self._write_end = os.pipe()
+        os.set_blocking(self.descriptor, False)
+        os.set_blocking(self._write_end, False)
+        self._previous = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in self._numbers}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(previous)
-        os.close(read_end)
-        os.close(write_end)
+        signal.set_wakeup_fd(self._previous)
+        os.close(self.descriptor)
+        os.close(self._write_end)
+
+    def take(self) -> bool:
+        """Takes those that have come; whether one of them asks for the end."""
+        try:
+            return not self._ending.isdisjoint(os.read(self.descriptor, 1024))
+        except BlockingIOError:
+            return False
+
+    def take_repeats(self, seconds: float) -> None:
+        """Takes what comes within this time."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0 and connection.wait([self.descriptor], left):
+            self.take()

@@ -26,6 +26,7 @@ from server.bench.plot import MISSING, Point, can_plot, plot
 from server.bench.probe import refusal_of_token_ids, served_model
 from server.bench.report import Report, read_exchanges, remarks, summarize, table_head, table_row
 from server.bench.workload import FileWorkload, Prompt, RandomWorkload, Request, Workload, request
+from server.console import interruptible
 
 DEFAULT_REQUESTS = 128
 DEFAULT_STREAMS = 8
@@ -163,7 +164,8 @@ def bench(arguments: Namespace, say: Callable[[str], None]) -> int:
         The exit code: 0, 1 when a request failed, 2 when nothing could be measured, 130 when interrupted.
     """
     try:
-        return uvloop.run(_bench(read_plan(arguments), say))
+        with interruptible():
+            return uvloop.run(_bench(read_plan(arguments), say))
     except (BenchError, OSError) as error:
         say(f"persimmon: error: {error}")
         return 2

@@ -5,6 +5,7 @@ Knows what the parts of the engine are, and puts them together.
 
 import gc
 import logging
+import signal
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,7 +20,7 @@ from model.memory import MemoryPlanError
 from model.tokenizer import Tokenizer
 from model.vocabulary import VocabularyMap
 from server import logs
-from server.child_process import follow_supervisor
+from server.child_process import follow_supervisor, ignore
 from server.config import Settings
 from server.engine.blocks import BlockPool
 from server.engine.core import Engine
@@ -49,6 +50,8 @@ def run_engine(settings: Settings, folder: Path, address: str, vitals: Path | No
     """
     logs.configure("engine", settings.log_format, logging.INFO)
     follow_supervisor()
+    # Sent to all processes of a service at once; the supervisor ends this one when the open requests have ended.
+    ignore({signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1})
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
     # Unbounded on purpose: what is in flight is bounded by admission, and a dropped message is a lost answer.
     socket.set_hwm(0)

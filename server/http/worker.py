@@ -63,7 +63,8 @@ def run_api_worker(
 ) -> None:
     """Serves HTTP until SIGTERM, then refuses what is new, lets open requests finish and returns.
 
-    The entry point of a process, which ends at once if its supervisor does.
+    The entry point of a process, which ends at once if its supervisor does.  SIGTERM may come several times: only
+    SIGUSR1, which the supervisor sends, ends open requests at once, with an error.
 
     Args:
         settings: of the server.
@@ -125,7 +126,7 @@ class _Protocol(JoinedHeadProtocol, SendTimeoutProtocol, BoundedProtocol):
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, with a word when it has started and its own idea of signals.
+    """uvicorn, with events for its start and its own handling of signals.
 
     Args:
         config: uvicorn's.
@@ -133,12 +134,14 @@ class _Server(uvicorn.Server):
     Attributes:
         accepting: set when connections are accepted.
         stopping: set when SIGTERM has come.
+        stopping_now: set when SIGUSR1 has come.
     """
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.accepting = asyncio.Event()
         self.stopping = asyncio.Event()
+        self.stopping_now = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -148,9 +151,13 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         # uvicorn would raise SIGTERM again at the end, and a drained worker has ended well.
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, self.stopping.set)
+        events = {signal.SIGTERM: self.stopping, signal.SIGUSR1: self.stopping_now}
+        for number, event in events.items():
+            loop.add_signal_handler(number, event.set)
+        # The process was started with them blocked, so that one that came before has waited until here.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, events)
         yield
-        loop.remove_signal_handler(signal.SIGTERM)
+        # To the end of the process they change nothing: removing the handlers would let SIGTERM kill it.
 
 
 def _remove(place: WorkerPlace) -> None:
@@ -205,13 +212,14 @@ async def _serve(
     reporting = asyncio.create_task(_report_ready(server, engine, report))
     stopping = asyncio.create_task(server.stopping.wait())
     await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
-    # It goes on listening: who has not heard of its end yet gets an answer that sends him elsewhere.
+    # It goes on listening: clients that have not noticed the shutdown get a 503 with `Connection: close`.
     gate.draining = True
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(gate.wait_until_empty(), drain_seconds)
-    # What is still open gets an error of its own from here, instead of a connection that breaks.
+    empty = asyncio.create_task(gate.wait_until_empty())
+    at_once = asyncio.create_task(server.stopping_now.wait())
+    await asyncio.wait((empty, at_once), timeout=drain_seconds, return_when=asyncio.FIRST_COMPLETED)
+    # Requests that are still open end with an error event from here, instead of a broken connection.
     await engine.close()
     server.should_exit = True
-    reporting.cancel()
-    stopping.cancel()
+    for task in (reporting, stopping, empty, at_once):
+        task.cancel()
     await serving

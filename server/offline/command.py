@@ -22,13 +22,16 @@ from fastapi import FastAPI
 from tqdm import tqdm
 
 from server import logs
+from server.children import spawn
 from server.config import Settings
+from server.console import interruptible
 from server.engine.client import EngineClient
+from server.entry_points import engine_main
 from server.http.app import application
 from server.logs import say
 from server.offline.batch import Batch, EngineLostError
 from server.offline.files import BatchInput, BatchOutput
-from server.supervisor import engine_main, runtime_folder
+from server.runtime_folder import runtime_folder
 
 ANSWERED, SOME_FAILED, STOPPED = 0, 1, 130
 """Exit codes; 2 is for what the person at the console can mend."""
@@ -66,22 +69,25 @@ def generate(settings: Settings, folder: Path, served_model_name: str, source: P
         BatchFileError: a file cannot be used.
     """
     try:
-        batch_input = BatchInput(source)
-        with BatchOutput(out) as output:
-            missing = output.missing(batch_input)
-            if output.lines:
-                done = batch_input.lines - missing
-                say(f"{out} has the answers of {done:,} of {batch_input.lines:,} lines already")
-            if missing:
-                with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                    code = runner.run(_generate(settings, folder, served_model_name, batch_input, output, missing))
-                if code is not None:
-                    return code
-            say(f"{out}: {output.answered:,} lines answered, {output.failed:,} failed")
-            return SOME_FAILED if output.failed else ANSWERED
+        with interruptible():
+            return _answer(settings, folder, served_model_name, BatchInput(source), out)
     except KeyboardInterrupt:  # while the files were read
         say(f"persimmon: stopped; {GOES_ON}")
         return STOPPED
+
+
+def _answer(settings: Settings, folder: Path, served_model_name: str, source: BatchInput, out: Path) -> int:
+    with BatchOutput(out) as output:
+        missing = output.missing(source)
+        if output.lines:
+            say(f"{out} has the answers of {source.lines - missing:,} of {source.lines:,} lines already")
+        if missing:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                code = runner.run(_generate(settings, folder, served_model_name, source, output, missing))
+            if code is not None:
+                return code
+        say(f"{out}: {output.answered:,} lines answered, {output.failed:,} failed")
+        return SOME_FAILED if output.failed else ANSWERED
 
 
 async def _generate(
@@ -141,15 +147,11 @@ def _engine_failed(engine: SpawnProcess) -> int:
 
 @contextlib.contextmanager
 def _engine_process(settings: Settings, folder: Path, runtime: Path) -> Iterator[SpawnProcess]:
-    spawn = multiprocessing.get_context("spawn")
-    report, end = spawn.Pipe(duplex=False)  # the engine's client is told that it is ready, so nobody reads this
+    report, end = multiprocessing.get_context("spawn").Pipe(duplex=False)  # never read: the client learns it as well
     # However long a line waits, nobody is impatient.
     patient = settings.model_copy(update={"queue_timeout": 0.0})
-    process = spawn.Process(
-        target=engine_main, args=(patient, folder, _address(runtime), None, end), name="persimmon-engine"
-    )
-    process.start()
-    end.close()
+    with end:
+        process = spawn("persimmon-engine", engine_main, patient, folder, _address(runtime), None, end)
     try:
         yield process
     finally:

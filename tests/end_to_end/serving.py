@@ -12,14 +12,15 @@ from collections.abc import Iterator
 from queue import Empty, Queue
 
 import httpx
+import psutil
 
 START_SECONDS = 120.0
 STOP_SECONDS = 60.0
 SERVING = re.compile(r"Serving (?P<name>\S+) on (?P<url>\S+) ")
 
 
-class Server:
-    """A running `persimmon serve` and everything it printed."""
+class Start:
+    """A `persimmon serve` that may not serve yet, in a session of its own, and everything it printed."""
 
     def __init__(self, *arguments: str, **environment: str) -> None:
         self.process = subprocess.Popen(
@@ -29,13 +30,12 @@ class Server:
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | environment,
+            start_new_session=True,
         )
         self.lines: list[str] = []
         self._arrived: Queue[str] = Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        serving = self.wait_for_line(SERVING, START_SECONDS)
-        self.url, self.name = serving["url"], serving["name"]
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -53,6 +53,44 @@ class Server:
             if self.process.poll() is not None and self._arrived.empty():
                 break
         raise AssertionError(f"no line like {pattern.pattern!r} from the server:\n" + "\n".join(self.lines))
+
+    def signal_all(self, number: signal.Signals) -> None:
+        """Sends a signal to every process of the server, as a terminal and a service manager do."""
+        os.killpg(self.process.pid, number)
+
+    def processes(self) -> set[int]:
+        """Process ids of all that have not ended, whoever their parent is."""
+        return {int(entry) for entry in os.listdir("/proc") if entry.isdigit() and self._is_ours(int(entry))}
+
+    def _is_ours(self, pid: int) -> bool:
+        try:
+            return os.getsid(pid) == self.process.pid and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            return False
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Sends a signal and waits; the exit code."""
+        self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Waits for the end; the exit code."""
+        try:
+            code = self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        self._reader.join(STOP_SECONDS)
+        return code
+
+
+class Server(Start):
+    """A running `persimmon serve`."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        super().__init__(*arguments, **environment)
+        serving = self.wait_for_line(SERVING, START_SECONDS)
+        self.url, self.name = serving["url"], serving["name"]
 
     def children(self) -> dict[str, int]:
         """Process ids of the engine and the API workers ("api", "api-1" …), told apart by what they have loaded."""
@@ -90,21 +128,6 @@ class Server:
                 return metrics
             if time.monotonic() > deadline:
                 raise AssertionError(f"not idle after {seconds} s: {metrics}")
-
-    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Sends a signal and waits; the exit code."""
-        self.process.send_signal(number)
-        return self.wait()
-
-    def wait(self) -> int:
-        """Waits for the end; the exit code."""
-        try:
-            code = self.process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise
-        self._reader.join(STOP_SECONDS)
-        return code
 
 
 @contextlib.contextmanager

@@ -1,0 +1,31 @@
+"""What the child processes of a server run.  Each function imports what it needs only when it runs."""
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from server.http.authentication import KeyCheck
+
+
+def engine_main(*args: object) -> None:
+    """Entry point of the engine process; see `server.engine.process.run_engine` for its arguments."""
+    # Read when torch is first imported.  Idle OpenMP threads spin for milliseconds by default, on cores that the API
+    # worker or another program may need, and every parallel region then waits for a thread that is not running.
+    # Some microseconds bridge the gap between two operations just as well.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    from server.engine.process import run_engine
+
+    run_engine(*args)  # type: ignore[arg-type]
+
+
+def worker_main(keys: "KeyCheck", *args: object) -> None:
+    """Entry point of an API worker; see `server.http.worker.run_api_worker` for its arguments.
+
+    Args:
+        keys: the supervisor's; its keys when the worker is started.
+        args: the others.
+    """
+    from server.http.worker import run_api_worker
+
+    run_api_worker(*args, keys=keys.keys)  # type: ignore[arg-type]
