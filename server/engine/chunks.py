@@ -18,18 +18,19 @@ def share_chunks(
 ) -> dict[Sequence, int]:
     """How many tokens of each prompt run beside a step's decodes.
 
-    Half of the room is for the first prompt, however long, the rest for the shortest, however late: so neither a long
+    Half of the room is for the oldest prompt, whatever its length and priority.  The rest goes to the most urgent
+    priority, there to the client that has been served least, and there to the shortest prompt.  So neither a long
     prompt nor those behind it starve.  Each of the two advances by LEAST_CHUNK tokens whatever that takes.
 
     Args:
-        prompts: those that run and are not computed to their end, in their order; at least one.
+        prompts: those that run and are not computed to their end; at least one.
         waiting: sequences that wait behind them.
         tokens: that the step has left.
         work: its decodes.
         costs: what chunks take of its time; None where that does not count.
 
     Returns:
-        Tokens for each prompt that gets some, in their order.
+        Tokens for each prompt that gets some, the oldest first.
     """
     seconds = inf
     if costs is not None:
@@ -37,8 +38,9 @@ def share_chunks(
         seconds = costs.chunk_seconds(work.decodes, work.decode_context, wait)
         tokens = int(min(tokens, costs.chunk_tokens(work.decodes, wait)))
     share = _ChunkShare(tokens, seconds, costs)
-    first, *others = prompts
-    others.sort(key=lambda own: (own.priority, own.num_uncomputed))
+    first = min(prompts, key=lambda own: own.age)
+    others = [own for own in prompts if own is not first]
+    others.sort(key=lambda own: (own.priority, own.share.served, own.num_uncomputed))
     counts = {first: share.take(first, 0, LEAST_CHUNK, part=0.5 if others else 1.0)}
     for place, sequence in enumerate(others):
         if share.tokens == 0:

@@ -67,6 +67,8 @@ class Work:
         priority: a lower one goes first.
         cache_salt: prompts share their prefixes in the cache with those of the same salt alone.
         request_id: what logs call the request that it belongs to.
+        owner: the client that asks; clients share the engine.
+        weight: of its share.
     """
 
     token_ids: list[int]
@@ -80,6 +82,8 @@ class Work:
     priority: int = 0
     cache_salt: bytes = b""
     request_id: str = ""
+    owner: str = ""
+    weight: int = 1
 
     def submission(self, sequence_ids: list[int]) -> Submit:
         """The message that asks for it."""
@@ -95,6 +99,8 @@ class Work:
             self.priority,
             self.cache_salt,
             self.request_id,
+            self.owner,
+            self.weight,
         )
 
 

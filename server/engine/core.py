@@ -487,6 +487,8 @@ def _sequence(worker: bytes, submit: Submit) -> Sequence:
             sampling=submit.sampling,
             sample_index=index,
             priority=submit.priority,
+            owner=submit.owner,
+            weight=submit.weight,
             cache_salt=submit.cache_salt,
             request_id=submit.request_id,
             submitted=now,

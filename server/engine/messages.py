@@ -102,6 +102,8 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
         priority: a lower one goes first, and gives its blocks up last.
         cache_salt: prompts share their prefixes in the cache with those of the same salt alone.
         request_id: what logs call the request that it belongs to.
+        owner: the client that asks, which shares the engine with the others: the name of its API key.
+        weight: of that client's share; one of weight 2 gets twice as much as one of weight 1.
     """
 
     sequence_ids: Annotated[list[int], msgspec.Meta(min_length=1)]
@@ -115,6 +117,8 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
     priority: int = 0
     cache_salt: bytes = b""
     request_id: str = ""
+    owner: str = ""
+    weight: Annotated[int, msgspec.Meta(ge=1)] = 1
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):

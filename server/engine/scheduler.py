@@ -1,24 +1,27 @@
 """Which tokens run in the next step: plan() decides, commit() applies what the step sampled.
 
-Decides and does nothing else: no tensors, no I/O, no clock.  Sequences are ordered by priority, then by arrival; the
-first that runs always advances and is never preempted, so of one priority everything finishes.  The samples of one
-prompt arrive as one sequence with forks: its prompt is computed once, and then each fork goes on in the same blocks, of
-which it copies the last before it writes there.
+Decides and does nothing else: no tensors, no I/O, no clock.  The oldest sequence that runs always advances and is never
+preempted, so everything finishes.  The samples of one prompt arrive as one sequence with forks: its prompt is computed
+once, and then each fork goes on in the same blocks, of which it copies the last before it writes there.
 """
 
 from bisect import insort
 from collections import Counter
 from collections.abc import Hashable
 from collections.abc import Sequence as Ids
+from itertools import islice
 from operator import attrgetter
 
 from server.engine.admission import Admission, Growing
 from server.engine.blocks import BlockPool
 from server.engine.chunks import share_chunks
 from server.engine.messages import EngineStats
+from server.engine.preemption import lost_least, owed_to
 from server.engine.sequence import Sequence
+from server.engine.shares import Holdings
 from server.engine.step_cost import StepCosts, StepWork
 from server.engine.step_plan import Advance, ScheduledSequence, StepPlan
+from server.engine.waiting import WaitingQueue
 
 _rank = attrgetter("rank")
 
@@ -65,9 +68,9 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_model_len = max_model_len
-        # By rank, like those that run.
-        self._waiting: list[Sequence] = []
+        self._waiting = WaitingQueue()
         self._arrivals = 0
+        # By rank.
         self._running: list[Sequence] = []
         # Forks of running sequences whose prompts are not computed yet.  Each will run, so it counts as running.
         self._pending_forks = 0
@@ -76,6 +79,7 @@ class Scheduler:
         self._promised: dict[bytes, Sequence] = {}
         # Planned and not committed, the older first.
         self._under_way: list[StepPlan] = []
+        self._whole = Holdings(max_num_seqs, pool.num_blocks)
         self._admission = Admission(pool.num_blocks, pool.block_size, typical_output)
         self._steps = 0
         self._prompt_tokens = 0
@@ -142,17 +146,19 @@ class Scheduler:
             keys.add(own.key)
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a sequence, with its forks, behind all of its priority that came before it.
+        """Queues a sequence, with its forks, behind all of its client's that have its priority and came before it.
 
         Raises:
             ValueError: as `check` does.
         """
         self.check(sequence)
+        share = self._waiting.share_of(sequence.owner, sequence.weight)
         for own in sequence.family:
             self._by_key[own.key] = own
             own.arrival = self._arrivals
+            own.share = share
         self._arrivals += 1
-        self._queue(sequence)
+        self._waiting.add(sequence)
 
     def abort(self, key: Hashable) -> None:
         """Ends a sequence at once.  Unknown keys are ignored.
@@ -191,7 +197,10 @@ class Scheduler:
         if self._under_way:
             raise ValueError("a step is under way: what comes after it is planned with plan_ahead()")
         while self._missing_blocks() > 0:
-            self._preempt(self._victim())
+            self._preempt(lost_least(self._running))
+        yielding = self._yielding()
+        if yielding is not None:
+            self._preempt(yielding)
         return self._fill_step(costs)
 
     def plan_ahead(self, costs: StepCosts | None = None) -> StepPlan | None:
@@ -203,12 +212,14 @@ class Scheduler:
             costs: as for `plan`.
 
         Returns:
-            None where that step must be known first: because a draw depends on its tokens, or because there are too few
-            blocks and a sequence whose blocks a step may write cannot be preempted.
+            None where that step must be known first: because a draw depends on its tokens, or because a sequence must
+            be preempted, which is not possible while a step may write its blocks.
         """
         if any(sequence.draws_from_output and sequence.num_pending for sequence in self._running):
             return None
-        return None if self._missing_blocks() > 0 else self._fill_step(costs)
+        if self._missing_blocks() > 0 or self._yielding() is not None:
+            return None
+        return self._fill_step(costs)
 
     def _fill_step(self, costs: StepCosts | None) -> StepPlan:
         plan = StepPlan()
@@ -251,6 +262,9 @@ class Scheduler:
                 sequence.finish_reason = "length"
                 advanced.append(Advance(sequence, None, row))
         self._generated_tokens += sum(advance.token is not None for advance in advanced)
+        if self._waiting.contended:
+            for advance in advanced:
+                advance.sequence.share.charge(1)
         ended = [advance.sequence for advance in advanced if advance.sequence.finish_reason is not None]
         for sequence in ended:
             if sequence.max_tokens > 0:
@@ -377,37 +391,78 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Gives blocks to those that wait, in their order, as long as there are enough for all to grow."""
-        overtaken = 0
         running: list[Growing] | None = None
-        while len(self._waiting) > overtaken and self.num_running < self._max_num_seqs:
-            sequence = self._waiting[overtaken]
-            hashes = self._reusable_hashes(sequence)
-            hits = self._pool.lookup(hashes)
-            if len(hits) < len(hashes) and hashes[len(hits)] in self._promised:
-                # A prefix is computed once, though several that have it arrive together; others need not wait for it.
-                overtaken += 1
-                if overtaken > MOST_OVERTAKEN:
-                    return
-                continue
-            needed = self._pool.blocks_for(sequence.num_tokens) - len(hits)
-            free = self._pool.num_free - sum(map(self._pool.is_free, hits)) - needed
+        while self._waiting and self.num_running < self._max_num_seqs:
+            found = self._next_waiting()
+            if found is None:
+                return
+            sequence, hits = found
+            needed, left = self._blocks_of(sequence, hits)
             if running is None:
                 running = [own for other in self._running for own in [self._growing(other)] * (1 + len(other.forks))]
             newcomer = self._growing(sequence)
             most = min(1 + len(sequence.forks), self._max_num_seqs - self.num_running)
-            samples = self._admission.fits(running, newcomer, most, free)
+            samples = self._admission.fits(running, newcomer, most, left)
             if samples == 0:
-                return
-            del self._waiting[overtaken]
-            self._split(sequence, samples - 1)
-            self._pool.share(hits)
-            sequence.block_table = hits + self._pool.allocate(needed)
-            sequence.num_computed = len(hits) * self._pool.block_size
-            insort(self._running, sequence, key=_rank)
-            self._promise(sequence, len(hits))
-            self._pending_forks += len(sequence.forks)
-            self._count_admission(sequence)
+                if left < 0 or owed_to(sequence, needed, self._running, self._whole) is None:
+                    return
+                samples = 1  # if blocks run short later, clients that hold more than their share give theirs up
+            self._begin(sequence, hits, needed, samples)
             running += [newcomer] * samples
+
+    def _begin(self, sequence: Sequence, hits: Ids[int], needed: int, samples: int) -> None:
+        """Makes a waiting sequence run.
+
+        Args:
+            sequence: which waits.
+            hits: blocks that it finds in the prefix cache.
+            needed: how many blocks it needs beyond them.
+            samples: how many of its samples begin; the others go on waiting.
+        """
+        num_cached = len(hits) * self._pool.block_size
+        self._waiting.admit(sequence, sequence.num_tokens - num_cached if sequence.cached_tokens is None else 0)
+        self._split(sequence, samples - 1)
+        self._pool.share(hits)
+        sequence.block_table = [*hits, *self._pool.allocate(needed)]
+        sequence.num_computed = num_cached
+        insort(self._running, sequence, key=_rank)
+        self._promise(sequence, len(hits))
+        self._pending_forks += len(sequence.forks)
+        self._count_admission(sequence)
+
+    def _next_waiting(self) -> tuple[Sequence, Ids[int]] | None:
+        """The sequence to be admitted next, with the blocks that it finds in the prefix cache.
+
+        A prefix is computed once, though several that have it arrive together: those wait for it, and a few others may
+        overtake them.
+        """
+        for sequence in islice(self._waiting.in_order(), MOST_OVERTAKEN + 1):
+            hashes = self._reusable_hashes(sequence)
+            hits = self._pool.lookup(hashes)
+            if len(hits) == len(hashes) or hashes[len(hits)] not in self._promised:
+                return sequence, hits
+        return None
+
+    def _yielding(self) -> Sequence | None:
+        """The running sequence that gives way to another client's, which has less than its share.
+
+        Only one in a step: what ends by itself in the meantime makes room too.
+        """
+        if not (self._waiting and self._waiting.contended):
+            return None
+        found = self._next_waiting()
+        if found is None:
+            return None
+        newcomer, hits = found
+        needed, left = self._blocks_of(newcomer, hits)
+        if left >= 0 and self.num_running < self._max_num_seqs:
+            return None
+        return owed_to(newcomer, needed, self._running, self._whole)
+
+    def _blocks_of(self, sequence: Sequence, hits: Ids[int]) -> tuple[int, int]:
+        """How many new blocks a waiting sequence needs beyond its prefix hits, and how many are then left."""
+        needed = self._pool.blocks_for(sequence.num_tokens) - len(hits)
+        return needed, self._pool.num_free - sum(map(self._pool.is_free, hits)) - needed
 
     def _growing(self, sequence: Sequence) -> Growing:
         blocks = len(sequence.block_table) or self._pool.blocks_for(sequence.num_tokens)
@@ -425,7 +480,7 @@ class Scheduler:
         first.cached_tokens = 0  # their prompt is counted already
         for fork in others:
             fork.leader = first
-        self._queue(first)
+        self._waiting.add(first)
 
     def _replace(self, sequence: Sequence, heir: Sequence) -> None:
         """Puts a fork in the place of its leader."""
@@ -439,7 +494,7 @@ class Scheduler:
                 if item.sequence is sequence:
                     item.sequence = heir
         else:
-            self._waiting[self._waiting.index(sequence)] = heir
+            self._waiting.replace(sequence, heir)
 
     def _reusable_hashes(self, sequence: Sequence) -> Ids[bytes]:
         """The hashes of the blocks that it would take from the prefix cache, if they were there."""
@@ -489,13 +544,6 @@ class Scheduler:
             self._pool.release([table[index]])
             table[index] = block
 
-    def _victim(self) -> Sequence:
-        """Who loses least: of the lowest priority that runs who has computed the fewest tokens, and never the first."""
-        _, *others = self._running
-        lowest = others[-1].priority
-        candidates = [sequence for sequence in reversed(others) if sequence.priority == lowest]
-        return min(candidates, key=attrgetter("num_computed"))
-
     def _preempt(self, victim: Sequence) -> None:
         self._running.remove(victim)
         self._pending_forks -= len(victim.forks)
@@ -504,10 +552,7 @@ class Scheduler:
         self._admission.lose(victim.num_computed)
         self._retire(victim)
         victim.num_computed = 0
-        self._queue(victim)
-
-    def _queue(self, sequence: Sequence) -> None:
-        insort(self._waiting, sequence, key=_rank)
+        self._waiting.add(victim)
 
     def _retire(self, sequence: Sequence) -> None:
         """Gives a sequence's blocks back, unless a step under way may write them: then its end does."""

@@ -7,6 +7,7 @@ from typing import Self
 
 from server.engine.blocks import ROOT_HASH, hash_block
 from server.engine.messages import Pooling, Sampling
+from server.engine.shares import NO_SHARE, Share
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -22,6 +23,9 @@ class Sequence:
         sampling: for the runner.
         sample_index: which of the samples of one prompt it is.
         priority: a lower one goes first.
+        owner: the client that it belongs to; clients share the engine.
+        weight: of that client's share.
+        share: the client's share; set by the scheduler.
         arrival: how many came before it; the scheduler counts.
         prompt_logprobs: most probable tokens to report beside each prompt token; None for no report.
         pooling: what to report of the prompt's final states; None for no report.
@@ -53,6 +57,9 @@ class Sequence:
     sampling: Sampling = field(default_factory=Sampling)
     sample_index: int = 0
     priority: int = 0
+    owner: str = ""
+    weight: int = 1
+    share: Share = NO_SHARE
     arrival: int = 0
     prompt_logprobs: int | None = None
     pooling: Pooling | None = None
@@ -90,6 +97,11 @@ class Sequence:
     def rank(self) -> tuple[int, int, int]:
         """Its place among all sequences: by priority, then in the order of arrival."""
         return self.priority, self.arrival, self.sample_index
+
+    @property
+    def age(self) -> tuple[int, int]:
+        """Its place in the order of arrival."""
+        return self.arrival, self.sample_index
 
     @property
     def wants_report(self) -> bool:

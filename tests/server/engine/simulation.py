@@ -22,6 +22,7 @@ from server.engine.step_cost import StepCosts
 from server.engine.step_plan import Advance, ScheduledSequence, StepPlan
 
 _rank = attrgetter("rank")
+_age = attrgetter("age")
 
 VOCABULARY = 3
 """So few tokens that prompts and answers often share prefixes."""
@@ -44,17 +45,35 @@ def generate_alone(
     return token_ids[len(prompt) :], "length"
 
 
+@dataclass(frozen=True)
+class Preemption:
+    """A preemption as it happened.
+
+    Attributes:
+        victim: the sequence that lost its blocks.
+        blocks: how many it had.
+        others: those that ran with it, with their blocks.
+        for_blocks: whether blocks were missing; else it made room for another client.
+    """
+
+    victim: Sequence
+    blocks: int
+    others: list[tuple[Sequence, int]]
+    for_blocks: bool
+
+
 class WatchedScheduler(Scheduler):
-    """A scheduler that tells whom it preempted: one that comes straight back may get the very blocks that it gave up.
+    """A scheduler that records its preemptions: a sequence that comes straight back may get the blocks that it gave up.
 
     Attributes:
         preempted: since it was last cleared.
     """
 
-    preempted: list[Sequence]
+    preempted: list[Preemption]
 
     def _preempt(self, victim: Sequence) -> None:
-        self.preempted.append(victim)
+        others = [(own, len(own.block_table)) for own in self._running if own is not victim]
+        self.preempted.append(Preemption(victim, len(victim.block_table), others, self._missing_blocks() > 0))
         super()._preempt(victim)
 
 
@@ -234,19 +253,20 @@ class Simulation:
         pooling: Pooling | None = None,
         priority: int = 0,
         penalized: bool = False,
+        owner: str = "",
+        weight: int = 1,
     ) -> Sequence:
         """A prompt with so many samples, the first of which is returned; the keys of the others follow its own."""
         stops = frozenset(stop_token_ids)
         sampling = Sampling(presence_penalty=1.0 if penalized else 0.0)
-        forks = [
-            Sequence(
-                self.arrivals + index, list(prompt), max_tokens, stops, sampling, sample_index=index, priority=priority
-            )
-            for index in range(1, samples)
-        ]
-        sequence = Sequence(
-            self.arrivals, list(prompt), max_tokens, stops, sampling, pooling=pooling, forks=forks, priority=priority
-        )
+
+        def sample(index: int, pooling: Pooling | None = None, forks: Iterable[Sequence] = ()) -> Sequence:
+            return Sequence(
+                self.arrivals + index, list(prompt), max_tokens, stops, sampling, sample_index=index, pooling=pooling,
+                forks=list(forks), priority=priority, owner=owner, weight=weight,
+            )  # fmt: skip
+
+        sequence = sample(0, pooling, [sample(index) for index in range(1, samples)])
         family, first = sequence.family, self.arrivals
         self.scheduler.add(sequence)
         for own in family:
@@ -290,27 +310,58 @@ class Simulation:
         self.scheduler.preempted = []
         plan = self.scheduler.plan_ahead(self.costs) if ahead else self.scheduler.plan(self.costs)
         if plan is None:
-            assert missing > 0 or must_wait
+            several_clients = len({own.owner for own in self.live.values()}) > 1
+            assert missing > 0 or must_wait or (several_clients and self.waiting)
             self.check()
             return None
         assert not (ahead and must_wait)
-        preempted = self.scheduler.preempted
+        preemptions = self.scheduler.preempted
+        preempted = [each.victim for each in preemptions]
         self._account_for(before, plan, preempted)
-        assert not preempted or (missing > 0 and not ahead), "sequences were preempted although there were free blocks"
-        held = sorted((own for key, own in self.live.items() if before[key][1] and own not in preempted), key=_rank)
+        assert not (preempted and ahead), "a sequence was preempted while a step was under way"
+        assert missing > 0 or not any(each.for_blocks for each in preemptions), "there were enough blocks"
+        assert sum(not each.for_blocks for each in preemptions) <= 1
         done_before = {own: before[key][0] for key, own in self.live.items()}
-        for lost in preempted:
-            assert all(lost.rank > own.rank for own in held[:1]), "the first is preempted"
-            assert all(lost.priority >= own.priority for own in held), "a lower priority is preempted first"
-            done = done_before[lost]
-            kept = [own for own in held[1:] if own.priority == lost.priority]
-            assert all(done <= done_before[own] for own in kept), "who has computed least is preempted"
+        for each in preemptions:
+            self._check_preemption(each, done_before)
         self._check_plan(plan, [sequence for sequence in decoding if sequence not in preempted], ahead=ahead)
         if plan.scheduled:
             self._model.launch(plan)
             self.under_way.append(plan)
         self.check()
         return plan
+
+    def _check_preemption(self, preemption: Preemption, done: dict[Sequence, int]) -> None:
+        victim = preemption.victim
+        everybody = [(victim, preemption.blocks), *preemption.others]
+        slots, blocks = Counter[str](), Counter[str]()
+        for own, count in everybody:
+            slots[own.owner] += 1 + len(own.forks)
+            blocks[own.owner] += count
+        weights = {own.owner: own.weight for own in self.live.values()}
+        equals = [own for own, _ in preemption.others if (own.owner, own.priority) == (victim.owner, victim.priority)]
+        if preemption.for_blocks:
+            oldest, *others = sorted([own for own, _ in everybody], key=_age)
+            assert victim is not oldest, "the oldest is preempted"
+            assert all(victim.priority >= own.priority for own in others), "a lower priority is preempted first"
+            rivals = [own.owner for own in others if own.priority == victim.priority]
+            held = {owner: blocks[owner] / weights[owner] for owner in rivals}
+            assert held[victim.owner] == max(held.values()), "the client that holds most is preempted first"
+            assert all(done[victim] <= done[own] for own in equals if own is not oldest), "it had not computed least"
+            return
+        oldest = min([own for own, _ in everybody if own.owner == victim.owner], key=_age)
+        assert victim is not oldest, "the oldest of a client is preempted for another client"
+        assert all(done[victim] <= done[own] for own in equals if own is not oldest), "it had not computed least"
+
+        def part(owner: str, more_slots: int, more_blocks: int) -> float:
+            of_slots = (slots[owner] + more_slots) / self._max_num_seqs
+            return max(of_slots, (blocks[owner] + more_blocks) / self.pool.num_blocks) / weights[owner]
+
+        newcomers = {
+            own.owner for own in self.live.values() if own.owner != victim.owner and own.priority <= victim.priority
+        }
+        left = part(victim.owner, -1 - len(victim.forks), -preemption.blocks)
+        assert any(part(owner, 1, 0) <= left for owner in newcomers), "no other client has less than its share"
 
     def fail(self) -> None:
         """The oldest step under way comes to nothing."""
@@ -405,12 +456,12 @@ class Simulation:
         assert self.scheduler.has_work == bool(self.live)
         assert all(sequence.num_computed == 0 for sequence in waiting)
         if not self.pool.prefix_caching:
-            # Of each priority newcomers begin in the order of arrival, and none before those who lost their blocks.
-            # (With prefix caching those who wait for a prefix that is being computed are overtaken.)
-            for priority in {sequence.priority for sequence in self.live.values()}:
-                of_it = [own for own in self.live.values() if own.priority == priority]
+            # Of each client and priority newcomers begin in the order of arrival, and none before those who lost their
+            # blocks.  (With prefix caching those who wait for a prefix that is being computed are overtaken.)
+            for kind in {(sequence.owner, sequence.priority) for sequence in self.live.values()}:
+                of_it = [own for own in self.live.values() if (own.owner, own.priority) == kind]
                 waits = [own for own in of_it if own in waiting]
-                news = [own for own in started if own.priority == priority and own not in self._started_before]
+                news = [own for own in started if own in of_it and own not in self._started_before]
                 assert not waits or all(own.rank < waits[0].rank for own in news)
         self._started_before = started
         self._expected = msgspec.structs.replace(
@@ -422,11 +473,11 @@ class Simulation:
         assert self.stats == self._expected
 
     def _steps_left(self) -> int:
-        # Each step computes at least a token of the first that runs, which is never preempted.  What it has computed
-        # may be lost only when an older one that was preempted comes back and is then the first for good.
+        # Each step computes at least a token of the oldest that runs, which is never preempted.  What it has computed
+        # may be lost only when an older one begins, and is then the oldest.
         steps = sum(sequence.prompt_length + sequence.max_tokens for sequence in self.live.values())
         # Where steps overlap, one may be there for a token that is dropped.
-        return 2 * steps + (len(self.live) + 1 if self._overlap else 0)
+        return 4 * steps + (len(self.live) + 1 if self._overlap else 0)
 
     def _check_plan(self, plan: StepPlan, decoding: list[Sequence], *, ahead: bool) -> None:
         scheduled = [item.sequence for item in plan.scheduled]
@@ -435,7 +486,7 @@ class Simulation:
         assert sum(len(item.samples) for item in plan.scheduled) <= self._max_num_seqs
         assert ahead or bool(scheduled) == bool(self.live)
         if self.running:
-            first = self.running[0]
+            first = min(self.running, key=_age)
             waits = ahead and (first.num_uncomputed == 0 or first.awaits_its_last_token)
             assert waits or first in scheduled, "the oldest sequence does not advance"
         assert scheduled[: len(decoding)] == decoding, "decodes come first, and all that were not preempted"

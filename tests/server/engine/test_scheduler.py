@@ -21,7 +21,10 @@ STEMS = [[0, 1, 2, 0, 2, 1] * 5, [2, 2, 1, 0, 0, 1] * 5]
 """What prompts begin with, so that they meet in the prefix cache."""
 
 
-Request = tuple[list[int], int, frozenset[int], int, Pooling | None, int, bool]
+CLIENTS = (("", 1), ("", 1), ("other", 1), ("heavy", 3))
+"""Clients and the weights of their shares."""
+
+Request = tuple[list[int], int, frozenset[int], int, Pooling | None, int, bool, tuple[str, int]]
 
 
 @st.composite
@@ -34,7 +37,8 @@ def requests(draw: st.DrawFn) -> Request:
     pooling: Pooling | None = draw(st.sampled_from([None, None, None, "all", "last"]))
     priority = draw(st.sampled_from([0, 0, 0, -1, 5]))
     penalized = draw(st.sampled_from([False, False, False, True]))
-    return prompt, draw(st.sampled_from([20, 7, 2, 1, 0])), stops, samples, pooling, priority, penalized
+    client = draw(st.sampled_from(CLIENTS))
+    return prompt, draw(st.sampled_from([20, 7, 2, 1, 0])), stops, samples, pooling, priority, penalized, client
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -84,13 +88,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.add(arrivals)
 
     def add(self, arrivals: list[Request]) -> None:
-        for prompt, max_tokens, stops, samples, pooling, priority, penalized in arrivals:
+        for prompt, max_tokens, stops, samples, pooling, priority, penalized, (owner, weight) in arrivals:
             fitting = prompt[: self.simulation.max_model_len - 1]
             tokens = min(max_tokens, self.simulation.max_model_len - len(fitting))
             samples = samples if tokens else 1
             self.simulation.add(
-                fitting, tokens, stops, samples=samples, pooling=pooling, priority=priority, penalized=penalized
-            )
+                fitting, tokens, stops, samples=samples, pooling=pooling, priority=priority, penalized=penalized,
+                owner=owner, weight=weight,
+            )  # fmt: skip
 
     @precondition(lambda self: self.simulation.can_plan)
     @rule()
@@ -162,7 +167,9 @@ def test_random_traffic_preempts_hits_aborts_and_still_yields_the_right_tokens(s
             prompt = [*stem, rng.randrange(VOCABULARY)]
             stops = {rng.randrange(VOCABULARY)} if rng.random() < 0.2 else set()
             samples, priority = rng.choice([1, 1, 1, 2, 4]), rng.choice([0, 0, 0, 1])
-            simulation.add(prompt, rng.randint(1, 36 - len(prompt)), stops, samples=samples, priority=priority)
+            owner = rng.choice(["", "", "other"])
+            tokens = rng.randint(1, 36 - len(prompt))
+            simulation.add(prompt, tokens, stops, samples=samples, priority=priority, owner=owner)
         abort_sometimes()
         if simulation.can_plan:
             simulation.try_plan()
@@ -319,21 +326,31 @@ def test_of_equals_the_newest_sequence_is_preempted_first() -> None:
 
 
 def test_a_lower_priority_goes_first_and_is_preempted_last() -> None:
-    simulation = Simulation(num_blocks=8, block_size=4, max_model_len=32, max_num_seqs=2, max_num_batched_tokens=40)
-    runs, plain, urgent, later = (
+    simulation = Simulation(num_blocks=12, block_size=4, max_model_len=48, max_num_seqs=3, max_num_batched_tokens=40)
+    oldest, plain, later, urgent = (
         simulation.add(prompt, 12, priority=priority)
-        for prompt, priority in (([0] * 9, 1), ([1] * 9, 1), ([2] * 9, 0), ([1, 2] * 4, 1))
+        for prompt, priority in (([0] * 9, 1), ([1] * 9, 1), ([1, 2] * 4, 1), ([2] * 9, 0))
     )
-    assert runs.rank > urgent.rank
-    simulation.step_until(lambda: len(simulation.running) == 2)
-    assert simulation.running == [urgent, runs]
+    simulation.step_until(lambda: len(simulation.running) == 3)
+    assert simulation.running == [urgent, oldest, plain]
     simulation.step_until(lambda: simulation.stats.preemptions > 0)
-    assert urgent.block_table
-    assert not runs.block_table
+    assert simulation.running == [urgent, oldest]
     simulation.drain()
-    assert list(simulation.finished) == [2, 0, 1, 3]
-    assert plain.finished
     assert later.finished
+
+
+def test_the_oldest_is_not_preempted_for_more_urgent_ones() -> None:
+    simulation = Simulation(num_blocks=8, block_size=4, max_model_len=32, max_num_seqs=2, max_num_batched_tokens=40)
+    oldest = simulation.add([0] * 9, 12, priority=1)
+    simulation.step()
+    arrivals = 1
+    while not oldest.finished:
+        assert simulation.scheduler.stats().steps <= 14
+        simulation.add([2] * 9, 12, priority=0)
+        arrivals += 1
+        simulation.step()
+    assert simulation.stats.preemptions > 0
+    simulation.drain()
 
 
 def test_a_preempted_sequence_comes_back_before_those_that_wait() -> None:
