@@ -24,7 +24,7 @@ def run(pickled: bytes) -> None:
             more, in which the death of the supervisor must already end this process.
     """
     follow_supervisor()
-    with logs.error_logged():
+    with logs.in_background(), logs.error_logged():
         main, arguments = pickle.loads(pickled)  # noqa: S301, from the process that started this one
         main(*arguments)
 

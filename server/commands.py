@@ -1,6 +1,7 @@
 """What the `persimmon` commands do, and their flags; `server.cli` calls them."""
 
 import argparse
+import contextlib
 import importlib.metadata
 import re
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from server.console import interruptible
 from server.http.access import check as check_access
 from server.http.model_use import USES, ModelUse
 from server.logs import configure as configure_log
-from server.logs import say
+from server.logs import in_background, say
 from server.offline.command import generate as answer_batch
 from server.offline.files import BatchFileError
 from server.runtime_folder import RuntimeFolderError
@@ -38,19 +39,23 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """
     given = vars(_parser().parse_args(arguments))
     command = given.pop("command")
-    try:
-        if command == "convert":
-            return convert(**given)
-        if command == "bench":
-            return bench(given)
-        if command == "generate":
-            source, out = given.pop("batch_source"), given.pop("batch_out")
-            return generate(read_settings(given), source, out)
-        settings = read_settings(given)
-        return serve(settings)
-    except (SettingsError, CheckpointError, ListenError, RuntimeFolderError, BatchFileError) as error:
-        say(f"persimmon: error: {error}")
-        return 2
+    with in_background() if command == "serve" else contextlib.nullcontext():
+        try:
+            return _run(command, given)
+        except (SettingsError, CheckpointError, ListenError, RuntimeFolderError, BatchFileError) as error:
+            say(f"persimmon: error: {error}")
+            return 2
+
+
+def _run(command: str, given: dict[str, Any]) -> int:
+    if command == "convert":
+        return convert(**given)
+    if command == "bench":
+        return bench(given)
+    if command == "generate":
+        source, out = given.pop("batch_source"), given.pop("batch_out")
+        return generate(read_settings(given), source, out)
+    return serve(read_settings(given))
 
 
 def serve(settings: Settings) -> int:

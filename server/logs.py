@@ -6,14 +6,26 @@ Knows what a line looks like, not what is worth one.
 import contextlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from server.log_writer import LogWriter
+
 LogFormat = Literal["text", "json"]
 
+LAST_SECONDS = 2.0
+"""How long the last lines of a process may take to be read."""
+
+TERMINAL_SECONDS = 0.2
+"""How long a line for people may take to reach a terminal, which may be stopped with Ctrl-S."""
+
 _console = logging.getLogger("persimmon.console")
+
+_background: list[LogWriter] = []
+"""The writer of this process; empty where lines are written at once."""
 
 
 def configure(process: str, log_format: LogFormat = "text", level: int = logging.WARNING) -> None:
@@ -34,6 +46,30 @@ def configure(process: str, log_format: LogFormat = "text", level: int = logging
 def say(line: str) -> None:
     """One line for the person at the console; without a time, unless the log is JSON."""
     _console.info("%s", line)
+    if _background and os.isatty(2):
+        _background[0].flush(TERMINAL_SECONDS)  # before a progress bar is drawn there, which does not come through here
+
+
+@contextlib.contextmanager
+def in_background() -> Iterator[None]:
+    """For the length of a block, log lines wait in memory when standard error does not take them.
+
+    A pipe whose reader has stopped reading then stops no request.
+    """
+    writer = LogWriter(2, _dropped_notice)
+    _background.append(writer)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        _background.remove(writer)
+        writer.close(LAST_SECONDS)
+
+
+def dropped_lines() -> int:
+    """Log lines of this process that were dropped because standard error did not take them."""
+    return sum(writer.dropped for writer in _background)
 
 
 @contextlib.contextmanager
@@ -51,12 +87,30 @@ def with_fields(**fields: Any) -> Mapping[str, Any]:
     return {"fields": {name: value for name, value in fields.items() if value is not None}}
 
 
+def _dropped_notice(lines: int) -> str:
+    record = logging.LogRecord(
+        __name__,
+        logging.WARNING,
+        __file__,
+        0,
+        "%d log line%s dropped here: standard error did not take them",
+        (lines, " was" if lines == 1 else "s were"),
+        None,
+    )
+    handlers = logging.getLogger().handlers or _console.handlers
+    return handlers[0].format(record)
+
+
 class _StandardError(logging.Handler):
-    """Writes to what is standard error at the time."""
+    """Writes to what is standard error at the time, or leaves that to the background."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            print(self.format(record), file=sys.stderr, flush=True)
+            line = self.format(record)
+            if _background:
+                _background[0].put(line)
+            else:
+                print(line, file=sys.stderr, flush=True)
         except Exception:  # noqa: BLE001, logging says what becomes of a line that cannot be written
             self.handleError(record)
 

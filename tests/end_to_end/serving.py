@@ -33,6 +33,8 @@ class Start:
             start_new_session=True,
         )
         self.lines: list[str] = []
+        self.reading = threading.Event()
+        self.reading.set()
         self._arrived: Queue[str] = Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -40,6 +42,7 @@ class Start:
     def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
+            self.reading.wait()
             self.lines.append(line.rstrip("\n"))
             self._arrived.put(self.lines[-1])
 

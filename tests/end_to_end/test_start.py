@@ -1,5 +1,6 @@
 """What the person at the console sees: a start that explains itself, or one line that says what to do."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -199,3 +200,46 @@ def test_a_terminal_shows_a_progress_bar_for_the_weights():
 
 def test_a_log_file_gets_no_progress_bar(demo):
     assert not any("%|" in line for line in demo.lines)
+
+
+def test_a_log_that_is_not_read_any_more_stops_no_request():
+    with serving("--kv-cache-memory", "26MB") as server:
+        server.reading.clear()
+        assert server.process.stderr is not None
+        fcntl.fcntl(server.process.stderr, fcntl.F_SETPIPE_SZ, 4096)
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            for _ in range(400):  # of which the pipe and the reader's buffer take some 80 lines
+                assert client.get("/v1/models").status_code == 200
+        server.reading.set()
+        assert server.stop() == 0
+        assert sum("path=/v1/models" in line for line in server.lines) == 400
+
+
+def test_a_server_whose_standard_error_is_closed_serves(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = f"exec {sys.executable} -m server.cli serve --kv-cache-memory 26MB --port {port} 2>&-"
+    with subprocess.Popen(["sh", "-c", command]) as process:
+        try:
+            answered = False
+            while not answered:
+                assert process.poll() is None
+                with contextlib.suppress(httpx.TransportError):
+                    answered = httpx.get(f"http://127.0.0.1:{port}/health", timeout=60).status_code == 200
+        finally:
+            process.terminate()
+        assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize("command", ["serve", "generate"])
+def test_a_place_for_temporary_files_that_cannot_hold_sockets_is_one_line(command, tmp_path, monkeypatch):
+    long = tmp_path / ("long" * 25)
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"prompt": "Hello"}) + "\n")
+    arguments = {"serve": ["--port", "0"], "generate": [str(source), str(tmp_path / "out.jsonl")]}
+    ended = run(command, *arguments[command])
+    assert ended.returncode == 2
+    (error,) = [line for line in ended.stderr.splitlines() if "error" in line]
+    assert error.startswith(f"persimmon: error: {long} is too long for the paths of unix sockets")

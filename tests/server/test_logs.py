@@ -81,3 +81,10 @@ def test_an_exit_of_its_own_is_no_error(capsys):
         raise SystemExit(2)
     assert raised.value.code == 2
     assert lines(capsys) == []
+
+
+def test_lines_that_were_dropped_are_counted_in_a_line_like_all_others():
+    logs.configure("engine", "json")
+    line = json.loads(logs._dropped_notice(3))
+    assert (line["level"], line["process"]) == ("WARNING", "engine")
+    assert line["message"].startswith("3 log lines were dropped here")
