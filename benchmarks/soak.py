@@ -158,7 +158,7 @@ async def idle_metrics(endpoint: Endpoint) -> dict[str, float]:
             metrics = {
                 name: float(value)
                 for name, value in re.findall(r"^persimmon_(\w+) (\S+)$", text, flags=re.MULTILINE)
-                if name in ("requests_running", "requests_waiting", "open_streams", "kv_blocks_free", "kv_blocks_total")
+                if name in ("requests_running", "requests_waiting", "open_streams", "kv_blocks_free", "kv_blocks")
             }
             busy = metrics["requests_running"] + metrics["requests_waiting"] + metrics["open_streams"]
             if not busy or time.monotonic() > deadline:
@@ -227,7 +227,7 @@ def main() -> int:
     if arguments.out:
         arguments.out.write_text(json.dumps(asdict(result), indent=2) + "\n")
     left = result.metrics
-    clean = left["kv_blocks_free"] == left["kv_blocks_total"] and left["open_streams"] == 0
+    clean = left["kv_blocks_free"] == left["kv_blocks"] and left["open_streams"] == 0
     return 0 if clean else 1
 
 

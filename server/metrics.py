@@ -1,8 +1,8 @@
 """Every Prometheus metric of the server, by name, in one place.
 
 Knows what is measured, not when: the engine's figures are read from its last report at scrape time.  Each API worker
-counts for itself; its counts travel as a snapshot and become sums over the workers when Prometheus asks.  What gateways
-and autoscalers know under vLLM's names is told under these too.
+counts for itself; its counts travel as a snapshot and become sums over the workers when Prometheus asks.  vLLM's names
+of them are in `vllm_metrics`.
 """
 
 import itertools
@@ -12,17 +12,25 @@ from typing import Protocol
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.engine.messages import STEP_SECONDS, EngineStats, Ready
+from server import vllm_metrics
+from server.engine.messages import STEP_SECONDS, STEP_TOKENS, EngineStats, Ready
+from server.histogram import LocalHistogram, histogram_family, merged
+from server.sequence_metrics import INTER_TOKEN_SECONDS, FinishedHistograms, FinishedSequence
+from server.vllm_metrics import UnderVllmNames
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-_FIRST_TOKEN_SECONDS = (0.01, 0.02, 0.04, 0.06, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 50, 100)
-_INTER_TOKEN_SECONDS = (0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 10)
-_QUEUE_SECONDS = (0.001, 0.005, 0.02, 0.1, 0.3, 1, 2, 5, 10, 20, 40, 80, 160)
-_REQUEST_SECONDS = (0.1, 0.2, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
+# Finer than vLLM's, because small models are fast.
+_FIRST_TOKEN_SECONDS = merged(
+    (0.01, 0.02, 0.04, 0.06, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 50, 100), vllm_metrics.FIRST_TOKEN_SECONDS
+)
+_QUEUE_SECONDS = merged((0.001, 0.005, 0.02, 0.1, 0.3, 1, 2, 5, 10, 20, 40, 80, 160), vllm_metrics.REQUEST_SECONDS)
+_REQUEST_SECONDS = merged((0.1, 0.2, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600), vllm_metrics.REQUEST_SECONDS)
+
+_HTTP_SECONDS = merged((0.01, 5, 30, 120), vllm_metrics.HTTP_SECONDS)
 
 _COUNTERS = {
     "persimmon_steps": ("steps", "Engine steps run."),
@@ -41,29 +49,6 @@ _COUNTERS = {
     "persimmon_graph_replays": ("graph_replays", "Decode steps that were CUDA graphs."),
 }
 """Metric name without the _total that Prometheus adds -> the field of EngineStats, and the help text."""
-
-VLLM_NAMES = {
-    "persimmon_requests_running": "vllm:num_requests_running",
-    "persimmon_requests_waiting": "vllm:num_requests_waiting",
-    "persimmon_kv_cache_usage_ratio": "vllm:kv_cache_usage_perc",
-    "persimmon_kv_cache_config": "vllm:cache_config_info",
-    "persimmon_time_to_first_token_seconds": "vllm:time_to_first_token_seconds",
-    "persimmon_inter_token_latency_seconds": "vllm:inter_token_latency_seconds",
-    "persimmon_e2e_request_latency_seconds": "vllm:e2e_request_latency_seconds",
-    "persimmon_request_queue_time_seconds": "vllm:request_queue_time_seconds",
-    "persimmon_prompt_tokens": "vllm:prompt_tokens",
-    "persimmon_generated_tokens": "vllm:generation_tokens",
-    "persimmon_preemptions": "vllm:num_preemptions",
-    "persimmon_prefix_cache_queried_tokens": "vllm:prefix_cache_queries",
-    "persimmon_prefix_cache_hit_tokens": "vllm:prefix_cache_hits",
-    "persimmon_sequences_finished": "vllm:request_success",
-}
-"""Our name of a metric -> vLLM's name of the same one, both without _total.
-
-A metric is kept once and told twice, so a token costs no more for it.  vLLM's have the label model_name, and mean what
-vLLM's documentation says: usage_perc is a share from 0 to 1, request_success counts sequences, aborted ones too, and
-the prefix cache counts tokens.
-"""
 
 
 class EngineView(Protocol):
@@ -117,6 +102,7 @@ class Metrics:
         request_latency: from arrival to the last byte, of generation requests that were answered with 200.
         queue_time: from a sequence's arrival at the engine to the first step that computes a part of it.
         sequences_finished: sequences that ended, by their reason: stop, length, abort (nobody waits any more) or error.
+        request_duration: from arrival to the last byte, of every request except probes, by endpoint.
     """
 
     def __init__(self, engine: EngineView, model_name: str) -> None:
@@ -142,7 +128,7 @@ class Metrics:
         self.inter_token_latency = self._histogram(
             "persimmon_inter_token_latency_seconds",
             "Time between two outputs of a sequence.",
-            _INTER_TOKEN_SECONDS,
+            INTER_TOKEN_SECONDS,
         )
         self.request_latency = self._histogram(
             "persimmon_e2e_request_latency_seconds",
@@ -160,11 +146,53 @@ class Metrics:
             ("finished_reason",),
             registry=self._registry,
         )
+        self.request_duration = Histogram(
+            "persimmon_http_request_duration_seconds",
+            "Time from an HTTP request's arrival to the end of its answer, without health probes and scrapes.",
+            ("endpoint",),
+            registry=self._registry,
+            buckets=_HTTP_SECONDS,
+        )
+        self._prompt_tokens = Counter(
+            "persimmon_prompt_tokens_by_source",
+            "Prompt tokens by source: computed, or taken from the prefix cache.",
+            ("source",),
+            registry=self._registry,
+        )
+        self._computed = self._prompt_tokens.labels(vllm_metrics.COMPUTED)
+        self._cached = self._prompt_tokens.labels(vllm_metrics.CACHED)
+        self._finished = FinishedHistograms(self._histogram)
         for reason in ("stop", "length", "abort", "error"):
             self.sequences_finished.labels(reason)  # a series that begins at its first count has no rate until its next
 
-    def _histogram(self, name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, help, registry=self._registry, buckets=buckets)
+    def _histogram(self, name: str, help: str, bounds: tuple[float, ...]) -> LocalHistogram:
+        histogram = LocalHistogram(name, help, bounds)
+        self._registry.register(histogram)
+        return histogram
+
+    def count_prompt(self, prompt_tokens: int, cached_tokens: int) -> None:
+        """Counts a prompt that has been computed.
+
+        Args:
+            prompt_tokens: its tokens.
+            cached_tokens: of these, found in the prefix cache.
+        """
+        self._computed.inc(prompt_tokens - cached_tokens)
+        self._cached.inc(cached_tokens)
+
+    def observe_sequence(self, sequence: FinishedSequence) -> None:
+        """Records the sizes and times of a sequence that ended by itself."""
+        self._finished.observe_sequence(sequence)
+
+    def observe_samples(self, count: int, most_generated: int) -> None:
+        """Records a prompt whose samples have all ended by themselves.
+
+        Args:
+            count: how many samples it had.
+            most_generated: the tokens of the longest one.
+        """
+        self._finished.n.observe(count)
+        self._finished.max_generated_tokens.observe(most_generated)
 
     def families(self) -> Iterator[Metric]:
         """All metrics of ours, those of this worker as it has counted alone."""
@@ -192,9 +220,9 @@ class Metrics:
         """
         registry = CollectorRegistry()
         sums = _Sums(list(itertools.chain.from_iterable(map(_decode, snapshots))))
-        for told in (self._engine, sums):
-            registry.register(told)
-            registry.register(_UnderVllmNames(told, self._model_name))
+        for source in (self._engine, sums):
+            registry.register(source)
+            registry.register(UnderVllmNames(source, self._model_name, self._engine.max_model_len))
         return generate_latest(registry)
 
 
@@ -218,49 +246,36 @@ class _Sums(Collector):
             yield metric
 
 
-class _UnderVllmNames(Collector):
-    """The metrics of another collector that vLLM has a name for, under that."""
-
-    def __init__(self, told: Collector, model_name: str) -> None:
-        self._told = told
-        self._model = {"model_name": model_name}
-
-    def collect(self) -> Iterator[Metric]:
-        for metric in self._told.collect():
-            name = VLLM_NAMES.get(metric.name)
-            if name is None:
-                continue
-            renamed = Metric(name, metric.documentation, metric.type)
-            for sample in metric.samples:
-                own_name = name + sample.name.removeprefix(metric.name)
-                renamed.add_sample(own_name, self._model | sample.labels, sample.value)
-            yield renamed
-
-
 class _EngineCollector(Collector):
     """Turns the engine's last report into metrics when Prometheus asks, so that a step costs nothing."""
 
     def __init__(self, engine: EngineView) -> None:
         self._engine = engine
 
+    @property
+    def max_model_len(self) -> int | None:
+        """The longest sequence; None while the engine has not said."""
+        info = self._engine.info
+        return None if info is None else info.max_model_len
+
     def collect(self) -> Iterator[Metric]:
         yield _gauge("persimmon_engine_ready", "1 while the engine serves, else 0.", self._engine.ready)
         info = self._engine.info
         if info is not None:
             config = {"block_size": str(info.block_size), "num_gpu_blocks": str(info.total_blocks)}
-            told = GaugeMetricFamily(
-                "persimmon_kv_cache_config", "Always 1; its labels tell the KV cache.", labels=list(config)
+            described = GaugeMetricFamily(
+                "persimmon_kv_cache_config", "Always 1; its labels describe the KV cache.", labels=list(config)
             )
-            told.add_metric(list(config.values()), 1.0)
-            yield told
+            described.add_metric(list(config.values()), 1.0)
+            yield described
         stats = self._engine.stats
         if stats is None:
             return
         used = stats.total_blocks - stats.free_blocks
         yield _gauge("persimmon_requests_running", "Sequences that hold KV blocks.", stats.running)
         yield _gauge("persimmon_requests_waiting", "Sequences queued for admission.", stats.waiting)
+        yield _gauge("persimmon_kv_blocks", "KV blocks in the pool.", stats.total_blocks)
         yield _gauge("persimmon_kv_blocks_free", "KV blocks that no sequence holds.", stats.free_blocks)
-        yield _gauge("persimmon_kv_blocks_total", "KV blocks in the pool.", stats.total_blocks)
         yield _gauge(
             "persimmon_kv_cache_usage_ratio",
             "Share of the KV blocks that sequences hold, 0 to 1.",
@@ -268,10 +283,17 @@ class _EngineCollector(Collector):
         )
         for name, (field, help) in _COUNTERS.items():
             yield CounterMetricFamily(name, help, value=getattr(stats, field))
-        steps = itertools.accumulate(stats.step_counts)
-        bounds = [*(str(float(bound)) for bound in STEP_SECONDS), "+Inf"]
-        buckets = [(bound, float(count)) for bound, count in zip(bounds, steps, strict=True)]
-        yield HistogramMetricFamily("persimmon_step_seconds", "Time of an engine step.", buckets, stats.step_seconds)
+        for name, help, bounds, counts, total in (
+            ("persimmon_step_seconds", "Time of an engine step.", STEP_SECONDS, stats.step_counts, stats.step_seconds),
+            (
+                "persimmon_step_tokens",
+                "Tokens that an engine step computes.",
+                STEP_TOKENS,
+                stats.step_token_counts,
+                stats.step_tokens,
+            ),
+        ):
+            yield histogram_family(name, help, bounds, counts, total)
 
 
 def _gauge(name: str, help: str, value: float) -> GaugeMetricFamily:
@@ -292,8 +314,7 @@ def metrics_table() -> str:
     lines = ["| Metric | vLLM's name | Type | |", "| --- | --- | --- | --- |"]
     for family in Metrics(_ExampleEngine(), "").families():
         total = "_total" if family.type == "counter" else ""
-        other = VLLM_NAMES.get(family.name)
-        shown = f"`{other}{total}`" if other else ""
+        shown = ", ".join(f"`{name}{total}`" for name in vllm_metrics.names_of(family.name))
         lines.append(f"| `{family.name}{total}` | {shown} | {family.type} | {family.documentation} |")
     return "\n".join(lines)
 

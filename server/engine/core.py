@@ -22,6 +22,7 @@ import zmq
 
 from server.engine.messages import (
     STEP_SECONDS,
+    STEP_TOKENS,
     Abort,
     EngineStats,
     FromEngine,
@@ -128,22 +129,28 @@ class _Step:
     started: float
 
 
-class _StepTimes:
-    """How long steps took.
+class _StepCounts:
+    """How long steps took and how many tokens they computed.
 
     Attributes:
-        seconds: all together.
-        counts: as `EngineStats.step_counts` has them.
+        seconds: of all steps together.
+        by_seconds: as `EngineStats.step_counts` has them.
+        tokens: of all steps together.
+        by_tokens: as `EngineStats.step_token_counts` has them.
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self.counts = [0] * (len(STEP_SECONDS) + 1)
+        self.by_seconds = [0] * (len(STEP_SECONDS) + 1)
+        self.tokens = 0
+        self.by_tokens = [0] * (len(STEP_TOKENS) + 1)
 
-    def add(self, seconds: float) -> None:
-        """Takes one more step."""
+    def add(self, seconds: float, tokens: int) -> None:
+        """Counts one more step."""
         self.seconds += seconds
-        self.counts[bisect_left(STEP_SECONDS, seconds)] += 1
+        self.by_seconds[bisect_left(STEP_SECONDS, seconds)] += 1
+        self.tokens += tokens
+        self.by_tokens[bisect_left(STEP_TOKENS, tokens)] += 1
 
 
 class Engine:
@@ -192,7 +199,7 @@ class Engine:
         # may have ended, and are not kept alive by it.
         self._deadlines: deque[tuple[float, weakref.ref[Sequence]]] = deque()
         self._graph_replays = graph_replays
-        self._step_times = _StepTimes()
+        self._step_counts = _StepCounts()
         self._last_end = 0.0
         # The older first; while a turn begins there is one at most, and none where steps do not overlap.
         self._under_way: deque[_Step] = deque()
@@ -387,7 +394,7 @@ class Engine:
         now = time.perf_counter()
         # A device begins a step when the one before it has ended.
         seconds = now - max(step.started, self._last_end)
-        self._step_times.add(seconds)
+        self._step_counts.add(seconds, plan.work.decodes + plan.work.chunk_tokens)
         if self._costs is not None:
             self._costs.observe(plan.work, seconds)
         self._last_end = now
@@ -455,8 +462,10 @@ class Engine:
         return msgspec.structs.replace(
             self._scheduler.stats(),
             graph_replays=self._graph_replays(),
-            step_seconds=self._step_times.seconds,
-            step_counts=tuple(self._step_times.counts),
+            step_seconds=self._step_counts.seconds,
+            step_counts=tuple(self._step_counts.by_seconds),
+            step_tokens=self._step_counts.tokens,
+            step_token_counts=tuple(self._step_counts.by_tokens),
         )
 
     def _send(self, worker: bytes, message: FromEngine) -> bool:

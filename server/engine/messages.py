@@ -179,6 +179,9 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
 STEP_SECONDS = (0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.12, 0.25, 0.5, 1, 2, 5, 15, 60)
 """Steps are counted by how long they took, up to each of these and beyond."""
 
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""Steps are counted by how many tokens they computed, up to each of these and beyond; the bounds are vLLM's."""
+
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     """The engine's state after a step.  The first group are levels, the second totals since the start.
@@ -198,6 +201,8 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
         graph_replays: decode steps that were CUDA graphs.
         step_seconds: what all steps took together.
         step_counts: how many took up to each of STEP_SECONDS and more than the one before it, and how many longer.
+        step_tokens: what all steps computed together.
+        step_token_counts: how many computed up to each of STEP_TOKENS and more than the one before it; how many more.
     """
 
     running: int
@@ -214,6 +219,8 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     graph_replays: int = 0
     step_seconds: float = 0.0
     step_counts: tuple[int, ...] = (0,) * (len(STEP_SECONDS) + 1)
+    step_tokens: int = 0
+    step_token_counts: tuple[int, ...] = (0,) * (len(STEP_TOKENS) + 1)
 
 
 class StepOutput(msgspec.Struct, frozen=True, array_like=True, tag="step"):

@@ -23,6 +23,7 @@ from server.http.responses import PromptTokensDetails, Usage
 from server.http.stop_strings import StopChecker, StopStrings
 from server.http.token_report import ReportQueue, TokenReport, read_prompt, report
 from server.metrics import Metrics
+from server.sequence_metrics import FinishedSequence
 
 _ECHOED_AT_ONCE = 256
 """Prompt tokens that are read at once: with five alternatives each, some milliseconds."""
@@ -323,15 +324,33 @@ class SampleText:
 
 
 class _PromptReport:
-    """What the engine reports of a prompt, to the first sample alone, for all samples of it.
+    """What the samples of one prompt share.
+
+    Args:
+        samples: how many there are.
 
     Attributes:
-        known: set when all has come.
+        logprobs: of the prompt, which the engine reports to the first sample.
+        known: set when all of that has come.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, samples: int) -> None:
         self.logprobs: list[TokenLogprobs] = []
         self.known = asyncio.Event()
+        self._unfinished = self._samples = samples
+        self._most_generated = 0
+
+    def count_finished(self, generated: int, metrics: Metrics) -> None:
+        """Records the samples once the last one has ended by itself.
+
+        Args:
+            generated: tokens of a sample that has ended.
+            metrics: where they are recorded.
+        """
+        self._most_generated = max(self._most_generated, generated)
+        self._unfinished -= 1
+        if self._unfinished == 0:
+            metrics.observe_samples(self._samples, self._most_generated)
 
 
 @dataclass(slots=True)
@@ -368,7 +387,7 @@ class Generator:
         with contextlib.ExitStack() as stack:
             samples: list[AsyncGenerator[Piece, None]] = []
             for prompt in generation.prompts:
-                prompt_report = _PromptReport()
+                prompt_report = _PromptReport(generation.samples)
                 for stream in stack.enter_context(self._engine.submit(generation.work(prompt))):
                     samples.append(self._sample(generation, len(samples), stream, prompt, prompt_report))
             if len(samples) == 1:
@@ -414,6 +433,9 @@ class Generator:
         sample = SampleText(choice, self._tokenizer, generation, prompt.sampling.min_tokens)
         record = generation.record
         latency, last = self._metrics.time_to_first_token, record.arrival
+        submitted = time.perf_counter()
+        first = 0.0
+        generated = 0
         begun = False
         with contextlib.closing(stream), self._ending(record) as ending:
             async for output in stream:
@@ -430,19 +452,34 @@ class Generator:
                     if choice % generation.samples == 0:
                         prompt_report.known.set()
                         record.cached_tokens += output.cached_tokens
+                        self._metrics.count_prompt(len(prompt.token_ids), output.cached_tokens)
                     if generation.echo:
                         await prompt_report.known.wait()
                         for _ in sample.echo(prompt.token_ids, prompt_report.logprobs):
                             await asyncio.sleep(0)  # so that other streams go on
                 now = time.perf_counter()
+                first = first or now
                 latency.observe(now - last)
                 latency, last = self._metrics.inter_token_latency, now
                 if record.first_token is None:
                     record.first_token = now
                 piece = sample.push(output)
+                generated += len(piece.token_ids)
                 record.output_tokens += len(piece.token_ids)
                 if piece.finish_reason is not None:
                     ending.reason = piece.finish_reason
+                    self._metrics.observe_sequence(
+                        FinishedSequence(
+                            len(prompt.token_ids),
+                            output.cached_tokens,
+                            generated,
+                            prompt.max_tokens,
+                            scheduled=min(submitted + output.queue_seconds, first),
+                            first_token=first,
+                            last_token=now,
+                        )
+                    )
+                    prompt_report.count_finished(generated, self._metrics)
                 yield piece
                 if piece.finish_reason is not None:
                     return

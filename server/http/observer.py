@@ -77,6 +77,7 @@ class Observer:
         self._log_prompts = log_prompts
         # Finding a series by its labels takes longer than counting, and there are few: endpoints are routes.
         self._count = functools.cache(metrics.http_requests.labels)
+        self._durations = functools.cache(metrics.request_duration.labels)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, whatever happens below."""
@@ -110,6 +111,8 @@ class Observer:
         ended = time.perf_counter()
         endpoint = getattr(scope.get("route"), "path", UNKNOWN)
         self._count(endpoint, answer.status).inc()
+        if endpoint not in self._last_answers:
+            self._durations(endpoint).observe(ended - record.arrival)
         if answer.complete and answer.status == 200 and endpoint in self._generating:
             self._metrics.request_latency.observe(ended - record.arrival)
         probed = endpoint in self._last_answers and answer.status in _PROBE_STATUSES

@@ -3,6 +3,7 @@
 No endpoint here sends anything to the engine: asking a busy server how it is must not make it busier.
 """
 
+import asyncio
 from importlib.metadata import version
 from typing import Literal
 
@@ -85,7 +86,10 @@ def router(service: Service, documentation: Documentation) -> APIRouter:
     @routes.get(METRICS, response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus metrics of the server, whichever worker answers."""
-        return Response(service.metrics.exposition(await service.siblings.snapshots()), media_type=CONTENT_TYPE)
+        snapshots = await service.siblings.snapshots()
+        # A thousand lines take some milliseconds, which streams need not wait for.
+        text = await asyncio.to_thread(service.metrics.exposition, snapshots)
+        return Response(text, media_type=CONTENT_TYPE)
 
     @routes.get("/version", **documentation.endpoint({200: Version}))
     async def server_version() -> Response:

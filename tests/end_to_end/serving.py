@@ -126,7 +126,7 @@ class Server(Start):
             if (
                 metrics["persimmon_requests_running"] == metrics["persimmon_requests_waiting"] == 0
                 and metrics["persimmon_open_streams"] == 0
-                and metrics["persimmon_kv_blocks_free"] == metrics["persimmon_kv_blocks_total"]
+                and metrics["persimmon_kv_blocks_free"] == metrics["persimmon_kv_blocks"]
             ):
                 return metrics
             if time.monotonic() > deadline:

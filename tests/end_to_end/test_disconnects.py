@@ -96,7 +96,7 @@ async def test_a_soak_tells_what_processes_hold_and_what_is_left_in_the_end(demo
     *_, tiny = result.phases
     assert set(tiny.outcomes) == {"200", "left"}
     assert tiny.outcomes["200"] + tiny.outcomes["left"] == 100
-    assert result.metrics["kv_blocks_free"] == result.metrics["kv_blocks_total"]
+    assert result.metrics["kv_blocks_free"] == result.metrics["kv_blocks"]
     assert set(result.after.held) == {"supervisor", "engine", "api worker 0"}
 
 

@@ -765,16 +765,19 @@ class TestPreparation:
         assert house.is_empty()
 
 
-def test_steps_are_counted_with_their_time_and_the_graphs_among_them() -> None:
+def test_steps_are_counted_with_their_time_their_tokens_and_the_graphs_among_them() -> None:
     house = House("inproc://steps", graph_replays=lambda: 5)
     worker = house.worker()
-    worker.send(submit(1, [1], 3))
+    worker.send(submit(1, list(range(9)), 3))
     house.turn()
     house.turn_until(house.is_empty)
     last = worker.received()[-1].stats
     house.close()
     assert sum(last.step_counts) == last.steps == 3
     assert last.step_seconds > 0
+    # The prompt is 9 tokens, and then each token but the last is computed.
+    assert last.step_tokens == 9 + 1 + 1
+    assert last.step_token_counts[:3] == (2, 0, 1)
     assert last.graph_replays == 5
 
 

@@ -14,6 +14,7 @@ import zmq.asyncio
 from server.engine.client import WARM_UP_ID
 from server.engine.messages import (
     STEP_SECONDS,
+    STEP_TOKENS,
     Abort,
     EngineStats,
     Hello,
@@ -73,6 +74,8 @@ STATS = EngineStats(
     graph_replays=31,
     step_seconds=3.5,
     step_counts=(0, 3, *[0] * (len(STEP_SECONDS) - 3), 4, 0),
+    step_tokens=40_000,
+    step_token_counts=(2, 3, *[0] * (len(STEP_TOKENS) - 2), 2),
 )
 
 

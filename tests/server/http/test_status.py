@@ -7,6 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from model.config import PersimmonConfig
 from model.tokenizer import Tokenizer
 from server.engine.client import EngineClient, EngineDeadError, Work
+from server.engine.messages import SequenceOutput
 from server.http.app import create_app
 from tests.server.http.fake_engine import MAX_MODEL_LEN, FakeEngine, says
 
@@ -94,7 +95,7 @@ async def test_the_engines_last_report_is_scraped(http: httpx.AsyncClient) -> No
         "persimmon_requests_running": 3,
         "persimmon_requests_waiting": 2,
         "persimmon_kv_blocks_free": 25,
-        "persimmon_kv_blocks_total": 100,
+        "persimmon_kv_blocks": 100,
         "persimmon_kv_cache_usage_ratio": 0.75,
         "persimmon_steps_total": 7,
         "persimmon_prompt_tokens_total": 11,
@@ -128,3 +129,38 @@ async def test_latencies_are_observed_for_each_sequence(http: httpx.AsyncClient,
     assert await metric(http, "persimmon_time_to_first_token_seconds_count") == 2
     assert await metric(http, "persimmon_inter_token_latency_seconds_count") == 0
     assert await metric(http, "persimmon_e2e_request_latency_seconds_count") == 1
+
+
+async def test_sizes_are_observed_for_each_sequence_that_ended_by_itself(
+    http: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    engine.script = says([9, 8, 7], cached_tokens=1)
+    body = {"prompt": [[5, 6], [5, 6, 7]], "n": 2, "max_tokens": 3}
+    await http.post(COMPLETIONS, json=body)
+    await http.post(COMPLETIONS, json=body | {"stream": True, "max_tokens": 2})
+    engine.script = lambda sample: [SequenceOutput(sample.sequence_id, [], "error", error="It cannot be run.")]
+    assert (await http.post(COMPLETIONS, json=body)).status_code == 500
+    metrics = {name: value for (name, labels), value in (await scrape(http)).items() if not labels}
+    sums = {
+        "prompt_tokens": 2 * (2 + 2 + 3 + 3),
+        "computed_prompt_tokens": 2 * (1 + 1 + 2 + 2),
+        "generated_tokens": 4 * 3 + 4 * 2,
+        "max_tokens": 4 * 3 + 4 * 2,
+        "n": 4 * 2,
+        "max_generated_tokens": 2 * 3 + 2 * 2,
+    }
+    assert {name: metrics[f"persimmon_request_{name}_sum"] for name in sums} == sums
+    for phase in ("prefill_time", "decode_time", "inference_time", "time_per_output_token"):
+        assert metrics[f"persimmon_request_{phase}_seconds_count"] == 8
+    prefill, inference = (metrics[f"persimmon_request_{phase}_time_seconds_sum"] for phase in ("prefill", "inference"))
+    assert 0 < prefill <= inference
+    assert await metric(http, "persimmon_prompt_tokens_by_source_total", source="local_cache_hit") == 4
+    assert await metric(http, "persimmon_prompt_tokens_by_source_total", source="local_compute") == 2 * (1 + 2)
+
+
+async def test_probes_are_no_requests_whose_duration_counts(http: httpx.AsyncClient) -> None:
+    await http.get("/health")
+    await http.get("/v1/models")
+    count = "persimmon_http_request_duration_seconds_count"
+    counted = {dict(labels)["endpoint"] for name, labels in await scrape(http) if name == count}
+    assert counted == {"/v1/models"}
