@@ -45,8 +45,10 @@ def render(turns: Sequence[Turn]) -> str:
 
     The format has no escapes: a message that itself holds a blank line and "human:" reads like two turns.
 
+    A conversation of system messages only is answered right after them.
+
     Raises:
-        ChatFormatError: no messages, a role the format does not have, or at the end neither a user nor a tool.
+        ChatFormatError: no messages, a role the format does not have, or at the end an assistant.
     """
     for number, turn in enumerate(turns):
         if turn.role not in _LABELS and turn.role not in _SYSTEM_ROLES:
@@ -55,8 +57,8 @@ def render(turns: Sequence[Turn]) -> str:
                 f"allowed are {', '.join([*_SYSTEM_ROLES, *_LABELS])}"
             )
     spoken = [turn for turn in turns if turn.role in _LABELS]
-    if not spoken or spoken[-1].role == "assistant":
-        found = f"the last one is from the {spoken[-1].role}" if spoken else "there is none"
+    if not turns or (spoken and spoken[-1].role == "assistant"):
+        found = "the last one is from the assistant" if spoken else "there is none"
         raise ChatFormatError(
             f"the conversation needs a user or tool message at its end for the model to answer, but {found} "
             "(system messages aside)"

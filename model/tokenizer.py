@@ -96,6 +96,11 @@ class Tokenizer:
         return bool(self._frame.begin)
 
     @property
+    def begin(self) -> tuple[int, ...]:
+        """What `encode` begins with when not told otherwise."""
+        return self._frame.begin
+
+    @property
     def vocab_size(self) -> int:
         """Token ids of the vocabulary; the model's embedding may have more rows."""
         return len(self._token_bytes)

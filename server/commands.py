@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 import model
+from model.chat import chat_format
 from model.config import DTYPES, PersimmonConfig, check_vocabulary
 from model.errors import CheckpointError
 from model.hub import resolve
@@ -99,9 +100,12 @@ def _checkpoint(settings: Settings) -> tuple[Path, str, ModelUse]:
     tokenizer = Tokenizer.from_folder(folder, add_bos=settings.add_bos_token)
     vocabulary = VocabularyMap.from_folder(folder, config)
     check_vocabulary(folder, vocabulary.original(config) if vocabulary else config, tokenizer.vocab_size)
+    chat = chat_format(folder, config, tokenizer, settings.add_bos_token)
     say(f"persimmon {importlib.metadata.version('persimmon-server')}: {what}")
     for notice in tokenizer.notices:
         say(f"persimmon: {notice}")
+    if chat.template is not None:
+        say("persimmon: conversations are rendered by the checkpoint's own chat template")
     return folder, name, USES[config.architecture]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from fastapi import FastAPI, Request, Response
 from starlette.middleware.cors import CORSMiddleware
 
+from model.chat import Chat, chat_format
 from model.config import Architecture, PersimmonConfig
 from model.tokenizer import Tokenizer
 from model.vocabulary import VocabularyMap
@@ -87,7 +88,18 @@ def application(
     warm_up = GENERATES if config.architecture is Architecture.CAUSAL_LM else CLASSIFIES
     engine = EngineClient(engine_address, vocabulary, None if gate is None else gate.load, warm_up)
     app = create_app(
-        engine, tokenizer, config, served_model_name, settings.seed, vocabulary, place, gate, access, tracing, key_check
+        engine,
+        tokenizer,
+        config,
+        served_model_name,
+        settings.seed,
+        vocabulary,
+        place,
+        gate,
+        access,
+        tracing,
+        key_check,
+        chat_format(folder, config, tokenizer, settings.add_bos_token),
     )
     return app, engine
 
@@ -104,6 +116,7 @@ def create_app(
     access: Access | None = None,
     tracing: Tracing | None = None,
     key_check: KeyCheck | None = None,
+    chat: Chat | None = None,
 ) -> FastAPI:
     """The application of one API worker.
 
@@ -119,6 +132,7 @@ def create_app(
         access: what is asked of clients; None for nothing.
         tracing: where requests become spans; None for nowhere.
         key_check: the keys, if they may change; None for those of `access`.
+        chat: the served model's chat format; None for Adept's.
     """
     place = place or WorkerPlace()
     gate = gate or Gate(engine.load)
@@ -128,7 +142,17 @@ def create_app(
     # Every worker takes its own part of one sequence, so that no two give requests the same seed.
     seeds = itertools.islice(endless_seeds(seed), place.index, None, place.count)
     service = Service(
-        engine, tokenizer, config, served_model_name, metrics, seeds, siblings, gate, vocabulary, created=place.started
+        engine,
+        tokenizer,
+        config,
+        served_model_name,
+        metrics,
+        seeds,
+        siblings,
+        gate,
+        chat or Chat.adepts(tokenizer),
+        vocabulary,
+        created=place.started,
     )
     app = FastAPI(
         title="Persimmon server",

@@ -10,7 +10,6 @@ from fastapi import Response
 from msgspec import UNSET
 from starlette.types import Receive
 
-from model.chat_format import STOP
 from model.tool_calls import CallDelta, CallForm, begun_call
 from server.http.answer_form import chat_form
 from server.http.conversation import chat_prompt
@@ -43,8 +42,8 @@ async def create_chat_completion(
 ) -> Response:
     """The answer to a chat completion request.
 
-    An answer ends at end-of-text and before a new human turn; ignore_eos lifts both.  An answer that follows a grammar
-    ends where the grammar allows it.
+    An answer ends at end-of-text and, in Adept's format, before a new human turn; ignore_eos lifts both.  An answer
+    that follows a grammar ends where the grammar allows it.
 
     Args:
         service: what the worker serves with.
@@ -59,12 +58,14 @@ async def create_chat_completion(
         ClientDisconnect: the client went away before its answer was complete.
     """
     form = chat_form(request)
-    prompt = chat_prompt(request.messages, request.tools if form.calls is not None else ())
+    chat = service.chat
+    prompt = await chat_prompt(chat, request.messages, request.tools if form.calls is not None else ())
     if form.calls is not None and form.calls.begun is not None:
-        prompt += begun_call(form.calls.begun)
+        begun = begun_call(form.calls.begun)
+        prompt = prompt.followed_by(begun if chat.leading_space else begun.lstrip())
     goes_on = request.ignore_eos and not form.ends_by_grammar
     # JSON and other enforced text may contain what would otherwise be a new turn.
-    turn_end = [STOP] if form.may_be_text and not goes_on else []
+    turn_end = chat.stop if form.may_be_text and not goes_on else ()
     generation = await service.prepare(request, [prompt], [*request.stop, *turn_end], record, form)
     if request.stream:
         return EventStream(_stream(service, request, generation), service.gate.limits.ping_interval)

@@ -54,12 +54,13 @@ class Generation:
         samples: of each prompt, of which the n most probable are the answers; n of them or more.
         stop_token_ids: tokens that end a sample and are no part of its text.
         stop_strings: strings that end a sample and are no part of its text.
-        is_chat: whether the text is an answer in the chat format.
+        is_chat: whether the text is an answer in a conversation.
         echo: whether a sample's text begins with its prompt's.
         logprobs: how many of the most probable tokens to report beside each token; None reports no tokens.
         record: of the request; what its sequences come to is written into it.
         calls: which tools an answer may call; None where its text is no call whatever it says.
         priority: requests of a lower one go first.
+        begins_with_space: whether a chat's answer begins with a space that belongs to the format.
     """
 
     prompts: list[Prompt]
@@ -73,6 +74,7 @@ class Generation:
     record: RequestRecord
     calls: CallForm | None = None
     priority: int = 0
+    begins_with_space: bool = True
 
     @property
     def choices(self) -> int:
@@ -198,7 +200,7 @@ class SampleText:
         self._detokenizer = tokenizer.detokenizer()
         self._stop = StopChecker(generation.stop_strings)
         # Takes the chat format's own space off.
-        self._answer = AnswerText() if generation.is_chat else None
+        self._answer = AnswerText() if generation.is_chat and generation.begins_with_space else None
         self._calls = None if generation.calls is None else CallReader(generation.calls)
         # OpenAI says "stop" where the request names the function.
         self._says_tool_calls = generation.calls is not None and generation.calls.begun is None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from importlib.metadata import version
 
+from model.chat import Chat, ChatPrompt
 from model.config import Architecture, PersimmonConfig
 from model.grammar import GrammarCompiler
 from model.tokenizer import Tokenizer
@@ -25,6 +26,9 @@ from server.http.request_record import RequestRecord
 from server.http.siblings import Siblings
 from server.http.stop_strings import StopStrings
 from server.metrics import Metrics
+
+PromptInput = str | ChatPrompt | list[int]
+"""A prompt as requests have it: a text, a conversation or token ids."""
 
 MAX_CHOICES = 2048
 """Sequences that one request may ask for: its prompts times its n."""
@@ -51,6 +55,7 @@ class Service:
         seeds: gives a seed to each prompt of a request that brings none.
         siblings: all API workers of the server.
         gate: who is let in.
+        chat: the served model's chat format.
         vocabulary: of a trimmed checkpoint, whose embedding lacks some of the token ids; else None.
         created: when the server started, in seconds since 1970.
         grammars: checks what clients want answers to look like.
@@ -64,6 +69,7 @@ class Service:
     seeds: Iterator[int]
     siblings: Siblings
     gate: Gate
+    chat: Chat
     vocabulary: VocabularyMap | None
     created: int
     grammars: GrammarChecker = field(default_factory=lambda: GrammarChecker(GrammarCompiler.for_checking()))
@@ -98,7 +104,7 @@ class Service:
     async def prepare(
         self,
         request: GenerationRequest,
-        prompts: Sequence[str | list[int]],
+        prompts: Sequence[PromptInput],
         stop: Sequence[str],
         record: RequestRecord,
         form: AnswerForm = ANY_TEXT,
@@ -107,7 +113,7 @@ class Service:
 
         Args:
             request: what both endpoints have in common is read from it.
-            prompts: texts or token ids.
+            prompts: texts, conversations or token ids.
             stop: strings that end an answer, where its form lets them.
             record: of the request; what is found out is written into it.
             form: what an answer may look like.
@@ -131,17 +137,22 @@ class Service:
         self.check_token_ids("stop_token_ids", request.stop_token_ids)
         self.check_token_ids("logit_bias", request.logit_bias)
         with self.gate.reserved(len(prompts) * samples, expected_tokens(prompts)):
-            grammar = None if form.constraint is None else await self._grammar(form.constraint, request.is_chat)
+            begins_with_space = self._answers_begin_with_space(request, form)
+            grammar = None if form.constraint is None else await self._grammar(form.constraint, begins_with_space)
             encoded = await self.encode_prompts(request.prompt_field, prompts)
         prompt_tokens = sum(len(token_ids) for _, token_ids in encoded)
         _check_echo(request, prompt_tokens)
         record.prompt_tokens = prompt_tokens
         record.cache_salt = salted(record.cache_salt, request.cache_salt)
         if record.prompts is not None:
-            record.prompts += prompts
+            record.prompts += [
+                prompt.text(self.tokenizer) if isinstance(prompt, ChatPrompt) else prompt for prompt in prompts
+            ]
         stop_token_ids = list(request.stop_token_ids) if form.takes_stop_tokens else []
         if form.ends_by_grammar or not request.ignore_eos:
             stop_token_ids += self.config.eos_token_ids
+            if request.is_chat:
+                stop_token_ids += self.chat.end_ids
         min_tokens = 0 if form.ends_by_grammar else request.min_tokens
         return Generation(
             prompts=[
@@ -157,6 +168,7 @@ class Service:
             stop_token_ids=[*dict.fromkeys(stop_token_ids)],
             stop_strings=StopStrings(stop if form.takes_stop_strings else ()),
             is_chat=request.is_chat,
+            begins_with_space=begins_with_space,
             echo=request.echoes,
             logprobs=request.reported_logprobs,
             record=record,
@@ -176,14 +188,19 @@ class Service:
                 "unsupported_by_model",
             )
 
+    def _answers_begin_with_space(self, request: GenerationRequest, form: AnswerForm) -> bool:
+        """Whether the space that an answer begins with belongs to the chat format, or to a call that was begun."""
+        begun = form.calls is not None and form.calls.begun is not None
+        return request.is_chat and (self.chat.leading_space or begun)
+
     async def encode_prompts(
-        self, field: str, prompts: Sequence[str | list[int]], add_bos: bool | None = None
+        self, field: str, prompts: Sequence[PromptInput], add_bos: bool | None = None
     ) -> list[tuple[str, list[int]]]:
         """The token ids of a request's prompts, at least one each, with the place of each in the request.
 
         Args:
             field: of the request that holds the prompts.
-            prompts: texts or token ids.
+            prompts: texts, conversations or token ids.
             add_bos: as `encode` has it.
 
         Raises:
@@ -231,10 +248,9 @@ class Service:
         choices = self.config.vocab_size if self.vocabulary is None else len(self.vocabulary.ids)
         return asked if 0 < asked < choices else 0
 
-    async def _grammar(self, constraint: Constraint, is_chat: bool) -> Grammar:
+    async def _grammar(self, constraint: Constraint, begins_with_space: bool) -> Grammar:
         await self.grammars.check(constraint)
-        # In a chat the space after the label is the format's, as AnswerText has it.
-        return Grammar(constraint.grammar.kind, constraint.grammar.text, leading_space=is_chat)
+        return Grammar(constraint.grammar.kind, constraint.grammar.text, leading_space=begins_with_space)
 
     def _sampling(self, request: GenerationRequest, min_tokens: int, grammar: Grammar | None) -> Sampling:
         logprobs = request.reported_logprobs
@@ -255,25 +271,30 @@ class Service:
             grammar,
         )
 
-    async def encode(self, prompts: Sequence[str | list[int]], add_bos: bool | None = None) -> list[list[int]]:
-        """Texts as token ids; what is token ids already stays as it is.
+    async def encode(self, prompts: Sequence[PromptInput], add_bos: bool | None = None) -> list[list[int]]:
+        """Texts and conversations as token ids; what is token ids already stays as it is.
 
         Args:
-            prompts: texts or token ids.
-            add_bos: whether texts begin with the beginning-of-sequence token; None does what the checkpoint says.
+            prompts: texts, conversations or token ids.
+            add_bos: whether they begin with the beginning-of-sequence token; None does what the checkpoint says.
         """
 
-        def encode() -> list[list[int]]:
-            return [self.tokenizer.encode(prompt, add_bos) if isinstance(prompt, str) else prompt for prompt in prompts]
+        def ids(prompt: PromptInput) -> list[int]:
+            if isinstance(prompt, str):
+                return self.tokenizer.encode(prompt, add_bos)
+            return prompt.token_ids(self.tokenizer, add_bos) if isinstance(prompt, ChatPrompt) else prompt
 
-        if sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) <= _CHARACTERS_AT_ONCE:
+        def encode() -> list[list[int]]:
+            return [ids(prompt) for prompt in prompts]
+
+        if sum(len(prompt) for prompt in prompts if not isinstance(prompt, list)) <= _CHARACTERS_AT_ONCE:
             return encode()
         return await asyncio.to_thread(encode)
 
 
-def expected_tokens(prompts: Iterable[str | list[int]]) -> int:
+def expected_tokens(prompts: Iterable[PromptInput]) -> int:
     """How many tokens prompts have, about, before anyone has counted them."""
-    return sum(len(prompt) // CHARACTERS_PER_TOKEN if isinstance(prompt, str) else len(prompt) for prompt in prompts)
+    return sum(len(prompt) if isinstance(prompt, list) else len(prompt) // CHARACTERS_PER_TOKEN for prompt in prompts)
 
 
 def endless_seeds(seed: int) -> Iterator[int]:

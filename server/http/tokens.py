@@ -7,6 +7,7 @@ import msgspec
 from fastapi import Response
 from msgspec import UNSET, Struct, UnsetType
 
+from model.chat import ChatPrompt
 from server.http.conversation import chat_prompt
 from server.http.service import Service
 from server.http.token_protocol import DetokenizeRequest, TokenizeRequest
@@ -38,8 +39,12 @@ async def tokenize(service: Service, request: TokenizeRequest) -> Response:
         ApiError: another model's name, or messages that are no conversation.
     """
     service.check_model(request.model)
-    text = chat_prompt(request.messages, request.tools) if request.prompt is None else request.prompt
-    (token_ids,) = await service.encode([text], None if request.add_special_tokens else False)
+    prompt: str | ChatPrompt
+    if request.prompt is None:
+        prompt = await chat_prompt(service.chat, request.messages, request.tools)
+    else:
+        prompt = request.prompt
+    (token_ids,) = await service.encode([prompt], None if request.add_special_tokens else False)
     info = service.engine.info
     answer = Tokens(
         count=len(token_ids),

@@ -81,6 +81,17 @@ def ids_beyond_the_embedding(folder: Path) -> str:
 
 def no_tokenizer(folder: Path) -> str:
     (folder / "tokenizer.model").unlink()
+    (folder / "tokenizer.json").unlink()
+    return str(folder)
+
+
+def damaged_tokenizer_json(folder: Path) -> str:
+    (folder / "tokenizer.json").write_text('{"model": ')
+    return str(folder)
+
+
+def damaged_chat_template(folder: Path) -> str:
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}")
     return str(folder)
 
 
@@ -96,6 +107,8 @@ def no_tokenizer(folder: Path) -> str:
         (wrong_shape, "config.json needs [256, 2048]"),
         (ids_beyond_the_embedding, "4096"),
         (no_tokenizer, "tokenizer.model"),
+        (damaged_tokenizer_json, "tokenizer.json"),
+        (damaged_chat_template, "chat_template.jinja"),
     ],
 )
 def test_a_bad_checkpoint_is_one_line_and_exit_code_2(damage, named, tmp_path):

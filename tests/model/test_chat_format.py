@@ -17,6 +17,7 @@ PLAIN_CONVERSATIONS = [
     [Turn("user", "Hi"), Turn("assistant", "Hello!"), Turn("user", "Bye")],
     [Turn("user", "1"), Turn("assistant", "2"), Turn("user", "3"), Turn("assistant", "4"), Turn("user", "5")],
     [Turn("system", "Be brief."), Turn("user", "Hi")],
+    [Turn("system", "Greet the reader.")],
     [
         Turn("system", "Be brief."),
         Turn("system", "Be kind."),
@@ -44,7 +45,14 @@ def test_a_follow_up_repeats_the_conversation() -> None:
 def test_plain_conversations_render_as_the_demos_chat_template(turns: list[Turn], transformers_options: bool) -> None:
     environment = Environment(trim_blocks=transformers_options, lstrip_blocks=transformers_options)
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    assert render(turns) == environment.from_string(TEMPLATE).render(messages=messages)
+    rendered = environment.from_string(TEMPLATE).render(
+        messages=messages, bos_token="<bos>", add_generation_prompt=True
+    )
+    assert f"<bos>{render(turns)}" == rendered
+
+
+def test_a_system_message_alone_is_answered() -> None:
+    assert render([Turn("system", "Be brief.")]) == "Be brief.\n\nadept:"
 
 
 def test_system_messages_come_first_in_their_order_wherever_they_stand() -> None:
@@ -107,7 +115,6 @@ def test_other_roles_are_refused_by_name(role: str) -> None:
     ("turns", "found"),
     [
         ([], "there is none"),
-        ([Turn("system", "Be brief.")], "there is none"),
         ([Turn("user", "a"), Turn("assistant", "b")], "the last one is from the assistant"),
         (
             [Turn("user", "a"), Turn("assistant", "b"), Turn("system", "s")],

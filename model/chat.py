@@ -1,0 +1,300 @@
+"""How a checkpoint's conversations become prompts: by its own chat template, or in Adept's format.
+
+Finds out at the start what a template does, by rendering a few conversations with it.  Knows nothing of HTTP.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from model.chat_format import STOP, Turn, render
+from model.chat_template_files import ChatTemplateError, TemplateSources
+from model.config import Architecture, PersimmonConfig
+from model.errors import CheckpointError
+from model.token_finder import Part, TokenFinder
+from model.tokenizer import Tokenizer
+from model.tokenizer_settings import TokenizerSettings
+
+if TYPE_CHECKING:
+    from model.chat_template import ChatTemplate
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Of messages.  A template may name others."""
+
+# Characters without a meaning, one of which is in no message.
+_MARKS = range(0xF0000, 0x10FFFE)
+
+_PLAIN_CONVERSATIONS = (
+    (Turn("user", "What is a persimmon?"),),
+    (Turn("system", "Be brief."), Turn("user", "Hello!")),
+    (Turn("user", "a cat?"), Turn("assistant", "an animal"), Turn("user", "which?")),
+    (
+        Turn("system", "x\n\n y"),
+        Turn("user", " two\n\nlines "),
+        Turn("assistant", " so "),
+        Turn("user", "<b>&amp;</b>"),
+    ),
+)
+_PROBE = "Xylophone7"
+_PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": _PROBE,
+        "description": "A probe.",
+        "parameters": {"type": "object", "properties": {"x": {"type": "string"}}, "required": ["x"]},
+    },
+}
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A conversation as the model reads it.
+
+    Attributes:
+        parts: its text, and the ids of special tokens that a template has written.
+        begin: ids before it.
+    """
+
+    parts: tuple[Part, ...]
+    begin: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        """Characters of its text."""
+        return sum(len(part) for part in self.parts if isinstance(part, str))
+
+    def followed_by(self, text: str) -> "ChatPrompt":
+        """The same with a text after it."""
+        *others, last = self.parts
+        parts = (*others, last + text) if isinstance(last, str) else (*self.parts, text)
+        return replace(self, parts=parts)
+
+    def token_ids(self, tokenizer: Tokenizer, add_bos: bool | None = None) -> list[int]:
+        """Its token ids.
+
+        Args:
+            tokenizer: the checkpoint's.
+            add_bos: False leaves out what no template has written.
+        """
+        begin = () if add_bos is False else self.begin
+        return [*begin, *tokenizer.encode_parts(self.parts, add_bos=False)]
+
+    def text(self, tokenizer: Tokenizer) -> str:
+        """Its text, with special tokens spelled out."""
+        return "".join(part if isinstance(part, str) else tokenizer.pieces([part])[0] for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """The chat format of a checkpoint.
+
+    Attributes:
+        tokenizer: the checkpoint's.
+        template: the checkpoint's own; None where Adept's format is used.
+        begin: token ids put before every conversation, unless its template has written them.
+        written: token ids that Adept's format begins with, because the checkpoint's template writes them there.
+        drops_bos: whether a BOS that the template writes is left out.
+        stop: strings before which an answer ends.
+        end_ids: special tokens with which an answer ends, besides the model's end-of-text.
+        leading_space: whether the space that an answer begins with belongs to the format.
+        takes_system: whether the template shows system messages.
+        takes_tools: whether the template shows tools, in its own form.
+    """
+
+    tokenizer: Tokenizer
+    template: "ChatTemplate | None" = None
+    begin: tuple[int, ...] = ()
+    written: tuple[int, ...] = ()
+    drops_bos: bool = False
+    stop: tuple[str, ...] = (STOP,)
+    end_ids: tuple[int, ...] = ()
+    leading_space: bool = True
+    takes_system: bool = True
+    takes_tools: bool = False
+
+    @classmethod
+    def adepts(cls, tokenizer: Tokenizer) -> Self:
+        """Adept's format, with what the tokenizer puts before any text."""
+        return cls(tokenizer, begin=tokenizer.begin)
+
+    @classmethod
+    def from_folder(cls, folder: Path, tokenizer: Tokenizer, add_bos: bool | None = None) -> Self:
+        """The chat format of a checkpoint folder.
+
+        A template that renders plain conversations as Adept's format does is not used, so that what Adept's format
+        has beyond it, like tools, is there too; only whether it writes BOS counts.
+
+        Args:
+            folder: the checkpoint.
+            tokenizer: the folder's.
+            add_bos: begin with BOS, or not; None does what the template does.
+
+        Raises:
+            CheckpointError: the template is not valid, or does not even render a user's message.
+        """
+        sources = TemplateSources.from_folder(folder)
+        if sources is None:
+            return cls.adepts(tokenizer)
+        from model.chat_template import ChatTemplate  # brings Jinja2
+
+        template = ChatTemplate(sources, TokenizerSettings.from_folder(folder).named)
+        bos: tuple[int, ...] = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
+        chat = cls(tokenizer, template, begin=bos if add_bos else (), drops_bos=add_bos is False)
+        try:
+            chat._rendered(_messages(_PLAIN_CONVERSATIONS[0]))
+        except ChatTemplateError as error:
+            raise CheckpointError(
+                f"{folder}: its chat template does not render a message of a user: {error}; repair the template, or "
+                "remove it to have conversations in Adept's format"
+            ) from None
+        written = chat._before_adepts_format()
+        if written is None:
+            return chat._probed()
+        return cls(tokenizer, written=written if add_bos is None else bos if add_bos else ())
+
+    def of_turns(self, turns: Sequence[Turn]) -> ChatPrompt:
+        """A conversation in Adept's format.
+
+        Raises:
+            ChatFormatError: the format cannot hold it.
+        """
+        return ChatPrompt((*self.written, render(turns)), self.begin)
+
+    def of_messages(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> ChatPrompt:
+        """A conversation as the checkpoint's template has it.
+
+        What messages and tools hold stays text, even where it spells a special token.
+
+        Args:
+            messages: in the form of OpenAI's API.
+            tools: likewise; None where there are none.
+
+        Raises:
+            ChatTemplateError: the template does not render it.
+        """
+        parts = self._rendered(messages, tools)
+        if not parts or parts[0] != self.tokenizer.bos_token_id:
+            return ChatPrompt(tuple(parts), self.begin)
+        return ChatPrompt(tuple(parts[1:] if self.drops_bos else parts))
+
+    def allows_role(self, role: str) -> bool:
+        """Whether the template may be shown a role: a usual one, or one that it names."""
+        return role in ROLES or (self.template is not None and self.template.names_role(role))
+
+    @cached_property
+    def _finder(self) -> TokenFinder:
+        return self.tokenizer.special_finder()
+
+    def _rendered(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[Part]:
+        """What the template writes: text, and the ids of the special tokens that it has written itself."""
+        if self.template is None:
+            raise ChatTemplateError("there is none")
+        held = "".join(_strings([messages, tools]))
+        mark = next((chr(code) for code in _MARKS if chr(code) not in held), None)
+        if mark is None:
+            raise ChatTemplateError("the messages hold every private character of Unicode")
+
+        def hidden(value: Any) -> Any:
+            """The same, with a mark in each special token that its strings spell."""
+            match value:
+                case str():
+                    return self._finder.hide(value, mark)
+                case dict():
+                    return {hidden(key): inner if key == "role" else hidden(inner) for key, inner in value.items()}
+                case list():
+                    return [hidden(inner) for inner in value]
+            return value
+
+        text = self.template.render(hidden(list(messages)), tools and hidden(list(tools)), add_generation_prompt)
+        parts = [part if isinstance(part, int) else part.replace(mark, "") for part in self._finder.split(text)]
+        return [part for part in parts if part != ""]
+
+    def _before_adepts_format(self) -> tuple[int, ...] | None:
+        """What the template writes before Adept's format of a conversation; None where it has another format."""
+        found: set[tuple[int, ...]] = set()
+        for turns in _PLAIN_CONVERSATIONS:
+            try:
+                parts = self._rendered(_messages(turns))
+            except ChatTemplateError:
+                return None
+            found.add(tuple(part for part in parts if isinstance(part, int)))
+            if parts[-1] != render(turns) or len(parts) > 2 or not all(isinstance(part, int) for part in parts[:-1]):
+                return None
+        return found.pop() if len(found) == 1 else None
+
+    def _probed(self) -> Self:
+        """The same, with what a few conversations show of the template."""
+        question = Turn("user", "What is a persimmon?")
+        begun = self._rendered(_messages([question]))
+        end_ids: tuple[int, ...] = ()
+        leading_space = self._puts_space_after(begun[-1:])
+        try:
+            whole = self._rendered(_messages([question, Turn("assistant", _PROBE)]), add_generation_prompt=False)
+        except ChatTemplateError:
+            whole = []
+        for part, after in pairwise([*whole, ""]):
+            if isinstance(part, str) and _PROBE in part:
+                before, _, rest = part.rpartition(_PROBE)
+                if isinstance(after, int) and not rest:
+                    end_ids = (after,)
+                leading_space |= before.endswith(" ") and not (isinstance(begun[-1], str) and begun[-1].endswith(" "))
+        return replace(
+            self,
+            stop=(),
+            end_ids=end_ids,
+            leading_space=leading_space,
+            takes_system=self._shows([Turn("system", _PROBE), question]),
+            takes_tools=self._shows([question], [_PROBE_TOOL]),
+        )
+
+    def _puts_space_after(self, last: Sequence[Part]) -> bool:
+        """Whether the tokenizer puts a space before a text that follows a special token, and that is the last part."""
+        if not last or isinstance(last[0], str):
+            return False
+        ids = self.tokenizer.encode_parts([last[0], _PROBE], add_bos=False)
+        return self.tokenizer.begins_with_prefix(ids[1:])
+
+    def _shows(self, turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]] | None = None) -> bool:
+        try:
+            parts = self._rendered(_messages(turns), tools)
+        except ChatTemplateError:
+            return False
+        return any(isinstance(part, str) and _PROBE in part for part in parts)
+
+
+def chat_format(folder: Path, config: PersimmonConfig, tokenizer: Tokenizer, add_bos: bool | None) -> Chat:
+    """The chat format of a checkpoint; of one that generates nothing its templates are not read.
+
+    Raises:
+        CheckpointError: as `Chat.from_folder`.
+    """
+    if config.architecture is not Architecture.CAUSAL_LM:
+        return Chat.adepts(tokenizer)
+    return Chat.from_folder(folder, tokenizer, add_bos)
+
+
+def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    return [{"role": turn.role, "content": turn.content} for turn in turns]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings within JSON."""
+    match value:
+        case str():
+            yield value
+        case dict():
+            for key, inner in value.items():
+                yield key
+                yield from _strings(inner)
+        case list() | tuple():
+            for inner in value:
+                yield from _strings(inner)
