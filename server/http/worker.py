@@ -27,11 +27,9 @@ from server.http import observer
 from server.http.access import Access, reads_keys_again
 from server.http.app import application
 from server.http.authentication import KeyCheck
-from server.http.bounded_protocol import BoundedProtocol
+from server.http.connection import Connection as ClientConnection
 from server.http.gate import Gate, Limits
-from server.http.joined_head import JoinedHeadProtocol
 from server.http.keys import KeyRing, key_ring
-from server.http.send_timeout import SendTimeoutProtocol
 from server.http.siblings import WorkerPlace
 from server.tracing import Tracing
 from server.vitals import Vitals
@@ -99,7 +97,7 @@ def run_api_worker(
         server_config = uvicorn.Config(
             app,
             http=partial(  # type: ignore[arg-type]
-                _Protocol, send_seconds=settings.send_timeout, header_seconds=access.read_timeout
+                ClientConnection, header_seconds=access.read_timeout, send_seconds=settings.send_timeout
             ),
             ws="none",
             lifespan="on",
@@ -119,10 +117,6 @@ def run_api_worker(
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main())
-
-
-class _Protocol(JoinedHeadProtocol, SendTimeoutProtocol, BoundedProtocol):
-    """One connection, bounded in what it may send and in how it reads, and sparing with what it writes."""
 
 
 class _Server(uvicorn.Server):

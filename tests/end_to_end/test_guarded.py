@@ -134,7 +134,7 @@ def test_probes_are_answered_without_a_key_and_only_over_https(guarded):
 
 def test_headers_that_do_not_end_are_refused_and_those_that_do_not_come_are_hung_up_on(guarded):
     url = httpx.URL(guarded.server.url)
-    for sent, expected in ((b"GET /" + b"a" * 70_000, b"HTTP/1.1 431 "), (b"GET /health HTTP/1.1\r\nHost: a\r\n", b"")):
+    for sent, expected in ((b"GET /" + b"a" * 70_000, b"HTTP/1.1 414 "), (b"GET /health HTTP/1.1\r\nHost: a\r\n", b"")):
         with (
             socket.create_connection((url.host, url.port), timeout=60) as plain,
             guarded.trust.wrap_socket(plain, server_hostname=url.host) as connection,

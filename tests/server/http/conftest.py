@@ -1,15 +1,12 @@
 """An app of this repository on a fake engine: over ASGI for plain calls, over TCP where the connection matters."""
 
 import asyncio
-import contextlib
-import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 
 import model.demo
 from model.config import PersimmonConfig
@@ -17,6 +14,7 @@ from model.tokenizer import Tokenizer
 from server.engine.client import EngineClient
 from server.http.app import create_app
 from tests.server.http.fake_engine import FakeEngine
+from tests.server.http.raw import listening
 
 DEMO = Path(next(iter(model.demo.__path__)))
 
@@ -84,24 +82,11 @@ class LiveServer:
         return f"http://{self.host}:{self.port}"
 
 
-class _Uvicorn(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # they are the test runner's
-        yield
-
-
 @pytest.fixture
 async def server(
     engine_client: EngineClient, tokenizer: Tokenizer, config: PersimmonConfig
 ) -> AsyncIterator[LiveServer]:
-    """The app behind uvicorn, in this event loop."""
+    """The app on a port of this machine, in this event loop."""
     app = create_app(engine_client, tokenizer, config, "demo")
-    listener = socket.create_server(("127.0.0.1", 0))
-    uvicorn_config = uvicorn.Config(app, http="httptools", ws="none", lifespan="off", log_config=None, access_log=False)
-    running = _Uvicorn(uvicorn_config)
-    task = asyncio.create_task(running.serve(sockets=[listener]))
-    try:
-        yield LiveServer(*listener.getsockname())
-    finally:
-        running.should_exit = running.force_exit = True
-        await task
+    async with listening(app) as (host, port):
+        yield LiveServer(host, port)
