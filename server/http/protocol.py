@@ -181,7 +181,7 @@ class GenerationRequest(RequestObject):
     temperature: float = Field(1.0, ge=0, le=2, description="0 takes the most probable token.")
     top_p: float = Field(1.0, gt=0, le=1, description="Draw from the most probable tokens of this total share.")
     top_k: int = Field(0, ge=-1, description="Draw from this many most probable tokens; 0 or -1: from all.")
-    min_p: float = Field(0.0, ge=0, lt=1, description="Drop tokens below this share of the best one's probability.")
+    min_p: float = Field(0.0, ge=0, le=1, description="Drop tokens below this share of the best one's probability.")
     seed: int | None = Field(None, description="The same seed, prompt and parameters draw the same tokens.")
     stop: Annotated[
         list[_StopString],

@@ -163,7 +163,13 @@ BAD_REQUESTS: list[tuple[str, dict[str, Any], str, str | None, str | None]] = [
         "top_k",
         None,
     ),
-    (COMPLETIONS, HELLO | {"min_p": 1}, "Invalid 'min_p': input should be less than 1, not 1.", "min_p", None),
+    (
+        COMPLETIONS,
+        HELLO | {"min_p": 1.5},
+        "Invalid 'min_p': input should be less than or equal to 1, not 1.5.",
+        "min_p",
+        None,
+    ),
     (
         COMPLETIONS,
         HELLO | {"n": 0},
