@@ -4,17 +4,18 @@ Knows byte counts, not settings: the caller says what is asked for and prints th
 """
 
 import math
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-import psutil
 import torch
 
 from model.checkpoint import expected_shapes
 from model.config import Architecture, PersimmonConfig
 from model.kv_cache import block_bytes
+from model.memory_limits import MemoryLeft, memory_left
 from model.persimmon import parameter_dtype
 from model.sampler import rows_at_once
+from model.sizes import readable
 
 GIB = 1 << 30
 
@@ -23,11 +24,24 @@ GPU_RESERVE = 512 << 20
 
 
 SMALL_CACHE = GIB
-"""So much a CPU gives to the KV cache of a small model, if it has it: a demo is no reason to fill a laptop."""
+"""Bytes that a CPU gives to the KV cache of a small model, if it has them: a demo is no reason to fill a laptop."""
+
+# Steps smaller than this are slow, so advice lowers the length of sequences before it goes below.
+_SMALL_STEP_TOKENS = 64
+_SMALL_STEP_SEQS = 4
 
 
 class MemoryPlanError(ValueError):
     """What is asked for does not fit.  One line with the numbers and the flag to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """The largest step: what activations depend on, named as the settings."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +92,7 @@ def plan_memory(
     kv_cache_bytes: int | None,
     step_buffers: int = 0,
     matrix_dtype: torch.dtype | None = None,
+    limited_by: object = "left of this machine's memory",
 ) -> MemoryPlan:
     """Divides the memory.
 
@@ -86,7 +101,8 @@ def plan_memory(
         available: bytes the server may use, see `available_memory`.
         dtype: of weights and cache.
         device: a CPU's default for the KV cache is modest, because other programs share its memory: a quarter of it at
-            most, and SMALL_CACHE, four times the weights or one longest sequence, whichever is most.
+            most, and SMALL_CACHE, four times the weights or one longest sequence, whichever is most.  A `max_model_len`
+            that is given gets room for one sequence in any case.
         block_size: tokens in a block.
         max_num_seqs: rows of logits in the largest step.
         max_num_batched_tokens: tokens in the largest step.
@@ -94,6 +110,7 @@ def plan_memory(
         kv_cache_bytes: None for what is left.
         step_buffers: bytes of kernels' workspaces and CUDA graphs.
         matrix_dtype: of most weights, where that is not `dtype`; see `parameter_dtype`.
+        limited_by: what makes `available` what it is, for messages.
 
     Raises:
         MemoryPlanError: it does not fit.
@@ -108,36 +125,92 @@ def plan_memory(
         math.prod(shape) * parameter_dtype(name, dtype, matrix_dtype).itemsize
         for name, shape in expected_shapes(config).items()
     )
-    wanted_len = max_model_len or trained_for
-    activations = activation_bytes(config, dtype, max_num_seqs, max_num_batched_tokens, wanted_len)
+    step = _Step(max_num_seqs, max_num_batched_tokens, max_model_len or trained_for)
+    activations = _activations(config, dtype, step)
     per_block = block_bytes(config, block_size, dtype)
-    left = max(0, available - weights - activations - step_buffers)
-    if kv_cache_bytes is None:
-        kv_cache_bytes = left
-        if device.type == "cpu":
-            one = -(-wanted_len // block_size) * per_block
-            enough = max(SMALL_CACHE, 4 * weights, one)
-            kv_cache_bytes = min(max_num_seqs * one, enough, left, available // 4)
-    num_blocks = kv_cache_bytes // per_block
-    numbers = (
-        f"weights {_gib(weights)}, activations {_gib(activations)}, "
-        + (f"step buffers {_gib(step_buffers)}, " if step_buffers else "")
-        + f"KV cache {_gib(kv_cache_bytes)} of {_gib(available)} available"
-    )
-    if kv_cache_bytes > left or num_blocks < 1:
+    taken = weights + activations + step_buffers
+    left = max(0, available - taken)
+    if left < per_block:
+        tokens_bytes = per_block // block_size
+
+        def needs(other: _Step) -> int:
+            # A length that is asked for has to fit into the cache.
+            length = other.max_model_len if max_model_len or other.max_model_len != step.max_model_len else 1
+            return _activations(config, dtype, other) + -(-length // block_size) * block_size * tokens_bytes
+
+        advice = _advice(step, needs, available - weights - step_buffers)
+        if advice is None:
+            advice = f"the rest takes {readable(taken - activations + per_block)}: give the server more memory"
+            if dtype.itemsize == 4 and matrix_dtype in (None, torch.float32):
+                advice += ", or use a 16-bit --dtype"
+        asked = "" if kv_cache_bytes is None else f" (--kv-cache-memory asks for {readable(kv_cache_bytes)})"
+        parts = f"weights {readable(weights)}, activations {readable(activations)}"
+        parts += f", step buffers {readable(step_buffers)}" if step_buffers else ""
         raise MemoryPlanError(
-            f"the memory does not suffice: {numbers}, one KV block {_gib(per_block)}; lower --kv-cache-memory, "
-            "--max-num-seqs or --max-num-batched-tokens, or use a 16-bit --dtype"
+            f"not enough memory: {parts} and one KV block {readable(per_block)} need "
+            f"{readable(taken + per_block)}{asked}, {readable(available)} available ({limited_by}); {advice}"
         )
+    cache = kv_cache_bytes
+    one_sequence = -(-step.max_model_len // block_size) * per_block
+    if cache is None:
+        cache = left
+        if device.type == "cpu":
+            enough = max(SMALL_CACHE, 4 * weights, one_sequence)
+            cache = min(max_num_seqs * one_sequence, enough, available // 4)
+            cache = min(left, max(cache, per_block if max_model_len is None else one_sequence))
+    elif cache > left:
+        raise MemoryPlanError(
+            f"--kv-cache-memory is {readable(cache)}, but of {readable(available)} available ({limited_by}) "
+            f"{readable(left)} are left beside weights and activations: give at most {left}"
+        )
+    elif cache < per_block:
+        raise MemoryPlanError(
+            f"--kv-cache-memory is {readable(cache)}, but one block of {block_size} tokens takes {readable(per_block)}"
+            f": give at least {per_block}, or {one_sequence} for one sequence of {step.max_model_len} tokens"
+        )
+    num_blocks = cache // per_block
     holds = num_blocks * block_size
     if max_model_len is not None and max_model_len > holds:
+        larger = f", or set --kv-cache-memory to {one_sequence}" if one_sequence <= left else ""
         raise MemoryPlanError(
-            f"--max-model-len is {max_model_len} but the KV cache holds {holds} tokens ({numbers}): "
-            f"lower it to {holds} or raise --kv-cache-memory"
+            f"--max-model-len is {max_model_len}, but the KV cache of {readable(cache)} holds {holds} tokens: "
+            f"lower it to {holds}{larger}"
         )
     return MemoryPlan(
-        available, weights, activations, step_buffers, per_block, num_blocks, block_size, min(wanted_len, holds)
+        available, weights, activations, step_buffers, per_block, num_blocks, block_size, min(step.max_model_len, holds)
     )
+
+
+def _activations(config: PersimmonConfig, dtype: torch.dtype, step: _Step) -> int:
+    return activation_bytes(config, dtype, step.max_num_seqs, step.max_num_batched_tokens, step.max_model_len)
+
+
+def _advice(step: _Step, needs: Callable[[_Step], int], allowed: int) -> str | None:
+    """Settings with which a step needs no more bytes than are allowed; None where no step is small enough."""
+    smaller = step
+    while (now := needs(smaller)) > allowed:
+        fewer_tokens, shorter = _with_fewer_tokens(smaller), _with_shorter_sequences(smaller)
+        if fewer_tokens == shorter == smaller:
+            return None
+        saved = [now - needs(each) for each in (fewer_tokens, shorter)]
+        small = smaller.max_num_batched_tokens <= _SMALL_STEP_TOKENS and smaller.max_num_seqs <= _SMALL_STEP_SEQS
+        # Long sequences are worth more than large steps, up to a point.
+        smaller = shorter if shorter != smaller and (small or saved[1] > 4 * saved[0]) else fewer_tokens
+    changes = [
+        f"--{name.replace('_', '-')} to {getattr(smaller, name)}"
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len")
+        if getattr(smaller, name) != getattr(step, name)
+    ]
+    return f"set {' and '.join(changes)}"
+
+
+def _with_fewer_tokens(step: _Step) -> _Step:
+    tokens = max(1, step.max_num_batched_tokens // 2)
+    return replace(step, max_num_batched_tokens=tokens, max_num_seqs=min(tokens, max(1, step.max_num_seqs // 2)))
+
+
+def _with_shorter_sequences(step: _Step) -> _Step:
+    return replace(step, max_model_len=max(2, step.max_model_len // 2))
 
 
 def activation_bytes(
@@ -171,39 +244,19 @@ def activation_bytes(
     return max_num_batched_tokens * per_token + context + mask + results
 
 
-def available_memory(device: torch.device, gpu_memory_utilization: float, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes the server may plan with on this device.
+def available_memory(device: torch.device, gpu_memory_utilization: float, reserved: int = 0) -> MemoryLeft:
+    """Memory that the server may plan with on this device.
 
     On a GPU a share of its whole memory, less what other programs hold beyond the rest; on a CPU what is free now,
-    within the container's limit.
+    within the limits of control groups, less what is reserved.
 
     Args:
         device: to plan for.
         gpu_memory_utilization: the share.
-        cgroup: where the control group's files are.
+        reserved: bytes of the host's memory that are for other things.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return max(0, min(free - GPU_RESERVE, int(total * gpu_memory_utilization)))
-    return min([psutil.virtual_memory().available, *_container_limit(cgroup)])
-
-
-def _container_limit(cgroup: Path) -> list[int]:
-    """What the control group still grants, where there is one with a limit (cgroup v2, then v1)."""
-    for limit_file, usage_file, stat_file, cache in (
-        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
-    ):
-        try:
-            limit = int((cgroup / limit_file).read_text())
-            usage = int((cgroup / usage_file).read_text())
-            statistics = dict(line.split() for line in (cgroup / stat_file).read_text().splitlines())
-        except (OSError, ValueError):  # no such file, or the word "max": no limit
-            continue
-        # File pages that nobody uses make room when asked to; a checkpoint read before leaves gigabytes of them.
-        return [max(0, limit - usage + int(statistics.get(cache, 0)))]
-    return []
-
-
-def _gib(count: int) -> str:
-    return f"{count / GIB:.2f} GiB"
+        return MemoryLeft(max(0, min(free - GPU_RESERVE, int(total * gpu_memory_utilization))))
+    left = memory_left()
+    return replace(left, bytes=max(0, left.bytes - reserved))

@@ -15,6 +15,7 @@ from model.chat import chat_format
 from model.config import DTYPES, PersimmonConfig, check_vocabulary
 from model.errors import CheckpointError
 from model.hub import resolve
+from model.memory_limits import memory_left
 from model.tokenizer import Tokenizer
 from model.vocabulary import VocabularyMap
 from server.bench.arguments import add_arguments as add_bench_arguments
@@ -24,6 +25,7 @@ from server.http.access import check as check_access
 from server.http.model_use import USES, ModelUse
 from server.logs import configure as configure_log
 from server.logs import in_background, say
+from server.memory_need import check_memory
 from server.offline.command import generate as answer_batch
 from server.offline.files import BatchFileError
 from server.runtime_folder import RuntimeFolderError
@@ -70,7 +72,7 @@ def serve(settings: Settings) -> int:
     """
     configure_log("supervisor", settings.log_format)
     check_access(settings)
-    folder, name, use = _checkpoint(settings)
+    folder, name, use = _checkpoint(settings, settings.api_workers)
     return supervise(settings, folder, name, use)
 
 
@@ -81,11 +83,11 @@ def generate(settings: Settings, source: Path, out: Path) -> int:
         CheckpointError: the checkpoint cannot be found, or is not one that this server serves.
         BatchFileError: a file cannot be used.
     """
-    folder, name, _ = _checkpoint(settings)
+    folder, name, _ = _checkpoint(settings, api_workers=0)
     return answer_batch(settings, folder, name, source, out)
 
 
-def _checkpoint(settings: Settings) -> tuple[Path, str, ModelUse]:
+def _checkpoint(settings: Settings, api_workers: int) -> tuple[Path, str, ModelUse]:
     """The checkpoint's folder, its name in the API and what it is for; says on the console what it is."""
     if settings.model is None:
         folder = Path(next(iter(model.__path__)), "demo")
@@ -97,6 +99,7 @@ def _checkpoint(settings: Settings) -> tuple[Path, str, ModelUse]:
         what = str(settings.model)
     # What is quick to check is checked before any process starts.
     config = PersimmonConfig.from_folder(folder)
+    check_memory(config, api_workers, memory_left())
     tokenizer = Tokenizer.from_folder(folder, add_bos=settings.add_bos_token)
     vocabulary = VocabularyMap.from_folder(folder, config)
     check_vocabulary(folder, vocabulary.original(config) if vocabulary else config, tokenizer.vocab_size)

@@ -158,11 +158,18 @@ class Settings(BaseSettings):
         "TOKENS",
         ge=2,
     )
-    max_num_seqs: int = _setting(256, "Most sequences that run at once; more wait.", "engine", "N", ge=1, le=65536)
+    max_num_seqs: int = _setting(
+        256,
+        "Most sequences that run at once; more wait. Not given: at most --max-num-batched-tokens.",
+        "engine",
+        "N",
+        ge=1,
+        le=65536,
+    )
     max_num_batched_tokens: int = _setting(
         2048,
         "Token budget of one step: one for each decoding sequence, the rest for prompt chunks. "
-        "At least --max-num-seqs.",
+        "At least --max-num-seqs; not given, it follows that.",
         "engine",
         "TOKENS",
         ge=1,
@@ -260,7 +267,8 @@ class Settings(BaseSettings):
         None,
         "Size of the KV cache, like 4GiB or 800MB. Default: what --gpu-memory-utilization leaves on a GPU; "
         "on a CPU, room for --max-num-seqs full sequences, but at most a quarter of the free memory, and at most 1 GiB "
-        "or four times the weights, whichever is more. All of it is taken at start.",
+        "or four times the weights, whichever is more; always for one sequence of a --max-model-len that is given. "
+        "All of it is taken at start.",
         "memory",
         "SIZE",
         gt=0,
@@ -380,7 +388,7 @@ def read_settings(given: dict[str, Any]) -> Settings:
         SettingsError: naming the flag, the value and what is allowed.
     """
     try:
-        return _checked(Settings(**given))
+        return _checked(_with_defaults_that_follow(Settings(**given)))
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
@@ -388,6 +396,19 @@ def read_settings(given: dict[str, Any]) -> Settings:
         secret = "SecretStr" in repr(Settings.model_fields[name].annotation)
         given_value = "not shown" if secret else first["input"]
         raise SettingsError(f"{flag(name)} (or {environment_variable(name)}) is {given_value}: {rule}") from None
+
+
+def _with_defaults_that_follow(settings: Settings) -> Settings:
+    """Of a pair of settings of which one bounds the other, the one that was not given follows the one that was."""
+    given = settings.model_fields_set
+    budget, sequences = settings.max_num_batched_tokens, settings.max_num_seqs
+    if budget >= sequences:
+        return settings
+    if "max_num_seqs" not in given:
+        return settings.model_copy(update={"max_num_seqs": budget})
+    if "max_num_batched_tokens" not in given:
+        return settings.model_copy(update={"max_num_batched_tokens": sequences})
+    return settings
 
 
 def _checked(settings: Settings) -> Settings:
@@ -406,7 +427,7 @@ def _checked(settings: Settings) -> Settings:
     if sizes is not None and not (sizes and all(1 <= size <= settings.max_num_seqs for size in sizes)):
         raise SettingsError(
             f"--cuda-graph-sizes is {','.join(map(str, sizes)) or 'empty'}: give batch sizes from 1 to --max-num-seqs, "
-            f"which is {settings.max_num_seqs}, or --enforce-eager for none"
+            f"which is {settings.max_num_seqs}; raise that for larger ones, or give --enforce-eager for none"
         )
     return settings
 

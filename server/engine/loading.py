@@ -28,8 +28,10 @@ from model.memory import MemoryPlan, available_memory, plan_memory
 from model.persimmon import Persimmon
 from model.runner import PooledStates, PromptLogprobs, Report, Runner, SequenceInput
 from model.sampling_params import SamplingParams
+from model.sizes import readable
 from model.token_counts import TokenCounts
 from server.config import Settings
+from server.memory_need import still_to_be_taken
 
 if TYPE_CHECKING:
     from kernels.fused import FusedKernels
@@ -84,9 +86,13 @@ def load_model(settings: Settings, folder: Path, print_line: Callable[[str], Non
         config = checkpoint.config
         for note in checkpoint.notes:
             print_line(f"  {'':<12} {note}")
+    left = available_memory(
+        device, settings.gpu_memory_utilization, reserved=still_to_be_taken(config, settings.api_workers)
+    )
     plan = plan_memory(
         config,
-        available=available_memory(device, settings.gpu_memory_utilization),
+        available=left.bytes,
+        limited_by="--gpu-memory-utilization of the GPU's" if device.type == "cuda" else left,
         dtype=dtype,
         device=device,
         block_size=settings.block_size,
@@ -279,9 +285,9 @@ def _print_plan(plan: MemoryPlan, config: PersimmonConfig, print_line: Callable[
         **({"step buffers": plan.step_buffers} if plan.step_buffers else {}),
         "KV cache": plan.kv_cache,
     }
-    print_line("  memory       " + ", ".join(f"{name} {size(count)}" for name, count in parts.items()))
+    print_line("  memory       " + ", ".join(f"{name} {readable(count)}" for name, count in parts.items()))
     print_line(
-        f"               of {size(plan.available)} available; {plan.num_blocks:,} KV blocks of {plan.block_size} "
+        f"               of {readable(plan.available)} available; {plan.num_blocks:,} KV blocks of {plan.block_size} "
         f"hold {plan.kv_tokens:,} tokens"
     )
     if plan.max_model_len < config.max_position_embeddings:
@@ -289,16 +295,6 @@ def _print_plan(plan: MemoryPlan, config: PersimmonConfig, print_line: Callable[
             f"               a sequence may have {plan.max_model_len:,} tokens "
             f"(the model was trained for {config.max_position_embeddings:,})"
         )
-
-
-def size(count: int) -> str:
-    """Bytes for people, like 1.5 GiB."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.2f} GiB"
 
 
 def _with_progress_bar(tensors: Iterator[tuple[str, torch.Tensor]], total: int) -> Iterator[tuple[str, torch.Tensor]]:

@@ -126,7 +126,8 @@ def test_a_bad_checkpoint_is_one_line_and_exit_code_2(damage, named, tmp_path):
     [
         (["--max-model-len", "4096"], ["--max-model-len", "4096", "2048"]),
         (["--max-model-len", "1024", "--kv-cache-memory", "1MB"], ["--max-model-len", "--kv-cache-memory"]),
-        (["--kv-cache-memory", "900TB"], ["--kv-cache-memory", "available"]),
+        (["--kv-cache-memory", "900TB"], ["--kv-cache-memory", "available", "give at most"]),
+        (["--kv-cache-memory", "1KiB"], ["--kv-cache-memory", "1.0 KiB", "384.0 KiB", "give at least 393216"]),
         (["--max-num-seqs", "64", "--max-num-batched-tokens", "32"], ["--max-num-batched-tokens", "--max-num-seqs"]),
         (["--dtype", "int8"], ["--dtype", "int8", "float16"]),
         (["--block-size", "17"], ["--block-size", "17"]),

@@ -1,15 +1,15 @@
-"""The memory plan: its sums, its errors, the container's limit, and its estimate against what a step allocates."""
+"""The memory plan: its sums, its errors, and its estimate against what a step allocates."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 import kernels
@@ -17,6 +17,7 @@ from model.checkpoint import dummy_tensors
 from model.config import Architecture, PersimmonConfig
 from model.kv_cache import KVCache, block_bytes
 from model.memory import GIB, MemoryPlan, MemoryPlanError, activation_bytes, available_memory, plan_memory
+from model.memory_limits import MemoryLeft
 from model.persimmon import Persimmon
 from model.runner import PooledStates, PromptLogprobs, Runner, SequenceInput
 from model.sampler import SamplingParams
@@ -186,80 +187,91 @@ class TestErrors:
         assert "--max-model-len is 161" in message
         assert "holds 160 tokens" in message
         assert "lower it to 160" in message
-        assert "--kv-cache-memory" in message
+        assert f"set --kv-cache-memory to {11 * plan().block_bytes}" in message
 
-    def test_the_advised_length_is_accepted(self) -> None:
-        message = self.error(max_model_len=4096, kv_cache_bytes=3 * MIB)
-        advised = re.search(r"lower it to (\d+)", message)
-        assert advised is not None
-        assert plan(max_model_len=int(advised[1]), kv_cache_bytes=3 * MIB).max_model_len == int(advised[1])
+    def test_a_larger_cache_is_not_advised_where_there_is_no_memory_for_it(self) -> None:
+        made = plan()
+        available = made.weights + made.activations + 20 * made.block_bytes
+        message = self.error(max_model_len=4096, available=available)
+        assert "lower it to " in message
+        assert "--kv-cache-memory" not in message
+
+    @pytest.mark.parametrize("advised", [r"lower it to (\d+)", r"set --kv-cache-memory to (\d+)"])
+    def test_advice_on_the_length_is_accepted(self, advised: str) -> None:
+        found = re.search(advised, self.error(max_model_len=4096, kv_cache_bytes=3 * MIB))
+        assert found is not None
+        changes: dict[str, Any] = {"max_model_len": 4096, "kv_cache_bytes": 3 * MIB}
+        changes["kv_cache_bytes" if "cache" in advised else "max_model_len"] = int(found[1])
+        assert plan(**changes).max_model_len == changes["max_model_len"]
 
     def test_a_cache_larger_than_the_memory(self) -> None:
         message = self.error(kv_cache_bytes=2 * GIB)
-        assert "KV cache 2.00 GiB of 1.00 GiB available" in message
-        assert "lower --kv-cache-memory" in message
+        assert "--kv-cache-memory is 2.00 GiB, but of 1.00 GiB available" in message
+        found = re.search(r"give at most (\d+)$", message)
+        assert found is not None
+        plan(kv_cache_bytes=int(found[1]))
 
     def test_a_cache_smaller_than_a_block(self) -> None:
-        assert "one KV block" in self.error(kv_cache_bytes=1000)
+        message = self.error(kv_cache_bytes=1000)
+        assert "--kv-cache-memory is 1000 B, but one block of 16 tokens takes 32.0 KiB" in message
+        found = re.search(r"give at least (\d+)", message)
+        assert found is not None
+        assert plan(kv_cache_bytes=int(found[1])).num_blocks == 1
 
     @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
     def test_weights_larger_than_the_memory(self, device: torch.device) -> None:
         message = self.error(PERSIMMON_8B, available=16 * GIB, device=device, dtype=torch.float16)
         assert "weights 17.50 GiB" in message
-        assert "KV cache 0.00 GiB of 16.00 GiB available" in message
-        assert "--max-num-batched-tokens" in message
+        assert "16.00 GiB available" in message
+        assert message.endswith("give the server more memory")
+
+    def test_numbers_of_32_bits_may_be_narrower(self) -> None:
+        assert "16-bit --dtype" in self.error(PERSIMMON_8B, available=16 * GIB)
+        assert "--dtype" not in self.error(PERSIMMON_8B, available=12 * GIB, matrix_dtype=torch.float16)
 
     def test_nothing_left_for_the_cache(self) -> None:
         made = plan()
         message = self.error(available=made.weights + made.activations + made.block_bytes - 1)
-        assert "the memory does not suffice" in message
+        assert "not enough memory" in message
         assert plan(available=made.weights + made.activations + made.block_bytes).num_blocks == 1
 
+    def test_what_limits_the_memory_is_named(self) -> None:
+        assert "(left of a cup)" in self.error(available=MIB, limited_by="left of a cup")
 
-class TestAvailableMemory:
-    @staticmethod
-    def write(folder: Path, files: Mapping[str, object]) -> Path:
-        for name, content in files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(f"{content}\n")
-        return folder
+    @given(
+        available=st.integers(6 * MIB, 400 * MIB),
+        length=st.integers(2, 4096),
+        max_num_seqs=st.integers(1, 512),
+        tokens=st.integers(1, 8192),
+        dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    )
+    def test_advice_on_the_step_is_accepted(
+        self, available: int, length: int, max_num_seqs: int, tokens: int, dtype: torch.dtype
+    ) -> None:
+        asked: dict[str, Any] = {
+            "available": available,
+            "dtype": dtype,
+            "max_num_seqs": min(max_num_seqs, tokens),
+            "max_num_batched_tokens": tokens,
+        }
+        config = replace(SMALL, max_position_embeddings=length)
+        message = ""
+        try:
+            plan(config, **asked)
+        except MemoryPlanError as error:
+            message = str(error)
+        advised = re.findall(r"--(max-[\w-]+) to (\d+)", message)
+        assert bool(message) == bool(advised or "give the server more memory" in message)
+        if advised:
+            plan(config, **asked | {name.replace("-", "_"): int(number) for name, number in advised})
 
-    @pytest.fixture(autouse=True)
-    def machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A machine with 10 GiB free."""
-        memory = psutil.virtual_memory()._replace(available=10 * GIB)
-        monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
 
-    def test_is_what_the_machine_has_free_without_a_container(self, tmp_path: Path) -> None:
-        assert available_memory(CPU, 0.9, tmp_path) == 10 * GIB
-
-    @pytest.mark.parametrize("version", [1, 2])
-    def test_is_what_the_container_still_grants(self, tmp_path: Path, version: int) -> None:
-        assert available_memory(CPU, 0.9, self.container(tmp_path, version, 4 * GIB, 3 * GIB, 0)) == GIB
-
-    @pytest.mark.parametrize("version", [1, 2])
-    def test_counts_the_container_s_idle_file_pages_as_free(self, tmp_path: Path, version: int) -> None:
-        assert available_memory(CPU, 0.9, self.container(tmp_path, version, 4 * GIB, 3 * GIB, 2 * GIB)) == 3 * GIB
-
-    @pytest.mark.parametrize("version", [1, 2])
-    def test_is_never_negative(self, tmp_path: Path, version: int) -> None:
-        assert available_memory(CPU, 0.9, self.container(tmp_path, version, GIB, 2 * GIB, 0)) == 0
-
-    def test_a_container_cannot_have_more_than_the_machine(self, tmp_path: Path) -> None:
-        assert available_memory(CPU, 0.9, self.container(tmp_path, 1, 2**63 - 4096, GIB, 0)) == 10 * GIB
-
-    def test_a_container_without_a_limit_has_the_machine_s(self, tmp_path: Path) -> None:
-        files = {"memory.max": "max", "memory.current": GIB, "memory.stat": "inactive_file 0"}
-        assert available_memory(CPU, 0.9, self.write(tmp_path, files)) == 10 * GIB
-
-    def container(self, folder: Path, version: int, limit: int, usage: int, idle: int) -> Path:
-        """The files of a control group."""
-        statistics = f"cache 1\n{'total_' if version == 1 else ''}inactive_file {idle}\nrss 2"
-        names = {
-            1: ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-            2: ("memory.max", "memory.current", "memory.stat"),
-        }[version]
-        return self.write(folder, dict(zip(names, (limit, usage, statistics), strict=True)))
+def test_a_cpu_has_what_is_left_less_what_is_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = MemoryLeft(GIB, 2 * GIB, Path("/group"))
+    monkeypatch.setattr("model.memory.memory_left", lambda: left)
+    assert available_memory(CPU, 0.9) == left
+    assert available_memory(CPU, 0.9, reserved=MIB) == replace(left, bytes=GIB - MIB)
+    assert available_memory(CPU, 0.9, reserved=2 * GIB).bytes == 0
 
 
 CHANGED = SamplingParams(

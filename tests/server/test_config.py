@@ -52,6 +52,25 @@ def test_a_token_budget_below_the_number_of_sequences_is_refused():
         read_settings({"max_num_batched_tokens": "8", "max_num_seqs": "16"})
 
 
+@pytest.mark.parametrize(
+    ("given", "sequences", "tokens"),
+    [
+        ({}, 256, 2048),
+        ({"max_num_batched_tokens": "96"}, 96, 96),
+        ({"max_num_batched_tokens": "4096"}, 256, 4096),
+        ({"max_num_seqs": "4096"}, 4096, 4096),
+        ({"max_num_seqs": "8"}, 8, 2048),
+        ({"max_num_seqs": "8", "max_num_batched_tokens": "96"}, 8, 96),
+    ],
+)
+def test_a_default_follows_the_setting_that_bounds_it(given, sequences, tokens, monkeypatch):
+    settings = read_settings(given)
+    assert (settings.max_num_seqs, settings.max_num_batched_tokens) == (sequences, tokens)
+    for name, value in given.items():
+        monkeypatch.setenv(environment_variable(name), value)
+    assert read_settings({}) == settings
+
+
 def test_graph_sizes_are_numbers_between_commas(monkeypatch):
     assert read_settings({}).cuda_graph_sizes is None
     assert read_settings({"cuda_graph_sizes": "1,2, 64"}).cuda_graph_sizes == (1, 2, 64)

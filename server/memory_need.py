@@ -1,0 +1,74 @@
+"""What the server's processes take besides the model, and whether there is room for them.  Imports no torch.
+
+The numbers are the private memory of each process with the demo (RssAnon in /proc/PID/status), rounded up.  They grow
+with the vocabulary, since each process holds a tokenizer.
+"""
+
+import psutil
+
+from model.config import PersimmonConfig
+from model.memory_limits import MemoryLeft
+from model.sizes import readable
+from server.config import SettingsError
+
+MIB = 1 << 20
+SUPERVISOR_BYTES = 72 * MIB
+WORKER_BYTES = 80 * MIB
+ENGINE_BYTES = 176 * MIB
+"""With torch imported, and nothing loaded."""
+ENGINE_GROWTH_BYTES = 32 * MIB
+"""What an engine takes after it has planned, beyond its plan: threads' stacks, and what the allocator cannot reuse."""
+BYTES_PER_TOKEN = 256
+"""Of the vocabulary, in each process that holds it."""
+
+
+def check_memory(config: PersimmonConfig, api_workers: int, left: MemoryLeft) -> None:
+    """Checks that there is room for the processes, before any is started.
+
+    Whether the model fits too is found out when it is planned, in the engine.
+
+    Args:
+        config: the network, for its vocabulary.
+        api_workers: how many there will be.
+        left: what may be taken.
+
+    Raises:
+        SettingsError: there is not.
+    """
+    # This process is the supervisor, and has most of its memory already.
+    needed = ENGINE_BYTES + ENGINE_GROWTH_BYTES + api_workers * WORKER_BYTES
+    needed += (1 + api_workers) * BYTES_PER_TOKEN * config.vocab_size
+    if left.bytes < needed:
+        workers = f"{api_workers} API worker{'s' if api_workers != 1 else ''}"
+        raise SettingsError(
+            f"not enough memory: an engine and {workers} take about {readable(needed)} before any model is loaded, and "
+            f"{readable(left.bytes)} are {left}: raise that limit, or start on a larger machine"
+        )
+
+
+def still_to_be_taken(config: PersimmonConfig, api_workers: int) -> int:
+    """Bytes that this engine and the other processes of its server will take beyond what they have, without the model.
+
+    Args:
+        config: the network, for its vocabulary.
+        api_workers: how many there are.
+    """
+    vocabulary = BYTES_PER_TOKEN * config.vocab_size
+    others = SUPERVISOR_BYTES + api_workers * (WORKER_BYTES + vocabulary)
+    return ENGINE_GROWTH_BYTES + vocabulary + max(0, others - _taken_by_others())
+
+
+def _taken_by_others() -> int:
+    """Private memory of this process's parent and siblings, in bytes."""
+    taken = 0
+    this = psutil.Process()
+    parent = this.parent()
+    others = [] if parent is None else [parent, *parent.children()]
+    for process in others:
+        try:
+            memory = process.memory_info()
+        except psutil.Error:  # it has ended
+            continue
+        if process.pid != this.pid:
+            taken += max(0, memory.rss - memory.shared)
+    return taken
