@@ -238,6 +238,13 @@ class Settings(BaseSettings):
         "SECONDS",
         gt=0,
     )
+    worker_timeout: float = _setting(
+        30.0,
+        "An API worker whose event loop has not turned for this long counts as hung; it is killed and started again.",
+        "load",
+        "SECONDS",
+        ge=2,
+    )
     drain_timeout: float = _setting(
         25.0,
         "After SIGTERM, how long open requests may go on before they end with an error. Some seconds less than what "

@@ -1,6 +1,6 @@
-"""When an engine counts as hung: it has work, and has ended no step for too long.
+"""When a process counts as hung: an engine that has work and ends no step, a worker whose event loop does not turn.
 
-Knows the heartbeat, and nothing of what is done about one that stops.
+Knows heartbeats, and nothing of what is done about one that stops.
 """
 
 import time
@@ -14,8 +14,11 @@ GPU_STEP_SECONDS = 30.0
 CPU_STEP_SECONDS = 300.0
 """The same step takes three minutes on two cores that multiply 150 GFLOP/s."""
 
+WORKER_START_SECONDS = 120.0
+"""How long a worker may take to its first heartbeat, on a slow disk or a busy machine."""
+
 LONGEST_GAP_SECONDS = 5.0
-"""Who has not looked for so long has been stopped or starved, and the engine perhaps with him."""
+"""A watcher that has not looked for this long was stopped or starved itself, and perhaps the watched with it."""
 
 
 def step_limit(given: float | None, device: str) -> float:
@@ -30,11 +33,32 @@ def step_limit(given: float | None, device: str) -> float:
     return GPU_STEP_SECONDS if device.startswith("cuda") else CPU_STEP_SECONDS
 
 
-class StepWatch:
-    """Watches one engine; it must be looked at every second or so.
+class _Attention:
+    """How long something has been watched without a gap; the watcher must look every second or so.
 
-    A server that was stopped as a whole, like a container that was paused, has an old heartbeat when it goes on: the
-    time before that does not count.
+    A server that was stopped as a whole, like a container that was paused, has old heartbeats when it goes on: the time
+    before that does not count.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self.restart()
+
+    def restart(self) -> None:
+        """Watches another process from now on."""
+        self._since = self._looked = self._clock()
+
+    def seconds(self) -> float:
+        """Looks; how long it has been watched."""
+        now = self._clock()
+        if now - self._looked > LONGEST_GAP_SECONDS:
+            self._since = now
+        self._looked = now
+        return now - self._since
+
+
+class StepWatch:
+    """Watches the engine; it must be looked at every second or so.
 
     Args:
         vitals: where the heart beats.
@@ -43,17 +67,43 @@ class StepWatch:
 
     def __init__(self, vitals: Vitals, clock: Callable[[], float] = time.monotonic) -> None:
         self._vitals = vitals
-        self._clock = clock
-        self._since = self._looked = clock()
+        self._attention = _Attention(clock)
 
     def restart(self) -> None:
         """There is another engine from now on."""
-        self._since = self._looked = self._clock()
+        self._attention.restart()
 
     def overdue_seconds(self) -> float:
         """For how long, under its eyes, there has been work and no step has ended."""
-        now = self._clock()
-        if now - self._looked > LONGEST_GAP_SECONDS:
-            self._since = now
-        self._looked = now
-        return min(self._vitals.overdue_seconds, now - self._since)
+        watched = self._attention.seconds()
+        return min(self._vitals.overdue_seconds, watched)
+
+
+class WorkerWatch:
+    """Watches one API worker; it must be looked at every second or so.
+
+    Args:
+        vitals: where the heart beats.
+        worker: its number.
+        limit: seconds that the event loop may take for one turn.
+        clock: seconds.
+    """
+
+    def __init__(self, vitals: Vitals, worker: int, limit: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._vitals = vitals
+        self._worker = worker
+        self._limit = limit
+        self._attention = _Attention(clock)
+
+    def restart(self) -> None:
+        """There is another worker of this number from now on."""
+        self._attention.restart()
+
+    def hung_seconds(self) -> float | None:
+        """For how long, under its eyes, the event loop has not turned, where that is too long; else None."""
+        watched = self._attention.seconds()
+        silent = self._vitals.silent_seconds(self._worker)
+        if silent is None:  # it is starting
+            return watched if watched > max(WORKER_START_SECONDS, self._limit) else None
+        silent = min(silent, watched)
+        return silent if silent > self._limit else None

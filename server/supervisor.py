@@ -23,8 +23,8 @@ from server.http.keys import key_ring
 from server.http.model_use import ModelUse
 from server.http.siblings import WorkerPlace
 from server.logs import say
-from server.runtime_folder import runtime_folder
-from server.step_watch import StepWatch, step_limit
+from server.runtime_folder import RuntimeFolderError, runtime_folder
+from server.step_watch import StepWatch, WorkerWatch, step_limit
 from server.vitals import Vitals
 
 LAST_WORDS_SECONDS = 2.0
@@ -34,7 +34,7 @@ FLUSH_SECONDS = 5.0
 """How long an API worker may take to tell its clients that the server ends."""
 
 LOOK_SECONDS = 0.5
-"""How often the engine's heartbeat is looked at."""
+"""How often heartbeats are looked at."""
 
 START_ADVICE = "see the limits on processes, memory and open files (ulimit -a, the container's limits)"
 
@@ -100,8 +100,14 @@ class _Supervisor:
         self._listeners = listeners
         self._signals = signals
         address, vitals, count = f"ipc://{runtime}/engine", runtime / "vitals", len(listeners)
-        self._vitals = Vitals.create(vitals, count)
+        try:
+            self._vitals = Vitals.create(vitals, count)
+        except OSError as error:
+            raise RuntimeFolderError(
+                f"{vitals} cannot be written: {error.strerror}; free space there or set TMPDIR"
+            ) from None
         self._watch = StepWatch(self._vitals)
+        self._worker_watches = [WorkerWatch(self._vitals, index, settings.worker_timeout) for index in range(count)]
         # What the engine said of itself; None while it loads.
         self._ready: Ready | None = None
         self._announced = False
@@ -152,6 +158,7 @@ class _Supervisor:
                 if child.sentinel in happened and (code := self._on_exit(child)) is not None:
                     return code
             self._look_at_engine()
+            self._look_at_workers()
 
     def _start(self, child: Child) -> int | None:
         """Starts a child that is due, or plans the next attempt; the server's exit code where there is none."""
@@ -163,6 +170,8 @@ class _Supervisor:
                 say(f"persimmon: error: {reason}")
                 return 2
             say(f"persimmon: error: {reason}. The next attempt is in {child.postpone():g} s")
+        if child in self._workers:
+            self._worker_watches[self._workers.index(child)].restart()
         return None
 
     def _hear(self, message: object) -> None:
@@ -215,6 +224,15 @@ class _Supervisor:
             say(f"persimmon: error: the engine has work, but has ended no step for {overdue:.1f} s; it is killed")
             self._ready = None
             self._engine.send(signal.SIGKILL)
+
+    def _look_at_workers(self) -> None:
+        """Kills workers that hang, so that they are started again."""
+        for worker, watch in zip(self._workers, self._worker_watches, strict=True):
+            hung = watch.hung_seconds()
+            if hung is not None and worker.sentinel is not None:
+                say(f"persimmon: error: {worker.title} has been stopped or busy for {hung:.1f} s; it is killed")
+                worker.send(signal.SIGKILL)
+                watch.restart()
 
     def _drain(self) -> int:
         if self._ready is None:  # no request can be open, so a worker that is still starting need not come to its end

@@ -1,17 +1,18 @@
-"""What the processes of a server tell one another through shared memory: the engine's heartbeat, each worker's load.
+"""What the processes of a server tell one another through shared memory: heartbeats, and each worker's load.
 
 It costs a store to write and nothing to read, and it can be read when a process hangs.  Every cell has one writer.
 Knows nothing of what a step or a request is.
 """
 
 import mmap
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 _ENGINE_CELLS = 2  # when it last ended a step; since when it has had work
-_WORKER_CELLS = 3  # its sequences; their prompt tokens to be computed; since when it has had sequences
+_WORKER_CELLS = 4  # its sequences; their prompt tokens to be computed; since when it has had sequences; its last beat
 _CELL_BYTES = 8
 
 
@@ -43,9 +44,14 @@ class Vitals:
 
     @classmethod
     def create(cls, path: Path, workers: int) -> "Vitals":
-        """Makes the file that the other processes open."""
+        """Makes the file that the other processes open.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         with path.open("xb") as file:
-            file.truncate(_size(workers))
+            # A sparse file would be a SIGBUS later, where the disk is full.
+            os.posix_fallocate(file.fileno(), 0, _size(workers))
         return cls.open(path)
 
     @classmethod
@@ -82,6 +88,15 @@ class Vitals:
         elif not self._cells[place + 2]:
             self._cells[place + 2] = self._clock()
 
+    def beat_worker(self, worker: int) -> None:
+        """A worker's event loop turns; called by it."""
+        self._cells[_ENGINE_CELLS + worker * _WORKER_CELLS + 3] = self._clock()
+
+    def silent_seconds(self, worker: int) -> float | None:
+        """How long ago a worker's event loop last turned; None where it has not yet."""
+        last = self._cells[_ENGINE_CELLS + worker * _WORKER_CELLS + 3]
+        return max(0.0, (self._clock() - last) / 1e9) if last else None
+
     @property
     def load(self) -> WorkerLoad:
         """Of all workers."""
@@ -107,6 +122,7 @@ class Vitals:
     def forget_worker(self, worker: int) -> None:
         """A worker has ended; called by the supervisor, before it starts another."""
         self.tell(worker, WorkerLoad(0, 0))
+        self._cells[_ENGINE_CELLS + worker * _WORKER_CELLS + 3] = 0
 
 
 def _size(workers: int) -> int:

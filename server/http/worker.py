@@ -29,6 +29,7 @@ from server.http.app import application
 from server.http.authentication import KeyCheck
 from server.http.connection import Connection as ClientConnection
 from server.http.gate import Gate, Limits
+from server.http.heartbeat import beat
 from server.http.keys import KeyRing, key_ring
 from server.http.siblings import WorkerPlace
 from server.tracing import Tracing
@@ -84,7 +85,8 @@ def run_api_worker(
     logging.getLogger(observer.__name__).setLevel(logging.INFO if settings.access_log else logging.WARNING)
 
     async def main() -> None:
-        vitals = None if place.vitals is None else Vitals.open(place.vitals)
+        vitals = Vitals.private(place.count) if place.vitals is None else Vitals.open(place.vitals)
+        beating = asyncio.create_task(beat(vitals, place.index))
         gate = Gate(Load(vitals, place.index), Limits.of(settings))
         access = Access.of(settings, keys)
         key_check = access.key_check(place)
@@ -114,6 +116,7 @@ def run_api_worker(
         await _serve(server, engine, gate, listener, settings.drain_timeout, report)
         if tracing is not None:
             await asyncio.to_thread(tracing.close)
+        beating.cancel()
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main())

@@ -26,7 +26,7 @@ def two():
 
 @pytest.fixture
 def doomed():
-    with serving("--kv-cache-memory", "64MB", "--api-workers", "2") as server:
+    with serving("--kv-cache-memory", "64MB", "--api-workers", "2", "--worker-timeout", "4") as server:
         yield server
 
 
@@ -124,16 +124,17 @@ def test_a_signal_lets_the_open_streams_of_both_workers_finish(doomed):
     assert not any("Traceback" in line or "leaked" in line for line in doomed.lines)
 
 
-def test_a_killed_worker_ends_its_own_streams_alone_and_another_takes_its_place(doomed):
-    with clients(doomed) as (killed, other), contextlib.ExitStack() as stack:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_dies_or_hangs_ends_its_own_streams_alone_and_another_takes_its_place(doomed, number):
+    with clients(doomed) as (lost, other), contextlib.ExitStack() as stack:
         streams = [
             stack.enter_context(each.stream("POST", "/v1/completions", json=LONG | {"max_tokens": 1500}))
-            for each in (killed, other)
+            for each in (lost, other)
         ]
         lines = [stream.iter_lines() for stream in streams]
         for each in lines:
             assert next(each).startswith("data: ")
-        os.kill(worker_of(doomed, killed), signal.SIGKILL)
+        os.kill(worker_of(doomed, lost), number)
         events = [line for line in lines[1] if line.startswith("data: ")]
         assert events[-1] == "data: [DONE]"
         with pytest.raises(httpx.TransportError):

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from server.step_watch import CPU_STEP_SECONDS, GPU_STEP_SECONDS, StepWatch, step_limit
+from server.step_watch import (
+    CPU_STEP_SECONDS,
+    GPU_STEP_SECONDS,
+    WORKER_START_SECONDS,
+    StepWatch,
+    WorkerWatch,
+    step_limit,
+)
 from server.vitals import Vitals, WorkerLoad
 
 
@@ -110,3 +117,50 @@ def test_steps_may_take_longer_on_a_cpu_unless_told_otherwise() -> None:
     assert step_limit(None, "cpu (2 threads)") == CPU_STEP_SECONDS
     assert step_limit(None, "cuda:0 (NVIDIA H100)") == GPU_STEP_SECONDS
     assert step_limit(7, "cuda:0") == 7
+
+
+@pytest.fixture
+def watch(vitals: Vitals, clock: Clock) -> WorkerWatch:
+    return WorkerWatch(vitals, 1, 30, clock)
+
+
+def look_on(watch: WorkerWatch, clock: Clock, seconds: float) -> float | None:
+    """Looks every second for some time; what the last look said."""
+    for _ in range(int(seconds)):
+        clock.seconds += 1
+        hung = watch.hung_seconds()
+    return hung
+
+
+def test_a_worker_whose_event_loop_turns_is_not_hung(vitals: Vitals, clock: Clock, watch: WorkerWatch) -> None:
+    for _ in range(100):
+        vitals.beat_worker(1)
+        assert look_on(watch, clock, 1) is None
+    assert look_on(watch, clock, 29) is None
+    vitals.beat_worker(0)  # another
+    assert look_on(watch, clock, 1) == 31
+
+
+def test_a_worker_has_more_time_to_start(vitals: Vitals, clock: Clock, watch: WorkerWatch) -> None:
+    assert look_on(watch, clock, WORKER_START_SECONDS) is None
+    assert look_on(watch, clock, 1) == WORKER_START_SECONDS + 1
+    watch.restart()
+    assert look_on(watch, clock, 1) is None
+
+
+def test_a_worker_that_was_stopped_with_its_supervisor_is_not_hung(
+    vitals: Vitals, clock: Clock, watch: WorkerWatch
+) -> None:
+    vitals.beat_worker(1)
+    assert look_on(watch, clock, 10) is None
+    clock.seconds += 3600
+    assert watch.hung_seconds() is None
+    assert look_on(watch, clock, 30) is None
+    assert look_on(watch, clock, 1) == 31
+
+
+def test_the_heartbeat_of_a_dead_worker_is_forgotten(vitals: Vitals) -> None:
+    vitals.beat_worker(1)
+    assert vitals.silent_seconds(1) == 0
+    vitals.forget_worker(1)
+    assert vitals.silent_seconds(1) is None
