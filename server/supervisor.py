@@ -13,6 +13,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Self
 
+from model.identity import change, identity
 from server.children import Child, kill
 from server.config import Settings, SettingsError
 from server.engine.messages import Ready
@@ -95,6 +96,8 @@ class _Supervisor:
         signals: "_Signals",
     ) -> None:
         self._settings = settings
+        self._folder = folder
+        self._files = identity(folder)
         self._served_model_name = served_model_name
         self._use = use
         self._listeners = listeners
@@ -155,6 +158,8 @@ class _Supervisor:
             for child in running:
                 if child.report in happened:
                     self._hear(child.receive())
+                    if self._checkpoint_changed():
+                        return 1
                 if child.sentinel in happened and (code := self._on_exit(child)) is not None:
                     return code
             self._look_at_engine()
@@ -162,6 +167,8 @@ class _Supervisor:
 
     def _start(self, child: Child) -> int | None:
         """Starts a child that is due, or plans the next attempt; the server's exit code where there is none."""
+        if child.has_served and self._checkpoint_changed():
+            return 1
         try:
             child.start()
         except OSError as error:
@@ -173,6 +180,18 @@ class _Supervisor:
         if child in self._workers:
             self._worker_watches[self._workers.index(child)].restart()
         return None
+
+    def _checkpoint_changed(self) -> bool:
+        """Ends the server where a child would serve, or has read, other files than the others."""
+        what = change(self._files, identity(self._folder))
+        if what is None:
+            return False
+        say(
+            f"persimmon: error: the checkpoint in {self._folder} has changed since the server started ({what}); the "
+            "server ends, because answers would change under the same name: start it again to serve what is there now"
+        )
+        self._end()
+        return True
 
     def _hear(self, message: object) -> None:
         """Takes what a child says when it is ready."""
