@@ -118,9 +118,20 @@ class Settings(BaseSettings):
     )
     api_key_file: Path | None = _setting(
         None,
-        "File of keys, a line each: name:key. The name stands for the key in logs. SIGHUP has it read again.",
+        "File of keys, a line each: name:key, after which max-priority=N and share=N may stand. The name stands for "
+        "the key in logs. SIGHUP has it read again.",
         "access",
         "FILE",
+    )
+    max_priority: int = _setting(
+        0,
+        "How urgent a request may be: `priority` may go down to minus this number, and goes ahead of larger ones. "
+        "Numbers above 0, which wait for others, are always allowed. A line of --api-key-file may allow its key more "
+        "or less.",
+        "access",
+        "N",
+        ge=0,
+        le=2**31,
     )
     protect_metrics: bool = _setting(False, "Ask for a key on /metrics too.", "access")
     max_concurrent_requests_per_key: int | None = _setting(

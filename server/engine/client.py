@@ -121,13 +121,15 @@ class SequenceStream:
         sequence_id: the sequence's.
         abort: ends it in the engine, if it has not ended there.
         prompt_tokens: how many tokens the engine has to read before its first output; of one sample of a prompt alone.
+        owner: the client that asked for it.
 
     Attributes:
         prompt_tokens: those that are still to be read.
     """
 
-    def __init__(self, sequence_id: int, abort: Callable[[int], None], prompt_tokens: int = 0) -> None:
+    def __init__(self, sequence_id: int, abort: Callable[[int], None], prompt_tokens: int = 0, owner: str = "") -> None:
         self.sequence_id = sequence_id
+        self.owner = owner
         self.prompt_tokens = prompt_tokens
         self._abort = abort
         self.finished = False
@@ -314,10 +316,10 @@ class EngineClient:
             EngineDeadError: the engine process is gone.
         """
         self.check_ready()
-        first = SequenceStream(next(self._ids), self._abort, len(work.token_ids))
-        streams = [first] + [SequenceStream(next(self._ids), self._abort) for _ in range(work.samples - 1)]
+        tokens = [len(work.token_ids)] + [0] * (work.samples - 1)
+        streams = [SequenceStream(next(self._ids), self._abort, count, work.owner) for count in tokens]
         self._streams |= {stream.sequence_id: stream for stream in streams}
-        self.load.add(len(streams), first.prompt_tokens)
+        self.load.add(len(streams), len(work.token_ids), work.owner)
         submit = work.submission([stream.sequence_id for stream in streams])
         try:
             self._send(submit if self._vocabulary is None else _in_rows(submit, self._vocabulary))
@@ -357,7 +359,7 @@ class EngineClient:
             return
         for stream in streams:
             self._read_prompt(stream)
-        self.load.add(-len(streams), 0)
+            self.load.add(-1, 0, stream.owner)
         if not self.dead:
             self._send(Abort([stream.sequence_id for stream in streams]))
 
@@ -402,7 +404,7 @@ class EngineClient:
             else:
                 stream = self._streams.pop(output.sequence_id, None)
                 if stream is not None:
-                    self.load.end_one()
+                    self.load.end_one(stream.owner)
             if stream is not None:  # aborted here while the output was on its way
                 if stream.prompt_tokens and (output.token_ids or output.finish_reason is not None):
                     self._read_prompt(stream)
@@ -410,7 +412,7 @@ class EngineClient:
 
     def _read_prompt(self, stream: SequenceStream) -> None:
         """Nothing is to be read of its prompt any more."""
-        self.load.add(0, -stream.prompt_tokens)
+        self.load.add(0, -stream.prompt_tokens, stream.owner)
         stream.prompt_tokens = 0
 
     def _die(self, reason: str) -> None:
@@ -420,8 +422,8 @@ class EngineClient:
                 logger.error("%s; %d open sequences end with an error", reason, len(self._streams))
         self.info = self.stats = self._candidate = None
         streams, self._streams = list(self._streams.values()), {}
-        self.load.add(-len(streams), -sum(stream.prompt_tokens for stream in streams))
         for stream in streams:
+            self.load.add(-1, -stream.prompt_tokens, stream.owner)
             stream.prompt_tokens = 0
             stream.fail(EngineDeadError(reason))
 

@@ -13,6 +13,9 @@ _MEMORY_SECONDS = 10.0
 """How far back the rate of ended sequences looks."""
 
 
+_NOTHING = WorkerLoad(0, 0)
+
+
 class Load:
     """A worker's load, which the others see as soon as it changes.
 
@@ -29,6 +32,7 @@ class Load:
         self._worker = worker
         self._clock = clock
         self._own = WorkerLoad(0, 0)
+        self._owners: dict[str, WorkerLoad] = {}
         self._ended = 0.0  # sequences, an older one counting less
         self._ended_at = clock()
         self._vitals.tell(worker, self._own)
@@ -43,21 +47,35 @@ class Load:
         """All workers'."""
         return self._vitals.load
 
+    def of(self, owner: str) -> WorkerLoad:
+        """What one client, by the name of its key, wants of the engine through this worker."""
+        return self._owners.get(owner, _NOTHING)
+
     @property
     def overdue_seconds(self) -> float:
         """For how long the engine has had work and ended no step."""
         return self._vitals.overdue_seconds
 
-    def add(self, sequences: int, prompt_tokens: int) -> None:
-        """So much more is wanted; negative numbers are wanted no more."""
-        self._own = WorkerLoad(self._own.sequences + sequences, self._own.prompt_tokens + prompt_tokens)
+    def add(self, sequences: int, prompt_tokens: int, owner: str = "") -> None:
+        """Counts more work; negative numbers are work that has ended.
+
+        Args:
+            sequences: how many more.
+            prompt_tokens: how many more.
+            owner: the name of the key that asks; empty without one.
+        """
+        self._own = _plus(self._own, sequences, prompt_tokens)
+        if owner:
+            self._owners[owner] = changed = _plus(self.of(owner), sequences, prompt_tokens)
+            if changed == _NOTHING:
+                del self._owners[owner]
         self._vitals.tell(self._worker, self._own)
 
-    def end_one(self) -> None:
-        """The engine has finished a sequence."""
+    def end_one(self, owner: str = "") -> None:
+        """The engine has finished a sequence of a client."""
         self._decay()
         self._ended += 1
-        self.add(-1, 0)
+        self.add(-1, 0, owner)
 
     @property
     def seconds_to_drain(self) -> float:
@@ -71,3 +89,7 @@ class Load:
         now = self._clock()
         self._ended *= math.exp((self._ended_at - now) / _MEMORY_SECONDS)
         self._ended_at = now
+
+
+def _plus(load: WorkerLoad, sequences: int, prompt_tokens: int) -> WorkerLoad:
+    return WorkerLoad(load.sequences + sequences, load.prompt_tokens + prompt_tokens)

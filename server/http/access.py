@@ -22,6 +22,7 @@ class Access:
     Attributes:
         keys: one of these, where there are any.
         limits: of each key.
+        max_priority: how urgent requests may be whose key has no number of its own; None for any urgency.
         metrics_need_key: whether metrics are told to those with a key alone.
         allowed_origins: of web pages that may ask from a browser.
         max_body_bytes: of a request.
@@ -31,6 +32,7 @@ class Access:
 
     keys: KeyRing = field(default_factory=KeyRing)
     limits: KeyLimits = field(default_factory=KeyLimits)
+    max_priority: int | None = None
     metrics_need_key: bool = False
     allowed_origins: tuple[str, ...] = ()
     max_body_bytes: int = MAX_BODY_BYTES
@@ -51,6 +53,7 @@ class Access:
         return cls(
             keys=key_ring(settings) if keys is None else keys,
             limits=KeyLimits(settings.max_concurrent_requests_per_key, settings.requests_per_minute_per_key),
+            max_priority=settings.max_priority,
             metrics_need_key=settings.protect_metrics,
             allowed_origins=settings.allowed_origins or (),
             max_body_bytes=settings.max_body_size,

@@ -63,7 +63,7 @@ async def generate(service: Service, request: AdeptRequest, receive: Receive, re
     if request.add_bos and service.tokenizer.bos_token_id is None:
         raise bad_request("This model's vocabulary has no beginning-of-sequence token to add.", "add_BOS")
     limit = service.max_model_len
-    with service.gate.reserved(len(request.prompts), expected_tokens(request.prompts)):
+    with service.gate.reserved(len(request.prompts), expected_tokens(request.prompts), record.owner):
         encoded = await service.encode_prompts("prompts", request.prompts, request.add_bos)
     prompts = [token_ids for _, token_ids in encoded]
     # Adept's server generates what the longest prompt leaves room for, where that is less than was asked for.

@@ -135,8 +135,9 @@ def create_app(
         chat: the served model's chat format; None for Adept's.
     """
     place = place or WorkerPlace()
-    gate = gate or Gate(engine.load)
     access = access or Access()
+    key_check = key_check or access.key_check(place)
+    gate = gate or Gate(engine.load)
     metrics = Metrics(engine, served_model_name)
     siblings = Siblings(place, metrics.snapshot)
     # Every worker takes its own part of one sequence, so that no two give requests the same seed.
@@ -153,6 +154,7 @@ def create_app(
         chat or Chat.adepts(tokenizer),
         vocabulary,
         created=place.started,
+        max_priority=access.max_priority,
     )
     app = FastAPI(
         title="Persimmon server",
@@ -167,7 +169,7 @@ def create_app(
     app.add_middleware(GateKeeper, gate=gate, engine_paths=ENGINE_PATHS)
     app.add_middleware(
         Authentication,
-        check=key_check or access.key_check(place),
+        check=key_check,
         open_paths=status.OPEN_PATHS if access.metrics_need_key else (*status.OPEN_PATHS, status.METRICS),
     )
     if access.allowed_origins:

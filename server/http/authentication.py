@@ -68,6 +68,7 @@ class Authentication:
             return
         record = record_of(scope)
         record.key, record.cache_salt = owner.name, owner.cache_salt
+        record.max_priority, record.share = owner.max_priority, owner.share
         if self._check.limiter is None:
             yield
             return

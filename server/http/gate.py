@@ -7,7 +7,7 @@ them.
 import asyncio
 import contextlib
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.config import Settings
 from server.engine.load import Load
 from server.http.errors import ApiError, overloaded, shutting_down
+from server.http.request_record import record_of
 
 MOST_RETRY_SECONDS = 30
 """The latest that a refused client is told to come back after."""
@@ -62,56 +63,84 @@ class Gate:
     Args:
         load: what this worker wants of the engine, and the others.
         limits: of the server.
+        clients: how many keys there are, counted at each API worker; 0 where the server has none.
 
     Attributes:
         draining: whether the server stops, so that nothing new is let in.
     """
 
-    def __init__(self, load: Load, limits: Limits | None = None) -> None:
+    def __init__(self, load: Load, limits: Limits | None = None, clients: Callable[[], int] = lambda: 0) -> None:
         self.load = load
         self.limits = limits or Limits()
+        self._clients = clients
         self.draining = False
         self._open = 0
         self._empty = asyncio.Event()
         self._empty.set()
 
-    def check(self, sequences: int = 1, prompt_tokens: int = 0) -> None:
+    def check(self, sequences: int = 1, prompt_tokens: int = 0, owner: str = "") -> None:
         """Raises the ApiError of work that there is no room for.
 
         Work that is larger than all the room there is has some while nearly nothing waits: it would never have any
-        otherwise.
+        otherwise.  A server that others have filled takes a little more from each key: half of the room again, divided
+        among the keys.
 
         Args:
             sequences: that it asks for, as far as known.
             prompt_tokens: that it brings, as far as known.
+            owner: the name of its key; empty without one.
         """
-        total, most = self.load.total, self.limits
-        if not _has_room(total.sequences, sequences, most.sequences):
+        total, own, limits = self.load.total, self.load.of(owner), self.limits
+        if not (
+            _has_room(total.sequences, sequences, limits.sequences)
+            or self._has_own_room(owner, own.sequences + sequences, limits.sequences, 1)
+        ):
             raise overloaded(
-                f"The server is full: it has {total.sequences} of at most {most.sequences} sequences, and this request "
-                f"asks for {sequences}",
+                f"The server is full: it has {total.sequences} of at most {limits.sequences} sequences, and this "
+                f"request asks for {sequences}",
                 self.retry_after,
             )
-        if not _has_room(total.prompt_tokens, prompt_tokens, most.prompt_tokens):
+        if not (
+            _has_room(total.prompt_tokens, prompt_tokens, limits.prompt_tokens)
+            or self._has_own_room(
+                owner,
+                own.prompt_tokens + prompt_tokens,
+                limits.prompt_tokens,
+                (limits.prompt_tokens or 0) // STEPS_QUEUED,
+            )
+        ):
             raise overloaded(
-                f"The server is full: {total.prompt_tokens} prompt tokens of at most {most.prompt_tokens} are waiting, "
-                f"and this request brings about {prompt_tokens}",
+                f"The server is full: {total.prompt_tokens} prompt tokens of at most {limits.prompt_tokens} are "
+                f"waiting, and this request brings about {prompt_tokens}",
                 self.retry_after,
             )
 
+    def _has_own_room(self, owner: str, wanted: int, most: int | None, least: int) -> bool:
+        """Whether a client may have this much though others have filled the server.
+
+        Args:
+            owner: the name of its key; empty without one.
+            wanted: what it would have with the new work.
+            most: the bound of all together.
+            least: what it may have however many clients there are.
+        """
+        if not owner or most is None:
+            return False
+        return wanted <= max(least, most // (2 * max(1, self._clients())))
+
     @contextlib.contextmanager
-    def reserved(self, sequences: int, prompt_tokens: int) -> Iterator[None]:
+    def reserved(self, sequences: int, prompt_tokens: int, owner: str = "") -> Iterator[None]:
         """Keeps room for work that is being tokenized, for the length of a block.
 
         Raises:
             ApiError: there is none.
         """
-        self.check(sequences, prompt_tokens)
-        self.load.add(sequences, prompt_tokens)
+        self.check(sequences, prompt_tokens, owner)
+        self.load.add(sequences, prompt_tokens, owner)
         try:
             yield
         finally:
-            self.load.add(-sequences, -prompt_tokens)
+            self.load.add(-sequences, -prompt_tokens, owner)
 
     @property
     def retry_after(self) -> int:
@@ -186,7 +215,7 @@ class GateKeeper:
         try:
             self._gate.check_open()
             if path in self._engine_paths:
-                self._gate.check()
+                self._gate.check(owner=record_of(scope).owner)
         except ApiError as error:
             if path in self._engine_paths:
                 scope["route"] = _Endpoint(path)

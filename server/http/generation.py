@@ -97,6 +97,8 @@ class Generation:
             priority=self.priority,
             cache_salt=self.record.cache_salt,
             request_id=self.record.request_id,
+            owner=self.record.owner,
+            weight=self.record.share,
         )
 
 

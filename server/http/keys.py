@@ -16,7 +16,12 @@ from server.http.errors import ApiError
 
 _NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 _KEY = re.compile(r"[\x21-\x7e]+")
+_OPTION = re.compile(r"(max-priority|share)=([0-9]{1,9})")
 _BEARER = "bearer "
+
+MAX_SHARE = 1000
+"""The largest share of a key; the smallest is 1."""
+
 _SALT_BYTES = 16
 
 
@@ -27,15 +32,19 @@ class ApiKey:
     Attributes:
         name: what it is called in logs, which may be read by more people than the key.
         digest: SHA-256 of the key.
+        max_priority: how urgent its requests may be; None for what the server allows everybody.
+        share: of the engine while others want it too, relative to other keys'.
     """
 
     name: str
     digest: bytes
+    max_priority: int | None = None
+    share: int = 1
 
     @classmethod
-    def of(cls, name: str, key: str) -> "ApiKey":
+    def of(cls, name: str, key: str, max_priority: int | None = None, share: int = 1) -> "ApiKey":
         """A key as its owner writes it."""
-        return cls(name, sha256(key.encode()).digest())
+        return cls(name, sha256(key.encode()).digest(), max_priority, share)
 
     @property
     def cache_salt(self) -> bytes:
@@ -119,15 +128,31 @@ def _read(path: Path) -> list[ApiKey]:
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        name, separator, key = (part.strip() for part in line.partition(":"))
+        where = f"--api-key-file {path}, line {number}"
+        name, separator, rest = (part.strip() for part in line.partition(":"))
         if not separator or not _NAME.fullmatch(name):
-            raise SettingsError(
-                f"--api-key-file {path}, line {number}: needed is name:key, the name of up to 64 letters, digits, ._@-"
-            )
-        keys.append(_checked(ApiKey.of(name, key), key, f"--api-key-file {path}, line {number}"))
+            raise SettingsError(f"{where}: expected name:key, the name of up to 64 letters, digits, ._@-")
+        key, *options = rest.split() or [""]
+        max_priority, share = _options(options, where)
+        keys.append(_checked(ApiKey.of(name, key, max_priority, share), key, where))
     if not keys:
         raise SettingsError(f"--api-key-file {path} has no key; write lines like alice:a-long-random-text")
     return keys
+
+
+def _options(texts: Sequence[str], where: str) -> tuple[int | None, int]:
+    """The max_priority and share that stand behind a key."""
+    options: dict[str, int] = {}
+    for text in texts:
+        option = _OPTION.fullmatch(text)
+        if option is None or option[1] in options or (option[1] == "share" and not 1 <= int(option[2]) <= MAX_SHARE):
+            # What it is does not appear in the message: it may be a part of a key.
+            raise SettingsError(
+                f"{where}: a key must be printable ASCII without spaces; after it only max-priority=N and share=N, "
+                f"from 1 to {MAX_SHARE}, may stand, each once"
+            )
+        options[option[1]] = int(option[2])
+    return options.get("max-priority"), options.get("share", 1)
 
 
 def _checked(key: ApiKey, text: str, where: str) -> ApiKey:

@@ -64,7 +64,7 @@ async def prepare(service: Service, request: PoolingRequest, record: RequestReco
     if len(request.input) > MAX_CHOICES:
         raise bad_request(f"input has {len(request.input)} entries; one request may have {MAX_CHOICES}.", "input")
     at_once = request.input[:MAX_RUNNING]
-    with service.gate.reserved(len(at_once), expected_tokens(at_once)):
+    with service.gate.reserved(len(at_once), expected_tokens(at_once), record.owner):
         encoded = await service.encode_prompts("input", request.input, request.add_bos)
     for name, token_ids in encoded:
         if len(token_ids) > limit:
@@ -119,6 +119,8 @@ async def pooled(
                     scores=scores,
                     cache_salt=record.cache_salt,
                     request_id=record.request_id,
+                    owner=record.owner,
+                    weight=record.share,
                 )
                 running.extend(stack.enter_context(engine.submit(work)))
 

@@ -229,7 +229,11 @@ class GenerationRequest(RequestObject):
     )
     n: int = Field(1, ge=1, le=MAX_SAMPLES, description="Answers to each prompt.")
     priority: int = Field(
-        0, ge=-(2**31), lt=2**31, description="Requests of a lower one go first, and are the last to be put off."
+        0,
+        ge=-(2**31),
+        lt=2**31,
+        description="Requests of a lower one go first, and are the last to be put off. Below 0 only as far as the "
+        "server allows.",
     )
     stream: bool = Field(False, description="Send the answer in pieces, as server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")

@@ -31,6 +31,8 @@ class RequestRecord:
         request_id: the client's own, or one made for it.
         arrival: when it came.
         key: the name of the API key that it came with; None where the server asks for none.
+        max_priority: how urgent its key may be; None for what the server allows everybody.
+        share: of the engine, relative to other keys'.
         cache_salt: keeps the prefixes of this client apart from others' in the prefix cache; empty shares them.
         prompt_tokens: of all its prompts.
         cached_tokens: of these, found in the prefix cache.
@@ -46,6 +48,8 @@ class RequestRecord:
     request_id: str = field(default_factory=_new_id)
     arrival: float = field(default_factory=time.perf_counter)
     key: str | None = None
+    max_priority: int | None = None
+    share: int = 1
     cache_salt: bytes = b""
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -56,6 +60,11 @@ class RequestRecord:
     prompts: list[str | list[int]] | None = None
     error: str | None = None
     error_param: str | None = None
+
+    @property
+    def owner(self) -> str:
+        """Whose request it is, as the engine and the gate count clients: the name of its key, empty without one."""
+        return self.key or ""
 
     @property
     def time_to_first_token(self) -> float | None:

@@ -58,6 +58,7 @@ class Service:
         chat: the served model's chat format.
         vocabulary: of a trimmed checkpoint, whose embedding lacks some of the token ids; else None.
         created: when the server started, in seconds since 1970.
+        max_priority: how urgent a request may be whose key has no number of its own; None for any urgency.
         grammars: checks what clients want answers to look like.
     """
 
@@ -72,6 +73,7 @@ class Service:
     chat: Chat
     vocabulary: VocabularyMap | None
     created: int
+    max_priority: int | None = None
     grammars: GrammarChecker = field(default_factory=lambda: GrammarChecker(GrammarCompiler.for_checking()))
 
     @property
@@ -120,7 +122,8 @@ class Service:
 
         Raises:
             ApiError: another model's name, too many choices, an empty prompt or one that is too long, a
-                token id outside the vocabulary, a grammar that cannot be used; or the server is full.
+                token id outside the vocabulary, a priority that is too urgent, a grammar that cannot be used; or the
+                server is full.
             EngineNotReadyError: the model is still loading.
             EngineDeadError: the engine has ended.
         """
@@ -134,9 +137,10 @@ class Service:
                 f"one request may ask for {MAX_CHOICES}.",
                 field,
             )
+        self._check_priority(request.priority, record)
         self.check_token_ids("stop_token_ids", request.stop_token_ids)
         self.check_token_ids("logit_bias", request.logit_bias)
-        with self.gate.reserved(len(prompts) * samples, expected_tokens(prompts)):
+        with self.gate.reserved(len(prompts) * samples, expected_tokens(prompts), record.owner):
             begins_with_space = self._answers_begin_with_space(request, form)
             grammar = None if form.constraint is None else await self._grammar(form.constraint, begins_with_space)
             encoded = await self.encode_prompts(request.prompt_field, prompts)
@@ -175,6 +179,17 @@ class Service:
             calls=form.calls,
             priority=request.priority,
         )
+
+    def _check_priority(self, priority: int, record: RequestRecord) -> None:
+        """Raises the ApiError of a request that is more urgent than its client may be."""
+        most = self.max_priority if record.max_priority is None else record.max_priority
+        if most is not None and priority < -most:
+            raise bad_request(
+                f"priority is {priority}, but the most urgent one that you may send is {-most}; send that or a larger "
+                "number. The operator of the server sets the limit with --max-priority, or for one key with "
+                "max-priority=N in its line of --api-key-file.",
+                "priority",
+            )
 
     def check_use(self, needed: Architecture) -> None:
         """Raises the ApiError of an endpoint that cannot use the served model, which is of another kind than needed."""

@@ -87,9 +87,10 @@ def run_api_worker(
     async def main() -> None:
         vitals = Vitals.private(place.count) if place.vitals is None else Vitals.open(place.vitals)
         beating = asyncio.create_task(beat(vitals, place.index))
-        gate = Gate(Load(vitals, place.index), Limits.of(settings))
         access = Access.of(settings, keys)
         key_check = access.key_check(place)
+        load = Load(vitals, place.index)
+        gate = Gate(load, Limits.of(settings), lambda: place.count * len(key_check.keys.keys))
         if reads_keys_again(settings):
             _read_keys_again_at_hangup(settings, key_check)
         tracing = Tracing.from_environment(served_model_name) if settings.tracing else None

@@ -336,3 +336,47 @@ def test_origins_may_come_one_by_one_or_with_commas() -> None:
         "https://b",
         "https://c",
     )
+
+
+@pytest.mark.parametrize(
+    ("headers", "priority", "status"),
+    [(ALICE, -10, 200), (ALICE, -11, 400), (BOB, -2, 200), (BOB, -3, 400), (BOB, 2**31 - 1, 200)],
+)
+async def test_a_request_is_as_urgent_as_its_key_may_be(
+    engine: FakeEngine, engine_client: EngineClient, headers: dict[str, str], priority: int, status: int
+) -> None:
+    engine.script = says([5])
+    ring = KeyRing((ApiKey.of("alice", "correct-horse", max_priority=10, share=3), ApiKey.of("bob", "battery-staple")))
+    async with client(engine_client, Access(ring, max_priority=2)) as http:
+        response = await http.post(COMPLETIONS, json=HELLO | {"priority": priority}, headers=headers)
+    assert response.status_code == status, response.text
+    if status == 400:
+        error = response.json()["error"]
+        assert error["param"] == "priority"
+        assert f"priority is {priority}" in error["message"]
+        assert "--max-priority" in error["message"]
+    else:
+        asked = engine.submitted[0].whole
+        assert (asked.priority, asked.owner, asked.weight) == (
+            (priority, "alice", 3) if headers is ALICE else (priority, "bob", 1)
+        )
+
+
+async def test_without_keys_the_servers_urgency_counts(engine: FakeEngine, engine_client: EngineClient) -> None:
+    engine.script = says([5])
+    async with client(engine_client, Access.of(Settings())) as http:
+        responses = [await http.post(COMPLETIONS, json=HELLO | {"priority": value}) for value in (-1, 0, 1)]
+    assert [response.status_code for response in responses] == [400, 200, 200]
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", COMPLETIONS])
+async def test_the_engine_is_told_whose_request_it_is(
+    engine_client: EngineClient, engine: FakeEngine, path: str
+) -> None:
+    async with client(engine_client, Access(RING)) as http, asyncio.TaskGroup() as tasks:
+        asking = tasks.create_task(
+            http.post(path, json={"input" if "embeddings" in path else "prompt": "a"}, headers=BOB)
+        )
+        submit = (await engine.submissions(1))[0]
+        assert submit.whole.owner == "bob"
+        asking.cancel()

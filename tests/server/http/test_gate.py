@@ -10,11 +10,12 @@ import pytest
 from model.config import PersimmonConfig
 from model.tokenizer import Tokenizer
 from server.config import Settings
-from server.engine.client import EngineClient
+from server.engine.client import EngineClient, Work
 from server.engine.load import Load
 from server.engine.messages import SequenceOutput
 from server.http.app import create_app
-from server.http.gate import MOST_RETRY_SECONDS, Gate, Limits
+from server.http.errors import ApiError
+from server.http.gate import MOST_RETRY_SECONDS, STEPS_QUEUED, Gate, Limits
 from server.vitals import Vitals, WorkerLoad
 from tests.server.http.conftest import DEMO
 from tests.server.http.fake_engine import FakeEngine, says
@@ -236,3 +237,49 @@ def test_the_bounds_follow_from_what_the_engine_does_at_once() -> None:
     assert (limits.sequences, limits.prompt_tokens) == (50, 25_600)
     limits = Limits.of(Settings(max_num_queued_reqs=7, max_num_queued_tokens=8))
     assert (limits.sequences, limits.prompt_tokens) == (7, 8)
+
+
+def test_a_server_that_others_have_filled_has_room_for_a_key_that_has_little() -> None:
+    gate = Gate(Load(), Limits(sequences=16, prompt_tokens=2560), clients=lambda: 2)
+    with gate.reserved(40, 4000, "hog"):
+        with pytest.raises(ApiError, match="has 40 of at most 16 sequences"):
+            gate.check(1, 0, "hog")
+        with pytest.raises(ApiError, match="full"):
+            gate.check(1, 0)
+        with gate.reserved(3, 600, "newcomer"):
+            gate.check(1, 40, "newcomer")
+            with pytest.raises(ApiError, match="asks for 2"):
+                gate.check(2, 0, "newcomer")
+            with pytest.raises(ApiError, match="brings about 41"):
+                gate.check(1, 41, "newcomer")
+        gate.check(4, 640, "newcomer")
+
+
+def test_of_many_keys_each_has_room_for_one_sequence_and_a_steps_tokens() -> None:
+    gate = Gate(Load(), Limits(sequences=16, prompt_tokens=STEPS_QUEUED * 8), clients=lambda: 1000)
+    with gate.reserved(40, STEPS_QUEUED * 8, "hog"):
+        gate.check(1, 8, "newcomer")
+        with pytest.raises(ApiError, match="asks for 2"):
+            gate.check(2, 8, "newcomer")
+        with pytest.raises(ApiError, match="brings about 9"):
+            gate.check(1, 9, "newcomer")
+
+
+async def test_what_a_key_has_in_the_server_ends_with_its_requests(
+    engine: FakeEngine, config: PersimmonConfig, tokenizer: Tokenizer, vitals: Vitals
+) -> None:
+    async with gated(engine, tokenizer, config, Limits(), vitals) as (_, gate):
+        client = EngineClient(engine.address, load=gate.load)
+        await client.start()
+        async with asyncio.timeout(20):
+            await client.wait_until_ready()
+        with client.submit(Work([1, 2, 3], 4, samples=2, owner="alice")):
+            assert gate.load.of("alice") == WorkerLoad(2, 3)
+            assert gate.load.of("bob") == WorkerLoad(0, 0)
+            first, _ = await engine.submissions(2)
+            await engine.send(first.sequence_id, [5], "length")
+            await until(lambda: gate.load.of("alice") == WorkerLoad(1, 0))
+        assert gate.load.of("alice") == WorkerLoad(0, 0)
+        with client.submit(Work([1], 4, owner="alice")):
+            await client.close()
+            assert gate.load.of("alice") == WorkerLoad(0, 0)

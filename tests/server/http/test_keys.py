@@ -54,13 +54,25 @@ def test_a_file_of_keys_has_names_and_comments(tmp_path: Path) -> None:
     assert ring.keys == (ALICE, ApiKey.of("bob@example.org", "a:b:c"))
 
 
+def test_a_key_may_have_an_urgency_and_a_share_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("alice:a max-priority=10 share=4\nbob:b  share=2\ncarol:c max-priority=0\ndave:share=3\n")
+    found = {key.name: (key.max_priority, key.share) for key in key_ring(Settings(api_key_file=path)).keys}
+    assert found == {"alice": (10, 4), "bob": (None, 2), "carol": (0, 1), "dave": (None, 1)}
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("secret-1", "line 1: needed is name:key"),
-        ("# a comment\nal ice:secret-1", "line 2: needed is name:key"),
+        ("secret-1", "line 1: expected name:key"),
+        ("# a comment\nal ice:secret-1", "line 2: expected name:key"),
         ("alice:", "line 1: a key must be printable ASCII"),
         ("alice:sec ret-1", "line 1: a key must be printable ASCII"),
+        ("alice:secret-1 share=0", "line 1: .* share=N, from 1 to 1000"),
+        ("alice:secret-1 share=2 share=2", "line 1: .* each once"),
+        ("alice:secret-1 max-priority=-5", "line 1: .* max-priority=N"),
+        ("alice:secret-1 max-priority", "line 1: .* max-priority=N"),
+        ("alice: share=2 secret-1", "line 1: a key must be printable ASCII"),
         ("", "has no key"),
         ("alice:secret-1\nbob:secret-1", "one key twice"),
         ("alice:secret-1\nalice:secret-2", "one name twice"),

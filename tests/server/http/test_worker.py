@@ -199,7 +199,7 @@ async def test_sighup_changes_a_workers_keys_and_with_a_file_that_cannot_be_used
             logged += capfd.readouterr().err
         assert await status("battery-staple") == 200
     (line,) = [line for line in logged.splitlines() if " ERROR " in line]
-    assert f"--api-key-file {keys}, line 1: needed is name:key" in line
+    assert f"--api-key-file {keys}, line 1: expected name:key" in line
 
 
 async def test_a_worker_ends_when_its_supervisor_is_killed(engine: FakeEngine, tmp_path: Path) -> None:
