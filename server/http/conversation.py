@@ -49,8 +49,11 @@ async def chat_prompt(chat: Chat, messages: Sequence[ChatMessage], tools: Sequen
         # A template is a program: the other requests do not wait for it.
         return await asyncio.to_thread(chat.of_messages, shown, functions)
     except ChatTemplateError as error:
+        # A template's own words may hold those of a message.
         raise bad_request(
-            f"Invalid 'messages': this model's chat template does not render them: {error}.", "messages"
+            f"Invalid 'messages': this model's chat template does not render them: {error}.",
+            "messages",
+            quotation=f": {error}",
         ) from None
 
 

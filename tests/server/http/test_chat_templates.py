@@ -1,6 +1,7 @@
 """Chats of a checkpoint with a template of its own: the template's prompts, its ends, its refusals."""
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import AsyncIterator, Callable
@@ -14,6 +15,7 @@ from model.chat import Chat
 from model.config import PersimmonConfig
 from model.tokenizer import Tokenizer
 from server.engine.client import EngineClient
+from server.http import observer
 from server.http.app import create_app
 from tests.model.test_chat import ALTERNATING, CHATML, HEADINGS, WITH_TOOLS
 from tests.model.test_tokenizer_json import ADDED, CITE, END, START, described
@@ -126,6 +128,18 @@ async def test_what_a_template_refuses_is_a_400_with_its_words(serve: Serve) -> 
     response = await http.post("/v1/chat/completions", json={"messages": [{"role": "narrator", "content": "x"}]})
     assert response.status_code == 400
     assert "messages[0] has the role 'narrator'" in response.json()["error"]["message"]
+
+
+async def test_the_access_log_leaves_out_a_templates_words_which_may_be_those_of_a_message(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, observer.__name__)
+    refusing = "{%- if 'aunt' in messages[-1].content -%}{{ raise_exception(messages[-1].content) }}{%- endif -%}"
+    messages = [{"role": "user", "content": "my aunt's diary"}]
+    response = await serve(refusing + CHATML).post("/v1/chat/completions", json={"messages": messages})
+    assert response.json()["error"]["message"].endswith("does not render them: my aunt's diary.")
+    (line,) = [vars(record)["fields"] for record in caplog.records if record.getMessage() == "request"]
+    assert line["error"].endswith("does not render them.")
 
 
 async def test_tools_go_to_a_template_that_takes_them(serve: Serve) -> None:
