@@ -8,24 +8,24 @@ from typing import Annotated, Self
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 from server.http.protocol import CompletionRequest
-from server.http.request_object import Neutral, RequestObject, invalid
+from server.http.request_object import Refusal, Refused, RequestObject, invalid
 
 MAX_PROMPTS = 128
 
-# The first two Adept's server refuses with the same advice.  The others are Megatron's, of which it was made: they have
-# no effect there, and what they ask for is not to be had here either.
-_REPLACED = {"max_len": "tokens_to_generate", "sentences": "prompts"}
-_NEUTRAL: Neutral = {
-    "max_len": (),
-    "sentences": (),
-    "beam_width": (),
-    "length_penalty": (1,),
-    "prevent_newline_after_colon": (False,),
-    "stop_on_double_eol": (False,),
-    "stop_on_eol": (False,),
-    "stop_token": (),
-    "top_p_bound": (0,),
-    "top_p_decay": (0,),
+_MEGATRONS = "it is Megatron's, and has no effect in Adept's server either"
+
+# Adept's server refuses the first two with the same advice.
+REFUSED_IN_ADEPTS_API: Refused = {
+    "max_len": Refusal("Adept replaced it", instead="use tokens_to_generate"),
+    "sentences": Refusal("Adept replaced it", instead="use prompts"),
+    "beam_width": Refusal("beam search is not implemented"),
+    "length_penalty": Refusal("beam search is not implemented", (1,)),
+    "prevent_newline_after_colon": Refusal(_MEGATRONS, (False,)),
+    "stop_on_double_eol": Refusal(_MEGATRONS, (False,)),
+    "stop_on_eol": Refusal(_MEGATRONS, (False,)),
+    "stop_token": Refusal(_MEGATRONS),
+    "top_p_bound": Refusal(_MEGATRONS, (0,)),
+    "top_p_decay": Refusal(_MEGATRONS, (0,)),
 }
 
 
@@ -50,8 +50,7 @@ _PROMPTS_SCHEMA = {
 class AdeptRequest(RequestObject):
     """The body of PUT /api."""
 
-    neutral = _NEUTRAL
-    replaced = _REPLACED
+    refused = REFUSED_IN_ADEPTS_API
 
     prompts: Annotated[list[str], PlainValidator(_texts), WithJsonSchema(_PROMPTS_SCHEMA)] = Field(
         description="One or more texts to continue, taken as they are."

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 import msgspec
 from fastapi import Response
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 from starlette.types import Receive
 
 from model.tool_calls import CallDelta, CallForm, begun_call
@@ -31,6 +31,7 @@ from server.http.responses import (
     FunctionDelta,
     ToolCallDelta,
     TopLogprob,
+    Usage,
 )
 from server.http.service import Service
 from server.http.sse import DONE, EventStream, event
@@ -92,6 +93,7 @@ async def _whole(service: Service, request: ChatCompletionRequest, generation: G
             created,
             service.served_model_name,
             service.system_fingerprint,
+            _tier(request),
             choices,
             usage,
             prompt_token_ids=generation.prompt_token_ids(0) if request.return_token_ids else UNSET,
@@ -110,17 +112,17 @@ def _message(answer: Answer, form: CallForm | None) -> ChatMessage:
 async def _stream(
     service: Service, request: ChatCompletionRequest, generation: Generation
 ) -> AsyncGenerator[bytes, None]:
-    identity = (_new_id(), int(time.time()), service.served_model_name, service.system_fingerprint)
-    no_usage = None if request.include_usage else UNSET
+    identity = (_new_id(), int(time.time()), service.served_model_name, service.system_fingerprint, _tier(request))
+    count = UsageCount(generation)
+    usage: Usage | UnsetType | None = None if request.include_usage else UNSET
     with_ids = request.return_token_ids
-    begun: set[int] = set()
+    begun = False
     forced = generation.calls is not None and generation.calls.forced
 
     def role_chunk(choice: int) -> bytes:
         choices = [ChatChunkChoice(choice, ChatDelta("assistant", None if forced else ""))]
-        prompt = generation.prompt_token_ids(0) if with_ids and not begun else UNSET
-        begun.add(choice)
-        return event(ChatCompletionChunk(*identity, choices, usage=no_usage, prompt_token_ids=prompt))
+        prompt = generation.prompt_token_ids(0) if with_ids and choice == 0 else UNSET
+        return event(ChatCompletionChunk(*identity, choices, usage=usage, prompt_token_ids=prompt))
 
     def piece_chunks(piece: Piece) -> bytes:
         """What a piece adds; of its tokens the first chunk tells."""
@@ -132,32 +134,45 @@ async def _stream(
         frames = b""
         for delta in deltas or [ChatDelta()]:
             choice = ChatChunkChoice(piece.choice, delta, logprobs=logprobs, token_ids=token_ids)
-            frames += event(ChatCompletionChunk(*identity, [choice], usage=no_usage))
+            frames += event(ChatCompletionChunk(*identity, [choice], usage=usage))
             logprobs, token_ids = None, UNSET
         return frames
 
     def finish_chunk(piece: Piece) -> bytes:
         choice = ChatChunkChoice(piece.choice, ChatDelta(), piece.finish_reason)
-        return event(ChatCompletionChunk(*identity, [choice], usage=no_usage))
+        return event(ChatCompletionChunk(*identity, [choice], usage=usage))
 
     def chunks(piece: Piece) -> bytes:
-        frames = b"" if piece.choice in begun else role_chunk(piece.choice)
+        frames = b""
         if piece.text or piece.calls or piece.reports or (with_ids and piece.token_ids):
             frames += piece_chunks(piece)
         if piece.finish_reason is not None:
             frames += finish_chunk(piece)
         return frames
 
-    count = UsageCount(generation)
     async with contextlib.aclosing(service.generator.run(generation)) as batches:
         async for batch in batches:
-            count.add(batch)
-            if frames := b"".join(map(chunks, batch)):
+            frames = b""
+            if not begun:
+                begun = True
+                usage = count.usage if request.continuous_usage else usage
+                # Of all choices, in order: OpenAI's client makes room for each as it first comes.
+                frames = b"".join(map(role_chunk, range(generation.choices)))
+            for piece in batch:
+                count.add(piece)
+                if request.continuous_usage:
+                    usage = count.usage
+                frames += chunks(piece)
+            if frames:
                 yield frames
     if request.include_usage:
         yield event(ChatCompletionChunk(*identity, [], usage=count.usage)) + DONE
     else:
         yield DONE
+
+
+def _tier(request: ChatCompletionRequest) -> str | UnsetType:
+    return UNSET if request.service_tier is None else "default"
 
 
 def _call_delta(call: CallDelta) -> ToolCallDelta:

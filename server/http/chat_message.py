@@ -1,39 +1,59 @@
-"""A message of a conversation as requests have it: whose, what, and the calls of tools that belong to it.
+"""A message of a conversation as requests have it: its role, its text, and the tool calls that belong to it.
 
 Knows what a well-formed message is; nothing of how a conversation reads.
 """
 
 from typing import Annotated, Any, Self
 
-from pydantic import ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import ConfigDict, FailFast, Field, PlainValidator, WithJsonSchema, model_validator
 
-from server.http.request_object import Neutral, RequestObject, invalid, missing
+from server.http.other_fields import (
+    REFUSED_IN_MESSAGES,
+    REFUSED_PARTS,
+    WITHOUT_EFFECT_IN_MESSAGES,
+    WITHOUT_EFFECT_IN_PARTS,
+)
+from server.http.request_object import RequestObject, invalid, missing, unknown, unsupported
 from server.http.tool_fields import MessageToolCall
 
-_NEUTRAL: Neutral = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "name": (),
-    "refusal": (),
-}
+MAX_MESSAGES = 16384
+"""Each takes several tokens, so that a longer conversation does not fit into a context of 64k tokens."""
+
+MAX_CALLS_OF_A_MESSAGE = 1024
+
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+"""The types of parts that hold text, and the field that it is in."""
+
+_CONTENT_FORMS = 'it must be a string or a list of parts like {"type": "text", "text": "..."}'
 
 
 def _message_text(value: object) -> str:
+    """The text of a message's content; of several parts, a line for each."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value:
-        parts = [
-            part["text"]
-            for part in value
-            if isinstance(part, dict)
-            and part.keys() == {"type", "text"}
-            and part["type"] == "text"
-            and isinstance(part["text"], str)
-        ]
-        if len(parts) == len(value):
-            return "\n".join(parts)
-    raise ValueError('it must be a string or a list of parts like {"type": "text", "text": "..."}; only text is read')
+        return "\n".join(_part_text(number, part) for number, part in enumerate(value))
+    raise ValueError(_CONTENT_FORMS)
+
+
+def _part_text(number: int, part: object) -> str:
+    if not isinstance(part, dict):
+        raise ValueError(_CONTENT_FORMS)
+    kind = part.get("type")
+    if not isinstance(kind, str):
+        raise missing((number, "type")) if kind is None else invalid((number, "type"), "it must be a string")
+    if kind in REFUSED_PARTS:
+        raise unsupported((number, "type"), REFUSED_PARTS[kind])
+    if kind not in _TEXT_PARTS:
+        raise invalid((number, "type"), f"{kind[:40]!r} is not a type of content that is known; send 'text'")
+    field = _TEXT_PARTS[kind]
+    for name, given in part.items():
+        if given is not None and name not in ("type", field) and name not in WITHOUT_EFFECT_IN_PARTS:
+            raise unknown((number, name))
+    text = part.get(field)
+    if not isinstance(text, str):
+        raise missing((number, field)) if text is None else invalid((number, field), "it must be a string")
+    return text
 
 
 _CONTENT_SCHEMA = {
@@ -45,8 +65,15 @@ _CONTENT_SCHEMA = {
             "items": {
                 "type": "object",
                 "required": ["type", "text"],
-                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-                "additionalProperties": False,
+                "properties": {
+                    "type": {"enum": ["text", "input_text", "output_text"]},
+                    "text": {"type": "string"},
+                    **{
+                        name: {"description": f"Accepted without effect: {reason}."}
+                        for name, reason in WITHOUT_EFFECT_IN_PARTS.items()
+                    },
+                },
+                "additionalProperties": {"type": "null"},
             },
         },
     ]
@@ -61,21 +88,17 @@ _MESSAGE_SCHEMA: dict[str, Any] = {
                 "role": {"enum": ["system", "developer", "user"]},
                 "tool_calls": {"maxItems": 0},
                 "tool_call_id": {"type": "null"},
+                "refusal": {"type": "null"},
             },
             "required": ["content"],
         },
-        {
-            "properties": {"role": {"const": "assistant"}, "tool_call_id": {"type": "null"}},
-            "anyOf": [
-                {"required": ["content"]},
-                {"required": ["tool_calls"], "properties": {"tool_calls": {"minItems": 1}}},
-            ],
-        },
+        {"properties": {"role": {"const": "assistant"}, "tool_call_id": {"type": "null"}}},
         {
             "properties": {
                 "role": {"const": "tool"},
                 "tool_calls": {"maxItems": 0},
                 "tool_call_id": {"type": "string"},
+                "refusal": {"type": "null"},
             },
             "required": ["content", "tool_call_id"],
         },
@@ -84,29 +107,46 @@ _MESSAGE_SCHEMA: dict[str, Any] = {
 
 
 class ChatMessage(RequestObject):
-    """One message of a conversation."""
+    """One message of a conversation.
+
+    An assistant's may be as any server has answered: its content may be null, its refusal not.
+    """
 
     model_config = ConfigDict(json_schema_extra=_MESSAGE_SCHEMA)
-    neutral = _NEUTRAL
+    refused = REFUSED_IN_MESSAGES
+    without_effect = WITHOUT_EFFECT_IN_MESSAGES
 
     role: str = Field(description='"system" (or "developer"), "user", "assistant" or "tool".')
     content: Annotated[str | None, PlainValidator(_message_text), WithJsonSchema(_CONTENT_SCHEMA)] = Field(
         None, description="A text, or text parts, which become one text with a line for each."
     )
-    tool_calls: list[MessageToolCall] = Field(default=[], description="Of an assistant: the calls of its answer.")
+    refusal: str | None = Field(None, description="Of an assistant: what it said in place of an answer.")
+    name: str | None = Field(None, description="Of the speaker, or of the function; the chat format has no names.")
+    tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_CALLS_OF_A_MESSAGE), FailFast()] = Field(
+        default=[], description="Of an assistant: the calls of its answer."
+    )
     tool_call_id: str | None = Field(None, description="Of a tool: the call whose result this is.")
-    parsed: Any = Field(None, description="What OpenAI's client makes of an answer's content; not read.")
 
     @model_validator(mode="after")
     def _what_its_role_needs(self) -> Self:
-        if self.tool_calls and self.role != "assistant":
-            raise invalid(
-                "tool_calls", f"only an assistant's message may have calls, and this role is {self.role[:40]!r}"
-            )
+        for field in ("tool_calls", "refusal"):
+            if getattr(self, field) and self.role != "assistant":
+                raise invalid(
+                    field, f"only an assistant's message may have it, and this message's role is {self.role[:40]!r}"
+                )
         if self.tool_call_id is not None and self.role != "tool":
             raise invalid("tool_call_id", f"only a tool's message may have one, and this role is {self.role[:40]!r}")
         if self.role == "tool" and self.tool_call_id is None:
             raise missing("tool_call_id")
-        if self.content is None and not self.tool_calls:
+        if self.content is None and self.role != "assistant":
             raise missing("content")
         return self
+
+    @property
+    def text(self) -> str:
+        """What the message says: its content, or an assistant's refusal, or nothing."""
+        return self.content or self.refusal or ""
+
+
+Messages = Annotated[list[ChatMessage], Field(max_length=MAX_MESSAGES), FailFast()]
+"""A conversation."""

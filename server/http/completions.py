@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 import msgspec
 from fastapi import Response
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 from starlette.types import Receive
 
 from server.http.answer_form import AnswerForm
@@ -15,7 +15,7 @@ from server.http.disconnect import until_disconnect
 from server.http.generation import Generation, Piece, UsageCount
 from server.http.protocol import CompletionRequest
 from server.http.request_record import RequestRecord
-from server.http.responses import Completion, CompletionChoice, CompletionLogprobs
+from server.http.responses import Completion, CompletionChoice, CompletionLogprobs, Usage
 from server.http.service import Service
 from server.http.sse import DONE, EventStream, event
 from server.http.token_report import TokenReport
@@ -70,7 +70,8 @@ async def _stream(
     service: Service, request: CompletionRequest, generation: Generation, empty: Completion
 ) -> AsyncGenerator[bytes, None]:
     identity = (empty.id, empty.created, empty.model, empty.system_fingerprint)
-    no_usage = None if request.include_usage else UNSET
+    count = UsageCount(generation)
+    usage: Usage | UnsetType | None = None if request.include_usage else UNSET
     begun: set[int] = set()
 
     def chunk(piece: Piece) -> bytes:
@@ -83,13 +84,17 @@ async def _stream(
             prompt = UNSET if piece.choice in begun else generation.prompt_token_ids(piece.choice)
             begun.add(piece.choice)
             choice = msgspec.structs.replace(choice, token_ids=piece.token_ids, prompt_token_ids=prompt)
-        return event(Completion(*identity, [choice], usage=no_usage))
+        return event(Completion(*identity, [choice], usage=usage))
 
-    count = UsageCount(generation)
     async with contextlib.aclosing(service.generator.run(generation)) as batches:
         async for batch in batches:
-            count.add(batch)
-            if frames := b"".join(map(chunk, batch)):
+            frames = b""
+            for piece in batch:
+                count.add(piece)
+                if request.continuous_usage:
+                    usage = count.usage
+                frames += chunk(piece)
+            if frames:
                 yield frames
     if request.include_usage:
         yield event(msgspec.structs.replace(empty, usage=count.usage)) + DONE

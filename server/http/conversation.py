@@ -62,7 +62,7 @@ def _turns(messages: Sequence[ChatMessage]) -> list[Turn]:
     called: dict[str | None, str] = {}
     turns = []
     for number, message in enumerate(messages):
-        text = message.content or ""
+        text = message.text
         if message.tool_calls:
             called |= {call.id: call.function.name for call in message.tool_calls}
             calls = calls_text(ToolCall(call.function.name, call.function.arguments) for call in message.tool_calls)
@@ -102,8 +102,10 @@ def _as_sent(messages: Sequence[ChatMessage]) -> Iterator[dict[str, Any]]:
     for message in messages:
         entry: dict[str, Any] = {
             "role": "system" if message.role == "developer" else message.role,
-            "content": message.content or "",
+            "content": message.text,
         }
+        if message.name is not None:
+            entry["name"] = message.name
         if message.tool_calls:
             called |= {call.id: call.function.name for call in message.tool_calls}
             entry["tool_calls"] = [

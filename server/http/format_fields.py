@@ -11,7 +11,7 @@ from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 from model.grammar import GrammarSpec
 from server.http.grammars import Constraint
-from server.http.request_object import NAME_PATTERN, Neutral, RequestObject, invalid, missing
+from server.http.request_object import NAME_PATTERN, Refusal, Refused, RequestObject, invalid, missing
 
 
 def schema_grammar(schema: Mapping[str, Any]) -> GrammarSpec:
@@ -60,18 +60,18 @@ def _schema(value: object) -> GrammarSpec:
     raise ValueError("it must be a JSON Schema: an object, or a string that holds its JSON")
 
 
-_NEUTRAL_OUTPUTS: Neutral = {
-    "disable_additional_properties": (False,),
-    "disable_any_whitespace": (False,),
-    "structural_tag": (),
-    "whitespace_pattern": (),
+REFUSED_IN_STRUCTURED_OUTPUTS: Refused = {
+    "disable_additional_properties": Refusal("it is not implemented", (False,), "say so in the schema"),
+    "disable_any_whitespace": Refusal("whitespace between JSON's tokens is fixed", (False,)),
+    "structural_tag": Refusal("it is not implemented", instead="use tools, or grammar"),
+    "whitespace_pattern": Refusal("whitespace between JSON's tokens is fixed"),
 }
 
 
 class StructuredOutputs(RequestObject):
     """What an answer must look like, in vLLM's words: exactly one of these."""
 
-    neutral = _NEUTRAL_OUTPUTS
+    refused = REFUSED_IN_STRUCTURED_OUTPUTS
 
     json_schema: Annotated[
         GrammarSpec | None,
@@ -79,7 +79,7 @@ class StructuredOutputs(RequestObject):
         WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}]}),
     ] = Field(None, alias="json", description="A JSON Schema, as in response_format, or a string that holds its JSON.")
     regex: str | None = Field(None, description="A regular expression that the whole answer matches.")
-    choice: list[str] | None = Field(None, description="All possible answers.")
+    choice: list[str] | None = Field(None, fail_fast=True, description="All possible answers.")
     grammar: str | None = Field(
         None, description="A context-free grammar, in EBNF (root ::= …) or in Lark's form (start: …)."
     )

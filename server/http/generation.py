@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 
 import msgspec
 
@@ -167,13 +168,12 @@ class UsageCount:
         self._completion_tokens = 0
         self._cached_tokens = [0] * len(generation.prompts)
 
-    def add(self, pieces: Sequence[Piece]) -> None:
-        """Takes the next pieces, of any choices."""
-        for piece in pieces:
-            self._completion_tokens += len(piece.token_ids)
-            prompt, sample = divmod(piece.choice, self._samples)
-            if sample == 0:  # the others find the blocks of the first one
-                self._cached_tokens[prompt] = piece.cached_tokens
+    def add(self, piece: Piece) -> None:
+        """Takes the next piece of any choice."""
+        self._completion_tokens += len(piece.token_ids)
+        prompt, sample = divmod(piece.choice, self._samples)
+        if sample == 0:  # the others find the blocks of the first one
+            self._cached_tokens[prompt] = piece.cached_tokens
 
     @property
     def usage(self) -> Usage:
@@ -379,7 +379,7 @@ class Generator:
         self._metrics = metrics
 
     async def run(self, generation: Generation) -> AsyncGenerator[list[Piece], None]:
-        """The pieces of all choices as they come, those that are there together in one list.
+        """The pieces of all choices as they come, those that are there together in one list, by choice.
 
         Closing it, like any error, aborts every sequence that still runs.
 
@@ -413,8 +413,8 @@ class Generator:
         count = UsageCount(generation)
         async with contextlib.aclosing(self.run(generation)) as batches:
             async for batch in batches:
-                count.add(batch)
                 for piece in batch:
+                    count.add(piece)
                     answers[piece.choice].add(piece)
         if generation.samples > generation.n:
             samples = generation.samples
@@ -504,6 +504,9 @@ class Generator:
             self._metrics.sequences_finished.labels(counted).inc()
 
 
+_choice = attrgetter("choice")
+
+
 async def _merged(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[list[Piece], None]:
     """The items of several generators as they come; the first error of one ends them all."""
     arrived: asyncio.Queue[Piece | asyncio.Task[None]] = asyncio.Queue()
@@ -530,6 +533,7 @@ async def _merged(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenera
                     running -= 1
                     item.result()
             if pieces:
+                pieces.sort(key=_choice)
                 yield pieces
     finally:
         for task in tasks:

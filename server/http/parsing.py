@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from server.http.errors import ApiError, bad_request
+from server.http.request_object import Refusal
 
 _Request = TypeVar("_Request", bound=BaseModel)
 
@@ -29,26 +30,21 @@ def parse(body: bytes, kind: type[_Request]) -> _Request:
 
 def _bad_request(error: ErrorDetails) -> ApiError:
     context = error.get("ctx", {})
-    path = _path(error["loc"])
+    path = _path((*error["loc"], *context.get("path", ())))
     match error["type"]:
         case "json_invalid":
             return bad_request(f"The body is not valid JSON: {context['error']}.", None, "invalid_json")
         case "model_type" if not path:
             return bad_request("The body must be a JSON object.", None)
         case "missing" | "missing_field":
-            path = _path((*error["loc"], *context.values()))
             return bad_request(f"Missing required parameter: '{path}'.", path, "missing_required_parameter")
-        case "extra_forbidden":
+        case "extra_forbidden" | "unknown_field":
             return bad_request(f"Unknown parameter: '{path}'.", path, "unknown_parameter")
         case "unsupported":
-            path = _path((*error["loc"], context["field"])) if context["field"] else path
-            allowed = ", ".join(msgspec.json.encode(value).decode() for value in context["allowed"])
-            remedy = f"leave it out or send {allowed}" if allowed else "leave it out"
-            if context["instead"] is not None:
-                remedy = f"send {context['instead']!r} instead"
-            return bad_request(f"'{path}' is not supported by this server; {remedy}.", path, "unsupported_parameter")
+            refusal = context["refusal"]
+            message = f"'{path}' is not supported by this server: {refusal.reason}; {_remedy(refusal)}."
+            return bad_request(message, path, "unsupported_parameter")
         case "invalid_field":
-            path = _path((*error["loc"], context["field"]))
             return bad_request(f"Invalid '{path}': {context['reason']}.", path)
         case "value_error" if not path:
             return bad_request(f"Invalid request: {context['error']}.", None)
@@ -59,6 +55,13 @@ def _bad_request(error: ErrorDetails) -> ApiError:
             # A text may be a prompt, sent in the wrong place.
             private = quotation if isinstance(error["input"], str) else ""
             return bad_request(f"Invalid '{path}': {requirement}{quotation}.", path, quotation=private)
+
+
+def _remedy(refusal: Refusal) -> str:
+    if refusal.instead is not None:
+        return refusal.instead
+    allowed = " or ".join(msgspec.json.encode(value).decode() for value in refusal.allowed)
+    return f"leave it out or send {allowed}" if allowed else "leave it out"
 
 
 def _quotation(value: object) -> str:

@@ -66,6 +66,7 @@ async def prepare(service: Service, request: PoolingRequest, record: RequestReco
     at_once = request.input[:MAX_RUNNING]
     with service.gate.reserved(len(at_once), expected_tokens(at_once), record.owner):
         encoded = await service.encode_prompts("input", request.input, request.add_bos)
+    encoded = [(name, request.shortened(token_ids, limit, "right")) for name, token_ids in encoded]
     for name, token_ids in encoded:
         if len(token_ids) > limit:
             raise context_length_exceeded(len(token_ids), 0, limit, name)

@@ -7,22 +7,17 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from server.http.protocol import CacheSalt, Prompts
-from server.http.request_object import Neutral, RequestObject, invalid
-
-_NEUTRAL: Neutral = {
-    "padding": ("do_not_pad",),
-    "truncate_prompt_tokens": (),
-    "truncation_side": ("left", "right"),
-}
-# The numbers of a base64 embedding are always these.
-_NEUTRAL_EMBEDDING: Neutral = {**_NEUTRAL, "embed_dtype": ("float32",), "endianness": ("native", "little")}
+from server.http.field_types import CacheSalt, Prompts
+from server.http.other_fields import REFUSED_IN_EMBEDDINGS, REFUSED_IN_POOLING, WITHOUT_EFFECT_IN_POOLING
+from server.http.request_object import invalid
+from server.http.truncation import TruncatingRequest
 
 
-class PoolingRequest(RequestObject):
+class PoolingRequest(TruncatingRequest):
     """What embeddings and classification have in common."""
 
-    neutral = _NEUTRAL
+    refused = REFUSED_IN_POOLING
+    without_effect = WITHOUT_EFFECT_IN_POOLING
 
     model: str | None = Field(None, description="The served model's name, which is also the default.")
     input: Prompts = Field(description="One or more texts, or lists of token ids.")
@@ -30,7 +25,6 @@ class PoolingRequest(RequestObject):
         True, description="Begin texts with the beginning-of-sequence token where completions do; false never does."
     )
     cache_salt: CacheSalt = None
-    user: str | None = Field(None, description="A name for the end user; it has no effect.")
 
     @property
     def add_bos(self) -> bool | None:
@@ -41,7 +35,7 @@ class PoolingRequest(RequestObject):
 class EmbeddingRequest(PoolingRequest):
     """The body of POST /v1/embeddings."""
 
-    neutral = _NEUTRAL_EMBEDDING
+    refused = REFUSED_IN_EMBEDDINGS
 
     encoding_format: Literal["float", "base64"] = Field(
         "float", description="Numbers, or the base64 of little-endian float32 numbers."

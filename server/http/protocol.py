@@ -5,165 +5,37 @@ Knows what a well-formed request is; nothing of what the served model can do wit
 
 from typing import Annotated, ClassVar, Self
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    PlainValidator,
-    ValidationInfo,
-    WithJsonSchema,
-    field_validator,
-    model_validator,
-)
+from pydantic import FailFast, Field, ValidationInfo, field_validator, model_validator
 
-from server.http.chat_message import ChatMessage
+from server.http.chat_message import Messages
+from server.http.field_types import CacheSalt, LogitBias, Prompts, StopStrings, StopTokens
 from server.http.format_fields import ResponseFormat, StructuredOutputs
 from server.http.grammars import Constraint
-from server.http.request_object import Neutral, RequestObject, invalid
+from server.http.other_fields import (
+    REFUSED,
+    REFUSED_IN_CHAT,
+    REFUSED_IN_COMPLETIONS,
+    REFUSED_STREAM_OPTIONS,
+    WITHOUT_EFFECT,
+    WITHOUT_EFFECT_IN_CHAT,
+)
+from server.http.request_object import RequestObject, invalid
 from server.http.tool_fields import MAX_TOOLS, NamedTool, Tool, ToolChoiceField
+from server.http.truncation import TruncatingRequest
 
-# Fields that OpenAI or vLLM know and this server does not, with the values that ask for nothing.
-_NEUTRAL: Neutral = {
-    "add_special_tokens": (True,),
-    "bad_words": ([],),
-    "guided_choice": (),
-    "guided_decoding_backend": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_json_object": (False,),
-    "guided_regex": (),
-    "guided_whitespace_pattern": (),
-    "include_stop_str_in_output": (False,),
-    "length_penalty": (1,),
-    "metadata": ({},),
-    "prompt_cache_key": (),
-    "prompt_logprobs": (),
-    "safety_identifier": (),
-    "service_tier": ("auto", "default"),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "store": (False,),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-}
-_NEUTRAL_COMPLETION: Neutral = _NEUTRAL | {"suffix": ("",)}
-_NEUTRAL_CHAT: Neutral = _NEUTRAL | {
-    "add_generation_prompt": (True,),
-    "audio": (),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "echo": (False,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "modalities": (["text"],),
-    "prediction": (),
-    "reasoning_effort": ("none",),
-    "verbosity": (),
-    "web_search_options": (),
-}
-_NEUTRAL_STREAM_OPTIONS: Neutral = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
-
-# What has taken their place: in vLLM from 0.12 on, and in OpenAI's API.
-_REPLACED = {
-    "guided_choice": "structured_outputs.choice",
-    "guided_grammar": "structured_outputs.grammar",
-    "guided_json": "structured_outputs.json",
-    "guided_json_object": "structured_outputs.json_object",
-    "guided_regex": "structured_outputs.regex",
-}
-_REPLACED_CHAT = _REPLACED | {"functions": "tools", "function_call": "tool_choice"}
-
-MAX_BIASED_TOKENS = 1024
-MAX_SALT_LENGTH = 1024
 MAX_SAMPLES = 128
-MAX_STOP_STRINGS = 16
-MAX_STOP_TOKENS = 1024
-MAX_STOP_STRING_LENGTH = 1000
-
-
-def _token_ids(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
-
-
-def _prompts(value: object) -> list[str | list[int]]:
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list) and value:
-        if _token_ids(value):
-            return [value]
-        if all(isinstance(item, str) for item in value) or all(map(_token_ids, value)):
-            return value
-    raise ValueError("it must be a string, a list of strings, a list of token ids or a list of such lists, not empty")
-
-
-def _logit_bias(value: object) -> dict[int, float]:
-    """Token ids, which JSON can only write as strings, with their biases."""
-    if not isinstance(value, dict):
-        raise ValueError('it must be an object like {"71013": -100}, of token ids and biases')
-    if len(value) > MAX_BIASED_TOKENS:
-        raise ValueError(f"it has {len(value)} tokens; at most {MAX_BIASED_TOKENS} may have a bias")
-    biases: dict[int, float] = {}
-    for key, bias in value.items():
-        if not (key.isascii() and key.isdecimal() and len(key) <= _MAX_ID_DIGITS):
-            raise ValueError(f"{key[:40]!r} is no token id")
-        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
-            raise ValueError(f"the bias of token {key} must be a number from -100 to 100")
-        if int(key) in biases:
-            raise ValueError(f"token {int(key)} has two biases")
-        biases[int(key)] = float(bias)
-    return biases
-
-
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
-_MAX_ID_DIGITS = 18
-_LOGIT_BIAS_SCHEMA = {
-    "type": "object",
-    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
-    "propertyNames": {"pattern": "^[0-9]+$"},
-    "maxProperties": MAX_BIASED_TOKENS,
-}
-_StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_STRING_LENGTH)]
-_TOKEN_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
-_PROMPT_SCHEMA = {
-    "anyOf": [
-        {"type": "string"},
-        {"type": "array", "items": {"type": "string"}, "minItems": 1},
-        _TOKEN_IDS_SCHEMA,
-        {"type": "array", "items": _TOKEN_IDS_SCHEMA, "minItems": 1},
-    ]
-}
-Prompts = Annotated[list[str | list[int]], PlainValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
-"""One or more texts, or lists of token ids; in JSON a single one may stand for itself."""
-
-CacheSalt = Annotated[
-    str | None,
-    Field(
-        min_length=1,
-        max_length=MAX_SALT_LENGTH,
-        description="Share the cached beginnings of prompts with requests of the same salt alone, so that nobody else "
-        "can tell from the time what was asked. Each API key has a salt of its own already.",
-    ),
-]
-"""A field of vLLM's."""
-
-_STOP_STRING_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_STRING_LENGTH}
-_STOP_SCHEMA = {
-    "anyOf": [_STOP_STRING_SCHEMA, {"type": "array", "items": _STOP_STRING_SCHEMA, "maxItems": MAX_STOP_STRINGS}]
-}
 
 
 class StreamOptions(RequestObject):
     """Options of a streamed answer."""
 
-    neutral = _NEUTRAL_STREAM_OPTIONS
+    refused = REFUSED_STREAM_OPTIONS
 
     include_usage: bool = Field(False, description="Send a last chunk with the usage and no choices.")
+    continuous_usage_stats: bool = Field(False, description="Add the usage so far to each chunk.")
 
 
-class GenerationRequest(RequestObject):
+class GenerationRequest(TruncatingRequest):
     """What completions and chat have in common.
 
     Attributes:
@@ -175,27 +47,27 @@ class GenerationRequest(RequestObject):
     is_chat: ClassVar[bool]
     prompt_field: ClassVar[str]
     default_max_tokens: ClassVar[int | None]
-    replaced = _REPLACED
+    refused = REFUSED
+    without_effect = WITHOUT_EFFECT
 
     model: str | None = Field(None, description="The served model's name, which is also the default.")
     temperature: float = Field(1.0, ge=0, le=2, description="0 takes the most probable token.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Draw from the most probable tokens of this total share.")
+    top_p: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Draw from the most probable tokens of this total share; 0 takes the most probable one.",
+    )
     top_k: int = Field(0, ge=-1, description="Draw from this many most probable tokens; 0 or -1: from all.")
     min_p: float = Field(0.0, ge=0, le=1, description="Drop tokens below this share of the best one's probability.")
     seed: int | None = Field(None, description="The same seed, prompt and parameters draw the same tokens.")
-    stop: Annotated[
-        list[_StopString],
-        Field(max_length=MAX_STOP_STRINGS),
-        BeforeValidator(_as_list),
-        WithJsonSchema(_STOP_SCHEMA),
-    ] = Field(
+    stop: StopStrings = Field(
         default=[],
         description="Strings that end the answer and are not part of it. Ignored inside JSON, choices and calls that "
         "are enforced.",
     )
-    stop_token_ids: list[int] = Field(
+    stop_token_ids: StopTokens = Field(
         default=[],
-        max_length=MAX_STOP_TOKENS,
         description="Tokens that end the answer and are not part of its text, with ignore_eos too. Ignored where JSON, "
         "choices or calls are enforced.",
     )
@@ -213,7 +85,7 @@ class GenerationRequest(RequestObject):
     repetition_penalty: float = Field(
         1.0, gt=0, le=10, description="Divides the positive, multiplies the negative logits of tokens seen before."
     )
-    logit_bias: Annotated[dict[int, float], PlainValidator(_logit_bias), WithJsonSchema(_LOGIT_BIAS_SCHEMA)] = Field(
+    logit_bias: LogitBias = Field(
         default={}, description="Added to the logits of these token ids, before the penalties."
     )
     min_tokens: int = Field(
@@ -238,9 +110,8 @@ class GenerationRequest(RequestObject):
     stream: bool = Field(False, description="Send the answer in pieces, as server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
     return_token_ids: bool = Field(False, description="Add the token ids of prompts and answers.")
-    max_tokens: int | None = Field(None, ge=1, description="At most this many new tokens.")
+    max_tokens: int | None = Field(None, ge=0, description="At most this many new tokens.")
     cache_salt: CacheSalt = None
-    user: str | None = Field(None, description="A name for the end user; it has no effect.")
 
     @field_validator("stream_options")
     @classmethod
@@ -254,6 +125,13 @@ class GenerationRequest(RequestObject):
         field, limit = self.token_limit
         if limit is not None and self.min_tokens > limit:
             raise invalid("min_tokens", f"it is {self.min_tokens} but {field} is {limit}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_empty_answer(self) -> Self:
+        field, limit = self.token_limit
+        if limit == 0 and self.samples[1] > 1:
+            raise invalid(self.samples[0], f"answers without new tokens would all be the same; give 1 with {field} 0")
         return self
 
     @model_validator(mode="after")
@@ -297,11 +175,21 @@ class GenerationRequest(RequestObject):
         """Whether a stream ends with a usage chunk."""
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether each chunk of a stream has the usage so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    @property
+    def add_bos(self) -> bool | None:
+        """Whether texts begin with BOS; None does what the checkpoint says."""
+        return None
+
 
 class CompletionRequest(GenerationRequest):
     """The body of POST /v1/completions."""
 
-    neutral = _NEUTRAL_COMPLETION
+    refused = REFUSED_IN_COMPLETIONS
     is_chat = False
     prompt_field = "prompt"
     default_max_tokens = 16
@@ -311,7 +199,11 @@ class CompletionRequest(GenerationRequest):
         None,
         ge=0,
         description="At most this many tokens. Default: 16, or what the context leaves if that is less. "
-        "0 with echo only computes the prompt.",
+        "0 only computes the prompt.",
+    )
+    add_special_tokens: bool = Field(
+        True,
+        description="Begin texts with the beginning-of-sequence token where the checkpoint does; false never does.",
     )
     echo: bool = Field(False, description="Begin the answer's text with the prompt's.")
     logprobs: int | None = Field(
@@ -337,18 +229,15 @@ class CompletionRequest(GenerationRequest):
             raise invalid("best_of", "in a stream it must equal n: the best answers are known at the end")
         return self
 
-    @model_validator(mode="after")
-    def _something_to_answer(self) -> Self:
-        if self.max_tokens == 0 and not self.echo:
-            raise invalid("max_tokens", "it may be 0 only with echo; give at least 1")
-        if self.max_tokens == 0 and self.samples[1] > 1:
-            raise invalid(self.samples[0], "answers without new tokens would all be the same; give 1 with max_tokens 0")
-        return self
-
     @property
     def samples(self) -> tuple[str, int]:
         """The field that says how many samples each prompt gets, and what it says."""
         return super().samples if self.best_of is None else ("best_of", self.best_of)
+
+    @property
+    def add_bos(self) -> bool | None:
+        """Whether texts begin with BOS; None does what the checkpoint says."""
+        return None if self.add_special_tokens else False
 
     @property
     def echoes(self) -> bool:
@@ -364,20 +253,20 @@ class CompletionRequest(GenerationRequest):
 class ChatCompletionRequest(GenerationRequest):
     """The body of POST /v1/chat/completions."""
 
-    neutral = _NEUTRAL_CHAT
-    replaced = _REPLACED_CHAT
+    refused = REFUSED_IN_CHAT
+    without_effect = WITHOUT_EFFECT_IN_CHAT
     is_chat = True
     prompt_field = "messages"
     default_max_tokens = None
 
-    messages: list[ChatMessage] = Field(
-        min_length=1, description="The conversation; a user message or a tool's result ends it."
-    )
-    max_tokens: int | None = Field(None, ge=1, description="The older name of max_completion_tokens.")
+    messages: Messages = Field(min_length=1, description="The conversation; a user message or a tool's result ends it.")
+    max_tokens: int | None = Field(None, ge=0, description="The older name of max_completion_tokens.")
     max_completion_tokens: int | None = Field(
-        None, ge=1, description="At most this many tokens. Default: what the context leaves."
+        None,
+        ge=0,
+        description="At most this many tokens. Default: what the context leaves. 0 only computes the prompt.",
     )
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = Field(
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), FailFast()] = Field(
         default=[], description="Functions that the model may call; the README says how it is told of them."
     )
     tool_choice: ToolChoiceField | None = Field(
@@ -386,6 +275,7 @@ class ChatCompletionRequest(GenerationRequest):
         'Default: "auto" where there are tools.',
     )
     parallel_tool_calls: bool = Field(True, description="Whether an answer may make several calls.")
+    service_tier: str | None = Field(None, description='There is one tier; the answer to any names "default".')
 
     logprobs: bool = Field(
         False,

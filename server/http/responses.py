@@ -100,6 +100,7 @@ class ChatMessage(Struct, frozen=True):
 
     content: str | None
     role: str = "assistant"
+    refusal: None = None
     tool_calls: list[ChatToolCall] | UnsetType = UNSET
 
 
@@ -120,6 +121,7 @@ class ChatCompletion(Struct, frozen=True, tag_field="object", tag="chat.completi
     created: int
     model: str
     system_fingerprint: str
+    service_tier: str | UnsetType
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] | UnsetType = UNSET
@@ -166,6 +168,7 @@ class ChatCompletionChunk(Struct, frozen=True, tag_field="object", tag="chat.com
     created: int
     model: str
     system_fingerprint: str
+    service_tier: str | UnsetType
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET

@@ -143,7 +143,12 @@ class Service:
         with self.gate.reserved(len(prompts) * samples, expected_tokens(prompts), record.owner):
             begins_with_space = self._answers_begin_with_space(request, form)
             grammar = None if form.constraint is None else await self._grammar(form.constraint, begins_with_space)
-            encoded = await self.encode_prompts(request.prompt_field, prompts)
+            encoded = await self.encode_prompts(request.prompt_field, prompts, request.add_bos)
+        if request.truncate_prompt_tokens is not None:
+            encoded = [
+                (name, self._shortened(request, prompt, token_ids, limit))
+                for prompt, (name, token_ids) in zip(prompts, encoded, strict=True)
+            ]
         prompt_tokens = sum(len(token_ids) for _, token_ids in encoded)
         _check_echo(request, prompt_tokens)
         record.prompt_tokens = prompt_tokens
@@ -190,6 +195,16 @@ class Service:
                 "max-priority=N in its line of --api-key-file.",
                 "priority",
             )
+
+    def _shortened(
+        self, request: GenerationRequest, prompt: PromptInput, token_ids: list[int], limit: int
+    ) -> list[int]:
+        """A prompt within the length that the request gives; BOS stays before a text, though not before a chat."""
+        is_text = isinstance(prompt, str) and not request.is_chat
+        begin = int(is_text and token_ids[0] == self.tokenizer.bos_token_id)
+        _, asked = request.token_limit
+        answer = request.default_max_tokens or 1 if asked is None else asked
+        return request.shortened(token_ids, max(limit - answer, 1), "left", begin)
 
     def check_use(self, needed: Architecture) -> None:
         """Raises the ApiError of an endpoint that cannot use the served model, which is of another kind than needed."""
@@ -272,8 +287,8 @@ class Service:
         if logprobs is None and request.samples[1] > request.n:
             logprobs = 0  # the most probable samples are the answers
         return Sampling(
-            request.temperature,
-            request.top_p,
+            request.temperature if request.top_p else 0.0,
+            request.top_p or 1.0,
             self.top_k(request.top_k),
             request.min_p,
             self.seed(request.seed),

@@ -2,34 +2,31 @@
 
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import FailFast, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.http.chat_message import ChatMessage
-from server.http.request_object import Neutral, RequestObject, invalid
+from server.http.chat_message import Messages
+from server.http.field_types import TokenIds
+from server.http.other_fields import REFUSED_IN_TOKENIZE
+from server.http.request_object import RequestObject, invalid
 from server.http.tool_fields import MAX_TOOLS, Tool
-
-_NEUTRAL: Neutral = {
-    "add_generation_prompt": (True,),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-}
 
 
 class TokenizeRequest(RequestObject):
     """The body of POST /tokenize: a text, or a conversation as /v1/chat/completions takes it."""
 
-    neutral = _NEUTRAL
+    refused = REFUSED_IN_TOKENIZE
 
     model: str | None = Field(None, description="The served model's name, which is also the default.")
     prompt: str | None = Field(None, description="A text.")
-    messages: list[ChatMessage] = Field(default=[], description="A conversation, in place of prompt.")
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = Field(
+    messages: Messages = Field(default=[], description="A conversation, in place of prompt.")
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), FailFast()] = Field(
         default=[], description="Functions that the model may call in it; only with messages."
     )
     add_special_tokens: bool = Field(
-        True, description="Begin with the beginning-of-sequence token where completions do; false never does."
+        True,
+        description="Begin a prompt with the beginning-of-sequence token where completions do; false never does. "
+        "The chat format has its own.",
     )
     return_token_strs: bool = Field(False, description="Add each token's piece of the vocabulary.")
 
@@ -46,4 +43,4 @@ class DetokenizeRequest(RequestObject):
     """The body of POST /detokenize."""
 
     model: str | None = Field(None, description="The served model's name, which is also the default.")
-    tokens: list[int] = Field(description="Token ids.")
+    tokens: TokenIds = Field(description="Token ids.")

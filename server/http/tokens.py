@@ -44,7 +44,8 @@ async def tokenize(service: Service, request: TokenizeRequest) -> Response:
         prompt = await chat_prompt(service.chat, request.messages, request.tools)
     else:
         prompt = request.prompt
-    (token_ids,) = await service.encode([prompt], None if request.add_special_tokens else False)
+    add_bos = None if request.add_special_tokens or request.prompt is None else False
+    (token_ids,) = await service.encode([prompt], add_bos)
     info = service.engine.info
     answer = Tokens(
         count=len(token_ids),

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator, WithJsonSchema, field_validator
 
 from model.tool_calls import Function
+from server.http.other_fields import REFUSED_IN_TOOLS, WITHOUT_EFFECT_IN_CALLS, WITHOUT_EFFECT_IN_TOOLS
 from server.http.request_object import NAME_PATTERN, RequestObject
 
 MAX_TOOLS = 128
@@ -17,6 +18,9 @@ MAX_TOOLS = 128
 
 class FunctionDefinition(RequestObject):
     """A function that the model may call."""
+
+    refused = REFUSED_IN_TOOLS
+    without_effect = WITHOUT_EFFECT_IN_TOOLS
 
     name: str = Field(pattern=NAME_PATTERN)
     description: str | None = Field(None, description="What it is good for; the model reads this.")
@@ -44,6 +48,9 @@ def _items(value: object) -> list[Any]:
 
 class Tool(RequestObject):
     """A tool that the model may use: a function."""
+
+    refused = REFUSED_IN_TOOLS
+    without_effect = WITHOUT_EFFECT_IN_TOOLS
 
     type: Literal["function"]
     function: FunctionDefinition
@@ -108,6 +115,8 @@ class CalledFunction(RequestObject):
 
 class MessageToolCall(RequestObject):
     """A call that an earlier answer made."""
+
+    without_effect = WITHOUT_EFFECT_IN_CALLS
 
     index: int | None = Field(None, description="As a stream has it; the call's place in the list is what counts.")
     id: str = Field(min_length=1)

@@ -215,7 +215,7 @@ async def test_a_field_that_adept_has_renamed_is_refused_with_its_new_name(
     response = await http.put("/api", json={"prompts": "a", old: 5})
     assert response.status_code == 400
     assert f"'{old}'" in response.json()["error"]["message"]
-    assert f"'{new}'" in response.json()["error"]["message"]
+    assert f"use {new}." in response.json()["error"]["message"]
 
 
 async def test_its_health_check_says_what_ours_says(http: httpx.AsyncClient, engine: FakeEngine) -> None:

@@ -33,7 +33,7 @@ async def test_an_answer_has_openais_shape_and_not_the_formats_space(
         "choices": [
             {
                 "index": 0,
-                "message": {"role": "assistant", "content": "Hello!"},
+                "message": {"role": "assistant", "content": "Hello!", "refusal": None},
                 "logprobs": None,
                 "finish_reason": "stop",
             }

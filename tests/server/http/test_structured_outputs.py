@@ -142,7 +142,8 @@ ONE = "give exactly one of json, regex, choice, grammar and json_object, not"
         (
             {"structured_outputs": {"regex": "a", "whitespace_pattern": " *"}},
             "structured_outputs.whitespace_pattern",
-            "'structured_outputs.whitespace_pattern' is not supported by this server; leave it out.",
+            "'structured_outputs.whitespace_pattern' is not supported by this server: whitespace between JSON's tokens "
+            "is fixed; leave it out.",
         ),
         (
             {"structured_outputs": {"regex": "a"}, "response_format": JSON_SCHEMA},
@@ -152,12 +153,13 @@ ONE = "give exactly one of json, regex, choice, grammar and json_object, not"
         (
             {"guided_json": SCHEMA},
             "guided_json",
-            "'guided_json' is not supported by this server; send 'structured_outputs.json' instead.",
+            "'guided_json' is not supported by this server: vLLM replaced it in version 0.12; "
+            "use structured_outputs.json.",
         ),
         (
             {"guided_decoding_backend": "xgrammar"},
             "guided_decoding_backend",
-            "'guided_decoding_backend' is not supported by this server; leave it out.",
+            "'guided_decoding_backend' is not supported by this server: there is one backend; leave it out.",
         ),
     ],
 )  # fmt: skip

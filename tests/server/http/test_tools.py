@@ -86,7 +86,7 @@ async def test_an_answer_that_is_no_call_is_plain(
 ) -> None:
     engine.script = says(tokens(text), EOS)
     [whole] = (await answer(http, tool_choice=choice))["choices"]
-    assert whole["message"] == {"role": "assistant", "content": text}
+    assert whole["message"] == {"role": "assistant", "content": text, "refusal": None}
     assert whole["finish_reason"] == "stop"
     [first, *deltas], reason = await streamed(http, tool_choice=choice)
     assert first == {"role": "assistant", "content": ""}
@@ -106,7 +106,7 @@ async def test_a_call_that_the_model_makes_by_itself_is_one(
         *one_call('{"word": "a"}'),
         {"type": "function", "function": {"name": "now", "arguments": "{}"}},
     ]
-    assert choice["message"] == {"role": "assistant"}
+    assert choice["message"] == {"role": "assistant", "refusal": None}
 
 
 async def test_calls_are_streamed_as_openai_does(http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens) -> None:
@@ -245,7 +245,7 @@ async def test_with_a_response_format_an_answer_is_calls_or_of_that_format(
     form = schema_format(schema)
     engine.script = says(tokens('{"a": null}'), EOS)
     [choice] = (await answer(http, response_format=form))["choices"]
-    assert choice["message"] == {"role": "assistant", "content": '{"a": null}'}
+    assert choice["message"] == {"role": "assistant", "content": '{"a": null}', "refusal": None}
     assert schema_of(engine.submitted[-1].sampling.grammar) == calls_schema([FIND, NOW], True, schema)
     engine.script = says(tokens(CALL), EOS)
     [choice] = (await answer(http, response_format={"type": "json_object"}))["choices"]
@@ -418,12 +418,12 @@ CHOICES = (
         (
             {"functions": [{"name": "find"}]},
             "functions",
-            "'functions' is not supported by this server; send 'tools' instead.",
+            "'functions' is not supported by this server: OpenAI replaced it; use tools.",
         ),
         (
             {"function_call": {"name": "find"}},
             "function_call",
-            "'function_call' is not supported by this server; send 'tool_choice' instead.",
+            "'function_call' is not supported by this server: OpenAI replaced it; use tool_choice.",
         ),
         (
             {"messages": [*ASK["messages"], {"role": "tool", "content": "a"}]},
@@ -437,7 +437,7 @@ CHOICES = (
         ),
         ({"messages": [{"role": "user", "content": "a", "tool_call_id": "x"}]}, "messages[0].tool_call_id", None),
         ({"messages": [assistant(("x", "find", "{}")) | {"role": "user"}]}, "messages[0].tool_calls", None),
-        ({"messages": [{"role": "assistant"}]}, "messages[0].content", None),
+        ({"messages": [{"role": "tool", "tool_call_id": "x"}]}, "messages[0].content", None),
         ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].id", None),
         ({"messages": [*ASK["messages"], assistant(("x", "find", "{}"))]}, "messages", None),
     ],
@@ -460,7 +460,7 @@ async def test_the_models_own_calls_are_held_to_the_parameters_of_strict_functio
     engine.script = says(tokens("Hello!\n\nhuman: Bye"))
     strict = function(strict=True, parameters=PARAMETERS)["tools"]
     [choice] = (await answer(http, tools=[*strict, TOOLS[1]], parallel_tool_calls=False))["choices"]
-    assert choice["message"] == {"role": "assistant", "content": "Hello!"}
+    assert choice["message"] == {"role": "assistant", "content": "Hello!", "refusal": None}
     grammar = engine.submitted[-1].sampling.grammar
     assert grammar is not None
     assert (grammar.kind, grammar.leading_space) == ("text_or_calls", True)
