@@ -106,6 +106,8 @@ class Tracing:
             "http.response.status_code": request.status,
             "http.request.header.x-request-id": [record.request_id],
         }
+        if request.status >= 500:
+            attributes["error.type"] = str(request.status)
         if record.prompt_tokens:
             attributes |= {
                 "gen_ai.request.model": self._model,

@@ -87,8 +87,10 @@ def test_a_traceparent_that_cannot_be_read_begins_a_trace():
 def test_a_failure_of_the_server_is_an_error_and_a_clients_is_not():
     (span,) = spans(finished(RequestRecord(), 503)).values()
     assert span.status.status_code is StatusCode.ERROR
+    assert (span.attributes or {})["error.type"] == "503"
     (span,) = spans(finished(RequestRecord(), 400)).values()
     assert span.status.status_code is StatusCode.UNSET
+    assert "error.type" not in (span.attributes or {})
 
 
 def test_without_its_packages_tracing_is_refused_with_what_to_install(monkeypatch):
