@@ -5,6 +5,8 @@ A flag wins over its environment variable, which wins over the default.
 """
 
 import argparse
+import ipaddress
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +16,8 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 ENVIRONMENT_PREFIX = "PERSIMMON_"
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 
 MAX_BODY_BYTES = 32 * 2**20
 """Of a request's body, unless told otherwise: a text of 16,384 tokens is some 100 KB, and a request may bring many."""
@@ -93,18 +97,26 @@ class Settings(BaseSettings):
     )
     max_body_size: ByteSize = _setting(
         ByteSize(MAX_BODY_BYTES),
-        "Longest body of a request; a longer one gets a 413.",
+        "Longest body of a request, after unpacking; a longer one gets a 413. An API worker receives bodies of up to "
+        "four times this together; what is more gets a 429.",
         "http",
         "SIZE",
         gt=0,
     )
     allowed_origins: Annotated[tuple[str, ...] | None, NoDecode] = _setting(
         None,
-        "Web pages of these origins may ask from a browser (CORS), like https://chat.example.com; * for all. "
-        "Default: none.",
+        "Web pages of these origins may use the server from a browser (CORS), like https://chat.example.com; * for "
+        "all. Others get a 403. Default: pages of the server itself only.",
         "http",
         "ORIGIN",
         several=True,
+    )
+    forwarded_allow_ips: str = _setting(
+        "127.0.0.1",
+        "Proxies whose X-Forwarded-For and X-Forwarded-Proto headers are believed: addresses or networks, with commas "
+        "between them; * for all.",
+        "http",
+        "ADDRESSES",
     )
 
     api_key: Annotated[tuple[SecretStr, ...] | None, NoDecode] = _setting(
@@ -310,6 +322,26 @@ class Settings(BaseSettings):
     @classmethod
     def _numbers(cls, value: Any) -> Any:
         return value.replace(",", " ").split() if isinstance(value, str) else value
+
+    @field_validator("forwarded_allow_ips")
+    @classmethod
+    def _addresses(cls, value: str) -> str:
+        for part in value.split(",") if value.strip() not in ("", "*") else ():
+            try:
+                ipaddress.ip_network(part.strip())
+            except ValueError as error:
+                raise ValueError(f"{error}; give addresses or networks like 10.0.0.0/8, or *") from None
+        return value
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _origins(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for origin in value or ():
+            if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin!r} is not an origin; give scheme, host and port, like https://chat.example.com"
+                )
+        return value
 
     @field_validator("api_key", "allowed_origins", mode="before")
     @classmethod

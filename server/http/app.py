@@ -18,6 +18,7 @@ from server.config import Settings
 from server.engine.client import CLASSIFIES, GENERATES, EngineClient
 from server.http import adept_api, classify, embeddings, errors, status, tokens
 from server.http.access import Access
+from server.http.addresses import Addresses
 from server.http.adept_protocol import AdeptRequest
 from server.http.authentication import Authentication, KeyCheck
 from server.http.body import BodyReader
@@ -26,6 +27,7 @@ from server.http.completions import create_completion
 from server.http.documentation import Documentation
 from server.http.gate import Gate, GateKeeper
 from server.http.observer import Observer
+from server.http.origins import OriginCheck
 from server.http.parsing import parse
 from server.http.pooling_protocol import ClassifyRequest, EmbeddingRequest
 from server.http.protocol import ChatCompletionRequest, CompletionRequest
@@ -51,6 +53,9 @@ ENGINE_PATHS = (COMPLETIONS, CHAT_COMPLETIONS, ADEPT, EMBEDDINGS, CLASSIFY, CLAS
 
 GENERATING_PATHS = (COMPLETIONS, CHAT_COMPLETIONS, ADEPT)
 """Of these the ones whose answers are generated."""
+
+PATHS = (*ENGINE_PATHS, TOKENIZE, DETOKENIZE, *status.PATHS)
+"""All endpoints."""
 
 
 def application(
@@ -162,10 +167,11 @@ def create_app(
         description="OpenAI-style completions, chat, embeddings and classification for Adept's Persimmon models, and "
         "the API of Adept's own server.",
         lifespan=lambda _: siblings.listening(),
+        redirect_slashes=False,  # see `Addresses`
     )
     documentation = Documentation()
     documentation.install(app)
-    errors.install(app)
+    errors.install(app, PATHS)
     app.add_middleware(GateKeeper, gate=gate, engine_paths=ENGINE_PATHS)
     app.add_middleware(
         Authentication,
@@ -180,6 +186,8 @@ def create_app(
             allow_headers=["*"],
             expose_headers=[REQUEST_ID_HEADER, "retry-after"],
         )
+    app.add_middleware(OriginCheck, allowed=access.allowed_origins, has_keys=bool(access.keys.keys))
+    app.add_middleware(Addresses, paths=PATHS)
     app.add_middleware(
         Observer,
         metrics=metrics,

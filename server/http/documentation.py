@@ -23,9 +23,11 @@ _ANSWER = "#/components/schemas/answer.{name}"
 _ERRORS = {
     HTTPStatus.BAD_REQUEST: "The request is wrong; the error says what and where.",
     HTTPStatus.UNAUTHORIZED: "The server asks for an API key, and the request brings none that it knows.",
+    HTTPStatus.FORBIDDEN: "The request comes from a web page whose origin is not allowed.",
     HTTPStatus.NOT_FOUND: "The request names a model that this server does not serve.",
     HTTPStatus.REQUEST_TIMEOUT: "The body did not come in time.",
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "The body is too long.",
+    HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "The body is not said to be JSON, or is packed with something else than gzip.",
     HTTPStatus.TOO_MANY_REQUESTS: "The server is full, or the key is at a limit; Retry-After says when to come again.",
     HTTPStatus.INTERNAL_SERVER_ERROR: "The generation failed, or the server has a fault.",
     HTTPStatus.SERVICE_UNAVAILABLE: "The model is still loading, the engine has ended, or the server is stopping.",

@@ -3,7 +3,7 @@
 Knows which exception is which status.  A traceback goes to the log, never to the client.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from http import HTTPStatus
 
 import msgspec
@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from server.engine.client import EngineDeadError, EngineNotReadyError
+from server.http.addresses import nearest
 from server.http.request_record import attached_record
 
 CLIENT_CLOSED_REQUEST = 499
@@ -215,8 +216,13 @@ def _server_error(status: int, message: str, code: str, retry_after: int | None 
     return ApiError(status, message, type="server_error", code=code, retry_after=retry_after)
 
 
-def install(app: FastAPI) -> None:
-    """Makes the app answer every exception that is expected in OpenAI's shape; the others are `Observer`'s."""
+def install(app: FastAPI, paths: Collection[str] = ()) -> None:
+    """Makes the app answer every exception that is expected in OpenAI's shape; the others are `Observer`'s.
+
+    Args:
+        app: the application.
+        paths: of its endpoints, one of which a wrong address may be meant for.
+    """
 
     async def answer(request: Request, error: Exception) -> Response:
         return as_api_error(error).response()
@@ -228,9 +234,12 @@ def install(app: FastAPI) -> None:
     async def wrong_address(request: Request, error: HTTPException) -> Response:
         method, path = request.method, request.url.path
         if error.status_code == HTTPStatus.NOT_FOUND:
-            message, code = f"Unknown URL: {method} {path}.", "unknown_url"
+            near = nearest(path, paths)
+            remedy = f"Did you mean {near}?" if near else "GET /docs lists all URLs."
+            message, code = f"Unknown URL: {method} {path}. {remedy}", "unknown_url"
         elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-            allowed = (error.headers or {}).get("Allow", "another method")
+            allowed = (error.headers or {}).get("Allow", "").replace("GET", "GET, HEAD")
+            error.headers = {"Allow": allowed}
             message, code = f"{method} is not allowed on {path}; use {allowed}.", "method_not_allowed"
         else:
             message, code = str(error.detail), None

@@ -24,9 +24,13 @@ from server.metrics import CONTENT_TYPE
 from server.step_watch import step_limit
 
 METRICS = "/metrics"
+MODELS = "/v1/models"
 
 OPEN_PATHS = ("/health", "/livez", "/readyz", "/healthz", "/version")
 """What everybody is told, whatever the server asks of others: load balancers have no keys."""
+
+PATHS = (*OPEN_PATHS, METRICS, MODELS)
+"""All that is answered here."""
 
 PROBED_PATHS = ("/health", "/livez", "/readyz", "/healthz", METRICS)
 """What is asked every few seconds."""
@@ -54,12 +58,12 @@ def router(service: Service, documentation: Documentation) -> APIRouter:
     """The routes, for one worker's service."""
     routes = APIRouter()
 
-    @routes.get("/v1/models", **documentation.endpoint({200: ModelList}))
+    @routes.get(MODELS, **documentation.endpoint({200: ModelList}))
     async def models() -> Response:
         """Lists the one model that is served."""
         return _json(ModelList([_model(service)]))
 
-    @routes.get("/v1/models/{name:path}", **documentation.endpoint({200: Model, 404: ErrorBody}))
+    @routes.get(MODELS + "/{name:path}", **documentation.endpoint({200: Model, 404: ErrorBody}))
     async def model(name: str) -> Response:
         """Describes the served model."""
         service.check_model(name)

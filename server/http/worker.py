@@ -107,6 +107,7 @@ def run_api_worker(
             access_log=False,
             log_config=None,
             server_header=False,
+            forwarded_allow_ips=settings.forwarded_allow_ips,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=LAST_WORDS_SECONDS,
             ssl_certfile=settings.ssl_certfile,

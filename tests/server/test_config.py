@@ -104,3 +104,14 @@ def test_add_bos_follows_the_checkpoint_unless_told():
 def test_every_setting_is_in_the_readme_as_the_code_has_it():
     assert settings_table() in README.read_text()
     assert all(flag(name) in settings_table() for name in Settings.model_fields)
+
+
+@pytest.mark.parametrize("allowed", ["127.0.0.1", "10.0.0.0/8, ::1", "*", ""])
+def test_proxies_are_addresses_or_networks(allowed: str) -> None:
+    assert read_settings({"forwarded_allow_ips": allowed}).forwarded_allow_ips == allowed
+
+
+@pytest.mark.parametrize("allowed", ["proxy", "10.0.0.5/8", "127.0.0.1,*"])
+def test_what_is_not_a_proxys_address_is_refused(allowed: str) -> None:
+    with pytest.raises(SettingsError, match=r"--forwarded-allow-ips .*give addresses or networks like 10\.0\.0\.0/8"):
+        read_settings({"forwarded_allow_ips": allowed})

@@ -481,7 +481,7 @@ async def test_an_unknown_url_is_a_404_of_the_same_shape(http: httpx.AsyncClient
     assert response.status_code == 404
     assert response.json() == {
         "error": {
-            "message": "Unknown URL: GET /v1/images.",
+            "message": "Unknown URL: GET /v1/images. GET /docs lists all URLs.",
             "type": "invalid_request_error",
             "param": None,
             "code": "unknown_url",
