@@ -211,6 +211,12 @@ class Settings(BaseSettings):
         "would come a step late.",
         "engine",
     )
+    additional_properties: bool = _setting(
+        False,
+        "Let objects whose JSON schema lists properties have others too, where the schema does not say. Off, as in "
+        "vLLM: models that may add properties seldom stop. A schema's own additionalProperties always holds.",
+        "engine",
+    )
     enable_prefix_caching: bool = _setting(
         True, "Reuse the KV blocks of a prompt's beginning when it was seen before.", "engine"
     )

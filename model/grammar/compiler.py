@@ -13,14 +13,18 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, regex_to_lark
 
 from model.grammar.context_free import read_grammar
-from model.grammar.json_schema import read_json, read_schema
+from model.grammar.json_schema import read_schema
+from model.grammar.json_text import read_json
 from model.grammar.matcher import Matcher, Vocabulary, pack_bits, reason
 from model.grammar.spec import KINDS, GrammarError, GrammarSpec
 from model.grammar.text_or_calls import read_text_or_calls
 from model.tokenizer import Tokenizer
 
 MAX_SPEC_BYTES = 65_536
-"""Of a grammar's text, whatever its kind."""
+"""Of a grammar's text, except a JSON Schema's."""
+
+MAX_SCHEMA_TEXT_BYTES = 2**20
+"""Of a JSON Schema with its descriptions, which `json_schema` leaves out before it looks at the size that counts."""
 
 MAX_REGEX_BYTES = 1_024
 """Of a regular expression.  A step of one costs the square of its length."""
@@ -178,15 +182,16 @@ def _engine_grammars(spec: GrammarSpec) -> list[dict[str, Any]]:
         size = len(spec.text.encode())
     except UnicodeEncodeError:
         raise GrammarError(f"{name} holds a lone surrogate, which no text can") from None
-    if size > MAX_SPEC_BYTES:
-        raise GrammarError(f"{name} has {size} bytes, at most {MAX_SPEC_BYTES} are possible")
+    limit = MAX_SCHEMA_TEXT_BYTES if spec.kind in ("json_schema", "text_or_calls") else MAX_SPEC_BYTES
+    if size > limit:
+        raise GrammarError(f"{name} has {size} bytes; at most {limit} are possible")
     answer: dict[str, Any]
     parts: list[dict[str, Any]] = []
     match spec.kind:
         case "json_object":
             answer = {"json_schema": {"type": "object", "x-guidance": _JSON_STYLE}}
         case "json_schema":
-            answer = {"json_schema": {**read_schema(spec.text), "x-guidance": _JSON_STYLE}}
+            answer = {"json_schema": {**read_schema(spec.text, spec.additional_properties), "x-guidance": _JSON_STYLE}}
         case "regex":
             answer = {"lark_grammar": f"start: TEXT\nTEXT: /{_regex(spec.text)}/"}
         case "choice":
@@ -194,7 +199,7 @@ def _engine_grammars(spec: GrammarSpec) -> list[dict[str, Any]]:
         case "grammar":
             answer = {"lark_grammar": read_grammar(spec.text)}
         case "text_or_calls":
-            lark, schemas = read_text_or_calls(spec.text)
+            lark, schemas = read_text_or_calls(spec.text, spec.additional_properties)
             answer = {"lark_grammar": lark}
             for name, schema in schemas.items():
                 parts.append({"name": name, "json_schema": {**schema, "x-guidance": _JSON_STYLE}})

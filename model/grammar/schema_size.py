@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from model.grammar.formats import FORMATS
 from model.grammar.spec import GrammarError
 
 MAX_NODES = 40_000
@@ -294,6 +295,8 @@ class _Count:
         )
 
 
+_FORMAT = 15  # the engine builds equal expressions once
+_FORMAT_PATTERNS = frozenset(FORMATS.values())
 _EMPTINESS = 50  # an automaton is searched to know whether any string fits
 
 
@@ -302,11 +305,11 @@ def _type(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _string(keys: Mapping[str, Any]) -> _Tree:
-    pattern, has_format = keys.get("pattern", ""), "format" in keys
-    conjuncts = ("pattern" in keys) + has_format
+    pattern = keys.get("pattern", "")
+    conjuncts = int("pattern" in keys)
     if conjuncts and keys.keys() & _LENGTHS:
         conjuncts += 1
-    weight = 1 + len(pattern) // 8 + 15 * has_format + _EMPTINESS * (conjuncts > 1)
+    weight = 1 + (_FORMAT if pattern in _FORMAT_PATTERNS else len(pattern) // 8) + _EMPTINESS * (conjuncts > 1)
     return _Tree("string", weight, conjuncts=conjuncts)
 
 

@@ -31,7 +31,10 @@ class GrammarSpec:
             text_or_calls: any text, or calls of functions as `model.tool_calls` writes them, with arguments that are
                 valid: {"functions": {name: JSON Schema}, "max_calls": how many there may be}.
         text: in that language.
+        additional_properties: whether an object whose JSON Schema lists properties, and does not say whether there may
+            be others, may have others.
     """
 
     kind: GrammarKind
     text: str = ""
+    additional_properties: bool = False

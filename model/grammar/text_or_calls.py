@@ -8,17 +8,22 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from model.grammar.json_schema import read_json, read_schema
+from model.grammar.json_schema import read_schema
+from model.grammar.json_text import read_json
 from model.grammar.spec import GrammarError
+
+MAX_TOTAL_BYTES = 262_144
+"""Of the schemas of all functions, without descriptions and with formats written out."""
 
 _WHITE_SPACE = r"[ \t\r\n]*"
 
 
-def read_text_or_calls(text: str) -> tuple[str, dict[str, dict[str, Any]]]:
+def read_text_or_calls(text: str, additional_properties: bool) -> tuple[str, dict[str, dict[str, Any]]]:
     """A grammar, and by the names that it has for them the schemas of arguments.
 
     Args:
         text: {"functions": {name: JSON Schema of its arguments}, "max_calls": how many calls there may be}.
+        additional_properties: as `read_schema` has it.
 
     Raises:
         GrammarError: it is none, or a schema cannot be used.
@@ -30,7 +35,13 @@ def read_text_or_calls(text: str) -> tuple[str, dict[str, dict[str, Any]]]:
         raise GrammarError('the description of functions must be like {"functions": {name: schema}, "max_calls": 9}')
     if not all(re.fullmatch(r"[\w-]+", name, re.ASCII) for name in functions):
         raise GrammarError("the description of functions has names of other signs than letters, digits, _ and -")
-    schemas = {f"arguments{index}": read_schema(json.dumps(each)) for index, each in enumerate(functions.values())}
+    schemas = {
+        f"arguments{index}": read_schema(json.dumps(each), additional_properties)
+        for index, each in enumerate(functions.values())
+    }
+    size = sum(len(json.dumps(schema)) for schema in schemas.values())
+    if size > MAX_TOTAL_BYTES:
+        raise GrammarError(f"the parameters of all functions have {size} bytes; at most {MAX_TOTAL_BYTES} are possible")
     return _lark(list(functions), most), schemas
 
 

@@ -16,11 +16,13 @@ class Grammar(msgspec.Struct, frozen=True, array_like=True):
         kind: the language of `text`, one of `model.grammar.KINDS`.
         text: the schema, the expression or the grammar.
         leading_space: whether a space stands before it, as the chat format has it after `adept:`.
+        additional_properties: as `model.grammar.GrammarSpec` has it.
     """
 
     kind: str
     text: str
     leading_space: bool = False
+    additional_properties: bool = False
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):

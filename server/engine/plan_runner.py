@@ -71,7 +71,8 @@ class PlanRunner:
             raise GrammarError("this model follows no grammars")
         # A kind that there is not is refused by the compiler.
         kind = cast("GrammarKind", grammar.kind)
-        return self._compiler.compile(GrammarSpec(kind, grammar.text), grammar.leading_space)
+        spec = GrammarSpec(kind, grammar.text, grammar.additional_properties)
+        return self._compiler.compile(spec, grammar.leading_space)
 
     def _input(self, item: ScheduledSequence) -> SequenceInput:
         sequence, state = item.sequence, _state(item.sequence)

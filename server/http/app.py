@@ -105,6 +105,7 @@ def application(
         tracing,
         key_check,
         chat_format(folder, config, tokenizer, settings.add_bos_token),
+        settings.additional_properties,
     )
     return app, engine
 
@@ -122,6 +123,7 @@ def create_app(
     tracing: Tracing | None = None,
     key_check: KeyCheck | None = None,
     chat: Chat | None = None,
+    additional_properties: bool = False,
 ) -> FastAPI:
     """The application of one API worker.
 
@@ -138,6 +140,7 @@ def create_app(
         tracing: where requests become spans; None for nowhere.
         key_check: the keys, if they may change; None for those of `access`.
         chat: the served model's chat format; None for Adept's.
+        additional_properties: whether objects of JSON schemas are open where neither schema nor request says.
     """
     place = place or WorkerPlace()
     access = access or Access()
@@ -160,6 +163,7 @@ def create_app(
         vocabulary,
         created=place.started,
         max_priority=access.max_priority,
+        additional_properties=additional_properties,
     )
     app = FastAPI(
         title="Persimmon server",

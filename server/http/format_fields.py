@@ -5,6 +5,7 @@ Knows what is well-formed; whether a grammar can be used is found out by compili
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
@@ -61,7 +62,6 @@ def _schema(value: object) -> GrammarSpec:
 
 
 REFUSED_IN_STRUCTURED_OUTPUTS: Refused = {
-    "disable_additional_properties": Refusal("it is not implemented", (False,), "say so in the schema"),
     "disable_any_whitespace": Refusal("whitespace between JSON's tokens is fixed", (False,)),
     "structural_tag": Refusal("it is not implemented", instead="use tools, or grammar"),
     "whitespace_pattern": Refusal("whitespace between JSON's tokens is fixed"),
@@ -84,6 +84,11 @@ class StructuredOutputs(RequestObject):
         None, description="A context-free grammar, in EBNF (root ::= …) or in Lark's form (start: …)."
     )
     json_object: Literal[True] | None = Field(None, description="The answer is any JSON object.")
+    disable_additional_properties: bool | None = Field(
+        None,
+        description="Whether objects whose JSON Schema lists properties have no others, where the schema does not say. "
+        "Default: true, unless the server is started with --additional-properties.",
+    )
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
@@ -96,7 +101,11 @@ class StructuredOutputs(RequestObject):
     def constraint(self) -> Constraint:
         """What that is."""
         [(name, grammar)] = self._grammars.items()
-        return Constraint(f"structured_outputs.{name}", grammar)
+        closed = self.disable_additional_properties
+        if closed is None:
+            return Constraint(f"structured_outputs.{name}", grammar)
+        grammar = replace(grammar, additional_properties=not closed)
+        return Constraint(f"structured_outputs.{name}", grammar, says_additional_properties=True)
 
     @property
     def _grammars(self) -> dict[str, GrammarSpec]:

@@ -6,15 +6,16 @@ Knows which field of a request a grammar is in; nothing of what else the request
 import asyncio
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import blake2b
 from http import HTTPStatus
 
 from model.grammar import GrammarCompiler, GrammarError, GrammarSpec
 from server.http.errors import ApiError, bad_request
 
 MAX_REMEMBERED = 128
-"""Grammars whose check is remembered, the latest used ones.  Each may be 64 KiB long."""
+"""Grammars whose check is remembered, the latest used ones.  Each may be 1 MiB long; a hash of it is kept."""
 
 MAX_WAITING = 512
 """Grammars that may wait for their check, which takes milliseconds, or a second for the worst that there are."""
@@ -30,11 +31,23 @@ class Constraint:
         field: like "response_format.json_schema.schema".
         grammar: the answer's.
         parts: where the grammar is made of several of the client's: these, each under its own field.
+        says_additional_properties: whether the request says if its schemas' objects are open.
     """
 
     field: str
     grammar: GrammarSpec
     parts: tuple["Constraint", ...] = ()
+    says_additional_properties: bool = False
+
+    def opened(self) -> "Constraint":
+        """The same with open objects where the request does not say."""
+        if self.says_additional_properties:
+            return self
+        return replace(
+            self,
+            grammar=replace(self.grammar, additional_properties=True),
+            parts=tuple(part.opened() for part in self.parts),
+        )
 
 
 class GrammarChecker:
@@ -48,8 +61,8 @@ class GrammarChecker:
         self._compiler = compiler
         # One thread, because the engine wants the other cores.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar-checker")
-        self._waiting: dict[GrammarSpec, asyncio.Future[str | None]] = {}
-        self._known: OrderedDict[GrammarSpec, str | None] = OrderedDict()
+        self._waiting: dict[bytes, asyncio.Future[str | None]] = {}
+        self._known: OrderedDict[bytes, str | None] = OrderedDict()
 
     async def check(self, constraint: Constraint) -> None:
         """Returns when the constraint's grammar can be used.
@@ -66,10 +79,11 @@ class GrammarChecker:
 
     async def _verdict(self, grammar: GrammarSpec) -> str | None:
         """Why a grammar cannot be used, or None."""
-        if grammar in self._known:
-            self._known.move_to_end(grammar)
-            return self._known[grammar]
-        verdict = self._waiting.get(grammar)
+        digest = blake2b(repr(grammar).encode(), digest_size=32).digest()
+        if digest in self._known:
+            self._known.move_to_end(digest)
+            return self._known[digest]
+        verdict = self._waiting.get(digest)
         if verdict is None:
             if len(self._waiting) >= MAX_WAITING:
                 raise ApiError(
@@ -80,15 +94,15 @@ class GrammarChecker:
                     retry_after=_RETRY_AFTER,
                 )
             verdict = asyncio.wrap_future(self._thread.submit(self._reason_against, grammar))
-            self._waiting[grammar] = verdict
-            verdict.add_done_callback(partial(self._remember, grammar))
+            self._waiting[digest] = verdict
+            verdict.add_done_callback(partial(self._remember, digest))
         # Others may wait for it too when this request is cancelled.
         return await asyncio.shield(verdict)
 
-    def _remember(self, grammar: GrammarSpec, verdict: "asyncio.Future[str | None]") -> None:
-        del self._waiting[grammar]
+    def _remember(self, digest: bytes, verdict: "asyncio.Future[str | None]") -> None:
+        del self._waiting[digest]
         if verdict.exception() is None:
-            self._known[grammar] = verdict.result()
+            self._known[digest] = verdict.result()
             if len(self._known) > MAX_REMEMBERED:
                 self._known.popitem(last=False)
 

@@ -60,6 +60,7 @@ class Service:
         created: when the server started, in seconds since 1970.
         max_priority: how urgent a request may be whose key has no number of its own; None for any urgency.
         grammars: checks what clients want answers to look like.
+        additional_properties: whether objects of JSON schemas are open where neither schema nor request says.
     """
 
     engine: EngineClient
@@ -75,6 +76,7 @@ class Service:
     created: int
     max_priority: int | None = None
     grammars: GrammarChecker = field(default_factory=lambda: GrammarChecker(GrammarCompiler.for_checking()))
+    additional_properties: bool = False
 
     @property
     def generator(self) -> Generator:
@@ -279,8 +281,11 @@ class Service:
         return asked if 0 < asked < choices else 0
 
     async def _grammar(self, constraint: Constraint, begins_with_space: bool) -> Grammar:
+        if self.additional_properties:
+            constraint = constraint.opened()
         await self.grammars.check(constraint)
-        return Grammar(constraint.grammar.kind, constraint.grammar.text, leading_space=begins_with_space)
+        grammar = constraint.grammar
+        return Grammar(grammar.kind, grammar.text, begins_with_space, grammar.additional_properties)
 
     def _sampling(self, request: GenerationRequest, min_tokens: int, grammar: Grammar | None) -> Sampling:
         logprobs = request.reported_logprobs

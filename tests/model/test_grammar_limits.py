@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from model.grammar import GrammarError, GrammarSpec, Matcher
-from model.grammar.json_schema import MAX_PROPERTIES
+from model.grammar.schema_reader import MAX_PROPERTIES
 from tests.model.grammar_walks import COMPILER, WORDS, allowed, compile_json, random_answer
 
 

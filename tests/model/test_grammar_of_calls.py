@@ -105,4 +105,4 @@ def test_what_describes_no_functions_is_refused(text: str) -> None:
 
 def test_a_schema_that_cannot_be_enforced_is_refused() -> None:
     with pytest.raises(GrammarError, match="/not is not supported"):
-        COMPILER.check(spec({"find": {"not": {}}}))
+        COMPILER.check(spec({"find": {"not": {"required": ["a"]}}}))

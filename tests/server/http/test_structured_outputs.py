@@ -122,7 +122,7 @@ ONE = "give exactly one of json, regex, choice, grammar and json_object, not"
         (
             format_of({"properties": {"a": {"type": "nonsense"}}}),
             SCHEMA_FIELD,
-            f"Invalid '{SCHEMA_FIELD}': the JSON schema at /properties/a/type is \"nonsense\", needed are one or "
+            f"Invalid '{SCHEMA_FIELD}': the JSON schema at /properties/a/type is \"nonsense\"; expected one or "
             "several of null, boolean, number, integer, string, array, object.",
         ),
         (format_of({"enum": []}), SCHEMA_FIELD, None),

@@ -22,6 +22,8 @@ TOOLS = [
     {"type": "function", "function": {"name": "find", "description": "Finds a word.", "parameters": PARAMETERS}},
     {"type": "function", "function": {"name": "now"}},
 ]
+UNSUPPORTED = "is not supported; list what is allowed instead"
+NOT = {"not": {"required": ["a"]}}
 NAMED = {"type": "function", "function": {"name": "find"}}
 CALL = '[{"name": "find", "arguments": {"word": "a"}}]'
 TWO_CALLS = '[{"name": "find", "arguments": {"word": "a"}}, {"name": "now", "arguments": {}}]'
@@ -396,22 +398,22 @@ CHOICES = (
             "Invalid 'structured_outputs': with tools it is only allowed when tool_choice is 'none'.",
         ),
         (
-            {"tools": [*TOOLS, *function(name="c", strict=True, parameters={"not": {}})["tools"]]},
+            {"tools": [*TOOLS, *function(name="c", strict=True, parameters=NOT)["tools"]]},
             "tools[2].function.parameters",
-            "Invalid 'tools[2].function.parameters': the JSON schema at /not is not supported.",
+            f"Invalid 'tools[2].function.parameters': the JSON schema at /not {UNSUPPORTED}.",
         ),
         (
-            function(parameters={"not": {}}) | {"tool_choice": NAMED},
+            function(parameters=NOT) | {"tool_choice": NAMED},
             "tools[0].function.parameters",
-            "Invalid 'tools[0].function.parameters': the JSON schema at /not is not supported.",
+            f"Invalid 'tools[0].function.parameters': the JSON schema at /not {UNSUPPORTED}.",
         ),
         (
-            {"tools": [*TOOLS, *function(name="c", parameters={"not": {}})["tools"]], "tool_choice": "required"},
+            {"tools": [*TOOLS, *function(name="c", parameters=NOT)["tools"]], "tool_choice": "required"},
             "tools[2].function.parameters",
-            "Invalid 'tools[2].function.parameters': the JSON schema at /not is not supported.",
+            f"Invalid 'tools[2].function.parameters': the JSON schema at /not {UNSUPPORTED}.",
         ),
         (
-            {"tools": TOOLS, "response_format": schema_format({"not": {}})},
+            {"tools": TOOLS, "response_format": schema_format(NOT)},
             "response_format.json_schema.schema",
             None,
         ),
