@@ -101,6 +101,11 @@ class Tokenizer:
         return self._frame.begin
 
     @property
+    def uses_sentencepiece(self) -> bool:
+        """Whether SentencePiece's file decides, not tokenizer.json."""
+        return isinstance(self._backend, SentencePieceBackend)
+
+    @property
     def vocab_size(self) -> int:
         """Token ids of the vocabulary; the model's embedding may have more rows."""
         return len(self._token_bytes)

@@ -8,11 +8,16 @@ from pathlib import Path
 
 import torch
 
+from model.chat import chat_format
+from model.config import PersimmonConfig, check_vocabulary
 from model.convert.adept import plan_from_adept
 from model.convert.hugging_face import plan_from_hugging_face
 from model.convert.trim import trim_vocabulary
 from model.convert.writer import write
+from model.errors import CheckpointError
 from model.hub import resolve
+from model.tokenizer import Tokenizer
+from model.vocabulary import VocabularyMap
 
 
 def convert_checkpoint(
@@ -46,10 +51,34 @@ def convert_checkpoint(
     if from_adept:
         conversion = plan_from_adept(Path(source).expanduser(), asked, max_shard_bytes)
     else:
-        conversion = plan_from_hugging_face(resolve(source), asked, max_shard_bytes)
+        folder = resolve(source)
+        conversion = plan_from_hugging_face(folder, asked, max_shard_bytes)
+        if (reason := refusal(folder)) is not None:
+            print_line(f"persimmon serve will refuse the result as it is: {reason}")
     for note in conversion.notes:
         print_line(f"{source}: {note}")
     if trim_vocab or drop_ids is not None:
         conversion = trim_vocabulary(conversion, drop_ids, print_line)
     write(conversion, out, print_line)
-    print_line(f"Done: persimmon serve --model {out}")
+    reason = refusal(out)
+    if reason is None:
+        print_line(f"Done: persimmon serve --model {out}")
+    else:
+        print_line(f"Written, but persimmon serve refuses it as it is: {reason}")
+
+
+def refusal(folder: Path) -> str | None:
+    """Why the server would not start with a folder's tokenizer and chat template; None where it would.
+
+    Raises:
+        CheckpointError: config.json cannot be used.
+    """
+    config = PersimmonConfig.from_folder(folder)
+    try:
+        vocabulary = VocabularyMap.from_folder(folder, config)
+        tokenizer = Tokenizer.from_folder(folder)
+        check_vocabulary(folder, vocabulary.original(config) if vocabulary else config, tokenizer.vocab_size)
+        chat_format(folder, config, tokenizer, None)
+    except CheckpointError as error:
+        return str(error)
+    return None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from model.chat_template_files import TEMPLATE_FOLDER
 from model.checkpoint import equal_rows
 from model.config import PersimmonConfig
 from model.convert.check import check_tensors
@@ -27,7 +28,7 @@ _COMPARED_ROWS = 4096
 # What travels with the weights.  Training states and other formats' weights do not.
 _OTHER_FILES = (
     *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "adept_vocab.*"),
-    *("chat_template*", "LICENSE*", "NOTICE*", "README*", VOCABULARY_FILE),
+    *("chat_template*", f"{TEMPLATE_FOLDER}/*.jinja", "LICENSE*", "NOTICE*", "README*", VOCABULARY_FILE),
 )
 
 
@@ -58,7 +59,7 @@ def plan_from_hugging_face(folder: Path, dtype: torch.dtype | None, max_shard_by
     config = settled.config
     kept = {name: tensors[stored] for stored, name in settled.names.items()}
     ordered = check_tensors(kept, config, folder, {name: places[stored] for stored, name in settled.names.items()})
-    files = {path.name: small_file(Region.of_file(path)) for path in _other_files(folder)}
+    files = {path.relative_to(folder).as_posix(): small_file(Region.of_file(path)) for path in _other_files(folder)}
     files["config.json"] = _config_json(folder, config, {dtype or tensor.dtype for tensor in ordered.values()})
     origin = {
         "source": str(folder.resolve()),

@@ -21,6 +21,8 @@ from model.convert.sources import SelectedRows
 from model.convert.unused_ids import Vocabulary, runs_of
 from model.convert.writer import Conversion
 from model.errors import CheckpointError
+from model.tokenizer import Tokenizer
+from model.tokenizer_json import TOKENIZER_JSON
 from model.vocabulary import VOCABULARY_FILE, VocabularyMap
 
 _TABLES = ("model.embed_tokens.weight", "lm_head.weight")
@@ -46,14 +48,16 @@ def trim_vocabulary(
         print_line: takes lines that say what is dropped and why.
 
     Raises:
-        CheckpointError: there is no tokenizer, the vocabulary is trimmed already, nothing is unused, or an id
-            that was asked for may not be dropped.
+        CheckpointError: there is no tokenizer.model or tokenizer.json has other pieces, the vocabulary is trimmed
+            already, nothing is unused, or an id that was asked for may not be dropped.
     """
     source, config = str(conversion.origin["source"]), conversion.config
     if VOCABULARY_FILE in conversion.files:
         raise CheckpointError(f"{source}: its vocabulary is trimmed already, {VOCABULARY_FILE} says how")
     vocabulary = Vocabulary(source, conversion.files, config)
     check_vocabulary(Path(source), config, vocabulary.pieces)
+    if TOKENIZER_JSON in conversion.files:
+        _follow(vocabulary, Path(source))
     reasons = vocabulary.unused() if drop_ids is None else {"ids as asked for": _ids(drop_ids, vocabulary)}
     unused = sorted(id for ids in reasons.values() for id in ids)
     dropped = frozenset(unused[len(unused) % _DROPPED_TOGETHER :])
@@ -78,6 +82,14 @@ def trim_vocabulary(
     for line in lines:
         print_line(f"  {line}")
     return trimmed
+
+
+def _follow(vocabulary: Vocabulary, source: Path) -> None:
+    try:
+        tokenizer = Tokenizer.from_folder(source)
+    except CheckpointError:
+        return  # of files that no server takes; the conversion reports it
+    vocabulary.follow(tokenizer)
 
 
 def _ids(ranges: Sequence[range], vocabulary: Vocabulary) -> list[int]:

@@ -14,6 +14,7 @@ from model.config import PersimmonConfig
 from model.errors import CheckpointError
 from model.json_object import JsonObject
 from model.sentencepiece_backend import MODEL_FILES, parse_model
+from model.tokenizer import Tokenizer
 from model.tokenizer_settings import END_OF_TEXT, special_tokens
 
 _Piece = ModelProto.SentencePiece
@@ -61,6 +62,25 @@ class Vocabulary:
             *(id for id in _added_ids(contents) if id >= len(model.pieces)),
             *_ids_of_named_pieces(model.pieces, contents, templates),
         }
+
+    def follow(self, tokenizer: Tokenizer) -> None:
+        """Takes pieces for used that are control pieces to SentencePiece, but text to a tokenizer.json.
+
+        Args:
+            tokenizer: the checkpoint's, whichever of its files decides.
+
+        Raises:
+            CheckpointError: tokenizer.json decides, and has other pieces than SentencePiece's model.
+        """
+        if tokenizer.uses_sentencepiece:
+            return
+        names = [piece.piece for piece in self._pieces]
+        if tokenizer.pieces(range(len(names))) != names:
+            raise CheckpointError(
+                f"{self._source}: tokenizer.json decides which ids texts become, and it has other pieces than "
+                f"{MODEL_FILES[0]}, by which unused ids are found; remove the one that is not the checkpoint's"
+            )
+        self._named |= {id for id in self._of_types(*_NEVER_IN_TEXT) if tokenizer.token_bytes(id)}
 
     @property
     def pieces(self) -> int:

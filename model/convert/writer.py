@@ -118,6 +118,7 @@ def write(conversion: Conversion, out: Path, print_line: Callable[[str], None]) 
             index = {"metadata": {"total_size": conversion.total_bytes}, "weight_map": weight_map}
             _write_file(out / "model.safetensors.index.json", _json(index))
         for file, content in sorted(conversion.files.items(), key=lambda item: item[0] == "config.json"):
+            (out / file).parent.mkdir(exist_ok=True)
             _write_file(out / file, content)
         Checkpoint.open(out, PersimmonConfig.from_folder(out))
         (out / MARKER).unlink()

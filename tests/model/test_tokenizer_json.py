@@ -13,9 +13,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from model.errors import CheckpointError
-from model.sentencepiece_backend import SentencePieceBackend
 from model.tokenizer import END_OF_TEXT, Tokenizer
-from model.tokenizers_backend import TokenizersBackend
 from tests.model.test_tokenizer import BYTE_STRINGS, CONTROL_STRINGS, DEMO, DEMO_BOS, HARD_STRINGS, SPACE_MARKS
 
 SAVED_CONFIG = {
@@ -233,7 +231,7 @@ def test_special_added_tokens_are_only_found_where_a_prompt_may_spell_them(folde
 
 
 def test_the_demos_two_files_agree_so_that_sentencepiece_decides() -> None:
-    assert isinstance(Tokenizer.from_folder(DEMO)._backend, SentencePieceBackend)
+    assert Tokenizer.from_folder(DEMO).uses_sentencepiece
 
 
 @pytest.mark.parametrize(
@@ -430,4 +428,4 @@ def test_added_tokens_of_no_use_are_one_line(folder: Folder, config: dict[str, A
 
 
 def test_the_backend_of_a_folder_without_sentencepiece_is_the_library(tokenizer: Tokenizer) -> None:
-    assert isinstance(tokenizer._backend, TokenizersBackend)
+    assert not tokenizer.uses_sentencepiece

@@ -14,7 +14,7 @@ from model.checkpoint import Checkpoint
 from model.config import PersimmonConfig
 from model.convert import convert_checkpoint, writer
 from model.errors import CheckpointError
-from tests.model.checkpoints import make_checkpoint
+from tests.model.checkpoints import DEMO, make_checkpoint
 
 Tensors = dict[str, torch.Tensor]
 
@@ -343,3 +343,44 @@ def test_damaged_safetensors_are_one_line(original, tmp_path):
     with pytest.raises(CheckpointError, match=r"model\.safetensors is refused") as raised:
         convert(source, tmp_path / "out")
     assert "\n" not in str(raised.value)
+
+
+def test_what_serve_refuses_is_not_done(original: Path, tmp_path: Path) -> None:
+    def last_line(name: str, **files: str | None) -> str:
+        source = tmp_path / name
+        shutil.copytree(original, source)
+        for file in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(DEMO / file, source)
+        for file, content in files.items():
+            path = source / file.replace("__", ".")
+            if content is None:
+                path.unlink()
+            else:
+                path.write_text(content)
+        lines = convert(source, tmp_path / f"{name}-out")
+        assert lines[-1].startswith("Done") or lines[0].startswith("persimmon serve will refuse the result as it is: ")
+        return lines[-1]
+
+    assert last_line("whole").startswith("Done: ")
+    assert last_line("saved_by_transformers_5", tokenizer__model=None).startswith("Done: ")
+    assert "refuses it as it is: " in last_line("none", tokenizer__model=None, tokenizer__json=None)
+    assert "chat_template.jinja" in last_line("template", chat_template__jinja="{% if %}")
+    assert "tokenizer.json" in last_line("damaged", tokenizer__json="{")
+
+
+def test_the_tokenizers_files_and_all_templates_travel_with_the_weights(original: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(original, source)
+    (source / "additional_chat_templates").mkdir()
+    files = {
+        "tokenizer.json": (DEMO / "tokenizer.json").read_text(),
+        "tokenizer_config.json": (DEMO / "tokenizer_config.json").read_text(),
+        "special_tokens_map.json": "{}",
+        "added_tokens.json": "{}",
+        "chat_template.jinja": "{{ messages[0].content }}",
+        "additional_chat_templates/tool_use.jinja": "{{ tools }}",
+    }
+    for name, content in files.items():
+        (source / name).write_text(content)
+    convert(source, tmp_path / "out")
+    assert {name: (tmp_path / "out" / name).read_text() for name in files} == files

@@ -285,6 +285,21 @@ def test_tokens_that_transformers_adds_beyond_the_tokenizer_stay(add, tmp_path):
     assert len(map_of(tmp_path / "out").ids) == DEMO_VOCAB_SIZE + 16
 
 
+def test_what_is_unused_follows_the_file_that_decides_on_tokens(tmp_path):
+    original = small_checkpoint(tmp_path / "original", DEMO_VOCAB_SIZE + 64)
+    content = json.loads((DEMO / "tokenizer.json").read_text())
+    content["added_tokens"].append({"id": DEMO_VOCAB_SIZE, "content": "<|im_end|>", "special": True})
+    (original / "tokenizer.json").write_text(json.dumps(content))
+    trim(original, tmp_path / "out")
+    # The ids that are left are their rows, the added token's is the 4097th.
+    assert PersimmonConfig.from_folder(tmp_path / "out").vocab_size == DEMO_VOCAB_SIZE + 16
+    assert Tokenizer.from_folder(tmp_path / "out").encode("<|im_end|>")[-1] == DEMO_VOCAB_SIZE
+    content["model"]["vocab"][3000][0] = "other"
+    (original / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json decides .* has other pieces than tokenizer\.model"):
+        trim(original, tmp_path / "other")
+
+
 def user_defined(folder: Path) -> Path:
     """A checkpoint with user-defined placeholders, and numbers that are user-defined too."""
     small_checkpoint(folder, DEMO_VOCAB_SIZE + PLACEHOLDERS + 80)
