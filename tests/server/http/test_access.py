@@ -284,7 +284,9 @@ async def test_a_line_tells_of_a_client_that_left(
     (line,) = told(lines)
     assert (line["status"], line["finish_reason"], line["complete"]) == (499, "abort", False)
     metrics = (await http.get("/metrics")).text
-    assert 'vllm:request_success_total{finished_reason="abort",model_name="demo"} 1.0' in metrics.splitlines()
+    assert (
+        'vllm:request_success_total{engine="0",finished_reason="abort",model_name="demo"} 1.0' in metrics.splitlines()
+    )
 
 
 async def test_every_request_but_probes_is_a_span(engine: FakeEngine, engine_client: EngineClient) -> None:
