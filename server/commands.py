@@ -56,8 +56,8 @@ def _run(command: str, given: dict[str, Any]) -> int:
     if command == "bench":
         return bench(given)
     if command == "generate":
-        source, out = given.pop("batch_source"), given.pop("batch_out")
-        return generate(read_settings(given), source, out)
+        source, out, any_model = given.pop("batch_source"), given.pop("batch_out"), given.pop("any_model")
+        return generate(read_settings(given), source, out, any_model)
     return serve(read_settings(given))
 
 
@@ -76,7 +76,7 @@ def serve(settings: Settings) -> int:
     return supervise(settings, folder, name, use)
 
 
-def generate(settings: Settings, source: Path, out: Path) -> int:
+def generate(settings: Settings, source: Path, out: Path, any_model: bool) -> int:
     """Answers a batch file; see `server.offline.command.generate` for the exit code.
 
     Raises:
@@ -84,7 +84,7 @@ def generate(settings: Settings, source: Path, out: Path) -> int:
         BatchFileError: a file cannot be used.
     """
     folder, name, _ = _checkpoint(settings, api_workers=0)
-    return answer_batch(settings, folder, name, source, out)
+    return answer_batch(settings, folder, name, source, out, any_model)
 
 
 def _checkpoint(settings: Settings, api_workers: int) -> tuple[Path, str, ModelUse]:
@@ -210,6 +210,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     generator.add_argument("batch_source", metavar="IN.jsonl", type=Path, help="the requests, one a line")
     generator.add_argument("batch_out", metavar="OUT.jsonl", type=Path, help="the answers, one a line")
+    generator.add_argument(
+        "--any-model",
+        action="store_true",
+        help="answer lines whichever model they name, such as gpt-4o-mini in a file that was written for OpenAI. "
+        "Default: a line that names another model fails",
+    )
     add_arguments(generator, [key for key in GROUPS if key not in ("http", "access", "log", "load")])
     converter = commands.add_parser(
         "convert",

@@ -5,7 +5,7 @@ Knows the files and the application; nothing of processes, signals or the consol
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Protocol
 
@@ -13,7 +13,7 @@ import msgspec
 from starlette.types import ASGIApp
 
 from server.offline.application import post
-from server.offline.batch_lines import BatchAnswer, BatchRequest, LineError, read_request, respond
+from server.offline.batch_lines import BatchAnswer, BatchRequest, LineError, read_request, respond, without_model
 from server.offline.files import MAX_LINE_BYTES, BatchInput, BatchOutput, Line
 
 
@@ -48,6 +48,7 @@ class Batch:
         source: of the lines.
         output: of the answers, and which lines have one already.
         progress: is told of each answer.
+        any_model: whether lines are answered whichever model they name.
         stopping: once true, no further line is begun.
     """
 
@@ -55,7 +56,11 @@ class Batch:
     source: BatchInput
     output: BatchOutput
     progress: Progress
+    any_model: bool = False
     stopping: bool = False
+    _writes: int = 0
+    _saved_writes: int = 0
+    _saving: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def run(self, concurrency: int) -> None:
         """Answers every line that has no answer.  Cancelled, it ends what runs; each line in the file is whole.
@@ -81,17 +86,24 @@ class Batch:
             try:
                 request = _request(line)
             except LineError as error:
-                self._write(error.answer, 0)
-                await asyncio.sleep(0)  # so that a file of nothing else can be stopped too
+                await self._save(error.answer, 0)
                 continue
-            response = await post(self.app, request.url, request.body_bytes)
+            body = without_model(request.body_bytes) if self.any_model else request.body_bytes
+            response = await post(self.app, request.url, body)
             if response.status == HTTPStatus.SERVICE_UNAVAILABLE:
                 raise EngineLostError
             tokens = _body_decoder.decode(response.body).usage.total_tokens if response.status == HTTPStatus.OK else 0
-            self._write(respond(request, response.status, response.body), tokens)
+            await self._save(respond(request, response.status, response.body), tokens)
 
-    def _write(self, answer: BatchAnswer, tokens: int) -> None:
+    async def _save(self, answer: BatchAnswer, tokens: int) -> None:
+        """Returns when the answer is on the disk; answers that come while others are written share the next sync."""
         self.output.write(answer)
+        self._writes = own = self._writes + 1
+        async with self._saving:
+            if self._saved_writes < own:
+                writes = self._writes
+                await asyncio.to_thread(self.output.sync)
+                self._saved_writes = writes
         self.progress.advance(tokens)
 
 

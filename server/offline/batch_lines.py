@@ -87,6 +87,18 @@ class BatchAnswer(Struct, frozen=True):
         """Whether the line did not get what it asked for."""
         return self.response is None or self.response.status_code != 200
 
+    @property
+    def failure(self) -> str:
+        """Why a line failed: a sentence for a person."""
+        if self.error is not None:
+            return self.error.message
+        if self.response is None:
+            return "There is no response."
+        try:
+            return _failure_decoder.decode(self.response.body).error.message
+        except _UNREADABLE:
+            return f"The status is {self.response.status_code}."
+
 
 class LineError(ValueError):
     """A line that no endpoint can be asked with.
@@ -98,6 +110,14 @@ class LineError(ValueError):
     def __init__(self, line: int, custom_id: str | None, code: str, message: str) -> None:
         super().__init__(message)
         self.answer = BatchAnswer(_unique("batch_req"), custom_id, None, BatchError(code, message, line))
+
+
+class _Failure(Struct):
+    message: str
+
+
+class _Failed(Struct):
+    error: _Failure
 
 
 class _Named(Struct):
@@ -113,6 +133,8 @@ _request_decoder = msgspec.json.Decoder(BatchRequest)
 _name_decoder = msgspec.json.Decoder(_Named)
 _stream_decoder = msgspec.json.Decoder(_Streamed)
 _answer_decoder = msgspec.json.Decoder(BatchAnswer)
+_failure_decoder = msgspec.json.Decoder(_Failed)
+_fields_decoder = msgspec.json.Decoder(dict[str, Raw])
 _encoder = msgspec.json.Encoder()
 
 
@@ -157,6 +179,16 @@ def read_request(text: bytes, line: int) -> BatchRequest:
         message = "A line's answer cannot be streamed; leave 'stream' out."
         raise LineError(line, request.custom_id, "stream_not_supported", message)
     return request
+
+
+def without_model(body: bytes) -> bytes:
+    """A request's body without the name of a model, which any server answers with the model that it serves."""
+    try:
+        fields = _fields_decoder.decode(body)
+    except _UNREADABLE:  # not an object; the endpoint's error says so
+        return body
+    fields.pop("model", None)
+    return _encoder.encode(fields)
 
 
 def _streamed(body: Raw) -> bool:

@@ -50,7 +50,9 @@ def concurrency(settings: Settings) -> int:
     return settings.max_num_seqs + max(8, math.ceil(settings.max_num_seqs / 4))
 
 
-def generate(settings: Settings, folder: Path, served_model_name: str, source: Path, out: Path) -> int:
+def generate(
+    settings: Settings, folder: Path, served_model_name: str, source: Path, out: Path, any_model: bool = False
+) -> int:
     """Answers the lines of `source` that have no answer in `out` yet.
 
     Args:
@@ -59,6 +61,7 @@ def generate(settings: Settings, folder: Path, served_model_name: str, source: P
         served_model_name: the model's name in the lines.
         source: the lines to answer.
         out: the file that answers are added to.
+        any_model: whether lines are answered whichever model they name.
 
     Returns:
         The exit code: 0 when every line has what it asked for; 1 when some lines failed, or the engine did; 2 when
@@ -70,28 +73,38 @@ def generate(settings: Settings, folder: Path, served_model_name: str, source: P
     """
     try:
         with interruptible():
-            return _answer(settings, folder, served_model_name, BatchInput(source), out)
+            return _answer(settings, folder, served_model_name, BatchInput(source), out, any_model)
     except KeyboardInterrupt:  # while the files were read
         say(f"persimmon: stopped; {GOES_ON}")
         return STOPPED
 
 
-def _answer(settings: Settings, folder: Path, served_model_name: str, source: BatchInput, out: Path) -> int:
+def _answer(
+    settings: Settings, folder: Path, served_model_name: str, source: BatchInput, out: Path, any_model: bool
+) -> int:
     with BatchOutput(out) as output:
         missing = output.missing(source)
         if output.lines:
             say(f"{out} has the answers of {source.lines - missing:,} of {source.lines:,} lines already")
         if missing:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                code = runner.run(_generate(settings, folder, served_model_name, source, output, missing))
+                code = runner.run(_generate(settings, folder, served_model_name, source, output, missing, any_model))
             if code is not None:
                 return code
         say(f"{out}: {output.answered:,} lines answered, {output.failed:,} failed")
+        for line in output.failures.lines():
+            say(f"  {line}")
         return SOME_FAILED if output.failed else ANSWERED
 
 
 async def _generate(
-    settings: Settings, folder: Path, served_model_name: str, source: BatchInput, output: BatchOutput, missing: int
+    settings: Settings,
+    folder: Path,
+    served_model_name: str,
+    source: BatchInput,
+    output: BatchOutput,
+    missing: int,
+    any_model: bool,
 ) -> int | None:
     """Runs a batch of so many lines; the exit code where it did not come to its end."""
     logs.configure("generate")
@@ -107,7 +120,7 @@ async def _generate(
             if ended.done():
                 return _engine_failed(engine)
             with _Bar(source.lines, source.lines - missing) as bar:
-                batch = Batch(app, source, output, bar)
+                batch = Batch(app, source, output, bar, any_model)
                 running = tasks.start(batch.run(min(concurrency(settings), missing)))
                 await asyncio.wait((running, ended, stop), return_when=asyncio.FIRST_COMPLETED)
                 if stop.done() and not running.done():

@@ -3,10 +3,13 @@
 Reads line by line and remembers 16 bytes a line, for files may have millions.  Knows nothing of engines.
 """
 
+import codecs
 import contextlib
 import fcntl
 import os
+import re
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,22 @@ from server.offline.batch_lines import ANSWER_START, BatchAnswer, custom_id, enc
 
 MAX_LINE_BYTES = MAX_BODY_BYTES + 2**16
 """What is longer holds a body that no endpoint takes."""
+
+
+MAX_REASONS = 1000
+"""Different reasons of failures that are counted; a message may quote the line that it is about."""
+
+SHOWN_REASONS = 5
+MAX_REASON_LENGTH = 300
+
+_OTHER_MODEL = re.compile("The model .* does not exist")
+_OTHER_FILES = (
+    (codecs.BOM_UTF16_LE, "in UTF-16", "save it as UTF-8"),
+    (codecs.BOM_UTF16_BE, "in UTF-16", "save it as UTF-8"),
+    (b"\x1f\x8b", "compressed with gzip", "decompress it first"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd", "decompress it first"),
+    (b"PK\x03\x04", "a zip archive", "unpack it first"),
+)
 
 
 class BatchFileError(ValueError):
@@ -83,6 +102,8 @@ class BatchInput:
                 number = 0
                 while text := file.readline(MAX_LINE_BYTES + 1):
                     number += 1
+                    if number == 1:
+                        text = self._without_mark(text)
                     if len(text) > MAX_LINE_BYTES:
                         while text and not text.endswith(b"\n"):
                             text = file.readline(MAX_LINE_BYTES)
@@ -92,9 +113,16 @@ class BatchInput:
         except OSError as error:
             raise BatchFileError(f"cannot read {self.path}: {error.strerror or error}") from None
 
+    def _without_mark(self, begin: bytes) -> bytes:
+        """The first line without the mark that Windows' tools put before UTF-8."""
+        for mark, kind, remedy in _OTHER_FILES:
+            if begin.startswith(mark):
+                raise BatchFileError(f"{self.path} is {kind}; {remedy}")
+        return begin.removeprefix(codecs.BOM_UTF8)
+
 
 class BatchOutput:
-    """A file of answers that is added to.  What it held before is kept, but for a last line that was never ended.
+    """A file of answers that is added to.  What it held before is kept, up to a line that was not written whole.
 
     Holds the file alone as long as it is open.
 
@@ -105,6 +133,7 @@ class BatchOutput:
         path: of the file.
         answered: answers so far, of earlier runs too, that are what was asked for.
         failed: the other ones.
+        failures: why those failed.
 
     Raises:
         BatchFileError: the file cannot be written, is in use, or is something else than answers.
@@ -114,12 +143,14 @@ class BatchOutput:
         self.path = path
         self.answered = 0
         self.failed = 0
+        self.failures = Failures()
         self._done: set[bytes] = set()
         with contextlib.ExitStack() as opened:
             try:
                 self._file = opened.enter_context(open_regular(path, os.O_RDWR | os.O_CREAT, "r+b"))
                 self._lock()
                 self._read()
+                _sync_folder(path)
             except OSError as error:
                 raise BatchFileError(f"cannot write {path}: {error.strerror or error}") from None
             opened.pop_all()
@@ -131,6 +162,17 @@ class BatchOutput:
         # A write that failed, as on a full disk, would fail once more; what it left is a line without an end.
         with contextlib.suppress(OSError):
             self._file.close()
+
+    def sync(self) -> None:
+        """Returns when all answers that were written are on the disk, and survive a power cut.
+
+        Raises:
+            BatchFileError: they cannot be written.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._not_written(error) from None
 
     def __contains__(self, line: Line) -> bool:
         """Whether a line of the input has its answer."""
@@ -146,7 +188,7 @@ class BatchOutput:
         return sum(line not in self for line in source) if self._done else source.lines
 
     def write(self, answer: BatchAnswer) -> None:
-        """Adds an answer, which is in the file when this returns.
+        """Adds an answer, which is in the file when this returns, and on the disk after `sync`.
 
         Raises:
             BatchFileError: it cannot be written.
@@ -155,10 +197,13 @@ class BatchOutput:
             self._file.write(encode(answer))
             self._file.flush()
         except OSError as error:
-            raise BatchFileError(
-                f"cannot write {self.path}: {error.strerror or error}; the same command goes on from here"
-            ) from None
+            raise self._not_written(error) from None
         self._count(answer)
+
+    def _not_written(self, error: OSError) -> BatchFileError:
+        return BatchFileError(
+            f"cannot write {self.path}: {error.strerror or error}; the same command goes on from here"
+        )
 
     def _lock(self) -> None:
         try:
@@ -169,8 +214,11 @@ class BatchOutput:
     def _read(self) -> None:
         whole = 0
         for number, text in enumerate(self._file, 1):
-            if not text.endswith(b"\n"):
-                if not (text.startswith(ANSWER_START) or ANSWER_START.startswith(text)):
+            if not text.endswith(b"\n") or b"\0" in text:
+                # After a power cut a file may have its new length, but zeros in place of what was not yet on the disk.
+                begin = text.partition(b"\0")[0]
+                is_own = begin.startswith(ANSWER_START) or ANSWER_START.startswith(begin)
+                if not is_own or (number == 1 and not begin and text.strip(b"\0")):
                     raise self._another_format(number, "it has no end")
                 break
             try:
@@ -191,8 +239,47 @@ class BatchOutput:
     def _count(self, answer: BatchAnswer) -> None:
         if answer.failed:
             self.failed += 1
+            self.failures.add(answer.failure)
         else:
             self.answered += 1
+
+
+class Failures:
+    """Why lines failed: how many for each reason, as far as there are few reasons."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._others = 0
+
+    def add(self, reason: str) -> None:
+        """Counts one more line."""
+        if reason in self._counts or len(self._counts) < MAX_REASONS:
+            self._counts[reason] += 1
+        else:
+            self._others += 1
+
+    def lines(self) -> list[str]:
+        """The most frequent reasons, for the console; one that --any-model would have mended says so."""
+        most = self._counts.most_common(SHOWN_REASONS)
+        others = self._others + self._counts.total() - sum(count for _, count in most)
+        lines = [f"{count:,} x {_one_line(reason)}" for reason, count in most]
+        return lines + ([f"{others:,} x other reasons, which the file has"] if others else [])
+
+
+def _one_line(reason: str) -> str:
+    shown = " ".join(reason.split())
+    hint = " (--any-model answers such lines)" if _OTHER_MODEL.match(shown) else ""
+    return (shown if len(shown) <= MAX_REASON_LENGTH else f"{shown[:MAX_REASON_LENGTH]}…") + hint
+
+
+def _sync_folder(path: Path) -> None:
+    """Makes the file's name survive a power cut, where the folder's file system has that."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path.absolute().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def open_regular(path: Path, flags: int, mode: str) -> BinaryIO:

@@ -20,7 +20,7 @@ from tests.server.offline.batch import completion, read_answers, texts, write_li
 pytestmark = pytest.mark.anyio
 
 Tokens = Callable[[str], list[int]]
-MakeBatch = Callable[[Sequence[dict[str, Any] | str]], Batch]
+MakeBatch = Callable[..., Batch]
 
 
 class Count:
@@ -50,10 +50,10 @@ def batch(
 ) -> MakeBatch:
     """Makes the batch of some lines."""
 
-    def make(lines: Sequence[dict[str, Any] | str]) -> Batch:
+    def make(lines: Sequence[dict[str, Any] | str], any_model: bool = False) -> Batch:
         app = create_app(engine_client, tokenizer, config, "demo")
         source = BatchInput(write_lines(tmp_path / "in.jsonl", lines))
-        return Batch(app, source, BatchOutput(out), Count())
+        return Batch(app, source, BatchOutput(out), Count(), any_model)
 
     return make
 
@@ -96,6 +96,38 @@ async def test_chats_are_answered_beside_completions(
     await run(batch([completion("a"), {"custom_id": "b", "method": "POST", "url": URLS[0], "body": chat}]))
     kinds = {answer["custom_id"]: answer["response"]["body"]["object"] for answer in read_answers(out)}
     assert kinds == {"a": "text_completion", "b": "chat.completion"}
+
+
+async def test_a_file_that_names_another_model_is_answered_on_request(
+    batch: MakeBatch, engine: FakeEngine, tokens: Tokens, out: Path
+) -> None:
+    engine.script = says(tokens("yes"))
+    lines: list[dict[str, Any]] = [completion("a", model="gpt-4o-mini"), completion("b", model="demo"), completion("c")]
+    lines.append(completion("d") | {"body": []})
+    await run(batch(lines, any_model=True))
+    *answers, refused = sorted(read_answers(out), key=lambda answer: answer["custom_id"])
+    assert texts(answers) == {"a": " yes", "b": " yes", "c": " yes"}
+    assert {answer["response"]["body"]["model"] for answer in answers} == {"demo"}
+    assert refused["response"]["body"]["error"]["message"] == "The body must be a JSON object."
+
+
+async def test_no_line_is_done_before_its_answer_is_on_the_disk(
+    batch: MakeBatch, engine: FakeEngine, tokens: Tokens, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.script = says(tokens("yes"))
+    synced = 0
+
+    def sync(descriptor: int) -> None:
+        nonlocal synced
+        synced = out.read_bytes().count(b"\n")
+
+    running = batch([completion(str(index)) for index in range(9)])
+    monkeypatch.setattr("server.offline.files.os.fsync", sync)
+    monkeypatch.setattr(running.progress, "advance", lambda tokens: done.append(synced))
+    done: list[int] = []
+    await run(running)
+    assert len(done) == 9
+    assert all(number <= saved for number, saved in enumerate(done, 1))
 
 
 async def test_no_more_lines_run_at_once_than_allowed(

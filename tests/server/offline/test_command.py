@@ -1,5 +1,6 @@
 """The command where no engine is needed: it refuses, or all is done."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from server.config import Settings
 from server.offline.batch_lines import encode, read_request, respond
 from server.offline.command import concurrency
 from tests.server.offline.batch import completion, write_lines
+
+OTHER_MODEL = "The model 'gpt-4o-mini' does not exist; this server serves 'demo'."
 
 
 @pytest.fixture
@@ -65,6 +68,20 @@ def test_where_all_is_answered_the_exit_code_says_how_without_an_engine(status, 
     assert "has the answers of 2 of 2 lines already" in console
     assert f"{out}: {2 - code} lines answered, {code} failed" in console
     assert out.read_bytes() == before
+
+
+def test_the_console_says_why_lines_failed(tmp_path, capsys):
+    source = write_lines(tmp_path / "in.jsonl", [completion(name) for name in "abc"])
+    out = tmp_path / "out.jsonl"
+    answers = []
+    for line, reason in zip(source.read_bytes().splitlines(), ("Bad.", "Bad.", OTHER_MODEL), strict=True):
+        body = json.dumps({"error": {"message": reason, "type": "a", "param": None, "code": None}}).encode()
+        answers.append(encode(respond(read_request(line, 1), 400, body)))
+    out.write_bytes(b"".join(answers))
+    assert main(["generate", str(source), str(out)]) == 1
+    assert (
+        f"{out}: 0 lines answered, 3 failed\n  2 x Bad.\n  1 x {OTHER_MODEL} (--any-model answers such lines)\n"
+    ) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("most", [1, 4, 256])

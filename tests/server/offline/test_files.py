@@ -1,5 +1,8 @@
 """Which files a batch takes, and what becomes of what is in them."""
 
+import codecs
+import gzip
+import json
 import os
 from pathlib import Path
 
@@ -8,7 +11,15 @@ import pytest
 from server.http.parsing import parse
 from server.http.protocol import CompletionRequest
 from server.offline.batch_lines import LineError, encode, read_request, respond
-from server.offline.files import MAX_LINE_BYTES, BatchFileError, BatchInput, BatchOutput
+from server.offline.files import (
+    MAX_LINE_BYTES,
+    MAX_REASONS,
+    SHOWN_REASONS,
+    BatchFileError,
+    BatchInput,
+    BatchOutput,
+    Failures,
+)
 from tests.server.offline.batch import completion, read_answers, write_lines
 
 
@@ -95,6 +106,75 @@ def test_a_file_of_something_else_is_refused_and_left_alone(text, tmp_path):
     with pytest.raises(BatchFileError, match=r"something else than a batch's answers \(line 2: "):
         BatchOutput(path)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        b"\0" * 5000,
+        answer("b")[:40] + b"\0" * 5000,
+        b"\0" * 5000 + answer("b")[40:] + answer("c"),
+        answer("b")[:40] + b"\0" * 9 + answer("b")[49:],
+    ],
+)
+def test_zeros_that_a_power_cut_left_are_dropped_and_done_again(tail, tmp_path):
+    source = write_lines(tmp_path / "in", [completion(name) for name in "abc"])
+    path = tmp_path / "out"
+    whole = answer("a")
+    path.write_bytes(whole + tail)
+    with BatchOutput(path) as output:
+        assert missing(source, output) == [2, 3]
+    assert path.read_bytes() == whole
+
+
+def test_a_file_of_nothing_but_zeros_is_begun_anew(tmp_path):
+    path = tmp_path / "out"
+    path.write_bytes(b"\0" * 5000)
+    with BatchOutput(path) as output:
+        assert output.lines == 0
+    assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize("begin", [b"\0\0\1", b"\0\0\n\0"])
+def test_another_file_that_begins_with_zeros_is_left_alone(begin, tmp_path):
+    path = tmp_path / "out"
+    path.write_bytes(begin)
+    with pytest.raises(BatchFileError, match="something else than a batch's answers"):
+        BatchOutput(path)
+    assert path.read_bytes() == begin
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_the_mark_and_line_ends_of_windows_are_not_part_of_a_line(end, tmp_path):
+    path = tmp_path / "in"
+    lines = [json.dumps(completion(name)) for name in "ab"]
+    path.write_bytes(codecs.BOM_UTF8 + end.join([*lines, "", ""]).encode())
+    assert [(line.number, line.custom_id) for line in BatchInput(path)] == [(1, "a"), (2, "b")]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (json.dumps(completion("a")).encode("utf-16"), "in UTF-16; save it as UTF-8"),
+        (gzip.compress(json.dumps(completion("a")).encode()), "compressed with gzip; decompress it first"),
+    ],
+)
+def test_a_file_in_another_encoding_is_named(content, reason, tmp_path):
+    path = tmp_path / "in"
+    path.write_bytes(content)
+    with pytest.raises(BatchFileError, match=reason):
+        BatchInput(path)
+
+
+def test_reasons_of_failures_are_counted_and_bounded():
+    failures = Failures()
+    for number in range(3 * MAX_REASONS):
+        failures.add(f"reason {number}")
+        failures.add("It is\nwrong.")
+    first, *others, last = failures.lines()
+    assert first == f"{3 * MAX_REASONS:,} x It is wrong."
+    assert len(others) == SHOWN_REASONS - 1
+    assert last == f"{3 * MAX_REASONS - SHOWN_REASONS + 1:,} x other reasons, which the file has"
 
 
 def test_a_file_that_is_being_written_is_not_written_by_a_second_run(tmp_path):
