@@ -61,8 +61,8 @@ class Settings(BaseSettings):
     )
     add_bos: Literal["auto", "true", "false"] = _setting(
         "auto",
-        "Whether text prompts start with the beginning-of-sequence token. "
-        "auto does what the checkpoint's tokenizer_config.json says.",
+        "Whether text prompts and conversations start with the beginning-of-sequence token. "
+        "auto does what the checkpoint's files say.",
         "model",
     )
     seed: int = _setting(
