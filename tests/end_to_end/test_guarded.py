@@ -237,7 +237,7 @@ def test_sighup_changes_keys_in_both_workers_and_streams_of_a_key_that_goes_run_
 def test_a_file_of_keys_that_cannot_be_used_changes_nothing_and_the_console_says_why(guarded, keys):
     keys.write_text(f"dave:{KEYS['dave']}\n{KEYS['alice']}\n")
     guarded.server.process.send_signal(signal.SIGHUP)
-    told = f"--api-key-file {keys}, line 2: needed is name:key.*; the API keys stay as they were"
+    told = f"--api-key-file {keys}, line 2: expected name:key.*; the API keys stay as they were"
     guarded.server.wait_for_line(re.compile(told), 30)
     with clients(guarded.server, guarded.client) as workers:
         for worker in workers:
@@ -264,5 +264,5 @@ def test_a_server_whose_keys_cannot_be_read_does_not_start_and_says_why(tmp_path
     ended = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     assert ended.returncode == 2
     (line,) = ended.stderr.splitlines()
-    assert line.startswith(f"persimmon: error: --api-key-file {keys}, line 2: needed is name:key")
+    assert line.startswith(f"persimmon: error: --api-key-file {keys}, line 2: expected name:key")
     assert "battery" not in line
