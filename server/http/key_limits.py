@@ -5,8 +5,10 @@ Knows keys by their digests, workers by their number and requests as moments.
 
 import contextlib
 import fcntl
+import logging
 import math
 import mmap
+import os
 import struct
 import time
 from collections import Counter
@@ -15,8 +17,11 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from http import HTTPStatus
 from pathlib import Path
+from typing import BinaryIO
 
 from server.http.errors import ApiError
+
+logger = logging.getLogger(__name__)
 
 _MINUTE = 60.0
 _TIME = struct.Struct("d")
@@ -50,6 +55,9 @@ class _Ledger:
         keys: their digests.
         workers: how many.
         folder: of the file, of this server alone; None for one worker.
+
+    Raises:
+        OSError: the file cannot be written.
     """
 
     def __init__(self, keys: Sequence[bytes], workers: int, folder: Path | None) -> None:
@@ -57,10 +65,16 @@ class _Ledger:
         self._row_bytes = _TIME.size + workers * _COUNT.size
         self._workers = workers
         size = len(keys) * self._row_bytes
-        self._file = None
+        self._file: BinaryIO | None = None
         if folder is not None:
             self._file = (folder / f"keys-{blake2b(b''.join(keys), digest_size=8).hexdigest()}").open("a+b")
-            self._file.truncate(size)  # zeros for who comes first; for the others it is so long already
+            try:
+                # Zeros for the worker that comes first; for the others it has its size already.  Allocated, because
+                # where the disk is full a store into a sparse file is a SIGBUS.
+                os.posix_fallocate(self._file.fileno(), 0, size)
+            except OSError:
+                self._file.close()
+                raise
         self._memory = mmap.mmap(-1 if self._file is None else self._file.fileno(), size)
 
     def __contains__(self, key: bytes) -> bool:
@@ -158,7 +172,15 @@ class KeyLimiter:
 
     def _opened(self, keys: Sequence[bytes], times: Mapping[bytes, float]) -> _Ledger:
         """The ledger of these keys, with what this worker knows of them."""
-        ledger = _Ledger(keys, self._workers, self._folder)
+        try:
+            ledger = _Ledger(keys, self._workers, self._folder)
+        except OSError as error:
+            logger.error(
+                "%s: %s; the limits of API keys are counted by each API worker alone, until the keys are read again",
+                self._folder,
+                error.strerror,
+            )
+            ledger = _Ledger(keys, self._workers, None)
         with ledger.locked():
             for key in keys:
                 # In place of what is there of a worker of this number that has died.

@@ -1,4 +1,5 @@
 import asyncio
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,3 +141,24 @@ def test_workers_count_together_again_when_all_of_them_have_the_new_keys(tmp_pat
     assert ask(workers[0]) is None
     assert ask(workers[1]) is None
     assert [ask(worker) for worker in workers] == [15, 15]
+
+
+def test_where_no_file_can_be_written_new_keys_hold_and_each_worker_counts_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    workers = [KeyLimiter(KeyLimits(concurrent=1), [ONE], number, 2, tmp_path) for number in range(2)]
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))  # as with a full disk
+    try:
+        for worker in workers:
+            worker.replace([OTHER])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert len(caplog.records) == 2
+    assert "File too large; the limits of API keys are counted by each API worker alone" in caplog.text
+    with workers[0].request(OTHER), workers[1].request(OTHER):
+        assert [ask(worker, OTHER) for worker in workers] == [1, 1]
+    for worker in workers:
+        worker.replace([ONE])
+    with workers[0].request(ONE):
+        assert ask(workers[1]) == 1
