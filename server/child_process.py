@@ -6,10 +6,11 @@ import os
 import pickle
 import signal
 import threading
-from collections.abc import Callable, Collection
-from multiprocessing import connection, parent_process
+from collections.abc import Callable, Collection, Iterator
+from multiprocessing import connection, current_process, parent_process
 
 from server import logs
+from server.shortage import ADVICE, shortage
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -23,10 +24,24 @@ def run(pickled: bytes) -> None:
         pickled: a function and its arguments.  They are unpickled late, because that imports modules for a second or
             more, in which the death of the supervisor must already end this process.
     """
-    follow_supervisor()
-    with logs.in_background(), logs.error_logged():
+    with logs.in_background(), logs.error_logged(), _shortage_explained():
+        follow_supervisor()
         main, arguments = pickle.loads(pickled)  # noqa: S301, from the process that started this one
         main(*arguments)
+
+
+@contextlib.contextmanager
+def _shortage_explained() -> Iterator[None]:
+    """Makes an error for want of memory, threads or files one line and exit code 2: it is nothing to debug."""
+    try:
+        yield
+    except Exception as error:
+        reason = shortage(error)
+        if reason is None:
+            raise
+        logs.say(f"persimmon: error: {current_process().name} cannot go on: {reason}; {ADVICE}")
+        logs.flush()
+        os._exit(2)  # an orderly exit may fail for the same reason
 
 
 def ignore(numbers: Collection[signal.Signals]) -> None:

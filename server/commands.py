@@ -22,6 +22,7 @@ from server.bench.arguments import add_arguments as add_bench_arguments
 from server.config import GROUPS, Settings, SettingsError, add_arguments, read_settings
 from server.console import interruptible
 from server.http.access import check as check_access
+from server.http.gate import Limits
 from server.http.model_use import USES, ModelUse
 from server.logs import configure as configure_log
 from server.logs import in_background, say
@@ -29,6 +30,7 @@ from server.memory_need import check_memory
 from server.offline.command import generate as answer_batch
 from server.offline.files import BatchFileError
 from server.runtime_folder import RuntimeFolderError
+from server.shortage import raise_open_files, too_few_files
 from server.supervisor import ListenError, supervise
 
 DEMO_NAME = "persimmon-demo"
@@ -72,6 +74,10 @@ def serve(settings: Settings) -> int:
     """
     configure_log("supervisor", settings.log_format)
     check_access(settings)
+    sequences = Limits.of(settings).sequences
+    warning = too_few_files(raise_open_files(), sequences or 0, settings.api_workers)
+    if warning is not None:
+        say(f"persimmon: warning: {warning}")
     folder, name, use = _checkpoint(settings, settings.api_workers)
     return supervise(settings, folder, name, use)
 

@@ -26,6 +26,8 @@ def worker_main(keys: "KeyCheck", *args: object) -> None:
         keys: the supervisor's; its keys when the worker is started.
         args: the others.
     """
+    # numpy would start a thread for each core, for matrices that an API worker never multiplies.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from server.http.worker import run_api_worker
 
     run_api_worker(*args, keys=keys.keys)  # type: ignore[arg-type]

@@ -56,7 +56,11 @@ def in_background() -> Iterator[None]:
 
     A pipe whose reader has stopped reading then stops no request.
     """
-    writer = LogWriter(2, _dropped_notice)
+    try:
+        writer = LogWriter(2, _dropped_notice)
+    except RuntimeError:  # the system allows no thread; the process will hardly go on, and says so at once
+        yield
+        return
     _background.append(writer)
     logging.captureWarnings(True)
     try:
@@ -65,6 +69,12 @@ def in_background() -> Iterator[None]:
         logging.captureWarnings(False)
         _background.remove(writer)
         writer.close(LAST_SECONDS)
+
+
+def flush() -> None:
+    """Waits a little until the lines of this process are written."""
+    for writer in _background:
+        writer.flush(LAST_SECONDS)
 
 
 def dropped_lines() -> int:

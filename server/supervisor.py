@@ -25,6 +25,7 @@ from server.http.model_use import ModelUse
 from server.http.siblings import WorkerPlace
 from server.logs import say
 from server.runtime_folder import RuntimeFolderError, runtime_folder
+from server.shortage import ADVICE
 from server.step_watch import StepWatch, WorkerWatch, step_limit
 from server.vitals import Vitals
 
@@ -36,8 +37,6 @@ FLUSH_SECONDS = 5.0
 
 LOOK_SECONDS = 0.5
 """How often heartbeats are looked at."""
-
-START_ADVICE = "see the limits on processes, memory and open files (ulimit -a, the container's limits)"
 
 REPEAT_SECONDS = 0.1
 """Signals that come within this time of the first one are the same request: a terminal signals all processes, and a
@@ -172,7 +171,7 @@ class _Supervisor:
         try:
             child.start()
         except OSError as error:
-            reason = f"{child.title} cannot be started: {error.strerror or error}; {START_ADVICE}"
+            reason = f"{child.title} cannot be started: {error.strerror or error}; {ADVICE}"
             if not child.has_served:
                 say(f"persimmon: error: {reason}")
                 return 2
@@ -211,13 +210,15 @@ class _Supervisor:
         if child is self._engine:
             self._ready = None
             self._vitals.forget_engine()
-            if exit_code == 2 and not child.has_served:  # it could not start, and has said why
-                return 2
         else:
             self._vitals.forget_worker(self._workers.index(child))
+        if exit_code == 2 and not child.has_served:  # it could not start, and has said why
+            return 2
         delay = child.plan_restart() if child.has_served else None
         if delay is None:
-            say(f"persimmon: error: {child.exit_summary}; the server ends")
+            # What libraries do that cannot start a thread or map memory, after a line of their own.
+            advice = f"; {ADVICE}" if exit_code == -signal.SIGABRT else ""
+            say(f"persimmon: error: {child.exit_summary}; the server ends{advice}")
             self._end()
             return 1
         when = f"in {delay:g} s" if delay else "now"

@@ -257,3 +257,21 @@ def test_a_place_for_temporary_files_that_cannot_hold_sockets_is_one_line(comman
     assert ended.returncode == 2
     (error,) = [line for line in ended.stderr.splitlines() if "error" in line]
     assert error.startswith(f"persimmon: error: {long} is too long for the paths of unix sockets")
+
+
+@pytest.mark.parametrize(
+    ("limit", "shown"),
+    [
+        ("ulimit -n 12", "Too many open files"),
+        ("ulimit -f 0", "No usable temporary directory"),
+        ("ulimit -v 450000", "failed to map segment|[Cc]annot allocate memory"),
+    ],
+)
+def test_a_limit_that_allows_no_start_is_one_line(limit, shown):
+    command = f"{limit}; exec {sys.executable} -m server.cli serve --port 0 --kv-cache-memory 26MB"
+    ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    (error,) = [line for line in ended.stderr.splitlines() if "error" in line]
+    assert error.startswith("persimmon: error: ")
+    assert re.search(shown, error)
