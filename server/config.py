@@ -121,9 +121,9 @@ class Settings(BaseSettings):
 
     api_key: Annotated[tuple[SecretStr, ...] | None, NoDecode] = _setting(
         None,
-        "Keys that requests must bring one of, as Authorization: Bearer KEY. Other users of the machine can read a "
-        "command line; the environment variable, with commas between keys, or --api-key-file is safer. Default: "
-        "anybody may ask.",
+        "Keys that requests must bring one of, as Authorization: Bearer KEY or X-Api-Key: KEY. Other users of the "
+        "machine can read a command line; the environment variable, with commas between keys, or --api-key-file is "
+        "safer. Default: anybody may ask.",
         "access",
         "KEY",
         several=True,

@@ -15,6 +15,9 @@ from server.http.key_limits import KeyLimiter
 from server.http.keys import KeyRing
 from server.http.request_record import record_of
 
+KEY_HEADERS = ("x-api-key", "api-key")
+"""Headers that hold nothing but a key: Anthropic's clients send the first, Azure's the second."""
+
 
 @dataclass(slots=True)
 class KeyCheck:
@@ -62,7 +65,9 @@ class Authentication:
 
     @contextlib.contextmanager
     def _let_in(self, scope: Scope) -> Iterator[None]:
-        owner = self._check.keys.owner(Headers(scope=scope).get("authorization"))
+        headers = Headers(scope=scope)
+        bare = next((headers[name] for name in KEY_HEADERS if name in headers), None)
+        owner = self._check.keys.owner(headers.get("authorization"), bare)
         if owner is None:
             yield
             return

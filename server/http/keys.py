@@ -63,22 +63,27 @@ class KeyRing:
         """The digest of each key."""
         return [key.digest for key in self.keys]
 
-    def owner(self, authorization: str | None) -> ApiKey | None:
+    def owner(self, authorization: str | None, bare: str | None = None) -> ApiKey | None:
         """The key that a request brings; None where the server asks for none.
 
         It takes as long for a wrong key as for a right one, and for the first as for the last.
 
         Args:
             authorization: the header of this name.
+            bare: the header that holds nothing but a key, which counts where the other one holds none.
 
         Raises:
             ApiError: a 401: there is no key, or it is not one of these.
         """
         if not self.keys:
             return None
-        if authorization is None or not authorization.lower().startswith(_BEARER):
-            raise _unauthorized("You did not provide an API key. Send it in the header Authorization: Bearer KEY.")
-        given = sha256(authorization[len(_BEARER) :].strip().encode()).digest()
+        if authorization is not None and authorization.lower().startswith(_BEARER):
+            bare = authorization[len(_BEARER) :]
+        if bare is None:
+            raise _unauthorized(
+                "You did not provide an API key. Send it in the header Authorization: Bearer KEY, or X-Api-Key: KEY."
+            )
+        given = sha256(bare.strip().encode()).digest()
         found = None
         for key in self.keys:
             if hmac.compare_digest(key.digest, given):

@@ -3,6 +3,7 @@
 Knows pydantic's errors and no field by name.
 """
 
+import re
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -13,6 +14,12 @@ from pydantic_core import ErrorDetails
 from server.http.errors import ApiError, bad_request
 from server.http.request_object import Refusal
 
+MAX_OBJECTS = 250_000
+MAX_VALUES = 4_000_000
+"""A value takes about a hundred bytes while a body is read, an object several times as much."""
+
+# One that has no end reaches to the body's end, so that no character is looked at twice.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _Request = TypeVar("_Request", bound=BaseModel)
 
 
@@ -22,10 +29,33 @@ def parse(body: bytes, kind: type[_Request]) -> _Request:
     Raises:
         ApiError: a 400 with the first thing that is wrong, and the field it is in.
     """
+    _check_size(body)
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
         raise _bad_request(error.errors(include_url=False)[0]) from None
+
+
+def _check_size(body: bytes) -> None:
+    """Raises the ApiError of a body that takes too long to read, and many times its length of memory."""
+    for count, most, what in ((_objects, MAX_OBJECTS, "objects and lists"), (_values, MAX_VALUES, "values")):
+        if count(body) <= most:
+            continue
+        # Most of them may stand in texts, such as prompts of code.  Without texts, what is left tells.
+        if _strings(body) > MAX_VALUES or count(_STRING.sub(b"", body)) > most:
+            raise bad_request(f"The body has more than {most:,} JSON {what}; send less at a time.", None)
+
+
+def _objects(body: bytes) -> int:
+    return body.count(b"{") + body.count(b"[")
+
+
+def _values(body: bytes) -> int:
+    return body.count(b",") + _objects(body)
+
+
+def _strings(body: bytes) -> int:
+    return (body.count(b'"') - body.count(b'\\"')) // 2
 
 
 def _bad_request(error: ErrorDetails) -> ApiError:

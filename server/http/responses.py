@@ -11,6 +11,19 @@ class PromptTokensDetails(Struct, frozen=True):
     """Where the prompt's tokens came from."""
 
     cached_tokens: int
+    audio_tokens: int = 0
+
+
+class CompletionTokensDetails(Struct, frozen=True):
+    """What the answers' tokens are, beside text: nothing.  Clients of models that reason read it unasked."""
+
+    reasoning_tokens: int = 0
+    audio_tokens: int = 0
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
+
+
+_ONLY_TEXT = CompletionTokensDetails()
 
 
 class Usage(Struct, frozen=True):
@@ -20,6 +33,7 @@ class Usage(Struct, frozen=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails = _ONLY_TEXT
 
 
 class CompletionLogprobs(Struct, frozen=True):

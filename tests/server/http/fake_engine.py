@@ -59,6 +59,14 @@ Script = Callable[[Sample], Sequence[SequenceOutput]]
 """The outputs that a submitted sequence gets, one step each."""
 
 MAX_MODEL_LEN = 2048
+ONLY_TEXT = {
+    "reasoning_tokens": 0,
+    "audio_tokens": 0,
+    "accepted_prediction_tokens": 0,
+    "rejected_prediction_tokens": 0,
+}
+"""The details of an answer's tokens, as usage has them."""
+
 STATS = EngineStats(
     running=3,
     waiting=2,

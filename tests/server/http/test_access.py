@@ -69,7 +69,7 @@ async def test_without_a_key_or_with_a_wrong_one_nothing_is_answered(
 ) -> None:
     engine.script = says([9, 8])
     async with client(engine_client, Access(RING)) as http:
-        for headers in ({}, {"Authorization": "Bearer wrong"}):
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"X-Api-Key": "wrong"}, {"Api-Key": "wrong"}):
             for method, path in (("POST", COMPLETIONS), ("GET", "/v1/models"), ("GET", "/docs"), ("GET", "/nowhere")):
                 response = await http.request(method, path, headers=headers, json=HELLO)
                 assert response.status_code == 401

@@ -3,7 +3,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 
-from tests.server.http.fake_engine import MAX_MODEL_LEN, FakeEngine, says
+from tests.server.http.fake_engine import MAX_MODEL_LEN, ONLY_TEXT, FakeEngine, says
 
 pytestmark = pytest.mark.anyio
 
@@ -42,7 +42,8 @@ async def test_an_answer_has_openais_shape_and_not_the_formats_space(
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": 1},
+            "prompt_tokens_details": {"cached_tokens": 1, "audio_tokens": 0},
+            "completion_tokens_details": ONLY_TEXT,
         },
     }
 

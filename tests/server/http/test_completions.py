@@ -7,7 +7,7 @@ import pytest
 from model.tokenizer import Tokenizer
 from server.engine.client import EngineClient
 from server.engine.messages import Sampling, SequenceOutput
-from tests.server.http.fake_engine import FakeEngine, Sample, outputs, says
+from tests.server.http.fake_engine import ONLY_TEXT, FakeEngine, Sample, outputs, says
 
 pytestmark = pytest.mark.anyio
 
@@ -37,7 +37,8 @@ async def test_a_completion_has_openais_shape(http: httpx.AsyncClient, engine: F
             "prompt_tokens": len(prompt),
             "completion_tokens": completion_tokens,
             "total_tokens": len(prompt) + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": 2},
+            "prompt_tokens_details": {"cached_tokens": 2, "audio_tokens": 0},
+            "completion_tokens_details": ONLY_TEXT,
         },
     }
 

@@ -32,6 +32,14 @@ def test_a_wrong_key_is_refused_and_not_repeated(given: str) -> None:
     assert given not in raised.value.body.error.message
 
 
+def test_a_key_may_stand_in_a_header_of_its_own() -> None:
+    assert RING.owner(None, "correct-horse") == ALICE
+    assert RING.owner("Basic of-a-proxy", " correct-horse ") == ALICE
+    assert RING.owner("Bearer battery-staple", "correct-horse") == BOB
+    with pytest.raises(ApiError, match="not one that this server knows"):
+        RING.owner(None, "")
+
+
 def test_without_keys_everybody_is_let_in() -> None:
     assert KeyRing().owner(None) is None
     assert KeyRing().owner("Bearer anything") is None

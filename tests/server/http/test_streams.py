@@ -17,7 +17,7 @@ from server.http.request_record import RequestRecord
 from server.http.stop_strings import StopChecker, StopStrings
 from server.http.token_report import token_text
 from tests.server.http.conftest import LiveServer
-from tests.server.http.fake_engine import FakeEngine, Sample, outputs, says
+from tests.server.http.fake_engine import ONLY_TEXT, FakeEngine, Sample, outputs, says
 
 pytestmark = pytest.mark.anyio
 
@@ -86,7 +86,8 @@ async def test_usage_comes_last_without_choices_and_only_when_asked_for(
         "prompt_tokens": prompt_tokens,
         "completion_tokens": 3,
         "total_tokens": prompt_tokens + 3,
-        "prompt_tokens_details": {"cached_tokens": 1},
+        "prompt_tokens_details": {"cached_tokens": 1, "audio_tokens": 0},
+        "completion_tokens_details": ONLY_TEXT,
     }
     assert all(chunk["choices"] and chunk["usage"] is None for chunk in chunks)
     for options in ({"include_usage": False}, None):

@@ -1,0 +1,48 @@
+"""Which bodies are read at all."""
+
+import json
+
+import pytest
+
+from server.http import parsing
+from server.http.errors import ApiError
+from server.http.parsing import parse
+from server.http.protocol import ChatCompletionRequest, CompletionRequest
+
+
+@pytest.fixture(autouse=True)
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parsing, "MAX_OBJECTS", 20)
+    monkeypatch.setattr(parsing, "MAX_VALUES", 100)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{[,]}" * 100, '{"a": [1, 2]}' * 100, "\\{" * 100 + "\\", '"' * 99, "\n,{" * 200, '\\"{' * 100],
+)
+def test_what_stands_in_a_text_does_not_count(text: str) -> None:
+    assert parse(json.dumps({"prompt": text}).encode(), CompletionRequest).prompt == [text]
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        (b'{"prompt": [' + b"5, " * 200 + b"5]}", "values"),
+        (b'{"prompt": [' + b'"",' * 200 + b'""]}', "values"),
+        (b'{"messages": [' + b"{}," * 30 + b"{}]}", "objects and lists"),
+        (b'{"prompt": "[[[", "a": ' + b"[" * 30, "objects and lists"),
+    ],
+)
+def test_a_body_of_too_many_values_is_not_read(body: bytes, what: str) -> None:
+    with pytest.raises(ApiError, match=f"JSON {what}; send less at a time") as raised:
+        parse(body, ChatCompletionRequest)
+    assert raised.value.status == 400
+
+
+@pytest.mark.parametrize("begin", [b'"', b'{"prompt": "', b'"\\'])
+def test_a_text_without_an_end_is_invalid_json(begin: bytes) -> None:
+    for body in (begin + b"{" * 50, begin + b'\\"{' * 50, begin + b"{" * 50 + b"\\"):
+        with pytest.raises(ApiError) as raised:
+            parse(body, CompletionRequest)
+        error = raised.value.body.error
+        assert error.code == "invalid_json" or "JSON" in error.message
