@@ -85,12 +85,16 @@ class Settings(BaseSettings):
         le=256,
     )
     ssl_certfile: Path | None = _setting(
-        None, "Certificate chain (PEM) to serve HTTPS with; with --ssl-keyfile.", "http", "FILE"
+        None,
+        "Certificate chain (PEM) to serve HTTPS with; with --ssl-keyfile. SIGHUP has both read again.",
+        "http",
+        "FILE",
     )
     ssl_keyfile: Path | None = _setting(None, "The certificate's private key (PEM), without password.", "http", "FILE")
     read_timeout: float = _setting(
         30.0,
-        "A client may take so long to send its headers, and may pause so long in its body; then it is hung up on.",
+        "Time allowed for a TLS handshake, then for the headers, and between parts of the body; after it the connection is "
+        "closed.",
         "http",
         "SECONDS",
         gt=0,

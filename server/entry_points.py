@@ -4,7 +4,7 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from server.http.authentication import KeyCheck
+    from server.http.credentials import Credentials
 
 
 def engine_main(*args: object) -> None:
@@ -19,7 +19,7 @@ def engine_main(*args: object) -> None:
     run_engine(*args)  # type: ignore[arg-type]
 
 
-def worker_main(keys: "KeyCheck", *args: object) -> None:
+def worker_main(credentials: "Credentials", *args: object) -> None:
     """Entry point of an API worker; see `server.http.worker.run_api_worker` for its arguments.
 
     Args:
@@ -30,4 +30,4 @@ def worker_main(keys: "KeyCheck", *args: object) -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from server.http.worker import run_api_worker
 
-    run_api_worker(*args, keys=keys.keys)  # type: ignore[arg-type]
+    run_api_worker(*args, credentials=credentials)  # type: ignore[arg-type]

@@ -18,9 +18,7 @@ from server.children import Child, kill
 from server.config import Settings, SettingsError
 from server.engine.messages import Ready
 from server.entry_points import engine_main, worker_main
-from server.http.access import reads_keys_again
-from server.http.authentication import KeyCheck
-from server.http.keys import key_ring
+from server.http.credentials import Credentials, reads_files_again
 from server.http.model_use import ModelUse
 from server.http.siblings import WorkerPlace
 from server.logs import say
@@ -50,8 +48,8 @@ class ListenError(OSError):
 def supervise(settings: Settings, folder: Path, served_model_name: str, use: ModelUse) -> int:
     """Runs the server until it is told to stop or cannot go on.
 
-    A process that dies is started again, unless it never came to serve or dies time and again.  SIGHUP has a
-    file of keys read again.
+    A process that dies is started again, unless it never came to serve or dies time and again.  SIGHUP has the
+    files of keys and certificates read again.
 
     Args:
         settings: of the server.
@@ -71,9 +69,9 @@ def supervise(settings: Settings, folder: Path, served_model_name: str, use: Mod
     with contextlib.ExitStack() as stack:
         ending = {signal.SIGTERM, signal.SIGINT}
         # Without files to read again, the end of a terminal is the end of the server; nohup ignores it.
-        if not reads_keys_again(settings) and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        if not reads_files_again(settings) and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             ending.add(signal.SIGHUP)
-        signals = stack.enter_context(_Signals(ending, {signal.SIGHUP} if reads_keys_again(settings) else ()))
+        signals = stack.enter_context(_Signals(ending, {signal.SIGHUP} if reads_files_again(settings) else ()))
         listeners = listen(settings.host, settings.port, settings.api_workers)
         for listener in listeners:
             stack.enter_context(listener)
@@ -113,8 +111,8 @@ class _Supervisor:
         # What the engine said of itself; None while it loads.
         self._ready: Ready | None = None
         self._announced = False
-        # A worker that takes another's place gets what this holds then: its siblings' keys, whatever the file has.
-        self._keys = KeyCheck(key_ring(settings))
+        # A worker that takes another's place gets what this holds then: its siblings', whatever the files have.
+        self._credentials = Credentials.read(settings)
         self._engine = Child("persimmon-engine", "the engine process", engine_main, settings, folder, address, vitals)
         started = int(time.time())
         self._workers = [
@@ -122,7 +120,7 @@ class _Supervisor:
                 f"persimmon-api-{index}",
                 "the API process" if count == 1 else f"API process {index}",
                 worker_main,
-                self._keys,
+                self._credentials,
                 settings,
                 folder,
                 served_model_name,
@@ -153,7 +151,7 @@ class _Supervisor:
             if self._signals.descriptor in happened:
                 if self._signals.take():
                     return self._drain()
-                self._read_keys_again()
+                self._read_files_again()
             for child in running:
                 if child.report in happened:
                     self._hear(child.receive())
@@ -289,21 +287,24 @@ class _Supervisor:
             if self._signals.descriptor in happened:
                 if self._signals.take():
                     return False
-                say("Stopping: the API keys are not read again")
+                say("Stopping: API keys and certificates are not read again")
             running.difference_update(happened)
         return True
 
-    def _read_keys_again(self) -> None:
-        """Has the workers read the file of keys again, if it can be used."""
+    def _read_files_again(self) -> None:
+        """Has the workers read the files of keys and certificates again, if they can be used."""
         try:
-            self._keys.replace(key_ring(self._settings))
+            self._credentials.read_again(self._settings)
         except SettingsError as error:
-            say(f"persimmon: error: {error}; the API keys stay as they were")
+            say(f"persimmon: error: {error}; API keys and certificates stay as they were")
             return
         for worker in self._workers:
             worker.send(signal.SIGHUP)
-        count = len(self._keys.keys.keys)
-        say(f"{self._settings.api_key_file} is read again: {count} API key{'s' if count > 1 else ''} from now on")
+        if self._settings.api_key_file is not None:
+            count = len(self._credentials.keys.keys)
+            say(f"{self._settings.api_key_file} is read again: {count} API key{'s' if count > 1 else ''} from now on")
+        if self._credentials.certificate is not None:
+            say(f"{self._settings.ssl_certfile} is read again: new connections get this certificate")
 
 
 def listen(host: str, port: int, count: int) -> list[socket.socket]:

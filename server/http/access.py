@@ -3,12 +3,11 @@
 Knows settings and files; what is done with them is others' affair.
 """
 
-import signal
-import ssl
 from dataclasses import dataclass, field
 
-from server.config import MAX_BODY_BYTES, Settings, SettingsError
+from server.config import MAX_BODY_BYTES, Settings
 from server.http.authentication import KeyCheck
+from server.http.credentials import Credentials
 from server.http.key_limits import KeyLimiter, KeyLimits
 from server.http.keys import KeyRing, key_ring
 from server.http.siblings import WorkerPlace
@@ -69,28 +68,12 @@ class Access:
         return KeyCheck(self.keys, KeyLimiter(self.limits, self.keys.digests, place.index, place.count, folder))
 
 
-def reads_keys_again(settings: Settings) -> bool:
-    """Whether SIGHUP has the file of keys read again: there is one, and the signal is not ignored, as with nohup."""
-    return settings.api_key_file is not None and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
-
-
 def check(settings: Settings) -> None:
     """Makes sure, before any process starts, that the files and packages that settings ask for can be used.
 
     Raises:
         SettingsError: keys or certificates cannot be read, or a package is missing.
     """
-    key_ring(settings)
+    Credentials.read(settings)
     if settings.tracing:
         check_installed()
-    if settings.ssl_certfile is not None and settings.ssl_keyfile is not None:
-        try:
-            # An empty password, so that a key that needs one is an error and no question at the console.
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
-                settings.ssl_certfile, settings.ssl_keyfile, password=""
-            )
-        except (OSError, ssl.SSLError) as error:
-            raise SettingsError(
-                f"--ssl-certfile {settings.ssl_certfile} with --ssl-keyfile {settings.ssl_keyfile} cannot be used: "
-                f"{error.strerror or error}"
-            ) from None

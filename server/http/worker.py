@@ -10,6 +10,7 @@ import logging
 import shutil
 import signal
 import socket
+import ssl
 from collections.abc import Iterator
 from functools import partial
 from multiprocessing.connection import Connection
@@ -24,14 +25,15 @@ from server.config import Settings, SettingsError
 from server.engine.client import EngineClient
 from server.engine.load import Load
 from server.http import observer
-from server.http.access import Access, reads_keys_again
+from server.http.access import Access
 from server.http.app import application
 from server.http.authentication import KeyCheck
 from server.http.connection import Connection as ClientConnection
+from server.http.credentials import Credentials, reads_files_again
 from server.http.gate import Gate, Limits
 from server.http.heartbeat import beat
-from server.http.keys import KeyRing, key_ring
 from server.http.siblings import WorkerPlace
+from server.http.tls import TlsListener
 from server.tracing import Tracing
 from server.vitals import Vitals
 
@@ -58,7 +60,7 @@ def run_api_worker(
     place: WorkerPlace,
     report: Connection,
     *,
-    keys: KeyRing | None = None,
+    credentials: Credentials | None = None,
 ) -> None:
     """Serves HTTP until SIGTERM, then refuses what is new, lets open requests finish and returns.
 
@@ -73,11 +75,11 @@ def run_api_worker(
         listener: bound and listening.
         place: which of the API workers it is.
         report: gets READY when connections are accepted and the engine answers.
-        keys: those that are let in at first; None for what the settings say.
+        credentials: keys and certificate at first; None for what the settings say.
 
     Raises:
         CheckpointError: config.json or the tokenizer cannot be used.
-        SettingsError: there are no `keys`, and their file cannot be used.
+        SettingsError: there are no `credentials`, and their files cannot be used.
     """
     follow_supervisor(lambda: _remove(place))
     name = "api worker" if place.count == 1 else f"api worker {place.index}"
@@ -87,12 +89,11 @@ def run_api_worker(
     async def main() -> None:
         vitals = Vitals.private(place.count) if place.vitals is None else Vitals.open(place.vitals)
         beating = asyncio.create_task(beat(vitals, place.index))
-        access = Access.of(settings, keys)
+        own = credentials or Credentials.read(settings)
+        access = Access.of(settings, own.keys)
         key_check = access.key_check(place)
         load = Load(vitals, place.index)
         gate = Gate(load, Limits.of(settings), lambda: place.count * len(key_check.keys.keys))
-        if reads_keys_again(settings):
-            _read_keys_again_at_hangup(settings, key_check)
         tracing = Tracing.from_environment(served_model_name) if settings.tracing else None
         app, engine = application(
             settings, folder, served_model_name, engine_address, place, gate, access, tracing, key_check
@@ -110,10 +111,11 @@ def run_api_worker(
             forwarded_allow_ips=settings.forwarded_allow_ips,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=LAST_WORDS_SECONDS,
-            ssl_certfile=settings.ssl_certfile,
-            ssl_keyfile=settings.ssl_keyfile,
         )
-        server = _Server(server_config)
+        tls = None if own.certificate is None else own.certificate.context()
+        server = _Server(server_config, tls, access.read_timeout)
+        if reads_files_again(settings):
+            _read_files_again_at_hangup(settings, own, key_check, server)
         await engine.start()
         await _serve(server, engine, gate, listener, settings.drain_timeout, report)
         if tracing is not None:
@@ -129,6 +131,8 @@ class _Server(uvicorn.Server):
 
     Args:
         config: uvicorn's.
+        tls: of HTTPS connections; None for plain HTTP.
+        handshake_seconds: that a TLS handshake may take.
 
     Attributes:
         accepting: set when connections are accepted.
@@ -136,15 +140,36 @@ class _Server(uvicorn.Server):
         stopping_now: set when SIGUSR1 has come.
     """
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, tls: ssl.SSLContext | None, handshake_seconds: float) -> None:
         super().__init__(config)
+        self._tls = tls
+        self._handshake_seconds = handshake_seconds
+        self._tls_listeners: list[TlsListener] = []
         self.accepting = asyncio.Event()
         self.stopping = asyncio.Event()
         self.stopping_now = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        if self._tls is None:
+            await super().startup(sockets)
+        else:
+            await super().startup([])
+            for own in sockets or []:
+                self._tls_listeners.append(TlsListener(own, self._protocol, self._tls, self._handshake_seconds))
+            self.servers += self._tls_listeners  # type: ignore[arg-type]  # uvicorn closes them when it ends
         self.accepting.set()
+
+    def replace_tls(self, tls: ssl.SSLContext) -> None:
+        """Serves new connections with another certificate."""
+        self._tls = tls
+        for listener in self._tls_listeners:
+            listener.context = tls
+
+    def _protocol(self) -> asyncio.Protocol:
+        made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return made
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -165,17 +190,23 @@ def _remove(place: WorkerPlace) -> None:
         shutil.rmtree(place.vitals.parent, ignore_errors=True)
 
 
-def _read_keys_again_at_hangup(settings: Settings, key_check: KeyCheck) -> None:
-    """Has each SIGHUP change the keys for those that the file has then.
+def _read_files_again_at_hangup(
+    settings: Settings, credentials: Credentials, key_check: KeyCheck, server: _Server
+) -> None:
+    """Has each SIGHUP take the keys and the certificate that the files have then.
 
     This process was started with the signal blocked, so one that came before its handler has waited until here.
     """
 
     def read() -> None:
         try:
-            key_check.replace(key_ring(settings))
+            credentials.read_again(settings)
         except SettingsError as error:
-            logger.error("%s; the API keys stay as they were", error)
+            logger.error("%s; API keys and certificates stay as they were", error)
+            return
+        key_check.replace(credentials.keys)
+        if credentials.certificate is not None:
+            server.replace_tls(credentials.certificate.context())
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, read)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})

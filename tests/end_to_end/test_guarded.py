@@ -67,6 +67,9 @@ class Guarded:
     server: Server
     trust: ssl.SSLContext
     keys: Path
+    authority: trustme.CA
+    chain: Path
+    key: Path
 
     def client(self, name: str | None = None) -> httpx.Client:
         headers = {} if name is None else {"Authorization": f"Bearer {KEYS[name]}"}
@@ -104,7 +107,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> I
         OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{collector.server.server_port}",
         OTEL_BSP_SCHEDULE_DELAY="100",
     ) as server:
-        yield Guarded(server, trust, keys)
+        yield Guarded(server, trust, keys, authority, chain, key)
 
 
 def test_openais_client_is_let_in_with_a_key_alone(guarded):
@@ -128,8 +131,9 @@ def test_probes_are_answered_without_a_key_and_only_over_https(guarded):
     with guarded.client() as client:
         assert client.get("/health").json() == {"status": "ready"}
         assert client.get("/metrics").status_code == 200
-    with pytest.raises(httpx.TransportError):
-        httpx.get(guarded.server.url.replace("https:", "http:") + "/health", timeout=30)
+    plain = httpx.post(guarded.server.url.replace("https:", "http:") + "/health", timeout=30, json={"a": "b" * 10**5})
+    assert (plain.status_code, plain.json()["error"]["code"]) == (400, "https_required")
+    assert "Use https://" in plain.json()["error"]["message"]
 
 
 def test_headers_that_do_not_end_are_refused_and_those_that_do_not_come_are_hung_up_on(guarded):
@@ -141,6 +145,29 @@ def test_headers_that_do_not_end_are_refused_and_those_that_do_not_come_are_hung
         ):
             connection.sendall(sent)
             assert connection.recv(13) == expected  # the second after --read-timeout
+
+
+@pytest.mark.parametrize("sent", [b"", b"\x16\x03\x01\x02\x00\x01"])
+def test_a_handshake_that_does_not_come_to_its_end_is_hung_up_on(guarded, sent):
+    url = httpx.URL(guarded.server.url)
+    with socket.create_connection((url.host, url.port), timeout=60) as connection:
+        connection.sendall(sent)
+        assert connection.recv(1) == b""
+
+
+def test_a_client_that_leaves_over_https_has_its_blocks_back(guarded):
+    url, body = httpx.URL(guarded.server.url), json.dumps(LONG | {"max_tokens": 1000, "ignore_eos": True}).encode()
+    for stream in (True, False):
+        plain = socket.create_connection((url.host, url.port), timeout=60)
+        with guarded.trust.wrap_socket(plain, server_hostname=url.host) as connection:
+            content = body if stream else body.replace(b'"stream": true', b'"stream": false')
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEYS['bob']}\r\n"
+            connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+            if stream:
+                assert connection.recv(12) == b"HTTP/1.1 200"
+        with guarded.client() as client:
+            while "persimmon_open_streams 0.0" not in client.get("/metrics").text.splitlines():
+                pass
 
 
 def test_nobody_finds_what_another_has_asked_in_the_prefix_cache(guarded):
@@ -237,12 +264,55 @@ def test_sighup_changes_keys_in_both_workers_and_streams_of_a_key_that_goes_run_
 def test_a_file_of_keys_that_cannot_be_used_changes_nothing_and_the_console_says_why(guarded, keys):
     keys.write_text(f"dave:{KEYS['dave']}\n{KEYS['alice']}\n")
     guarded.server.process.send_signal(signal.SIGHUP)
-    told = f"--api-key-file {keys}, line 2: expected name:key.*; the API keys stay as they were"
+    told = f"--api-key-file {keys}, line 2: expected name:key.*; API keys and certificates stay as they were"
     guarded.server.wait_for_line(re.compile(told), 30)
     with clients(guarded.server, guarded.client) as workers:
         for worker in workers:
             assert [status(worker, name) for name in ("alice", "bob", "dave")] == [200, 200, 401]
     assert KEYS["alice"] not in "\n".join(guarded.server.lines)
+
+
+def serial_number(guarded: Guarded) -> int:
+    """Of the certificate that a new connection gets."""
+    url = httpx.URL(guarded.server.url)
+    with (
+        socket.create_connection((url.host, url.port), timeout=60) as plain,
+        guarded.trust.wrap_socket(plain, server_hostname=url.host) as connection,
+    ):
+        return int(connection.getpeercert()["serialNumber"], 16)  # type: ignore[index, arg-type]
+
+
+def test_sighup_changes_the_certificate_of_new_connections_and_with_unusable_files_nothing(guarded):
+    before = serial_number(guarded)
+    renewed = guarded.authority.issue_cert("127.0.0.1")
+    with clients(guarded.server, lambda: guarded.client("alice")) as workers:
+        renewed.private_key_pem.write_to_path(guarded.key)  # which does not belong to the certificate yet
+        guarded.server.process.send_signal(signal.SIGHUP)
+        told = "--ssl-certfile .* cannot be used: .*MISMATCH.*; API keys and certificates stay as they were"
+        guarded.server.wait_for_line(re.compile(told), 30)
+        assert serial_number(guarded) == before
+        guarded.chain.write_bytes(b"".join(part.bytes() for part in renewed.cert_chain_pems))
+        guarded.server.process.send_signal(signal.SIGHUP)
+        guarded.server.wait_for_line(re.compile("chain.pem is read again"), 30)
+        seen = 0
+        while seen < 20:  # in a row, of whichever worker: each has it then
+            seen = seen + 1 if serial_number(guarded) != before else 0
+        # Open connections go on.
+        assert [status(worker, "alice") for worker in workers] == [200, 200]
+        # A worker that takes another's place has it too, whatever the files have by then.
+        guarded.chain.write_bytes(b"")
+        killed = guarded.server.children()["api"]
+        os.kill(killed, signal.SIGKILL)
+        while killed in guarded.server.children().values() or len(guarded.server.children()) < 3:
+            serial_number_or_none(guarded)
+        assert serial_number(guarded) != before
+    guarded.chain.write_bytes(b"".join(part.bytes() for part in renewed.cert_chain_pems))
+
+
+def serial_number_or_none(guarded: Guarded) -> int | None:
+    with contextlib.suppress(OSError):  # the connection was that of the worker that has died
+        return serial_number(guarded)
+    return None
 
 
 def test_a_worker_that_takes_anothers_place_has_its_keys_although_the_file_cannot_be_used_any_more(guarded, keys):

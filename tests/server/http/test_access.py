@@ -20,9 +20,10 @@ from model.tokenizer import Tokenizer
 from server.config import Settings, SettingsError, read_settings
 from server.engine.client import EngineClient
 from server.http import observer
-from server.http.access import Access, check, reads_keys_again
+from server.http.access import Access, check
 from server.http.app import create_app
 from server.http.authentication import KeyCheck
+from server.http.credentials import reads_files_again
 from server.http.key_limits import KeyLimits
 from server.http.keys import ApiKey, KeyRing, salted
 from server.http.siblings import WorkerPlace
@@ -152,8 +153,8 @@ def test_a_hangup_has_the_file_of_keys_read_again_unless_it_is_ignored(
 ) -> None:
     before = signal.signal(signal.SIGHUP, handler)
     try:
-        assert reads_keys_again(Settings(api_key_file=Path("keys"))) == expected
-        assert not reads_keys_again(Settings())
+        assert reads_files_again(Settings(api_key_file=Path("keys"))) == expected
+        assert not reads_files_again(Settings())
     finally:
         signal.signal(signal.SIGHUP, before)
 
