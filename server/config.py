@@ -93,8 +93,8 @@ class Settings(BaseSettings):
     ssl_keyfile: Path | None = _setting(None, "The certificate's private key (PEM), without password.", "http", "FILE")
     read_timeout: float = _setting(
         30.0,
-        "Time allowed for a TLS handshake, then for the headers, and between parts of the body; after it the connection is "
-        "closed.",
+        "Time allowed for a TLS handshake, then for the headers, and between parts of the body; after it the "
+        "connection is closed.",
         "http",
         "SECONDS",
         gt=0,
