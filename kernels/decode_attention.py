@@ -266,6 +266,7 @@ def _decode_attention(
     TILE: tl.constexpr,
     SPLIT: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    BY_ROW: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -289,7 +290,7 @@ def _decode_attention(
         table = block_tables + sequence * table_width
         token = sequence.to(tl.int64) * H + head
         position = length - 1
-        angles = position * HALF
+        angles = (sequence if BY_ROW else position) * HALF
         rows = _query_key_value(
             qkv + token * (3 * D), norm_weight, norm_bias, eps, cos + angles, sin + angles, D, HALF, HAS_NORM
         )
@@ -391,6 +392,7 @@ def decode_attention(
     *,
     out: torch.Tensor | None = None,
     config: DecodeConfig = DecodeConfig(),
+    angles_by_row: bool = False,
     pdl: bool = False,
 ) -> torch.Tensor:
     """Attention of one new token a sequence over its cached tokens and itself.
@@ -409,13 +411,14 @@ def decode_attention(
         qkv: [B, H, 3, D], the fused projection as it comes: per head its query, key and value.
         norm_weight, norm_bias: [2, D], for queries and for keys; both None where the model has no QK-norm.
         eps: of the LayerNorms.
-        cos, sin: [max_position, R / 2] float32.
+        cos, sin: [max_position, R / 2] float32, a row for each position; [B, R / 2] with `angles_by_row`.
         k_cache, v_cache: [N, H, S, D]; each sequence's row for position length - 1 is written, no other.
         lengths: [B] int32, as `build_work_list` was given them.
         block_tables: [B, W] int32, the blocks of each sequence, its new token's included; read no further than that.
         workspace: holds the step's work list.
         out: [B, H * D], in qkv's dtype; made when None.  Rows of length zero are left as they are.
         config: how to launch it.
+        angles_by_row: whether `cos` and `sin` have a row for each sequence instead of each position.
         pdl: launched so that it may start while its predecessor ends.
 
     Returns:
@@ -452,6 +455,7 @@ def decode_attention(
         TILE=min(block_size, _MAX_TILE),
         SPLIT=SPLIT_TOKENS,
         HAS_NORM=has_norm,
+        BY_ROW=angles_by_row,
         STAGES=config.stages,
         PDL=pdl,
         num_warps=config.warps,

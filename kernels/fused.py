@@ -192,19 +192,28 @@ class FusedKernels:
                 weight,
                 bias,
                 eps,
-                rotary.cos,
-                rotary.sin,
+                *_angles(rotary, slice(decodes)),
                 k_cache,
                 v_cache,
                 plan.lengths,
                 plan.block_tables,
                 self._workspaces.decode,
                 out=out[:decodes],
+                angles_by_row=rotary.by_token,
                 pdl=self.pdl,
             )
         if plan.chunks is not None:
             q = qk_norm_rotary_store(
-                qkv[decodes:], weight, bias, eps, rotary.cos, rotary.sin, k_cache, v_cache, plan.chunks, pdl=self.pdl
+                qkv[decodes:],
+                weight,
+                bias,
+                eps,
+                *_angles(rotary, slice(decodes, None)),
+                k_cache,
+                v_cache,
+                plan.chunks,
+                angles_by_row=rotary.by_token,
+                pdl=self.pdl,
             )
             prefill_attention(q, k_cache, v_cache, plan.chunks, out=out[decodes:], pdl=self.pdl)
         return out
@@ -343,6 +352,11 @@ class FusedKernels:
         if self._reserved is None:
             raise RuntimeError("reserve() comes before the first step: no buffers have been made")
         return self._reserved
+
+
+def _angles(rotary: Rotary, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines for some of a step's rows: theirs, or those of all positions."""
+    return (rotary.cos[rows], rotary.sin[rows]) if rotary.by_token else (rotary.cos, rotary.sin)
 
 
 def _projections(limits: StepLimits) -> list[tuple[int, projection.ProjectionConfig]]:

@@ -29,10 +29,16 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """Cosine and sine of position * theta^(-2i/R), each [max_position_embeddings, R/2] float32."""
+    """Cosines and sines of the angles by which the rotary embedding turns: position * frequency.
+
+    Attributes:
+        cos, sin: [P, R/2] float32, a row for each position; with `by_token` [T, R/2], a row for each token of the step.
+        by_token: whether rows are a step's tokens'.
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor
+    by_token: bool = False
 
 
 @dataclass(slots=True)

@@ -75,6 +75,7 @@ def _qk_norm_rotary_store_kernel(
     GROUP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
+    BY_ROW: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -104,7 +105,8 @@ def _qk_norm_rotary_store_kernel(
     q_partner = tl.load(q_source + partner_dims, mask=live, other=0.0)
     k_partner = tl.load(k_source + partner_dims, mask=live, other=0.0)
     slot = tl.load(slots + token)
-    angle = tl.load(positions + token).to(tl.int64) * HALF + tl.where(is_left, dims, partner_dims)
+    angle_row = token if BY_ROW else tl.load(positions + token).to(tl.int64)
+    angle = angle_row * HALF + tl.where(is_left, dims, partner_dims)
     cos = tl.load(cos_table + angle, mask=turns, other=1.0)
     sin = tl.load(sin_table + angle, mask=turns, other=0.0)
     sin = tl.where(is_left, -sin, sin)
@@ -128,6 +130,7 @@ def qk_norm_rotary_store(
     v_cache: torch.Tensor,
     plan: ChunkPlan,
     *,
+    angles_by_row: bool = False,
     pdl: bool = False,
 ) -> torch.Tensor:
     """LayerNorm of queries and keys, rotary embedding of their first dimensions, keys and values into the cache.
@@ -142,9 +145,10 @@ def qk_norm_rotary_store(
         norm_weight, norm_bias: [2, D], for queries and for keys, shared by all heads; both None where the model has
             no QK-norm.
         eps: of the LayerNorms.
-        cos, sin: [max_position, R/2] float32 contiguous, of every position's angles.
+        cos, sin: [max_position, R/2] float32 contiguous, of every position's angles; [T, R/2] with `angles_by_row`.
         k_cache, v_cache: [N, H, S, D] contiguous, written at `plan.slots`, keys in the values they are rounded to.
         plan: the step's.
+        angles_by_row: whether `cos` and `sin` have a row for each token instead of each position.
         pdl: whether the kernel may start while its predecessor ends (sm_90 and later).
 
     Returns:
@@ -178,6 +182,7 @@ def qk_norm_rotary_store(
         GROUP=math.gcd(half, dim),
         BLOCK_SIZE=k_cache.shape[2],
         BLOCK_HEADS=block_heads,
+        BY_ROW=angles_by_row,
         PDL=pdl,
         num_warps=4,
         **launch_options(pdl),

@@ -4,13 +4,14 @@ Knows both spellings of Hugging Face's file, and its traps.  Knows nothing of te
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal, cast, get_args
 
 from model.errors import CheckpointError
 from model.json_object import JsonObject, shown
+from model.rope_scaling import RopeScaling, read_rope_scaling, rope_tables
 
 MODEL_TYPE = "persimmon"
 DTYPES = ("float16", "bfloat16", "float32")
@@ -62,7 +63,7 @@ class PersimmonConfig:
         intermediate_size: width of the MLP.
         num_hidden_layers: transformer layers.
         num_attention_heads: heads of queries, keys and values alike.
-        max_position_embeddings: the longest sequence the model was trained for, in tokens.
+        max_position_embeddings: the longest sequence the model was trained for, in tokens; see `context_length`.
         layer_norm_eps: added to the variance in every LayerNorm, those of queries and keys included.
         rope_theta: base of the rotary frequencies.
         partial_rotary_factor: share of each head's dimensions that the rotary embedding turns.
@@ -78,6 +79,7 @@ class PersimmonConfig:
         problem_type: what a classifier was trained for; None where the file does not say.
         token_classification_bias: whether a token classifier's head has a bias.  A sequence classifier's has none.
         pad_token_id: a sequence classifier's padding, see `pooled_token`; None where it has none.
+        rope_scaling: how the rotary embedding is stretched to longer contexts; None where it is not.
 
     Raises:
         ValueError: a value is not supported, or two contradict each other.
@@ -103,6 +105,7 @@ class PersimmonConfig:
     problem_type: ProblemType | None = None
     token_classification_bias: bool = True
     pad_token_id: int | None = None
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -183,6 +186,18 @@ class PersimmonConfig:
         """
         return int(self.head_dim * self.partial_rotary_factor)
 
+    @property
+    def context_length(self) -> int:
+        """The longest sequence to serve, in tokens: `max_position_embeddings`, or what scaling makes of it."""
+        if self.rope_scaling is None:
+            return self.max_position_embeddings
+        return self.rope_scaling.context_length(self.max_position_embeddings)
+
+    @property
+    def rope_limit(self) -> int | None:
+        """Prompts longer than this have rotary frequencies that depend on their length; None where none have."""
+        return None if self.rope_scaling is None else self.rope_scaling.limit
+
     @classmethod
     def from_folder(cls, folder: Path) -> "PersimmonConfig":
         """Reads config.json, and generation_config.json where there is one, for its token ids.
@@ -219,11 +234,11 @@ class PersimmonConfig:
         token_id_files = [file]
         if (generation := JsonObject.read(folder / "generation_config.json")) is not None:
             token_id_files.append(generation)
-        rotary = _rotary_tables(file)
+        rotary = rope_tables(file)
         # What a file says of labels means nothing where text is generated.
         generates = architecture is Architecture.CAUSAL_LM
         try:
-            return cls(
+            config = cls(
                 vocab_size=vocab_size,
                 hidden_size=file.positive_integer("hidden_size"),
                 intermediate_size=file.positive_integer("intermediate_size"),
@@ -245,6 +260,8 @@ class PersimmonConfig:
                 token_classification_bias=file.flag("token_classification_bias", cls.token_classification_bias),
                 pad_token_id=None if generates else _pad_token_id(file, vocab_size),
             )
+            scaling = read_rope_scaling(file, config.max_position_embeddings, config.rotary_dim)
+            return replace(config, rope_scaling=scaling)
         except CheckpointError:
             raise
         except ValueError as error:
@@ -336,19 +353,6 @@ def _pad_token_id(file: JsonObject, vocab_size: int) -> int | None:
     if len(token_ids) > 1 or any(token_id >= vocab_size for token_id in token_ids):
         raise file.error("pad_token_id", f"one token id below vocab_size {vocab_size}")
     return next(iter(token_ids), None)
-
-
-def _rotary_tables(file: JsonObject) -> list[JsonObject]:
-    """Where the rotary settings may be, best first: in their own table (newer files), or at the top level."""
-    tables = [table for key in ("rope_parameters", "rope_scaling") if (table := file.table(key)) is not None]
-    for table in tables:
-        kind = table.text("rope_type") or table.text("type") or "default"
-        if kind != "default":
-            raise CheckpointError(
-                f"{file.path}: {table.prefix.rstrip('.')} asks for a {kind!r} rotary embedding; scaled ones "
-                "(linear, dynamic and others) are not supported, only 'default' is"
-            )
-    return [*tables, file]
 
 
 def _positive_number(places: Sequence[JsonObject], key: str, default: float) -> float:

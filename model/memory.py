@@ -106,7 +106,7 @@ def plan_memory(
         block_size: tokens in a block.
         max_num_seqs: rows of logits in the largest step.
         max_num_batched_tokens: tokens in the largest step.
-        max_model_len: None for as much as the model was trained for and the cache holds.
+        max_model_len: None for as much as the model is made for and the cache holds.
         kv_cache_bytes: None for what is left.
         step_buffers: bytes of kernels' workspaces and CUDA graphs.
         matrix_dtype: of most weights, where that is not `dtype`; see `parameter_dtype`.
@@ -115,17 +115,16 @@ def plan_memory(
     Raises:
         MemoryPlanError: it does not fit.
     """
-    trained_for = config.max_position_embeddings
-    if max_model_len is not None and max_model_len > trained_for:
+    made_for = config.context_length
+    if max_model_len is not None and max_model_len > made_for:
         raise MemoryPlanError(
-            f"--max-model-len is {max_model_len} but the model was trained for {trained_for} tokens: "
-            f"give at most {trained_for}"
+            f"--max-model-len is {max_model_len} but the model is made for {made_for} tokens: give at most {made_for}"
         )
     weights = sum(
         math.prod(shape) * parameter_dtype(name, dtype, matrix_dtype).itemsize
         for name, shape in expected_shapes(config).items()
     )
-    step = _Step(max_num_seqs, max_num_batched_tokens, max_model_len or trained_for)
+    step = _Step(max_num_seqs, max_num_batched_tokens, max_model_len or made_for)
     activations = _activations(config, dtype, step)
     per_block = block_bytes(config, block_size, dtype)
     taken = weights + activations + step_buffers

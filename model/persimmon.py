@@ -15,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from kernels import Kernels, Linear, Norm, Rotary
 from model.config import PersimmonConfig
 from model.kv_cache import KVCache
+from model.rotary import rotary_of_tokens, rotary_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +27,14 @@ class Step:
         attention: where keys and values go and who attends to what, as `Kernels.plan_attention` made it.
         logits_rows: [R] int64, the tokens whose next-token logits are wanted; None for all.
         sampled: [*] int64 tokens that the device knows before the host does.
+        rotary: the tokens' angles, see `Persimmon.rotary_of_tokens`; None for those of their positions.
     """
 
     token_ids: torch.Tensor
     attention: Any
     logits_rows: torch.Tensor | None
     sampled: torch.Tensor | None = None
+    rotary: Rotary | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ class Persimmon:
         dtype: parameters and activations, see `parameter_dtype`.
         device: where they live.
         kernels: the operations.
+        max_model_len: most tokens of a sequence; the network's own by default.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Persimmon:
         dtype: torch.dtype,
         device: torch.device,
         kernels: Kernels[Any],
+        max_model_len: int | None = None,
     ) -> None:
         self.config = config
         self.dtype = dtype
@@ -91,7 +96,7 @@ class Persimmon:
             self._head = self._embedding if config.tie_word_embeddings else parameters["lm_head.weight"]
         else:
             self._score = parameters["score.weight"], parameters.get("score.bias")
-        self._rotary = rotary_table(config, device)
+        self._rotary = rotary_table(config, device, max_model_len)
 
     @property
     def head(self) -> torch.Tensor:
@@ -141,7 +146,7 @@ class Persimmon:
         """
         kernels, plan = kernels or self._kernels, step.attention
         heads, head_dim = self.config.num_attention_heads, self.config.head_dim
-        rotary = kernels.rotary_at(self._rotary, plan)
+        rotary = step.rotary or kernels.rotary_at(self._rotary, plan)
         x = kernels.embed(step.token_ids, step.sampled, self._embedding, plan)
         for layer, k_cache, v_cache in zip(self.layers, cache.keys, cache.values, strict=True):
             qkv = kernels.norm_linear(x, layer.attention_norm, layer.query_key_value, plan)
@@ -150,6 +155,15 @@ class Persimmon:
             kernels.add_linear_(x, attended, layer.attention_out, plan)
             kernels.add_mlp_(x, layer.mlp_norm, layer.mlp_up, layer.mlp_down, plan)
         return kernels.norm_rows(x, self._final_norm, step.logits_rows)
+
+    def rotary_of_tokens(self, positions: torch.Tensor, lengths: torch.Tensor) -> Rotary:
+        """The angles of a step's tokens where frequencies depend on the length, see `PersimmonConfig.rope_limit`.
+
+        Args:
+            positions: [T] int64.
+            lengths: [T] int64, of its prompt for each token of one, for others the length up to and with the token.
+        """
+        return rotary_of_tokens(self.config, positions, lengths, self.device)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -192,14 +206,6 @@ def parameter_dtype(name: str, dtype: torch.dtype, matrix_dtype: torch.dtype | N
     if "norm" in name or name.startswith("score."):
         return torch.float32
     return matrix_dtype if matrix_dtype and _is_projection(name) and name.endswith(".weight") else dtype
-
-
-def rotary_table(config: PersimmonConfig, device: torch.device) -> Rotary:
-    """The angles of every position, of which kernels take what a step needs."""
-    exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32) / config.rotary_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    angles = torch.arange(config.max_position_embeddings, dtype=torch.float32)[:, None] * frequencies
-    return Rotary(angles.cos().to(device), angles.sin().to(device))
 
 
 def _linear(parameters: dict[str, torch.Tensor], name: str) -> Linear:

@@ -38,7 +38,14 @@ class RecordedNetwork:
         rows = plan.num_tokens if step.logits_rows is None else len(step.logits_rows)
         hidden = torch.empty(rows, self._model.config.hidden_size)
         self._program.run(
-            step_of_plan(plan, token_ids=step.token_ids, sampled=step.sampled, rows=step.logits_rows, hidden=hidden)
+            step_of_plan(
+                plan,
+                step.rotary,
+                token_ids=step.token_ids,
+                sampled=step.sampled,
+                rows=step.logits_rows,
+                hidden=hidden,
+            )
         )
         return hidden
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from kernels import Kernels
+from kernels import Kernels, Rotary
 from kernels.cpu.native import NativeKernels
 from kernels.launch import upload
 from model.kv_cache import KVCache
@@ -75,6 +75,8 @@ class SequenceInput:
         samplings: how next tokens are drawn, one for each sample that goes on from here; none when these tokens are
             not the last known ones.
         report: what else is wanted of these tokens.
+        prompt_length: how many of the sequence's first tokens are its prompt, where that is more than the network's
+            `rope_limit`; 0 where not.
     """
 
     token_ids: Sequence[int]
@@ -82,6 +84,7 @@ class SequenceInput:
     block_table: Sequence[int]
     samplings: Sequence[SamplingParams]
     report: Report | None = None
+    prompt_length: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +213,11 @@ class Runner:
         self._sampled = decode_steps.sampled if decode_steps else torch.zeros(0, dtype=torch.int64, device=cache.device)
 
     @property
+    def rope_limit(self) -> int | None:
+        """Prompts longer than this have rotary frequencies that depend on their length; None where none have."""
+        return self._model.config.rope_limit
+
+    @property
     def graph_replays(self) -> int:
         """How many steps were CUDA graphs."""
         return 0 if self._decode_steps is None else self._decode_steps.replays
@@ -324,6 +332,21 @@ class Runner:
             attention,
             None if every_row else upload(np.array(rows, dtype=np.int64), device),
             self._sampled if min(token_ids) < 0 else None,
+            self._rotary(inputs),
+        )
+
+    def _rotary(self, inputs: Sequence[SequenceInput]) -> Rotary | None:
+        """The tokens' angles, where some are of a prompt that is too long for those of their positions.
+
+        All of such a prompt has the frequencies of its length, as if it were computed in one pass; what comes after it
+        has those of the length up to there, which the table has.
+        """
+        if all(item.start >= item.prompt_length - 1 for item in inputs):
+            return None
+        positions = [np.arange(item.start, item.start + len(item.token_ids)) for item in inputs]
+        lengths = [np.maximum(own + 1, item.prompt_length) for own, item in zip(positions, inputs, strict=True)]
+        return self._model.rotary_of_tokens(
+            torch.from_numpy(np.concatenate(positions)), torch.from_numpy(np.concatenate(lengths))
         )
 
 

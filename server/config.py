@@ -179,8 +179,8 @@ class Settings(BaseSettings):
 
     max_model_len: int | None = _setting(
         None,
-        "Most tokens of one sequence, prompt and answer together. Default: what the model was trained for, "
-        "or what the KV cache holds if that is less.",
+        "Most tokens of one sequence, prompt and answer together. Default: what the model is made for, with "
+        "scaled rotary embeddings their factor more, or what the KV cache holds if that is less.",
         "engine",
         "TOKENS",
         ge=2,

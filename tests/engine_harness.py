@@ -35,8 +35,8 @@ GREEDY = Sampling(temperature=0.0)
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, operations: Kernels[Any] | None = None) -> Persimmon:
     """A checkpoint's network on the CPU, with the operations that serve there unless others are given."""
     config = PersimmonConfig.from_folder(folder)
-    tensors = Checkpoint.open(folder, config).tensors()
-    return Persimmon(config, tensors, dtype, CPU, operations or kernels.for_device(CPU))
+    checkpoint = Checkpoint.open(folder, config)
+    return Persimmon(checkpoint.config, checkpoint.tensors(), dtype, CPU, operations or kernels.for_device(CPU))
 
 
 def poisoned_cache(model: Persimmon, num_blocks: int, block_size: int) -> KVCache:
@@ -94,7 +94,8 @@ class Harness:
             self.pool,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=min(num_blocks * block_size, model.config.max_position_embeddings),
+            max_model_len=min(num_blocks * block_size, model.config.context_length),
+            rope_limit=model.config.rope_limit,
         )
         cache = poisoned_cache(model, num_blocks, block_size)
         self.told: defaultdict[Sequence, Told] = defaultdict(Told)

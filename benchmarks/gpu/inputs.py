@@ -10,7 +10,7 @@ import torch
 
 from kernels.operands import Rotary
 from model.config import PersimmonConfig
-from model.persimmon import rotary_table
+from model.rotary import rotary_table
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,12 +38,14 @@ typedef struct {
     int64_t start;         /* position of the first token */
     int64_t count;
     const int32_t *table;
+    const float *cosine, *sine; /* the first token's angles; the next one's lie rotary / 2 on */
     const char *next;      /* the keys that the same thread reads next, a tile; or null */
 } Head;
 
-/* LayerNorm, where there is one, then rotary embedding; `which` is 0 for queries and 1 for keys. */
-INLINE void norm_and_turn(const Operation *op, const float *from, int64_t position, int which, float *to,
-                          const int64_t dim) {
+/* LayerNorm, where there is one, then rotary embedding of token number `token` of the sequence's in this step; `which` is
+ * 0 for queries and 1 for keys. */
+INLINE void norm_and_turn(const Head *own, const float *from, int64_t token, int which, float *to, const int64_t dim) {
+    const Operation *op = own->op;
     if (op->norm_weight) {
         const float *weight = op->norm_weight + which * dim, *bias = op->norm_bias + which * dim;
         layer_norm(from, to, weight, bias, (float)op->eps, dim);
@@ -51,7 +53,7 @@ INLINE void norm_and_turn(const Operation *op, const float *from, int64_t positi
         memcpy(to, from, (size_t)dim * sizeof(float));
     }
     const int64_t half = op->rotary / 2;
-    const float *cosine = op->cosine + position * half, *sine = op->sine + position * half;
+    const float *cosine = own->cosine + token * half, *sine = own->sine + token * half;
     for (int64_t i = 0; i < half; i++) {
         const float left = to[i], right = to[half + i];
         to[i] = left * cosine[i] - right * sine[i];
@@ -72,7 +74,7 @@ INLINE void store_keys_values(const Head *own, const int64_t dim, const int type
         const float *qkv = own->qkv + i * own->stride;
         const int64_t position = own->start + i, place = position % block_size;
         const int64_t tile = tile_of(own, position / block_size, dim);
-        norm_and_turn(own->op, qkv + dim, position, 1, key, dim);
+        norm_and_turn(own, qkv + dim, i, 1, key, dim);
         for (int64_t d = 0; d < dim; d++) store_as(own->op->keys, tile + d * block_size + place, key[d], type);
         for (int64_t d = 0; d < dim; d++) store_as(own->op->values, tile + place * dim + d, qkv[2 * dim + d], type);
     }
@@ -198,7 +200,7 @@ INLINE void attend(const Head *own, int64_t first, const int64_t dim, const int 
     float highest[QUERIES], total[QUERIES];
     const float scale = 1.0f / sqrtf((float)dim);
     for (int q = 0; q < queries; q++) {
-        norm_and_turn(op, own->qkv + (first + q) * own->stride, position + q, 0, query[q], dim);
+        norm_and_turn(own, own->qkv + (first + q) * own->stride, first + q, 0, query[q], dim);
         for (int64_t d = 0; d < dim; d++) {
             query[q][d] *= scale;
             sums[q][d] = 0.0f;

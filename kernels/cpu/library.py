@@ -42,6 +42,7 @@ class Step(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("tokens", "sequences", "rows")),
         *((name, ctypes.c_void_p) for name in ("token_ids", "sampled", "starts", "firsts", "tables", "table_firsts")),
         *((name, ctypes.c_void_p) for name in ("row_ids", "hidden", "draws", "drawn")),
+        *((name, ctypes.c_void_p) for name in ("cosine", "sine")),
     )
 
 

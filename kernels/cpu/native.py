@@ -165,7 +165,8 @@ class NativeKernels:
         if qk_norm is not None:
             operation.norm_weight, operation.norm_bias = qk_norm.weight.data_ptr(), qk_norm.bias.data_ptr()
             operation.eps = qk_norm.eps
-        self._run(operation, step_of_plan(plan), qkv, qk_norm, rotary, k_cache, v_cache, out)
+        by_token = rotary if rotary.by_token else None
+        self._run(operation, step_of_plan(plan, by_token), qkv, qk_norm, rotary, k_cache, v_cache, out)
         return out
 
     def add_linear_(self, x: Residual, attended: torch.Tensor, linear: Linear, plan: NativePlan) -> None:
@@ -291,10 +292,12 @@ class _Recorder(NativeKernels):
         self._program.append(operation, operands)
 
 
-def step_of_plan(plan: NativePlan, **tensors: torch.Tensor | None) -> library.Step:
-    """A step of a plan's sequences."""
+def step_of_plan(plan: NativePlan, rotary: Rotary | None = None, **tensors: torch.Tensor | None) -> library.Step:
+    """A step of a plan's sequences; `rotary`: its tokens' angles, where they are not those of their positions."""
     step = step_of(plan.num_tokens, **tensors)
     step.sequences = len(plan.starts)
+    if rotary is not None:
+        step.cosine, step.sine = rotary.cos.data_ptr(), rotary.sin.data_ptr()
     for name in ("starts", "firsts", "tables", "table_firsts"):
         setattr(step, name, getattr(plan, name).ctypes.data)
     return step

@@ -79,6 +79,7 @@ static void attention(const Operation *op, const Run *run, int64_t part) {
     const int64_t sequence = step->sequences - 1 - part * together / op->heads, first_head = part * together % op->heads;
     const int64_t first = step->firsts[sequence];
     const int32_t *table = step->tables + step->table_firsts[sequence];
+    const int64_t angles = (step->cosine ? first : step->starts[sequence]) * (op->rotary / 2);
     for (int64_t head = first_head; head < first_head + together; head++) {
         const int64_t next_tile = (table[0] * op->heads + head + 1) * op->block_size * op->head_dim;
         const Head own = {
@@ -91,6 +92,8 @@ static void attention(const Operation *op, const Run *run, int64_t part) {
             .start = step->starts[sequence],
             .count = step->firsts[sequence + 1] - first,
             .table = table,
+            .cosine = (step->cosine ? step->cosine : op->cosine) + angles,
+            .sine = (step->cosine ? step->sine : op->sine) + angles,
             .next = head + 1 < first_head + together ? address(op->keys, next_tile, (int)op->type) : NULL,
         };
         attend_head(&own);

@@ -26,7 +26,7 @@ typedef struct {
      *         [T, out], as `finish` says.  `rounds`: inputs are rounded to bfloat16 and multiplied as such.
      *         `sparse`: most inputs are zero.
      * ATTENTION: input [T, heads, 3, head_dim] -> output [T, heads * head_dim]; norm_weight, norm_bias [2, head_dim]
-     *         or null; cosine, sine [*, rotary / 2]; keys, values: the cache, of type.
+     *         or null; cosine, sine [*, rotary / 2], of every position; keys, values: the cache, of type.
      * NORM_ROWS: rows of input [T, width] -> the step's hidden [R, width].
      * DRAW: input [T, in] logits -> the step's drawn tokens [T], as its draws say. */
     int64_t type;
@@ -78,6 +78,7 @@ typedef struct {
     float *hidden;             /* [R, width] */
     const Draw *draws;         /* [T] */
     int64_t *drawn;            /* [T] */
+    const float *cosine, *sine;  /* [T, rotary / 2], each token's angles; or null for those of its position */
 } Step;
 
 /* Bytes of scratch memory that `persimmon_run` needs for programs whose projections have at most so many inputs in all

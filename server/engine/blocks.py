@@ -24,6 +24,16 @@ def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
     return blake2b(array("i", token_ids).tobytes(), digest_size=32, key=parent).digest()
 
 
+def salted_with_length(salt: bytes, length: int) -> bytes:
+    """A salt for prompts of one length, which share blocks only with each other.
+
+    Args:
+        salt: that stood before the first block until now.
+        length: tokens of the prompt.
+    """
+    return blake2b(length.to_bytes(8, "little"), digest_size=24, key=salt).digest()
+
+
 class BlockPool:
     """Reference-counted blocks with a prefix index over the full ones.
 

@@ -79,7 +79,7 @@ def load_model(settings: Settings, folder: Path, print_line: Callable[[str], Non
     dtype = choose_dtype(settings.dtype, config.dtype, device, cpu_bfloat16=kernels.cpu_multiplies_bfloat16())
     operations = kernels.for_device(device, dtype)
     sizes = _graph_sizes(settings, config, device)
-    longest = settings.max_model_len or config.max_position_embeddings
+    longest = settings.max_model_len or config.context_length
     with _phase("checkpoint", print_line):
         checkpoint = Checkpoint.open(folder, config) if settings.load_format == "auto" else None
     if checkpoint is not None:
@@ -119,7 +119,7 @@ def load_model(settings: Settings, folder: Path, print_line: Callable[[str], Non
             tensors = _with_progress_bar(checkpoint.tensors(), checkpoint.total_bytes)
         else:
             tensors = _with_progress_bar(dummy_tensors(config, dtype, device, settings.seed), plan.weights)
-        model = Persimmon(config, tensors, dtype, device, operations)
+        model = Persimmon(config, tensors, dtype, device, operations, plan.max_model_len)
         if device.type == "cuda":
             # What loading has borrowed beyond the weights is the KV cache's.
             torch.cuda.empty_cache()
@@ -244,6 +244,10 @@ def warm_up_steps(
             yield [chunk(length, report=PromptLogprobs(0, [0] * length, top=1))]
         else:
             yield [chunk(length, report=PooledStates(every_token, total=False, scores=True))]
+    if compiles and config.rope_limit is not None:
+        # Angles by token, of a chunk and of a single token.
+        for length in (*lengths, 1):
+            yield [SequenceInput([0] * length, 0, _first_blocks(length, plan), (), prompt_length=config.rope_limit + 2)]
     for size in sizes if config.generates else ():
         length = min(longest, budget // size, 2)
         yield [chunk(length, sampling=_adjusted(config))] * size
@@ -290,10 +294,10 @@ def _print_plan(plan: MemoryPlan, config: PersimmonConfig, print_line: Callable[
         f"               of {readable(plan.available)} available; {plan.num_blocks:,} KV blocks of {plan.block_size} "
         f"hold {plan.kv_tokens:,} tokens"
     )
-    if plan.max_model_len < config.max_position_embeddings:
+    if plan.max_model_len < config.context_length:
         print_line(
             f"               a sequence may have {plan.max_model_len:,} tokens "
-            f"(the model was trained for {config.max_position_embeddings:,})"
+            f"(the model is made for {config.context_length:,})"
         )
 
 

@@ -85,7 +85,13 @@ class PlanRunner:
             block_table=sequence.block_table,
             samplings=[self._sampling(sample, item.end - sample.prompt_length) for sample in item.samples],
             report=_report(item),
+            prompt_length=self._long_prompt(sequence),
         )
+
+    def _long_prompt(self, sequence: Sequence) -> int:
+        """The length of a prompt that is so long that its rotary frequencies depend on it, else 0."""
+        limit = self._runner.rope_limit
+        return sequence.prompt_length if limit is not None and sequence.prompt_length > limit else 0
 
     def _sampling(self, sequence: Sequence, position: int) -> SamplingParams:
         """How the token at a position of a sequence's output is drawn."""

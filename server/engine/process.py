@@ -69,6 +69,7 @@ def run_engine(settings: Settings, folder: Path, address: str, vitals: Path | No
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=plan.max_model_len,
+        rope_limit=loaded.runner.rope_limit,
     )
     ready = Ready(
         max_model_len=plan.max_model_len,

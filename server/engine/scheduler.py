@@ -13,7 +13,7 @@ from itertools import islice
 from operator import attrgetter
 
 from server.engine.admission import Admission, Growing
-from server.engine.blocks import BlockPool
+from server.engine.blocks import BlockPool, salted_with_length
 from server.engine.chunks import share_chunks
 from server.engine.messages import EngineStats
 from server.engine.preemption import lost_least, owed_to
@@ -41,6 +41,8 @@ class Scheduler:
         max_num_batched_tokens: token budget of a step, at least max_num_seqs, so that every running sequence advances.
         max_model_len: most tokens of one sequence; the pool holds at least one such sequence.
         typical_output: output tokens that a sequence may be expected to get, until some have finished.
+        rope_limit: prompts longer than this have keys that depend on their length, so they share blocks only with
+            prompts of the same length; None where there are none.
 
     Raises:
         ValueError: the limits contradict each other.
@@ -54,6 +56,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         typical_output: int = TYPICAL_OUTPUT,
+        rope_limit: int | None = None,
     ) -> None:
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
@@ -68,6 +71,7 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_model_len = max_model_len
+        self._rope_limit = rope_limit
         self._waiting = WaitingQueue()
         self._arrivals = 0
         # By rank.
@@ -157,6 +161,8 @@ class Scheduler:
             self._by_key[own.key] = own
             own.arrival = self._arrivals
             own.share = share
+            if self._rope_limit is not None and own.prompt_length > self._rope_limit:
+                own.cache_salt = salted_with_length(own.cache_salt, own.prompt_length)
         self._arrivals += 1
         self._waiting.add(sequence)
 

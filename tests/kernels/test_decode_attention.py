@@ -106,13 +106,25 @@ class Step:
             **dict(zip(("k_cache", "v_cache"), self.caches, strict=True)),
         }
 
-    def run(self, workspace: DecodeWorkspace | None = None, config: DecodeConfig | None = None) -> torch.Tensor:
+    def run(
+        self,
+        workspace: DecodeWorkspace | None = None,
+        config: DecodeConfig | None = None,
+        *,
+        angles_by_row: bool = False,
+    ) -> torch.Tensor:
         """The kernel's output; rows that it has not written are NaN."""
         if workspace is None:
             workspace = self.workspace()
             build_work_list(self.lengths, workspace)
         out = torch.full((len(self.lengths), self.qkv.shape[1] * self.qkv.shape[3]), NAN, dtype=self.qkv.dtype)
-        returned = decode_attention(**self.inputs, workspace=workspace, out=out, config=config or DecodeConfig())
+        returned = decode_attention(
+            **self.inputs,
+            workspace=workspace,
+            out=out,
+            config=config or DecodeConfig(),
+            angles_by_row=angles_by_row,
+        )
         assert returned is out
         return out
 
@@ -284,6 +296,15 @@ class TestDecodeAttention:
             tensor.fill_(NAN)
         build_work_list(step.lengths, workspace)
         assert torch.equal(step.run(workspace), step.run())
+
+    def test_angles_may_be_those_of_rows_instead_of_positions(self) -> None:
+        by_position = Step.make([5, 40, 0, 17], dim=32)
+        rows = (by_position.lengths - 1).clamp_min(0).long()
+        by_row = replace(by_position.copy(), cos=by_position.cos[rows], sin=by_position.sin[rows])
+        actual, expected = by_row.run(angles_by_row=True), by_position.run()
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+        for one, other in zip(by_row.caches, by_position.caches, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 class TestBits:

@@ -171,6 +171,19 @@ class TestQkNormRotaryStore:
         assert torch.equal(bits(k_cache), bits(expected_k))
         assert torch.equal(bits(v_cache), bits(expected_v))
 
+    def test_angles_may_be_those_of_rows_instead_of_positions(self) -> None:
+        layout = Layout.make([Span(3, 4), Span(40, 1), Span(0, 7)], 16, seed=3)
+        positions = np.array([position for span in layout.spans for position in range(span.start, span.length)])
+        qkv, plan = torch.randn(len(positions), 3, 3, 64), plan_of(layout)
+        angles = torch.rand(64, 16) * 6
+        made = []
+        for rows, by_row in ((slice(None), False), (torch.from_numpy(positions), True)):
+            k_cache, v_cache = (torch.zeros(layout.num_blocks, 3, 16, 64) for _ in range(2))
+            cos, sin = angles[rows].cos(), angles[rows].sin()
+            q = qk_norm_rotary_store(qkv, None, None, 1e-5, cos, sin, k_cache, v_cache, plan, angles_by_row=by_row)
+            made.append((q, k_cache, v_cache))
+        assert all(torch.equal(one, other) for one, other in zip(*made, strict=True))
+
     def test_keys_and_queries_that_pass_the_rotation_keep_their_bits(self) -> None:
         layout = Layout.make([Span(100, 3)], 16, seed=0)
         qkv = torch.randn(3, 2, 3, 64).half()

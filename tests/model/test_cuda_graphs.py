@@ -3,8 +3,10 @@
 What is captured on a GPU is here launched anew for each step, from the same buffers.
 """
 
+import json
 import math
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -224,6 +226,27 @@ class TestTokens:
             outputs[0] += first
             outputs[1].append(token)
         assert outputs == [expected[0][:1], expected[1]]
+
+    def test_of_a_prompt_whose_length_decides_its_frequencies_are_the_reference_s(
+        self, shallow: Path, tmp_path: Path
+    ) -> None:
+        folder = shutil.copytree(shallow, tmp_path / "dynamic")
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"max_position_embeddings": 16, "rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}
+        (folder / "config.json").write_text(json.dumps(config))
+        prompt = random.Random(3).choices(range(VOCAB_SIZE), k=40)
+        table = [3, 1, 2]
+        tokens = []
+        for runner in (Fused(folder).runner, reference_runner(folder)):
+            # A chunk, a single token, a chunk; then steps of single tokens, which are on fixed buffers.
+            for start, end in ((0, 24), (24, 25), (25, 40)):
+                samplings = (GREEDY,) if end == 40 else ()
+                part = prompt[start:end]
+                made = runner.run([SequenceInput(part, start, table, samplings, prompt_length=len(prompt))])
+            for position in range(1, NEW_TOKENS):
+                made += runner.run([SequenceInput(made[-1:], 39 + position, table, (at_position(GREEDY, position),))])
+            tokens.append(made)
+        assert tokens[0] == tokens[1]
 
     def test_come_from_the_reference_s_logits_where_several_decodes_and_chunks_meet(self, shallow: Path) -> None:
         fused = Fused(shallow)

@@ -15,7 +15,8 @@ import torch
 import kernels
 from model.checkpoint import Checkpoint
 from model.config import PersimmonConfig
-from model.persimmon import Persimmon, rotary_table
+from model.persimmon import Persimmon
+from model.rotary import rotary_table
 from tests.engine_harness import CPU, load_model
 from tests.model import transformers_reference
 from tests.model.checkpoints import make_checkpoint
