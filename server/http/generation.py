@@ -93,7 +93,7 @@ class Generation:
             prompt.max_tokens,
             self.stop_token_ids,
             prompt.sampling,
-            self.samples,
+            self.samples if prompt.max_tokens else 1,  # without new tokens all samples are the same
             self.logprobs if self.echo else None,
             priority=self.priority,
             cache_salt=self.record.cache_salt,
@@ -392,8 +392,11 @@ class Generator:
             samples: list[AsyncGenerator[Piece, None]] = []
             for prompt in generation.prompts:
                 prompt_report = _PromptReport(generation.samples)
-                for stream in stack.enter_context(self._engine.submit(generation.work(prompt))):
-                    samples.append(self._sample(generation, len(samples), stream, prompt, prompt_report))
+                streams = stack.enter_context(self._engine.submit(generation.work(prompt)))
+                each = generation.samples // len(streams)
+                for stream in streams:
+                    sample = self._sample(generation, each * len(samples), stream, prompt, prompt_report)
+                    samples.append(sample if each == 1 else _repeated(sample, each))
             if len(samples) == 1:
                 async with contextlib.aclosing(samples[0]) as pieces:
                     async for piece in pieces:
@@ -502,6 +505,14 @@ class Generator:
             # A call of tools is an answer that has stopped, to those who count sequences.
             counted = "stop" if ending.reason == "tool_calls" else ending.reason
             self._metrics.sequences_finished.labels(counted).inc()
+
+
+async def _repeated(source: AsyncGenerator[Piece, None], count: int) -> AsyncGenerator[Piece, None]:
+    """The pieces of one choice for so many choices, of which it is the first."""
+    async with contextlib.aclosing(source) as pieces:
+        async for piece in pieces:
+            for index in range(count):
+                yield msgspec.structs.replace(piece, choice=piece.choice + index)
 
 
 _choice = attrgetter("choice")

@@ -128,13 +128,6 @@ class GenerationRequest(TruncatingRequest):
         return self
 
     @model_validator(mode="after")
-    def _one_empty_answer(self) -> Self:
-        field, limit = self.token_limit
-        if limit == 0 and self.samples[1] > 1:
-            raise invalid(self.samples[0], f"answers without new tokens would all be the same; give 1 with {field} 0")
-        return self
-
-    @model_validator(mode="after")
     def _one_grammar(self) -> Self:
         if self.format_constraint is not None and self.structured_outputs is not None:
             raise invalid("structured_outputs", "response_format already says what the answer must look like")

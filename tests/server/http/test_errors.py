@@ -53,13 +53,6 @@ BAD_REQUESTS: list[tuple[str, dict[str, Any], str, str | None, str | None]] = [
         None,
     ),
     (
-        COMPLETIONS,
-        HELLO | {"max_tokens": 0, "echo": True, "n": 2},
-        "Invalid 'n': answers without new tokens would all be the same; give 1 with max_tokens 0.",
-        "n",
-        None,
-    ),
-    (
         CHAT,
         ASK | {"max_tokens": -1},
         "Invalid 'max_tokens': input should be greater than or equal to 0, not -1.",

@@ -131,7 +131,14 @@ async def test_no_new_tokens_are_an_empty_answer_with_its_usage(
     assert '"content":null' not in response.text
 
 
-async def test_several_answers_without_tokens_are_refused(http: httpx.AsyncClient) -> None:
-    response = await http.post(CHAT, json={"messages": [USER], "max_completion_tokens": 0, "n": 2})
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == "n"
+async def test_several_empty_answers_take_one_computation_a_prompt(
+    http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens
+) -> None:
+    engine.script = lambda sample: [SequenceOutput(sample.sequence_id, [], "length")]
+    prompts = [tokens("one"), tokens("two")]
+    body = {"prompt": prompts, "max_tokens": 0, "n": 3, "echo": True}
+    answer = (await http.post("/v1/completions", json=body)).json()
+    texts = [(choice["index"], choice["text"]) for choice in answer["choices"]]
+    assert texts == [(0, "one"), (1, "one"), (2, "one"), (3, "two"), (4, "two"), (5, "two")]
+    assert answer["usage"]["completion_tokens"] == 0
+    assert [sample.token_ids for sample in engine.submitted] == prompts
