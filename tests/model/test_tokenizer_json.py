@@ -133,6 +133,13 @@ def test_a_stream_of_tokens_is_transformers_text_whole_or_in_pieces(
     assert text == tokenizer.decode(ids) == prefix + reference.decode(ids, skip_special_tokens=True)
 
 
+def test_each_token_adds_the_same_bytes_as_with_sentencepiece(tokenizer: Tokenizer) -> None:
+    plain = Tokenizer.from_folder(DEMO)
+    assert tokenizer.text_bytes() == plain.text_bytes()
+    assert [tokenizer.token_bytes(id) for id in range(1, 4096)] == [plain.token_bytes(id) for id in range(1, 4096)]
+    assert tokenizer.pieces(range(4096)) == plain.pieces(range(4096))
+
+
 def test_bytes_of_one_character_come_together(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("x😀", add_bos=False)
     detokenizer = tokenizer.detokenizer()
@@ -361,7 +368,7 @@ def test_a_byte_level_bpe_has_transformers_ids_and_text(byte_level_bpe: Path) ->
         (b"[]", "holds a JSON list"),
         (b"{}", "model is None"),
         (b'{"model": 3}', "model is 3"),
-        (b'{"model": {"type": "WordLevel", "vocab": {}}}', 'model.type is \'WordLevel\', .* "Unigram" or "BPE"'),
+        (b'{"model": {"type": "WordLevel", "vocab": {}}}', 'model.type is \'WordLevel\'.* "Unigram" or "BPE"'),
         (b'{"model": {"type": "Unigram", "vocab": []}}', "model.vocab is "),
         (b'{"model": {"type": "Unigram", "vocab": [["a"]]}}', "model.vocab is .* pairs of a token and its score"),
         (b'{"model": {"type": "BPE", "vocab": {"a": "b"}}}', "model.vocab is .* an id for each token"),

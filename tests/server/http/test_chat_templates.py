@@ -183,6 +183,18 @@ async def test_a_call_that_the_request_names_is_begun_in_the_templates_prompt(
     assert tokenizer.decode(engine.submitted[0].token_ids).endswith('### assistant\n[{"name": "find", "arguments":')
 
 
+async def test_completions_echo_and_report_added_tokens(serve: Serve, engine: FakeEngine) -> None:
+    http = serve(HEADINGS)
+    engine.script = says([4098, 4096], 1)
+    body = {"prompt": f"see {CITE}{START}", "echo": True, "logprobs": 0, "return_token_ids": True}
+    response = await http.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    choice = response.json()["choices"][0]
+    assert choice["prompt_token_ids"][-2:] == [4098, 4096]
+    assert choice["text"] == f"see {CITE}{CITE}"
+    assert choice["logprobs"]["tokens"][-5:] == [CITE, START, CITE, START, "|ENDOFTEXT|"]
+
+
 async def test_a_chat_with_a_system_message_alone_is_answered(
     http: httpx.AsyncClient, engine: FakeEngine, tokens
 ) -> None:
