@@ -103,7 +103,7 @@ def calls_schema(functions: Sequence[Function], parallel: bool, otherwise: Mappi
                     "type": "object",
                     "properties": {
                         "name": {"const": each.name},
-                        "arguments": {"$ref": f"#/$defs/arguments/{each.name}"},
+                        "arguments": {"$ref": f"#/$defs/arguments-{each.name}"},
                     },
                     "required": ["name", "arguments"],
                     "additionalProperties": False,
@@ -114,35 +114,27 @@ def calls_schema(functions: Sequence[Function], parallel: bool, otherwise: Mappi
         "minItems": 1,
         "maxItems": MAX_CALLS if parallel else 1,
     }
-    arguments = {each.name: _moved(each.arguments_schema, f"#/$defs/arguments/{each.name}") for each in functions}
+    parts = _Parts()
+    definitions = {f"arguments-{each.name}": parts.add(each.arguments_schema) for each in functions}
     if otherwise is None:
-        return {**calls, "$defs": {"arguments": arguments}}
-    definitions = {"arguments": arguments, "otherwise": _moved(otherwise, "#/$defs/otherwise")}
+        return {**calls, "$defs": definitions}
+    definitions["otherwise"] = parts.add(otherwise)
     return {"anyOf": [calls, {"$ref": "#/$defs/otherwise"}], "$defs": definitions}
 
 
-# Keywords whose values are schemas by name, and those whose values are no schemas but data.
-_NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-_DATA = ("const", "enum", "default", "examples")
+class _Parts:
+    """Schemas that become parts of one: each keeps an `$id` of its own, so that its references lead where they did."""
 
+    def __init__(self) -> None:
+        self._identifiers: set[str] = set()
 
-def _moved(schema: Any, place: str) -> Any:
-    """A schema to be put at a place in another one: its references lead where they did."""
-    if isinstance(schema, list):
-        return [_moved(each, place) for each in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    moved: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/")):
-            moved[key] = place + value[1:]
-        elif key in _NAMED_SCHEMAS and isinstance(value, Mapping):
-            moved[key] = {name: _moved(each, place) for name, each in value.items()}
-        elif key in _DATA:
-            moved[key] = value
-        elif key != "$id":  # says where a schema is, and references to elsewhere are followed nowhere
-            moved[key] = _moved(value, place)
-    return moved
+    def add(self, schema: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A schema with an `$id`, a new one where it has none or another schema has the same."""
+        own = schema.get("$id")
+        if not isinstance(own, str) or own.startswith("#") or own in self._identifiers:
+            own = f"https://part-{len(self._identifiers)}.invalid/"
+        self._identifiers.add(own)
+        return {**schema, "$id": own}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Each expression is a part of what its RFC allows: what common parsers refuse (le
 14 hours) is left out, so that an answer is valid wherever it is checked.  Knows nothing of schemas.
 """
 
+import re
 from collections.abc import Mapping
 
 _DAY = (
@@ -116,7 +117,8 @@ FORMATS: Mapping[str, str] = {
         "json-pointer": _POINTER,
         # Some checkers take a digit after a 0 for a leading zero.
         "relative-json-pointer": rf"(?:0|[1-9]{{1,8}}0?)(?:#|{_POINTER})",
-        # Pydantic's, for UUID1 to UUID8.
+        # Pydantic's, the latter for UUID1 to UUID8.
+        "ipvanyaddress": rf"{_IPV4}|{_ipv6()}",
         **{f"uuid{version}": _uuid(version) for version in (1, 3, 4, 5, 6, 7, 8)},
     }.items()
 }
@@ -133,3 +135,21 @@ IMPLIED: Mapping[str, frozenset[str]] = {
     "hostname": frozenset({_ZOD_HOSTNAME}),
 }
 """Patterns that zod writes next to a format, with look-around that is not supported; the format implies them."""
+
+# A Decimal's in Pydantic until 2.13: a sign, digits, a point and digits, of which one at least is there.
+_PYDANTIC_DECIMAL = re.compile(
+    r"\^\(\?!\^\[-\+\.\]\*\$\)\[\+-\]\?0\*\\d(\*|\{0,(\d{1,3})\})\\\.\?(\\d(?:\*|\{0,\d{1,3}\}))(?:0\*)?\$"
+)
+
+
+def without_lookaround(pattern: str) -> str:
+    """A pattern that a tool is known to write with look-around, without it; any other pattern as it is.
+
+    The result matches a part of what the pattern matches: numbers with a digit before their point.
+    """
+    found = _PYDANTIC_DECIMAL.fullmatch(pattern)
+    if found is None:
+        return pattern
+    count, most, fraction = found[1], found[2], found[3]
+    whole = r"[0-9]+" if count == "*" else "0" if int(most) == 0 else rf"[0-9]{{1,{int(most)}}}"
+    return rf"^[+-]?(?:{whole})(?:\.{fraction})?$"

@@ -48,6 +48,7 @@ def plain_schema(schema: Schema, follow: Follow) -> dict[str, Any] | bool:
     _plain_items(plain)
     _plain_names(plain, follow)
     _plain_properties(plain)
+    _with_discriminator(plain)
     return plain
 
 
@@ -133,6 +134,18 @@ def _plain_properties(plain: dict[str, Any]) -> None:
         del plain["unevaluatedProperties"]
     elif not plain.keys() & set(IN_PLACE):
         plain["additionalProperties"] = plain.pop("unevaluatedProperties")
+
+
+def _with_discriminator(plain: dict[str, Any]) -> None:
+    """Requires the property that tells alternatives apart, which OpenAPI wants and Pydantic needs to read an answer.
+
+    Pydantic does not list it as required where it has a default.
+    """
+    discriminator = plain.get("discriminator")
+    name = discriminator.get("propertyName") if isinstance(discriminator, dict) else None
+    required = plain.get("required", [])
+    if isinstance(name, str) and plain.keys() & {"oneOf", "anyOf"} and isinstance(required, list):
+        plain["required"] = required if name in required else [*required, name]
 
 
 def _plain_names(plain: dict[str, Any], follow: Follow) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from decimal import Decimal
 from typing import Any, NoReturn
 
-from model.grammar.formats import FORMATS, IMPLIED
+from model.grammar.formats import FORMATS, IMPLIED, without_lookaround
 from model.grammar.json_text import shown, type_name
 from model.grammar.number_bounds import MAX_INTEGER, MAX_NUMBER, narrow_bounds
 from model.grammar.plain_schema import plain_schema
@@ -64,6 +64,9 @@ UNSUPPORTED = {
 
 Keywords that are neither here nor read, `title` for one, say nothing of a value.
 """
+
+
+_SAYS_NOTHING = object()
 
 
 class OneOf(list[Any]):
@@ -146,7 +149,7 @@ class SchemaReader:
             place = f"{path}/{key}"
             if key in UNSUPPORTED:
                 _refuse(place, f"is not supported; {UNSUPPORTED[key]}")
-            if key in self._keywords and (read := self._keywords[key](value, place)) is not None:
+            if key in self._keywords and (read := self._keywords[key](value, place)) is not _SAYS_NOTHING:
                 reduced[key] = read
         if (bound := narrow_bounds(reduced)) is not None:
             _refuse(
@@ -273,6 +276,7 @@ class SchemaReader:
             _refuse(path, f"is {type_name(pattern)}; expected a regular expression, a string")
         if pattern in FORMATS.values():  # as propertyNames may have one
             return pattern
+        pattern = without_lookaround(pattern)
         self._pattern_bytes += len(pattern.encode())
         if len(pattern.encode()) > MAX_PATTERN_BYTES or self._pattern_bytes > MAX_PATTERNS_BYTES:
             _refuse(
@@ -282,11 +286,11 @@ class SchemaReader:
             )
         return pattern
 
-    def _format(self, name: Any, path: str) -> str | None:
+    def _format(self, name: Any, path: str) -> Any:
         if name == "regex":
             _refuse(path, f"is {name!r}; enforced are {', '.join(FORMATS)}")
         # Others are not JSON Schema's, and so say nothing of a value.
-        return name if name in FORMATS else None
+        return name if isinstance(name, str) and name in FORMATS else _SAYS_NOTHING
 
     def _required(self, names: Any, path: str) -> list[str]:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

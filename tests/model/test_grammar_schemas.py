@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.grammar import GrammarError
+from model.grammar import GrammarError, GrammarSpec
 from model.grammar.json_schema import read_schema
 from model.grammar.schema_reader import UNSUPPORTED
-from tests.model.grammar_walks import accepts, compile_json, random_answer
+from tests.model.grammar_walks import COMPILER, accepts, compile_json, random_answer
 
 TREE = {
     "$defs": {
@@ -59,7 +59,18 @@ SCALARS = st.one_of(
     st.sampled_from(["^[a-z]{1,3}$", "\\d\\d", "^(x|yz)?$"]).map(
         lambda pattern: {"type": "string", "pattern": pattern, "maxLength": 9}
     ),
-    st.sampled_from(["date", "time", "uuid", "ipv4"]).map(lambda name: {"type": "string", "format": name}),
+    st.sampled_from(["date", "time", "date-time", "uuid", "ipv4", "ipv6", "duration", "json-pointer"]).map(
+        lambda name: {"type": "string", "format": name}
+    ),
+    st.sampled_from(
+        [
+            {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1},
+            {"type": "integer", "format": "uint8"},
+            {"type": "integer", "exclusiveMinimum": 2**53 + 1, "maximum": 2**53 + 9},
+            {"type": "number", "minimum": -1.5, "maximum": 1.7e308},
+            {"type": "number", "exclusiveMinimum": 1e-300, "maximum": 1},
+        ]
+    ),
     st.lists(
         st.sampled_from([None, True, 0, -1, 2.5, "", "é", 'a"b\\', [1, "x"], {"k": []}]), min_size=1, max_size=3
     ).map(lambda values: {"enum": values}),
@@ -96,6 +107,50 @@ def containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
         ),
         st.builds(lambda values: {"type": "object", "additionalProperties": values, "maxProperties": 2}, inner),
         st.lists(inner, min_size=1, max_size=3).map(lambda options: {"anyOf": options}),
+        st.lists(inner, min_size=1, max_size=3).map(lambda options: {"oneOf": options}),
+        st.builds(
+            lambda names, values, more: {
+                "type": "object",
+                "propertyNames": names,
+                "additionalProperties": values,
+                **more,
+            },
+            st.sampled_from(
+                [True, {"type": "string"}, {"enum": ["a", "b"]}, {"pattern": "^[xy]{1,2}$"}, {"maxLength": 1}]
+            ),
+            inner,
+            st.sampled_from([{}, {"required": ["a"]}, {"maxProperties": 1}, {"unevaluatedProperties": False}]),
+        ),
+        st.builds(
+            lambda first, rest, options, more: {
+                "type": "object",
+                "properties": first,
+                "allOf": [{"properties": rest}],
+                "anyOf": options,
+                **more,
+            },
+            st.dictionaries(NAMES, inner, max_size=2),
+            st.dictionaries(NAMES, inner, max_size=2),
+            st.lists(
+                st.dictionaries(NAMES, inner, max_size=2).map(lambda own: {"properties": own}), min_size=1, max_size=2
+            ),
+            st.sampled_from([{}, {"unevaluatedProperties": False}, {"required": ["a"]}]),
+        ),
+        st.builds(
+            lambda tags, values: {
+                "oneOf": [
+                    {"type": "object", "properties": {"kind": {"const": tag}, "v": value}, "required": ["kind"]}
+                    for tag, value in zip(tags, values, strict=False)
+                ]
+            },
+            st.permutations(["x", "y", 1, None]),
+            st.lists(inner, min_size=1, max_size=3),
+        ),
+        st.builds(
+            lambda items, more: {"type": "array", "items": items, "maxItems": 1, **more},
+            inner,
+            st.sampled_from([{"uniqueItems": True}, {"contains": {}}, {"minContains": 2}, {"unevaluatedItems": False}]),
+        ),
         st.builds(
             lambda left, right: {"allOf": [{"anyOf": [left, {"type": "null"}]}, {"anyOf": [right, {"type": "null"}]}]},
             inner,
@@ -107,23 +162,26 @@ def containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 SCHEMAS = st.recursive(SCALARS, containers, max_leaves=6)
 
 
-@given(schema=SCHEMAS, seed=st.integers(0, 2**32))
+@given(schema=SCHEMAS, seed=st.integers(0, 2**32), additional_properties=st.booleans())
 @settings(deadline=None, max_examples=300)
-def test_every_answer_that_ends_is_valid(schema: dict[str, Any], seed: int) -> None:
+def test_every_answer_that_ends_is_valid(schema: dict[str, Any], seed: int, additional_properties: bool) -> None:
     schema = {**TREE, **schema}
     try:
-        matcher = compiled(schema)
+        matcher = COMPILER.compile(GrammarSpec("json_schema", json.dumps(schema), additional_properties))
     except GrammarError:
-        return  # what allOf leaves may be nothing
+        return  # what allOf leaves may be nothing, and schemas of oneOf may overlap
     answer = random_answer(matcher, random.Random(seed))
     if answer is not None:
-        jsonschema.Draft202012Validator(schema).validate(json.loads(answer))
+        checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
+        jsonschema.Draft202012Validator(schema, format_checker=checker).validate(json.loads(answer))
 
 
 @given(schema=SCHEMAS)
 @settings(deadline=None, max_examples=100)
 def test_schemas_without_conjunctions_compile(schema: dict[str, Any]) -> None:
-    if "allOf" not in json.dumps(schema):
+    text = json.dumps(schema)
+    # Schemas of oneOf may overlap, and a required property may have no value.
+    if not any(f'"{keyword}"' in text for keyword in ("allOf", "oneOf", "propertyNames")):
         compiled({**TREE, **schema})
 
 
@@ -189,6 +247,9 @@ def test_schemas_without_conjunctions_compile(schema: dict[str, Any]) -> None:
         ),
         ({"type": "string", "format": "binary", "contentEncoding": "base64"}, ['"!"'], ["1"]),
         ({"const": "\n\t"}, ['"\\n\\t"'], ['"\\u000a\\t"']),
+        ({"const": None}, ["null"], ["1", "{}"]),
+        ({"const": None, "enum": [None, 1]}, ["null"], ["1", "{}"]),
+        ({"const": False}, ["false"], ["null", "0"]),
         ({"type": "array", "uniqueItems": False, "maxItems": 1.0}, ["[1]"], ["[1,1]"]),
     ],
 )

@@ -218,3 +218,24 @@ def test_the_schema_of_one_call_has_no_second_and_that_of_calls_or_content_has_e
     assert either.is_valid([call, call])
     assert either.is_valid([1, 2])
     assert not either.is_valid(["a"])
+
+
+def test_references_of_a_function_lead_to_its_own_schemas() -> None:
+    def function(name: str, kind: str, **more: Any) -> Function:
+        inner = {"$id": "inner", "type": "object", "properties": {"x": {"$ref": "#/$defs/it"}}, "required": ["x"]}
+        definitions = {"inner": {**inner, "$defs": {"it": {"type": kind}}}, "it": {"$anchor": "it", "type": kind}}
+        properties = {"a": {"$ref": "#/$defs/it"}, "b": {"$ref": "inner"}, "c": {"$ref": "#it"}}
+        parameters = {"properties": properties, "required": ["a", "b", "c"], "$defs": definitions, **more}
+        return Function(name, parameters=parameters)
+
+    same: dict[str, Any] = {"$id": "https://example.com/parameters"}
+    functions = [function("f", "null"), function("g", "boolean"), function("h", "null", **same)]
+    functions.append(function("i", "boolean", **same))
+    schema = calls_schema(functions, parallel=False)
+    matcher = GrammarCompiler.for_checking().compile(GrammarSpec("json_schema", json.dumps(schema)))
+    for name, own, others in (("f", None, True), ("g", True, None), ("h", None, True), ("i", True, None)):
+        for value, valid in ((own, True), (others, False)):
+            answer = [{"name": name, "arguments": {"a": value, "b": {"x": value}, "c": value}}]
+            assert jsonschema.Draft202012Validator(schema).is_valid(answer) == valid
+            at = matcher.copy()
+            assert all(_follows(at, byte) for byte in json.dumps(answer).encode()) == valid
