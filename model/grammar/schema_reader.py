@@ -66,6 +66,7 @@ Keywords that are neither here nor read, `title` for one, say nothing of a value
 """
 
 
+_FORMAT_PATTERNS = frozenset(FORMATS.values())
 _SAYS_NOTHING = object()
 
 
@@ -274,17 +275,18 @@ class SchemaReader:
     def _pattern(self, pattern: Any, path: str) -> str:
         if not isinstance(pattern, str):
             _refuse(path, f"is {type_name(pattern)}; expected a regular expression, a string")
-        if pattern in FORMATS.values():  # as propertyNames may have one
-            return pattern
-        pattern = without_lookaround(pattern)
-        self._pattern_bytes += len(pattern.encode())
-        if len(pattern.encode()) > MAX_PATTERN_BYTES or self._pattern_bytes > MAX_PATTERNS_BYTES:
+        if pattern in _FORMAT_PATTERNS:  # as propertyNames may have one
+            return str(pattern)
+        known = without_lookaround(pattern)
+        size = len(known.encode())
+        self._pattern_bytes += size
+        if size > MAX_PATTERN_BYTES or self._pattern_bytes > MAX_PATTERNS_BYTES:
             _refuse(
                 path,
                 f"is too long: a regular expression may have {MAX_PATTERN_BYTES} bytes, and those of a schema "
                 f"{MAX_PATTERNS_BYTES} together",
             )
-        return pattern
+        return known
 
     def _format(self, name: Any, path: str) -> Any:
         if name == "regex":
