@@ -1,7 +1,9 @@
 """`persimmon generate` as a process of its own: interrupted, killed, gone on with, and compared with a live server."""
 
+import codecs
 import contextlib
 import fcntl
+import json
 import os
 import pty
 import re
@@ -116,6 +118,19 @@ def test_a_killed_engine_is_exit_code_1_and_leaves_whole_answers(source, tmp_pat
     assert code == 1
     assert "the engine process ended with code -9; the same command goes on from here" in console
     assert all(answer["response"]["status_code"] == 200 for answer in read_answers(out))
+
+
+def test_a_file_for_openais_batch_api_is_answered_and_the_console_says_what_failed(tmp_path):
+    lines = [completion("good", model="gpt-4o-mini"), completion("bad", model="gpt-4o-mini", top_k="many")]
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(codecs.BOM_UTF8 + "\r\n".join(map(json.dumps, lines)).encode())
+    code, console = finish(start(source, out, "--any-model", "--kv-cache-memory", "64MB"))
+    assert code == 1
+    assert console.endswith(
+        f"{out}: 1 lines answered, 1 failed\n  1 x Invalid 'top_k': input should be a valid integer, not 'many'.\n"
+    )
+    statuses = {answer["custom_id"]: answer["response"]["status_code"] for answer in read_answers(out)}
+    assert statuses == {"good": 200, "bad": 400}
 
 
 def test_an_engine_that_cannot_start_says_why_with_exit_code_2(source, tmp_path):
