@@ -23,6 +23,7 @@ from server.http.model_use import ModelUse
 from server.http.siblings import WorkerPlace
 from server.logs import say
 from server.runtime_folder import RuntimeFolderError, runtime_folder
+from server.service_manager import notify
 from server.shortage import ADVICE
 from server.step_watch import StepWatch, WorkerWatch, step_limit
 from server.vitals import Vitals
@@ -201,6 +202,7 @@ class _Supervisor:
         if everybody and self._ready is not None and not self._announced:
             self._announced = True
             self._announce(self._ready)
+            notify("READY=1")
 
     def _on_exit(self, child: Child) -> int | None:
         """Plans the successor of a child that has ended; the server's exit code where there is none."""
@@ -256,6 +258,7 @@ class _Supervisor:
         if self._ready is None:  # no request can be open, so a worker that is still starting need not come to its end
             kill([worker for worker in self._workers if worker.report is not None])
         self._signal_workers(signal.SIGTERM)
+        notify("STOPPING=1")
         self._signals.take_repeats(REPEAT_SECONDS)
         say("Stopping: open requests may finish (a second signal stops at once)")
         # The workers have their own, and go on accepting with them; connections after their end are refused.
