@@ -354,9 +354,9 @@ def test_a_damaged_tokenizer_is_one_line_that_names_the_file(tmp_path: Path, wha
     [
         (b"{", "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
-        (b"[]", "needed is an object"),
-        (b'{"add_bos_token": "yes"}', "add_bos_token is 'yes', needed is true or false"),
-        (b'{"bos_token": 5}', "bos_token is 5, needed is a string"),
+        (b"[]", "expected an object"),
+        (b'{"add_bos_token": "yes"}', "add_bos_token is 'yes'; expected true or false"),
+        (b'{"bos_token": 5}', "bos_token is 5; expected a string"),
     ],
 )
 def test_a_damaged_tokenizer_config_is_one_line_that_names_the_file(
