@@ -13,6 +13,7 @@ from model.grammar.spec import GrammarError
 from model.grammar.value_shapes import Shape, Shapes
 
 _MAX_TAGS = 8  # properties that are tried as the one that tells alternatives apart
+_OF_LITERALS = {"const", "enum", "type"}
 _NAMED = ("properties", "patternProperties", "$defs")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _SINGLE = ("items", "additionalItems", "additionalProperties", "unevaluatedProperties")
@@ -59,6 +60,10 @@ def _separate(node: dict[str, Any], shapes: Shapes) -> list[Any]:
     around = {key: value for key, value in node.items() if key not in ("oneOf", "anyOf", "$defs")}
     each = [shapes.of({"allOf": [option, around]}) for option in one_of]
     tags = _tagged(each, shapes)
+    if len(tags) == len(each) and all(option.keys() <= _OF_LITERALS for option in one_of if isinstance(option, dict)):
+        values = [shape.literals for own in each for shape in own]
+        if all(own is not None for own in values):
+            return [{"enum": [value for own in values if own is not None for value in own.values()]}]
     absent: list[dict[str, bool]] = [{} for _ in one_of]
     for first, second in _pairs(len(one_of), tags):
         if shapes.disjoint(each[first], each[second]):

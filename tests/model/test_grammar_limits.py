@@ -66,6 +66,18 @@ def refused_schemas() -> dict[str, Any]:
         "a large object as a literal": {"const": dict.fromkeys(names(4500), 1)},
         "remainders of a large number": {"type": "integer", "multipleOf": 16777213},
         "the least common multiple": {"allOf": [{"type": "integer", "multipleOf": factor} for factor in (7, 11, 13)]},
+        "alternatives of oneOf that are all compared": {"oneOf": [objects(1, required=[f"k{i}"]) for i in range(200)]},
+        "copies of a large definition to close": {
+            "properties": {"z": True},
+            "anyOf": [{"$ref": "#/$defs/a"}] * 900,
+            "$defs": {"a": objects(900)},
+        },
+        "alternatives within alternatives to close": {
+            "properties": {"z": True},
+            "anyOf": [
+                {**objects(1), "anyOf": [objects(30, required=[f"k{i}{j}"]) for j in range(30)]} for i in range(30)
+            ],
+        },
         "recursion on both sides": {
             "allOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}],
             "$defs": {name: objects(1, {"$ref": f"#/$defs/{name}"}) for name in "ab"},
@@ -106,6 +118,12 @@ REFUSED = {
 }
 
 FOLLOWED_SCHEMAS = {
+    "names that are listed within names that are listed": nested(
+        8,
+        lambda inner: {"type": "object", "propertyNames": {"enum": names(40)}, "additionalProperties": inner},
+        {"type": "null"},
+    ),
+    "many labelled values": {"oneOf": [{"const": number, "title": f"value {number}"} for number in range(4000)]},
     "counts without end": {"type": "array", "items": {"type": "string", "maxLength": 10**9}, "minItems": 10**9},
     "counts within counts": nested(
         10, lambda inner: {"type": "array", "items": inner, "minItems": 12345, "maxItems": 54321}

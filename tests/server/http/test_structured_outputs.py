@@ -5,7 +5,11 @@ from typing import Any
 import httpx
 import pytest
 
+from model.config import PersimmonConfig
+from model.tokenizer import Tokenizer
+from server.engine.client import EngineClient
 from server.engine.messages import Grammar
+from server.http.app import create_app
 from tests.server.http.fake_engine import FakeEngine, says
 
 pytestmark = pytest.mark.anyio
@@ -220,3 +224,26 @@ async def test_the_properties_of_a_schema_keep_their_order(http: httpx.AsyncClie
     sent = await grammar(http, engine, CHAT, **format_of(schema))
     assert sent is not None
     assert list(json.loads(sent.text)["properties"]) == list("zebra")
+
+
+@pytest.mark.parametrize(("default", "asked", "opened"), [
+    (False, None, False), (False, True, False), (False, False, True), (True, None, True), (True, True, False),
+])  # fmt: skip
+async def test_the_request_and_else_the_server_say_whether_objects_are_open(
+    engine_client: EngineClient,
+    tokenizer: Tokenizer,
+    config: PersimmonConfig,
+    engine: FakeEngine,
+    default: bool,
+    asked: bool | None,
+    opened: bool,
+) -> None:
+    app = create_app(engine_client, tokenizer, config, "demo", additional_properties=default)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+        outputs = {"json": SCHEMA} | ({} if asked is None else {"disable_additional_properties": asked})
+        sent = await grammar(client, engine, CHAT, structured_outputs=outputs)
+        assert sent is not None
+        assert sent.additional_properties == opened
+        sent = await grammar(client, engine, CHAT, response_format=JSON_SCHEMA)
+        assert sent is not None
+        assert sent.additional_properties == default
