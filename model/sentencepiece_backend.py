@@ -12,6 +12,7 @@ from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from model.errors import CheckpointError
+from model.regular_file import read_small
 from model.token_backend import Frame
 from model.token_finder import Part, TokenFinder
 from model.tokenizer_settings import AddedToken, TokenizerSettings
@@ -21,6 +22,9 @@ MODEL_FILES = ("tokenizer.model", "adept_vocab.model")
 
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space inside a piece
 _Piece = ModelProto.SentencePiece
+
+MAX_MODEL_BYTES = 64 << 20
+"""Of tokenizer.model, many times what a vocabulary of 262,144 pieces takes."""
 
 
 class SentencePieceBackend:
@@ -129,10 +133,9 @@ def read_model(path: Path, settings: TokenizerSettings) -> Any:
     Raises:
         CheckpointError: the file cannot be read, is not a SentencePiece model, or is damaged.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    content = read_small(path, MAX_MODEL_BYTES)
+    if content is None:
+        raise CheckpointError(f"{path} cannot be read: No such file or directory")
     model = parse_model(content, path)
     _make_control(model, settings)
     return model

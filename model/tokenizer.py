@@ -5,6 +5,7 @@ network, and imports no torch: API workers use it too.
 """
 
 import codecs
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -63,7 +64,7 @@ class Tokenizer:
             CheckpointError: a file is missing or damaged, or BOS is asked for and not in the vocabulary.
         """
         settings = TokenizerSettings.from_folder(folder)
-        path = next((folder / name for name in MODEL_FILES if (folder / name).is_file()), None)
+        path = next((folder / name for name in MODEL_FILES if os.path.lexists(folder / name)), None)
         file = TokenizerJson.from_folder(folder)
         notices: list[str] = []
         backend = _backend(folder, path, file, settings, notices)

@@ -30,6 +30,9 @@ WEIGHT_FILES = (
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """The types that a network's tensors may have, by PyTorch's names, with the bytes of a number."""
 
+MAX_TENSORS = 200_000
+"""Of a file.  More than any network has; a header may name millions, and each is looked at."""
+
 _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -66,7 +69,10 @@ class _SafetensorsFile:
 
     def headers(self) -> dict[str, Header]:
         with self._opened() as file:
-            slices = {name: file.get_slice(name) for name in file.offset_keys()}
+            names = file.offset_keys()
+            if len(names) > MAX_TENSORS:
+                raise CheckpointError(f"{self.path} holds {len(names):,} tensors; at most {MAX_TENSORS:,} are read")
+            slices = {name: file.get_slice(name) for name in names}
             return {
                 name: Header(tuple(part.get_shape()), _SAFETENSORS_DTYPES.get(part.get_dtype(), part.get_dtype()))
                 for name, part in slices.items()

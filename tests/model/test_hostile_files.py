@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import struct
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from model.convert import convert_checkpoint
 from model.errors import CheckpointError
 from model.json_object import JsonObject
 from model.regular_file import read_small
-from tests.model.checkpoints import make_checkpoint
+from model.tokenizer import Tokenizer
+from tests.model.checkpoints import DEMO, make_checkpoint
 
 TEBIBYTE = 1 << 40
 
@@ -82,6 +84,29 @@ def _open(folder: Path) -> None:
 def _convert(folder: Path) -> None:
     out = folder.parent / "out"
     convert_checkpoint(str(folder), out, from_adept=False, dtype=None, max_shard_bytes=10**9, print_line=lambda _: None)
+
+
+@pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
+def test_a_tokenizer_that_is_not_a_regular_file_is_named(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    folder = shutil.copytree(DEMO, tmp_path / "demo", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    (folder / "tokenizer.model").unlink()
+    make(folder / "tokenizer.model")
+    with pytest.raises(CheckpointError) as caught:
+        Tokenizer.from_folder(folder)
+    assert str(caught.value) == f"{folder / 'tokenizer.model'} {KINDS[make]}"
+
+
+def test_a_huge_tokenizer_is_not_read(tmp_path: Path) -> None:
+    folder = shutil.copytree(DEMO, tmp_path / "demo", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    os.truncate(folder / "tokenizer.model", TEBIBYTE)
+    with pytest.raises(CheckpointError, match=f"tokenizer.model has {TEBIBYTE:,} bytes, at most"):
+        Tokenizer.from_folder(folder)
+
+
+def test_a_file_of_more_tensors_than_any_network_has_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.weight_files.MAX_TENSORS", 10)
+    with pytest.raises(CheckpointError, match=r"model.safetensors holds \d+ tensors; at most 10 are read"):
+        _open(folder)
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "adapter_config.json", "model.safetensors"])
