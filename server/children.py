@@ -1,6 +1,6 @@
-"""A child process of the server, and those that take its place when it dies.
+"""A child process of the server and its successors.
 
-Knows when it was ready and when it is due again; nothing of what it does.
+Knows when it was ready and when the next one is due; nothing about what it does.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """How every process of the server writes to the console: lines for people, or one JSON object a line for programs.
 
-Knows what a line looks like, not what is worth one.
+Knows what a line looks like, not what is logged.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def in_background() -> Iterator[None]:
     """
     try:
         writer = LogWriter(2, _dropped_notice)
-    except RuntimeError:  # the system allows no thread; the process will hardly go on, and says so at once
+    except RuntimeError:  # the system allows no thread: lines are written directly
         yield
         return
     _background.append(writer)

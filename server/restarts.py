@@ -1,21 +1,21 @@
-"""When a process that has died is started again: at once, then later and later, and at last never.
+"""When a process that has died is started again: at once, then after growing delays, in the end not at all.
 
-Decides and does nothing else.
+Decides only; starts nothing.
 """
 
 from collections import deque
 from dataclasses import dataclass, field
 
-MOST_DEATHS = 5
-"""So many deaths in a window are no accident: who started the server must know."""
+MAX_DEATHS = 5
+"""Deaths in a window after which the process is not started again: the cause is unlikely to go away."""
 
 WINDOW_SECONDS = 600.0
 
 FIRST_DELAY_SECONDS = 0.5
-"""The wait before the second start in a window; it doubles with each.  The first comes at once."""
+"""Delay of the second restart in a window; it doubles with each further one.  The first has none."""
 
 MAX_DELAY_SECONDS = 4.0
-"""Between attempts to start a process that the system does not allow.  They cost nothing, so they never end."""
+"""Longest delay between attempts to start a process that the system refuses.  They cost little, so they go on."""
 
 
 @dataclass(slots=True)
@@ -27,11 +27,11 @@ class Restarts:
 
     @property
     def deaths(self) -> int:
-        """In the window before the last one."""
+        """Number of deaths in the window that ends with the last one."""
         return len(self._deaths)
 
     def delay_after_death(self, now: float) -> float | None:
-        """Seconds to wait before the next start; None to start it no more.
+        """Seconds to wait before the next start; None for no further start.
 
         Args:
             now: when it died, in seconds.
@@ -40,7 +40,7 @@ class Restarts:
         self._deaths.append(now)
         while self._deaths[0] < now - WINDOW_SECONDS:
             self._deaths.popleft()
-        if self.deaths >= MOST_DEATHS:
+        if self.deaths >= MAX_DEATHS:
             return None
         return 0.0 if self.deaths == 1 else FIRST_DELAY_SECONDS * 2.0 ** (self.deaths - 2)
 

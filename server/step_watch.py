@@ -45,11 +45,11 @@ class _Attention:
         self.restart()
 
     def restart(self) -> None:
-        """Watches another process from now on."""
+        """Starts to watch another process."""
         self._since = self._looked = self._clock()
 
     def seconds(self) -> float:
-        """Looks; how long it has been watched."""
+        """Looks; returns for how long it has looked without a gap."""
         now = self._clock()
         if now - self._looked > LONGEST_GAP_SECONDS:
             self._since = now
@@ -70,11 +70,11 @@ class StepWatch:
         self._attention = _Attention(clock)
 
     def restart(self) -> None:
-        """There is another engine from now on."""
+        """Starts to watch another engine."""
         self._attention.restart()
 
     def overdue_seconds(self) -> float:
-        """For how long, under its eyes, there has been work and no step has ended."""
+        """Seconds of watching in which there was work and no step ended."""
         watched = self._attention.seconds()
         return min(self._vitals.overdue_seconds, watched)
 
@@ -96,11 +96,11 @@ class WorkerWatch:
         self._attention = _Attention(clock)
 
     def restart(self) -> None:
-        """There is another worker of this number from now on."""
+        """Starts to watch another worker of this number."""
         self._attention.restart()
 
     def hung_seconds(self) -> float | None:
-        """For how long, under its eyes, the event loop has not turned, where that is too long; else None."""
+        """Seconds of watching in which the event loop has not turned, if that is more than allowed; else None."""
         watched = self._attention.seconds()
         silent = self._vitals.silent_seconds(self._worker)
         if silent is None:  # it is starting

@@ -28,14 +28,14 @@ from server.shortage import ADVICE
 from server.step_watch import StepWatch, WorkerWatch, step_limit
 from server.vitals import Vitals
 
-LAST_WORDS_SECONDS = 2.0
-"""How long an API worker may take, after its open requests should have ended, to tell clients that they have not."""
+FINAL_ERROR_SECONDS = 2.0
+"""Time for an API worker to send an error to requests that are still open when the drain is over."""
 
 FLUSH_SECONDS = 5.0
-"""How long an API worker may take to tell its clients that the server ends."""
+"""Time for an API worker to exit after that."""
 
 LOOK_SECONDS = 0.5
-"""How often heartbeats are looked at."""
+"""Interval between two looks at the heartbeats."""
 
 REPEAT_SECONDS = 0.1
 """Signals that come within this time of the first one are the same request: a terminal signals all processes, and a
@@ -49,7 +49,7 @@ class ListenError(OSError):
 def supervise(settings: Settings, folder: Path, served_model_name: str, use: ModelUse) -> int:
     """Runs the server until it is told to stop or cannot go on.
 
-    A process that dies is started again, unless it never came to serve or dies time and again.  SIGHUP has the
+    A process that dies is started again, unless it has never served or has died too often.  SIGHUP has the
     files of keys and certificates read again.
 
     Args:
@@ -109,7 +109,7 @@ class _Supervisor:
             ) from None
         self._watch = StepWatch(self._vitals)
         self._worker_watches = [WorkerWatch(self._vitals, index, settings.worker_timeout) for index in range(count)]
-        # What the engine said of itself; None while it loads.
+        # The engine's description of itself; None while it loads.
         self._ready: Ready | None = None
         self._announced = False
         # A worker that takes another's place gets what this holds then: its siblings', whatever the files have.
@@ -134,7 +134,7 @@ class _Supervisor:
         self._children = [self._engine, *self._workers]
 
     def run(self) -> int:
-        """Watches them until the server ends; its exit code."""
+        """Watches the processes until the server ends; returns its exit code."""
         try:
             return self._run()
         finally:
@@ -264,11 +264,10 @@ class _Supervisor:
         # The workers have their own, and go on accepting with them; connections after their end are refused.
         for listener in self._listeners:
             listener.close()
-        # Of those that are due again, the server needs none any more.
-        if not self._wait_for_workers(self._settings.drain_timeout + LAST_WORDS_SECONDS + FLUSH_SECONDS):
+        if not self._wait_for_workers(self._settings.drain_timeout + FINAL_ERROR_SECONDS + FLUSH_SECONDS):
             say("Stopping at once: open requests end with an error")
             self._signal_workers(signal.SIGUSR1)
-            self._wait_for_workers(LAST_WORDS_SECONDS + FLUSH_SECONDS)
+            self._wait_for_workers(FINAL_ERROR_SECONDS + FLUSH_SECONDS)
         return 0
 
     def _end(self) -> None:

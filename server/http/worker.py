@@ -47,7 +47,7 @@ KEEP_ALIVE_SECONDS = 75
 
 ENGINE_HEAD_START_SECONDS = 0.5
 
-LAST_WORDS_SECONDS = 2
+FINAL_ERROR_SECONDS = 2
 """For the errors of requests that did not end in time to reach clients that read."""
 
 
@@ -110,7 +110,7 @@ def run_api_worker(
             server_header=False,
             forwarded_allow_ips=settings.forwarded_allow_ips,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=LAST_WORDS_SECONDS,
+            timeout_graceful_shutdown=FINAL_ERROR_SECONDS,
         )
         tls = None if own.certificate is None else own.certificate.context()
         server = _Server(server_config, tls, access.read_timeout)

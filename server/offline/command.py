@@ -39,8 +39,8 @@ ANSWERED, SOME_FAILED, STOPPED = 0, 1, 130
 DRAIN_SECONDS = 10.0
 """How long the lines that run may go on after the first signal."""
 
-LAST_WORDS_SECONDS = 5.0
-"""How long an engine whose connection is cut may take to end."""
+ENGINE_EXIT_SECONDS = 5.0
+"""Time for an engine whose connection is lost to exit."""
 
 GOES_ON = "the same command goes on from here"
 
@@ -150,7 +150,7 @@ async def _settled(task: asyncio.Task[Any]) -> None:
 
 
 def _engine_failed(engine: SpawnProcess) -> int:
-    engine.join(LAST_WORDS_SECONDS)
+    engine.join(ENGINE_EXIT_SECONDS)
     if engine.exitcode == 2:  # it could not start, and has said why
         return 2
     ended = "is lost" if engine.exitcode is None else f"ended with code {engine.exitcode}"
@@ -160,8 +160,8 @@ def _engine_failed(engine: SpawnProcess) -> int:
 
 @contextlib.contextmanager
 def _engine_process(settings: Settings, folder: Path, runtime: Path) -> Iterator[SpawnProcess]:
-    report, end = multiprocessing.get_context("spawn").Pipe(duplex=False)  # never read: the client learns it as well
-    # However long a line waits, nobody is impatient.
+    report, end = multiprocessing.get_context("spawn").Pipe(duplex=False)  # not read: the client learns it too
+    # Lines may wait for any time.
     patient = settings.model_copy(update={"queue_timeout": 0.0})
     with end:
         process = spawn("persimmon-engine", engine_main, patient, folder, _address(runtime), None, end)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from server.config import Settings, environment_variable
-from server.supervisor import FLUSH_SECONDS, LAST_WORDS_SECONDS
+from server.supervisor import FINAL_ERROR_SECONDS, FLUSH_SECONDS
 from tests.deploy.files import DEPLOY, read_json, read_yaml
 
 
@@ -31,7 +31,7 @@ def test_variables_are_settings_of_the_server(services: Any):
 def test_the_server_has_the_time_that_its_drain_takes(services: Any):
     server = services["persimmon"]
     drain = float(server["environment"]["PERSIMMON_DRAIN_TIMEOUT"])
-    assert drain + LAST_WORDS_SECONDS + FLUSH_SECONDS < float(server["stop_grace_period"].removesuffix("s"))
+    assert drain + FINAL_ERROR_SECONDS + FLUSH_SECONDS < float(server["stop_grace_period"].removesuffix("s"))
 
 
 def test_the_server_may_write_to_nothing_but_tmp(services: Any):

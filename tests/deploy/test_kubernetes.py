@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from server.config import Settings, environment_variable, read_settings
-from server.supervisor import FLUSH_SECONDS, LAST_WORDS_SECONDS
+from server.supervisor import FINAL_ERROR_SECONDS, FLUSH_SECONDS
 from tests.deploy import operators
 from tests.deploy.files import KUBERNETES, read_yaml
 
@@ -166,7 +166,7 @@ def test_a_pod_has_the_time_that_its_drain_takes(pod: Any, container: Any):
     command, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
     assert command == "sleep"
     (drain,) = (float(each["value"]) for each in container["env"] if each["name"] == "PERSIMMON_DRAIN_TIMEOUT")
-    needed = float(seconds) + drain + LAST_WORDS_SECONDS + FLUSH_SECONDS
+    needed = float(seconds) + drain + FINAL_ERROR_SECONDS + FLUSH_SECONDS
     assert needed + 5 <= pod["terminationGracePeriodSeconds"]
 
 

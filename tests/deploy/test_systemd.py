@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from server.config import Settings, environment_variable
-from server.supervisor import FLUSH_SECONDS, LAST_WORDS_SECONDS
+from server.supervisor import FINAL_ERROR_SECONDS, FLUSH_SECONDS
 from tests.deploy.files import DEPLOY
 from tests.end_to_end.serving import SERVING, Start
 
@@ -30,7 +30,7 @@ def service() -> SectionProxy:
 
 def test_the_server_has_the_time_that_its_drain_takes(service):
     drain = Settings.model_fields["drain_timeout"].default
-    assert drain + LAST_WORDS_SECONDS + FLUSH_SECONDS < float(service["TimeoutStopSec"])
+    assert drain + FINAL_ERROR_SECONDS + FLUSH_SECONDS < float(service["TimeoutStopSec"])
 
 
 def test_variables_are_settings_of_the_server():

@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from server.restarts import MOST_DEATHS
+from server.restarts import MAX_DEATHS
 from tests.end_to_end.serving import Server, serving
 
 LONG = {"prompt": "human: Hello!\n\nadept:", "max_tokens": 2000, "ignore_eos": True, "stream": True}
@@ -132,14 +132,14 @@ def test_a_start_that_the_system_does_not_allow_is_tried_again(sturdy):
 
 
 def test_an_engine_that_dies_again_and_again_ends_the_server(fresh):
-    for death in range(MOST_DEATHS):
+    for death in range(MAX_DEATHS):
         if death:  # the first line of the next one
             fresh.wait_for_line(re.compile("^  checkpoint "), 60)
         (engine,) = fresh.engines()
         os.kill(engine, signal.SIGKILL)
     assert fresh.wait() == 1
     (last,) = [line for line in fresh.lines if "the server ends" in line]
-    assert f"death {MOST_DEATHS} in 10 minutes" in last
+    assert f"death {MAX_DEATHS} in 10 minutes" in last
 
 
 @pytest.mark.parametrize("stopped", [False, True])
