@@ -50,7 +50,11 @@ if __name__ == "__main__":
 
 @contextlib.asynccontextmanager
 async def worker(
-    engine: FakeEngine, drain_seconds: float = 120, send_seconds: float = 60, key_file: Path | None = None
+    engine: FakeEngine,
+    drain_seconds: float = 120,
+    send_seconds: float = 60,
+    key_file: Path | None = None,
+    proxies: str = "127.0.0.1",
 ) -> AsyncIterator[tuple[SpawnProcess, httpx.AsyncClient]]:
     """A worker process that serves, and a client of it."""
     spawn = multiprocessing.get_context("spawn")
@@ -58,7 +62,11 @@ async def worker(
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         settings = Settings(
-            drain_timeout=drain_seconds, send_timeout=send_seconds, sse_ping_interval=0.05, api_key_file=key_file
+            drain_timeout=drain_seconds,
+            send_timeout=send_seconds,
+            sse_ping_interval=0.05,
+            api_key_file=key_file,
+            forwarded_allow_ips=proxies,
         )
         arguments = (settings, DEMO, "demo", engine.address, listener, WorkerPlace(), sender)
         process = spawn.Process(target=run_api_worker, args=arguments)
@@ -200,6 +208,23 @@ async def test_sighup_changes_a_workers_keys_and_with_a_file_that_cannot_be_used
         assert await status("battery-staple") == 200
     (line,) = [line for line in logged.splitlines() if " ERROR " in line]
     assert f"--api-key-file {keys}, line 1: expected name:key" in line
+
+
+@pytest.mark.parametrize(
+    ("proxies", "logged"), [("127.0.0.0/8", "10.1.2.3"), ("10.0.0.0/8", "127.0.0.1"), ("", "127.0.0.1")]
+)
+async def test_the_log_has_the_client_that_a_trusted_proxy_names(
+    engine: FakeEngine, capfd: pytest.CaptureFixture[str], proxies: str, logged: str
+) -> None:
+    async with worker(engine, proxies=proxies) as (_, client):
+        headers = {"X-Forwarded-For": "10.1.2.3", "X-Forwarded-Proto": "https", "X-Request-Id": "forwarded"}
+        assert (await client.get("/v1/models", headers=headers)).status_code == 200
+        lines = ""
+        while "request_id=forwarded" not in lines:  # written by a thread
+            lines += capfd.readouterr().err
+            await asyncio.sleep(0)
+    (line,) = [line for line in lines.splitlines() if "request_id=forwarded" in line]
+    assert line.endswith(f"client={logged}")
 
 
 async def test_a_worker_ends_when_its_supervisor_is_killed(engine: FakeEngine, tmp_path: Path) -> None:
