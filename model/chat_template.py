@@ -92,8 +92,8 @@ class ChatTemplate:
             raise ChatTemplateError(f"it fails with {type(error).__name__}: {reason}") from None
 
     def names_role(self, role: str) -> bool:
-        """Whether a template has a role's name in quotes."""
-        return f"'{role}'" in self._text or f'"{role}"' in self._text
+        """Whether a template has a role's name in quotes.  What holds more than letters is part of the format."""
+        return role.isidentifier() and (f"'{role}'" in self._text or f'"{role}"' in self._text)
 
 
 def _bounded(pieces: Iterable[str], deadline: float) -> str:

@@ -274,6 +274,7 @@ def test_roles_that_a_template_names_are_allowed(folder: Folder) -> None:
     assert chat.allows_role("ipython")
     assert chat.allows_role("tool")
     assert not chat.allows_role("end")
+    assert not chat_of(folder("{{ '<|im_end|>' }}{{ '<|' + messages[0].role + '|>' }}")).allows_role("<|im_end|>")
 
 
 @pytest.mark.parametrize(
