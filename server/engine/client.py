@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -38,6 +39,9 @@ _RECEIVED_AT_ONCE = 64
 
 _KEPT_APART = 1024
 """Outputs that wait for a slow reader before they are merged: a token then takes 40 bytes instead of 300."""
+
+_DISPATCHED_AT_ONCE = 32
+"""Outputs that are handed to their streams before the rest of the event loop has its turn: each may end an answer."""
 
 WARM_UP_ID = 0
 """The sequence that an engine must finish before it counts as ready."""
@@ -274,6 +278,9 @@ class EngineClient:
         self._ids = itertools.count(WARM_UP_ID + 1)
         self._streams: dict[int, SequenceStream] = {}
         self._connection: _Connection | None = None
+        # Outputs that have come and are not with their streams yet.
+        self._arrived: deque[SequenceOutput] = deque()
+        self._dispatching = False
         self._answered = asyncio.Event()
         self._candidate: Ready | None = None
         self._closed = False
@@ -384,7 +391,9 @@ class EngineClient:
             self._watch_warm_up(self._candidate, message)
         elif not self.dead:
             self.stats = message.stats
-            self._dispatch(message)
+            self._arrived.extend(message.outputs)
+            if not self._dispatching:
+                self._dispatch()
 
     def _watch_warm_up(self, candidate: Ready, step: StepOutput) -> None:
         """Makes an engine the one that serves, when it has finished its warm-up."""
@@ -397,18 +406,25 @@ class EngineClient:
                 self.info, self.stats, self.dead = candidate, step.stats, False
                 self._answered.set()
 
-    def _dispatch(self, step: StepOutput) -> None:
-        for output in step.outputs:
-            if output.finish_reason is None:
-                stream = self._streams.get(output.sequence_id)
-            else:
-                stream = self._streams.pop(output.sequence_id, None)
-                if stream is not None:
-                    self.load.end_one(stream.owner)
-            if stream is not None:  # aborted here while the output was on its way
-                if stream.prompt_tokens and (output.token_ids or output.finish_reason is not None):
-                    self._read_prompt(stream)
-                stream.put(output if self._vocabulary is None else _in_ids(output, self._vocabulary))
+    def _dispatch(self) -> None:
+        """Hands outputs to their streams: some now, the others in the next turns of the event loop."""
+        for _ in range(min(_DISPATCHED_AT_ONCE, len(self._arrived))):
+            self._hand_over(self._arrived.popleft())
+        self._dispatching = bool(self._arrived)
+        if self._dispatching:
+            asyncio.get_running_loop().call_soon(self._dispatch)
+
+    def _hand_over(self, output: SequenceOutput) -> None:
+        if output.finish_reason is None:
+            stream = self._streams.get(output.sequence_id)
+        else:
+            stream = self._streams.pop(output.sequence_id, None)
+            if stream is not None:
+                self.load.end_one(stream.owner)
+        if stream is not None:  # aborted here while the output was on its way
+            if stream.prompt_tokens and (output.token_ids or output.finish_reason is not None):
+                self._read_prompt(stream)
+            stream.put(output if self._vocabulary is None else _in_ids(output, self._vocabulary))
 
     def _read_prompt(self, stream: SequenceStream) -> None:
         """Nothing is to be read of its prompt any more."""
@@ -416,6 +432,8 @@ class EngineClient:
         stream.prompt_tokens = 0
 
     def _die(self, reason: str) -> None:
+        while self._arrived:
+            self._hand_over(self._arrived.popleft())
         if not self.dead:
             self.dead = True
             if self._streams:

@@ -28,6 +28,7 @@ from server.http.documentation import Documentation
 from server.http.gate import Gate, GateKeeper
 from server.http.observer import Observer
 from server.http.origins import OriginCheck
+from server.http.pace import Pace
 from server.http.parsing import parse
 from server.http.pooling_protocol import ClassifyRequest, EmbeddingRequest
 from server.http.protocol import ChatCompletionRequest, CompletionRequest
@@ -192,6 +193,7 @@ def create_app(
         )
     app.add_middleware(OriginCheck, allowed=access.allowed_origins, has_keys=bool(access.keys.keys))
     app.add_middleware(Addresses, paths=PATHS)
+    app.add_middleware(Pace, at_once=status.OPEN_PATHS)
     app.add_middleware(
         Observer,
         metrics=metrics,

@@ -47,6 +47,9 @@ KEEP_ALIVE_SECONDS = 75
 
 ENGINE_HEAD_START_SECONDS = 0.5
 
+ACCEPT_PER_TURN = 16
+"""Connections that are accepted in one turn of the event loop."""
+
 FINAL_ERROR_SECONDS = 2
 """For the errors of requests that did not end in time to reach clients that read."""
 
@@ -238,7 +241,9 @@ async def _serve(
     # Whoever takes another worker's place finds the engine ready at once, and has nobody to send away.
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(engine.wait_until_ready(), ENGINE_HEAD_START_SECONDS)
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    # libuv accepts one connection a turn from each: with one, thousands of connections wait for as many turns.
+    listeners = [listener, *(listener.dup() for _ in range(ACCEPT_PER_TURN - 1))]
+    serving = asyncio.create_task(server.serve(sockets=listeners))
     reporting = asyncio.create_task(_report_ready(server, engine, report))
     stopping = asyncio.create_task(server.stopping.wait())
     await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)

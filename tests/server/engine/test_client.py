@@ -250,6 +250,22 @@ async def test_outputs_for_sequences_that_were_left_or_never_were_are_ignored(
             await anext(left)
 
 
+async def test_outputs_of_a_large_step_all_come_in_order_though_the_engine_dies(
+    client: EngineClient, engine: FakeEngine
+) -> None:
+    with client.submit(Work([1], 9, [], SAMPLING, samples=300)) as streams:
+        await engine.submissions(300)
+        await engine.send_step([SequenceOutput(stream.sequence_id, [4]) for stream in streams])
+        await engine.send_step([SequenceOutput(stream.sequence_id, [5], "length") for stream in streams[:-1]])
+        await until(lambda: streams[0].sequence_id not in client._streams)
+        await engine.die()
+        ended = [(await read_all(stream)).token_ids for stream in streams[:-1]]
+        assert ended == [[4, 5]] * 299
+        assert (await read(streams[-1])).token_ids == [4]
+        with pytest.raises(EngineDeadError):
+            await read(streams[-1])
+
+
 async def test_open_streams_end_when_the_engine_dies(client: EngineClient, engine: FakeEngine) -> None:
     with (
         client.submit(Work([1], 9, [], SAMPLING)) as (one,),

@@ -173,6 +173,10 @@ class FakeEngine:
         """A step's output for one sequence."""
         await self._send(self._owners[output.sequence_id], StepOutput([output], STATS))
 
+    async def send_step(self, outputs: Sequence[SequenceOutput]) -> None:
+        """A step's output for several sequences of one worker."""
+        await self._send(self._owners[outputs[0].sequence_id], StepOutput(list(outputs), STATS))
+
     async def until(self, condition: Callable[[Self], bool]) -> None:
         """Returns once the condition holds; the workers' messages may make it true."""
         async with asyncio.timeout(20), self._changed:
