@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model.config import Architecture, PersimmonConfig
+from model.rope_scaling import RopeScaling
 from model.runner import PooledStates
 from server.config import read_settings
 from server.engine.loading import _graph_sizes, _limits, warm_up_steps
@@ -20,6 +21,10 @@ SHAPE = {
     "max_position_embeddings": 512,
 }
 GENERATOR = PersimmonConfig(**SHAPE)  # type: ignore[arg-type]
+SCALED = PersimmonConfig(
+    **SHAPE,  # type: ignore[arg-type]
+    rope_scaling=RopeScaling(kind="dynamic", factor=4.0, original_length=512),
+)
 CLASSIFIER = PersimmonConfig(**SHAPE, architecture=Architecture.TOKEN_CLASSIFICATION, labels=("a", "b"))  # type: ignore[arg-type]
 
 
@@ -44,7 +49,16 @@ def test_a_classifier_has_no_buffers_for_draws() -> None:
     assert _limits(read_settings({}), CLASSIFIER, 512).vocab_size == 0
 
 
-@pytest.mark.parametrize("config", [GENERATOR, CLASSIFIER], ids=["generator", "classifier"])
+@pytest.mark.parametrize(("compiles", "lengths"), [(True, {1, 20, 40, 80}), (False, set())])
+def test_angles_by_token_are_compiled_before_a_request_needs_them(compiles: bool, lengths: set[int]) -> None:
+    plan = SimpleNamespace(max_model_len=300, kv_tokens=4096, block_size=16)
+    steps = list(warm_up_steps(plan, read_settings({}), SCALED, compiles=compiles))  # type: ignore[arg-type]
+    long = [item for batch in steps for item in batch if item.prompt_length]
+    assert {len(item.token_ids) for item in long} == lengths
+    assert all(item.start + len(item.token_ids) < item.prompt_length for item in long)
+
+
+@pytest.mark.parametrize("config", [GENERATOR, SCALED, CLASSIFIER], ids=["generator", "scaled", "classifier"])
 @pytest.mark.parametrize("compiles", [False, True])
 @pytest.mark.parametrize(("most", "budget"), [(1, 1), (1, 2048), (2, 2), (9, 12), (64, 64), (256, 2048)])
 @pytest.mark.parametrize(("max_model_len", "kv_tokens"), [(2, 64), (17, 4096), (300, 16), (300, 4096)])
