@@ -9,6 +9,7 @@ import contextlib
 import logging
 import socket
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -43,6 +44,11 @@ class Connection(asyncio.Protocol):
         _loop: that runs; the name is uvicorn's.
         header_seconds: time from a client's first byte, or from connecting, to the end of its headers.
         send_seconds: time in which a client must take what waits for it, three quarters of 64 KiB.
+
+    Attributes:
+        loop: that runs.
+        write: sends bytes; what is written to a lost connection is dropped.
+        is_full: whether the client should take what was sent before more is sent.
     """
 
     def __init__(
@@ -65,6 +71,8 @@ class Connection(asyncio.Protocol):
         self._header_seconds = header_seconds
         self._send_seconds = send_seconds
         self._transport: asyncio.Transport
+        self.write: Callable[[bytes], object]  # the transport's own: a frame less for every token
+        self.is_full = False
         self._scope: Scope = {}
         self._reader = RequestReader(self._on_head, self._on_body, self._on_end)
         self._incoming: Exchange | None = None  # whose body is being read
@@ -85,6 +93,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Called when a client has connected."""
         self._transport = transport
+        self.write = transport.write
         self._state.connections.add(self)  # type: ignore[arg-type]  # uvicorn asks for `shutdown` only
         self._scope = {
             "type": "http",
@@ -108,6 +117,7 @@ class Connection(asyncio.Protocol):
                 exchange.disconnect()
         self._current = self._incoming = None
         self._waiting.clear()
+        self.is_full = False
         self._writable.set()
         self._reader.close()
 
@@ -151,11 +161,13 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """Called when more than 64 KiB wait for the client."""
+        self.is_full = True
         self._writable.clear()
         self._send_deadline = self.loop.call_later(self._send_seconds, self._transport.abort)
 
     def resume_writing(self) -> None:
         """Called when a quarter of that is left, or less."""
+        self.is_full = False
         self._writable.set()
         if self._send_deadline is not None:
             self._send_deadline.cancel()
@@ -177,19 +189,9 @@ class Connection(asyncio.Protocol):
         """Whether nothing more can be sent."""
         return self._transport.is_closing()
 
-    @property
-    def is_full(self) -> bool:
-        """Whether the client should take what was sent before more is sent."""
-        return not self._writable.is_set()
-
     async def drain(self) -> None:
         """Waits until the client has taken most of what was sent, or is gone."""
         await self._writable.wait()
-
-    def write(self, data: bytes) -> None:
-        """Sends bytes."""
-        if not self._transport.is_closing():
-            self._transport.write(data)
 
     def body_taken(self) -> None:
         """The application wants more of a body."""

@@ -8,6 +8,7 @@ import asyncio
 import http
 import logging
 import re
+from collections.abc import Callable
 from typing import Protocol
 
 from starlette.types import ASGIApp, Message, Scope
@@ -47,23 +48,21 @@ _STATUS_LINES = {status: status_line(status) for status in range(100, 600)}
 class Wire(Protocol):
     """What an exchange needs of its connection."""
 
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """Where the connection lives."""
+    loop: asyncio.AbstractEventLoop
+    """Where the connection lives."""
 
     @property
     def is_closing(self) -> bool:
         """Whether nothing more can be sent."""
 
-    @property
-    def is_full(self) -> bool:
-        """Whether the client should take what was sent before more is sent."""
+    is_full: bool
+    """Whether the client should take what was sent before more is sent."""
 
     async def drain(self) -> None:
         """Waits until it is no longer full."""
 
-    def write(self, data: bytes) -> None:
-        """Sends bytes."""
+    write: Callable[[bytes], object]
+    """Sends bytes."""
 
     def body_taken(self) -> None:
         """The application has taken what had come of a body, and wants more."""
