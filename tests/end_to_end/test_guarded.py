@@ -181,6 +181,24 @@ def test_nobody_finds_what_another_has_asked_in_the_prefix_cache(guarded):
     assert [cached("bob", cache_salt="mine") > 0, cached("bob", cache_salt="mine") > 0] == [False, True]
 
 
+def test_the_flood_of_one_key_leaves_another_its_place(guarded):
+    flood = {"prompt": [[300 + number, 301] for number in range(500)], "max_tokens": 1000, "ignore_eos": True}
+    with (
+        guarded.client("alice") as hog,
+        guarded.client("bob") as client,
+        hog.stream("POST", "/v1/completions", json=flood | {"stream": True}) as streaming,
+    ):
+        lines = streaming.iter_lines()  # kept, because its end would close the stream
+        assert "data:" in next(lines)
+        answer = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 4, "ignore_eos": True})
+        assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 4)
+        urgent = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 4, "priority": -1})
+        assert (urgent.status_code, urgent.json()["error"]["param"]) == (400, "priority")
+        metrics = client.get("/metrics").text.splitlines()
+        (waiting,) = [float(line.split()[1]) for line in metrics if line.startswith("persimmon_requests_waiting ")]
+        assert waiting > 400
+
+
 def test_both_workers_count_the_requests_of_a_key_together(guarded):
     statuses = []
     for _ in range(36):
