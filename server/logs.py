@@ -77,11 +77,6 @@ def flush() -> None:
         writer.flush(LAST_SECONDS)
 
 
-def dropped_lines() -> int:
-    """Log lines of this process that were dropped because standard error did not take them."""
-    return sum(writer.dropped for writer in _background)
-
-
 @contextlib.contextmanager
 def error_logged() -> Iterator[None]:
     """Makes an error that leaves the block, the whole of a process, a line of the log and exit code 1."""

@@ -156,7 +156,7 @@ class _Supervisor:
             for child in running:
                 if child.report in happened:
                     self._hear(child.receive())
-                    if self._checkpoint_changed():
+                    if self._has_read_other_files():
                         return 1
                 if child.sentinel in happened and (code := self._on_exit(child)) is not None:
                     return code
@@ -165,9 +165,9 @@ class _Supervisor:
 
     def _start(self, child: Child) -> int | None:
         """Starts a child that is due, or plans the next attempt; the server's exit code where there is none."""
-        if child.has_served and self._checkpoint_changed():
-            return 1
         try:
+            if child.has_served and self._checkpoint_changed():
+                return 1
             child.start()
         except OSError as error:
             reason = f"{child.title} cannot be started: {error.strerror or error}; {ADVICE}"
@@ -179,8 +179,20 @@ class _Supervisor:
             self._worker_watches[self._workers.index(child)].restart()
         return None
 
+    def _has_read_other_files(self) -> bool:
+        """Ends the server where a child that is ready has read other files than the others."""
+        try:
+            return self._checkpoint_changed()
+        except OSError as error:  # they were the same when it was started
+            say(f"persimmon: warning: whether {self._folder} has changed cannot be checked: {error.strerror or error}")
+            return False
+
     def _checkpoint_changed(self) -> bool:
-        """Ends the server where a child would serve, or has read, other files than the others."""
+        """Ends the server where a child would serve, or has read, other files than the others.
+
+        Raises:
+            OSError: the folder cannot be read now.
+        """
         what = change(self._files, identity(self._folder))
         if what is None:
             return False
