@@ -7,6 +7,7 @@ from collections.abc import Sequence as Ordered
 from math import inf
 
 from server.engine.sequence import Sequence
+from server.engine.shares import Share
 from server.engine.step_cost import StepCosts, StepWork
 
 LEAST_CHUNK = 16
@@ -19,8 +20,8 @@ def share_chunks(
     """How many tokens of each prompt run beside a step's decodes.
 
     Half of the room is for the oldest prompt, whatever its length and priority.  The rest goes to the most urgent
-    priority, there to the client that has been served least, and there to the shortest prompt.  So neither a long
-    prompt nor those behind it starve.  Each of the two advances by LEAST_CHUNK tokens whatever that takes.
+    priority, there to the client that has least left to compute for its share, and there to the shortest prompt.  So
+    neither a long prompt nor those behind it starve.  Each of the two gets LEAST_CHUNK tokens whatever that takes.
 
     Args:
         prompts: those that run and are not computed to their end; at least one.
@@ -40,7 +41,10 @@ def share_chunks(
     share = _ChunkShare(tokens, seconds, costs)
     first = min(prompts, key=lambda own: own.age)
     others = [own for own in prompts if own is not first]
-    others.sort(key=lambda own: (own.priority, own.share.served, own.num_uncomputed))
+    left: dict[Share, float] = {}
+    for own in prompts:
+        left[own.share] = left.get(own.share, 0.0) + own.num_uncomputed / own.share.weight
+    others.sort(key=lambda own: (own.priority, left[own.share], own.num_uncomputed))
     counts = {first: share.take(first, 0, LEAST_CHUNK, part=0.5 if others else 1.0)}
     for place, sequence in enumerate(others):
         if share.tokens == 0:

@@ -178,13 +178,20 @@ def test_with_one_client_no_place_is_taken_away() -> None:
     assert simulation.stats.preemptions == 0
 
 
-def test_the_prompt_of_the_client_that_has_been_served_least_is_computed_first() -> None:
-    simulation = Simulation(num_blocks=200, block_size=4, max_model_len=100, max_num_seqs=8, max_num_batched_tokens=16)
+def test_the_prompt_of_a_client_with_little_is_not_computed_behind_all_of_another() -> None:
+    simulation = Simulation(
+        num_blocks=200,
+        block_size=4,
+        max_model_len=100,
+        max_num_seqs=8,
+        max_num_batched_tokens=16,
+        prefix_caching=False,
+    )
     for place in range(6):
         simulation.add([place % 3] * (20 + place), 2, owner="hog")
     simulation.step()
     newcomer = simulation.add([1] * 30, 2, owner="newcomer")
     simulation.step_until(lambda: newcomer.num_output_tokens > 0)
     begun = [own for own in (*simulation.live.values(), *simulation.finished.values()) if own.num_output_tokens]
-    assert len(begun) <= 3, "the shorter prompts of a client that has been served more went first"
+    assert len(begun) <= 3, "the shorter prompts of a client that has many went first"
     simulation.drain()
