@@ -41,15 +41,18 @@ class TokenizersBackend:
         self._names = [f"token_id:{token_id}" for token_id in range(size)]
         for text, token_id in self._ids.items():
             self._names[token_id] = text
+        nonce = secrets.token_hex(8)
+        self._hidden = {token.token_id: f"<{nonce}:{token.token_id}>" for token in self.specials.values()}
+        self._tokenizer = _loaded(file, added, self._hidden)
+        for token in added:
+            if token.normalized:  # the library reads and writes such a token in its normalized form, like "▁word"
+                self._names[token.token_id] = self._tokenizer.id_to_token(token.token_id)
         spelled = spelling(file)
         self._strips_space = spelled.strips_space
         self.token_bytes = [b""] * size
         for text, token_id in self._ids.items():
-            self.token_bytes[token_id] = b"" if text in self.specials else spelled.text(text)
+            self.token_bytes[token_id] = b"" if text in self.specials else spelled.text(self._names[token_id])
         self.unknown_ids = _unknown_ids(file)
-        nonce = secrets.token_hex(8)
-        self._hidden = {token.token_id: f"<{nonce}:{token.token_id}>" for token in self.specials.values()}
-        self._tokenizer = _loaded(file, added, self._hidden)
 
     def encode(self, parts: Sequence[Part]) -> list[int]:
         """See `TokenBackend`."""

@@ -203,7 +203,27 @@ def test_flags_of_added_tokens_mean_what_they_mean_in_transformers(
     path = folder(change=change)
     tokenizer, reference = Tokenizer.from_folder(path), transformers_tokenizer(path)
     for text in ("a [X] b", "a[X]b", " [X] ", "[X][X]", "x [X]. [X]y"):
-        assert tokenizer.encode(text) == reference.encode(text)
+        ids = reference.encode(text)
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.decode(ids, from_start=True) == reference.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("normalizers", [[], [{"type": "Lowercase"}]], ids=["the demo's", "lower case"])
+def test_a_normalized_added_token_adds_its_normalized_form_to_an_answer(folder: Folder, normalizers: list[Any]) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["normalizer"]["normalizers"][:0] = normalizers
+
+    words = ["[X]", "B", " b", "c ", "the"]  # some of them pieces of the vocabulary
+    path = folder(change=change)
+    saved = transformers_tokenizer(path)
+    saved.add_tokens(words)
+    saved.save_pretrained(path)
+    tokenizer, reference = Tokenizer.from_folder(path), transformers_tokenizer(path)
+    for token_id in reference.get_added_vocab().values():
+        for ids in ([token_id], [260, token_id], [260, token_id, token_id, 671], [DEMO_BOS, token_id, 487]):
+            text = reference.decode(ids, skip_special_tokens=True)
+            assert tokenizer.decode(ids, from_start=True) == text
+            assert tokenizer.pieces(ids) == reference.convert_ids_to_tokens(ids)
 
 
 def test_added_tokens_of_the_older_file_are_added_too(folder: Folder) -> None:
