@@ -136,6 +136,14 @@ IMPLIED: Mapping[str, frozenset[str]] = {
 }
 """Patterns that zod writes next to a format, with look-around that is not supported; the format implies them."""
 
+_ZOD_EMAILS = frozenset(
+    rf"^(?!\.)(?!.*\.\.)([{letters}0-9_'+\-\.]*)[{letters}0-9_+-]@([{letters}0-9][{letters}0-9\-]*\.)+[{letters}]{{2,}}$"
+    for letters in ("A-Za-z", "a-zA-Z")
+)
+"""Those of zod 4 and of zod-to-json-schema: no point at the beginning, and no two in a row."""
+
+_ZOD_EMAIL = r"^(?:[A-Za-z0-9_'+-]+\.)*[A-Za-z0-9_'+-]*[A-Za-z0-9_+-]@(?:[A-Za-z0-9][A-Za-z0-9-]*\.)+[A-Za-z]{2,}$"
+
 # A Decimal's in Pydantic until 2.13: a sign, digits, a point and digits, of which one at least is there.
 _PYDANTIC_DECIMAL = re.compile(
     r"\^\(\?!\^\[-\+\.\]\*\$\)\[\+-\]\?0\*\\d(\*|\{0,(\d{1,3})\})\\\.\?(\\d(?:\*|\{0,\d{1,3}\}))(?:0\*)?\$"
@@ -145,8 +153,10 @@ _PYDANTIC_DECIMAL = re.compile(
 def without_lookaround(pattern: str) -> str:
     """A pattern that a tool is known to write with look-around, without it; any other pattern as it is.
 
-    The result matches a part of what the pattern matches: numbers with a digit before their point.
+    The result matches a part of what the pattern matches: of decimals, numbers with a digit before their point.
     """
+    if pattern in _ZOD_EMAILS:
+        return _ZOD_EMAIL
     found = _PYDANTIC_DECIMAL.fullmatch(pattern)
     if found is None:
         return pattern

@@ -174,3 +174,19 @@ def test_pydantics_pattern_of_decimals_is_followed(pattern: str, valid: list[str
     begin = compile_json(json.dumps({"type": "string", "pattern": pattern}))
     assert [text for text in valid if not (accepts(begin, json.dumps(text)) and re.search(pattern, text))] == []
     assert [text for text in invalid if accepts(begin, json.dumps(text))] == []
+
+
+@pytest.mark.parametrize("format_", [{}, {"format": "email"}], ids=["pattern", "pattern and format"])
+@pytest.mark.parametrize("letters", ["A-Za-z", "a-zA-Z"])
+def test_zods_pattern_of_addresses_is_followed(format_: dict[str, str], letters: str) -> None:
+    name, last = rf"[{letters}0-9_'+\-\.]", f"[{letters}0-9_+-]"
+    pattern = rf"^(?!\.)(?!.*\.\.)({name}*){last}@([{letters}0-9][{letters}0-9\-]*\.)+[{letters}]{{2,}}$"
+    begin = compile_json(json.dumps({"type": "string", "pattern": pattern, **format_}))
+    for text in ("ada@example.com", "a.b+c_d'e-f@x1.y-z.Org", "a@b.cd"):
+        assert re.search(pattern, text)
+        assert accepts(begin, json.dumps(text))
+    for text in (".a@b.cd", "a..b@c.de", "a.@b.cd", "a'@b.cd", "a!b@c.de", "a@b", "a@b..cd", "a@-b.cd", "a@b.c1"):
+        assert not re.search(pattern, text)
+        assert not accepts(begin, json.dumps(text))
+    answers = [random_answer(begin.copy(), random.Random(seed), 200) for seed in range(20)]
+    assert all(re.search(pattern, json.loads(answer)) for answer in answers if answer is not None)
