@@ -43,6 +43,8 @@ WITHOUT_EFFECT_IN_MESSAGES: WithoutEffect = {
     "provider_specific_fields": "LiteLLM adds it to answers",
     "reasoning": "earlier reasoning is not shown to the model",
     "reasoning_content": "earlier reasoning is not shown to the model",
+    "reasoning_details": "earlier reasoning is not shown to the model",
+    "thinking_blocks": "earlier reasoning is not shown to the model",
 }
 
 WITHOUT_EFFECT_IN_PARTS: WithoutEffect = {

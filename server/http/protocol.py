@@ -20,7 +20,7 @@ from server.http.other_fields import (
     WITHOUT_EFFECT_IN_CHAT,
 )
 from server.http.request_object import RequestObject, invalid
-from server.http.tool_fields import MAX_TOOLS, NamedTool, Tool, ToolChoiceField
+from server.http.tool_fields import MAX_TOOLS, AllowedTools, NamedTool, Tool, ToolChoiceField
 from server.http.truncation import TruncatingRequest
 
 MAX_SAMPLES = 128
@@ -264,8 +264,8 @@ class ChatCompletionRequest(GenerationRequest):
     )
     tool_choice: ToolChoiceField | None = Field(
         None,
-        description="Whether the answer is calls: never, if the model writes some, always, or one of this function. "
-        'Default: "auto" where there are tools.',
+        description="Whether the answer is calls: never, if the model writes some, always, or one of this function; or "
+        'of these functions only. Default: "auto" where there are tools.',
     )
     parallel_tool_calls: bool = Field(True, description="Whether an answer may make several calls.")
     service_tier: str | None = Field(None, description='There is one tier; the answer to any names "default".')
@@ -296,11 +296,18 @@ class ChatCompletionRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _a_choice_that_there_is(self) -> Self:
+        chosen: tuple[str, ...] = ()
         match self.tool_choice:
-            case NamedTool(name) if all(tool.function.name != name for tool in self.tools):
-                raise invalid("tool_choice", f"no function in tools has the name {name[:100]!r}")
+            case NamedTool(name):
+                chosen = (name,)
+            case AllowedTools(names):
+                chosen = names
             case "required" if not self.tools:
                 raise invalid("tool_choice", "it is 'required', but there are no tools to call")
+        given = {tool.function.name for tool in self.tools}
+        for name in chosen:
+            if name not in given:
+                raise invalid("tool_choice", f"no function in tools has the name {name[:100]!r}")
         if self.callable_tools and self.structured_outputs is not None:
             raise invalid("structured_outputs", "with tools it is only allowed when tool_choice is 'none'")
         return self
@@ -313,12 +320,17 @@ class ChatCompletionRequest(GenerationRequest):
                 return []
             case NamedTool(name):
                 return [tool for tool in self.tools if tool.function.name == name]
+            case AllowedTools(names):
+                return [tool for tool in self.tools if tool.function.name in names]
         return self.tools
 
     @property
     def must_call(self) -> bool:
         """Whether the answer is nothing but calls."""
-        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+        match self.tool_choice:
+            case "required" | NamedTool() | AllowedTools(required=True):
+                return True
+        return False
 
     @property
     def reported_logprobs(self) -> int | None:

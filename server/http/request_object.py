@@ -5,7 +5,7 @@ Knows no field by name.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError
@@ -39,6 +39,8 @@ WithoutEffect = Mapping[str, str]
 class RequestObject(BaseModel):
     """A JSON object of a request: strict types, null means absent, no unknown field.
 
+    Where an integer is expected, 8.0 is one too, as in JSON Schema: several languages write their numbers so.
+
     Of many unknown fields only the first is an error, so that a large object of them costs no more than a small one.
 
     Attributes:
@@ -50,11 +52,15 @@ class RequestObject(BaseModel):
     refused: ClassVar[Refused] = {}
     without_effect: ClassVar[WithoutEffect] = {}
     _names: ClassVar[frozenset[str]] = frozenset()
+    _integers: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
         cls._names = frozenset(field.alias or name for name, field in cls.model_fields.items())
+        cls._integers = frozenset(
+            name for name, field in cls.model_fields.items() if int in (field.annotation, *get_args(field.annotation))
+        )
 
     @model_validator(mode="before")
     @classmethod
@@ -67,7 +73,8 @@ class RequestObject(BaseModel):
             if value is None or name in cls.without_effect:
                 continue
             if name in cls._names:
-                kept[name] = value
+                is_whole = isinstance(value, float) and name in cls._integers and value.is_integer()
+                kept[name] = int(value) if is_whole else value
             elif (refusal := cls.refused.get(name)) is None:
                 if not has_unknown:
                     kept[name] = value

@@ -63,45 +63,94 @@ class NamedTool:
     name: str
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
+@dataclass(frozen=True)
+class AllowedTools:
+    """The choice among some of the functions.
+
+    Attributes:
+        names: of the functions, one at least.
+        required: whether one of them must be called.
+    """
+
+    names: tuple[str, ...]
+    required: bool
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedTools
 
 
 def _tool_choice(value: object) -> ToolChoice:
-    match value:
-        case "none" | "auto" | "required":
-            return value
-        case {"type": "function", "function": {"name": str(name), **others}, **rest} if not others and not rest:
+    match _without_nulls(value):
+        case "none" | "auto" | "required" as word:
+            return word
+        case {
+            "type": "allowed_tools",
+            "allowed_tools": {"mode": "auto" | "required" as mode, "tools": [_, *_] as tools, **others},
+            **rest,
+        } if not others and not rest and len(tools) <= MAX_TOOLS:
+            names = [_function_name(tool) for tool in tools]
+            if None not in names:
+                return AllowedTools(tuple(name for name in names if name is not None), mode == "required")
+        case chosen if (name := _function_name(chosen)) is not None:
             return NamedTool(name)
     raise ValueError(
-        'it must be "none", "auto", "required" or the choice of a function like '
-        '{"type": "function", "function": {"name": "..."}}'
+        'it must be "none", "auto", "required", the choice of a function like '
+        '{"type": "function", "function": {"name": "..."}}, or of several like {"type": "allowed_tools", '
+        '"allowed_tools": {"mode": "auto", "tools": [{"type": "function", "function": {"name": "..."}}]}}'
     )
 
+
+def _function_name(value: object) -> str | None:
+    """The function that a choice names."""
+    match _without_nulls(value):
+        case {"type": "function", "function": {"name": str(name), **others}, **rest} if not others and not rest:
+            return name
+    return None
+
+
+def _without_nulls(value: object) -> object:
+    """The same without the keys of objects that are null, which mean what absent ones do."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+
+
+_NAMED_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "properties": {"name": {"type": "string"}},
+            "required": ["name"],
+            "additionalProperties": {"type": "null"},
+        },
+    },
+    "required": ["type", "function"],
+    "additionalProperties": {"type": "null"},
+}
+_ALLOWED_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "allowed_tools"},
+        "allowed_tools": {
+            "type": "object",
+            "properties": {
+                "mode": {"enum": ["auto", "required"]},
+                "tools": {"type": "array", "items": _NAMED_SCHEMA, "minItems": 1, "maxItems": MAX_TOOLS},
+            },
+            "required": ["mode", "tools"],
+            "additionalProperties": {"type": "null"},
+        },
+    },
+    "required": ["type", "allowed_tools"],
+    "additionalProperties": {"type": "null"},
+}
 
 ToolChoiceField = Annotated[
     ToolChoice,
     PlainValidator(_tool_choice),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"enum": ["none", "auto", "required"]},
-                {
-                    "type": "object",
-                    "properties": {
-                        "type": {"const": "function"},
-                        "function": {
-                            "type": "object",
-                            "properties": {"name": {"type": "string"}},
-                            "required": ["name"],
-                            "additionalProperties": False,
-                        },
-                    },
-                    "required": ["type", "function"],
-                    "additionalProperties": False,
-                },
-            ]
-        }
-    ),
+    WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, _NAMED_SCHEMA, _ALLOWED_SCHEMA]}),
 ]
 
 

@@ -46,3 +46,17 @@ def test_a_text_without_an_end_is_invalid_json(begin: bytes) -> None:
             parse(body, CompletionRequest)
         error = raised.value.body.error
         assert error.code == "invalid_json" or "JSON" in error.message
+
+
+@pytest.mark.parametrize(("given", "read"), [("8.0", 8), ("8e0", 8), ("0.0", 0)])
+def test_a_whole_number_may_be_written_with_a_point(given: str, read: int) -> None:
+    request = parse(f'{{"prompt": "a", "max_tokens": {given}, "top_k": {given}}}'.encode(), CompletionRequest)
+    assert (request.max_tokens, request.top_k) == (read, read)
+    assert type(request.max_tokens) is int
+
+
+@pytest.mark.parametrize("given", ["8.5", '"8"', "true", "1e400", "[8.0]"])
+def test_what_is_no_whole_number_is_refused(given: str) -> None:
+    with pytest.raises(ApiError) as raised:
+        parse(f'{{"prompt": "a", "max_tokens": {given}}}'.encode(), CompletionRequest)
+    assert raised.value.body.error.param == "max_tokens"

@@ -25,6 +25,14 @@ TOOLS = [
 UNSUPPORTED = "is not supported; list what is allowed instead"
 NOT = {"not": {"required": ["a"]}}
 NAMED = {"type": "function", "function": {"name": "find"}}
+
+
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    """The choice among some of the functions, as OpenAI writes it."""
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 CALL = '[{"name": "find", "arguments": {"word": "a"}}]'
 TWO_CALLS = '[{"name": "find", "arguments": {"word": "a"}}, {"name": "now", "arguments": {}}]'
 Tokens = Callable[[str], list[int]]
@@ -62,6 +70,27 @@ def schema_of(grammar: Grammar | None) -> Any:
     assert grammar is not None
     assert (grammar.kind, grammar.leading_space) == ("json_schema", True)
     return json.loads(grammar.text)
+
+
+async def test_only_allowed_tools_are_called(http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens) -> None:
+    other = '[{"name": "now", "arguments": {}}]'
+    engine.script = says(tokens(" " + other), EOS)
+    [whole] = (await answer(http, tool_choice=allowed("auto", "find")))["choices"]
+    assert whole["message"]["content"] == other
+    assert "tool_calls" not in whole["message"]
+    assert engine.submitted[-1].sampling.grammar is None
+    engine.script = says(tokens(" " + CALL), EOS)
+    for mode in ("auto", "required"):
+        [whole] = (await answer(http, tool_choice=allowed(mode, "find")))["choices"]
+        assert without_ids(whole["message"]["tool_calls"]) == one_call('{"word": "a"}')
+    assert schema_of(engine.submitted[-1].sampling.grammar) == calls_schema([FIND], parallel=True)
+
+
+async def test_nulls_in_a_choice_say_nothing(http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens) -> None:
+    engine.script = says(tokens('{"word": "a"}'), EOS)
+    choice = {"type": "function", "function": {"name": "find", "strict": None}, "cache_control": None}
+    [whole] = (await answer(http, tool_choice=choice))["choices"]
+    assert without_ids(whole["message"]["tool_calls"]) == one_call('{"word": "a"}')
 
 
 async def test_the_model_is_told_of_tools_before_the_conversation(
@@ -355,9 +384,12 @@ def schema_format(schema: object) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
 
 
+BAD_CHOICES: list[object] = ["any", 5, {}, {"type": "function"}, NAMED | {"x": 1}]
+BAD_CHOICES += [{"type": "allowed_tools"}, allowed("auto"), allowed("any", "find"), allowed("auto", "find") | {"x": 1}]
 CHOICES = (
-    'Invalid \'tool_choice\': it must be "none", "auto", "required" or the choice of a function like '
-    '{"type": "function", "function": {"name": "..."}}.'
+    'Invalid \'tool_choice\': it must be "none", "auto", "required", the choice of a function like '
+    '{"type": "function", "function": {"name": "..."}}, or of several like {"type": "allowed_tools", "allowed_tools": '
+    '{"mode": "auto", "tools": [{"type": "function", "function": {"name": "..."}}]}}.'
 )
 
 
@@ -378,10 +410,14 @@ CHOICES = (
         ),
         ({"tools": TOOLS * 2}, "tools", "Invalid 'tools': two functions have the name 'find'."),
         ({"tools": [TOOLS[1]] * 129}, "tools", None),
-        *(({"tools": TOOLS, "tool_choice": choice}, "tool_choice", CHOICES)
-          for choice in ("any", 5, {}, {"type": "function"}, NAMED | {"x": 1}, {"type": "allowed_tools"})),
+        *(({"tools": TOOLS, "tool_choice": choice}, "tool_choice", CHOICES) for choice in BAD_CHOICES),
         (
             {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "other"}}},
+            "tool_choice",
+            "Invalid 'tool_choice': no function in tools has the name 'other'.",
+        ),
+        (
+            {"tools": TOOLS, "tool_choice": allowed("auto", "now", "other")},
             "tool_choice",
             "Invalid 'tool_choice': no function in tools has the name 'other'.",
         ),
