@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from kernels.launch import KernelsUnavailableError
+
 BUILDS: Mapping[str, frozenset[str]] = {
     "avx512_bf16": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}),
     "avx512": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
@@ -81,9 +83,21 @@ def load(build: str) -> ctypes.CDLL:
 
     Raises:
         OSError: it cannot be loaded.
+        KernelsUnavailableError: it was compiled from other sources than these.
     """
-    library = ctypes.CDLL(str(library_path(build)))
+    path = library_path(build)
+    library = ctypes.CDLL(str(path))
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
+    sizes = ctypes.sizeof(Operation), ctypes.sizeof(Step), DRAWS.itemsize
+    # A build without the function is older than the function.
+    layout = getattr(library, "persimmon_layout", None)
+    if layout is not None:
+        layout.argtypes, layout.restype = (), integer
+    if layout is None or layout() != sizes[0] << 20 | sizes[1] << 10 | sizes[2]:
+        raise KernelsUnavailableError(
+            f"{path} was compiled from another version of the C kernels; install the project again (`pip install -e .` "
+            "in a checkout)"
+        )
     library.persimmon_scratch_bytes.argtypes = (integer, integer)
     library.persimmon_scratch_bytes.restype = integer
     library.persimmon_run.argtypes = (pointer, integer, pointer, pointer, integer, integer)

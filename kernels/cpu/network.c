@@ -192,6 +192,9 @@ void persimmon_pack(const void *weight, void *packed, int64_t out, int64_t in, i
     work_together((Work){pack_panel, &packing, 1, threads}, &panels);
 }
 
+/* Tells a build of other sources: its structures differ from those of library.py. */
+int64_t persimmon_layout(void) { return (int64_t)((sizeof(Operation) << 20) + (sizeof(Step) << 10) + sizeof(Draw)); }
+
 int64_t persimmon_multiplies_bfloat16(void) {
 #if defined(__AVX512BF16__)
     return 1;

@@ -1,5 +1,6 @@
 """The C kernels against plain torch, every build that this processor runs."""
 
+import ctypes
 import platform
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import kernels
-from kernels import Linear, Norm, Residual, Rotary, reference
+from kernels import KernelsUnavailableError, Linear, Norm, Residual, Rotary, reference
 from kernels.cpu import library
 from kernels.cpu.native import NativeKernels, NativePlan
 from kernels.cpu.program import Program, step_of
@@ -262,6 +263,14 @@ class TestRows:
         ]
         assert all(not (row[: best[i]] >= row[best[i]]).any() for i, row in enumerate(logits))
         assert 0 <= best[4] < width
+
+
+class TestALibrary:
+    def test_of_other_sources_is_refused(self, build: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        longer = type("Step", (ctypes.Structure,), {"_fields_": (*library.Step._fields_, ("new", ctypes.c_int64))})
+        monkeypatch.setattr(library, "Step", longer)
+        with pytest.raises(KernelsUnavailableError, match="another version of the C kernels; install the project again"):
+            library.load.__wrapped__(build)
 
 
 class TestProgram:
