@@ -158,6 +158,7 @@ def test_the_mark_and_line_ends_of_windows_are_not_part_of_a_line(end, tmp_path)
         (json.dumps(completion("a")).encode("utf-16"), "in UTF-16; save it as UTF-8"),
         (gzip.compress(json.dumps(completion("a")).encode()), "compressed with gzip; decompress it first"),
     ],
+    ids=["utf-16", "gzip"],  # gzip writes the time, and ids must not change
 )
 def test_a_file_in_another_encoding_is_named(content, reason, tmp_path):
     path = tmp_path / "in"
