@@ -74,12 +74,12 @@ def schema_of(grammar: Grammar | None) -> Any:
 
 async def test_only_allowed_tools_are_called(http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens) -> None:
     other = '[{"name": "now", "arguments": {}}]'
-    engine.script = says(tokens(" " + other), EOS)
+    engine.script = says(tokens(other), EOS)
     [whole] = (await answer(http, tool_choice=allowed("auto", "find")))["choices"]
     assert whole["message"]["content"] == other
     assert "tool_calls" not in whole["message"]
     assert engine.submitted[-1].sampling.grammar is None
-    engine.script = says(tokens(" " + CALL), EOS)
+    engine.script = says(tokens(CALL), EOS)
     for mode in ("auto", "required"):
         [whole] = (await answer(http, tool_choice=allowed(mode, "find")))["choices"]
         assert without_ids(whole["message"]["tool_calls"]) == one_call('{"word": "a"}')
