@@ -101,6 +101,7 @@ class Chat:
         leading_space: whether the space that an answer begins with belongs to the format.
         takes_system: whether the template shows system messages.
         takes_tools: whether the template shows tools, in its own form.
+        takes_parts: whether the template reads contents as lists of parts only.
     """
 
     tokenizer: Tokenizer
@@ -113,6 +114,7 @@ class Chat:
     leading_space: bool = True
     takes_system: bool = True
     takes_tools: bool = False
+    takes_parts: bool = False
 
     @classmethod
     def adepts(cls, tokenizer: Tokenizer) -> Self:
@@ -132,7 +134,8 @@ class Chat:
             add_bos: begin with BOS, or not; None does what the template does.
 
         Raises:
-            CheckpointError: the template is not valid, or does not even render a user's message.
+            CheckpointError: the template is not valid, or does not even render a user's message, or leaves out what it
+                says.
         """
         sources = TemplateSources.from_folder(folder)
         if sources is None:
@@ -149,6 +152,13 @@ class Chat:
                 f"{folder}: its chat template does not render a message of a user: {error}; repair the template, or "
                 "remove it to have conversations in Adept's format"
             ) from None
+        if not chat._reads_contents():
+            chat = replace(chat, takes_parts=True)
+            if not chat._reads_contents():
+                raise CheckpointError(
+                    f"{folder}: its chat template renders all messages of a user alike, whatever they say; repair the "
+                    "template, or remove it to have conversations in Adept's format"
+                )
         written = chat._before_adepts_format()
         if written is None:
             return chat._probed()
@@ -198,6 +208,8 @@ class Chat:
         """What the template writes: text, and the ids of the special tokens that it has written itself."""
         if self.template is None:
             raise ChatTemplateError("there is none")
+        if self.takes_parts:
+            messages = [{**message, "content": _parts(message["content"])} for message in messages]
         held = "".join(_strings([messages, tools]))
         mark = next((chr(code) for code in _MARKS if chr(code) not in held), None)
         if mark is None:
@@ -217,6 +229,14 @@ class Chat:
         text = self.template.render(hidden(list(messages)), tools and hidden(list(tools)), add_generation_prompt)
         parts = [part if isinstance(part, int) else part.replace(mark, "") for part in self._finder.split(text)]
         return [part for part in parts if part != ""]
+
+    def _reads_contents(self) -> bool:
+        """Whether what a user says is in the prompt."""
+        try:
+            first, second = (self._rendered(_messages([Turn("user", text)])) for text in ("Yes?", _PROBE))
+        except ChatTemplateError:
+            return False
+        return first != second
 
     def _before_adepts_format(self) -> tuple[int, ...] | None:
         """What the template writes before Adept's format of a conversation; None where it has another format."""
@@ -280,6 +300,10 @@ def chat_format(folder: Path, config: PersimmonConfig, tokenizer: Tokenizer, add
     if config.architecture is not Architecture.CAUSAL_LM:
         return Chat.adepts(tokenizer)
     return Chat.from_folder(folder, tokenizer, add_bos)
+
+
+def _parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:

@@ -147,6 +147,28 @@ def test_prompts_of_other_templates_are_transformers(
         assert chat.of_messages(messages).token_ids(chat.tokenizer) == reference_ids(path, messages)
 
 
+def test_a_template_that_reads_only_lists_of_parts_gets_those(folder: Folder) -> None:
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {% for part in m.content %}"
+        "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}\n{% endfor %}assistant:"
+    )
+    path = folder(template)
+    chat = chat_of(path)
+    assert chat.takes_parts
+    assert chat.takes_system
+    for messages in CONVERSATIONS:
+        in_parts = [each | {"content": [{"type": "text", "text": each["content"]}]} for each in messages]
+        assert chat.of_messages(messages).token_ids(chat.tokenizer) == reference_ids(path, in_parts)
+        assert chat.of_messages(in_parts) == chat.of_messages(messages)
+    assert not chat_of(folder(HEADINGS)).takes_parts
+
+
+@pytest.mark.parametrize("template", ["### assistant:", "{% for m in messages %}{{ m.role }}{% endfor %}", ""])
+def test_a_template_that_leaves_out_what_users_say_is_no_start(folder: Folder, template: str) -> None:
+    with pytest.raises(CheckpointError, match="renders all messages of a user alike, whatever they say; repair"):
+        chat_of(folder(template))
+
+
 @pytest.mark.parametrize("sentencepiece", [True, False])
 def test_a_template_that_concatenates_special_tokens_writes_tokens(folder: Folder, sentencepiece: bool) -> None:
     path = folder(MARKERS, {4096: ("<|user|>", True), 4097: ("<|assistant|>", True)}, sentencepiece)
@@ -274,7 +296,8 @@ def test_roles_that_a_template_names_are_allowed(folder: Folder) -> None:
     assert chat.allows_role("ipython")
     assert chat.allows_role("tool")
     assert not chat.allows_role("end")
-    assert not chat_of(folder("{{ '<|im_end|>' }}{{ '<|' + messages[0].role + '|>' }}")).allows_role("<|im_end|>")
+    template = "{{ '<|im_end|>' }}{{ '<|' + messages[0].role + '|>' + messages[0].content }}"
+    assert not chat_of(folder(template)).allows_role("<|im_end|>")
 
 
 @pytest.mark.parametrize(
