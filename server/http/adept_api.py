@@ -15,8 +15,9 @@ from starlette.types import Receive
 from model.tokenizer import Tokenizer
 from server.http.adept_protocol import AdeptRequest
 from server.http.disconnect import until_disconnect
-from server.http.errors import bad_request
+from server.http.errors import bad_request, context_length_exceeded
 from server.http.generation import Answer, Generation
+from server.http.prompt_encoder import PromptInput
 from server.http.request_record import RequestRecord
 from server.http.service import Service, expected_tokens
 from server.http.token_report import token_text
@@ -63,8 +64,14 @@ async def generate(service: Service, request: AdeptRequest, receive: Receive, re
     if request.add_bos and service.tokenizer.bos_token_id is None:
         raise bad_request("This model's vocabulary has no beginning-of-sequence token to add.", "add_BOS")
     limit = service.max_model_len
+
+    def fit(name: str, prompt: PromptInput, token_ids: list[int]) -> list[int]:
+        if len(token_ids) > limit:
+            raise context_length_exceeded(len(token_ids), min(request.tokens_to_generate, 1), limit, name)
+        return token_ids
+
     with service.gate.reserved(len(request.prompts), expected_tokens(request.prompts), record.owner):
-        encoded = await service.encode_prompts("prompts", request.prompts, request.add_bos)
+        encoded = await service.encode_prompts("prompts", request.prompts, request.add_bos, fit)
     prompts = [token_ids for _, token_ids in encoded]
     # Adept's server generates what the longest prompt leaves room for, where that is less than was asked for.
     left = max(1, limit - max(map(len, prompts)))
@@ -93,9 +100,10 @@ async def _answer(
     if request.tokens_to_generate == 0:
         return AdeptAnswer(texts, logprobs, [], [])
     continuations = [tokenizer.decode(answer.token_ids, from_start=True) for answer in answers]
+    encoded_again = await service.encoder.encode(["prompts"] * len(continuations), continuations, add_bos=False)
     readable = [
         _readable(tokenizer, token_ids) + ([end] if end else [])
-        for token_ids, end in zip(await service.encode(continuations, add_bos=False), ends, strict=True)
+        for token_ids, end in zip(encoded_again, ends, strict=True)
     ]
     generations = [text + end for text, end in zip(continuations, ends, strict=True)]
     return AdeptAnswer(texts, logprobs, generations, readable)

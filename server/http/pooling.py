@@ -19,6 +19,7 @@ from server.engine.messages import Pooling
 from server.http.errors import bad_request, context_length_exceeded, generation_failed, given_up
 from server.http.keys import salted
 from server.http.pooling_protocol import PoolingRequest
+from server.http.prompt_encoder import PromptInput
 from server.http.request_record import RequestRecord
 from server.http.service import MAX_CHOICES, Service, expected_tokens
 
@@ -63,13 +64,16 @@ async def prepare(service: Service, request: PoolingRequest, record: RequestReco
     limit = service.max_model_len
     if len(request.input) > MAX_CHOICES:
         raise bad_request(f"input has {len(request.input)} entries; one request may have {MAX_CHOICES}.", "input")
-    at_once = request.input[:MAX_RUNNING]
-    with service.gate.reserved(len(at_once), expected_tokens(at_once), record.owner):
-        encoded = await service.encode_prompts("input", request.input, request.add_bos)
-    encoded = [(name, request.shortened(token_ids, limit, "right")) for name, token_ids in encoded]
-    for name, token_ids in encoded:
+
+    def fit(name: str, prompt: PromptInput, token_ids: list[int]) -> list[int]:
+        token_ids = request.shortened(token_ids, limit, "right")
         if len(token_ids) > limit:
             raise context_length_exceeded(len(token_ids), 0, limit, name)
+        return token_ids
+
+    at_once = request.input[:MAX_RUNNING]
+    with service.gate.reserved(len(at_once), expected_tokens(at_once), record.owner):
+        encoded = await service.encode_prompts("input", request.input, request.add_bos, fit)
     inputs = Inputs([token_ids for _, token_ids in encoded], record)
     record.prompt_tokens = inputs.num_tokens
     record.cache_salt = salted(record.cache_salt, request.cache_salt)

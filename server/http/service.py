@@ -1,9 +1,9 @@
 """What an API worker serves with, handed to every endpoint, and the checks that need to know the model."""
 
-import asyncio
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 from importlib.metadata import version
 
@@ -21,14 +21,12 @@ from server.http.generation import Generation, Generator, Prompt
 from server.http.grammars import Constraint, GrammarChecker
 from server.http.keys import salted
 from server.http.model_use import USES
+from server.http.prompt_encoder import Fit, PromptEncoder, PromptInput
 from server.http.protocol import GenerationRequest
 from server.http.request_record import RequestRecord
 from server.http.siblings import Siblings
 from server.http.stop_strings import StopStrings
 from server.metrics import Metrics
-
-PromptInput = str | ChatPrompt | list[int]
-"""A prompt as requests have it: a text, a conversation or token ids."""
 
 MAX_CHOICES = 2048
 """Sequences that one request may ask for: its prompts times its n."""
@@ -38,8 +36,6 @@ MAX_ECHOED = 2**20
 
 _SEEDS = 2**63
 _VERSION = version("persimmon-server")  # it is looked up in files, for 250 us, and is a part of every answer
-# Tokenizing this many characters takes about a millisecond; a longer text would hold up the other streams.
-_CHARACTERS_AT_ONCE = 16384
 
 
 @dataclass(frozen=True)
@@ -77,6 +73,11 @@ class Service:
     max_priority: int | None = None
     grammars: GrammarChecker = field(default_factory=lambda: GrammarChecker(GrammarCompiler.for_checking()))
     additional_properties: bool = False
+
+    @cached_property
+    def encoder(self) -> PromptEncoder:
+        """Tokenizes prompts."""
+        return PromptEncoder(self.tokenizer, self.config.context_length)
 
     @property
     def generator(self) -> Generator:
@@ -142,15 +143,17 @@ class Service:
         self._check_priority(request.priority, record)
         self.check_token_ids("stop_token_ids", request.stop_token_ids)
         self.check_token_ids("logit_bias", request.logit_bias)
+
+        def fit(name: str, prompt: PromptInput, token_ids: list[int]) -> list[int]:
+            if request.truncate_prompt_tokens is not None and token_ids:
+                token_ids = self._shortened(request, prompt, token_ids, limit)
+            _max_tokens(request, name, len(token_ids), limit)
+            return token_ids
+
         with self.gate.reserved(len(prompts) * samples, expected_tokens(prompts), record.owner):
             begins_with_space = self._answers_begin_with_space(request, form)
             grammar = None if form.constraint is None else await self._grammar(form.constraint, begins_with_space)
-            encoded = await self.encode_prompts(request.prompt_field, prompts, request.add_bos)
-        if request.truncate_prompt_tokens is not None:
-            encoded = [
-                (name, self._shortened(request, prompt, token_ids, limit))
-                for prompt, (name, token_ids) in zip(prompts, encoded, strict=True)
-            ]
+            encoded = await self.encode_prompts(request.prompt_field, prompts, request.add_bos, fit)
         prompt_tokens = sum(len(token_ids) for _, token_ids in encoded)
         _check_echo(request, prompt_tokens)
         record.prompt_tokens = prompt_tokens
@@ -226,23 +229,28 @@ class Service:
         return request.is_chat and (self.chat.leading_space or begun)
 
     async def encode_prompts(
-        self, field: str, prompts: Sequence[PromptInput], add_bos: bool | None = None
+        self,
+        field: str,
+        prompts: Sequence[PromptInput],
+        add_bos: bool | None = None,
+        fit: Fit = lambda name, prompt, token_ids: token_ids,
     ) -> list[tuple[str, list[int]]]:
         """The token ids of a request's prompts, at least one each, with the place of each in the request.
 
         Args:
             field: of the request that holds the prompts.
             prompts: texts, conversations or token ids.
-            add_bos: as `encode` has it.
+            add_bos: as `PromptEncoder.encode` has it.
+            fit: as `PromptEncoder.encode` has it.
 
         Raises:
-            ApiError: an empty prompt, or a token id outside the vocabulary.
+            ApiError: a prompt that is empty or too long, or a token id outside the vocabulary.
         """
         names = [field if len(prompts) == 1 else f"{field}[{index}]" for index in range(len(prompts))]
         for name, prompt in zip(names, prompts, strict=True):
             if isinstance(prompt, list):
                 self.check_token_ids(name, prompt)
-        encoded = list(zip(names, await self.encode(prompts, add_bos), strict=True))
+        encoded = list(zip(names, await self.encoder.encode(names, prompts, add_bos, fit), strict=True))
         for name, token_ids in encoded:
             self._check_kept(name, token_ids)
             if not token_ids:
@@ -305,26 +313,6 @@ class Service:
             logprobs,
             grammar,
         )
-
-    async def encode(self, prompts: Sequence[PromptInput], add_bos: bool | None = None) -> list[list[int]]:
-        """Texts and conversations as token ids; what is token ids already stays as it is.
-
-        Args:
-            prompts: texts, conversations or token ids.
-            add_bos: whether they begin with the beginning-of-sequence token; None does what the checkpoint says.
-        """
-
-        def ids(prompt: PromptInput) -> list[int]:
-            if isinstance(prompt, str):
-                return self.tokenizer.encode(prompt, add_bos)
-            return prompt.token_ids(self.tokenizer, add_bos) if isinstance(prompt, ChatPrompt) else prompt
-
-        def encode() -> list[list[int]]:
-            return [ids(prompt) for prompt in prompts]
-
-        if sum(len(prompt) for prompt in prompts if not isinstance(prompt, list)) <= _CHARACTERS_AT_ONCE:
-            return encode()
-        return await asyncio.to_thread(encode)
 
 
 def expected_tokens(prompts: Iterable[PromptInput]) -> int:

@@ -45,7 +45,8 @@ async def tokenize(service: Service, request: TokenizeRequest) -> Response:
     else:
         prompt = request.prompt
     add_bos = None if request.add_special_tokens or request.prompt is None else False
-    (token_ids,) = await service.encode([prompt], add_bos)
+    field = "messages" if request.prompt is None else "prompt"
+    (token_ids,) = await service.encoder.encode([field], [prompt], add_bos)
     info = service.engine.info
     answer = Tokens(
         count=len(token_ids),
