@@ -17,14 +17,23 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 ENVIRONMENT_PREFIX = "PERSIMMON_"
 
+_RULES = {
+    "bool_parsing": "expected true or false",
+    "byte_size": "expected a size, for example 4GiB or 800MB",
+    "byte_size_unit": "expected a size, for example 4GiB or 800MB",
+    "float_parsing": "expected a number",
+    "int_parsing": "expected a whole number",
+}
+"""What a setting's value has to be, where pydantic's own words would not help: its error types -> ours."""
+
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 
 MAX_BODY_BYTES = 32 * 2**20
-"""Of a request's body, unless told otherwise: a text of 16,384 tokens is some 100 KB, and a request may bring many."""
+"""Default limit of a request's body: a text of 16,384 tokens is some 100 KB, and a request may hold many texts."""
 
 
 class SettingsError(ValueError):
-    """A setting has a value it cannot have.  The message is one line for the person who gave it."""
+    """A setting has an invalid value.  The message is one line for the person who set it."""
 
 
 def _setting(
@@ -54,27 +63,27 @@ class Settings(BaseSettings):
     )
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = _setting(
         "auto",
-        "Type of the network's numbers and of the KV cache. auto: the checkpoint's own 16-bit type on a GPU; on a CPU "
-        "bfloat16 for a checkpoint stored in it, if the processor multiplies that, and otherwise float32, the exact "
-        "choice, in which 16-bit weights stay as they are.",
+        "Type of activations and of the KV cache. auto on a GPU: the checkpoint's own 16-bit type. auto on a CPU: "
+        "bfloat16 for a bfloat16 checkpoint if the processor has instructions for it; otherwise float32, which is "
+        "exact, and in which 16-bit weights stay 16 bits.",
         "model",
     )
     add_bos: Literal["auto", "true", "false"] = _setting(
         "auto",
         "Whether text prompts and conversations start with the beginning-of-sequence token. "
-        "auto does what the checkpoint's files say.",
+        "auto follows the checkpoint's files.",
         "model",
     )
     seed: int = _setting(
         0,
-        "Seed of dummy weights, and of requests that bring no seed of their own.",
+        "Seed of dummy weights and of requests without a seed.",
         "model",
         "N",
         ge=0,
         lt=2**63,
     )
 
-    host: str = _setting("127.0.0.1", "Address to listen on; 0.0.0.0 is every interface.", "http", "ADDRESS")
+    host: str = _setting("127.0.0.1", "Address to listen on; 0.0.0.0 for all interfaces.", "http", "ADDRESS")
     port: int = _setting(8000, "Port to listen on; 0 picks a free one and prints it.", "http", "PORT", ge=0, le=65535)
     api_workers: int = _setting(
         1,
@@ -86,108 +95,107 @@ class Settings(BaseSettings):
     )
     ssl_certfile: Path | None = _setting(
         None,
-        "Certificate chain (PEM) to serve HTTPS with; with --ssl-keyfile. SIGHUP has both read again.",
+        "Certificate chain (PEM) for HTTPS; requires --ssl-keyfile. SIGHUP reloads both.",
         "http",
         "FILE",
     )
-    ssl_keyfile: Path | None = _setting(None, "The certificate's private key (PEM), without password.", "http", "FILE")
+    ssl_keyfile: Path | None = _setting(None, "Private key of the certificate (PEM), not encrypted.", "http", "FILE")
     read_timeout: float = _setting(
         30.0,
-        "Time allowed for a TLS handshake, then for the headers, and between parts of the body; after it the "
-        "connection is closed.",
+        "Time allowed for the TLS handshake, for the headers, and between parts of the body; after it the connection "
+        "is closed.",
         "http",
         "SECONDS",
         gt=0,
     )
     max_body_size: ByteSize = _setting(
         ByteSize(MAX_BODY_BYTES),
-        "Longest body of a request, after unpacking; a longer one gets a 413. An API worker receives bodies of up to "
-        "four times this together; what is more gets a 429.",
+        "Maximum size of a request body, after decompression; larger ones get a 413. All bodies that an API worker is "
+        "receiving may take four times this; beyond that requests get a 429.",
         "http",
         "SIZE",
         gt=0,
     )
     allowed_origins: Annotated[tuple[str, ...] | None, NoDecode] = _setting(
         None,
-        "Web pages of these origins may use the server from a browser (CORS), like https://chat.example.com; * for "
-        "all. Others get a 403. Default: pages of the server itself only.",
+        "Origins whose web pages may use the server (CORS), for example https://chat.example.com; * for all. Other "
+        "pages get a 403. Default: only pages of the server itself.",
         "http",
         "ORIGIN",
         several=True,
     )
     forwarded_allow_ips: str = _setting(
         "127.0.0.1",
-        "Proxies whose X-Forwarded-For and X-Forwarded-Proto headers are believed: addresses or networks, with commas "
-        "between them; * for all.",
+        "Proxies whose X-Forwarded-For and X-Forwarded-Proto headers are trusted: comma-separated addresses or "
+        "networks; * for all.",
         "http",
         "ADDRESSES",
     )
 
     api_key: Annotated[tuple[SecretStr, ...] | None, NoDecode] = _setting(
         None,
-        "Keys that requests must bring one of, as Authorization: Bearer KEY or X-Api-Key: KEY. Other users of the "
-        "machine can read a command line; the environment variable, with commas between keys, or --api-key-file is "
-        "safer. Default: anybody may ask.",
+        "Accepted API keys. Requests send one as Authorization: Bearer KEY or X-Api-Key: KEY. Other users of the "
+        "machine can read a command line, so the environment variable (comma-separated) or --api-key-file is safer. "
+        "Default: no key is required.",
         "access",
         "KEY",
         several=True,
     )
     api_key_file: Path | None = _setting(
         None,
-        "File of keys, a line each: name:key, after which max-priority=N and share=N may stand. The name stands for "
-        "the key in logs. SIGHUP has it read again.",
+        "File of API keys, one per line: name:key, optionally followed by max-priority=N and share=N. Logs show the "
+        "name. SIGHUP reloads the file.",
         "access",
         "FILE",
     )
     max_priority: int = _setting(
         0,
-        "How urgent a request may be: `priority` may go down to minus this number, and goes ahead of larger ones. "
-        "Numbers above 0, which wait for others, are always allowed. A line of --api-key-file may allow its key more "
-        "or less.",
+        "How urgent a request may be: the lowest allowed `priority` is minus this number. Lower priorities go first; "
+        "numbers above 0 are always allowed. A line of --api-key-file can set another limit for its key.",
         "access",
         "N",
         ge=0,
         le=2**31,
     )
-    protect_metrics: bool = _setting(False, "Ask for a key on /metrics too.", "access")
+    protect_metrics: bool = _setting(False, "Require a key for /metrics too.", "access")
     max_concurrent_requests_per_key: int | None = _setting(
-        None, "Most requests of one key at once; more get a 429. Default: any number.", "access", "N", ge=1
+        None, "Maximum concurrent requests per key; more get a 429. Default: no limit.", "access", "N", ge=1
     )
     requests_per_minute_per_key: int | None = _setting(
         None,
-        "Requests that one key may send a minute, all at once or evenly; more get a 429. Default: any number.",
+        "Maximum requests per key and minute, at once or spread out; more get a 429. Default: no limit.",
         "access",
         "N",
         ge=1,
     )
 
     log_format: Literal["text", "json"] = _setting(
-        "text", "Lines for people, or one JSON object a line, of all processes.", "log"
+        "text", "Log format of all processes: plain text, or one JSON object per line.", "log"
     )
     access_log: bool = _setting(
         True,
         "Log one line per request. Health probes and metrics scrapes get a line only when their answer changes.",
         "log",
     )
-    log_prompts: bool = _setting(False, "Add what was asked to the access log. Nothing else ever logs it.", "log")
+    log_prompts: bool = _setting(False, "Add prompts to the access log. They are never logged otherwise.", "log")
     tracing: bool = _setting(
         False,
-        "Send a trace of each request to where OTEL_EXPORTER_OTLP_ENDPOINT says; needs pip install "
+        "Send a trace of each request to OTEL_EXPORTER_OTLP_ENDPOINT; requires pip install "
         "'persimmon-server[tracing]'.",
         "log",
     )
 
     max_model_len: int | None = _setting(
         None,
-        "Most tokens of one sequence, prompt and answer together. Default: what the model is made for, with "
-        "scaled rotary embeddings their factor more, or what the KV cache holds if that is less.",
+        "Maximum length of a sequence, prompt and answer together. Default: the model's context length (times the "
+        "factor of its RoPE scaling), or what the KV cache holds if that is less.",
         "engine",
         "TOKENS",
         ge=2,
     )
     max_num_seqs: int = _setting(
         256,
-        "Most sequences that run at once; more wait. Not given: at most --max-num-batched-tokens.",
+        "Maximum sequences that run at once; more wait. Unless set, it is lowered to --max-num-batched-tokens.",
         "engine",
         "N",
         ge=1,
@@ -196,15 +204,15 @@ class Settings(BaseSettings):
     max_num_batched_tokens: int = _setting(
         2048,
         "Token budget of one step: one for each decoding sequence, the rest for prompt chunks. "
-        "At least --max-num-seqs; not given, it follows that.",
+        "At least --max-num-seqs; unless set, it is raised to that.",
         "engine",
         "TOKENS",
         ge=1,
     )
     max_itl_ms: float | None = _setting(
         None,
-        "Longest that a step with decoding sequences may take for prompts beside them; while more sequences wait for "
-        "their first token than decode, longer by that ratio. Default: 1.75 times what it takes without prompts.",
+        "Limit on the time of a step that runs prompt chunks next to decoding sequences. When more sequences wait for "
+        "their first token than decode, it grows by that ratio. Default: 1.75 times the time without prompts.",
         "engine",
         "MILLISECONDS",
         gt=0,
@@ -212,91 +220,90 @@ class Settings(BaseSettings):
     async_scheduling: Literal["auto", "on", "off"] = _setting(
         "auto",
         "Plan and launch each step while the one before it runs. auto: on with a GPU; off on a CPU, where every token "
-        "would come a step late.",
+        "would come one step late.",
         "engine",
     )
     additional_properties: bool = _setting(
         False,
-        "Let objects whose JSON schema lists properties have others too, where the schema does not say. Off, as in "
-        "vLLM: models that may add properties seldom stop. A schema's own additionalProperties always holds.",
+        "Allow other properties in objects whose JSON schema lists properties but has no additionalProperties. Off, as "
+        "in vLLM: models that may add properties seldom stop.",
         "engine",
     )
     enable_prefix_caching: bool = _setting(
-        True, "Reuse the KV blocks of a prompt's beginning when it was seen before.", "engine"
+        True, "Reuse the KV blocks of prompt prefixes that were seen before.", "engine"
     )
 
     cuda_graph_sizes: Annotated[tuple[int, ...] | None, NoDecode] = _setting(
         None,
-        "Batch sizes that decode steps are captured for as CUDA graphs at start, like 1,2,4,8; a step runs in the next "
-        "larger one, and without a graph beyond the largest. None above --max-num-seqs. Default: dense up to "
-        "--max-num-seqs. Without a GPU there are none.",
+        "Batch sizes for which decode steps are captured as CUDA graphs at start, for example 1,2,4,8. A step uses the "
+        "next larger size; larger steps run without a graph. At most --max-num-seqs. Default: dense up to "
+        "--max-num-seqs. Ignored without a GPU.",
         "gpu",
         "N,N,...",
     )
     enforce_eager: bool = _setting(
-        False, "Capture no CUDA graphs: starts sooner and takes less memory, but decodes slower.", "gpu"
+        False, "Do not capture CUDA graphs: faster start and less memory, but slower decoding.", "gpu"
     )
 
     max_num_queued_reqs: int | None = _setting(
         None,
-        "Most sequences in the server at once, those that run included; each of a request's n counts. Over it requests "
-        "get a 429. Default: five times --max-num-seqs: one full batch runs, and who comes last waits for about four "
-        "answers.",
+        "Maximum sequences in the server, running ones included; each of a request's n counts. Beyond it requests get "
+        "a 429. Default: five times --max-num-seqs, so that the last one waits for about four answers.",
         "load",
         "N",
         ge=1,
     )
     max_num_queued_tokens: int | None = _setting(
         None,
-        "Most prompt tokens that wait to be computed. Over it requests get a 429. Default: 256 times "
-        "--max-num-batched-tokens, that is 256 full steps.",
+        "Maximum prompt tokens that wait to be computed. Beyond it requests get a 429. Default: 256 times "
+        "--max-num-batched-tokens, which is 256 full steps.",
         "load",
         "TOKENS",
         ge=1,
     )
     queue_timeout: float = _setting(
         60.0,
-        "Longest that a request waits to be begun; then it gets a 429. 0 for any time. Most proxies and clients give "
-        "up a silent connection after a minute.",
+        "Maximum time in the queue; then the request gets a 429. 0 for no limit. Most proxies and clients close a "
+        "silent connection after a minute.",
         "load",
         "SECONDS",
         ge=0,
     )
     step_timeout: float | None = _setting(
         None,
-        "An engine that has work and ends no step for so long counts as hung: health turns false, and it is killed and "
-        "started again. Default: 30 with a GPU, on which the longest step takes a fraction of a second; 300 on a CPU, "
-        "on which one of a large model takes minutes.",
+        "An engine that has work but finishes no step in this time counts as hung: /health fails, and the engine is "
+        "killed and restarted. Default: 30 with a GPU, where the longest step takes a fraction of a second; 300 on a "
+        "CPU, where a step of a large model can take minutes.",
         "load",
         "SECONDS",
         gt=0,
     )
     worker_timeout: float = _setting(
         30.0,
-        "An API worker whose event loop has not turned for this long counts as hung; it is killed and started again.",
+        "An API worker whose event loop is blocked for this long counts as hung; it is killed and restarted.",
         "load",
         "SECONDS",
         ge=2,
     )
     drain_timeout: float = _setting(
         25.0,
-        "After SIGTERM, how long open requests may go on before they end with an error. Some seconds less than what "
-        "the process is given to stop: Kubernetes gives 30.",
+        "Time that open requests have to finish after SIGTERM; then they end with an error. Keep it a few seconds "
+        "below the time the process has to stop, which is 30 in Kubernetes.",
         "load",
         "SECONDS",
         ge=0,
     )
     send_timeout: float = _setting(
         60.0,
-        "A client that leaves what was sent to it for so long, 64 KiB of it, counts as gone.",
+        "A client that leaves 64 KiB of its answer unread for this long is disconnected.",
         "load",
         "SECONDS",
         gt=0,
     )
     sse_ping_interval: float = _setting(
         15.0,
-        "A stream that is quiet for so long gets a comment, so that no proxy takes it for dead. With the first one the "
-        "status 200 is sent, and a later error is an event. 0 for none.",
+        "Interval of the comments that keep a silent stream open through proxies; 0 for none. The first one sends the "
+        "status 200, so a later error comes as an event.",
         "load",
         "SECONDS",
         ge=0,
@@ -305,17 +312,17 @@ class Settings(BaseSettings):
     block_size: Literal[16, 32, 64] = _setting(32, "Tokens in one block of the KV cache.", "memory")
     kv_cache_memory: ByteSize | None = _setting(
         None,
-        "Size of the KV cache, like 4GiB or 800MB. Default: what --gpu-memory-utilization leaves on a GPU; "
-        "on a CPU, room for --max-num-seqs full sequences, but at most a quarter of the free memory, and at most 1 GiB "
-        "or four times the weights, whichever is more; always for one sequence of a --max-model-len that is given. "
-        "All of it is taken at start.",
+        "Size of the KV cache, for example 4GiB or 800MB, allocated at start. Default on a GPU: what "
+        "--gpu-memory-utilization leaves. Default on a CPU: room for --max-num-seqs full sequences, but at most a "
+        "quarter of the free memory, and at most 1 GiB or four times the weights, whichever is more; never less than "
+        "one sequence of the given --max-model-len.",
         "memory",
         "SIZE",
         gt=0,
     )
     gpu_memory_utilization: float = _setting(
         0.9,
-        "Share of the GPU's memory to plan with (weights, activations, CUDA graphs, KV cache).",
+        "Share of the GPU's memory to use for weights, activations, CUDA graphs and the KV cache.",
         "memory",
         "SHARE",
         gt=0,
@@ -367,11 +374,11 @@ class Settings(BaseSettings):
 
 
 GROUPS = {
-    "model": "what is served",
-    "http": "where it listens, and to whom",
+    "model": "model",
+    "http": "HTTP",
     "access": "API keys",
-    "log": "what it tells",
-    "engine": "how requests share the machine",
+    "log": "logs and traces",
+    "engine": "scheduling and answers",
     "gpu": "CUDA graphs",
     "load": "overload, health, shutdown",
     "memory": "KV cache",
@@ -452,14 +459,14 @@ def read_settings(given: dict[str, Any]) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
-        rule = first["msg"][0].lower() + first["msg"][1:]
+        rule = _RULES.get(first["type"]) or first["msg"][0].lower() + first["msg"][1:]
         secret = "SecretStr" in repr(Settings.model_fields[name].annotation)
         given_value = "not shown" if secret else first["input"]
         raise SettingsError(f"{flag(name)} (or {environment_variable(name)}) is {given_value}: {rule}") from None
 
 
 def _with_defaults_that_follow(settings: Settings) -> Settings:
-    """Of a pair of settings of which one bounds the other, the one that was not given follows the one that was."""
+    """Where one of two settings limits the other and only one was given, the other one is made to fit it."""
     given = settings.model_fields_set
     budget, sequences = settings.max_num_batched_tokens, settings.max_num_seqs
     if budget >= sequences:
@@ -496,7 +503,8 @@ def settings_table() -> str:
     """Every setting as a Markdown table, for the README."""
     lines = ["| Flag | Environment | Default | |", "| --- | --- | --- | --- |"]
     for name, field in Settings.model_fields.items():
-        shown = f"`{flag(name)}`"
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        shown = f"`{flag(name)} {extra['metavar']}`" if "metavar" in extra else f"`{flag(name)}`"
         if field.annotation is bool:
             shown += f", `{flag('no_' + name)}`"
         allowed = choices(field)

@@ -35,10 +35,14 @@ def test_sizes_are_read_with_their_unit():
         ("max_num_seqs", "0", "1"),
         ("gpu_memory_utilization", "1.5", "1"),
         ("seed", "-1", "0"),
-        ("kv_cache_memory", "lots", "byte"),
+        ("kv_cache_memory", "lots", "800MB"),
+        ("max_body_size", "5 parsecs", "4GiB"),
+        ("port", "http", "a whole number"),
+        ("read_timeout", "soon", "a number"),
+        ("access_log", "perhaps", "true or false"),
     ],
 )
-def test_a_value_that_cannot_be_is_named_with_flag_variable_and_what_is_allowed(name, value, allowed):
+def test_an_invalid_value_is_reported_with_flag_variable_and_what_is_allowed(name, value, allowed):
     with pytest.raises(SettingsError) as raised:
         read_settings({name: value})
     message = str(raised.value)
@@ -95,7 +99,7 @@ def test_a_graph_size_that_is_no_number_is_refused():
         read_settings({"cuda_graph_sizes": "1,many"})
 
 
-def test_add_bos_follows_the_checkpoint_unless_told():
+def test_add_bos_follows_the_checkpoint_by_default():
     assert read_settings({}).add_bos_token is None
     assert read_settings({"add_bos": "true"}).add_bos_token is True
     assert read_settings({"add_bos": "false"}).add_bos_token is False
