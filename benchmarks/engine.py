@@ -108,6 +108,8 @@ class InstantRunner:
         max_tokens: of a sequence.
     """
 
+    rope_limit = None
+
     def __init__(self, stopwatch: Stopwatch, max_rows: int, max_tokens: int) -> None:
         self._stopwatch = stopwatch
         self._buffer = StepBuffer(max_rows, -(-max_tokens // BLOCK_SIZE), torch.device("cpu"))
