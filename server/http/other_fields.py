@@ -132,6 +132,7 @@ REFUSED_STREAM_OPTIONS: Refused = {
 REFUSED_IN_MESSAGES: Refused = {
     "audio": Refusal(_TEXT_ONLY),
     "function_call": Refusal("OpenAI replaced it", instead="use tool_calls"),
+    "images": Refusal(_TEXT_ONLY, ([],)),
     "prefix": Refusal("the answer is a new turn of the assistant", (False,)),
 }
 

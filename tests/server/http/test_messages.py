@@ -56,6 +56,22 @@ async def ask(http: httpx.AsyncClient, *messages: dict[str, Any], **body: object
             ],
             "human: Hi\n\nadept: Yes.\n\nhuman: Hi\n\nadept:",
         ),
+        (
+            [
+                USER,
+                # As LiteLLM and OpenRouter answer.
+                {
+                    "role": "assistant",
+                    "content": "Yes.",
+                    "images": [],
+                    "provider_specific_fields": {},
+                    "reasoning_details": [{"type": "reasoning.text", "text": "Hm."}],
+                    "thinking_blocks": [],
+                },
+                USER,
+            ],
+            "human: Hi\n\nadept: Yes.\n\nhuman: Hi\n\nadept:",
+        ),
         ([{"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}], "human: Hi\n\nadept:"),
         (
             [{"role": "user", "content": [{"type": "text", "text": "Hi", "image_url": None, "annotations": []}]}],
