@@ -57,6 +57,10 @@ class RopeScaling:
         return max(1, int(before * self.factor))
 
 
+MAX_CONTEXT_LENGTH = 2**31 - 1
+"""As of every other count in config.json."""
+
+
 def rope_tables(file: JsonObject) -> list[JsonObject]:
     """Where rotary settings may be, best first: in their own table, or at the top level of config.json.
 
@@ -100,6 +104,8 @@ def read_rope_scaling(file: JsonObject, max_position_embeddings: int, rotary_dim
         factor = max_position_embeddings / original
     if factor is None or (kind == "dynamic" and factor < 1):
         raise table.error("factor", "a positive number, of dynamic scaling at least 1")
+    if factor > MAX_CONTEXT_LENGTH / original:
+        raise table.error("factor", f"at most {MAX_CONTEXT_LENGTH:,} tokens after scaling {original:,}")
     more: dict[str, Any] = {}
     if kind == "yarn":
         more = _yarn(table, factor)

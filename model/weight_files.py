@@ -137,6 +137,10 @@ class _PickledFile:
         return loaded
 
 
+MAX_SHARDS = 10_000
+"""Files of weights in one folder.  To look for 200,000 takes ten seconds."""
+
+
 def find_weight_files(folder: Path) -> tuple[Path, tuple[WeightFile, ...], dict[str, str]]:
     """Finds a folder's weights, in the order of Transformers: safetensors first, a single file before shards.
 
@@ -156,7 +160,10 @@ def find_weight_files(folder: Path) -> tuple[Path, tuple[WeightFile, ...], dict[
     if listing.suffix != ".json":
         return listing, (_weight_file(listing),), {}
     index = _read_index(listing)
-    shards = [folder / name for name in sorted(set(index.values()))]
+    names = sorted(set(index.values()))
+    if len(names) > MAX_SHARDS:
+        raise CheckpointError(f"{listing} names {len(names):,} files; at most {MAX_SHARDS:,} are read")
+    shards = [folder / name for name in names]
     missing = [shard.name for shard in shards if not os.path.lexists(shard)]
     if missing:
         raise CheckpointError(f"{folder / missing[0]} is missing, {listing.name} names it{and_more(missing)}")

@@ -109,6 +109,14 @@ def test_a_file_of_more_tensors_than_any_network_has_is_refused(folder: Path, mo
         _open(folder)
 
 
+def test_an_index_of_more_shards_than_any_network_has_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {f"t{n}": f"{n}.safetensors" for n in range(10_001)}}))
+    with pytest.raises(CheckpointError, match=r"index.json names 10,001 files; at most 10,000 are read"):
+        _open(folder)
+
+
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "adapter_config.json", "model.safetensors"])
 @pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
 def test_what_is_not_a_regular_file_is_named(folder: Path, name: str, make: Callable[[Path], None]) -> None:

@@ -136,6 +136,12 @@ def test_the_original_length_at_the_top_counts_first(plain: Path, tmp_path: Path
         ({"rope_type": "proportional"}, "asks for a 'proportional' rotary embedding; supported are default, linear, "),
         ({"rope_type": "linear"}, "rope_parameters.factor is None; expected a positive number"),
         ({"rope_type": "linear", "factor": -1}, "rope_parameters.factor is -1; expected a positive number"),
+        (
+            {"rope_type": "linear", "factor": 1e30},
+            "rope_parameters.factor is 1e+30; expected at most 2,147,483,647 tokens",
+        ),
+        ({"rope_type": "dynamic", "factor": 1e308}, "rope_parameters.factor is 1e+308; expected at most 2,147,483,647"),
+        ({"rope_type": "yarn", "factor": 1e10}, "rope_parameters.factor is 10000000000.0; expected at most "),
         ({"rope_type": "dynamic", "factor": 0.5}, "rope_parameters.factor is 0.5; expected a positive number"),
         ({"rope_type": "longrope", "short_factor": [1.0]}, "short_factor is [1.0]; expected 8 positive numbers"),
         ({"rope_type": "llama3", "factor": 2.0}, "rope_parameters.low_freq_factor is None"),
