@@ -6,7 +6,7 @@ VENV ?= .venv
 ARGS ?=
 ALL_CORES := --numprocesses=logical --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
-# What an installation is made from: the last are the C kernels, which it compiles.
+# Installed again when one of these changes; the last are the C kernels, which the installation compiles.
 INSTALLED_FROM := pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*.[ch])
 
 .PHONY: serve test compat lint types contracts format audit clean
@@ -46,11 +46,12 @@ clean:
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 12) else \
-	"Python 3.11 or 3.12 is needed, %s is %d.%d: say where it is, like make serve PYTHON=/usr/bin/python3.12" \
+	"Python 3.11 or 3.12 is required, but %s is %d.%d: give its path, for example make serve PYTHON=/usr/bin/python3.12" \
 	% (sys.executable, *sys.version_info[:2]))'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(INSTALLED_FROM) | $(BIN)/python
+	@echo "Installing into $(VENV). The first time this takes a few minutes."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
 	@touch $@
 

@@ -310,15 +310,15 @@ class _Supervisor:
         try:
             self._credentials.read_again(self._settings)
         except SettingsError as error:
-            say(f"persimmon: error: {error}; API keys and certificates stay as they were")
+            say(f"persimmon: error: {error}; API keys and certificates are unchanged")
             return
         for worker in self._workers:
             worker.send(signal.SIGHUP)
         if self._settings.api_key_file is not None:
             count = len(self._credentials.keys.keys)
-            say(f"{self._settings.api_key_file} is read again: {count} API key{'s' if count > 1 else ''} from now on")
+            say(f"reloaded {self._settings.api_key_file}: {count} API key{'s' if count > 1 else ''}")
         if self._credentials.certificate is not None:
-            say(f"{self._settings.ssl_certfile} is read again: new connections get this certificate")
+            say(f"reloaded {self._settings.ssl_certfile}: new connections get this certificate")
 
 
 def listen(host: str, port: int, count: int) -> list[socket.socket]:

@@ -205,7 +205,7 @@ def _read_files_again_at_hangup(
         try:
             credentials.read_again(settings)
         except SettingsError as error:
-            logger.error("%s; API keys and certificates stay as they were", error)
+            logger.error("%s; API keys and certificates are unchanged", error)
             return
         key_check.replace(credentials.keys)
         if credentials.certificate is not None:

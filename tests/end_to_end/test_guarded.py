@@ -266,7 +266,7 @@ def test_sighup_changes_keys_in_both_workers_and_streams_of_a_key_that_goes_run_
             keys.write_text("".join(f"{name}:{KEYS[name]}\n" for name in ("carol", "dave")))
             guarded.server.process.send_signal(signal.SIGHUP)
             os.kill(processes["engine"], signal.SIGHUP)  # as the end of a terminal would; it has nothing to read
-            guarded.server.wait_for_line(re.compile("is read again: 3 API keys"), 30)
+            guarded.server.wait_for_line(re.compile("reloaded .*: 3 API keys"), 30)
             for worker in asking:
                 while status(worker, "dave") != 200:
                     pass
@@ -282,7 +282,7 @@ def test_sighup_changes_keys_in_both_workers_and_streams_of_a_key_that_goes_run_
 def test_a_file_of_keys_that_cannot_be_used_changes_nothing_and_the_console_says_why(guarded, keys):
     keys.write_text(f"dave:{KEYS['dave']}\n{KEYS['alice']}\n")
     guarded.server.process.send_signal(signal.SIGHUP)
-    told = f"--api-key-file {keys}, line 2: expected name:key.*; API keys and certificates stay as they were"
+    told = f"--api-key-file {keys}, line 2: expected name:key.*; API keys and certificates are unchanged"
     guarded.server.wait_for_line(re.compile(told), 30)
     with clients(guarded.server, guarded.client) as workers:
         for worker in workers:
@@ -306,12 +306,12 @@ def test_sighup_changes_the_certificate_of_new_connections_and_with_unusable_fil
     with clients(guarded.server, lambda: guarded.client("alice")) as workers:
         renewed.private_key_pem.write_to_path(guarded.key)  # which does not belong to the certificate yet
         guarded.server.process.send_signal(signal.SIGHUP)
-        told = "--ssl-certfile .* cannot be used: .*MISMATCH.*; API keys and certificates stay as they were"
+        told = "--ssl-certfile .* cannot be used: .*MISMATCH.*; API keys and certificates are unchanged"
         guarded.server.wait_for_line(re.compile(told), 30)
         assert serial_number(guarded) == before
         guarded.chain.write_bytes(b"".join(part.bytes() for part in renewed.cert_chain_pems))
         guarded.server.process.send_signal(signal.SIGHUP)
-        guarded.server.wait_for_line(re.compile("chain.pem is read again"), 30)
+        guarded.server.wait_for_line(re.compile("reloaded .*chain.pem"), 30)
         seen = 0
         while seen < 20:  # in a row, of whichever worker: each has it then
             seen = seen + 1 if serial_number(guarded) != before else 0

@@ -202,7 +202,7 @@ async def test_sighup_changes_a_workers_keys_and_with_a_file_that_cannot_be_used
         keys.write_text("bob\n")
         os.kill(process.pid, signal.SIGHUP)
         logged = ""
-        while "API keys and certificates stay as they were" not in logged:
+        while "API keys and certificates are unchanged" not in logged:
             assert await status("battery-staple") == 200
             logged += capfd.readouterr().err
         assert await status("battery-staple") == 200
