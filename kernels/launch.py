@@ -17,7 +17,7 @@ _MULTIPROCESSORS_WITHOUT_A_GPU = 132
 """An H100's, so that what is compiled or interpreted without a GPU is shaped like what runs there."""
 
 
-LEAST_CAPABILITY = (8, 0)
+MIN_CAPABILITY = (8, 0)
 """Compute capability from which on the kernels are compiled and tested."""
 
 
@@ -85,10 +85,10 @@ def check_gpu(name: str, capability: tuple[int, int]) -> None:
     Raises:
         KernelsUnavailableError: the GPU is too old, or there is no C compiler or no Python.h.
     """
-    if capability < LEAST_CAPABILITY:
+    if capability < MIN_CAPABILITY:
         raise KernelsUnavailableError(
             f"{name} has compute capability {capability[0]}.{capability[1]} and the kernels need "
-            f"{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} or later (A100, H100 and their like): use another "
+            f"{MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or later (A100, H100 and their like): use another "
             "GPU, or hide this one with CUDA_VISIBLE_DEVICES= to run on the CPU"
         )
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):

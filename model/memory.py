@@ -24,7 +24,7 @@ GPU_RESERVE = 512 << 20
 
 
 SMALL_CACHE = GIB
-"""Bytes that a CPU gives to the KV cache of a small model, if it has them: a demo is no reason to fill a laptop."""
+"""Limit of the KV cache of a small model on a CPU, in bytes: a demo should not fill a laptop's memory."""
 
 # Steps smaller than this are slow, so advice lowers the length of sequences before it goes below.
 _SMALL_STEP_TOKENS = 64

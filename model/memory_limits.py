@@ -40,7 +40,7 @@ class MemoryLeft:
 def memory_left(proc: Path = Path("/proc/self")) -> MemoryLeft:
     """What is left where it is least: on the machine, or in one of the control groups that this process is in.
 
-    A group is within others, and each of them has a limit of its own.  File pages that nobody uses count as free: a
+    A group is within others, and each of them has a limit of its own.  Unused file pages count as free: a
     checkpoint that was read leaves gigabytes of them, and they make room when asked to.
 
     Args:

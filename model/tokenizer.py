@@ -30,7 +30,7 @@ class Tokenizer:
     Args:
         backend: the vocabulary, and how text becomes its tokens.
         bos_token_id: the id that begins a text, if the vocabulary has one.
-        frame: what `encode` puts around a text when not told otherwise.
+        frame: what `encode` puts around a text by default.
         notices: sentences for the operator about how the checkpoint's files were understood.
     """
 
@@ -93,12 +93,12 @@ class Tokenizer:
 
     @property
     def add_bos(self) -> bool:
-        """Whether `encode` begins with BOS when not told otherwise."""
+        """Whether `encode` begins with BOS by default."""
         return bool(self._frame.begin)
 
     @property
     def begin(self) -> tuple[int, ...]:
-        """What `encode` begins with when not told otherwise."""
+        """What `encode` begins with by default."""
         return self._frame.begin
 
     @property

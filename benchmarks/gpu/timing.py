@@ -16,8 +16,8 @@ import torch
 GRAPH_SECONDS = 2e-3
 """A replay lasts at least so long, beside which its own start does not count."""
 
-MOST_CALLS = 512
-MOST_ROTATIONS = 256
+MAX_CALLS = 512
+MAX_ROTATIONS = 256
 
 Call = Callable[[], object]
 T = TypeVar("T")
@@ -51,7 +51,7 @@ class Timing:
 
 def rotations(bytes_each: int, rotated_bytes: int) -> int:
     """How many sets of buffers calls take turns in, so that each finds its own in memory and not in a cache."""
-    return min(MOST_ROTATIONS, max(2, math.ceil(rotated_bytes / max(bytes_each, 1))))
+    return min(MAX_ROTATIONS, max(2, math.ceil(rotated_bytes / max(bytes_each, 1))))
 
 
 def rotate(make: Callable[[], T], bytes_each: int, rotated_bytes: int) -> list[T]:
@@ -105,7 +105,7 @@ class _Replay:
         self._graph = capture(calls)
         self.calls = len(calls)
         self.seconds = self._once()
-        repeats = min(math.ceil(GRAPH_SECONDS / self.seconds), max(1, MOST_CALLS // len(calls)))
+        repeats = min(math.ceil(GRAPH_SECONDS / self.seconds), max(1, MAX_CALLS // len(calls)))
         if repeats > 1:
             self._graph = capture([*calls] * repeats)
             self.calls *= repeats

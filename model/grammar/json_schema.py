@@ -27,7 +27,7 @@ def read_schema(text: str, additional_properties: bool = False) -> dict[str, Any
             not say.  JSON Schema allows them; models that may add properties seldom stop.
 
     Raises:
-        GrammarError: it is no JSON Schema, asks for what cannot be enforced, or is too large.
+        GrammarError: it is not a valid JSON Schema, asks for something that cannot be enforced, or is too large.
     """
     schema = read_json(text, "the JSON schema")
     if not isinstance(schema, (dict, bool)):

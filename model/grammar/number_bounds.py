@@ -20,7 +20,7 @@ Number = int | float
 
 
 def _up(value: Number, whole: bool) -> Number:
-    """The least number from a value on that a double, or an integer, holds and that is no tiny fraction."""
+    """The smallest number at or above a value that a double, or an integer, can hold, tiny fractions excluded."""
     if whole and isinstance(value, float):
         value = math.ceil(value)
     if isinstance(value, int):

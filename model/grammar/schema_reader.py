@@ -19,7 +19,7 @@ MAX_PROPERTIES = 1_000
 """Of one object.  One that may leave them all out is followed in four times as many places at once."""
 
 MAX_COUNTED_PROPERTIES = 40
-"""Of an object with minProperties or maxProperties: each way to have so many of them is written out."""
+"""Limit for objects with minProperties or maxProperties, because every allowed combination is written out."""
 
 MAX_PATTERN_PROPERTIES = 16
 """Of one object: each is compared with each, and an automaton is made for it."""
@@ -116,7 +116,7 @@ class SchemaReader:
         """The whole schema: an object, its definitions under $defs.
 
         Raises:
-            GrammarError: it is no JSON Schema, or asks for what cannot be enforced.
+            GrammarError: it is not a valid JSON Schema, or asks for something that cannot be enforced.
         """
         root = self._read(self._root, "", self._base)
         schema: dict[str, Any] = root if isinstance(root, dict) else {} if root else {"enum": []}

@@ -11,10 +11,10 @@ from typing import NamedTuple
 REMEMBERED = 128
 """So many ended answers are looked at."""
 
-LEAST_CAUTION = 0.5
+MIN_CAUTION = 0.5
 """This share of the blocks that are expected to be needed at one time is enough while hardly anything is lost."""
 
-MOST_CAUTION = 1.5
+MAX_CAUTION = 1.5
 """And never more than this share."""
 
 ACCEPTED_LOSS = 0.02
@@ -150,7 +150,7 @@ class Admission:
     def _caution(self) -> float:
         """The share of the expected growth that must be free: more, the more was lost."""
         lost = self._lost / (ACCEPTED_LOSS * self._computed) if self._computed else 0.0
-        return min(MOST_CAUTION, LEAST_CAUTION + (1 - LEAST_CAUTION) * lost)
+        return min(MAX_CAUTION, MIN_CAUTION + (1 - MIN_CAUTION) * lost)
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self._block_size)

@@ -10,7 +10,7 @@ from server.engine.sequence import Sequence
 from server.engine.shares import Share
 from server.engine.step_cost import StepCosts, StepWork
 
-LEAST_CHUNK = 16
+MIN_CHUNK = 16
 """So many tokens of a prompt are computed in a step though there is no time for them: few more are dearer than none."""
 
 
@@ -21,7 +21,7 @@ def share_chunks(
 
     Half of the room is for the oldest prompt, whatever its length and priority.  The rest goes to the most urgent
     priority, there to the client that has least left to compute for its share, and there to the shortest prompt.  So
-    neither a long prompt nor those behind it starve.  Each of the two gets LEAST_CHUNK tokens whatever that takes.
+    neither a long prompt nor those behind it starve.  Each of the two gets MIN_CHUNK tokens whatever that takes.
 
     Args:
         prompts: those that run and are not computed to their end; at least one.
@@ -45,11 +45,11 @@ def share_chunks(
     for own in prompts:
         left[own.share] = left.get(own.share, 0.0) + own.num_uncomputed / own.share.weight
     others.sort(key=lambda own: (own.priority, left[own.share], own.num_uncomputed))
-    counts = {first: share.take(first, 0, LEAST_CHUNK, part=0.5 if others else 1.0)}
+    counts = {first: share.take(first, 0, MIN_CHUNK, part=0.5 if others else 1.0)}
     for place, sequence in enumerate(others):
         if share.tokens == 0:
             break
-        counts[sequence] = share.take(sequence, 0, LEAST_CHUNK if place == 0 else 0)
+        counts[sequence] = share.take(sequence, 0, MIN_CHUNK if place == 0 else 0)
     counts[first] += share.take(first, counts[first], 0)
     return {sequence: count for sequence, count in counts.items() if count > 0}
 

@@ -28,7 +28,7 @@ _rank = attrgetter("rank")
 TYPICAL_OUTPUT = 512
 """Output tokens that a sequence is expected to get before any has finished."""
 
-MOST_OVERTAKEN = 8
+MAX_OVERTAKEN = 8
 """So many waiting sequences may be overtaken by others because they wait for a prefix that is being computed."""
 
 
@@ -442,7 +442,7 @@ class Scheduler:
         A prefix is computed once, though several that have it arrive together: those wait for it, and a few others may
         overtake them.
         """
-        for sequence in islice(self._waiting.in_order(), MOST_OVERTAKEN + 1):
+        for sequence in islice(self._waiting.in_order(), MAX_OVERTAKEN + 1):
             hashes = self._reusable_hashes(sequence)
             hits = self._pool.lookup(hashes)
             if len(hits) == len(hashes) or hashes[len(hits)] not in self._promised:

@@ -17,7 +17,7 @@ from server.engine.load import Load
 from server.http.errors import ApiError, overloaded, shutting_down
 from server.http.request_record import record_of
 
-MOST_RETRY_SECONDS = 30
+MAX_RETRY_SECONDS = 30
 """The latest that a refused client is told to come back after."""
 
 CHARACTERS_PER_TOKEN = 4
@@ -145,7 +145,7 @@ class Gate:
     @property
     def retry_after(self) -> int:
         """Whole seconds after which a refused client may find room: by then those inside have been answered."""
-        return max(1, math.ceil(min(self.load.seconds_to_drain, MOST_RETRY_SECONDS)))
+        return max(1, math.ceil(min(self.load.seconds_to_drain, MAX_RETRY_SECONDS)))
 
     def check_open(self) -> None:
         """Raises the ApiError of work that comes while the server stops."""

@@ -508,7 +508,7 @@ class Generator:
 
 
 async def _repeated(source: AsyncGenerator[Piece, None], count: int) -> AsyncGenerator[Piece, None]:
-    """The pieces of one choice for so many choices, of which it is the first."""
+    """The pieces of one choice, repeated for `count` choices from that one on."""
     async with contextlib.aclosing(source) as pieces:
         async for piece in pieces:
             for index in range(count):

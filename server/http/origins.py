@@ -54,10 +54,10 @@ class OriginCheck:
         default = _DEFAULT_PORTS.get(scheme)
         # The scheme may differ where a proxy speaks TLS; the port then is the scheme's default.
         same = default is not None and own.lower().removesuffix(default) == host.lower().removesuffix(default)
-        return same and (self._has_keys or _is_nobody_elses(own))
+        return same and (self._has_keys or _belongs_to_this_machine(own))
 
 
-def _is_nobody_elses(host: str) -> bool:
+def _belongs_to_this_machine(host: str) -> bool:
     """Whether a host is an address, or a name that the public name system does not give away."""
     try:
         name = urllib.parse.urlsplit(f"//{host}").hostname or ""

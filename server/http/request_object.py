@@ -105,7 +105,7 @@ def missing(field: str | tuple[str | int, ...]) -> PydanticCustomError:
 
 
 def unknown(field: str | tuple[str | int, ...]) -> PydanticCustomError:
-    """What a validator raises for a field that nobody knows."""
+    """Raised by validators for an unknown field."""
     return PydanticCustomError("unknown_field", "", {"path": _as_path(field)})
 
 

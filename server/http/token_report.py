@@ -11,7 +11,7 @@ from functools import lru_cache
 from model.tokenizer import IncrementalDetokenizer, Tokenizer
 from server.engine.messages import TokenLogprobs
 
-_LEAST_LOGPROB = -9999.0
+_MIN_LOGPROB = -9999.0
 """What stands for a probability of zero, whose logarithm JSON cannot write; as in OpenAI's answers."""
 
 
@@ -79,10 +79,10 @@ def report(tokenizer: Tokenizer, token_id: int, offset: int, logprobs: TokenLogp
     if logprobs is None:
         return TokenReport(text, offset)
     top = [
-        (token_text(tokenizer, top_id), max(top_logprob, _LEAST_LOGPROB))
+        (token_text(tokenizer, top_id), max(top_logprob, _MIN_LOGPROB))
         for top_id, top_logprob in zip(logprobs.top_ids, logprobs.top_logprobs, strict=True)
     ]
-    return TokenReport(text, offset, max(logprobs.logprob, _LEAST_LOGPROB), top)
+    return TokenReport(text, offset, max(logprobs.logprob, _MIN_LOGPROB), top)
 
 
 def read_prompt(

@@ -26,7 +26,7 @@ AT_ONCE = 50  # more than run at once, so that some leave the queue
 NEIGHBOUR = {"prompt": "human: What does galaxy mean?\n\nadept:", "max_tokens": 40, "temperature": 0.9, "seed": 3}
 
 BYTES_READ = 30
-MOST_WORKER_BYTES = 8 * 2**20
+MAX_WORKER_BYTES = 8 * 2**20
 LARGE = NEIGHBOUR | {"n": 8, "max_tokens": 250, "logprobs": 5, "ignore_eos": True}
 """Half a megabyte and more, however it is cut into events."""
 
@@ -168,7 +168,7 @@ def test_a_client_that_reads_a_byte_at_a_time_costs_little_and_its_neighbours_no
             leaves.recv(1)
         demo.wait_until_idle()  # the engine has nothing to do with it any more, and nothing of it
         assert answered(demo) == before + BYTES_READ
-        assert worker.memory_info().rss - memory < MOST_WORKER_BYTES
+        assert worker.memory_info().rss - memory < MAX_WORKER_BYTES
         leaves.close()
         while data := stays.recv(2**16):
             received += data

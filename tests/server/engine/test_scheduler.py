@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from server.engine.blocks import BlockPool
-from server.engine.chunks import LEAST_CHUNK
+from server.engine.chunks import MIN_CHUNK
 from server.engine.messages import Pooling
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
@@ -258,8 +258,8 @@ class TestTime:
         plan = simulation.step()
         assert {item.sequence: item.count for item in plan.scheduled} == {
             running: 1,
-            long: LEAST_CHUNK,
-            short: LEAST_CHUNK,
+            long: MIN_CHUNK,
+            short: MIN_CHUNK,
         }
         simulation.step()
         assert longer.num_computed == 0

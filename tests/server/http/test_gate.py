@@ -15,7 +15,7 @@ from server.engine.load import Load
 from server.engine.messages import SequenceOutput
 from server.http.app import create_app
 from server.http.errors import ApiError
-from server.http.gate import MOST_RETRY_SECONDS, STEPS_QUEUED, Gate, Limits
+from server.http.gate import MAX_RETRY_SECONDS, STEPS_QUEUED, Gate, Limits
 from server.vitals import Vitals, WorkerLoad
 from tests.server.http.conftest import DEMO
 from tests.server.http.fake_engine import FakeEngine, says
@@ -68,7 +68,7 @@ def error_of(response: httpx.Response, code: str) -> str:
     """The message of a refusal, whose shape is OpenAI's."""
     assert response.status_code == 429, response.text
     seconds = response.headers["retry-after"]
-    assert 1 <= int(seconds) <= MOST_RETRY_SECONDS
+    assert 1 <= int(seconds) <= MAX_RETRY_SECONDS
     error = response.json()["error"]
     assert (error["code"], error["type"], error["param"]) == (code, "server_error", None)
     return str(error["message"])
