@@ -23,7 +23,7 @@ _NEVER_IN_TEXT = (_Piece.CONTROL, _Piece.UNUSED)
 _NETWORK_FILES = ("config.json", "generation_config.json")
 _TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
 
-_MOST_RUNS_SHOWN = 4
+_MAX_RUNS_SHOWN = 4
 
 _Contents = Mapping[str, Mapping[str, Any]]
 
@@ -125,8 +125,8 @@ class Vocabulary:
             self._show(run[0]) if len(run) == 1 else f"{self._show(run[0])} to {self._show(run[-1])}"
             for run in runs_of(token_ids)
         ]
-        more = [f"and {len(runs) - _MOST_RUNS_SHOWN:,} more runs"] if len(runs) > _MOST_RUNS_SHOWN else []
-        return ", ".join([*runs[:_MOST_RUNS_SHOWN], *more])
+        more = [f"and {len(runs) - _MAX_RUNS_SHOWN:,} more runs"] if len(runs) > _MAX_RUNS_SHOWN else []
+        return ", ".join([*runs[:_MAX_RUNS_SHOWN], *more])
 
     def _of_types(self, *types: int) -> Iterator[int]:
         return (id for id, piece in enumerate(self._pieces) if piece.type in types)

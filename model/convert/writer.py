@@ -23,6 +23,7 @@ from model.checkpoint import Checkpoint
 from model.config import PersimmonConfig
 from model.convert.sources import SAFETENSORS_DTYPES, TensorSource, read_safetensors
 from model.errors import CheckpointError
+from model.sizes import readable
 
 MARKER = "conversion-in-progress.json"
 """Names the conversion that an unfinished folder belongs to.  The last step takes it away."""
@@ -105,14 +106,15 @@ def write(conversion: Conversion, out: Path, print_line: Callable[[str], None]) 
     shards = conversion.shards()
     try:
         _claim(conversion, out, shards)
-        print_line(f"{out}: {len(conversion.tensors)} tensors, {_gib(conversion.total_bytes)}, {len(shards)} file(s)")
+        files = "1 file" if len(shards) == 1 else f"{len(shards)} files"
+        print_line(f"{out}: {len(conversion.tensors)} tensors, {readable(conversion.total_bytes)}, {files}")
         for file, names in shards.items():
             size = sum(map(conversion.bytes_of, names))
             with _progress_bar(file, 2 * size) as advance:
                 complete = _is_complete(conversion, out / file, names, advance)
                 if not complete:
                     _write_shard(conversion, out / file, names, advance)
-            print_line(f"  {file}  {_gib(size)} {'kept' if complete else 'written'} and verified")
+            print_line(f"  {file}  {readable(size)} {'kept' if complete else 'written'} and verified")
         if len(shards) > 1:
             weight_map = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": conversion.total_bytes}, "weight_map": weight_map}
@@ -147,7 +149,7 @@ def _claim(conversion: Conversion, out: Path, shards: Mapping[str, list[str]]) -
     free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
     free += sum(path.stat().st_size for path in out.glob("*.partial"))
     if needed > free:
-        raise CheckpointError(f"{out}: {_gib(needed)} are to be written, but its disk has {_gib(free)} free")
+        raise CheckpointError(f"{out}: {readable(needed)} will be written, but its disk has only {readable(free)} free")
     out.mkdir(parents=True, exist_ok=True)
     if MARKER not in present:
         _write_file(marker, _json(conversion.origin))
@@ -270,10 +272,6 @@ def _bytes(rows: torch.Tensor) -> memoryview:
 
 def _json(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content, indent=2).encode() + b"\n"
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"
 
 
 @contextlib.contextmanager

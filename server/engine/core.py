@@ -275,7 +275,7 @@ class Engine:
                 self._send(worker, msgspec.structs.replace(self._limits, stats=self._stats()))
             case _ if worker not in self._workers:
                 # It does not keep to the protocol, or sent this before it went and that was noticed first.
-                logger.warning("a message from an API worker that has gone or has not said hello is ignored")
+                logger.warning("ignored a message from an API worker that has disconnected or has not said hello")
             case Submit():
                 self._submit(worker, message, outputs)
             case Abort(sequence_ids):
@@ -476,7 +476,7 @@ class Engine:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
             orphans = self._workers.pop(worker, set())
-            logger.warning("an API worker has gone; its %d sequences end", len(orphans))
+            logger.warning("an API worker has disconnected; aborting its sequences: %d", len(orphans))
             for sequence_id in orphans:
                 self._abort((worker, sequence_id))
             return False

@@ -85,13 +85,13 @@ def _answer(
     with BatchOutput(out) as output:
         missing = output.missing(source)
         if output.lines:
-            say(f"{out} has the answers of {source.lines - missing:,} of {source.lines:,} lines already")
+            say(f"{out} already has the answers of {source.lines - missing:,} of {source.lines:,} lines")
         if missing:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 code = runner.run(_generate(settings, folder, served_model_name, source, output, missing, any_model))
             if code is not None:
                 return code
-        say(f"{out}: {output.answered:,} lines answered, {output.failed:,} failed")
+        say(f"{out}: {output.answered:,} line{'' if output.answered == 1 else 's'} answered, {output.failed:,} failed")
         for line in output.failures.lines():
             say(f"  {line}")
         return SOME_FAILED if output.failed else ANSWERED

@@ -92,7 +92,7 @@ def test_an_interrupted_batch_goes_on_and_its_answers_are_a_live_servers(source,
 
     code, console = run_in_terminal(source, out)
     assert code == 0
-    assert f"has the answers of {len(first)} of 60 lines already" in console
+    assert f"already has the answers of {len(first)} of 60 lines" in console
     assert re.search(r"  batch: 100%\|.*\| 60/60 \[.*, [\d,]+ tokens, [\d,]+/s\]", console)
     assert "60 lines answered, 0 failed" in console
     answers = read_answers(out)
@@ -127,7 +127,7 @@ def test_a_file_for_openais_batch_api_is_answered_and_the_console_says_what_fail
     code, console = finish(start(source, out, "--any-model", "--kv-cache-memory", "64MB"))
     assert code == 1
     assert console.endswith(
-        f"{out}: 1 lines answered, 1 failed\n  1 x Invalid 'top_k': input should be a valid integer, not 'many'.\n"
+        f"{out}: 1 line answered, 1 failed\n  1 x Invalid 'top_k': input should be a valid integer, not 'many'.\n"
     )
     statuses = {answer["custom_id"]: answer["response"]["status_code"] for answer in read_answers(out)}
     assert statuses == {"good": 200, "bad": 400}
