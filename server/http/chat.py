@@ -93,9 +93,9 @@ async def _whole(service: Service, request: ChatCompletionRequest, generation: G
             created,
             service.served_model_name,
             service.system_fingerprint,
-            _tier(request),
             choices,
             usage,
+            service_tier=_tier(request),
             prompt_token_ids=generation.prompt_token_ids(0) if request.return_token_ids else UNSET,
         )
     )
@@ -112,7 +112,8 @@ def _message(answer: Answer, form: CallForm | None) -> ChatMessage:
 async def _stream(
     service: Service, request: ChatCompletionRequest, generation: Generation
 ) -> AsyncGenerator[bytes, None]:
-    identity = (_new_id(), int(time.time()), service.served_model_name, service.system_fingerprint, _tier(request))
+    identity = (_new_id(), int(time.time()), service.served_model_name, service.system_fingerprint)
+    tier = _tier(request)
     count = UsageCount(generation)
     usage: Usage | UnsetType | None = None if request.include_usage else UNSET
     with_ids = request.return_token_ids
@@ -122,7 +123,7 @@ async def _stream(
     def role_chunk(choice: int) -> bytes:
         choices = [ChatChunkChoice(choice, ChatDelta("assistant", None if forced else ""))]
         prompt = generation.prompt_token_ids(0) if with_ids and choice == 0 else UNSET
-        return event(ChatCompletionChunk(*identity, choices, usage=usage, prompt_token_ids=prompt))
+        return event(ChatCompletionChunk(*identity, choices, usage, tier, prompt))
 
     def piece_chunks(piece: Piece) -> bytes:
         """What a piece adds; of its tokens the first chunk tells."""
@@ -134,13 +135,13 @@ async def _stream(
         frames = b""
         for delta in deltas or [ChatDelta()]:
             choice = ChatChunkChoice(piece.choice, delta, logprobs=logprobs, token_ids=token_ids)
-            frames += event(ChatCompletionChunk(*identity, [choice], usage=usage))
+            frames += event(ChatCompletionChunk(*identity, [choice], usage, tier))
             logprobs, token_ids = None, UNSET
         return frames
 
     def finish_chunk(piece: Piece) -> bytes:
         choice = ChatChunkChoice(piece.choice, ChatDelta(), piece.finish_reason)
-        return event(ChatCompletionChunk(*identity, [choice], usage=usage))
+        return event(ChatCompletionChunk(*identity, [choice], usage, tier))
 
     def chunks(piece: Piece) -> bytes:
         frames = b""
@@ -166,7 +167,7 @@ async def _stream(
             if frames:
                 yield frames
     if request.include_usage:
-        yield event(ChatCompletionChunk(*identity, [], usage=count.usage)) + DONE
+        yield event(ChatCompletionChunk(*identity, [], count.usage, tier)) + DONE
     else:
         yield DONE
 

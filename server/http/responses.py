@@ -135,9 +135,9 @@ class ChatCompletion(Struct, frozen=True, tag_field="object", tag="chat.completi
     created: int
     model: str
     system_fingerprint: str
-    service_tier: str | UnsetType
     choices: list[ChatChoice]
     usage: Usage
+    service_tier: str | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
@@ -182,9 +182,9 @@ class ChatCompletionChunk(Struct, frozen=True, tag_field="object", tag="chat.com
     created: int
     model: str
     system_fingerprint: str
-    service_tier: str | UnsetType
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
+    service_tier: str | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
@@ -197,8 +197,8 @@ class Model(Struct, frozen=True, tag_field="object", tag="model"):
 
     id: str
     created: int
-    max_model_len: int | UnsetType
     task: str
+    max_model_len: int | UnsetType = UNSET
     labels: list[str] | UnsetType = UNSET
     owned_by: str = "persimmon"
 

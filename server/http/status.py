@@ -131,9 +131,9 @@ def _model(service: Service) -> Model:
     return Model(
         service.served_model_name,
         service.created,
-        UNSET if info is None else info.max_model_len,
         USES[config.architecture].task,
-        list(config.labels) or UNSET,
+        max_model_len=UNSET if info is None else info.max_model_len,
+        labels=list(config.labels) or UNSET,
     )
 
 

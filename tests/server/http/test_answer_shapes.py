@@ -1,16 +1,20 @@
 """Answers have what OpenAI's API description requires, and its client's types read them strictly."""
 
 import json
+import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
+from msgspec import UnsetType
 from openai.types import Completion, CreateEmbeddingResponse, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 
 from model.config import PersimmonConfig
+from server.http import responses
 from tests.server.http.fake_engine import ONLY_TEXT, FakeEngine, says
 from tests.server.http.pooling import pools
 
@@ -108,3 +112,12 @@ async def test_usage_has_its_details(http: httpx.AsyncClient, engine: FakeEngine
 async def test_models(http: httpx.AsyncClient) -> None:
     for model in (await http.get("/v1/models")).json()["data"]:
         check(Model, model)
+
+
+def test_what_may_be_left_out_is_not_documented_as_required() -> None:
+    structs = [kind for kind in vars(responses).values() if isinstance(kind, type) and issubclass(kind, msgspec.Struct)]
+    assert responses.ChatCompletion in structs
+    for kind in structs:
+        for field in msgspec.structs.fields(kind):
+            if UnsetType in typing.get_args(field.type):
+                assert field.default is msgspec.UNSET, f"{kind.__name__}.{field.name}"
