@@ -15,7 +15,7 @@ MIN_CHUNK = 16
 
 
 def share_chunks(
-    prompts: Ordered[Sequence], waiting: int, tokens: int, work: StepWork, costs: StepCosts | None
+    prompts: Ordered[Sequence], tokens: int, work: StepWork, costs: StepCosts | None
 ) -> dict[Sequence, int]:
     """How many tokens of each prompt run beside a step's decodes.
 
@@ -25,7 +25,6 @@ def share_chunks(
 
     Args:
         prompts: those that run and are not computed to their end; at least one.
-        waiting: sequences that wait behind them.
         tokens: that the step has left.
         work: its decodes.
         costs: what chunks take of its time; None where that does not count.
@@ -35,9 +34,9 @@ def share_chunks(
     """
     seconds = inf
     if costs is not None:
-        wait = len(prompts) + waiting
-        seconds = costs.chunk_seconds(work.decodes, work.decode_context, wait)
-        tokens = int(min(tokens, costs.chunk_tokens(work.decodes, wait)))
+        # Sequences without blocks do not count: longer chunks would not bring them their first token sooner.
+        seconds = costs.chunk_seconds(work.decodes, work.decode_context, len(prompts))
+        tokens = int(min(tokens, costs.chunk_tokens(work.decodes, len(prompts))))
     share = _ChunkShare(tokens, seconds, costs)
     first = min(prompts, key=lambda own: own.age)
     others = [own for own in prompts if own is not first]

@@ -353,7 +353,7 @@ class Scheduler:
         work = plan.work
         tokens = self._max_num_batched_tokens - work.decodes
         chunk_tokens = chunk_context = chunk_reach = 0
-        for sequence, count in share_chunks(prompts, len(self._waiting), tokens, work, costs).items():
+        for sequence, count in share_chunks(prompts, tokens, work, costs).items():
             chunk_tokens += count
             chunk_reach += sequence.num_computed
             chunk_context += count * sequence.num_computed + count * (count + 1) // 2

@@ -21,11 +21,13 @@ class Share:
         name: the client's; empty where the server knows no clients.
         weight: a client of weight 2 gets twice as much as one of weight 1.
         served: tokens computed for it and generated, divided by its weight.
+        joined: a number that grows with each time that a client begins to wait while it had nothing waiting.
     """
 
     name: str = ""
     weight: int = 1
     served: float = 0.0
+    joined: int = 0
 
     def charge(self, tokens: int) -> None:
         """Counts tokens that it got."""

@@ -79,13 +79,13 @@ class StepCosts:
     def chunk_seconds(self, decodes: int, decode_context: int, prompts: int) -> float:
         """The time that a step has for prompt chunks.
 
-        Whoever decodes waits for it.  While more wait for their first token than decode, it is longer by their ratio:
-        otherwise the first of many who come together would hold up all others.
+        Decoding sequences wait for it.  While more prompts are being computed than sequences decode, it is longer by
+        their ratio: otherwise the first of many who come together would hold up all others.
 
         Args:
             decodes: sequences that decode in the step.
             decode_context: tokens that those attend to, in all.
-            prompts: sequences that wait for their first token.
+            prompts: that are being computed.
         """
         if decodes == 0:
             return inf

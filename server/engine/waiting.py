@@ -33,6 +33,7 @@ class WaitingQueue:
         self._by_age: dict[Share, list[Sequence]] = {}
         self._count = 0
         self._admissions = 0
+        self._joins = 0
         # Where a client begins that comes while no other waits.
         self._level = 0.0
 
@@ -63,6 +64,8 @@ class WaitingQueue:
         if share not in self._by_rank:
             # Time in which a client wanted nothing earns it nothing.
             share.served = max(share.served, min([own.served for own in self._by_rank], default=self._level))
+            self._joins += 1
+            share.joined = self._joins
             self._by_rank[share], self._by_age[share] = [], []
         insort(self._by_rank[share], sequence, key=_rank)
         insort(self._by_age[share], sequence, key=_age)
@@ -96,9 +99,12 @@ class WaitingQueue:
 
     def in_order(self) -> Iterator[Sequence]:
         """All waiting sequences, the next one first; void when one is added or taken out."""
+        # A client that joins begins level with the one served least.  It goes first: the other has sequences that run.
         if self._admissions % AGEING_TURN == AGEING_TURN - 1:
-            return _merged(list(self._by_age.values()), lambda own: (own.share.served, own.age))
-        return _merged(list(self._by_rank.values()), lambda own: (own.priority, own.share.served, own.age))
+            return _merged(list(self._by_age.values()), lambda own: (own.share.served, -own.share.joined, own.age))
+        return _merged(
+            list(self._by_rank.values()), lambda own: (own.priority, own.share.served, -own.share.joined, own.age)
+        )
 
 
 def _merged(queues: Ordered[list[Sequence]], key: Callable[[Sequence], Any]) -> Iterator[Sequence]:

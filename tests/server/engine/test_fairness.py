@@ -95,6 +95,16 @@ def test_a_client_saves_nothing_up_while_it_wants_nothing() -> None:
     assert Counter(arrivals.admit(100).owner for _ in range(10)) == {"busy": 5, "newcomer": 5}
 
 
+def test_a_client_that_joins_goes_before_those_that_were_served_as_little() -> None:
+    arrivals = Arrivals()
+    for _ in range(10):
+        arrivals.add("busy")
+    for _ in range(4):
+        assert arrivals.admit(100).owner == "busy"
+        arrivals.add("newcomer")
+        assert arrivals.admit(1).owner == "newcomer"
+
+
 def test_a_more_urgent_priority_goes_before_shares() -> None:
     arrivals = Arrivals()
     for _ in range(20):
@@ -114,6 +124,20 @@ def test_a_client_gets_a_place_though_another_has_all() -> None:
     assert newcomer.finished
     assert not any(own.finished for own in hog)
     assert simulation.stats.preemptions == 1
+    simulation.drain()
+
+
+def test_a_client_gets_its_first_token_from_the_next_step() -> None:
+    simulation = Simulation(num_blocks=64, block_size=4, max_model_len=64, max_num_seqs=4)
+    for place in range(20):
+        simulation.add([place % 3] * 3, 60, owner="hog")
+    simulation.step_until(lambda: len(simulation.running) == 4)
+    for _ in range(3):
+        newcomer = simulation.add([1, 2], 2, owner="newcomer")
+        simulation.step()
+        assert newcomer.num_output_tokens == 1
+        simulation.step()
+        assert newcomer.finished
     simulation.drain()
 
 

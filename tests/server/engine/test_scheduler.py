@@ -240,13 +240,24 @@ class TestTime:
         simulation.add([2] * 64, 2)
         assert simulation.step().work.chunk_tokens == 64
 
-    def test_matters_less_the_more_wait_for_their_first_token(self) -> None:
+    def test_matters_less_the_more_prompts_are_being_computed(self) -> None:
         simulation = self.simulation()
         simulation.add([1], 30)
         simulation.step()
         for token in range(3):
             simulation.add([token] * 30, 2)
         assert simulation.step().work.chunk_tokens == 3 * 20
+
+    def test_matters_as_much_while_others_wait_for_a_place(self) -> None:
+        simulation = Simulation(num_blocks=90, block_size=4, max_model_len=200, max_num_seqs=2)
+        simulation.costs = self.COSTS
+        simulation.add([1], 30)
+        simulation.step()
+        for token in range(3):
+            simulation.add([token] * 30, 2)
+        assert simulation.step().work.chunk_tokens == 20
+        assert len(simulation.waiting) == 2
+        simulation.drain()
 
     def test_lets_the_first_and_the_shortest_prompt_advance_though_there_is_none(self) -> None:
         simulation = self.simulation()
