@@ -45,9 +45,10 @@ COPY README.md LICENSE setup.py ./
 COPY kernels kernels
 COPY model model
 COPY server server
+COPY persimmon persimmon
 # An installation without the C kernels works, slowly; an image must have them.
 RUN --mount=type=secret,id=pip.conf pip install --no-deps . && cd / && python -c 'import platform, sys; \
-from kernels.cpu.library import BUILDS, library_path; \
+from persimmon.kernels.cpu.library import BUILDS, library_path; \
 missing = [build for build in BUILDS if not library_path(build).exists()]; \
 sys.exit(f"C kernels that gcc did not compile: {missing}" if missing and platform.machine() == "x86_64" else 0)' \
     && pip uninstall --yes pip

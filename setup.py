@@ -21,7 +21,7 @@ SHARED = ["kernels/cpu/network.c", *(f"kernels/cpu/{name}.h" for name in HEADERS
 
 def _extension(build: str, flags: list[str]) -> Extension:
     return Extension(
-        f"kernels.cpu._{build}",
+        f"persimmon.kernels.cpu._{build}",
         sources=[f"kernels/cpu/{build}.c"],
         depends=SHARED,
         extra_compile_args=["-std=c11", "-O3", "-pthread", *flags],

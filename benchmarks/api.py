@@ -31,18 +31,27 @@ import psutil
 import uvloop
 import zmq
 
-import model.demo
+import persimmon.model.demo
 from benchmarks.peers import device
-from model.tokenizer import Tokenizer
-from server.bench.report import Distribution
-from server.config import Settings
-from server.engine.client import WARM_UP_ID
-from server.engine.messages import Abort, EngineStats, Hello, Ready, SequenceOutput, StepOutput, Submit, ToEngine
-from server.http.siblings import WorkerPlace
-from server.http.worker import run_api_worker
-from server.supervisor import listen
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.bench.report import Distribution
+from persimmon.server.config import Settings
+from persimmon.server.engine.client import WARM_UP_ID
+from persimmon.server.engine.messages import (
+    Abort,
+    EngineStats,
+    Hello,
+    Ready,
+    SequenceOutput,
+    StepOutput,
+    Submit,
+    ToEngine,
+)
+from persimmon.server.http.siblings import WorkerPlace
+from persimmon.server.http.worker import run_api_worker
+from persimmon.server.supervisor import listen
 
-CHECKPOINT = Path(next(iter(model.demo.__path__)))
+CHECKPOINT = Path(next(iter(persimmon.model.demo.__path__)))
 MODEL = "bench"
 MAX_MODEL_LEN = 2**20
 PATIENCE_SECONDS = 60.0
@@ -162,7 +171,7 @@ def run_scripted_engine(core: int, address: str, token_id: int, control: Connect
 
 
 def run_pinned_worker(core: int, *arguments: Any) -> None:
-    """Entry point of an API worker's process; see `server.http.worker.run_api_worker` for its other arguments."""
+    """Entry point of an API worker's process; the other arguments are those of `run_api_worker`."""
     os.sched_setaffinity(0, {core})
     run_api_worker(*arguments)
 

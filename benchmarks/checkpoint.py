@@ -15,8 +15,8 @@ import sentencepiece
 import torch
 from safetensors.torch import save_file
 
-from model.checkpoint import expected_shapes
-from model.config import PersimmonConfig
+from persimmon.model.checkpoint import expected_shapes
+from persimmon.model.config import PersimmonConfig
 
 DEMO = Path(__file__).parent.parent / "model" / "demo"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")

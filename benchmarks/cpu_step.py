@@ -27,22 +27,22 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
 
-import kernels
 from benchmarks.checkpoint import DEMO, write_checkpoint
 from benchmarks.machine import measure_rates
 from benchmarks.peers import device
-from kernels import Kernels, reference
-from kernels.cpu import library
-from kernels.cpu.native import NativeKernels, step_of_plan
-from model import sampler
-from model.checkpoint import Checkpoint
-from model.config import PersimmonConfig
-from model.kv_cache import KVCache
-from model.native_draw import NativeDraw
-from model.persimmon import Persimmon
-from model.recorded_network import record
-from model.runner import Runner, SequenceInput
-from model.sampling_params import SamplingParams
+from persimmon import kernels
+from persimmon.kernels import Kernels, reference
+from persimmon.kernels.cpu import library
+from persimmon.kernels.cpu.native import NativeKernels, step_of_plan
+from persimmon.model import sampler
+from persimmon.model.checkpoint import Checkpoint
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.kv_cache import KVCache
+from persimmon.model.native_draw import NativeDraw
+from persimmon.model.persimmon import Persimmon
+from persimmon.model.recorded_network import record
+from persimmon.model.runner import Runner, SequenceInput
+from persimmon.model.sampling_params import SamplingParams
 
 CONTEXT = 128
 PROMPT = 512

@@ -25,16 +25,16 @@ import torch
 import zmq
 
 from benchmarks.peers import device
-from model.runner import Runner, SequenceInput, StepResult
-from model.step_inputs import StepBuffer, write_step
-from server.engine.blocks import BlockPool
-from server.engine.core import Engine, LaunchedStep
-from server.engine.messages import EngineStats, FromEngine, Hello, Ready, Sampling, StepOutput, Submit
-from server.engine.plan_runner import PlanRunner
-from server.engine.process import COLLECTOR_THRESHOLDS
-from server.engine.scheduler import Scheduler
-from server.engine.step_cost import StepCostModel
-from server.engine.step_plan import Advance, StepPlan
+from persimmon.model.runner import Runner, SequenceInput, StepResult
+from persimmon.model.step_inputs import StepBuffer, write_step
+from persimmon.server.engine.blocks import BlockPool
+from persimmon.server.engine.core import Engine, LaunchedStep
+from persimmon.server.engine.messages import EngineStats, FromEngine, Hello, Ready, Sampling, StepOutput, Submit
+from persimmon.server.engine.plan_runner import PlanRunner
+from persimmon.server.engine.process import COLLECTOR_THRESHOLDS
+from persimmon.server.engine.scheduler import Scheduler
+from persimmon.server.engine.step_cost import StepCostModel
+from persimmon.server.engine.step_plan import Advance, StepPlan
 
 BLOCK_SIZE = 32
 VOCABULARY = 8192

@@ -20,8 +20,8 @@ import uvloop
 
 from benchmarks.checkpoint import DEMO
 from benchmarks.servers import RunningServer, Server, running
-from server.bench.http_client import Connection
-from server.bench.report import Distribution
+from persimmon.server.bench.http_client import Connection
+from persimmon.server.bench.report import Distribution
 
 COMPLETIONS = "/v1/completions"
 
@@ -129,7 +129,7 @@ def main() -> int:
         keys.write_text("flood:flood\nsmall:small\n")
         server = Server(
             "persimmon",
-            (sys.executable, "-m", "server.cli"),
+            (sys.executable, "-m", "persimmon.server.cli"),
             "persimmon",
             ("serve", "--model", "{checkpoint}", "--port", "{port}", "--no-access-log", "--api-key-file", str(keys)),
             {},

@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from model.config import PersimmonConfig
+from persimmon.model.config import PersimmonConfig
 
 PERSIMMON_8B = PersimmonConfig(
     vocab_size=262144,

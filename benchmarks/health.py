@@ -25,8 +25,8 @@ import uvloop
 
 from benchmarks.checkpoint import DEMO
 from benchmarks.servers import RunningServer, Server, running
-from server.bench.http_client import Connection, Endpoint
-from server.bench.report import Distribution
+from persimmon.server.bench.http_client import Connection, Endpoint
+from persimmon.server.bench.report import Distribution
 
 PATHS = ("/livez", "/health")
 PROBE_TIMEOUT_S = 60.0
@@ -176,7 +176,7 @@ def main() -> int:
     arguments = parser.parse_args()
     server = Server(
         "persimmon",
-        (sys.executable, "-m", "server.cli"),
+        (sys.executable, "-m", "persimmon.server.cli"),
         "persimmon",
         ("serve", "--model", "{checkpoint}", "--port", "{port}", *arguments.arguments),
         {},

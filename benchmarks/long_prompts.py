@@ -28,15 +28,15 @@ from pydantic import ByteSize
 
 from benchmarks.checkpoint import CONFIG, write_checkpoint
 from benchmarks.peers import device
-from kernels.cpu.pages import POPULATE
-from server.config import Settings
-from server.engine.blocks import BlockPool
-from server.engine.core import Engine
-from server.engine.loading import LoadedModel, load_model
-from server.engine.messages import FromEngine, Hello, Ready, Sampling, StepOutput, Submit
-from server.engine.plan_runner import PlanRunner
-from server.engine.scheduler import Scheduler
-from server.engine.step_cost import StepCostModel
+from persimmon.kernels.cpu.pages import POPULATE
+from persimmon.server.config import Settings
+from persimmon.server.engine.blocks import BlockPool
+from persimmon.server.engine.core import Engine
+from persimmon.server.engine.loading import LoadedModel, load_model
+from persimmon.server.engine.messages import FromEngine, Hello, Ready, Sampling, StepOutput, Submit
+from persimmon.server.engine.plan_runner import PlanRunner
+from persimmon.server.engine.scheduler import Scheduler
+from persimmon.server.engine.step_cost import StepCostModel
 
 ENDLESS = 100_000
 SHORT = 48

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-import kernels
-from kernels.cpu.native import NativeKernels
-from model.config import PersimmonConfig
+from persimmon import kernels
+from persimmon.kernels.cpu.native import NativeKernels
+from persimmon.model.config import PersimmonConfig
 
 READ_BYTES = 1 << 29
 MATMUL_SIZE = 1536

@@ -26,12 +26,12 @@ import uvloop
 from benchmarks.checkpoint import DEMO, write_checkpoint
 from benchmarks.processes import Family, Sample, watch
 from benchmarks.servers import RunningServer, Server, running
-from server.bench.answer import Answer, RequestFailedError
-from server.bench.http_client import Response
-from server.bench.load import ClosedLoop, Exchange, Limits, Load, OpenLoop, Run, drive
-from server.bench.probe import served_model
-from server.bench.report import read_exchanges
-from server.bench.workload import RandomWorkload, Request, request
+from persimmon.server.bench.answer import Answer, RequestFailedError
+from persimmon.server.bench.http_client import Response
+from persimmon.server.bench.load import ClosedLoop, Exchange, Limits, Load, OpenLoop, Run, drive
+from persimmon.server.bench.probe import served_model
+from persimmon.server.bench.report import read_exchanges
+from persimmon.server.bench.workload import RandomWorkload, Request, request
 
 SETTLE_SECONDS = 5.0
 """What ends in the first seconds of a load was begun at another one, and is not counted."""
@@ -270,7 +270,7 @@ def main() -> int:
     limits = ("--max-num-seqs", str(arguments.streams))
     server = Server(
         "persimmon",
-        (*taskset, sys.executable, "-m", "server.cli"),
+        (*taskset, sys.executable, "-m", "persimmon.server.cli"),
         " ".join([*taskset, "persimmon"]),
         ("serve", "--model", "{checkpoint}", "--port", "{port}", "--no-access-log", *limits),
         {},

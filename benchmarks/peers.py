@@ -30,10 +30,10 @@ from benchmarks.checkpoint import DEMO, write_checkpoint
 from benchmarks.machine import Rates, floor_tokens_per_s, measure_rates
 from benchmarks.serve import Round, Workload, add_workload_arguments, describe, measure, warm_up
 from benchmarks.servers import RunningServer, Server, ServerFailedError, running
-from model.checkpoint import expected_shapes
-from model.config import PersimmonConfig
-from server.bench.probe import served_model
-from server.bench.report import Report
+from persimmon.model.checkpoint import expected_shapes
+from persimmon.model.config import PersimmonConfig
+from persimmon.server.bench.probe import served_model
+from persimmon.server.bench.report import Report
 
 OURS, VLLM = "ours", "vLLM"
 LISTEN = ("--host", "127.0.0.1", "--port", "{port}")
@@ -42,7 +42,7 @@ VLLM_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "VLLM_
 
 def our_server(environment: dict[str, str], limits: tuple[str, ...]) -> Server:
     """This project's server, run by this interpreter."""
-    program = (sys.executable, "-m", "server.cli", "serve")
+    program = (sys.executable, "-m", "persimmon.server.cli", "serve")
     return Server(OURS, program, "persimmon serve", ("--model", "{checkpoint}", *LISTEN, *limits), environment)
 
 

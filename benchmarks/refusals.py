@@ -24,8 +24,8 @@ from pydantic import SecretStr
 
 from benchmarks.api import MODEL, Bench, serving
 from benchmarks.peers import device
-from server.bench.report import Distribution
-from server.config import Settings
+from persimmon.server.bench.report import Distribution
+from persimmon.server.config import Settings
 
 WARM_UP_REQUESTS = 2000
 CONNECTIONS = 16

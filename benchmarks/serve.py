@@ -18,13 +18,13 @@ from pathlib import Path
 
 import uvloop
 
-from server.bench.answer import Answer, RequestFailedError
-from server.bench.arguments import number_range
-from server.bench.http_client import Endpoint
-from server.bench.load import ClosedLoop, Limits, drive
-from server.bench.probe import served_model
-from server.bench.report import Report, read_exchanges, summarize
-from server.bench.workload import RandomWorkload, Request, request
+from persimmon.server.bench.answer import Answer, RequestFailedError
+from persimmon.server.bench.arguments import number_range
+from persimmon.server.bench.http_client import Endpoint
+from persimmon.server.bench.load import ClosedLoop, Limits, drive
+from persimmon.server.bench.probe import served_model
+from persimmon.server.bench.report import Report, read_exchanges, summarize
+from persimmon.server.bench.workload import RandomWorkload, Request, request
 
 WARM_UP_SEED_OFFSET = 1_000_003
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from server.bench.http_client import Endpoint
+from persimmon.server.bench.http_client import Endpoint
 
 STOP_SECONDS = 30.0
 LOG_TAIL_LINES = 40

@@ -24,8 +24,8 @@ import uvloop
 
 from benchmarks.processes import Family, Sample, watch
 from benchmarks.servers import Server, running
-from model import demo
-from server.bench.http_client import Connection, Endpoint
+from persimmon.model import demo
+from persimmon.server.bench.http_client import Connection, Endpoint
 
 ABORTED_SHARE = 0.1
 IDLE_SECONDS = 60.0
@@ -204,7 +204,7 @@ def main() -> int:
     arguments = parser.parse_args()
     server = Server(
         "persimmon",
-        (sys.executable, "-m", "server.cli"),
+        (sys.executable, "-m", "persimmon.server.cli"),
         "persimmon",
         (
             *("serve", "--model", "{checkpoint}", "--port", "{port}", "--no-access-log", "--max-num-seqs", "32"),

@@ -50,7 +50,7 @@ while health() != 200:
     time.sleep(0.1)
 print(f"healthy {time.time() - float(os.environ['STARTED']):.1f} s after `run`, as user {os.getuid()}")
 
-from kernels.cpu import library
+from persimmon.kernels.cpu import library
 print("C kernels for this processor:", ", ".join(library.builds()) or "none")
 messages = [{"role": "user", "content": "What is a persimmon?"}]
 status, answer = ask("POST", "/v1/chat/completions", {"messages": messages, "temperature": 0})

@@ -9,11 +9,11 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from kernels import reference
-from kernels.cpu import library
-from kernels.cpu.native import NativeKernels
-from kernels.launch import KernelsUnavailableError, check_gpu
-from kernels.operands import Linear, Norm, Residual, Rotary, StepLimits
+from persimmon.kernels import reference
+from persimmon.kernels.cpu import library
+from persimmon.kernels.cpu.native import NativeKernels
+from persimmon.kernels.launch import KernelsUnavailableError, check_gpu
+from persimmon.kernels.operands import Linear, Norm, Residual, Rotary, StepLimits
 
 __all__ = [
     "Kernels",
@@ -32,7 +32,7 @@ Plan = TypeVar("Plan")
 
 
 class Kernels(Protocol[Plan]):
-    """What an implementation offers; shapes, dtypes and maths are documented in `kernels.reference`.
+    """What an implementation offers; shapes, dtypes and maths are documented in `persimmon.kernels.reference`.
 
     `Plan` is what the implementation makes of a step's sequences, once, for all layers.
     """
@@ -109,7 +109,7 @@ def for_device(device: torch.device, dtype: torch.dtype = torch.float32) -> Kern
     """
     if device.type == "cuda":
         check_gpu(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
-        from kernels.fused import FusedKernels  # brings Triton, which a CPU has no use for
+        from persimmon.kernels.fused import FusedKernels  # brings Triton, which a CPU has no use for
 
         return FusedKernels(device)
     builds = library.builds()

@@ -10,7 +10,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from kernels.launch import upload
+from persimmon.kernels.launch import upload
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import Limits, launch_options, next_power_of_2, num_sms
+from persimmon.kernels.launch import Limits, launch_options, next_power_of_2, num_sms
 
 SPLIT_TOKENS = 256
 """Tokens of one work item.

@@ -1,7 +1,7 @@
 """The network's operations on a GPU: fused Triton kernels where memory is the limit, cuBLAS where arithmetic is.
 
-Shapes, dtypes and maths are those of `kernels.reference`.  Which way a step takes depends on its number of tokens
-alone.  A few tokens, up to `SMALL_STEP`: five launches a layer, each weight read once, LayerNorms from statistics
+Shapes, dtypes and maths are those of `persimmon.kernels.reference`.  Which way a step takes depends only on its number
+of tokens.  A few tokens, up to `SMALL_STEP`: five launches a layer, each weight read once, LayerNorms from statistics
 that travel with the residual stream, MLP rows that meet only zeros not read at all.  More: cuBLAS between elementwise
 kernels.
 Attention is one launch for sequences with one token and two for chunks, either way.
@@ -13,12 +13,21 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels import projection, sampling, truncation
-from kernels.decode_attention import DecodeWorkspace, build_work_list, decode_attention
-from kernels.launch import upload
-from kernels.layer_norm import bias_relu_squared_, embed, layer_norm
-from kernels.operands import DrawInputs, Linear, Norm, PenaltyInputs, Residual, Rotary, StepLimits, TruncationInputs
-from kernels.prefill_attention import ChunkPlan, plan_chunks, prefill_attention, qk_norm_rotary_store
+from persimmon.kernels import projection, sampling, truncation
+from persimmon.kernels.decode_attention import DecodeWorkspace, build_work_list, decode_attention
+from persimmon.kernels.launch import upload
+from persimmon.kernels.layer_norm import bias_relu_squared_, embed, layer_norm
+from persimmon.kernels.operands import (
+    DrawInputs,
+    Linear,
+    Norm,
+    PenaltyInputs,
+    Residual,
+    Rotary,
+    StepLimits,
+    TruncationInputs,
+)
+from persimmon.kernels.prefill_attention import ChunkPlan, plan_chunks, prefill_attention, qk_norm_rotary_store
 
 SMALL_STEP = 64
 """Most tokens of a step whose projections read weights rather than multiply; not yet run on a GPU."""

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import Limits, launch_options, next_power_of_2
+from persimmon.kernels.launch import Limits, launch_options, next_power_of_2
 
 STATISTICS_COLUMNS = 64
 """Columns that share a mean and a sum of squared deviations."""

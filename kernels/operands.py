@@ -48,7 +48,7 @@ class Residual:
     Attributes:
         values: [T, hidden], changed in place by every block.
         statistics: what the rows' LayerNorms need, when the kernel that wrote `values` has made it; see
-            `kernels.layer_norm`.
+            `persimmon.kernels.layer_norm`.
         pending: [T, hidden] still to be added to `values`, which the next LayerNorm does in passing.
     """
 

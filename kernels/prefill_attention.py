@@ -1,6 +1,6 @@
 """Prompt chunks on a GPU: QK-norm, rotary and cache write in one kernel, ragged causal attention over pages in another.
 
-Knows nothing of layers, requests or scheduling.  The maths is `kernels.reference`'s; here it is tiled.
+Knows nothing of layers, requests or scheduling.  The maths is `persimmon.kernels.reference`'s; here it is tiled.
 """
 
 import math
@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.chunk_plan import ChunkPlan, PrefillConfig, plan_chunks
-from kernels.launch import Limits, launch_options, next_power_of_2
+from persimmon.kernels.chunk_plan import ChunkPlan, PrefillConfig, plan_chunks
+from persimmon.kernels.launch import Limits, launch_options, next_power_of_2
 
 __all__ = ["ChunkPlan", "PrefillConfig", "plan_chunks", "prefill_attention", "qk_norm_rotary_store"]
 

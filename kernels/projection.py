@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from triton.language.target_info import cuda_capability_geq, is_cuda
 
-from kernels.launch import Limits, next_power_of_2
-from kernels.layer_norm import (
+from persimmon.kernels.launch import Limits, next_power_of_2
+from persimmon.kernels.layer_norm import (
     STATISTICS_COLUMNS,
     TILE_ROWS,
     exact_launch_options,
@@ -27,7 +27,7 @@ from kernels.layer_norm import (
     statistics_shape,
     store_statistics,
 )
-from kernels.projection_config import ATTENTION_OUT, MLP_DOWN, WIDE, Norm, ProjectionConfig, Workspace
+from persimmon.kernels.projection_config import ATTENTION_OUT, MLP_DOWN, WIDE, Norm, ProjectionConfig, Workspace
 
 __all__ = ["ATTENTION_OUT", "MLP_DOWN", "WIDE", "Norm", "ProjectionConfig", "Workspace", "project", "project_add_"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.layer_norm import STATISTICS_COLUMNS
+from persimmon.kernels.layer_norm import STATISTICS_COLUMNS
 
 SPLIT_ALIGNMENT = 128
 """Splits begin at multiples of this many input features, whatever block_k is."""

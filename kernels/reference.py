@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from kernels.operands import Linear, Norm, Residual, Rotary, StepLimits
+from persimmon.kernels.operands import Linear, Norm, Residual, Rotary, StepLimits
 
 PADDING_LIMIT = 1.25
 """Decoding sequences share one attention call while padding them to the longest costs at most this factor."""

@@ -1,6 +1,7 @@
 """Decode attention in plain torch: what the Triton kernel is tested against.
 
-Knows one new token a sequence and the paged cache of one layer; shapes are those of `kernels.decode_attention`.
+Knows one new token a sequence and the paged cache of one layer; shapes are those of
+`persimmon.kernels.decode_attention`.
 """
 
 import math
@@ -23,7 +24,7 @@ def decode_attention(
     *,
     inside: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """QK-norm, rotary, cache write and attention of one new token a sequence, as `kernels.decode_attention` has it.
+    """QK-norm, rotary, cache write and attention of one new token a sequence, as in `kernels.decode_attention`.
 
     Args:
         qkv: [B, H, 3, D], per head its query, key and value.

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from kernels import reference
-from kernels.layer_norm import STATISTICS_COLUMNS
+from persimmon.kernels import reference
+from persimmon.kernels.layer_norm import STATISTICS_COLUMNS
 
 
 def tile_statistics(x: torch.Tensor) -> torch.Tensor:

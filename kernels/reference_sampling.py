@@ -6,7 +6,7 @@ Knows nothing of Triton, requests or scheduling; nothing here is fast.
 import numpy as np
 import torch
 
-from kernels.operands import DrawInputs, PenaltyInputs, TruncationInputs
+from persimmon.kernels.operands import DrawInputs, PenaltyInputs, TruncationInputs
 
 _WORD = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)

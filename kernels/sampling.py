@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import Limits, launch_options, next_power_of_2
-from kernels.operands import DrawInputs
+from persimmon.kernels.launch import Limits, launch_options, next_power_of_2
+from persimmon.kernels.operands import DrawInputs
 
 __all__ = ["DrawInputs", "LIMITS", "SamplingConfig", "Workspace", "sample_head", "sample_logits"]
 

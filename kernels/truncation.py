@@ -10,9 +10,17 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import Limits, launch_options, next_power_of_2
-from kernels.operands import DrawInputs, PenaltyInputs, TruncationInputs
-from kernels.sampling import SamplingConfig, Workspace, check_rows, logits_tile, merge, slice_noise, store_tile
+from persimmon.kernels.launch import Limits, launch_options, next_power_of_2
+from persimmon.kernels.operands import DrawInputs, PenaltyInputs, TruncationInputs
+from persimmon.kernels.sampling import (
+    SamplingConfig,
+    Workspace,
+    check_rows,
+    logits_tile,
+    merge,
+    slice_noise,
+    store_tile,
+)
 
 __all__ = [
     "LIMITS",

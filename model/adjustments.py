@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from kernels.launch import upload
-from kernels.operands import PenaltyInputs
-from model.sampling_params import SamplingParams
+from persimmon.kernels.launch import upload
+from persimmon.kernels.operands import PenaltyInputs
+from persimmon.model.sampling_params import SamplingParams
 
 Penalize = Callable[[torch.Tensor, PenaltyInputs], None]
 """Lowers, in place, the [R, vocab_size] float32 logits of tokens that a row has seen."""

@@ -10,16 +10,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from model.chat_format import STOP, Turn, render
-from model.chat_template_files import ChatTemplateError, TemplateSources
-from model.config import Architecture, PersimmonConfig
-from model.errors import CheckpointError
-from model.token_finder import Part, TokenFinder
-from model.tokenizer import Tokenizer
-from model.tokenizer_settings import TokenizerSettings
+from persimmon.model.chat_format import STOP, Turn, render
+from persimmon.model.chat_template_files import ChatTemplateError, TemplateSources
+from persimmon.model.config import Architecture, PersimmonConfig
+from persimmon.model.errors import CheckpointError
+from persimmon.model.token_finder import Part, TokenFinder
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.model.tokenizer_settings import TokenizerSettings
 
 if TYPE_CHECKING:
-    from model.chat_template import ChatTemplate
+    from persimmon.model.chat_template import ChatTemplate
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Of messages.  A template may name others."""
@@ -140,7 +140,7 @@ class Chat:
         sources = TemplateSources.from_folder(folder)
         if sources is None:
             return cls.adepts(tokenizer)
-        from model.chat_template import ChatTemplate  # brings Jinja2
+        from persimmon.model.chat_template import ChatTemplate  # brings Jinja2
 
         template = ChatTemplate(sources, TokenizerSettings.from_folder(folder).named)
         bos: tuple[int, ...] = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)

@@ -15,8 +15,8 @@ from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from model.chat_template_files import DEFAULT, TOOL_USE, ChatTemplateError, TemplateSources
-from model.errors import CheckpointError
+from persimmon.model.chat_template_files import DEFAULT, TOOL_USE, ChatTemplateError, TemplateSources
+from persimmon.model.errors import CheckpointError
 
 MAX_PROMPT_CHARACTERS = 2**25
 """Of a rendered conversation.  Far more than a context, and little enough for memory."""

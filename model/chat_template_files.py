@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from model.errors import CheckpointError
-from model.json_object import JsonObject
-from model.tokenizer_settings import SETTINGS_FILE
+from persimmon.model.errors import CheckpointError
+from persimmon.model.json_object import JsonObject
+from persimmon.model.tokenizer_settings import SETTINGS_FILE
 
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"

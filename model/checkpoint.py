@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from model.config import PersimmonConfig
-from model.errors import CheckpointError
-from model.leftovers import EMBEDDING, HEAD, settle
-from model.weight_files import BYTES, Header, WeightFile, and_more, find_weight_files
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.errors import CheckpointError
+from persimmon.model.leftovers import EMBEDDING, HEAD, settle
+from persimmon.model.weight_files import BYTES, Header, WeightFile, and_more, find_weight_files
 
 _COMPARED_ROWS = 4096
 
@@ -24,7 +24,7 @@ def expected_shapes(config: PersimmonConfig) -> dict[str, tuple[int, ...]]:
     Linear weights are [out, in].  The rows of query_key_value are ordered [head, {query, key, value},
     head_dim]: per head, so that a plain split into three has valid shapes and wrong contents.  With
     tie_word_embeddings there is no lm_head.weight, nor in a classifier, which has its score instead; files that hold
-    one are `model.leftovers`' business.
+    one are `persimmon.model.leftovers`' business.
     """
     hidden, intermediate = config.hidden_size, config.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}

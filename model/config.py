@@ -9,9 +9,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from model.errors import CheckpointError
-from model.json_object import JsonObject, shown
-from model.rope_scaling import RopeScaling, read_rope_scaling, rope_tables
+from persimmon.model.errors import CheckpointError
+from persimmon.model.json_object import JsonObject, shown
+from persimmon.model.rope_scaling import RopeScaling, read_rope_scaling, rope_tables
 
 MODEL_TYPE = "persimmon"
 DTYPES = ("float16", "bfloat16", "float32")

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.fused import FusedKernels
-from model.fused_sampler import finish_draw
-from model.kv_cache import KVCache
-from model.persimmon import Persimmon, Step
-from model.runner import SequenceInput
-from model.sampler import Samples
-from model.step_inputs import StepBuffer, StepInputs, needs_logits, write_step
+from persimmon.kernels.fused import FusedKernels
+from persimmon.model.fused_sampler import finish_draw
+from persimmon.model.kv_cache import KVCache
+from persimmon.model.persimmon import Persimmon, Step
+from persimmon.model.runner import SequenceInput
+from persimmon.model.sampler import Samples
+from persimmon.model.step_inputs import StepBuffer, StepInputs, needs_logits, write_step
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Sampling with the GPU's kernels: each row's settings to the device, its token back into the kernels' own buffer.
 
 A draw is the argmax of logit + temperature * Gumbel noise, which is a function of (seed, sample_index, position, token
-id) alone.  The draws are others than those of `model.sampler`, which inverts the cumulative distribution.
+id) alone.  The draws are others than those of `persimmon.model.sampler`, which inverts the cumulative distribution.
 """
 
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kernels.fused import FusedKernels
-from kernels.launch import upload
-from model.adjustments import adjust_
-from model.sampler import Samples, SamplingParams, row_logprobs
-from model.step_inputs import StepBuffer, StepInputs, needs_another_draw, needs_logits, write_draw
+from persimmon.kernels.fused import FusedKernels
+from persimmon.kernels.launch import upload
+from persimmon.model.adjustments import adjust_
+from persimmon.model.sampler import Samples, SamplingParams, row_logprobs
+from persimmon.model.step_inputs import StepBuffer, StepInputs, needs_another_draw, needs_logits, write_draw
 
 
 class FusedSampler:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from model.config import PersimmonConfig
+from persimmon.model.config import PersimmonConfig
 
 _BYTES_A_GRAPH = 4 << 20
 """An allowance for the driver's own record of a graph's launches; not yet measured on a GPU."""

@@ -14,9 +14,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from model.config import ADAPTER_FILE
-from model.errors import CheckpointError
-from model.vocabulary import VOCABULARY_FILE
+from persimmon.model.config import ADAPTER_FILE
+from persimmon.model.errors import CheckpointError
+from persimmon.model.vocabulary import VOCABULARY_FILE
 
 _DESCRIPTION_FILES = [
     "config.json",

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.errors import CheckpointError
-from model.regular_file import MAX_SMALL_FILE, read_small
+from persimmon.model.errors import CheckpointError
+from persimmon.model.regular_file import MAX_SMALL_FILE, read_small
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels.cpu.pages import advise_large_pages, populate
-from kernels.launch import upload
-from model.config import PersimmonConfig
+from persimmon.kernels.cpu.pages import advise_large_pages, populate
+from persimmon.kernels.launch import upload
+from persimmon.model.config import PersimmonConfig
 
 
 def block_bytes(config: PersimmonConfig, block_size: int, dtype: torch.dtype) -> int:

@@ -6,7 +6,7 @@ Knows names, not files: the caller says which tensors there are, and reads two o
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
-from model.config import PersimmonConfig
+from persimmon.model.config import PersimmonConfig
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

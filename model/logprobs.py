@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model.sampling_params import TokenLogprobs
+from persimmon.model.sampling_params import TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)

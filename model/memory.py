@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from model.checkpoint import expected_shapes
-from model.config import Architecture, PersimmonConfig
-from model.kv_cache import block_bytes
-from model.memory_limits import MemoryLeft, memory_left
-from model.persimmon import parameter_dtype
-from model.sampler import rows_at_once
-from model.sizes import readable
+from persimmon.model.checkpoint import expected_shapes
+from persimmon.model.config import Architecture, PersimmonConfig
+from persimmon.model.kv_cache import block_bytes
+from persimmon.model.memory_limits import MemoryLeft, memory_left
+from persimmon.model.persimmon import parameter_dtype
+from persimmon.model.sampler import rows_at_once
+from persimmon.model.sizes import readable
 
 GIB = 1 << 30
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from model.sizes import readable
+from persimmon.model.sizes import readable
 
 _NO_LIMIT = 1 << 60
 """What version 1 reports for no limit is the largest multiple of a page below 2**63."""

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kernels.cpu import library
-from kernels.cpu.native import NativeKernels
-from model.sampling_params import SamplingParams
+from persimmon.kernels.cpu import library
+from persimmon.kernels.cpu.native import NativeKernels
+from persimmon.model.sampling_params import SamplingParams
 
 
 class NativeDraw:
-    """`model.sampler.Draw` in C, as fast for a large vocabulary as it reads the logits.
+    """`persimmon.model.sampler.Draw` in C, as fast for a large vocabulary as it reads the logits.
 
     Args:
         kernels: draw.

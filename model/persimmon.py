@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from kernels import Kernels, Linear, Norm, Rotary
-from model.config import PersimmonConfig
-from model.kv_cache import KVCache
-from model.rotary import rotary_of_tokens, rotary_table
+from persimmon.kernels import Kernels, Linear, Norm, Rotary
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.kv_cache import KVCache
+from persimmon.model.rotary import rotary_of_tokens, rotary_table
 
 
 @dataclass(frozen=True, slots=True)

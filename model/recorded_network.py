@@ -5,10 +5,10 @@ What CUDA graphs are on a GPU.  Knows nothing of sampling.
 
 import torch
 
-from kernels.cpu.native import NativeKernels, NativePlan, step_of_plan
-from kernels.cpu.program import Program
-from model.kv_cache import KVCache
-from model.persimmon import Persimmon, Step
+from persimmon.kernels.cpu.native import NativeKernels, NativePlan, step_of_plan
+from persimmon.kernels.cpu.program import Program
+from persimmon.model.kv_cache import KVCache
+from persimmon.model.persimmon import Persimmon, Step
 
 
 class RecordedNetwork:

@@ -8,7 +8,7 @@ import stat
 from io import BufferedReader
 from pathlib import Path
 
-from model.errors import CheckpointError
+from persimmon.model.errors import CheckpointError
 
 MAX_SMALL_FILE = 16 << 20
 """Bytes of a JSON file that is read whole.  Parsing takes a multiple of its size in memory."""

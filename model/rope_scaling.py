@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
-from model.errors import CheckpointError
-from model.json_object import JsonObject, shown
+from persimmon.model.errors import CheckpointError
+from persimmon.model.json_object import JsonObject, shown
 
 Kind = Literal["linear", "dynamic", "yarn", "longrope", "llama3"]
 

@@ -7,9 +7,9 @@ import math
 
 import torch
 
-from kernels import Rotary
-from model.config import PersimmonConfig
-from model.rope_scaling import RopeScaling
+from persimmon.kernels import Rotary
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.rope_scaling import RopeScaling
 
 
 def rotary_table(config: PersimmonConfig, device: torch.device, positions: int | None = None) -> Rotary:

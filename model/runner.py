@@ -12,16 +12,16 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from kernels import Kernels, Rotary
-from kernels.cpu.native import NativeKernels
-from kernels.launch import upload
-from model.kv_cache import KVCache
-from model.logprobs import LogprobRows
-from model.native_draw import NativeDraw
-from model.persimmon import Persimmon, Step
-from model.recorded_network import RecordedNetwork
-from model.sampler import Samples, rows_at_once, sample
-from model.sampling_params import SamplingParams, TokenLogprobs
+from persimmon.kernels import Kernels, Rotary
+from persimmon.kernels.cpu.native import NativeKernels
+from persimmon.kernels.launch import upload
+from persimmon.model.kv_cache import KVCache
+from persimmon.model.logprobs import LogprobRows
+from persimmon.model.native_draw import NativeDraw
+from persimmon.model.persimmon import Persimmon, Step
+from persimmon.model.recorded_network import RecordedNetwork
+from persimmon.model.sampler import Samples, rows_at_once, sample
+from persimmon.model.sampling_params import SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +188,7 @@ class Runner:
         model: the network.
         cache: its keys and values.
         kernels: the operations `model` was prepared for.
-        sampler: draws tokens; by default from the logits, with `model.sampler.sample`.
+        sampler: draws tokens; by default from the logits, with `persimmon.model.sampler.sample`.
         decode_steps: runs the decode steps that it takes; by default they run like all others.
     """
 

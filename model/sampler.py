@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels.reference_sampling import philox
-from model.adjustments import adjust_, penalize
-from model.logprobs import LogprobRows
-from model.sampling_params import SamplingParams
+from persimmon.kernels.reference_sampling import philox
+from persimmon.model.adjustments import adjust_, penalize
+from persimmon.model.logprobs import LogprobRows
+from persimmon.model.sampling_params import SamplingParams
 
 __all__ = ["Draw", "Samples", "SamplingParams", "draw", "rows_at_once", "sample", "uniform"]
 
@@ -59,7 +59,7 @@ def draw(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor
 
 
 def sample(logits: torch.Tensor, params: Sequence[SamplingParams], draw: Draw = draw) -> Samples:
-    """One token a row, after what `model.adjustments` changes.
+    """One token a row, after what `persimmon.model.adjustments` changes.
 
     Log-probabilities are those of the logits as they are given.
 

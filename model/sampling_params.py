@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from model.token_counts import TokenCounts
+from persimmon.model.token_counts import TokenCounts
 
 
 @dataclass(slots=True)

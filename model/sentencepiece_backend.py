@@ -11,11 +11,11 @@ from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from model.errors import CheckpointError
-from model.regular_file import read_small
-from model.token_backend import Frame
-from model.token_finder import Part, TokenFinder
-from model.tokenizer_settings import AddedToken, TokenizerSettings
+from persimmon.model.errors import CheckpointError
+from persimmon.model.regular_file import read_small
+from persimmon.model.token_backend import Frame
+from persimmon.model.token_finder import Part, TokenFinder
+from persimmon.model.tokenizer_settings import AddedToken, TokenizerSettings
 
 MODEL_FILES = ("tokenizer.model", "adept_vocab.model")
 """Names of SentencePiece's file: in Hugging Face layout, and in Adept's own release."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels.operands import DrawInputs, TruncationInputs
-from model.runner import SequenceInput
-from model.sampling_params import SamplingParams
+from persimmon.kernels.operands import DrawInputs, TruncationInputs
+from persimmon.model.runner import SequenceInput
+from persimmon.model.sampling_params import SamplingParams
 
 _ALIGNMENT = 4
 """Every field begins at a multiple of so many words: kernels are compiled for pointers to 16 bytes."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from model.token_finder import Part
-from model.tokenizer_settings import AddedToken
+from persimmon.model.token_finder import Part
+from persimmon.model.tokenizer_settings import AddedToken
 
 
 @dataclass(frozen=True)

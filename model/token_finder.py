@@ -7,7 +7,7 @@ import bisect
 import re
 from collections.abc import Iterable, Sequence
 
-from model.tokenizer_settings import AddedToken
+from persimmon.model.tokenizer_settings import AddedToken
 
 Part = str | int
 """A part of a prompt: text, or the id of a token that stands for itself."""

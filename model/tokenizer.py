@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from model.errors import CheckpointError
-from model.sentencepiece_backend import MODEL_FILES, SentencePieceBackend, read_model
-from model.token_backend import Frame, TokenBackend
-from model.token_finder import Part, TokenFinder
-from model.tokenizer_json import TOKENIZER_JSON, TokenizerJson
-from model.tokenizer_settings import END_OF_TEXT, SETTINGS_FILE, TokenizerSettings
-from model.tokenizers_backend import TokenizersBackend
+from persimmon.model.errors import CheckpointError
+from persimmon.model.sentencepiece_backend import MODEL_FILES, SentencePieceBackend, read_model
+from persimmon.model.token_backend import Frame, TokenBackend
+from persimmon.model.token_finder import Part, TokenFinder
+from persimmon.model.tokenizer_json import TOKENIZER_JSON, TokenizerJson
+from persimmon.model.tokenizer_settings import END_OF_TEXT, SETTINGS_FILE, TokenizerSettings
+from persimmon.model.tokenizers_backend import TokenizersBackend
 
 __all__ = ["END_OF_TEXT", "IncrementalDetokenizer", "Tokenizer"]
 

@@ -12,10 +12,10 @@ from typing import Any, Literal, Self
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from model.errors import CheckpointError
-from model.json_object import JsonObject
-from model.token_backend import Frame
-from model.tokenizer_settings import MAX_TOKEN_ID, AddedToken, TokenizerSettings, described_token
+from persimmon.model.errors import CheckpointError
+from persimmon.model.json_object import JsonObject
+from persimmon.model.token_backend import Frame
+from persimmon.model.tokenizer_settings import MAX_TOKEN_ID, AddedToken, TokenizerSettings, described_token
 
 TOKENIZER_JSON = "tokenizer.json"
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from model.errors import CheckpointError
-from model.json_object import JsonObject
+from persimmon.model.errors import CheckpointError
+from persimmon.model.json_object import JsonObject
 
 END_OF_TEXT = "|ENDOFTEXT|"
 """The piece that begins and ends a text in Adept's vocabularies."""

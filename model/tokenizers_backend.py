@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from model.errors import CheckpointError
-from model.token_backend import Frame
-from model.token_finder import Part
-from model.tokenizer_json import TokenizerJson, spelling
-from model.tokenizer_settings import AddedToken, TokenizerSettings
+from persimmon.model.errors import CheckpointError
+from persimmon.model.token_backend import Frame
+from persimmon.model.token_finder import Part
+from persimmon.model.tokenizer_json import TokenizerJson, spelling
+from persimmon.model.tokenizer_settings import AddedToken, TokenizerSettings
 
 
 class TokenizersBackend:

@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from model.config import PersimmonConfig
-from model.json_object import JsonObject
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.json_object import JsonObject
 
 VOCABULARY_FILE = "vocabulary_map.json"
 

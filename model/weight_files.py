@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
-from model.errors import CheckpointError
-from model.json_object import JsonObject
-from model.regular_file import check_regular, open_regular
+from persimmon.model.errors import CheckpointError
+from persimmon.model.json_object import JsonObject
+from persimmon.model.regular_file import check_regular, open_regular
 
 # In the order Transformers looks for them: a folder may hold several formats of the same weights.
 WEIGHT_FILES = (

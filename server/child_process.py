@@ -9,8 +9,8 @@ import threading
 from collections.abc import Callable, Collection, Iterator
 from multiprocessing import connection, current_process, parent_process
 
-from server import logs
-from server.shortage import ADVICE, shortage
+from persimmon.server import logs
+from persimmon.server.shortage import ADVICE, shortage
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -18,7 +18,7 @@ _at_orphaned: list[Callable[[], None]] = []
 
 
 def run(pickled: bytes) -> None:
-    """Entry point of a process that `server.children.spawn` starts.
+    """Entry point of a process that `persimmon.server.children.spawn` starts.
 
     Args:
         pickled: a function and its arguments.  They are unpickled late, because that imports modules for a second or

@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Iterator
 from multiprocessing import connection, reduction, resource_tracker
 from multiprocessing.context import SpawnProcess
 
-from server import child_process
-from server.restarts import WINDOW_SECONDS, Restarts
+from persimmon.server import child_process
+from persimmon.server.restarts import WINDOW_SECONDS, Restarts
 
 HELD_BACK = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1})
 """Signals that wait, in a new process, until it has decided what to do with them."""

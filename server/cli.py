@@ -1,23 +1,23 @@
 """The entry point of the `persimmon` command.
 
-Imports next to nothing before signals and standard streams are in order; `server.commands` does the rest.
+Imports next to nothing before signals and standard streams are in order; `persimmon.server.commands` does the rest.
 """
 
 import sys
 from collections.abc import Sequence
 
-from server.console import quiet_end, standard_streams
+from persimmon.server.console import quiet_end, standard_streams
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line.
 
     Returns:
-        The exit code; see `server.commands.run`.
+        The exit code; see `persimmon.server.commands.run`.
     """
     standard_streams()
     with quiet_end():
-        from server.commands import run  # takes half a second, in which Ctrl-C must already be quiet
+        from persimmon.server.commands import run  # takes half a second, in which Ctrl-C must already be quiet
 
         return run(arguments)
 

@@ -1,4 +1,4 @@
-"""What the `persimmon` commands do, and their flags; `server.cli` calls them."""
+"""What the `persimmon` commands do, and their flags; `persimmon.server.cli` calls them."""
 
 import argparse
 import contextlib
@@ -10,28 +10,28 @@ from typing import Any
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-import model
-from model.chat import chat_format
-from model.config import DTYPES, PersimmonConfig, check_vocabulary
-from model.errors import CheckpointError
-from model.hub import resolve
-from model.memory_limits import memory_left
-from model.tokenizer import Tokenizer
-from model.vocabulary import VocabularyMap
-from server.bench.arguments import add_arguments as add_bench_arguments
-from server.config import GROUPS, Settings, SettingsError, add_arguments, read_settings
-from server.console import interruptible
-from server.http.access import check as check_access
-from server.http.gate import Limits
-from server.http.model_use import USES, ModelUse
-from server.logs import configure as configure_log
-from server.logs import in_background, say
-from server.memory_need import check_memory
-from server.offline.command import generate as answer_batch
-from server.offline.files import BatchFileError
-from server.runtime_folder import RuntimeFolderError
-from server.shortage import raise_open_files, too_few_files
-from server.supervisor import ListenError, supervise
+from persimmon import model
+from persimmon.model.chat import chat_format
+from persimmon.model.config import DTYPES, PersimmonConfig, check_vocabulary
+from persimmon.model.errors import CheckpointError
+from persimmon.model.hub import resolve
+from persimmon.model.memory_limits import memory_left
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.model.vocabulary import VocabularyMap
+from persimmon.server.bench.arguments import add_arguments as add_bench_arguments
+from persimmon.server.config import GROUPS, Settings, SettingsError, add_arguments, read_settings
+from persimmon.server.console import interruptible
+from persimmon.server.http.access import check as check_access
+from persimmon.server.http.gate import Limits
+from persimmon.server.http.model_use import USES, ModelUse
+from persimmon.server.logs import configure as configure_log
+from persimmon.server.logs import in_background, say
+from persimmon.server.memory_need import check_memory
+from persimmon.server.offline.command import generate as answer_batch
+from persimmon.server.offline.files import BatchFileError
+from persimmon.server.runtime_folder import RuntimeFolderError
+from persimmon.server.shortage import raise_open_files, too_few_files
+from persimmon.server.supervisor import ListenError, supervise
 
 DEMO_NAME = "persimmon-demo"
 
@@ -64,7 +64,7 @@ def _run(command: str, given: dict[str, Any]) -> int:
 
 
 def serve(settings: Settings) -> int:
-    """Serves until told to stop; see `server.supervisor.supervise` for the exit code.
+    """Serves until told to stop; see `persimmon.server.supervisor.supervise` for the exit code.
 
     Raises:
         SettingsError: keys or certificates cannot be read, or a package is missing.
@@ -83,7 +83,7 @@ def serve(settings: Settings) -> int:
 
 
 def generate(settings: Settings, source: Path, out: Path, any_model: bool) -> int:
-    """Answers a batch file; see `server.offline.command.generate` for the exit code.
+    """Answers a batch file; see `persimmon.server.offline.command.generate` for the exit code.
 
     Raises:
         CheckpointError: the checkpoint cannot be found, or is not one that this server serves.
@@ -127,12 +127,12 @@ def convert(
     trim_vocab: bool,
     drop_ids: tuple[range, ...] | None,
 ) -> int:
-    """Converts a checkpoint to safetensors; see `model.convert.convert_checkpoint`.
+    """Converts a checkpoint to safetensors; see `persimmon.model.convert.convert_checkpoint`.
 
     Raises:
         CheckpointError: the source is not such a checkpoint, or the result cannot be written.
     """
-    from model.convert import convert_checkpoint  # brings torch, which no other part of this process needs
+    from persimmon.model.convert import convert_checkpoint  # brings torch, which no other part of this process needs
 
     try:
         with interruptible():
@@ -153,8 +153,8 @@ def convert(
 
 
 def bench(given: dict[str, Any]) -> int:
-    """Measures a server; see `server.bench.command.bench` for the exit code."""
-    from server.bench.command import bench as measure  # brings what no other command needs
+    """Measures a server; see `persimmon.server.bench.command.bench` for the exit code."""
+    from persimmon.server.bench.command import bench as measure  # brings what no other command needs
 
     return measure(argparse.Namespace(**given), say)
 

@@ -4,23 +4,23 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from server.http.credentials import Credentials
+    from persimmon.server.http.credentials import Credentials
 
 
 def engine_main(*args: object) -> None:
-    """Entry point of the engine process; see `server.engine.process.run_engine` for its arguments."""
+    """Entry point of the engine process; see `persimmon.server.engine.process.run_engine` for its arguments."""
     # Read when torch is first imported.  Idle OpenMP threads spin for milliseconds by default, on cores that the API
     # worker or another program may need, and every parallel region then waits for a thread that is not running.
     # Some microseconds bridge the gap between two operations just as well.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-    from server.engine.process import run_engine
+    from persimmon.server.engine.process import run_engine
 
     run_engine(*args)  # type: ignore[arg-type]
 
 
 def worker_main(credentials: "Credentials", *args: object) -> None:
-    """Entry point of an API worker; see `server.http.worker.run_api_worker` for its arguments.
+    """Entry point of an API worker; see `persimmon.server.http.worker.run_api_worker` for its arguments.
 
     Args:
         keys: the supervisor's; its keys when the worker is started.
@@ -28,6 +28,6 @@ def worker_main(credentials: "Credentials", *args: object) -> None:
     """
     # numpy would start a thread for each core, for matrices that an API worker never multiplies.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from server.http.worker import run_api_worker
+    from persimmon.server.http.worker import run_api_worker
 
     run_api_worker(*args, credentials=credentials)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from server.log_writer import LogWriter
+from persimmon.server.log_writer import LogWriter
 
 LogFormat = Literal["text", "json"]
 

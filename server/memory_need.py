@@ -6,10 +6,10 @@ with the vocabulary, since each process holds a tokenizer.
 
 import psutil
 
-from model.config import PersimmonConfig
-from model.memory_limits import MemoryLeft
-from model.sizes import readable
-from server.config import SettingsError
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.memory_limits import MemoryLeft
+from persimmon.model.sizes import readable
+from persimmon.server.config import SettingsError
 
 MIB = 1 << 20
 SUPERVISOR_BYTES = 72 * MIB

@@ -15,11 +15,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server import vllm_metrics
-from server.engine.messages import STEP_SECONDS, STEP_TOKENS, EngineStats, Ready
-from server.histogram import LocalHistogram, histogram_family, merged
-from server.sequence_metrics import INTER_TOKEN_SECONDS, FinishedHistograms, FinishedSequence
-from server.vllm_metrics import UnderVllmNames
+from persimmon.server import vllm_metrics
+from persimmon.server.engine.messages import STEP_SECONDS, STEP_TOKENS, EngineStats, Ready
+from persimmon.server.histogram import LocalHistogram, histogram_family, merged
+from persimmon.server.sequence_metrics import INTER_TOKEN_SECONDS, FinishedHistograms, FinishedSequence
+from persimmon.server.vllm_metrics import UnderVllmNames
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

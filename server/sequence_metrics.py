@@ -6,8 +6,8 @@ Knows what is observed of a sequence, not when it ends.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from server import vllm_metrics
-from server.histogram import LocalHistogram, merged
+from persimmon.server import vllm_metrics
+from persimmon.server.histogram import LocalHistogram, merged
 
 INTER_TOKEN_SECONDS = merged(
     (0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 10),

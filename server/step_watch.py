@@ -6,7 +6,7 @@ Knows heartbeats, and nothing of what is done about one that stops.
 import time
 from collections.abc import Callable
 
-from server.vitals import Vitals
+from persimmon.server.vitals import Vitals
 
 GPU_STEP_SECONDS = 30.0
 """The longest step of an 8B model, 2,048 prompt tokens, takes 0.04 s on an H100; nothing is compiled while serving."""

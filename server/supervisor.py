@@ -13,20 +13,20 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Self
 
-from model.identity import change, identity
-from server.children import Child, kill
-from server.config import Settings, SettingsError
-from server.engine.messages import Ready
-from server.entry_points import engine_main, worker_main
-from server.http.credentials import Credentials, reads_files_again
-from server.http.model_use import ModelUse
-from server.http.siblings import WorkerPlace
-from server.logs import say
-from server.runtime_folder import RuntimeFolderError, runtime_folder
-from server.service_manager import notify
-from server.shortage import ADVICE
-from server.step_watch import StepWatch, WorkerWatch, step_limit
-from server.vitals import Vitals
+from persimmon.model.identity import change, identity
+from persimmon.server.children import Child, kill
+from persimmon.server.config import Settings, SettingsError
+from persimmon.server.engine.messages import Ready
+from persimmon.server.entry_points import engine_main, worker_main
+from persimmon.server.http.credentials import Credentials, reads_files_again
+from persimmon.server.http.model_use import ModelUse
+from persimmon.server.http.siblings import WorkerPlace
+from persimmon.server.logs import say
+from persimmon.server.runtime_folder import RuntimeFolderError, runtime_folder
+from persimmon.server.service_manager import notify
+from persimmon.server.shortage import ADVICE
+from persimmon.server.step_watch import StepWatch, WorkerWatch, step_limit
+from persimmon.server.vitals import Vitals
 
 FINAL_ERROR_SECONDS = 2.0
 """Time for an API worker to send an error to requests that are still open when the drain is over."""

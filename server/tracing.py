@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from server.config import SettingsError
-from server.http.request_record import RequestRecord
+from persimmon.server.config import SettingsError
+from persimmon.server.http.request_record import RequestRecord
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context

@@ -12,21 +12,21 @@ from typing import Any
 import numpy as np
 import torch
 
-import kernels
-from kernels import Kernels
-from model.checkpoint import Checkpoint
-from model.config import PersimmonConfig
-from model.grammar import GrammarCompiler
-from model.kv_cache import KVCache
-from model.persimmon import Persimmon
-from model.runner import Runner
-from server.engine.blocks import BlockPool
-from server.engine.core import LaunchedStep
-from server.engine.messages import EngineStats, Sampling, TokenLogprobs
-from server.engine.plan_runner import PlanRunner
-from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
-from server.engine.step_plan import StepPlan
+from persimmon import kernels
+from persimmon.kernels import Kernels
+from persimmon.model.checkpoint import Checkpoint
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.grammar import GrammarCompiler
+from persimmon.model.kv_cache import KVCache
+from persimmon.model.persimmon import Persimmon
+from persimmon.model.runner import Runner
+from persimmon.server.engine.blocks import BlockPool
+from persimmon.server.engine.core import LaunchedStep
+from persimmon.server.engine.messages import EngineStats, Sampling, TokenLogprobs
+from persimmon.server.engine.plan_runner import PlanRunner
+from persimmon.server.engine.scheduler import Scheduler
+from persimmon.server.engine.sequence import Sequence
+from persimmon.server.engine.step_plan import StepPlan
 
 CPU = torch.device("cpu")
 GREEDY = Sampling(temperature=0.0)

@@ -13,7 +13,7 @@ from benchmarks.gpu.inputs import normal
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.suite import Setting
 from benchmarks.gpu.timing import time_variants
-from kernels.launch import num_sms
+from persimmon.kernels.launch import num_sms
 
 COPIED = 4096
 """Elements that one program takes at a time."""

@@ -27,9 +27,9 @@ from benchmarks.gpu.inputs import (
 )
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.suite import Setting
-from kernels.layer_norm import bias_relu_squared_, embed, layer_norm
-from kernels.projection import project, project_add_
-from kernels.projection_config import ATTENTION_OUT, MLP_DOWN, WIDE, Norm, Workspace
+from persimmon.kernels.layer_norm import bias_relu_squared_, embed, layer_norm
+from persimmon.kernels.projection import project, project_add_
+from persimmon.kernels.projection_config import ATTENTION_OUT, MLP_DOWN, WIDE, Norm, Workspace
 
 
 def run(setting: Setting, report: Report) -> None:

@@ -10,10 +10,10 @@ from benchmarks.gpu.compare import FLOAT32_UNIT, check_launches, check_same, com
 from benchmarks.gpu.inputs import AttentionInputs, Pages, make_attention_inputs, make_pages
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.suite import Setting
-from kernels.chunk_plan import plan_chunks
-from kernels.decode_attention import DecodeConfig, DecodeWorkspace, build_work_list, decode_attention
-from kernels.prefill_attention import prefill_attention, qk_norm_rotary_store
-from kernels.reference_decode_attention import decode_attention as exact_decode_attention
+from persimmon.kernels.chunk_plan import plan_chunks
+from persimmon.kernels.decode_attention import DecodeConfig, DecodeWorkspace, build_work_list, decode_attention
+from persimmon.kernels.prefill_attention import prefill_attention, qk_norm_rotary_store
+from persimmon.kernels.reference_decode_attention import decode_attention as exact_decode_attention
 
 ATTENTION_SPREAD = 128 * FLOAT32_UNIT
 """What float32 scores and exponentials put into a weighted mean, as a share of the weighted mean of magnitudes."""

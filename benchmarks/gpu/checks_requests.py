@@ -9,14 +9,14 @@ from benchmarks.gpu.compare import type_name
 from benchmarks.gpu.inputs import normal
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.suite import Setting
-from kernels import StepLimits, reference_sampling
-from kernels.fused import FusedKernels
-from kernels.operands import DrawInputs, TruncationInputs
-from model.adjustments import adjust_, penalize
-from model.fused_sampler import FusedSampler
-from model.sampling_params import SamplingParams
-from model.step_inputs import StepBuffer, write_draw
-from model.token_counts import TokenCounts
+from persimmon.kernels import StepLimits, reference_sampling
+from persimmon.kernels.fused import FusedKernels
+from persimmon.kernels.operands import DrawInputs, TruncationInputs
+from persimmon.model.adjustments import adjust_, penalize
+from persimmon.model.fused_sampler import FusedSampler
+from persimmon.model.sampling_params import SamplingParams
+from persimmon.model.step_inputs import StepBuffer, write_draw
+from persimmon.model.token_counts import TokenCounts
 
 KINDS = 6
 """Of rows: what each changes in its logits."""

@@ -13,14 +13,14 @@ from benchmarks.gpu.inputs import normal
 from benchmarks.gpu.model import Machine, decode_batch, plant_zeros, random_model, seen_zeros, skipping
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.suite import Setting
-from kernels import Kernels, reference, reference_sampling, sampling, truncation
-from kernels.launch import supports_pdl
-from kernels.operands import DrawInputs, TruncationInputs
-from model.cuda_graphs import DecodeGraphs
-from model.kv_cache import KVCache
-from model.persimmon import Persimmon, Step
-from model.runner import SequenceInput
-from model.sampler import SamplingParams
+from persimmon.kernels import Kernels, reference, reference_sampling, sampling, truncation
+from persimmon.kernels.launch import supports_pdl
+from persimmon.kernels.operands import DrawInputs, TruncationInputs
+from persimmon.model.cuda_graphs import DecodeGraphs
+from persimmon.model.kv_cache import KVCache
+from persimmon.model.persimmon import Persimmon, Step
+from persimmon.model.runner import SequenceInput
+from persimmon.model.sampler import SamplingParams
 
 VOCABULARY_AT_ONCE = 1 << 15
 CHAIN_STEPS = 4

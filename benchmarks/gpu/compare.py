@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.suite import Setting
-from kernels.launch import supports_pdl
+from persimmon.kernels.launch import supports_pdl
 
 FLOAT32_UNIT = 2.0**-24
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kernels.operands import Rotary
-from model.config import PersimmonConfig
-from model.rotary import rotary_table
+from persimmon.kernels.operands import Rotary
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.rotary import rotary_table
 
 
 @dataclass(frozen=True, slots=True)

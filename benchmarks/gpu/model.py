@@ -13,16 +13,16 @@ from unittest import mock
 import torch
 
 from benchmarks.gpu.suite import Setting
-from kernels import Kernels, StepLimits, projection
-from kernels.fused import FusedKernels
-from model.checkpoint import dummy_tensors
-from model.config import PersimmonConfig
-from model.cuda_graphs import DecodeGraphs
-from model.fused_sampler import FusedSampler
-from model.kv_cache import KVCache
-from model.persimmon import Persimmon
-from model.runner import Runner, SequenceInput
-from model.sampler import SamplingParams
+from persimmon.kernels import Kernels, StepLimits, projection
+from persimmon.kernels.fused import FusedKernels
+from persimmon.model.checkpoint import dummy_tensors
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.cuda_graphs import DecodeGraphs
+from persimmon.model.fused_sampler import FusedSampler
+from persimmon.model.kv_cache import KVCache
+from persimmon.model.persimmon import Persimmon
+from persimmon.model.runner import Runner, SequenceInput
+from persimmon.model.sampler import SamplingParams
 
 WEIGHT_DEVIATION = 0.02
 """Of the matrices that `dummy_tensors` draws."""

@@ -13,7 +13,7 @@ import torch
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.suite import Setting
 from benchmarks.gpu.timing import time_loop
-from model.config import PersimmonConfig
+from persimmon.model.config import PersimmonConfig
 
 DTYPE = torch.float16
 ROUNDS = 2

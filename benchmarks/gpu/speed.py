@@ -25,15 +25,15 @@ from benchmarks.gpu.inputs import (
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.suite import Setting
 from benchmarks.gpu.timing import Call, Timing, rotate, rotations, time_variants
-from kernels import sampling, truncation
-from kernels.chunk_plan import plan_chunks
-from kernels.decode_attention import DecodeConfig, DecodeWorkspace, build_work_list, decode_attention
-from kernels.fused import SMALL_STEP
-from kernels.layer_norm import bias_relu_squared_, embed, layer_norm
-from kernels.operands import DrawInputs, TruncationInputs
-from kernels.prefill_attention import prefill_attention, qk_norm_rotary_store
-from kernels.projection import project, project_add_
-from kernels.projection_config import ATTENTION_OUT, MLP_DOWN, WIDE, Norm, ProjectionConfig, Workspace
+from persimmon.kernels import sampling, truncation
+from persimmon.kernels.chunk_plan import plan_chunks
+from persimmon.kernels.decode_attention import DecodeConfig, DecodeWorkspace, build_work_list, decode_attention
+from persimmon.kernels.fused import SMALL_STEP
+from persimmon.kernels.layer_norm import bias_relu_squared_, embed, layer_norm
+from persimmon.kernels.operands import DrawInputs, TruncationInputs
+from persimmon.kernels.prefill_attention import prefill_attention, qk_norm_rotary_store
+from persimmon.kernels.projection import project, project_add_
+from persimmon.kernels.projection_config import ATTENTION_OUT, MLP_DOWN, WIDE, Norm, ProjectionConfig, Workspace
 
 DTYPE = torch.float16
 DECODE_SHARE = "decode attention at 64 x 512, share of the copy rate"

@@ -21,13 +21,13 @@ from benchmarks.gpu.profile import profile_launches
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.suite import Setting
 from benchmarks.gpu.timing import Call, Timing, time_loop, time_variants
-from kernels.launch import supports_pdl
-from model.checkpoint import expected_shapes
-from model.cuda_graphs import DecodeGraphs
-from model.kv_cache import block_bytes
-from model.runner import PendingStep, Runner, SequenceInput
-from model.sampler import SamplingParams
-from model.step_inputs import StepBuffer, StepInputs, write_draw
+from persimmon.kernels.launch import supports_pdl
+from persimmon.model.checkpoint import expected_shapes
+from persimmon.model.cuda_graphs import DecodeGraphs
+from persimmon.model.kv_cache import block_bytes
+from persimmon.model.runner import PendingStep, Runner, SequenceInput
+from persimmon.model.sampler import SamplingParams
+from persimmon.model.step_inputs import StepBuffer, StepInputs, write_draw
 
 DTYPE = torch.float16
 DENSE_TOKENS, SPARSE_TOKENS = "batch 1 dense, tokens/s", "batch 1 at 90% zeros, tokens/s"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.floors import PERSIMMON_8B
-from model.config import PersimmonConfig
+from persimmon.model.config import PersimmonConfig
 
 TINY_NETWORK = PersimmonConfig(
     vocab_size=200,

@@ -15,10 +15,10 @@ from benchmarks.gpu.report import Report
 from benchmarks.gpu.speed import DTYPE, DecodeCase, ProjectionCase
 from benchmarks.gpu.suite import Setting
 from benchmarks.gpu.timing import Call, time_variants
-from kernels.chunk_plan import CONFIGS, PrefillConfig, plan_chunks
-from kernels.decode_attention import DecodeConfig
-from kernels.prefill_attention import prefill_attention
-from kernels.projection_config import ProjectionConfig
+from persimmon.kernels.chunk_plan import CONFIGS, PrefillConfig, plan_chunks
+from persimmon.kernels.decode_attention import DecodeConfig
+from persimmon.kernels.prefill_attention import prefill_attention
+from persimmon.kernels.projection_config import ProjectionConfig
 
 SHOWN = 4
 """How many of the best settings are listed."""

@@ -1,1 +1,4 @@
-"""Kernels for CPUs, in C: the whole network as one call a step.  Without them, `kernels.reference` computes."""
+"""Kernels for CPUs, in C: the whole network as one call a step.
+
+Without them, `persimmon.kernels.reference` computes.
+"""

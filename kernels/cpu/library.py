@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kernels.launch import KernelsUnavailableError
+from persimmon.kernels.launch import KernelsUnavailableError
 
 BUILDS: Mapping[str, frozenset[str]] = {
     "avx512_bf16": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}),

@@ -1,8 +1,8 @@
 """The network's operations in C: each as a call of its own, or recorded as a program that one call runs.
 
-Shapes and maths are those of `kernels.reference`, except that activations are float32 whatever the weights' dtype, and
-that a block's keys lie in the cache dimension by dimension.  A row's result has the same bits whatever is computed
-beside it.
+Shapes and maths are those of `persimmon.kernels.reference`, except that activations are float32 whatever the weights'
+dtype, and that a block's keys lie in the cache dimension by dimension.  A row's result has the same bits whatever is
+computed beside it.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,10 +13,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from kernels.cpu import library
-from kernels.cpu.pages import advise_large_pages
-from kernels.cpu.program import Program, step_of
-from kernels.operands import Linear, Norm, Residual, Rotary, StepLimits
+from persimmon.kernels.cpu import library
+from persimmon.kernels.cpu.pages import advise_large_pages
+from persimmon.kernels.cpu.program import Program, step_of
+from persimmon.kernels.operands import Linear, Norm, Residual, Rotary, StepLimits
 
 _TYPES = {torch.float32: library.FLOAT32, torch.float16: library.FLOAT16, torch.bfloat16: library.BFLOAT16}
 

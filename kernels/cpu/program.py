@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from kernels.cpu import library
+from persimmon.kernels.cpu import library
 
 
 class Program:

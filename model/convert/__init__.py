@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from model.chat import chat_format
-from model.config import PersimmonConfig, check_vocabulary
-from model.convert.adept import plan_from_adept
-from model.convert.hugging_face import plan_from_hugging_face
-from model.convert.trim import trim_vocabulary
-from model.convert.writer import write
-from model.errors import CheckpointError
-from model.hub import resolve
-from model.tokenizer import Tokenizer
-from model.vocabulary import VocabularyMap
+from persimmon.model.chat import chat_format
+from persimmon.model.config import PersimmonConfig, check_vocabulary
+from persimmon.model.convert.adept import plan_from_adept
+from persimmon.model.convert.hugging_face import plan_from_hugging_face
+from persimmon.model.convert.trim import trim_vocabulary
+from persimmon.model.convert.writer import write
+from persimmon.model.errors import CheckpointError
+from persimmon.model.hub import resolve
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.model.vocabulary import VocabularyMap
 
 
 def convert_checkpoint(
@@ -31,7 +31,7 @@ def convert_checkpoint(
     trim_vocab: bool = False,
     drop_ids: Sequence[range] | None = None,
 ) -> None:
-    """Converts a checkpoint; see `model.convert.writer.write` for what happens when this is cut off.
+    """Converts a checkpoint; see `persimmon.model.convert.writer.write` for what happens when this is cut off.
 
     Args:
         source: a folder in Hugging Face layout or a Hub id, or Adept's release.

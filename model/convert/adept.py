@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-from model.config import MODEL_TYPE, Architecture, PersimmonConfig
-from model.convert.check import check_tensors
-from model.convert.megatron import Rank, merge
-from model.convert.release import Release
-from model.convert.sources import TensorSource
-from model.convert.stored import Region, small_file
-from model.convert.writer import Conversion
-from model.errors import CheckpointError
-from model.sentencepiece_backend import parse_model
-from model.tokenizer_settings import END_OF_TEXT
+from persimmon.model.config import MODEL_TYPE, Architecture, PersimmonConfig
+from persimmon.model.convert.check import check_tensors
+from persimmon.model.convert.megatron import Rank, merge
+from persimmon.model.convert.release import Release
+from persimmon.model.convert.sources import TensorSource
+from persimmon.model.convert.stored import Region, small_file
+from persimmon.model.convert.writer import Conversion
+from persimmon.model.errors import CheckpointError
+from persimmon.model.sentencepiece_backend import parse_model
+from persimmon.model.tokenizer_settings import END_OF_TEXT
 
 # Settings that say which network it is, with the values that say Persimmon's.
 _ONLY: dict[str, tuple[Any, ...]] = {

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 import torch
 
-from model.checkpoint import expected_shapes
-from model.config import PersimmonConfig
-from model.convert.sources import TensorSource
-from model.errors import CheckpointError
+from persimmon.model.checkpoint import expected_shapes
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.convert.sources import TensorSource
+from persimmon.model.errors import CheckpointError
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -9,19 +9,19 @@ from pathlib import Path
 
 import torch
 
-from model.chat_template_files import TEMPLATE_FOLDER
-from model.checkpoint import equal_rows
-from model.config import PersimmonConfig
-from model.convert.check import check_tensors
-from model.convert.sources import TensorSource, read_safetensors
-from model.convert.stored import Region, StoredTensor, small_file
-from model.convert.torch_file import read_torch_file
-from model.convert.writer import Conversion
-from model.errors import CheckpointError
-from model.json_object import JsonObject
-from model.leftovers import EMBEDDING, HEAD, settle
-from model.vocabulary import VOCABULARY_FILE, VocabularyMap
-from model.weight_files import find_weight_files
+from persimmon.model.chat_template_files import TEMPLATE_FOLDER
+from persimmon.model.checkpoint import equal_rows
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.convert.check import check_tensors
+from persimmon.model.convert.sources import TensorSource, read_safetensors
+from persimmon.model.convert.stored import Region, StoredTensor, small_file
+from persimmon.model.convert.torch_file import read_torch_file
+from persimmon.model.convert.writer import Conversion
+from persimmon.model.errors import CheckpointError
+from persimmon.model.json_object import JsonObject
+from persimmon.model.leftovers import EMBEDDING, HEAD, settle
+from persimmon.model.vocabulary import VOCABULARY_FILE, VocabularyMap
+from persimmon.model.weight_files import find_weight_files
 
 _COMPARED_ROWS = 4096
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from model.errors import CheckpointError
-from model.regular_file import check_regular
+from persimmon.model.errors import CheckpointError
+from persimmon.model.regular_file import check_regular
 
 LFS_POINTER = b"version https://git-lfs"
 """How a file begins that stands for another one."""

@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from model.convert.pickle_reader import MAX_BYTES, Constructor, Global, PickleError, Record, read_pickle
-from model.convert.stored import LFS_POINTER, Region, Storage, StoredTensor, damaged, lfs_pointer, spanned
+from persimmon.model.convert.pickle_reader import MAX_BYTES, Constructor, Global, PickleError, Record, read_pickle
+from persimmon.model.convert.stored import LFS_POINTER, Region, Storage, StoredTensor, damaged, lfs_pointer, spanned
 
 _DTYPES = {
     "FloatStorage": torch.float32,

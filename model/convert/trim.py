@@ -16,14 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from model.config import PersimmonConfig, check_vocabulary
-from model.convert.sources import SelectedRows
-from model.convert.unused_ids import Vocabulary, runs_of
-from model.convert.writer import Conversion
-from model.errors import CheckpointError
-from model.tokenizer import Tokenizer
-from model.tokenizer_json import TOKENIZER_JSON
-from model.vocabulary import VOCABULARY_FILE, VocabularyMap
+from persimmon.model.config import PersimmonConfig, check_vocabulary
+from persimmon.model.convert.sources import SelectedRows
+from persimmon.model.convert.unused_ids import Vocabulary, runs_of
+from persimmon.model.convert.writer import Conversion
+from persimmon.model.errors import CheckpointError
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.model.tokenizer_json import TOKENIZER_JSON
+from persimmon.model.vocabulary import VOCABULARY_FILE, VocabularyMap
 
 _TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 _FILES_WITH_IDS = ("config.json", "generation_config.json")

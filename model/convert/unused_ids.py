@@ -10,12 +10,12 @@ from typing import Any
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from model.config import PersimmonConfig
-from model.errors import CheckpointError
-from model.json_object import JsonObject
-from model.sentencepiece_backend import MODEL_FILES, parse_model
-from model.tokenizer import Tokenizer
-from model.tokenizer_settings import END_OF_TEXT, special_tokens
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.errors import CheckpointError
+from persimmon.model.json_object import JsonObject
+from persimmon.model.sentencepiece_backend import MODEL_FILES, parse_model
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.model.tokenizer_settings import END_OF_TEXT, special_tokens
 
 _Piece = ModelProto.SentencePiece
 _NEVER_IN_TEXT = (_Piece.CONTROL, _Piece.UNUSED)

@@ -19,11 +19,11 @@ from typing import Any, BinaryIO
 import torch
 from tqdm import tqdm
 
-from model.checkpoint import Checkpoint
-from model.config import PersimmonConfig
-from model.convert.sources import SAFETENSORS_DTYPES, TensorSource, read_safetensors
-from model.errors import CheckpointError
-from model.sizes import readable
+from persimmon.model.checkpoint import Checkpoint
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.convert.sources import SAFETENSORS_DTYPES, TensorSource, read_safetensors
+from persimmon.model.errors import CheckpointError
+from persimmon.model.sizes import readable
 
 MARKER = "conversion-in-progress.json"
 """Names the conversion that an unfinished folder belongs to.  The last step takes it away."""

@@ -4,8 +4,8 @@ A layer over llguidance, which finds what may come next.  Knows token ids and th
 and imports no torch: API workers check a client's grammar here before the engine process compiles it.
 """
 
-from model.grammar.compiler import GrammarCompiler
-from model.grammar.matcher import Matcher
-from model.grammar.spec import KINDS, GrammarError, GrammarKind, GrammarSpec
+from persimmon.model.grammar.compiler import GrammarCompiler
+from persimmon.model.grammar.matcher import Matcher
+from persimmon.model.grammar.spec import KINDS, GrammarError, GrammarKind, GrammarSpec
 
 __all__ = ["KINDS", "GrammarCompiler", "GrammarError", "GrammarKind", "GrammarSpec", "Matcher"]

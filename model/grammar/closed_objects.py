@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from model.grammar.formats import FORMATS
-from model.grammar.schema_size import MAX_LEVELS
-from model.grammar.spec import GrammarError
+from persimmon.model.grammar.formats import FORMATS
+from persimmon.model.grammar.schema_size import MAX_LEVELS
+from persimmon.model.grammar.spec import GrammarError
 
 Schema = dict[str, Any] | bool
 

@@ -12,13 +12,13 @@ from typing import Any, assert_never
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, regex_to_lark
 
-from model.grammar.context_free import read_grammar
-from model.grammar.json_schema import read_schema
-from model.grammar.json_text import read_json
-from model.grammar.matcher import Matcher, Vocabulary, pack_bits, reason
-from model.grammar.spec import KINDS, GrammarError, GrammarSpec
-from model.grammar.text_or_calls import read_text_or_calls
-from model.tokenizer import Tokenizer
+from persimmon.model.grammar.context_free import read_grammar
+from persimmon.model.grammar.json_schema import read_schema
+from persimmon.model.grammar.json_text import read_json
+from persimmon.model.grammar.matcher import Matcher, Vocabulary, pack_bits, reason
+from persimmon.model.grammar.spec import KINDS, GrammarError, GrammarSpec
+from persimmon.model.grammar.text_or_calls import read_text_or_calls
+from persimmon.model.tokenizer import Tokenizer
 
 MAX_SPEC_BYTES = 65_536
 """Of a grammar's text, except a JSON Schema's."""

@@ -7,7 +7,7 @@ another keyword also says (`unevaluatedProperties` without `allOf` and the like)
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from model.grammar.formats import FORMATS
+from persimmon.model.grammar.formats import FORMATS
 
 Schema = Mapping[str, Any]
 Follow = Callable[[str], Any]

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from decimal import Decimal
 from typing import Any, NoReturn
 
-from model.grammar.formats import FORMATS, IMPLIED, without_lookaround
-from model.grammar.json_text import shown, type_name
-from model.grammar.number_bounds import MAX_INTEGER, MAX_NUMBER, narrow_bounds
-from model.grammar.plain_schema import plain_schema
-from model.grammar.references import References, Target, base_within
-from model.grammar.spec import GrammarError
+from persimmon.model.grammar.formats import FORMATS, IMPLIED, without_lookaround
+from persimmon.model.grammar.json_text import shown, type_name
+from persimmon.model.grammar.number_bounds import MAX_INTEGER, MAX_NUMBER, narrow_bounds
+from persimmon.model.grammar.plain_schema import plain_schema
+from persimmon.model.grammar.references import References, Target, base_within
+from persimmon.model.grammar.spec import GrammarError
 
 MAX_PROPERTIES = 1_000
 """Of one object.  One that may leave them all out is followed in four times as many places at once."""

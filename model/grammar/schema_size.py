@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from model.grammar.formats import FORMATS
-from model.grammar.spec import GrammarError
+from persimmon.model.grammar.formats import FORMATS
+from persimmon.model.grammar.spec import GrammarError
 
 MAX_NODES = 40_000
 """Nodes of the schema as it is written out.  One takes the engine about 20 microseconds and 5 KiB, at worst."""

@@ -28,8 +28,8 @@ class GrammarSpec:
             choice: one of the strings of this JSON array.
             grammar: a context-free grammar, in EBNF as llama.cpp writes it (GBNF, `root ::= …`) or in Lark's form
                 (`start: …`).
-            text_or_calls: any text, or calls of functions as `model.tool_calls` writes them, with arguments that are
-                valid: {"functions": {name: JSON Schema}, "max_calls": how many there may be}.
+            text_or_calls: any text, or calls of functions as `persimmon.model.tool_calls` writes them, with arguments
+                that are valid: {"functions": {name: JSON Schema}, "max_calls": how many there may be}.
         text: in that language.
         additional_properties: whether an object whose JSON Schema lists properties, and does not say whether there may
             be others, may have others.

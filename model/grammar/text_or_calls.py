@@ -1,6 +1,6 @@
 """Answers that are free text, or calls of functions with arguments that fit -> a Lark grammar, and a schema for each.
 
-Knows how `model.tool_calls` writes calls.  What begins one is a call: it is taken out of the free texts.
+Knows how `persimmon.model.tool_calls` writes calls.  What begins one is a call: it is taken out of the free texts.
 """
 
 import json
@@ -8,9 +8,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from model.grammar.json_schema import read_schema
-from model.grammar.json_text import read_json
-from model.grammar.spec import GrammarError
+from persimmon.model.grammar.json_schema import read_schema
+from persimmon.model.grammar.json_text import read_json
+from persimmon.model.grammar.spec import GrammarError
 
 MAX_TOTAL_BYTES = 262_144
 """Of the schemas of all functions, without descriptions and with formats written out."""

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from model.grammar.number_bounds import MAX_NUMBER, MIN_FRACTION
-from model.grammar.spec import GrammarError
+from persimmon.model.grammar.number_bounds import MAX_NUMBER, MIN_FRACTION
+from persimmon.model.grammar.spec import GrammarError
 
 MAX_SHAPES = 64
 """Of one schema.  One with more alternatives counts as one that allows anything."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from server.bench.http_client import Response
+from persimmon.server.bench.http_client import Response
 
 QUOTED_CHARACTERS = 300
 

@@ -28,7 +28,7 @@ _rates.__name__ = "R,R,…"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments; their names are those of `server.bench.command.bench`."""
+    """Adds the arguments; their names are those of `persimmon.server.bench.command.bench`."""
     server = parser.add_argument_group("server")
     server.add_argument(
         "--base-url", default="http://127.0.0.1:8000", metavar="URL", help="with or without /v1. Default: %(default)s"

@@ -19,14 +19,14 @@ from typing import Any
 import uvloop
 from tqdm import tqdm
 
-from server.bench.answer import RequestFailedError
-from server.bench.http_client import Endpoint, Response
-from server.bench.load import ClosedLoop, Exchange, Limits, Load, OpenLoop, Run, drive
-from server.bench.plot import MISSING, Point, can_plot, plot
-from server.bench.probe import refusal_of_token_ids, served_model
-from server.bench.report import Report, read_exchanges, remarks, summarize, table_head, table_row
-from server.bench.workload import FileWorkload, Prompt, RandomWorkload, Request, Workload, request
-from server.console import interruptible
+from persimmon.server.bench.answer import RequestFailedError
+from persimmon.server.bench.http_client import Endpoint, Response
+from persimmon.server.bench.load import ClosedLoop, Exchange, Limits, Load, OpenLoop, Run, drive
+from persimmon.server.bench.plot import MISSING, Point, can_plot, plot
+from persimmon.server.bench.probe import refusal_of_token_ids, served_model
+from persimmon.server.bench.report import Report, read_exchanges, remarks, summarize, table_head, table_row
+from persimmon.server.bench.workload import FileWorkload, Prompt, RandomWorkload, Request, Workload, request
+from persimmon.server.console import interruptible
 
 DEFAULT_REQUESTS = 128
 DEFAULT_STREAMS = 8
@@ -157,7 +157,7 @@ def bench(arguments: Namespace, say: Callable[[str], None]) -> int:
     """Runs one command line and prints its table.
 
     Args:
-        arguments: as `server.bench.arguments` reads them.
+        arguments: as `persimmon.server.bench.arguments` reads them.
         say: prints a line for the person at the console that is no result.
 
     Returns:

@@ -13,9 +13,9 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from server.bench.answer import RequestFailedError
-from server.bench.http_client import ConnectionPool, Endpoint, Response
-from server.bench.workload import Request
+from persimmon.server.bench.answer import RequestFailedError
+from persimmon.server.bench.http_client import ConnectionPool, Endpoint, Response
+from persimmon.server.bench.workload import Request
 
 Send = Callable[[Request], Awaitable[Response]]
 """Sends one request and returns its whole response; RequestFailedError where there is none."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from server.bench.report import Distribution
+from persimmon.server.bench.report import Distribution
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -2,9 +2,9 @@
 
 import json
 
-from server.bench.answer import RequestFailedError, error_message
-from server.bench.http_client import Connection, Endpoint
-from server.bench.workload import COMPLETIONS
+from persimmon.server.bench.answer import RequestFailedError, error_message
+from persimmon.server.bench.http_client import Connection, Endpoint
+from persimmon.server.bench.workload import COMPLETIONS
 
 
 async def served_model(endpoint: Endpoint) -> str:

@@ -10,9 +10,9 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from server.bench.answer import Answer, RequestFailedError, read_answer
-from server.bench.http_client import Response
-from server.bench.load import Exchange, Load, Run
+from persimmon.server.bench.answer import Answer, RequestFailedError, read_answer
+from persimmon.server.bench.http_client import Response
+from persimmon.server.bench.load import Exchange, Load, Run
 
 LoadFacts = TypeVar("LoadFacts")
 LATE_MS = 50.0

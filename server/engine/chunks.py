@@ -6,9 +6,9 @@ Decides counts of tokens; knows neither blocks nor who runs.
 from collections.abc import Sequence as Ordered
 from math import inf
 
-from server.engine.sequence import Sequence
-from server.engine.shares import Share
-from server.engine.step_cost import StepCosts, StepWork
+from persimmon.server.engine.sequence import Sequence
+from persimmon.server.engine.shares import Share
+from persimmon.server.engine.step_cost import StepCosts, StepWork
 
 MIN_CHUNK = 16
 """So many tokens of a prompt are computed in a step though there is no time for them: few more are dearer than none."""

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import msgspec
 import zmq
 
-from model.vocabulary import VocabularyMap
-from server.engine.load import Load
-from server.engine.messages import (
+from persimmon.model.vocabulary import VocabularyMap
+from persimmon.server.engine.load import Load
+from persimmon.server.engine.messages import (
     Abort,
     EngineStats,
     FromEngine,
@@ -57,7 +57,7 @@ class EngineNotReadyError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is wanted of one prompt; see `server.engine.messages.Submit`, which says more of each.
+    """What is wanted of one prompt; see `persimmon.server.engine.messages.Submit`, which says more of each.
 
     Attributes:
         token_ids: the prompt.

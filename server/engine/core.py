@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import msgspec
 import zmq
 
-from server.engine.messages import (
+from persimmon.server.engine.messages import (
     STEP_SECONDS,
     STEP_TOKENS,
     Abort,
@@ -34,11 +34,11 @@ from server.engine.messages import (
     ToEngine,
     TokenLogprobs,
 )
-from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
-from server.engine.step_cost import StepCostModel
-from server.engine.step_plan import Advance, StepPlan
-from server.logs import with_fields
+from persimmon.server.engine.scheduler import Scheduler
+from persimmon.server.engine.sequence import Sequence
+from persimmon.server.engine.step_cost import StepCostModel
+from persimmon.server.engine.step_plan import Advance, StepPlan
+from persimmon.server.logs import with_fields
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 
-from server.vitals import Vitals, WorkerLoad
+from persimmon.server.vitals import Vitals, WorkerLoad
 
 _MEMORY_SECONDS = 10.0
 """How far back the rate of ended sequences looks."""

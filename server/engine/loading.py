@@ -18,23 +18,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import kernels
-from model.checkpoint import Checkpoint, dummy_tensors
-from model.config import PersimmonConfig
-from model.cores import usable_cores
-from model.graph_sizes import default_sizes, graph_bytes
-from model.kv_cache import KVCache
-from model.memory import MemoryPlan, available_memory, plan_memory
-from model.persimmon import Persimmon
-from model.runner import PooledStates, PromptLogprobs, Report, Runner, SequenceInput
-from model.sampling_params import SamplingParams
-from model.sizes import readable
-from model.token_counts import TokenCounts
-from server.config import Settings
-from server.memory_need import still_to_be_taken
+from persimmon import kernels
+from persimmon.model.checkpoint import Checkpoint, dummy_tensors
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.cores import usable_cores
+from persimmon.model.graph_sizes import default_sizes, graph_bytes
+from persimmon.model.kv_cache import KVCache
+from persimmon.model.memory import MemoryPlan, available_memory, plan_memory
+from persimmon.model.persimmon import Persimmon
+from persimmon.model.runner import PooledStates, PromptLogprobs, Report, Runner, SequenceInput
+from persimmon.model.sampling_params import SamplingParams
+from persimmon.model.sizes import readable
+from persimmon.model.token_counts import TokenCounts
+from persimmon.server.config import Settings
+from persimmon.server.memory_need import still_to_be_taken
 
 if TYPE_CHECKING:
-    from kernels.fused import FusedKernels
+    from persimmon.kernels.fused import FusedKernels
 
 logger = logging.getLogger(__name__)
 
@@ -167,8 +167,8 @@ def _runner(
     """
     if cache.device.type != "cuda" or not model.config.generates:
         return Runner(model, cache, operations)
-    from model.cuda_graphs import DecodeGraphs  # brings Triton, which a CPU has no use for
-    from model.fused_sampler import FusedSampler
+    from persimmon.model.cuda_graphs import DecodeGraphs  # brings Triton, which a CPU has no use for
+    from persimmon.model.fused_sampler import FusedSampler
 
     fused = cast("FusedKernels", operations)
     graphs = None

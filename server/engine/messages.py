@@ -10,13 +10,13 @@ import msgspec
 
 
 class Grammar(msgspec.Struct, frozen=True, array_like=True):
-    """What an answer must look like; see `model.grammar`.
+    """What an answer must look like; see `persimmon.model.grammar`.
 
     Attributes:
-        kind: the language of `text`, one of `model.grammar.KINDS`.
+        kind: the language of `text`, one of `persimmon.model.grammar.KINDS`.
         text: the schema, the expression or the grammar.
         leading_space: whether a space stands before it, as the chat format has it after `adept:`.
-        additional_properties: as `model.grammar.GrammarSpec` has it.
+        additional_properties: as `persimmon.model.grammar.GrammarSpec` has it.
     """
 
     kind: str

@@ -12,14 +12,14 @@ from typing import cast
 
 import numpy as np
 
-from model.grammar import GrammarCompiler, GrammarError, GrammarKind, GrammarSpec, Matcher
-from model.runner import PendingStep, PooledStates, PromptLogprobs, Report, Runner, SequenceInput
-from model.sampling_params import SamplingParams
-from model.token_counts import TokenCounts
-from server.engine.core import LaunchedStep, StepOutcome
-from server.engine.messages import Grammar, TokenLogprobs
-from server.engine.sequence import Sequence
-from server.engine.step_plan import ScheduledSequence, StepPlan
+from persimmon.model.grammar import GrammarCompiler, GrammarError, GrammarKind, GrammarSpec, Matcher
+from persimmon.model.runner import PendingStep, PooledStates, PromptLogprobs, Report, Runner, SequenceInput
+from persimmon.model.sampling_params import SamplingParams
+from persimmon.model.token_counts import TokenCounts
+from persimmon.server.engine.core import LaunchedStep, StepOutcome
+from persimmon.server.engine.messages import Grammar, TokenLogprobs
+from persimmon.server.engine.sequence import Sequence
+from persimmon.server.engine.step_plan import ScheduledSequence, StepPlan
 
 COMPILED_GRAMMARS = 16
 """So many grammars are kept compiled, the latest used ones.  One may come to hold 25 MB of what is known of it."""

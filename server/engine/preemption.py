@@ -6,8 +6,8 @@ Knows what sequences hold; takes nothing from them.
 from collections.abc import Sequence as Ordered
 from operator import attrgetter
 
-from server.engine.sequence import Sequence
-from server.engine.shares import Holdings, holdings
+from persimmon.server.engine.sequence import Sequence
+from persimmon.server.engine.shares import Holdings, holdings
 
 _age = attrgetter("age")
 

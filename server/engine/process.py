@@ -12,24 +12,24 @@ from pathlib import Path
 
 import zmq
 
-from kernels import KernelsUnavailableError
-from model.config import PersimmonConfig
-from model.errors import CheckpointError
-from model.grammar import GrammarCompiler
-from model.memory import MemoryPlanError
-from model.tokenizer import Tokenizer
-from model.vocabulary import VocabularyMap
-from server import logs
-from server.child_process import follow_supervisor, ignore
-from server.config import Settings
-from server.engine.blocks import BlockPool
-from server.engine.core import Engine
-from server.engine.loading import load_model
-from server.engine.messages import Ready
-from server.engine.plan_runner import PlanRunner
-from server.engine.scheduler import Scheduler
-from server.engine.step_cost import StepCostModel
-from server.vitals import Vitals
+from persimmon.kernels import KernelsUnavailableError
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.errors import CheckpointError
+from persimmon.model.grammar import GrammarCompiler
+from persimmon.model.memory import MemoryPlanError
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.model.vocabulary import VocabularyMap
+from persimmon.server import logs
+from persimmon.server.child_process import follow_supervisor, ignore
+from persimmon.server.config import Settings
+from persimmon.server.engine.blocks import BlockPool
+from persimmon.server.engine.core import Engine
+from persimmon.server.engine.loading import load_model
+from persimmon.server.engine.messages import Ready
+from persimmon.server.engine.plan_runner import PlanRunner
+from persimmon.server.engine.scheduler import Scheduler
+from persimmon.server.engine.step_cost import StepCostModel
+from persimmon.server.vitals import Vitals
 
 COLLECTOR_THRESHOLDS = (50_000, 20, 100)
 """What a step makes dies by its reference counts.  With Python's own thresholds the collector took a twentieth of the

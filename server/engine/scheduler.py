@@ -12,16 +12,16 @@ from collections.abc import Sequence as Ids
 from itertools import islice
 from operator import attrgetter
 
-from server.engine.admission import Admission, Growing
-from server.engine.blocks import BlockPool, salted_with_length
-from server.engine.chunks import share_chunks
-from server.engine.messages import EngineStats
-from server.engine.preemption import lost_least, owed_to
-from server.engine.sequence import Sequence
-from server.engine.shares import Holdings
-from server.engine.step_cost import StepCosts, StepWork
-from server.engine.step_plan import Advance, ScheduledSequence, StepPlan
-from server.engine.waiting import WaitingQueue
+from persimmon.server.engine.admission import Admission, Growing
+from persimmon.server.engine.blocks import BlockPool, salted_with_length
+from persimmon.server.engine.chunks import share_chunks
+from persimmon.server.engine.messages import EngineStats
+from persimmon.server.engine.preemption import lost_least, owed_to
+from persimmon.server.engine.sequence import Sequence
+from persimmon.server.engine.shares import Holdings
+from persimmon.server.engine.step_cost import StepCosts, StepWork
+from persimmon.server.engine.step_plan import Advance, ScheduledSequence, StepPlan
+from persimmon.server.engine.waiting import WaitingQueue
 
 _rank = attrgetter("rank")
 

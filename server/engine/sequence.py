@@ -5,9 +5,9 @@ from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from typing import Self
 
-from server.engine.blocks import ROOT_HASH, hash_block
-from server.engine.messages import Pooling, Sampling
-from server.engine.shares import NO_SHARE, Share
+from persimmon.server.engine.blocks import ROOT_HASH, hash_block
+from persimmon.server.engine.messages import Pooling, Sampling
+from persimmon.server.engine.shares import NO_SHARE, Share
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from server.engine.sequence import Sequence
+    from persimmon.server.engine.sequence import Sequence
 
 
 @dataclass(eq=False, slots=True)

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from server.engine.sequence import Sequence
-from server.engine.step_cost import NO_WORK, StepWork
+from persimmon.server.engine.sequence import Sequence
+from persimmon.server.engine.step_cost import NO_WORK, StepWork
 
 
 # Not frozen, because that makes each four times as slow to make.

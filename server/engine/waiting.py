@@ -12,8 +12,8 @@ from heapq import merge
 from operator import attrgetter
 from typing import Any
 
-from server.engine.sequence import Sequence
-from server.engine.shares import Share
+from persimmon.server.engine.sequence import Sequence
+from persimmon.server.engine.shares import Share
 
 AGEING_TURN = 4
 """One admission in this many goes to the oldest sequence of the client served least, whatever its priority."""

@@ -5,13 +5,13 @@ Knows settings and files; what is done with them is others' affair.
 
 from dataclasses import dataclass, field
 
-from server.config import MAX_BODY_BYTES, Settings
-from server.http.authentication import KeyCheck
-from server.http.credentials import Credentials
-from server.http.key_limits import KeyLimiter, KeyLimits
-from server.http.keys import KeyRing, key_ring
-from server.http.siblings import WorkerPlace
-from server.tracing import check_installed
+from persimmon.server.config import MAX_BODY_BYTES, Settings
+from persimmon.server.http.authentication import KeyCheck
+from persimmon.server.http.credentials import Credentials
+from persimmon.server.http.key_limits import KeyLimiter, KeyLimits
+from persimmon.server.http.keys import KeyRing, key_ring
+from persimmon.server.http.siblings import WorkerPlace
+from persimmon.server.tracing import check_installed
 
 
 @dataclass(frozen=True, slots=True)

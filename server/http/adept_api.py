@@ -12,15 +12,15 @@ from fastapi import Response
 from msgspec import Struct
 from starlette.types import Receive
 
-from model.tokenizer import Tokenizer
-from server.http.adept_protocol import AdeptRequest
-from server.http.disconnect import until_disconnect
-from server.http.errors import bad_request, context_length_exceeded
-from server.http.generation import Answer, Generation
-from server.http.prompt_encoder import PromptInput
-from server.http.request_record import RequestRecord
-from server.http.service import Service, expected_tokens
-from server.http.token_report import token_text
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.http.adept_protocol import AdeptRequest
+from persimmon.server.http.disconnect import until_disconnect
+from persimmon.server.http.errors import bad_request, context_length_exceeded
+from persimmon.server.http.generation import Answer, Generation
+from persimmon.server.http.prompt_encoder import PromptInput
+from persimmon.server.http.request_record import RequestRecord
+from persimmon.server.http.service import Service, expected_tokens
+from persimmon.server.http.token_report import token_text
 
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # as SentencePiece's pieces have it
 

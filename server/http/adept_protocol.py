@@ -7,8 +7,8 @@ from typing import Annotated, Self
 
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
-from server.http.protocol import CompletionRequest
-from server.http.request_object import Refusal, Refused, RequestObject, invalid
+from persimmon.server.http.protocol import CompletionRequest
+from persimmon.server.http.request_object import Refusal, Refused, RequestObject, invalid
 
 MAX_PROMPTS = 128
 

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from model.grammar import GrammarSpec
-from model.tool_calls import MAX_CALLS, CallForm, Function, calls_schema
-from server.http.format_fields import schema_grammar
-from server.http.grammars import Constraint
-from server.http.protocol import ChatCompletionRequest
-from server.http.tool_fields import NamedTool
+from persimmon.model.grammar import GrammarSpec
+from persimmon.model.tool_calls import MAX_CALLS, CallForm, Function, calls_schema
+from persimmon.server.http.format_fields import schema_grammar
+from persimmon.server.http.grammars import Constraint
+from persimmon.server.http.protocol import ChatCompletionRequest
+from persimmon.server.http.tool_fields import NamedTool
 
 
 @dataclass(frozen=True)

@@ -10,35 +10,35 @@ from pathlib import Path
 from fastapi import FastAPI, Request, Response
 from starlette.middleware.cors import CORSMiddleware
 
-from model.chat import Chat, chat_format
-from model.config import Architecture, PersimmonConfig
-from model.tokenizer import Tokenizer
-from model.vocabulary import VocabularyMap
-from server.config import Settings
-from server.engine.client import CLASSIFIES, GENERATES, EngineClient
-from server.http import adept_api, classify, embeddings, errors, status, tokens
-from server.http.access import Access
-from server.http.addresses import Addresses
-from server.http.adept_protocol import AdeptRequest
-from server.http.authentication import Authentication, KeyCheck
-from server.http.body import BodyReader
-from server.http.chat import create_chat_completion
-from server.http.completions import create_completion
-from server.http.documentation import Documentation
-from server.http.gate import Gate, GateKeeper
-from server.http.observer import Observer
-from server.http.origins import OriginCheck
-from server.http.pace import Pace
-from server.http.parsing import parse
-from server.http.pooling_protocol import ClassifyRequest, EmbeddingRequest
-from server.http.protocol import ChatCompletionRequest, CompletionRequest
-from server.http.request_record import REQUEST_ID_HEADER, record_of
-from server.http.responses import ChatCompletion, ChatCompletionChunk, Completion
-from server.http.service import Service, endless_seeds
-from server.http.siblings import Siblings, WorkerPlace
-from server.http.token_protocol import DetokenizeRequest, TokenizeRequest
-from server.metrics import Metrics
-from server.tracing import Tracing
+from persimmon.model.chat import Chat, chat_format
+from persimmon.model.config import Architecture, PersimmonConfig
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.model.vocabulary import VocabularyMap
+from persimmon.server.config import Settings
+from persimmon.server.engine.client import CLASSIFIES, GENERATES, EngineClient
+from persimmon.server.http import adept_api, classify, embeddings, errors, status, tokens
+from persimmon.server.http.access import Access
+from persimmon.server.http.addresses import Addresses
+from persimmon.server.http.adept_protocol import AdeptRequest
+from persimmon.server.http.authentication import Authentication, KeyCheck
+from persimmon.server.http.body import BodyReader
+from persimmon.server.http.chat import create_chat_completion
+from persimmon.server.http.completions import create_completion
+from persimmon.server.http.documentation import Documentation
+from persimmon.server.http.gate import Gate, GateKeeper
+from persimmon.server.http.observer import Observer
+from persimmon.server.http.origins import OriginCheck
+from persimmon.server.http.pace import Pace
+from persimmon.server.http.parsing import parse
+from persimmon.server.http.pooling_protocol import ClassifyRequest, EmbeddingRequest
+from persimmon.server.http.protocol import ChatCompletionRequest, CompletionRequest
+from persimmon.server.http.request_record import REQUEST_ID_HEADER, record_of
+from persimmon.server.http.responses import ChatCompletion, ChatCompletionChunk, Completion
+from persimmon.server.http.service import Service, endless_seeds
+from persimmon.server.http.siblings import Siblings, WorkerPlace
+from persimmon.server.http.token_protocol import DetokenizeRequest, TokenizeRequest
+from persimmon.server.metrics import Metrics
+from persimmon.server.tracing import Tracing
 
 COMPLETIONS = "/v1/completions"
 CHAT_COMPLETIONS = "/v1/chat/completions"

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.http.errors import ApiError
-from server.http.key_limits import KeyLimiter
-from server.http.keys import KeyRing
-from server.http.request_record import record_of
+from persimmon.server.http.errors import ApiError
+from persimmon.server.http.key_limits import KeyLimiter
+from persimmon.server.http.keys import KeyRing
+from persimmon.server.http.request_record import record_of
 
 KEY_HEADERS = ("x-api-key", "api-key")
 """Headers that hold nothing but a key: Anthropic's clients send the first, Azure's the second."""

@@ -10,8 +10,8 @@ from http import HTTPStatus
 
 from starlette.requests import Request
 
-from server.http.content import Gunzip, check_is_json, unpacker
-from server.http.errors import ApiError, overloaded
+from persimmon.server.http.content import Gunzip, check_is_json, unpacker
+from persimmon.server.http.errors import ApiError, overloaded
 
 MIN_BYTES_PER_SECOND = 16 * 1024
 """Bodies that come more slowly are given up: a phone far from its mast sends faster."""

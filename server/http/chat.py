@@ -10,14 +10,14 @@ from fastapi import Response
 from msgspec import UNSET, UnsetType
 from starlette.types import Receive
 
-from model.tool_calls import CallDelta, CallForm, begun_call
-from server.http.answer_form import chat_form
-from server.http.conversation import chat_prompt
-from server.http.disconnect import until_disconnect
-from server.http.generation import Answer, Generation, Piece, UsageCount
-from server.http.protocol import ChatCompletionRequest
-from server.http.request_record import RequestRecord
-from server.http.responses import (
+from persimmon.model.tool_calls import CallDelta, CallForm, begun_call
+from persimmon.server.http.answer_form import chat_form
+from persimmon.server.http.conversation import chat_prompt
+from persimmon.server.http.disconnect import until_disconnect
+from persimmon.server.http.generation import Answer, Generation, Piece, UsageCount
+from persimmon.server.http.protocol import ChatCompletionRequest
+from persimmon.server.http.request_record import RequestRecord
+from persimmon.server.http.responses import (
     CalledFunction,
     ChatChoice,
     ChatChunkChoice,
@@ -33,9 +33,9 @@ from server.http.responses import (
     TopLogprob,
     Usage,
 )
-from server.http.service import Service
-from server.http.sse import DONE, EventStream, event
-from server.http.token_report import TokenReport, TokenText
+from persimmon.server.http.service import Service
+from persimmon.server.http.sse import DONE, EventStream, event
+from persimmon.server.http.token_report import TokenReport, TokenText
 
 
 async def create_chat_completion(

@@ -7,14 +7,14 @@ from typing import Annotated, Any, Self
 
 from pydantic import ConfigDict, FailFast, Field, PlainValidator, WithJsonSchema, model_validator
 
-from server.http.other_fields import (
+from persimmon.server.http.other_fields import (
     REFUSED_IN_MESSAGES,
     REFUSED_PARTS,
     WITHOUT_EFFECT_IN_MESSAGES,
     WITHOUT_EFFECT_IN_PARTS,
 )
-from server.http.request_object import RequestObject, invalid, missing, unknown, unsupported
-from server.http.tool_fields import MessageToolCall
+from persimmon.server.http.request_object import RequestObject, invalid, missing, unknown, unsupported
+from persimmon.server.http.tool_fields import MessageToolCall
 
 MAX_MESSAGES = 16384
 """Each takes several tokens, so that a longer conversation does not fit into a context of 64k tokens."""

@@ -14,14 +14,14 @@ from fastapi import Response
 from msgspec import Struct
 from starlette.types import Receive
 
-from model.config import Architecture, ScoreFunction
-from model.tokenizer import Tokenizer
-from server.http.disconnect import until_disconnect
-from server.http.pooling import Inputs, pooled, prepare, written
-from server.http.pooling_protocol import ClassifyRequest
-from server.http.request_record import RequestRecord
-from server.http.service import Service
-from server.http.token_report import read_prompt, token_text
+from persimmon.model.config import Architecture, ScoreFunction
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.http.disconnect import until_disconnect
+from persimmon.server.http.pooling import Inputs, pooled, prepare, written
+from persimmon.server.http.pooling_protocol import ClassifyRequest
+from persimmon.server.http.request_record import RequestRecord
+from persimmon.server.http.service import Service
+from persimmon.server.http.token_report import read_prompt, token_text
 
 
 class ClassificationUsage(Struct, frozen=True):

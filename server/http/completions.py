@@ -10,15 +10,15 @@ from fastapi import Response
 from msgspec import UNSET, UnsetType
 from starlette.types import Receive
 
-from server.http.answer_form import AnswerForm
-from server.http.disconnect import until_disconnect
-from server.http.generation import Generation, Piece, UsageCount
-from server.http.protocol import CompletionRequest
-from server.http.request_record import RequestRecord
-from server.http.responses import Completion, CompletionChoice, CompletionLogprobs, Usage
-from server.http.service import Service
-from server.http.sse import DONE, EventStream, event
-from server.http.token_report import TokenReport
+from persimmon.server.http.answer_form import AnswerForm
+from persimmon.server.http.disconnect import until_disconnect
+from persimmon.server.http.generation import Generation, Piece, UsageCount
+from persimmon.server.http.protocol import CompletionRequest
+from persimmon.server.http.request_record import RequestRecord
+from persimmon.server.http.responses import Completion, CompletionChoice, CompletionLogprobs, Usage
+from persimmon.server.http.service import Service
+from persimmon.server.http.sse import DONE, EventStream, event
+from persimmon.server.http.token_report import TokenReport
 
 
 async def create_completion(

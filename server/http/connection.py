@@ -16,11 +16,11 @@ import uvicorn
 from starlette.types import Scope
 from uvicorn.server import ServerState
 
-from server.http.errors import ApiError
-from server.http.exchange import BODY_HIGH_WATER, Exchange, status_line
-from server.http.request_reader import RequestHead, RequestReader
-from server.http.request_record import REQUEST_ID_HEADER, RequestRecord
-from server.logs import with_fields
+from persimmon.server.http.errors import ApiError
+from persimmon.server.http.exchange import BODY_HIGH_WATER, Exchange, status_line
+from persimmon.server.http.request_reader import RequestHead, RequestReader
+from persimmon.server.http.request_record import REQUEST_ID_HEADER, RequestRecord
+from persimmon.server.logs import with_fields
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from http import HTTPStatus
 
 from starlette.datastructures import Headers
 
-from server.http.errors import ApiError, bad_request
+from persimmon.server.http.errors import ApiError, bad_request
 
 _PIECE_BYTES = 256 * 1024
 """Unpacked at once: a fraction of a millisecond."""

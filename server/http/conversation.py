@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from model.chat import ROLES, Chat, ChatPrompt
-from model.chat_format import ChatFormatError, Turn
-from model.chat_template_files import ChatTemplateError
-from model.tool_calls import ToolCall, calls_text, describe, result_text
-from server.http.chat_message import ChatMessage
-from server.http.errors import ApiError, bad_request
-from server.http.tool_fields import Tool
+from persimmon.model.chat import ROLES, Chat, ChatPrompt
+from persimmon.model.chat_format import ChatFormatError, Turn
+from persimmon.model.chat_template_files import ChatTemplateError
+from persimmon.model.tool_calls import ToolCall, calls_text, describe, result_text
+from persimmon.server.http.chat_message import ChatMessage
+from persimmon.server.http.errors import ApiError, bad_request
+from persimmon.server.http.tool_fields import Tool
 
 
 async def chat_prompt(chat: Chat, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> ChatPrompt:

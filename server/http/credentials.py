@@ -6,9 +6,9 @@ Knows which settings name them; what they let in is others' part.
 import signal
 from dataclasses import dataclass, field
 
-from server.config import Settings
-from server.http.keys import KeyRing, key_ring
-from server.http.tls import Certificate
+from persimmon.server.config import Settings
+from persimmon.server.http.keys import KeyRing, key_ring
+from persimmon.server.http.tls import Certificate
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ from fastapi import FastAPI, Response
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from server.http.errors import ErrorBody
+from persimmon.server.http.errors import ErrorBody
 
 Schema = dict[str, Any]
 

@@ -11,12 +11,12 @@ from fastapi import Response
 from msgspec import Struct
 from starlette.types import Receive
 
-from server.http.disconnect import until_disconnect
-from server.http.errors import bad_request
-from server.http.pooling import Inputs, pooled, prepare, written
-from server.http.pooling_protocol import EmbeddingRequest
-from server.http.request_record import RequestRecord
-from server.http.service import Service
+from persimmon.server.http.disconnect import until_disconnect
+from persimmon.server.http.errors import bad_request
+from persimmon.server.http.pooling import Inputs, pooled, prepare, written
+from persimmon.server.http.pooling_protocol import EmbeddingRequest
+from persimmon.server.http.request_record import RequestRecord
+from persimmon.server.http.service import Service
 
 
 class EmbeddingUsage(Struct, frozen=True):

@@ -12,9 +12,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from server.engine.client import EngineDeadError, EngineNotReadyError
-from server.http.addresses import nearest
-from server.http.request_record import attached_record
+from persimmon.server.engine.client import EngineDeadError, EngineNotReadyError
+from persimmon.server.http.addresses import nearest
+from persimmon.server.http.request_record import attached_record
 
 CLIENT_CLOSED_REQUEST = 499
 """The status of a request whose client left before the answer; nobody reads it but the metrics."""

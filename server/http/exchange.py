@@ -13,8 +13,8 @@ from typing import Protocol
 
 from starlette.types import ASGIApp, Message, Scope
 
-from server.http.errors import ApiError
-from server.http.request_reader import RequestHead
+from persimmon.server.http.errors import ApiError
+from persimmon.server.http.request_reader import RequestHead
 
 logger = logging.getLogger(__name__)
 

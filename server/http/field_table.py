@@ -1,4 +1,4 @@
-"""The README's table of the fields that are refused or ignored: `python -m server.http.field_table` prints it.
+"""The README's table of the refused and ignored fields: `python -m persimmon.server.http.field_table` prints it.
 
 Knows which request has which fields; nothing of what they mean.
 """
@@ -8,15 +8,15 @@ from typing import TypeVar
 
 import msgspec
 
-from server.http.adept_protocol import AdeptRequest
-from server.http.chat_message import ChatMessage
-from server.http.format_fields import StructuredOutputs
-from server.http.other_fields import REFUSED_PARTS, WITHOUT_EFFECT_IN_PARTS
-from server.http.pooling_protocol import ClassifyRequest, EmbeddingRequest
-from server.http.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
-from server.http.request_object import Refusal, RequestObject
-from server.http.token_protocol import TokenizeRequest
-from server.http.tool_fields import MessageToolCall, Tool
+from persimmon.server.http.adept_protocol import AdeptRequest
+from persimmon.server.http.chat_message import ChatMessage
+from persimmon.server.http.format_fields import StructuredOutputs
+from persimmon.server.http.other_fields import REFUSED_PARTS, WITHOUT_EFFECT_IN_PARTS
+from persimmon.server.http.pooling_protocol import ClassifyRequest, EmbeddingRequest
+from persimmon.server.http.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
+from persimmon.server.http.request_object import Refusal, RequestObject
+from persimmon.server.http.token_protocol import TokenizeRequest
+from persimmon.server.http.tool_fields import MessageToolCall, Tool
 
 _Fact = TypeVar("_Fact", bound=Hashable)
 

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
-from model.grammar import GrammarSpec
-from server.http.grammars import Constraint
-from server.http.request_object import NAME_PATTERN, Refusal, Refused, RequestObject, invalid, missing
+from persimmon.model.grammar import GrammarSpec
+from persimmon.server.http.grammars import Constraint
+from persimmon.server.http.request_object import NAME_PATTERN, Refusal, Refused, RequestObject, invalid, missing
 
 
 def schema_grammar(schema: Mapping[str, Any]) -> GrammarSpec:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.config import Settings
-from server.engine.load import Load
-from server.http.errors import ApiError, overloaded, shutting_down
-from server.http.request_record import record_of
+from persimmon.server.config import Settings
+from persimmon.server.engine.load import Load
+from persimmon.server.http.errors import ApiError, overloaded, shutting_down
+from persimmon.server.http.request_record import record_of
 
 MAX_RETRY_SECONDS = 30
 """The latest that a refused client is told to come back after."""

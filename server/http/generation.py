@@ -13,18 +13,18 @@ from operator import attrgetter
 
 import msgspec
 
-from model.chat_format import AnswerText
-from model.tokenizer import Tokenizer
-from model.tool_calls import CallDelta, CallForm, CallReader, ToolCall
-from server.engine.client import EngineClient, SequenceStream, Work
-from server.engine.messages import Sampling, SequenceOutput, TokenLogprobs
-from server.http.errors import given_up
-from server.http.request_record import RequestRecord
-from server.http.responses import PromptTokensDetails, Usage
-from server.http.stop_strings import StopChecker, StopStrings
-from server.http.token_report import ReportQueue, TokenReport, read_prompt, report
-from server.metrics import Metrics
-from server.sequence_metrics import FinishedSequence
+from persimmon.model.chat_format import AnswerText
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.model.tool_calls import CallDelta, CallForm, CallReader, ToolCall
+from persimmon.server.engine.client import EngineClient, SequenceStream, Work
+from persimmon.server.engine.messages import Sampling, SequenceOutput, TokenLogprobs
+from persimmon.server.http.errors import given_up
+from persimmon.server.http.request_record import RequestRecord
+from persimmon.server.http.responses import PromptTokensDetails, Usage
+from persimmon.server.http.stop_strings import StopChecker, StopStrings
+from persimmon.server.http.token_report import ReportQueue, TokenReport, read_prompt, report
+from persimmon.server.metrics import Metrics
+from persimmon.server.sequence_metrics import FinishedSequence
 
 _ECHOED_AT_ONCE = 256
 """Prompt tokens that are read at once: with five alternatives each, some milliseconds."""

@@ -11,8 +11,8 @@ from functools import partial
 from hashlib import blake2b
 from http import HTTPStatus
 
-from model.grammar import GrammarCompiler, GrammarError, GrammarSpec
-from server.http.errors import ApiError, bad_request
+from persimmon.model.grammar import GrammarCompiler, GrammarError, GrammarSpec
+from persimmon.server.http.errors import ApiError, bad_request
 
 MAX_REMEMBERED = 128
 """Grammars whose check is remembered, the latest used ones.  Each may be 1 MiB long; a hash of it is kept."""

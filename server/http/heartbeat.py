@@ -7,7 +7,7 @@ import resource
 import time
 from collections.abc import Callable
 
-from server.vitals import Vitals
+from persimmon.server.vitals import Vitals
 
 BEAT_SECONDS = 0.5
 

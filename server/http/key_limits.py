@@ -19,7 +19,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import BinaryIO
 
-from server.http.errors import ApiError
+from persimmon.server.http.errors import ApiError
 
 logger = logging.getLogger(__name__)
 

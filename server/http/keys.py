@@ -11,8 +11,8 @@ from hashlib import blake2b, sha256
 from http import HTTPStatus
 from pathlib import Path
 
-from server.config import Settings, SettingsError
-from server.http.errors import ApiError
+from persimmon.server.config import Settings, SettingsError
+from persimmon.server.http.errors import ApiError
 
 _NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 _KEY = re.compile(r"[\x21-\x7e]+")

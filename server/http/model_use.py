@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from model.config import Architecture
+from persimmon.model.config import Architecture
 
 
 @dataclass(frozen=True, slots=True)

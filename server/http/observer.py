@@ -14,11 +14,11 @@ from http.client import responses
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.http.errors import CLIENT_CLOSED_REQUEST, as_api_error
-from server.http.request_record import REQUEST_ID_HEADER, RequestRecord, request_id
-from server.logs import with_fields
-from server.metrics import Metrics
-from server.tracing import FinishedRequest, Tracing
+from persimmon.server.http.errors import CLIENT_CLOSED_REQUEST, as_api_error
+from persimmon.server.http.request_record import REQUEST_ID_HEADER, RequestRecord, request_id
+from persimmon.server.logs import with_fields
+from persimmon.server.metrics import Metrics
+from persimmon.server.tracing import FinishedRequest, Tracing
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from http import HTTPStatus
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.http.errors import ApiError
-from server.http.request_record import header
+from persimmon.server.http.errors import ApiError
+from persimmon.server.http.request_record import header
 
 ANY_ORIGIN = "*"
 

@@ -5,7 +5,7 @@ server does is refused by name.  The README's table is made from these.  Knows n
 implemented.
 """
 
-from server.http.request_object import Refusal, Refused, WithoutEffect
+from persimmon.server.http.request_object import Refusal, Refused, WithoutEffect
 
 _NO_REASONING = "the model does not reason before it answers"
 _TEXT_ONLY = "the model reads and writes text only"

@@ -10,7 +10,7 @@ from collections.abc import Collection
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.http.request_record import header
+from persimmon.server.http.request_record import header
 
 BEGIN_PER_TURN = 4
 """Requests that begin in one turn, one or two milliseconds' work.

@@ -11,8 +11,8 @@ import msgspec
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from server.http.errors import ApiError, bad_request
-from server.http.request_object import Refusal
+from persimmon.server.http.errors import ApiError, bad_request
+from persimmon.server.http.request_object import Refusal
 
 MAX_OBJECTS = 250_000
 MAX_VALUES = 4_000_000

@@ -14,14 +14,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from server.engine.client import EngineClient, SequenceStream, Work
-from server.engine.messages import Pooling
-from server.http.errors import bad_request, context_length_exceeded, generation_failed, given_up
-from server.http.keys import salted
-from server.http.pooling_protocol import PoolingRequest
-from server.http.prompt_encoder import PromptInput
-from server.http.request_record import RequestRecord
-from server.http.service import MAX_CHOICES, Service, expected_tokens
+from persimmon.server.engine.client import EngineClient, SequenceStream, Work
+from persimmon.server.engine.messages import Pooling
+from persimmon.server.http.errors import bad_request, context_length_exceeded, generation_failed, given_up
+from persimmon.server.http.keys import salted
+from persimmon.server.http.pooling_protocol import PoolingRequest
+from persimmon.server.http.prompt_encoder import PromptInput
+from persimmon.server.http.request_record import RequestRecord
+from persimmon.server.http.service import MAX_CHOICES, Service, expected_tokens
 
 MAX_RUNNING = 64
 """Inputs of one request that the engine has at a time.  So a long list does not hold up who comes after it, and short
@@ -98,7 +98,7 @@ async def pooled(
     Args:
         engine: computes them.
         prompts: token ids, at least one each.
-        pooling: what to report, as `server.engine.messages.Submit` has it.
+        pooling: what to report, as `persimmon.server.engine.messages.Submit` has it.
         width: numbers of a row: the hidden size, or how many labels there are.
         record: of the request that they belong to.
         scores: whether rows are a classifier's scores instead of final hidden states.

@@ -7,10 +7,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from server.http.field_types import CacheSalt, Prompts
-from server.http.other_fields import REFUSED_IN_EMBEDDINGS, REFUSED_IN_POOLING, WITHOUT_EFFECT_IN_POOLING
-from server.http.request_object import invalid
-from server.http.truncation import TruncatingRequest
+from persimmon.server.http.field_types import CacheSalt, Prompts
+from persimmon.server.http.other_fields import REFUSED_IN_EMBEDDINGS, REFUSED_IN_POOLING, WITHOUT_EFFECT_IN_POOLING
+from persimmon.server.http.request_object import invalid
+from persimmon.server.http.truncation import TruncatingRequest
 
 
 class PoolingRequest(TruncatingRequest):

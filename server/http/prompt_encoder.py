@@ -6,9 +6,9 @@ Knows the tokenizer; nothing of requests but the names of their fields.
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 
-from model.chat import ChatPrompt
-from model.tokenizer import Tokenizer
-from server.http.errors import bad_request
+from persimmon.model.chat import ChatPrompt
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.http.errors import bad_request
 
 PromptInput = str | ChatPrompt | list[int]
 """A prompt as requests have it: a text, a conversation or token ids."""

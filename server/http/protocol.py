@@ -7,11 +7,11 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import FailFast, Field, ValidationInfo, field_validator, model_validator
 
-from server.http.chat_message import Messages
-from server.http.field_types import CacheSalt, LogitBias, Prompts, StopStrings, StopTokens
-from server.http.format_fields import ResponseFormat, StructuredOutputs
-from server.http.grammars import Constraint
-from server.http.other_fields import (
+from persimmon.server.http.chat_message import Messages
+from persimmon.server.http.field_types import CacheSalt, LogitBias, Prompts, StopStrings, StopTokens
+from persimmon.server.http.format_fields import ResponseFormat, StructuredOutputs
+from persimmon.server.http.grammars import Constraint
+from persimmon.server.http.other_fields import (
     REFUSED,
     REFUSED_IN_CHAT,
     REFUSED_IN_COMPLETIONS,
@@ -19,9 +19,9 @@ from server.http.other_fields import (
     WITHOUT_EFFECT,
     WITHOUT_EFFECT_IN_CHAT,
 )
-from server.http.request_object import RequestObject, invalid
-from server.http.tool_fields import MAX_TOOLS, AllowedTools, NamedTool, Tool, ToolChoiceField
-from server.http.truncation import TruncatingRequest
+from persimmon.server.http.request_object import RequestObject, invalid
+from persimmon.server.http.tool_fields import MAX_TOOLS, AllowedTools, NamedTool, Tool, ToolChoiceField
+from persimmon.server.http.truncation import TruncatingRequest
 
 MAX_SAMPLES = 128
 

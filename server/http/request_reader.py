@@ -12,7 +12,7 @@ from http import HTTPStatus
 
 import httptools
 
-from server.http.errors import ApiError
+from persimmon.server.http.errors import ApiError
 
 MAX_HEADER_BYTES = 64 * 1024
 """Of a request line and its headers: nginx takes 32 KiB by default, and a long list of baggage fits."""

@@ -7,26 +7,26 @@ from functools import cached_property
 from hashlib import blake2b
 from importlib.metadata import version
 
-from model.chat import Chat, ChatPrompt
-from model.config import Architecture, PersimmonConfig
-from model.grammar import GrammarCompiler
-from model.tokenizer import Tokenizer
-from model.vocabulary import VocabularyMap
-from server.engine.client import EngineClient
-from server.engine.messages import Grammar, Sampling
-from server.http.answer_form import ANY_TEXT, AnswerForm
-from server.http.errors import bad_request, context_length_exceeded, model_not_found
-from server.http.gate import CHARACTERS_PER_TOKEN, Gate
-from server.http.generation import Generation, Generator, Prompt
-from server.http.grammars import Constraint, GrammarChecker
-from server.http.keys import salted
-from server.http.model_use import USES
-from server.http.prompt_encoder import Fit, PromptEncoder, PromptInput
-from server.http.protocol import GenerationRequest
-from server.http.request_record import RequestRecord
-from server.http.siblings import Siblings
-from server.http.stop_strings import StopStrings
-from server.metrics import Metrics
+from persimmon.model.chat import Chat, ChatPrompt
+from persimmon.model.config import Architecture, PersimmonConfig
+from persimmon.model.grammar import GrammarCompiler
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.model.vocabulary import VocabularyMap
+from persimmon.server.engine.client import EngineClient
+from persimmon.server.engine.messages import Grammar, Sampling
+from persimmon.server.http.answer_form import ANY_TEXT, AnswerForm
+from persimmon.server.http.errors import bad_request, context_length_exceeded, model_not_found
+from persimmon.server.http.gate import CHARACTERS_PER_TOKEN, Gate
+from persimmon.server.http.generation import Generation, Generator, Prompt
+from persimmon.server.http.grammars import Constraint, GrammarChecker
+from persimmon.server.http.keys import salted
+from persimmon.server.http.model_use import USES
+from persimmon.server.http.prompt_encoder import Fit, PromptEncoder, PromptInput
+from persimmon.server.http.protocol import GenerationRequest
+from persimmon.server.http.request_record import RequestRecord
+from persimmon.server.http.siblings import Siblings
+from persimmon.server.http.stop_strings import StopStrings
+from persimmon.server.metrics import Metrics
 
 MAX_CHOICES = 2048
 """Sequences that one request may ask for: its prompts times its n."""

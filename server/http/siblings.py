@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
 
-from server.http.errors import ApiError
+from persimmon.server.http.errors import ApiError
 
 _PATIENCE_SECONDS = 5.0
 

@@ -11,8 +11,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from server.http.disconnect import until_disconnect
-from server.http.errors import EXPECTED, as_api_error
+from persimmon.server.http.disconnect import until_disconnect
+from persimmon.server.http.errors import EXPECTED, as_api_error
 
 logger = logging.getLogger(__name__)
 

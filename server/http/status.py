@@ -12,16 +12,16 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 from msgspec import UNSET, Struct, UnsetType
 
-from server.engine.client import EngineDeadError, EngineNotReadyError
-from server.http.adept_api import AdeptHealth
-from server.http.documentation import Documentation
-from server.http.errors import ErrorBody
-from server.http.model_use import USES
-from server.http.request_record import record_of
-from server.http.responses import Model, ModelList
-from server.http.service import Service
-from server.metrics import CONTENT_TYPE
-from server.step_watch import step_limit
+from persimmon.server.engine.client import EngineDeadError, EngineNotReadyError
+from persimmon.server.http.adept_api import AdeptHealth
+from persimmon.server.http.documentation import Documentation
+from persimmon.server.http.errors import ErrorBody
+from persimmon.server.http.model_use import USES
+from persimmon.server.http.request_record import record_of
+from persimmon.server.http.responses import Model, ModelList
+from persimmon.server.http.service import Service
+from persimmon.server.metrics import CONTENT_TYPE
+from persimmon.server.step_watch import step_limit
 
 METRICS = "/metrics"
 MODELS = "/v1/models"

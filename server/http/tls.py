@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 
-from server.config import Settings, SettingsError
-from server.http.errors import ApiError
-from server.http.exchange import status_line
+from persimmon.server.config import Settings, SettingsError
+from persimmon.server.http.errors import ApiError
+from persimmon.server.http.exchange import status_line
 
 logger = logging.getLogger(__name__)
 

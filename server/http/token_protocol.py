@@ -5,11 +5,11 @@ from typing import Annotated, Self
 from pydantic import FailFast, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.http.chat_message import Messages
-from server.http.field_types import TokenIds
-from server.http.other_fields import REFUSED_IN_TOKENIZE
-from server.http.request_object import RequestObject, invalid
-from server.http.tool_fields import MAX_TOOLS, Tool
+from persimmon.server.http.chat_message import Messages
+from persimmon.server.http.field_types import TokenIds
+from persimmon.server.http.other_fields import REFUSED_IN_TOKENIZE
+from persimmon.server.http.request_object import RequestObject, invalid
+from persimmon.server.http.tool_fields import MAX_TOOLS, Tool
 
 
 class TokenizeRequest(RequestObject):

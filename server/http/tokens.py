@@ -7,10 +7,10 @@ import msgspec
 from fastapi import Response
 from msgspec import UNSET, Struct, UnsetType
 
-from model.chat import ChatPrompt
-from server.http.conversation import chat_prompt
-from server.http.service import Service
-from server.http.token_protocol import DetokenizeRequest, TokenizeRequest
+from persimmon.model.chat import ChatPrompt
+from persimmon.server.http.conversation import chat_prompt
+from persimmon.server.http.service import Service
+from persimmon.server.http.token_protocol import DetokenizeRequest, TokenizeRequest
 
 
 class Tokens(Struct, frozen=True):

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, WithJsonSchema, field_validator
 
-from model.tool_calls import Function
-from server.http.other_fields import REFUSED_IN_TOOLS, WITHOUT_EFFECT_IN_CALLS, WITHOUT_EFFECT_IN_TOOLS
-from server.http.request_object import NAME_PATTERN, RequestObject
+from persimmon.model.tool_calls import Function
+from persimmon.server.http.other_fields import REFUSED_IN_TOOLS, WITHOUT_EFFECT_IN_CALLS, WITHOUT_EFFECT_IN_TOOLS
+from persimmon.server.http.request_object import NAME_PATTERN, RequestObject
 
 MAX_TOOLS = 128
 """As many as OpenAI allows."""

@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from server.http.errors import bad_request
-from server.http.request_object import RequestObject
+from persimmon.server.http.errors import bad_request
+from persimmon.server.http.request_object import RequestObject
 
 Side = Literal["left", "right"]
 """Where tokens are cut off."""

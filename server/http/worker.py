@@ -19,23 +19,23 @@ from pathlib import Path
 import uvicorn
 import uvloop
 
-from server import logs
-from server.child_process import follow_supervisor
-from server.config import Settings, SettingsError
-from server.engine.client import EngineClient
-from server.engine.load import Load
-from server.http import observer
-from server.http.access import Access
-from server.http.app import application
-from server.http.authentication import KeyCheck
-from server.http.connection import Connection as ClientConnection
-from server.http.credentials import Credentials, reads_files_again
-from server.http.gate import Gate, Limits
-from server.http.heartbeat import beat
-from server.http.siblings import WorkerPlace
-from server.http.tls import TlsListener
-from server.tracing import Tracing
-from server.vitals import Vitals
+from persimmon.server import logs
+from persimmon.server.child_process import follow_supervisor
+from persimmon.server.config import Settings, SettingsError
+from persimmon.server.engine.client import EngineClient
+from persimmon.server.engine.load import Load
+from persimmon.server.http import observer
+from persimmon.server.http.access import Access
+from persimmon.server.http.app import application
+from persimmon.server.http.authentication import KeyCheck
+from persimmon.server.http.connection import Connection as ClientConnection
+from persimmon.server.http.credentials import Credentials, reads_files_again
+from persimmon.server.http.gate import Gate, Limits
+from persimmon.server.http.heartbeat import beat
+from persimmon.server.http.siblings import WorkerPlace
+from persimmon.server.http.tls import TlsListener
+from persimmon.server.tracing import Tracing
+from persimmon.server.vitals import Vitals
 
 logger = logging.getLogger(__name__)
 

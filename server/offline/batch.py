@@ -12,9 +12,16 @@ from typing import Protocol
 import msgspec
 from starlette.types import ASGIApp
 
-from server.offline.application import post
-from server.offline.batch_lines import BatchAnswer, BatchRequest, LineError, read_request, respond, without_model
-from server.offline.files import MAX_LINE_BYTES, BatchInput, BatchOutput, Line
+from persimmon.server.offline.application import post
+from persimmon.server.offline.batch_lines import (
+    BatchAnswer,
+    BatchRequest,
+    LineError,
+    read_request,
+    respond,
+    without_model,
+)
+from persimmon.server.offline.files import MAX_LINE_BYTES, BatchInput, BatchOutput, Line
 
 
 class EngineLostError(RuntimeError):

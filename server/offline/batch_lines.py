@@ -9,7 +9,7 @@ from hashlib import blake2b
 import msgspec
 from msgspec import Raw, Struct
 
-from server.http.app import CHAT_COMPLETIONS, COMPLETIONS, EMBEDDINGS
+from persimmon.server.http.app import CHAT_COMPLETIONS, COMPLETIONS, EMBEDDINGS
 
 URLS = (CHAT_COMPLETIONS, COMPLETIONS, EMBEDDINGS)
 """What a line may ask for."""

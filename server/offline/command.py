@@ -21,17 +21,17 @@ import uvloop
 from fastapi import FastAPI
 from tqdm import tqdm
 
-from server import logs
-from server.children import spawn
-from server.config import Settings
-from server.console import interruptible
-from server.engine.client import EngineClient
-from server.entry_points import engine_main
-from server.http.app import application
-from server.logs import say
-from server.offline.batch import Batch, EngineLostError
-from server.offline.files import BatchInput, BatchOutput
-from server.runtime_folder import runtime_folder
+from persimmon.server import logs
+from persimmon.server.children import spawn
+from persimmon.server.config import Settings
+from persimmon.server.console import interruptible
+from persimmon.server.engine.client import EngineClient
+from persimmon.server.entry_points import engine_main
+from persimmon.server.http.app import application
+from persimmon.server.logs import say
+from persimmon.server.offline.batch import Batch, EngineLostError
+from persimmon.server.offline.files import BatchInput, BatchOutput
+from persimmon.server.runtime_folder import runtime_folder
 
 ANSWERED, SOME_FAILED, STOPPED = 0, 1, 130
 """Exit codes; 2 is for what the person at the console can mend."""

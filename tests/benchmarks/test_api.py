@@ -13,8 +13,8 @@ from benchmarks.api import (
     spoken_token,
     table,
 )
-from model.tokenizer import Tokenizer
-from server.bench.report import Distribution
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.bench.report import Distribution
 
 
 @pytest.mark.parametrize("size", range(1, 9))

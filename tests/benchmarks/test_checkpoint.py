@@ -4,9 +4,9 @@ import pytest
 from safetensors.torch import load_file
 
 from benchmarks.checkpoint import write_checkpoint
-from model.checkpoint import Checkpoint
-from model.config import PersimmonConfig
-from model.tokenizer import Tokenizer
+from persimmon.model.checkpoint import Checkpoint
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 from benchmarks.overload import SETTLE_SECONDS, Cores, Result, describe, figures
-from server.bench.answer import RequestFailedError
-from server.bench.http_client import Response
-from server.bench.load import Exchange, Run
-from server.bench.workload import Request
+from persimmon.server.bench.answer import RequestFailedError
+from persimmon.server.bench.http_client import Response
+from persimmon.server.bench.load import Exchange, Run
+from persimmon.server.bench.workload import Request
 
 ANSWER = (
     b'data: {"choices": [{"text": "one two"}]}\n\n'

@@ -9,9 +9,9 @@ from benchmarks.machine import Rates, floor_tokens_per_s
 from benchmarks.peers import OURS, VLLM, Measurement, agreement, our_server, summarize, table, vllm_server
 from benchmarks.serve import Round, Workload
 from benchmarks.servers import Server, ServerFailedError, running
-from model.config import PersimmonConfig
-from server.bench.answer import Answer
-from server.bench.report import Distribution, Report
+from persimmon.model.config import PersimmonConfig
+from persimmon.server.bench.answer import Answer
+from persimmon.server.bench.report import Distribution, Report
 
 LIMITS = ("--max-model-len", "64", "--max-num-seqs", "4")
 HEALTHY = """

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.api import serving
 from benchmarks.refusals import KINDS, Refusals, measure, table
-from server.bench.report import Distribution
+from persimmon.server.bench.report import Distribution
 
 
 def test_a_refusal_costs_what_it_takes_in_python_and_in_the_system() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from benchmarks.serve import Workload, measure, measure_warm, warm_up
-from server.bench.http_client import Endpoint
+from persimmon.server.bench.http_client import Endpoint
 from tests.server.bench.fake_server import FakeServer, fake_server, http_response
 
 SMALL = Workload(prompts=6, streams=2, input_len=(3, 9), output_len=(4, 4))

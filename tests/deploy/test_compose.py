@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from server.config import Settings, environment_variable
-from server.supervisor import FINAL_ERROR_SECONDS, FLUSH_SECONDS
+from persimmon.server.config import Settings, environment_variable
+from persimmon.server.supervisor import FINAL_ERROR_SECONDS, FLUSH_SECONDS
 from tests.deploy.files import DEPLOY, read_json, read_yaml
 
 

@@ -11,8 +11,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from server.config import Settings, environment_variable, read_settings
-from server.supervisor import FINAL_ERROR_SECONDS, FLUSH_SECONDS
+from persimmon.server.config import Settings, environment_variable, read_settings
+from persimmon.server.supervisor import FINAL_ERROR_SECONDS, FLUSH_SECONDS
 from tests.deploy import operators
 from tests.deploy.files import KUBERNETES, read_yaml
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from server.config import Settings, environment_variable
-from server.supervisor import FINAL_ERROR_SECONDS, FLUSH_SECONDS
+from persimmon.server.config import Settings, environment_variable
+from persimmon.server.supervisor import FINAL_ERROR_SECONDS, FLUSH_SECONDS
 from tests.deploy.files import DEPLOY
 from tests.end_to_end.serving import SERVING, Start
 

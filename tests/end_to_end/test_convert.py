@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import model
-from model.convert import writer
-from server.cli import main
+from persimmon import model
+from persimmon.model.convert import writer
+from persimmon.server.cli import main
 from tests.end_to_end.serving import serving
 from tests.model.checkpoints import DEMO_END_OF_TEXT
 from tests.model.convert.adept_layout import as_tar, make_release
@@ -28,7 +28,7 @@ DEMO = Path(model.__path__[0]) / "demo"
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "server.cli", "convert", *map(str, arguments)]
+    command = [sys.executable, "-m", "persimmon.server.cli", "convert", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -74,7 +74,7 @@ def test_adepts_release_is_converted_and_answers_like_the_original(demo, tmp_pat
 def test_a_terminal_shows_a_progress_bar(tmp_path):
     master, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 110, 0, 0))
-    command = [sys.executable, "-m", "server.cli", "convert", str(DEMO), str(tmp_path / "out")]
+    command = [sys.executable, "-m", "persimmon.server.cli", "convert", str(DEMO), str(tmp_path / "out")]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=terminal) as process:
         os.close(terminal)
         shown = b""

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from benchmarks.soak import soak
-from server.bench.http_client import Endpoint
+from persimmon.server.bench.http_client import Endpoint
 from tests.end_to_end.serving import Server
 
 pytestmark = pytest.mark.anyio

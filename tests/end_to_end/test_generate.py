@@ -36,7 +36,7 @@ def source(tmp_path_factory):
 
 
 def command(source: Path, out: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "server.cli", "generate", str(source), str(out), *arguments]
+    return [sys.executable, "-m", "persimmon.server.cli", "generate", str(source), str(out), *arguments]
 
 
 def start(source: Path, out: Path, *arguments: str) -> subprocess.Popen[str]:

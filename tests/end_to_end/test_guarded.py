@@ -348,7 +348,7 @@ def test_a_worker_that_takes_anothers_place_has_its_keys_although_the_file_canno
 def test_a_server_whose_keys_cannot_be_read_does_not_start_and_says_why(tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("alice:correct-horse\nbattery-staple\n")
-    command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--api-key-file", str(keys)]
+    command = [sys.executable, "-m", "persimmon.server.cli", "serve", "--port", "0", "--api-key-file", str(keys)]
     ended = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     assert ended.returncode == 2
     (line,) = ended.stderr.splitlines()

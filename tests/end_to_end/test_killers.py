@@ -7,7 +7,7 @@ import httpx
 import msgspec
 import pytest
 
-from server.http.errors import ErrorBody
+from persimmon.server.http.errors import ErrorBody
 from tests.end_to_end.canary import SECONDS, Canary
 from tests.end_to_end.killers import KILLERS, Killer
 from tests.end_to_end.serving import Server

@@ -15,9 +15,9 @@ import openai
 import pytest
 import torch
 
-from model.config import Architecture
-from model.tokenizer import Tokenizer
-from server.http.pooling import MAX_RUNNING
+from persimmon.model.config import Architecture
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.http.pooling import MAX_RUNNING
 from tests.end_to_end.serving import Server, serving
 from tests.model.checkpoints import DEMO, make_checkpoint
 

@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from server.restarts import MAX_DEATHS
+from persimmon.server.restarts import MAX_DEATHS
 from tests.end_to_end.serving import Server, serving
 
 LONG = {"prompt": "human: Hello!\n\nadept:", "max_tokens": 2000, "ignore_eos": True, "stream": True}

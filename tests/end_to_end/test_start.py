@@ -17,16 +17,15 @@ from pathlib import Path
 import httpx
 import pytest
 
-import model
+from persimmon import model
 from tests.end_to_end.serving import serving
 
 DEMO = Path(model.__path__[0]) / "demo"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "server.cli", *arguments], capture_output=True, text=True, timeout=120, check=False
-    )
+    command = [sys.executable, "-m", "persimmon.server.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def copy_of_demo(folder: Path) -> Path:
@@ -201,7 +200,7 @@ def test_the_printed_curl_works(demo):
 def test_a_terminal_shows_a_progress_bar_for_the_weights():
     master, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 110, 0, 0))
-    command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--kv-cache-memory", "64MB"]
+    command = [sys.executable, "-m", "persimmon.server.cli", "serve", "--port", "0", "--kv-cache-memory", "64MB"]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=terminal) as process:
         os.close(terminal)
         shown = b""
@@ -232,7 +231,7 @@ def test_a_log_that_is_not_read_any_more_stops_no_request():
 def test_a_server_whose_standard_error_is_closed_serves(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = f"exec {sys.executable} -m server.cli serve --kv-cache-memory 26MB --port {port} 2>&-"
+    command = f"exec {sys.executable} -m persimmon.server.cli serve --kv-cache-memory 26MB --port {port} 2>&-"
     with subprocess.Popen(["sh", "-c", command]) as process:
         try:
             answered = False
@@ -268,7 +267,7 @@ def test_a_place_for_temporary_files_that_cannot_hold_sockets_is_one_line(comman
     ],
 )
 def test_a_limit_that_allows_no_start_is_one_line(limit, shown):
-    command = f"{limit}; exec {sys.executable} -m server.cli serve --port 0 --kv-cache-memory 26MB"
+    command = f"{limit}; exec {sys.executable} -m persimmon.server.cli serve --port 0 --kv-cache-memory 26MB"
     ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 2
     assert "Traceback" not in ended.stderr

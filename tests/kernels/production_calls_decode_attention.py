@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from kernels.decode_attention import DecodeWorkspace, build_work_list, decode_attention
+from persimmon.kernels.decode_attention import DecodeWorkspace, build_work_list, decode_attention
 
 META = torch.device("meta")
 SEQUENCES, HEADS, DIM, MAX_LENGTH = 64, 64, 64, 16384

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from kernels.layer_norm import bias_relu_squared_, embed, layer_norm, statistics_shape
+from persimmon.kernels.layer_norm import bias_relu_squared_, embed, layer_norm, statistics_shape
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 16384, 262144
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from kernels.prefill_attention import plan_chunks, prefill_attention, qk_norm_rotary_store
+from persimmon.kernels.prefill_attention import plan_chunks, prefill_attention, qk_norm_rotary_store
 
 META = torch.device("meta")
 HEADS, HEAD_DIM, ROTARY_DIM, MAX_POSITION = 64, 64, 32, 16384

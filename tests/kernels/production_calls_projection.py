@@ -5,9 +5,9 @@ from functools import partial
 
 import torch
 
-from kernels.layer_norm import statistics_shape
-from kernels.projection import project, project_add_
-from kernels.projection_config import ATTENTION_OUT, MLP_DOWN, WIDE, Norm, ProjectionConfig, Workspace
+from persimmon.kernels.layer_norm import statistics_shape
+from persimmon.kernels.projection import project, project_add_
+from persimmon.kernels.projection_config import ATTENTION_OUT, MLP_DOWN, WIDE, Norm, ProjectionConfig, Workspace
 
 HIDDEN, INTERMEDIATE = 4096, 16384
 META = torch.device("meta")

@@ -5,8 +5,8 @@ from functools import partial
 
 import torch
 
-from kernels.operands import DrawInputs
-from kernels.sampling import Workspace, sample_head, sample_logits
+from persimmon.kernels.operands import DrawInputs
+from persimmon.kernels.sampling import Workspace, sample_head, sample_logits
 
 HIDDEN, VOCAB = 4096, 262144
 META = torch.device("meta")

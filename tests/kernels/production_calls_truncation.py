@@ -5,9 +5,9 @@ from functools import partial
 
 import torch
 
-from kernels.operands import PenaltyInputs, TruncationInputs
-from kernels.sampling import Workspace
-from kernels.truncation import TruncationWorkspace, apply_penalties, sample_truncated
+from persimmon.kernels.operands import PenaltyInputs, TruncationInputs
+from persimmon.kernels.sampling import Workspace
+from persimmon.kernels.truncation import TruncationWorkspace, apply_penalties, sample_truncated
 from tests.kernels.production_calls_sampling import META, VOCAB, draw_inputs, live
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels.launch import Limits
+from persimmon.kernels.launch import Limits
 
 CAPABILITIES = (80, 90, 100)
 MODULES = {

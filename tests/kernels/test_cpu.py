@@ -11,11 +11,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import kernels
-from kernels import KernelsUnavailableError, Linear, Norm, Residual, Rotary, reference
-from kernels.cpu import library
-from kernels.cpu.native import NativeKernels, NativePlan
-from kernels.cpu.program import Program, step_of
+from persimmon import kernels
+from persimmon.kernels import KernelsUnavailableError, Linear, Norm, Residual, Rotary, reference
+from persimmon.kernels.cpu import library
+from persimmon.kernels.cpu.native import NativeKernels, NativePlan
+from persimmon.kernels.cpu.program import Program, step_of
 
 CPU = torch.device("cpu")
 NAN = float("nan")

@@ -11,9 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import decode_attention as module
-from kernels import reference_decode_attention as reference
-from kernels.decode_attention import SPLIT_TOKENS, DecodeConfig, DecodeWorkspace, build_work_list, decode_attention
+from persimmon.kernels import decode_attention as module
+from persimmon.kernels import reference_decode_attention as reference
+from persimmon.kernels.decode_attention import (
+    SPLIT_TOKENS,
+    DecodeConfig,
+    DecodeWorkspace,
+    build_work_list,
+    decode_attention,
+)
 
 CPU = torch.device("cpu")
 NAN = float("nan")

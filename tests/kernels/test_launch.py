@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels.launch import KernelsUnavailableError, check_gpu, next_power_of_2
+from persimmon.kernels.launch import KernelsUnavailableError, check_gpu, next_power_of_2
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from kernels import layer_norm as module
-from kernels import reference_projection as reference
-from kernels.layer_norm import ElementwiseConfig, bias_relu_squared_, embed, layer_norm
+from persimmon.kernels import layer_norm as module
+from persimmon.kernels import reference_projection as reference
+from persimmon.kernels.layer_norm import ElementwiseConfig, bias_relu_squared_, embed, layer_norm
 
 NAN = float("nan")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -6,7 +6,7 @@ import mmap
 import pytest
 import torch
 
-from kernels.cpu import pages
+from persimmon.kernels.cpu import pages
 
 MIB = 1 << 20
 

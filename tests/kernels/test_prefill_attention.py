@@ -11,9 +11,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kernels import reference
-from kernels.chunk_plan import CONFIGS, FLOAT32_CONFIGS
-from kernels.prefill_attention import ChunkPlan, PrefillConfig, plan_chunks, prefill_attention, qk_norm_rotary_store
+from persimmon.kernels import reference
+from persimmon.kernels.chunk_plan import CONFIGS, FLOAT32_CONFIGS
+from persimmon.kernels.prefill_attention import (
+    ChunkPlan,
+    PrefillConfig,
+    plan_chunks,
+    prefill_attention,
+    qk_norm_rotary_store,
+)
 from tests.interpreter import multiply_as_matrix_units, multiply_bfloat16
 from tests.kernels.test_reference import (
     CPU,

@@ -9,10 +9,10 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from kernels import projection as module
-from kernels import reference_projection as reference
-from kernels.layer_norm import statistics_shape
-from kernels.projection import Norm, ProjectionConfig, Workspace, project, project_add_
+from persimmon.kernels import projection as module
+from persimmon.kernels import reference_projection as reference
+from persimmon.kernels.layer_norm import statistics_shape
+from persimmon.kernels.projection import Norm, ProjectionConfig, Workspace, project, project_add_
 from tests.interpreter import multiply_as_matrix_units
 
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kernels import reference
-from kernels.reference import AttentionPlan
+from persimmon.kernels import reference
+from persimmon.kernels.reference import AttentionPlan
 
 CPU = torch.device("cpu")
 NAN = float("nan")

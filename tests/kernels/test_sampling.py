@@ -8,10 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import reference_sampling
-from kernels.operands import DrawInputs
-from kernels.reference_sampling import gumbel
-from kernels.sampling import SamplingConfig, Workspace, _head_kernel, logits_tile, sample_head, sample_logits
+from persimmon.kernels import reference_sampling
+from persimmon.kernels.operands import DrawInputs
+from persimmon.kernels.reference_sampling import gumbel
+from persimmon.kernels.sampling import SamplingConfig, Workspace, _head_kernel, logits_tile, sample_head, sample_logits
 from tests.interpreter import multiply_bfloat16
 
 CPU = torch.device("cpu")

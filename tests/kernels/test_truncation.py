@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import reference_sampling
-from kernels.operands import DrawInputs, PenaltyInputs, TruncationInputs
-from kernels.reference_sampling import gumbel, kept
-from kernels.sampling import SamplingConfig, Workspace, sample_logits
-from kernels.truncation import TruncationWorkspace, apply_penalties, sample_truncated
+from persimmon.kernels import reference_sampling
+from persimmon.kernels.operands import DrawInputs, PenaltyInputs, TruncationInputs
+from persimmon.kernels.reference_sampling import gumbel, kept
+from persimmon.kernels.sampling import SamplingConfig, Workspace, sample_logits
+from persimmon.kernels.truncation import TruncationWorkspace, apply_penalties, sample_truncated
 from tests.kernels.test_sampling import CPU, NAN, assert_agree, draws, live
 
 # numpy warns where a GPU does not: of log(0), and of 0 / 0 that is then not chosen.

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from kernels import Kernels
+    from persimmon.kernels import Kernels
 
 
 @pytest.fixture(params=["C kernels", "plain torch"])
 def cpu_kernels(request: pytest.FixtureRequest) -> "Kernels[Any]":
     """What serves a CPU, and what serves one for which no C kernels could be compiled."""
-    import kernels
-    from kernels.cpu import library
+    from persimmon import kernels
+    from persimmon.kernels.cpu import library
     from tests.engine_harness import CPU
 
     if request.param == "plain torch":

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-import kernels
-from model.persimmon import Persimmon, Step
+from persimmon import kernels
+from persimmon.model.persimmon import Persimmon, Step
 from tests.engine_harness import CPU, poisoned_cache
 
 

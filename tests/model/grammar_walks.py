@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from model.grammar import GrammarCompiler, GrammarSpec, Matcher
-from model.tokenizer import Tokenizer
+from persimmon.model.grammar import GrammarCompiler, GrammarSpec, Matcher
+from persimmon.model.tokenizer import Tokenizer
 
 DEMO = Path(__file__).parents[2] / "model" / "demo"
 END_OF_TEXT = 1

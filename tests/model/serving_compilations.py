@@ -15,20 +15,20 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from kernels.fused import FusedKernels
-from model.checkpoint import expected_shapes
-from model.config import Architecture, PersimmonConfig
-from model.cuda_graphs import DecodeGraphs
-from model.fused_sampler import FusedSampler
-from model.graph_sizes import default_sizes
-from model.kv_cache import KVCache
-from model.memory import MemoryPlan
-from model.persimmon import Persimmon
-from model.runner import PooledStates, PromptLogprobs, Report, Runner, SequenceInput
-from model.sampling_params import SamplingParams
-from model.token_counts import TokenCounts
-from server.config import Settings
-from server.engine.loading import _limits, warm_up_steps
+from persimmon.kernels.fused import FusedKernels
+from persimmon.model.checkpoint import expected_shapes
+from persimmon.model.config import Architecture, PersimmonConfig
+from persimmon.model.cuda_graphs import DecodeGraphs
+from persimmon.model.fused_sampler import FusedSampler
+from persimmon.model.graph_sizes import default_sizes
+from persimmon.model.kv_cache import KVCache
+from persimmon.model.memory import MemoryPlan
+from persimmon.model.persimmon import Persimmon
+from persimmon.model.runner import PooledStates, PromptLogprobs, Report, Runner, SequenceInput
+from persimmon.model.sampling_params import SamplingParams
+from persimmon.model.token_counts import TokenCounts
+from persimmon.server.config import Settings
+from persimmon.server.engine.loading import _limits, warm_up_steps
 from tests.kernels.ahead_of_time import launches_compile
 
 META = torch.device("meta")

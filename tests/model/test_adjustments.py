@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import reference_sampling
-from kernels.operands import PenaltyInputs
-from model.adjustments import adjust_, penalize
-from model.sampler import sample
-from model.sampling_params import SamplingParams
-from model.token_counts import TokenCounts
+from persimmon.kernels import reference_sampling
+from persimmon.kernels.operands import PenaltyInputs
+from persimmon.model.adjustments import adjust_, penalize
+from persimmon.model.sampler import sample
+from persimmon.model.sampling_params import SamplingParams
+from persimmon.model.token_counts import TokenCounts
 
 VOCAB_SIZE = 70
 TOKENS = st.integers(0, VOCAB_SIZE - 1)
@@ -198,7 +198,7 @@ def test_more_rows_than_are_reported_at_once_are_all_reported(monkeypatch: pytes
     logits = random_logits(9)
     params = [SamplingParams(temperature=1.0, seed=row, logprobs=row % 3) for row in range(9)]
     whole = sample(logits, params)
-    monkeypatch.setattr("model.sampler._LOGITS_AT_ONCE", 2 * VOCAB_SIZE)
+    monkeypatch.setattr("persimmon.model.sampler._LOGITS_AT_ONCE", 2 * VOCAB_SIZE)
     parts = sample(logits, params)
     assert whole.logprobs is not None
     assert parts.logprobs is not None

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.chat import Chat
-from model.chat_format import STOP, Turn, render
-from model.chat_template_files import ChatTemplateError
-from model.errors import CheckpointError
-from model.tokenizer import Tokenizer
+from persimmon.model.chat import Chat
+from persimmon.model.chat_format import STOP, Turn, render
+from persimmon.model.chat_template_files import ChatTemplateError
+from persimmon.model.errors import CheckpointError
+from persimmon.model.tokenizer import Tokenizer
 from tests.model.test_tokenizer import DEMO, DEMO_BOS
 from tests.model.test_tokenizer_json import ADDED, END, START, described, transformers_tokenizer
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jinja2 import Environment
 
-import model
-from model.chat_format import STOP, AnswerText, ChatFormatError, Turn, render
+from persimmon import model
+from persimmon.model.chat_format import STOP, AnswerText, ChatFormatError, Turn, render
 
 TEMPLATE = (Path(model.__file__).parent / "demo" / "chat_template.jinja").read_text()
 

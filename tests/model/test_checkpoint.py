@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint import Checkpoint, dummy_tensors, expected_shapes
-from model.config import Architecture, PersimmonConfig
-from model.errors import CheckpointError
+from persimmon.model.checkpoint import Checkpoint, dummy_tensors, expected_shapes
+from persimmon.model.config import Architecture, PersimmonConfig
+from persimmon.model.errors import CheckpointError
 from tests.model.checkpoints import DEMO, make_checkpoint
 
 CONFIG = PersimmonConfig(

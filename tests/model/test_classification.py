@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-import kernels
-from model.checkpoint import Checkpoint, dummy_tensors, expected_shapes
-from model.config import Architecture, PersimmonConfig
-from model.persimmon import Persimmon, parameter_dtype
+from persimmon import kernels
+from persimmon.model.checkpoint import Checkpoint, dummy_tensors, expected_shapes
+from persimmon.model.config import Architecture, PersimmonConfig
+from persimmon.model.persimmon import Persimmon, parameter_dtype
 from tests.engine_harness import CPU, load_model
 from tests.model.checkpoints import make_checkpoint
 from tests.model.forward_pass import hidden_states

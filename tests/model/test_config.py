@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from model.config import MAX_LABELS, Architecture, PersimmonConfig, check_vocabulary
-from model.errors import CheckpointError
+from persimmon.model.config import MAX_LABELS, Architecture, PersimmonConfig, check_vocabulary
+from persimmon.model.errors import CheckpointError
 from tests.model.checkpoints import DEMO
 
 # What Adept's public checkpoints say, stale and meaningless keys included.
@@ -496,5 +496,5 @@ def test_tokenizer_with_ids_beyond_the_embedding_is_refused(tmp_path: Path) -> N
 
 
 def test_reading_a_configuration_needs_no_torch() -> None:
-    program = "import sys, model.config, model.hub; sys.exit('torch' in sys.modules)"
+    program = "import sys, persimmon.model.config, persimmon.model.hub; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

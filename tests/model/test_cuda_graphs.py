@@ -17,19 +17,19 @@ import pytest
 import torch
 from triton.runtime.interpreter import GridExecutor
 
-from kernels import Kernels, StepLimits, reference, reference_sampling
-from kernels.fused import SMALL_STEP, FusedKernels
-from kernels.operands import DrawInputs, TruncationInputs
-from model.checkpoint import Checkpoint
-from model.config import PersimmonConfig
-from model.cuda_graphs import DecodeGraphs
-from model.fused_sampler import FusedSampler
-from model.graph_sizes import default_sizes, graph_bytes
-from model.kv_cache import KVCache
-from model.persimmon import Persimmon
-from model.runner import Runner, SequenceInput
-from model.sampler import Samples, SamplingParams
-from model.token_counts import TokenCounts
+from persimmon.kernels import Kernels, StepLimits, reference, reference_sampling
+from persimmon.kernels.fused import SMALL_STEP, FusedKernels
+from persimmon.kernels.operands import DrawInputs, TruncationInputs
+from persimmon.model.checkpoint import Checkpoint
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.cuda_graphs import DecodeGraphs
+from persimmon.model.fused_sampler import FusedSampler
+from persimmon.model.graph_sizes import default_sizes, graph_bytes
+from persimmon.model.kv_cache import KVCache
+from persimmon.model.persimmon import Persimmon
+from persimmon.model.runner import Runner, SequenceInput
+from persimmon.model.sampler import Samples, SamplingParams
+from persimmon.model.token_counts import TokenCounts
 from tests.engine_harness import CPU, poisoned_cache
 from tests.interpreter import multiply_as_matrix_units
 from tests.model import transformers_reference

@@ -9,8 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
-import model
-from model.tokenizer import IncrementalDetokenizer, Tokenizer
+from persimmon import model
+from persimmon.model.tokenizer import IncrementalDetokenizer, Tokenizer
 
 DEMO = Path(model.__file__).parent / "demo"
 TOKENIZER = Tokenizer.from_folder(DEMO)

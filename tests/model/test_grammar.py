@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.chat_format import AnswerText
-from model.grammar import KINDS, GrammarCompiler, GrammarError, GrammarSpec
+from persimmon.model.chat_format import AnswerText
+from persimmon.model.grammar import KINDS, GrammarCompiler, GrammarError, GrammarSpec
 from tests.model.grammar_walks import (
     COMPILER,
     END_OF_TEXT,

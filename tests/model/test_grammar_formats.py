@@ -12,8 +12,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from model.grammar import Matcher
-from model.grammar.formats import FORMATS, IMPLIED, without_lookaround
+from persimmon.model.grammar import Matcher
+from persimmon.model.grammar.formats import FORMATS, IMPLIED, without_lookaround
 from tests.model.grammar_walks import accepts, compile_json, random_answer
 
 CHECKER = jsonschema.Draft202012Validator.FORMAT_CHECKER

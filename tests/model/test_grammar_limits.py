@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from model.grammar import GrammarError, GrammarSpec, Matcher
-from model.grammar.schema_reader import MAX_PROPERTIES
+from persimmon.model.grammar import GrammarError, GrammarSpec, Matcher
+from persimmon.model.grammar.schema_reader import MAX_PROPERTIES
 from tests.model.grammar_walks import COMPILER, WORDS, allowed, compile_json, random_answer
 
 

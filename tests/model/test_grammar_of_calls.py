@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from model.grammar import GrammarCompiler, GrammarError, GrammarSpec
+from persimmon.model.grammar import GrammarCompiler, GrammarError, GrammarSpec
 
 FIND = {
     "type": "object",

@@ -7,7 +7,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from model.grammar import GrammarError, GrammarSpec
+from persimmon.model.grammar import GrammarError, GrammarSpec
 from tests.model.grammar_walks import COMPILER, accepts, compile_json, random_answer
 
 NULL = {"type": "null"}

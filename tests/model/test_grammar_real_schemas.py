@@ -12,7 +12,7 @@ import pydantic
 import pytest
 from pydantic import BaseModel, Field
 
-from model.grammar import GrammarSpec
+from persimmon.model.grammar import GrammarSpec
 from tests.model.grammar_walks import COMPILER, accepts, compile_json, random_answer
 
 

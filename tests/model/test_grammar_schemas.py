@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.grammar import GrammarError, GrammarSpec
-from model.grammar.json_schema import read_schema
-from model.grammar.schema_reader import UNSUPPORTED
+from persimmon.model.grammar import GrammarError, GrammarSpec
+from persimmon.model.grammar.json_schema import read_schema
+from persimmon.model.grammar.schema_reader import UNSUPPORTED
 from tests.model.grammar_walks import COMPILER, accepts, compile_json, random_answer
 
 TREE = {

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from model.checkpoint import Checkpoint
-from model.config import PersimmonConfig
-from model.convert import convert_checkpoint
-from model.errors import CheckpointError
-from model.json_object import JsonObject
-from model.regular_file import read_small
-from model.tokenizer import Tokenizer
+from persimmon.model.checkpoint import Checkpoint
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.convert import convert_checkpoint
+from persimmon.model.errors import CheckpointError
+from persimmon.model.json_object import JsonObject
+from persimmon.model.regular_file import read_small
+from persimmon.model.tokenizer import Tokenizer
 from tests.model.checkpoints import DEMO, make_checkpoint
 
 TEBIBYTE = 1 << 40
@@ -108,7 +108,7 @@ def test_a_huge_tokenizer_is_not_read(tmp_path: Path) -> None:
 
 
 def test_a_file_of_more_tensors_than_any_network_has_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.weight_files.MAX_TENSORS", 10)
+    monkeypatch.setattr("persimmon.model.weight_files.MAX_TENSORS", 10)
     with pytest.raises(CheckpointError, match=r"model.safetensors holds \d+ tensors; at most 10 are read"):
         _open(folder)
 

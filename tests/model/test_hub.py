@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from model.errors import CheckpointError
-from model.hub import resolve
+from persimmon.model.errors import CheckpointError
+from persimmon.model.hub import resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # What each repository of the Hub holds; the files' contents are their names.
@@ -95,7 +95,7 @@ def resolve_elsewhere(tmp_path: Path, endpoint: str) -> Resolve:
     Returns the folder and what the error said, one of which is empty.
     """
     program = (
-        "import sys\nfrom model.hub import resolve\nfrom model.errors import CheckpointError\n"
+        "import sys\nfrom persimmon.model.hub import resolve\nfrom persimmon.model.errors import CheckpointError\n"
         "try: print(resolve(sys.argv[1]))\nexcept CheckpointError as error: sys.exit(f'CheckpointError: {error}')"
     )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from model.identity import change, identity
+from persimmon.model.identity import change, identity
 from tests.model.checkpoints import DEMO
 
 

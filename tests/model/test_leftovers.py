@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint import Checkpoint
-from model.config import PersimmonConfig
-from model.convert import convert_checkpoint
-from model.errors import CheckpointError
+from persimmon.model.checkpoint import Checkpoint
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.convert import convert_checkpoint
+from persimmon.model.errors import CheckpointError
 from tests.model.checkpoints import make_checkpoint
 from tests.model.transformers_reference import load
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.cpu import library
-from kernels.cpu.native import NativeKernels
-from kernels.reference_sampling import kept
-from model import sampler
-from model.adjustments import adjust_, penalize
-from model.native_draw import NativeDraw
-from model.sampling_params import SamplingParams
-from model.token_counts import TokenCounts
+from persimmon.kernels.cpu import library
+from persimmon.kernels.cpu.native import NativeKernels
+from persimmon.kernels.reference_sampling import kept
+from persimmon.model import sampler
+from persimmon.model.adjustments import adjust_, penalize
+from persimmon.model.native_draw import NativeDraw
+from persimmon.model.sampling_params import SamplingParams
+from persimmon.model.token_counts import TokenCounts
 from tests.model import transformers_reference
 
 STEPS = 6

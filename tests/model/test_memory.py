@@ -12,16 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-import kernels
-from model.checkpoint import dummy_tensors
-from model.config import Architecture, PersimmonConfig
-from model.kv_cache import KVCache, block_bytes
-from model.memory import GIB, MemoryPlan, MemoryPlanError, activation_bytes, available_memory, plan_memory
-from model.memory_limits import MemoryLeft
-from model.persimmon import Persimmon
-from model.runner import PooledStates, PromptLogprobs, Runner, SequenceInput
-from model.sampler import SamplingParams
-from model.token_counts import TokenCounts
+from persimmon import kernels
+from persimmon.model.checkpoint import dummy_tensors
+from persimmon.model.config import Architecture, PersimmonConfig
+from persimmon.model.kv_cache import KVCache, block_bytes
+from persimmon.model.memory import GIB, MemoryPlan, MemoryPlanError, activation_bytes, available_memory, plan_memory
+from persimmon.model.memory_limits import MemoryLeft
+from persimmon.model.persimmon import Persimmon
+from persimmon.model.runner import PooledStates, PromptLogprobs, Runner, SequenceInput
+from persimmon.model.sampler import SamplingParams
+from persimmon.model.token_counts import TokenCounts
 from tests.model.forward_pass import hidden_states
 
 CPU = torch.device("cpu")
@@ -268,7 +268,7 @@ class TestErrors:
 
 def test_a_cpu_has_what_is_left_less_what_is_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
     left = MemoryLeft(GIB, 2 * GIB, Path("/group"))
-    monkeypatch.setattr("model.memory.memory_left", lambda: left)
+    monkeypatch.setattr("persimmon.model.memory.memory_left", lambda: left)
     assert available_memory(CPU, 0.9) == left
     assert available_memory(CPU, 0.9, reserved=MIB) == replace(left, bytes=GIB - MIB)
     assert available_memory(CPU, 0.9, reserved=2 * GIB).bytes == 0

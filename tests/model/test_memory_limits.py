@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from model.memory_limits import MemoryLeft, memory_left
+from persimmon.model.memory_limits import MemoryLeft, memory_left
 
 GIB = 1 << 30
 ROOT_LIMIT = 2**63 - 4096
@@ -149,7 +149,9 @@ def in_group(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_limit_of_a_real_group_is_found(real_group: Path) -> None:
-    program = "from model.memory_limits import memory_left as left; print(left().limit, left().group, left().bytes)"
+    program = (
+        "from persimmon.model.memory_limits import memory_left as left; print(left().limit, left().group, left().bytes)"
+    )
     ended = in_group(real_group, sys.executable, "-c", program)
     limit, found, left = ended.stdout.split()
     assert (int(limit), found) == (256 << 20, str(real_group))
@@ -157,7 +159,7 @@ def test_the_limit_of_a_real_group_is_found(real_group: Path) -> None:
 
 
 def test_a_server_that_has_no_room_is_refused_with_the_numbers(real_group: Path) -> None:
-    ended = in_group(real_group, sys.executable, "-m", "server.cli", "serve", "--port", "0")
+    ended = in_group(real_group, sys.executable, "-m", "persimmon.server.cli", "serve", "--port", "0")
     assert ended.returncode == 2, ended.stderr
     (line,) = ended.stderr.splitlines()
     assert line.startswith("persimmon: error: not enough memory: an engine and 1 API worker take about ")

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-import kernels
-from kernels import Kernels
-from model.chat_format import Turn, render
-from model.persimmon import Persimmon
-from model.runner import Runner, SequenceInput
-from model.sampler import SamplingParams
-from model.tokenizer import Tokenizer
-from server.engine.messages import Sampling
-from server.engine.sequence import Sequence
+from persimmon import kernels
+from persimmon.kernels import Kernels
+from persimmon.model.chat_format import Turn, render
+from persimmon.model.persimmon import Persimmon
+from persimmon.model.runner import Runner, SequenceInput
+from persimmon.model.sampler import SamplingParams
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.engine.messages import Sampling
+from persimmon.server.engine.sequence import Sequence
 from tests.engine_harness import CPU, Harness, blocks_for, load_model, new_tokens, poisoned_cache
 from tests.model import transformers_reference
 from tests.model.checkpoints import DEMO

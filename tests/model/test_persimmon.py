@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-import kernels
-from model.checkpoint import Checkpoint
-from model.config import PersimmonConfig
-from model.persimmon import Persimmon
-from model.rotary import rotary_table
+from persimmon import kernels
+from persimmon.model.checkpoint import Checkpoint
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.persimmon import Persimmon
+from persimmon.model.rotary import rotary_table
 from tests.engine_harness import CPU, load_model
 from tests.model import transformers_reference
 from tests.model.checkpoints import make_checkpoint

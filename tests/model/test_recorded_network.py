@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.cpu import library
-from kernels.cpu.native import NativeKernels
-from model.persimmon import Persimmon, Step
-from model.recorded_network import RecordedNetwork
+from persimmon.kernels.cpu import library
+from persimmon.kernels.cpu.native import NativeKernels
+from persimmon.model.persimmon import Persimmon, Step
+from persimmon.model.recorded_network import RecordedNetwork
 from tests.engine_harness import load_model, poisoned_cache
 
 pytestmark = pytest.mark.skipif(not library.builds(), reason="no build of the C kernels for this processor")

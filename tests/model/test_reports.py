@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import PersimmonForCausalLM, PersimmonModel
 
-from kernels import Kernels
-from model.persimmon import Persimmon
-from server.engine.messages import Pooling, Sampling, TokenLogprobs
-from server.engine.sequence import Sequence
+from persimmon.kernels import Kernels
+from persimmon.model.persimmon import Persimmon
+from persimmon.server.engine.messages import Pooling, Sampling, TokenLogprobs
+from persimmon.server.engine.sequence import Sequence
 from tests.engine_harness import GREEDY, Harness, load_model
 from tests.model import transformers_reference
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import Kernels
-from model.config import PersimmonConfig
-from model.errors import CheckpointError
-from model.rotary import rotary_of_tokens, rotary_table
-from server.engine.sequence import Sequence
+from persimmon.kernels import Kernels
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.errors import CheckpointError
+from persimmon.model.rotary import rotary_of_tokens, rotary_table
+from persimmon.server.engine.sequence import Sequence
 from tests.engine_harness import CPU, Harness, blocks_for, load_model, new_tokens
 from tests.model.checkpoints import make_checkpoint
 from tests.model.transformers_reference import NEAR_TIE, load

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-import kernels
-from model.kv_cache import KVCache
-from model.persimmon import Persimmon
-from model.runner import Runner, SequenceInput
-from model.sampler import SamplingParams
+from persimmon import kernels
+from persimmon.model.kv_cache import KVCache
+from persimmon.model.persimmon import Persimmon
+from persimmon.model.runner import Runner, SequenceInput
+from persimmon.model.sampler import SamplingParams
 from tests.engine_harness import CPU, load_model, poisoned_cache
 
 BLOCK_SIZE = 16

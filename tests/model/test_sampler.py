@@ -11,12 +11,12 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from kernels.cpu import library
-from kernels.cpu.native import NativeKernels
-from kernels.reference_sampling import philox
-from model import sampler
-from model.native_draw import NativeDraw
-from model.sampler import Samples, SamplingParams, uniform
+from persimmon.kernels.cpu import library
+from persimmon.kernels.cpu.native import NativeKernels
+from persimmon.kernels.reference_sampling import philox
+from persimmon.model import sampler
+from persimmon.model.native_draw import NativeDraw
+from persimmon.model.sampler import Samples, SamplingParams, uniform
 
 INFINITY = float("inf")
 
@@ -278,7 +278,7 @@ class TestExtremes:
         if _ways[-1] is not sampler.draw:
             pytest.skip("its numbers cannot be chosen")
         draws = [0.0, 0.25, 0.5, 0.75, 1 - 2**-53]
-        monkeypatch.setattr("model.sampler.uniform", lambda params: np.array(draws))
+        monkeypatch.setattr("persimmon.model.sampler.uniform", lambda params: np.array(draws))
         logits = torch.tensor([[-INFINITY, 0.0, -INFINITY, 0.0, 0.0, 0.0, -INFINITY]]).repeat(len(draws), 1)
         assert sample(logits, [SamplingParams(temperature=1.0)] * len(draws)).tokens.tolist() == [1, 3, 4, 5, 5]
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from model.runner import SequenceInput
-from model.sampler import SamplingParams
-from model.step_inputs import StepBuffer, StepInputs, write_step
+from persimmon.model.runner import SequenceInput
+from persimmon.model.sampler import SamplingParams
+from persimmon.model.step_inputs import StepBuffer, StepInputs, write_step
 
 GREEDY = SamplingParams()
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-import model
-from model.errors import CheckpointError
-from model.tokenizer import END_OF_TEXT, Tokenizer
+from persimmon import model
+from persimmon.model.errors import CheckpointError
+from persimmon.model.tokenizer import END_OF_TEXT, Tokenizer
 
 DEMO = Path(model.__file__).parent / "demo"
 DEMO_UNKNOWN, DEMO_BOS = 0, 1

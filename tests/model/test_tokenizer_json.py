@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from model.errors import CheckpointError
-from model.tokenizer import END_OF_TEXT, Tokenizer
+from persimmon.model.errors import CheckpointError
+from persimmon.model.tokenizer import END_OF_TEXT, Tokenizer
 from tests.model.test_tokenizer import BYTE_STRINGS, CONTROL_STRINGS, DEMO, DEMO_BOS, HARD_STRINGS, SPACE_MARKS
 
 SAVED_CONFIG = {

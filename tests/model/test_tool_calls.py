@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.grammar import GrammarCompiler, GrammarSpec
-from model.tool_calls import (
+from persimmon.model.grammar import GrammarCompiler, GrammarSpec
+from persimmon.model.tool_calls import (
     MAX_CALLS,
     CallForm,
     CallReader,

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from model.config import PersimmonConfig
-from model.errors import CheckpointError
-from model.vocabulary import VOCABULARY_FILE, VocabularyMap
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.errors import CheckpointError
+from persimmon.model.vocabulary import VOCABULARY_FILE, VocabularyMap
 
 MAP = VocabularyMap(20, [range(3), range(10, 12), range(19, 20)])
 KEPT = [0, 1, 2, 10, 11, 19]

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from server.config import Settings, SettingsError, environment_variable, flag, read_settings, settings_table
+from persimmon.server.config import Settings, SettingsError, environment_variable, flag, read_settings, settings_table
 
 README = Path(__file__).parents[2] / "README.md"
 

@@ -9,7 +9,7 @@ import pytest
 
 WAITING = """
 import signal, sys
-from server.console import interruptible, quiet_end, standard_streams
+from persimmon.server.console import interruptible, quiet_end, standard_streams
 
 standard_streams()
 with quiet_end():
@@ -52,7 +52,7 @@ def test_a_command_that_has_something_to_keep_is_interrupted_instead():
 def test_closed_standard_streams_are_opened_so_that_no_file_takes_their_place():
     program = (
         "import os\n"
-        "from server.console import standard_streams\n"
+        "from persimmon.server.console import standard_streams\n"
         "standard_streams()\n"
         "first = os.open('/dev/zero', os.O_RDONLY)\n"
         "null = os.stat('/dev/null')\n"

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
-from server.histogram import LocalHistogram, merged
+from persimmon.server.histogram import LocalHistogram, merged
 
 
 @given(st.lists(st.sampled_from([0.0, 0.1, 0.5, 1.0, 1.5, 2.0, 7.0]) | st.floats(0, 100)))

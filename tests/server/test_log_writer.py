@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from server.log_writer import LogWriter
+from persimmon.server.log_writer import LogWriter
 
 SECONDS = 60.0
 LINE = "x" * 99

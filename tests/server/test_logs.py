@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from server import logs
+from persimmon.server import logs
 
 logger = logging.getLogger("tests.logs")
 

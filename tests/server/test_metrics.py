@@ -3,8 +3,8 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.engine.messages import EngineStats, Ready
-from server.metrics import Metrics, metrics_table
+from persimmon.server.engine.messages import EngineStats, Ready
+from persimmon.server.metrics import Metrics, metrics_table
 from tests.server.http.fake_engine import MAX_MODEL_LEN, STATS
 
 README = Path(__file__).parents[2] / "README.md"

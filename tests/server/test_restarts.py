@@ -1,4 +1,4 @@
-from server.restarts import MAX_DEATHS, WINDOW_SECONDS, Restarts
+from persimmon.server.restarts import MAX_DEATHS, WINDOW_SECONDS, Restarts
 
 
 def test_the_next_process_starts_at_once_then_later_and_later_and_at_last_never():

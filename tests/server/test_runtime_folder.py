@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from server.runtime_folder import RuntimeFolderError, remove_stale, runtime_folder
+from persimmon.server.runtime_folder import RuntimeFolderError, remove_stale, runtime_folder
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def leave_behind(parent: Path) -> Path:
     program = (
         "import os, signal, tempfile\n"
         f"tempfile.tempdir = {str(parent)!r}\n"
-        "from server.runtime_folder import runtime_folder\n"
+        "from persimmon.server.runtime_folder import runtime_folder\n"
         "with runtime_folder() as folder:\n"
         "    (folder / 'vitals').touch()\n"
         "    print(folder, flush=True)\n"

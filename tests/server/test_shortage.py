@@ -7,7 +7,7 @@ import sys
 import pytest
 import zmq
 
-from server.shortage import MAX_OPEN_FILES, OWN_FILES, shortage, too_few_files
+from persimmon.server.shortage import MAX_OPEN_FILES, OWN_FILES, shortage, too_few_files
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_a_limit_on_open_files_that_is_too_low_is_a_warning_with_the_numbers():
 
 
 def test_the_limit_on_open_files_is_raised_as_far_as_it_may():
-    program = "from server.shortage import raise_open_files; print(raise_open_files())"
+    program = "from persimmon.server.shortage import raise_open_files; print(raise_open_files())"
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     told = subprocess.run(
         ["sh", "-c", f'ulimit -S -n 64; exec {sys.executable} -c "{program}"'],

@@ -3,7 +3,7 @@ import socket
 
 import pytest
 
-from server.supervisor import ListenError, listen
+from persimmon.server.supervisor import ListenError, listen
 
 
 @pytest.mark.parametrize(("first", "second"), [(1, 1), (1, 2), (2, 1), (2, 2)])

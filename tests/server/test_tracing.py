@@ -8,10 +8,10 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from server import tracing
-from server.config import SettingsError
-from server.http.request_record import RequestRecord
-from server.tracing import FinishedRequest, Tracing, check_installed
+from persimmon.server import tracing
+from persimmon.server.config import SettingsError
+from persimmon.server.http.request_record import RequestRecord
+from persimmon.server.tracing import FinishedRequest, Tracing, check_installed
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
@@ -103,7 +103,7 @@ def test_without_its_packages_tracing_is_refused_with_what_to_install(monkeypatc
 def test_the_sdk_and_its_exporter_are_not_imported_before_tracing_begins():
     # FastAPI brings OpenTelemetry's API, which does nothing by itself.
     program = """
-import sys, server.http.worker
+import sys, persimmon.server.http.worker
 sys.exit(any(name.startswith(("opentelemetry.sdk", "opentelemetry.exporter")) for name in sys.modules))
 """
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from server.step_watch import (
+from persimmon.server.step_watch import (
     CPU_STEP_SECONDS,
     GPU_STEP_SECONDS,
     WORKER_START_SECONDS,
@@ -13,7 +13,7 @@ from server.step_watch import (
     WorkerWatch,
     step_limit,
 )
-from server.vitals import Vitals, WorkerLoad
+from persimmon.server.vitals import Vitals, WorkerLoad
 
 
 class Clock:

@@ -6,10 +6,10 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.engine.messages import EngineStats, Ready
-from server.metrics import Metrics
-from server.sequence_metrics import FinishedSequence
-from server.vllm_metrics import TRANSLATIONS
+from persimmon.server.engine.messages import EngineStats, Ready
+from persimmon.server.metrics import Metrics
+from persimmon.server.sequence_metrics import FinishedSequence
+from persimmon.server.vllm_metrics import TRANSLATIONS
 from tests.server.http.fake_engine import MAX_MODEL_LEN, STATS
 
 READY = Ready(MAX_MODEL_LEN, block_size=32, total_blocks=100, device="cpu", dtype="float32", stats=STATS)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from model.config import PersimmonConfig
+from persimmon.model.config import PersimmonConfig
 
 WEIGHTS = "model_optim_rng.pt"
 

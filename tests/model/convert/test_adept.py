@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model.checkpoint import Checkpoint
-from model.config import PersimmonConfig
-from model.convert import convert_checkpoint
-from model.errors import CheckpointError
-from model.tokenizer import Tokenizer
+from persimmon.model.checkpoint import Checkpoint
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.convert import convert_checkpoint
+from persimmon.model.errors import CheckpointError
+from persimmon.model.tokenizer import Tokenizer
 from tests.model.checkpoints import make_checkpoint
 from tests.model.convert.adept_layout import WEIGHTS, as_tar, make_release
 
@@ -157,7 +157,7 @@ def test_a_conversion_of_a_tar_goes_on_where_it_was(original, tmp_path):
     # What an interrupted run leaves: its marker, and the shards that were complete.
     part = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        from model.convert import writer
+        from persimmon.model.convert import writer
 
         def stop(*_: Any) -> None:
             raise KeyboardInterrupt

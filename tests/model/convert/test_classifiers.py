@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model.config import PersimmonConfig
-from model.convert import convert_checkpoint
-from model.errors import CheckpointError
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.convert import convert_checkpoint
+from persimmon.model.errors import CheckpointError
 from tests.model.checkpoints import make_checkpoint
 
 ARCHITECTURES = ["PersimmonForSequenceClassification", "PersimmonForTokenClassification"]

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model.checkpoint import Checkpoint
-from model.config import PersimmonConfig
-from model.convert import convert_checkpoint, writer
-from model.errors import CheckpointError
+from persimmon.model.checkpoint import Checkpoint
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.convert import convert_checkpoint, writer
+from persimmon.model.errors import CheckpointError
 from tests.model.checkpoints import DEMO, make_checkpoint
 
 Tensors = dict[str, torch.Tensor]
@@ -257,7 +257,7 @@ def test_little_of_a_tensor_is_in_memory_at_once(original, tmp_path, monkeypatch
 
 MEASURED = """
 import pathlib, resource, sys, torch
-from model.convert import convert_checkpoint
+from persimmon.model.convert import convert_checkpoint
 torch.rand(1000, 1000).half().float()  # what PyTorch itself takes at its first steps
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 convert_checkpoint(

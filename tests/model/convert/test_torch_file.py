@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from model.convert.pickle_reader import Record
-from model.convert.stored import Region, StoredTensor
-from model.convert.torch_file import read_torch_file
-from model.errors import CheckpointError
+from persimmon.model.convert.pickle_reader import Record
+from persimmon.model.convert.stored import Region, StoredTensor
+from persimmon.model.convert.torch_file import read_torch_file
+from persimmon.model.errors import CheckpointError
 
 FORMATS = pytest.mark.parametrize("new_format", [True, False], ids=["zip", "legacy"])
 

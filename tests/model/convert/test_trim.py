@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from model.config import PersimmonConfig
-from model.convert import convert_checkpoint, writer
-from model.convert.trim import trim_vocabulary
-from model.convert.writer import Conversion
-from model.errors import CheckpointError
-from model.tokenizer import END_OF_TEXT, Tokenizer
-from model.vocabulary import VOCABULARY_FILE, VocabularyMap
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.convert import convert_checkpoint, writer
+from persimmon.model.convert.trim import trim_vocabulary
+from persimmon.model.convert.writer import Conversion
+from persimmon.model.errors import CheckpointError
+from persimmon.model.tokenizer import END_OF_TEXT, Tokenizer
+from persimmon.model.vocabulary import VOCABULARY_FILE, VocabularyMap
 from tests.engine_harness import load_model
 from tests.model.checkpoints import DEMO, DEMO_END_OF_TEXT, DEMO_VOCAB_SIZE, make_checkpoint
 from tests.model.convert.adept_layout import make_release

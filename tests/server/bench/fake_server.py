@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
-from server.bench.http_client import Endpoint, Response
+from persimmon.server.bench.http_client import Endpoint, Response
 
 
 def sse(*chunks: dict[str, Any] | str) -> bytes:

@@ -1,6 +1,6 @@
 import pytest
 
-from server.bench.answer import RequestFailedError, error_message, read_answer
+from persimmon.server.bench.answer import RequestFailedError, error_message, read_answer
 from tests.server.bench.fake_server import chat_chunk, response, sse, text_chunk, usage_chunk
 
 

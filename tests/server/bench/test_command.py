@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from server.bench import command
-from server.bench.arguments import number_range
-from server.bench.probe import refusal_of_token_ids, served_model
-from server.cli import main
+from persimmon.server.bench import command
+from persimmon.server.bench.arguments import number_range
+from persimmon.server.bench.probe import refusal_of_token_ids, served_model
+from persimmon.server.cli import main
 from tests.server.bench.fake_server import FakeServer, fake_server, fake_server_in_a_thread, http_response
 
 SHORT = ("--num-requests", "6", "--output-len", "4", "--warm-up", "2")

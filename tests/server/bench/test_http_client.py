@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from server.bench.http_client import Connection, ConnectionPool, Endpoint, Response
+from persimmon.server.bench.http_client import Connection, ConnectionPool, Endpoint, Response
 from tests.server.bench.fake_server import fake_server, sse, text_chunk
 
 

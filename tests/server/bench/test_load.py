@@ -7,10 +7,19 @@ import statistics
 
 import pytest
 
-from server.bench.answer import RequestFailedError
-from server.bench.http_client import Response
-from server.bench.load import ClosedLoop, Exchange, Limits, OpenLoop, closed_loop, drive, open_loop, poisson_arrivals
-from server.bench.workload import Request
+from persimmon.server.bench.answer import RequestFailedError
+from persimmon.server.bench.http_client import Response
+from persimmon.server.bench.load import (
+    ClosedLoop,
+    Exchange,
+    Limits,
+    OpenLoop,
+    closed_loop,
+    drive,
+    open_loop,
+    poisson_arrivals,
+)
+from persimmon.server.bench.workload import Request
 from tests.server.bench.fake_server import fake_server
 
 

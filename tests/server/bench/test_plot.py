@@ -3,8 +3,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
-from server.bench.plot import Point, draw, plot
-from server.bench.report import Distribution
+from persimmon.server.bench.plot import Point, draw, plot
+from persimmon.server.bench.report import Distribution
 
 SLOW, SLOWER = Distribution(1.0, 2.0, 3.0, 4.0, 5.0), Distribution(2.0, 4.0, 6.0, 8.0, 10.0)
 POINTS = [Point(1.0, SLOW, SLOW, SLOW), Point(2.0, SLOWER, None, SLOWER)]

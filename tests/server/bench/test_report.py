@@ -2,11 +2,19 @@
 
 from dataclasses import asdict, replace
 
-from server.bench.answer import Answer, RequestFailedError
-from server.bench.http_client import Response
-from server.bench.load import ClosedLoop, Exchange, OpenLoop, Run
-from server.bench.report import Distribution, Report, read_exchanges, remarks, summarize, table_head, table_row
-from server.bench.workload import Request
+from persimmon.server.bench.answer import Answer, RequestFailedError
+from persimmon.server.bench.http_client import Response
+from persimmon.server.bench.load import ClosedLoop, Exchange, OpenLoop, Run
+from persimmon.server.bench.report import (
+    Distribution,
+    Report,
+    read_exchanges,
+    remarks,
+    summarize,
+    table_head,
+    table_row,
+)
+from persimmon.server.bench.workload import Request
 from tests.server.bench.fake_server import response, sse, text_chunk, usage_chunk
 
 REQUEST = Request("/v1/completions", b"", None)

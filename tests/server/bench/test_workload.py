@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from server.bench.workload import CHAT, COMPLETIONS, WORDS, FileWorkload, Prompt, RandomWorkload, WorkloadError, request
+from persimmon.server.bench.workload import (
+    CHAT,
+    COMPLETIONS,
+    WORDS,
+    FileWorkload,
+    Prompt,
+    RandomWorkload,
+    WorkloadError,
+    request,
+)
 
 
 def first(workload: RandomWorkload | FileWorkload, count: int = 50, seed: str = "0") -> list[Prompt]:

@@ -14,12 +14,12 @@ from zlib import crc32
 
 import msgspec
 
-from server.engine.blocks import BlockPool
-from server.engine.messages import EngineStats, Pooling, Sampling
-from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
-from server.engine.step_cost import StepCosts
-from server.engine.step_plan import Advance, ScheduledSequence, StepPlan
+from persimmon.server.engine.blocks import BlockPool
+from persimmon.server.engine.messages import EngineStats, Pooling, Sampling
+from persimmon.server.engine.scheduler import Scheduler
+from persimmon.server.engine.sequence import Sequence
+from persimmon.server.engine.step_cost import StepCosts
+from persimmon.server.engine.step_plan import Advance, ScheduledSequence, StepPlan
 
 _rank = attrgetter("rank")
 _age = attrgetter("age")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.admission import REMEMBERED, Admission, AnswerLengths, Growing
+from persimmon.server.engine.admission import REMEMBERED, Admission, AnswerLengths, Growing
 
 
 def test_an_answer_is_expected_to_get_what_those_got_that_came_as_far() -> None:

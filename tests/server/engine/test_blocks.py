@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from server.engine.blocks import ROOT_HASH, BlockPool, hash_block
+from persimmon.server.engine.blocks import ROOT_HASH, BlockPool, hash_block
 
 Prefix = tuple[int, ...]
 

@@ -9,8 +9,15 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from server.engine.client import WARM_UP_ID, EngineClient, EngineDeadError, EngineNotReadyError, SequenceStream, Work
-from server.engine.messages import (
+from persimmon.server.engine.client import (
+    WARM_UP_ID,
+    EngineClient,
+    EngineDeadError,
+    EngineNotReadyError,
+    SequenceStream,
+    Work,
+)
+from persimmon.server.engine.messages import (
     Ready,
     Sampling,
     SequenceOutput,
@@ -19,7 +26,7 @@ from server.engine.messages import (
     ToEngine,
     TokenLogprobs,
 )
-from server.vitals import WorkerLoad
+from persimmon.server.vitals import WorkerLoad
 from tests.server.http.fake_engine import MAX_MODEL_LEN, STATS, FakeEngine, outputs, says
 
 pytestmark = pytest.mark.anyio

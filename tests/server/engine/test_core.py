@@ -12,9 +12,9 @@ import msgspec
 import pytest
 import zmq
 
-from server.engine.blocks import BlockPool
-from server.engine.core import MAX_FAILED_STEPS, Engine, StepOutcome
-from server.engine.messages import (
+from persimmon.server.engine.blocks import BlockPool
+from persimmon.server.engine.core import MAX_FAILED_STEPS, Engine, StepOutcome
+from persimmon.server.engine.messages import (
     Abort,
     EngineStats,
     FromEngine,
@@ -27,10 +27,10 @@ from server.engine.messages import (
     ToEngine,
     TokenLogprobs,
 )
-from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
-from server.engine.step_cost import StepCostModel, StepCosts, StepWork
-from server.engine.step_plan import ScheduledSequence, StepPlan
+from persimmon.server.engine.scheduler import Scheduler
+from persimmon.server.engine.sequence import Sequence
+from persimmon.server.engine.step_cost import StepCostModel, StepCosts, StepWork
+from persimmon.server.engine.step_plan import ScheduledSequence, StepPlan
 from tests.server.engine.simulation import generate_alone, next_token
 
 PATIENCE_MS = 10_000

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.sequence import Sequence
-from server.engine.waiting import AGEING_TURN, WaitingQueue
+from persimmon.server.engine.sequence import Sequence
+from persimmon.server.engine.waiting import AGEING_TURN, WaitingQueue
 from tests.server.engine.simulation import Simulation
 
 

@@ -5,7 +5,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from server.engine.messages import Sampling, Submit
+from persimmon.server.engine.messages import Sampling, Submit
 from tests.server.engine.test_core import LONG, House
 
 TIMEOUT = 60.0

@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from server.engine.load import Load
-from server.vitals import Vitals, WorkerLoad
+from persimmon.server.engine.load import Load
+from persimmon.server.vitals import Vitals, WorkerLoad
 
 
 class Clock:

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from model.config import Architecture, PersimmonConfig
-from model.rope_scaling import RopeScaling
-from model.runner import PooledStates
-from server.config import read_settings
-from server.engine.loading import _graph_sizes, _limits, warm_up_steps
+from persimmon.model.config import Architecture, PersimmonConfig
+from persimmon.model.rope_scaling import RopeScaling
+from persimmon.model.runner import PooledStates
+from persimmon.server.config import read_settings
+from persimmon.server.engine.loading import _graph_sizes, _limits, warm_up_steps
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SHAPE = {

@@ -3,10 +3,10 @@
 from itertools import pairwise
 from random import Random
 
-from server.engine.blocks import BlockPool
-from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
-from server.engine.step_cost import StepCostModel, StepCosts, StepWork
+from persimmon.server.engine.blocks import BlockPool
+from persimmon.server.engine.scheduler import Scheduler
+from persimmon.server.engine.sequence import Sequence
+from persimmon.server.engine.step_cost import StepCostModel, StepCosts, StepWork
 
 STREAMS, LONG, SHORT = 32, 16_384, 64
 MACHINE = StepCosts(8e-3, 1e-4, 2e-8, 1e-3, 1e-4, 1e-9, 1e-7)

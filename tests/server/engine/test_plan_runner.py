@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.config import PersimmonConfig
-from model.grammar import GrammarCompiler, GrammarError, GrammarSpec
-from model.persimmon import Persimmon
-from model.tokenizer import Tokenizer
-from server.engine.messages import Grammar, Sampling
-from server.engine.plan_runner import COMPILED_GRAMMARS, GrammarProgress, PlanRunner
-from server.engine.sequence import Sequence
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.grammar import GrammarCompiler, GrammarError, GrammarSpec
+from persimmon.model.persimmon import Persimmon
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.engine.messages import Grammar, Sampling
+from persimmon.server.engine.plan_runner import COMPILED_GRAMMARS, GrammarProgress, PlanRunner
+from persimmon.server.engine.sequence import Sequence
 from tests.engine_harness import GREEDY, Harness, load_model
 
 SCHEMA = json.dumps(

@@ -6,9 +6,9 @@ from random import Random
 
 import pytest
 
-from server.engine.blocks import BlockPool
-from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
+from persimmon.server.engine.blocks import BlockPool
+from persimmon.server.engine.scheduler import Scheduler
+from persimmon.server.engine.sequence import Sequence
 
 STOP = 1
 BLOCK_SIZE = 16

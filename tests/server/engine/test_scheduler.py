@@ -8,13 +8,13 @@ from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from server.engine.blocks import BlockPool
-from server.engine.chunks import MIN_CHUNK
-from server.engine.messages import Pooling
-from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
-from server.engine.step_cost import StepCosts
-from server.engine.step_plan import Advance
+from persimmon.server.engine.blocks import BlockPool
+from persimmon.server.engine.chunks import MIN_CHUNK
+from persimmon.server.engine.messages import Pooling
+from persimmon.server.engine.scheduler import Scheduler
+from persimmon.server.engine.sequence import Sequence
+from persimmon.server.engine.step_cost import StepCosts
+from persimmon.server.engine.step_plan import Advance
 from tests.server.engine.simulation import VOCABULARY, Simulation, generate_alone
 
 STEMS = [[0, 1, 2, 0, 2, 1] * 5, [2, 2, 1, 0, 0, 1] * 5]

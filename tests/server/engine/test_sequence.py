@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.blocks import ROOT_HASH, hash_block
-from server.engine.sequence import Sequence
+from persimmon.server.engine.blocks import ROOT_HASH, hash_block
+from persimmon.server.engine.sequence import Sequence
 
 
 def sequence(prompt: list[int], max_tokens: int = 8, stops: frozenset[int] = frozenset()) -> Sequence:

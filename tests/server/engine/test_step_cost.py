@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.step_cost import ENOUGH, FIRST_CHUNK, QUIET_SHARE, LinearFit, StepCostModel, StepCosts, StepWork
+from persimmon.server.engine.step_cost import (
+    ENOUGH,
+    FIRST_CHUNK,
+    QUIET_SHARE,
+    LinearFit,
+    StepCostModel,
+    StepCosts,
+    StepWork,
+)
 
 TRUE = StepCosts(4e-3, 1e-4, 2e-8, 1e-3, 5e-5, 3e-9, 2e-7)
 

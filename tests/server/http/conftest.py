@@ -8,15 +8,15 @@ from pathlib import Path
 import httpx
 import pytest
 
-import model.demo
-from model.config import PersimmonConfig
-from model.tokenizer import Tokenizer
-from server.engine.client import EngineClient
-from server.http.app import create_app
+import persimmon.model.demo
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.engine.client import EngineClient
+from persimmon.server.http.app import create_app
 from tests.server.http.fake_engine import FakeEngine
 from tests.server.http.raw import listening
 
-DEMO = Path(next(iter(model.demo.__path__)))
+DEMO = Path(next(iter(persimmon.model.demo.__path__)))
 
 
 @pytest.fixture(scope="session")

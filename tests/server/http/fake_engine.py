@@ -11,8 +11,8 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from server.engine.client import WARM_UP_ID
-from server.engine.messages import (
+from persimmon.server.engine.client import WARM_UP_ID
+from persimmon.server.engine.messages import (
     STEP_SECONDS,
     STEP_TOKENS,
     Abort,

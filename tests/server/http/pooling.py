@@ -7,11 +7,11 @@ from dataclasses import replace
 import httpx
 import numpy as np
 
-from model.config import Architecture, PersimmonConfig
-from model.tokenizer import Tokenizer
-from server.engine.client import EngineClient
-from server.engine.messages import SequenceOutput
-from server.http.app import create_app
+from persimmon.model.config import Architecture, PersimmonConfig
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.engine.client import EngineClient
+from persimmon.server.engine.messages import SequenceOutput
+from persimmon.server.http.app import create_app
 from tests.server.http.fake_engine import Sample, Script
 
 LABELS = ("calm", "glad", "sad")

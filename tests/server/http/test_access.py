@@ -15,19 +15,19 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from model.config import PersimmonConfig
-from model.tokenizer import Tokenizer
-from server.config import Settings, SettingsError, read_settings
-from server.engine.client import EngineClient
-from server.http import observer
-from server.http.access import Access, check
-from server.http.app import create_app
-from server.http.authentication import KeyCheck
-from server.http.credentials import reads_files_again
-from server.http.key_limits import KeyLimits
-from server.http.keys import ApiKey, KeyRing, salted
-from server.http.siblings import WorkerPlace
-from server.tracing import Tracing
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.config import Settings, SettingsError, read_settings
+from persimmon.server.engine.client import EngineClient
+from persimmon.server.http import observer
+from persimmon.server.http.access import Access, check
+from persimmon.server.http.app import create_app
+from persimmon.server.http.authentication import KeyCheck
+from persimmon.server.http.credentials import reads_files_again
+from persimmon.server.http.key_limits import KeyLimits
+from persimmon.server.http.keys import ApiKey, KeyRing, salted
+from persimmon.server.http.siblings import WorkerPlace
+from persimmon.server.tracing import Tracing
 from tests.server.http.fake_engine import FakeEngine, says
 
 pytestmark = pytest.mark.anyio

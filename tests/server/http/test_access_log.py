@@ -12,16 +12,16 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from model.config import PersimmonConfig
-from model.tokenizer import Tokenizer
-from server import logs
-from server.engine.client import EngineClient, EngineDeadError, Work
-from server.engine.messages import SequenceOutput
-from server.http import observer
-from server.http.access import Access
-from server.http.app import create_app
-from server.http.keys import ApiKey, KeyRing
-from server.tracing import Tracing
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.server import logs
+from persimmon.server.engine.client import EngineClient, EngineDeadError, Work
+from persimmon.server.engine.messages import SequenceOutput
+from persimmon.server.http import observer
+from persimmon.server.http.access import Access
+from persimmon.server.http.app import create_app
+from persimmon.server.http.keys import ApiKey, KeyRing
+from persimmon.server.tracing import Tracing
 from tests.server.http.conftest import LiveServer
 from tests.server.http.fake_engine import FakeEngine, outputs
 
@@ -218,7 +218,9 @@ async def test_both_formats_have_error_and_param(
     answer = await http.post(COMPLETIONS, json=HELLO | {"n": "two\nlines"})
     logs.configure("tests")
     (line,) = [
-        each for each in capsys.readouterr().err.splitlines() if "server.http.observer" in each or ": request " in each
+        each
+        for each in capsys.readouterr().err.splitlines()
+        if "persimmon.server.http.observer" in each or ": request " in each
     ]
     error = "Invalid 'n': input should be a valid integer"
     assert answer.json()["error"]["message"].startswith(error)

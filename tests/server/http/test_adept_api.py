@@ -5,11 +5,11 @@ from typing import Any
 import httpx
 import pytest
 
-from model.config import PersimmonConfig
-from model.tokenizer import Tokenizer
-from server.engine.client import EngineClient
-from server.engine.messages import Sampling
-from server.http.app import create_app
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.engine.client import EngineClient
+from persimmon.server.engine.messages import Sampling
+from persimmon.server.http.app import create_app
 from tests.server.http.fake_engine import MAX_MODEL_LEN, FakeEngine, says
 from tests.server.http.test_logprobs import tells
 

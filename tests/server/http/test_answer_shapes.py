@@ -13,8 +13,8 @@ from openai.types import Completion, CreateEmbeddingResponse, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 
-from model.config import PersimmonConfig
-from server.http import responses
+from persimmon.model.config import PersimmonConfig
+from persimmon.server.http import responses
 from tests.server.http.fake_engine import ONLY_TEXT, FakeEngine, says
 from tests.server.http.pooling import pools
 

@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 import pytest
 from fastapi import FastAPI, Request
 
-from server.http import errors
-from server.http.body import BODIES_TOGETHER, FREE_BYTES, BodyReader
+from persimmon.server.http import errors
+from persimmon.server.http.body import BODIES_TOGETHER, FREE_BYTES, BodyReader
 from tests.server.http.raw import Answer, RawClient, connected, listening
 
 pytestmark = pytest.mark.anyio

@@ -11,12 +11,12 @@ from typing import Any
 import httpx
 import pytest
 
-from model.chat import Chat
-from model.config import PersimmonConfig
-from model.tokenizer import Tokenizer
-from server.engine.client import EngineClient
-from server.http import observer
-from server.http.app import create_app
+from persimmon.model.chat import Chat
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.engine.client import EngineClient
+from persimmon.server.http import observer
+from persimmon.server.http.app import create_app
 from tests.model.test_chat import ALTERNATING, CHATML, HEADINGS, WITH_TOOLS
 from tests.model.test_tokenizer_json import ADDED, CITE, END, START, described
 from tests.server.http.conftest import DEMO

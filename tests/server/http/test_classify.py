@@ -8,9 +8,9 @@ import httpx
 import numpy as np
 import pytest
 
-from model.config import Architecture, PersimmonConfig
-from model.tokenizer import Tokenizer
-from server.engine.client import EngineClient
+from persimmon.model.config import Architecture, PersimmonConfig
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.engine.client import EngineClient
 from tests.server.http.fake_engine import FakeEngine
 from tests.server.http.pooling import LABELS, gives, model_of, pools, serving, states
 

@@ -4,9 +4,9 @@ from collections.abc import Callable
 import httpx
 import pytest
 
-from model.tokenizer import Tokenizer
-from server.engine.client import EngineClient
-from server.engine.messages import Sampling, SequenceOutput
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.engine.client import EngineClient
+from persimmon.server.engine.messages import Sampling, SequenceOutput
 from tests.server.http.fake_engine import ONLY_TEXT, FakeEngine, Sample, outputs, says
 
 pytestmark = pytest.mark.anyio

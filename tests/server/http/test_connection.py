@@ -13,9 +13,9 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from server.http import errors
-from server.http.body import BodyReader
-from server.http.disconnect import until_disconnect
+from persimmon.server.http import errors
+from persimmon.server.http.body import BodyReader
+from persimmon.server.http.disconnect import until_disconnect
 from tests.server.http.raw import PATIENT, RawClient, connected, listening
 
 pytestmark = pytest.mark.anyio

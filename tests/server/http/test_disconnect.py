@@ -10,8 +10,8 @@ import pytest
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
-from server.engine.client import EngineClient
-from server.http.disconnect import until_disconnect
+from persimmon.server.engine.client import EngineClient
+from persimmon.server.http.disconnect import until_disconnect
 from tests.server.http.conftest import LiveServer
 from tests.server.http.fake_engine import FakeEngine, silent
 

@@ -8,12 +8,12 @@ import numpy as np
 import openai
 import pytest
 
-from model.config import Architecture, PersimmonConfig
-from model.tokenizer import Tokenizer
-from server.engine.client import EngineClient
-from server.engine.messages import SequenceOutput
-from server.http.pooling import MAX_RUNNING
-from server.http.service import MAX_CHOICES
+from persimmon.model.config import Architecture, PersimmonConfig
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.engine.client import EngineClient
+from persimmon.server.engine.messages import SequenceOutput
+from persimmon.server.http.pooling import MAX_RUNNING
+from persimmon.server.http.service import MAX_CHOICES
 from tests.server.http.conftest import LiveServer
 from tests.server.http.fake_engine import MAX_MODEL_LEN, FakeEngine, Sample
 from tests.server.http.pooling import LABELS, gives, model_of, pools, serving, states

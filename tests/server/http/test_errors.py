@@ -3,8 +3,8 @@ from typing import Any
 import httpx
 import pytest
 
-from server.engine.client import EngineClient
-from server.http import protocol
+from persimmon.server.engine.client import EngineClient
+from persimmon.server.http import protocol
 from tests.server.http.fake_engine import FakeEngine, says
 
 pytestmark = pytest.mark.anyio

@@ -10,9 +10,9 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from server.http.connection import Connection
-from server.http.exchange import Exchange
-from server.http.request_reader import RequestReader
+from persimmon.server.http.connection import Connection
+from persimmon.server.http.exchange import Exchange
+from persimmon.server.http.request_reader import RequestReader
 
 pytestmark = pytest.mark.anyio
 

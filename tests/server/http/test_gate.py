@@ -7,16 +7,16 @@ from collections.abc import AsyncIterator, Callable
 import httpx
 import pytest
 
-from model.config import PersimmonConfig
-from model.tokenizer import Tokenizer
-from server.config import Settings
-from server.engine.client import EngineClient, Work
-from server.engine.load import Load
-from server.engine.messages import SequenceOutput
-from server.http.app import create_app
-from server.http.errors import ApiError
-from server.http.gate import MAX_RETRY_SECONDS, STEPS_QUEUED, Gate, Limits
-from server.vitals import Vitals, WorkerLoad
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.config import Settings
+from persimmon.server.engine.client import EngineClient, Work
+from persimmon.server.engine.load import Load
+from persimmon.server.engine.messages import SequenceOutput
+from persimmon.server.http.app import create_app
+from persimmon.server.http.errors import ApiError
+from persimmon.server.http.gate import MAX_RETRY_SECONDS, STEPS_QUEUED, Gate, Limits
+from persimmon.server.vitals import Vitals, WorkerLoad
 from tests.server.http.conftest import DEMO
 from tests.server.http.fake_engine import FakeEngine, says
 

@@ -5,9 +5,9 @@ import threading
 
 import pytest
 
-from model.grammar import GrammarError, GrammarSpec
-from server.http.errors import ApiError
-from server.http.grammars import MAX_REMEMBERED, MAX_WAITING, Constraint, GrammarChecker
+from persimmon.model.grammar import GrammarError, GrammarSpec
+from persimmon.server.http.errors import ApiError
+from persimmon.server.http.grammars import MAX_REMEMBERED, MAX_WAITING, Constraint, GrammarChecker
 
 pytestmark = pytest.mark.anyio
 

@@ -3,7 +3,7 @@ import logging
 import os
 import resource
 
-from server.http.heartbeat import REPEAT_SECONDS, DescriptorWatch
+from persimmon.server.http.heartbeat import REPEAT_SECONDS, DescriptorWatch
 
 
 def test_a_lack_of_descriptors_is_logged_once_in_a_while(caplog):

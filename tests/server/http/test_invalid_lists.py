@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from server.http.chat_message import MAX_MESSAGES
-from server.http.pooling_protocol import EmbeddingRequest
-from server.http.protocol import ChatCompletionRequest, CompletionRequest
-from server.http.token_protocol import DetokenizeRequest, TokenizeRequest
+from persimmon.server.http.chat_message import MAX_MESSAGES
+from persimmon.server.http.pooling_protocol import EmbeddingRequest
+from persimmon.server.http.protocol import ChatCompletionRequest, CompletionRequest
+from persimmon.server.http.token_protocol import DetokenizeRequest, TokenizeRequest
 
 COUNT = 20_000
 NUMBERS: list[object] = [1] * COUNT

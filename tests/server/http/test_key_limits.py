@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from server.http.errors import ApiError
-from server.http.key_limits import KeyLimiter, KeyLimits
+from persimmon.server.http.errors import ApiError
+from persimmon.server.http.key_limits import KeyLimiter, KeyLimits
 
 ONE, OTHER = b"the digest of one key", b"the digest of another"
 

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from server.config import Settings, SettingsError, read_settings
-from server.http.errors import ApiError
-from server.http.keys import ApiKey, KeyRing, key_ring, salted
+from persimmon.server.config import Settings, SettingsError, read_settings
+from persimmon.server.http.errors import ApiError
+from persimmon.server.http.keys import ApiKey, KeyRing, key_ring, salted
 
 ALICE, BOB = ApiKey.of("alice", "correct horse".replace(" ", "-")), ApiKey.of("bob", "battery-staple")
 RING = KeyRing((ALICE, BOB))

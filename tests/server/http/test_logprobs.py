@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from model.tokenizer import Tokenizer
-from server.engine.messages import Sampling, SequenceOutput, TokenLogprobs
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.engine.messages import Sampling, SequenceOutput, TokenLogprobs
 from tests.server.http.fake_engine import FakeEngine, Sample
 
 pytestmark = pytest.mark.anyio

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.engine.messages import SequenceOutput
+from persimmon.server.engine.messages import SequenceOutput
 from tests.server.http.fake_engine import FakeEngine, says
 
 pytestmark = pytest.mark.anyio

@@ -5,10 +5,10 @@ from typing import Any
 import httpx
 import pytest
 
-from server.config import SettingsError, read_settings
-from server.engine.client import EngineClient
-from server.http.access import Access
-from server.http.keys import ApiKey, KeyRing
+from persimmon.server.config import SettingsError, read_settings
+from persimmon.server.engine.client import EngineClient
+from persimmon.server.http.access import Access
+from persimmon.server.http.keys import ApiKey, KeyRing
 from tests.server.http.fake_engine import FakeEngine, says
 from tests.server.http.test_access import client
 

@@ -22,9 +22,9 @@ from openai.types.chat import (
     completion_create_params as chat_create_params,
 )
 
-from server.http import chat_message, field_table, pooling_protocol, protocol, token_protocol, tool_fields
-from server.http.other_fields import REFUSED_PARTS, WITHOUT_EFFECT_IN_PARTS
-from server.http.request_object import RequestObject
+from persimmon.server.http import chat_message, field_table, pooling_protocol, protocol, token_protocol, tool_fields
+from persimmon.server.http.other_fields import REFUSED_PARTS, WITHOUT_EFFECT_IN_PARTS
+from persimmon.server.http.request_object import RequestObject
 from tests.server.http.fake_engine import FakeEngine, says
 
 README = Path(__file__).parents[3] / "README.md"

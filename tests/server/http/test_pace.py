@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from server.http.pace import BEGIN_PER_TURN, Pace
+from persimmon.server.http.pace import BEGIN_PER_TURN, Pace
 
 pytestmark = pytest.mark.anyio
 

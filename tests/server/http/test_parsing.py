@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from server.http import parsing
-from server.http.errors import ApiError
-from server.http.parsing import parse
-from server.http.protocol import ChatCompletionRequest, CompletionRequest
+from persimmon.server.http import parsing
+from persimmon.server.http.errors import ApiError
+from persimmon.server.http.parsing import parse
+from persimmon.server.http.protocol import ChatCompletionRequest, CompletionRequest
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,9 @@ from typing import Any
 import httpx
 import pytest
 
-from model.tokenizer import Tokenizer
-from server.http.errors import ApiError, bad_request
-from server.http.prompt_encoder import MAX_CHARACTERS, PromptEncoder, PromptInput
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.http.errors import ApiError, bad_request
+from persimmon.server.http.prompt_encoder import MAX_CHARACTERS, PromptEncoder, PromptInput
 
 pytestmark = pytest.mark.anyio
 

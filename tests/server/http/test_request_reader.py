@@ -8,8 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.http.errors import ApiError
-from server.http.request_reader import MAX_CHUNK_OVERHEAD, MAX_HEADER_BYTES, MAX_HEADERS, RequestHead, RequestReader
+from persimmon.server.http.errors import ApiError
+from persimmon.server.http.request_reader import (
+    MAX_CHUNK_OVERHEAD,
+    MAX_HEADER_BYTES,
+    MAX_HEADERS,
+    RequestHead,
+    RequestReader,
+)
 
 HEAD = b"POST /path HTTP/1.1\r\nHost: server\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"

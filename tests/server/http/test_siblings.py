@@ -9,12 +9,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from model.config import PersimmonConfig
-from model.tokenizer import Tokenizer
-from server.engine.client import EngineClient
-from server.http.app import create_app
-from server.http.errors import ApiError
-from server.http.siblings import Siblings, WorkerPlace
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.engine.client import EngineClient
+from persimmon.server.http.app import create_app
+from persimmon.server.http.errors import ApiError
+from persimmon.server.http.siblings import Siblings, WorkerPlace
 from tests.server.http.fake_engine import FakeEngine, says
 
 pytestmark = pytest.mark.anyio

@@ -4,11 +4,11 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from model.config import PersimmonConfig
-from model.tokenizer import Tokenizer
-from server.engine.client import EngineClient, EngineDeadError, Work
-from server.engine.messages import SequenceOutput
-from server.http.app import create_app
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.engine.client import EngineClient, EngineDeadError, Work
+from persimmon.server.engine.messages import SequenceOutput
+from persimmon.server.http.app import create_app
 from tests.server.http.fake_engine import MAX_MODEL_LEN, FakeEngine, says
 
 pytestmark = pytest.mark.anyio

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.http.stop_strings import StopChecker, StopStrings
+from persimmon.server.http.stop_strings import StopChecker, StopStrings
 
 LETTERS = "ab\n"
 STOPS = st.lists(st.text(LETTERS, min_size=1, max_size=6), max_size=4)

@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from server.engine.messages import SequenceOutput
+from persimmon.server.engine.messages import SequenceOutput
 from tests.server.http.conftest import LiveServer
 from tests.server.http.fake_engine import FakeEngine, Sample, says
 

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from model.tokenizer import Tokenizer
-from server.engine.messages import Sampling, SequenceOutput, TokenLogprobs
-from server.http.generation import Answer, Generation, Prompt, SampleText
-from server.http.request_record import RequestRecord
-from server.http.stop_strings import StopChecker, StopStrings
-from server.http.token_report import token_text
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.engine.messages import Sampling, SequenceOutput, TokenLogprobs
+from persimmon.server.http.generation import Answer, Generation, Prompt, SampleText
+from persimmon.server.http.request_record import RequestRecord
+from persimmon.server.http.stop_strings import StopChecker, StopStrings
+from persimmon.server.http.token_report import token_text
 from tests.server.http.conftest import LiveServer
 from tests.server.http.fake_engine import ONLY_TEXT, FakeEngine, Sample, outputs, says
 

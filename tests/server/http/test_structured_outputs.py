@@ -5,11 +5,11 @@ from typing import Any
 import httpx
 import pytest
 
-from model.config import PersimmonConfig
-from model.tokenizer import Tokenizer
-from server.engine.client import EngineClient
-from server.engine.messages import Grammar
-from server.http.app import create_app
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.engine.client import EngineClient
+from persimmon.server.engine.messages import Grammar
+from persimmon.server.http.app import create_app
 from tests.server.http.fake_engine import FakeEngine, says
 
 pytestmark = pytest.mark.anyio

@@ -3,10 +3,10 @@
 import httpx
 import pytest
 
-from model.config import PersimmonConfig
-from model.tokenizer import Tokenizer
-from server.engine.client import EngineClient
-from server.http.app import create_app
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.engine.client import EngineClient
+from persimmon.server.http.app import create_app
 from tests.server.http.fake_engine import MAX_MODEL_LEN
 
 pytestmark = pytest.mark.anyio

@@ -6,8 +6,8 @@ import httpx
 import openai
 import pytest
 
-from model.tool_calls import Function, calls_schema, describe
-from server.engine.messages import Grammar
+from persimmon.model.tool_calls import Function, calls_schema, describe
+from persimmon.server.engine.messages import Grammar
 from tests.server.http.conftest import LiveServer
 from tests.server.http.fake_engine import FakeEngine, Sample, says
 

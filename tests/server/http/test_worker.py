@@ -17,11 +17,11 @@ import httpx
 import openai
 import pytest
 
-from server.children import blocking
-from server.config import Settings
-from server.engine.messages import SequenceOutput, TokenLogprobs
-from server.http.siblings import WorkerPlace
-from server.http.worker import READY, run_api_worker
+from persimmon.server.children import blocking
+from persimmon.server.config import Settings
+from persimmon.server.engine.messages import SequenceOutput, TokenLogprobs
+from persimmon.server.http.siblings import WorkerPlace
+from persimmon.server.http.worker import READY, run_api_worker
 from tests.server.http.conftest import DEMO
 from tests.server.http.fake_engine import FakeEngine, says
 
@@ -32,9 +32,9 @@ STREAM = {"prompt": "Hello", "stream": True, "max_tokens": 50}
 
 SUPERVISOR = """
 import multiprocessing, pathlib, signal, socket, sys
-from server.config import Settings
-from server.http.siblings import WorkerPlace
-from server.http.worker import run_api_worker
+from persimmon.server.config import Settings
+from persimmon.server.http.siblings import WorkerPlace
+from persimmon.server.http.worker import run_api_worker
 
 if __name__ == "__main__":
     spawn = multiprocessing.get_context("spawn")
@@ -249,5 +249,5 @@ async def test_a_worker_ends_when_its_supervisor_is_killed(engine: FakeEngine, t
 
 
 def test_a_worker_never_imports_torch() -> None:
-    program = "import sys, server.http.worker; sys.exit('torch' in sys.modules)"
+    program = "import sys, persimmon.server.http.worker; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from model.config import PersimmonConfig
-from model.tokenizer import Tokenizer
-from server.engine.client import EngineClient
-from server.http.app import create_app
-from server.offline.batch import Batch, EngineLostError
-from server.offline.batch_lines import URLS
-from server.offline.files import BatchInput, BatchOutput
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.engine.client import EngineClient
+from persimmon.server.http.app import create_app
+from persimmon.server.offline.batch import Batch, EngineLostError
+from persimmon.server.offline.batch_lines import URLS
+from persimmon.server.offline.files import BatchInput, BatchOutput
 from tests.server.http.fake_engine import FakeEngine, says
 from tests.server.offline.batch import completion, read_answers, texts, write_lines
 
@@ -122,7 +122,7 @@ async def test_no_line_is_done_before_its_answer_is_on_the_disk(
         synced = out.read_bytes().count(b"\n")
 
     running = batch([completion(str(index)) for index in range(9)])
-    monkeypatch.setattr("server.offline.files.os.fsync", sync)
+    monkeypatch.setattr("persimmon.server.offline.files.os.fsync", sync)
     monkeypatch.setattr(running.progress, "advance", lambda tokens: done.append(synced))
     done: list[int] = []
     await run(running)

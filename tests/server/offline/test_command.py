@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from server.cli import main
-from server.config import Settings
-from server.offline.batch_lines import encode, read_request, respond
-from server.offline.command import concurrency
+from persimmon.server.cli import main
+from persimmon.server.config import Settings
+from persimmon.server.offline.batch_lines import encode, read_request, respond
+from persimmon.server.offline.command import concurrency
 from tests.server.offline.batch import completion, write_lines
 
 OTHER_MODEL = "The model 'gpt-4o-mini' does not exist; this server serves 'demo'."
@@ -91,5 +91,5 @@ def test_some_lines_wait_while_the_engine_is_full(most):
 
 
 def test_the_command_never_imports_torch():
-    program = "import sys, server.offline.command; sys.exit('torch' in sys.modules)"
+    program = "import sys, persimmon.server.offline.command; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from server.http.parsing import parse
-from server.http.protocol import CompletionRequest
-from server.offline.batch_lines import LineError, encode, read_request, respond
-from server.offline.files import (
+from persimmon.server.http.parsing import parse
+from persimmon.server.http.protocol import CompletionRequest
+from persimmon.server.offline.batch_lines import LineError, encode, read_request, respond
+from persimmon.server.offline.files import (
     MAX_LINE_BYTES,
     MAX_REASONS,
     SHOWN_REASONS,
