@@ -175,10 +175,13 @@ def test_the_console_tells_each_phase_the_memory_plan_and_where_to_go(demo):
 
 def test_a_server_without_c_kernels_says_so_and_answers_the_same(demo, tmp_path):
     # As it is installed where there is no C compiler.
-    project = DEMO.parents[1]
-    for package in ("server", "model"):
-        (tmp_path / package).symlink_to(project / package)
-    shutil.copytree(project / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    project = Path(__file__).parents[2]
+    package = tmp_path / "persimmon"
+    package.mkdir()
+    shutil.copy(project / "persimmon" / "__init__.py", package)
+    for folder in ("server", "model"):
+        (package / folder).symlink_to(project / folder)
+    shutil.copytree(project / "kernels", package / "kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     asked = {"messages": [{"role": "user", "content": "What does galaxy mean?"}], "temperature": 0}
     # Python looks there first, and not in the folder that it is started in.
     with serving("--kv-cache-memory", "26MB", PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1") as server:
