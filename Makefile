@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # Installed again when one of these changes; the last are the C kernels, which the installation compiles.
 INSTALLED_FROM := pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*.[ch])
 
-.PHONY: serve test compat lint types contracts format audit clean
+.PHONY: serve test compat lint types contracts format docs audit clean
 
 serve: $(VENV)/.installed
 	$(BIN)/persimmon serve $(ARGS)
@@ -33,6 +33,10 @@ contracts: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Writes the tables and lists in docs/ that are made from the code.
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m tools.docs
 
 # Asks PyPI's database of vulnerabilities, which mirrors need not have, so CI does not run it: run it by hand before a
 # release.  Its own environment, because it is no part of what is audited.

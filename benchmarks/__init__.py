@@ -1,1 +1,1 @@
-"""What the README's figures come from: each program prints a table and writes JSON."""
+"""What the figures of docs/ come from: each program prints a table and writes JSON."""

@@ -185,7 +185,9 @@ def measure(folder: Path, dtype: torch.dtype, runs: int) -> list[Timing]:
     """
     operations = kernels.for_device(CPU, dtype)
     if not isinstance(operations, NativeKernels):
-        raise kernels.KernelsUnavailableError("there are no C kernels for this processor; see the README on installing")
+        raise kernels.KernelsUnavailableError(
+            "there are no C kernels for this processor; see docs/reference/api.md, CPU"
+        )
     native, plain = (Network(folder, dtype, own, 64) for own in (operations, reference))
     for network in (native, plain):
         network.fill(64)

@@ -1,6 +1,6 @@
 """Every setting of the server, once: its name, type, default and help.
 
-Flags, environment variables and the README's table are made from `Settings`; nothing else names a setting.
+Flags, environment variables and docs/reference/settings.md are made from `Settings`; nothing else names a setting.
 A flag wins over its environment variable, which wins over the default.
 """
 
@@ -500,7 +500,7 @@ def _checked(settings: Settings) -> Settings:
 
 
 def settings_table() -> str:
-    """Every setting as a Markdown table, for the README."""
+    """Every setting as a Markdown table, for docs/reference/settings.md."""
     lines = ["| Flag | Environment | Default | |", "| --- | --- | --- | --- |"]
     for name, field in Settings.model_fields.items():
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
@@ -513,7 +513,3 @@ def settings_table() -> str:
         shown_default = f"`{default}`" if default is not None else "see text"
         lines.append(f"| {shown} | `{environment_variable(name)}` | {shown_default} | {field.description}{values} |")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(settings_table())

@@ -310,14 +310,10 @@ class _ExampleEngine:
 
 
 def metrics_table() -> str:
-    """Every metric as a Markdown table, for the README."""
+    """Every metric as a Markdown table, for docs/reference/metrics.md."""
     lines = ["| Metric | vLLM's name | Type | |", "| --- | --- | --- | --- |"]
     for family in Metrics(_ExampleEngine(), "").families():
         total = "_total" if family.type == "counter" else ""
         shown = ", ".join(f"`{name}{total}`" for name in vllm_metrics.names_of(family.name))
         lines.append(f"| `{family.name}{total}` | {shown} | {family.type} | {family.documentation} |")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(metrics_table())

@@ -1,4 +1,4 @@
-"""The README's table of the refused and ignored fields: `python -m persimmon.server.http.field_table` prints it.
+"""The tables of docs/reference/fields.md: which fields are refused, which are ignored, and why.
 
 Knows which request has which fields; nothing of what they mean.
 """
@@ -72,7 +72,3 @@ def _merged(facts: Iterable[tuple[str, str, _Fact]]) -> list[tuple[str, str, _Fa
         places.setdefault((name, fact), []).append(where)
     entries = [(name, ", ".join(where), fact) for (name, fact), where in places.items()]
     return sorted(entries, key=lambda entry: entry[0])
-
-
-if __name__ == "__main__":
-    print(field_table())

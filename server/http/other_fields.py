@@ -1,7 +1,7 @@
 """Fields of OpenAI's and vLLM's APIs that this server does not implement: which it ignores, which it refuses, and why.
 
 A field that cannot change an answer is accepted, whatever its value.  One that asks for something else than this
-server does is refused by name.  The README's table is made from these.  Knows nothing of the fields that are
+server does is refused by name.  docs/reference/fields.md is made from these.  Knows nothing of the fields that are
 implemented.
 """
 

@@ -260,7 +260,7 @@ class ChatCompletionRequest(GenerationRequest):
         description="At most this many tokens. Default: what the context leaves. 0 only computes the prompt.",
     )
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), FailFast()] = Field(
-        default=[], description="Functions that the model may call; the README says how it is told of them."
+        default=[], description="Functions that the model may call; docs/guides/tools.md says how it learns of them."
     )
     tool_choice: ToolChoiceField | None = Field(
         None,

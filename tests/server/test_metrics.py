@@ -1,13 +1,11 @@
 from dataclasses import dataclass
-from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from persimmon.server.engine.messages import EngineStats, Ready
-from persimmon.server.metrics import Metrics, metrics_table
+from persimmon.server.metrics import Metrics
 from tests.server.http.fake_engine import MAX_MODEL_LEN, STATS
 
-README = Path(__file__).parents[2] / "README.md"
 READY = Ready(MAX_MODEL_LEN, block_size=32, total_blocks=100, device="cpu", dtype="float32", stats=STATS)
 
 
@@ -95,7 +93,3 @@ def test_names_follow_prometheus_rules():
     exposed = [line.split()[2:] for line in metrics.exposition([]).decode().splitlines() if line.startswith("# TYPE")]
     assert all(name.endswith("_total") for name, type_ in exposed if type_ == "counter")
     assert [name for name, type_ in exposed if type_ == "gauge" and name.endswith("_total")] == []
-
-
-def test_every_metric_is_in_the_readme_as_the_code_has_it():
-    assert metrics_table() in README.read_text()

@@ -1,7 +1,6 @@
 """Fields of OpenAI's and vLLM's APIs that this server does not implement: accepted, or refused, and documented."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import httpx
@@ -22,12 +21,11 @@ from openai.types.chat import (
     completion_create_params as chat_create_params,
 )
 
-from persimmon.server.http import chat_message, field_table, pooling_protocol, protocol, token_protocol, tool_fields
+from persimmon.server.http import chat_message, pooling_protocol, protocol, token_protocol, tool_fields
 from persimmon.server.http.other_fields import REFUSED_PARTS, WITHOUT_EFFECT_IN_PARTS
 from persimmon.server.http.request_object import RequestObject
 from tests.server.http.fake_engine import FakeEngine, says
 
-README = Path(__file__).parents[3] / "README.md"
 COMPLETIONS, CHAT, TOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize"
 BODIES: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"prompt": "Hello", "max_tokens": 1},
@@ -123,10 +121,6 @@ def test_a_field_has_one_fate(kind: type[RequestObject]) -> None:
     assert not own & kind.refused.keys()
     assert not own & kind.without_effect.keys()
     assert not kind.refused.keys() & kind.without_effect.keys()
-
-
-def test_the_readme_has_the_table() -> None:
-    assert field_table.field_table() in README.read_text()
 
 
 def refused() -> Iterator[Any]:
