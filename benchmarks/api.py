@@ -47,7 +47,7 @@ from persimmon.server.engine.messages import (
     Submit,
     ToEngine,
 )
-from persimmon.server.http.siblings import WorkerPlace
+from persimmon.server.http.transport.siblings import WorkerPlace
 from persimmon.server.http.worker import run_api_worker
 from persimmon.server.supervisor import listen
 

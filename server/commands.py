@@ -21,9 +21,9 @@ from persimmon.model.vocabulary import VocabularyMap
 from persimmon.server.bench.arguments import add_arguments as add_bench_arguments
 from persimmon.server.config import GROUPS, Settings, SettingsError, add_arguments, read_settings
 from persimmon.server.console import interruptible
-from persimmon.server.http.access import check as check_access
-from persimmon.server.http.gate import Limits
-from persimmon.server.http.model_use import USES, ModelUse
+from persimmon.server.http.endpoints.model_use import USES, ModelUse
+from persimmon.server.http.middleware.access import check as check_access
+from persimmon.server.http.middleware.gate import Limits
 from persimmon.server.logs import configure as configure_log
 from persimmon.server.logs import in_background, say
 from persimmon.server.memory_need import check_memory

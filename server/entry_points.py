@@ -4,7 +4,7 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from persimmon.server.http.credentials import Credentials
+    from persimmon.server.http.middleware.credentials import Credentials
 
 
 def engine_main(*args: object) -> None:

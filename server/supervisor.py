@@ -18,9 +18,9 @@ from persimmon.server.children import Child, kill
 from persimmon.server.config import Settings, SettingsError
 from persimmon.server.engine.messages import Ready
 from persimmon.server.entry_points import engine_main, worker_main
-from persimmon.server.http.credentials import Credentials, reads_files_again
-from persimmon.server.http.model_use import ModelUse
-from persimmon.server.http.siblings import WorkerPlace
+from persimmon.server.http.endpoints.model_use import ModelUse
+from persimmon.server.http.middleware.credentials import Credentials, reads_files_again
+from persimmon.server.http.transport.siblings import WorkerPlace
 from persimmon.server.logs import say
 from persimmon.server.runtime_folder import RuntimeFolderError, runtime_folder
 from persimmon.server.service_manager import notify

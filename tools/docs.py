@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from persimmon.server.config import settings_table
-from persimmon.server.http.field_table import field_table
+from persimmon.server.http.endpoints.field_table import field_table
 from persimmon.server.metrics import metrics_table
 
 ROOT = Path(__file__).parents[1]

@@ -16,27 +16,28 @@ from persimmon.model.tokenizer import Tokenizer
 from persimmon.model.vocabulary import VocabularyMap
 from persimmon.server.config import Settings
 from persimmon.server.engine.client import CLASSIFIES, GENERATES, EngineClient
-from persimmon.server.http import adept_api, classify, embeddings, errors, status, tokens
-from persimmon.server.http.access import Access
-from persimmon.server.http.addresses import Addresses
-from persimmon.server.http.adept_protocol import AdeptRequest
-from persimmon.server.http.authentication import Authentication, KeyCheck
-from persimmon.server.http.body import BodyReader
-from persimmon.server.http.chat import create_chat_completion
-from persimmon.server.http.completions import create_completion
-from persimmon.server.http.documentation import Documentation
-from persimmon.server.http.gate import Gate, GateKeeper
-from persimmon.server.http.observer import Observer
-from persimmon.server.http.origins import OriginCheck
-from persimmon.server.http.pace import Pace
-from persimmon.server.http.parsing import parse
-from persimmon.server.http.pooling_protocol import ClassifyRequest, EmbeddingRequest
-from persimmon.server.http.protocol import ChatCompletionRequest, CompletionRequest
+from persimmon.server.http import errors
+from persimmon.server.http.endpoints import adept_api, classify, embeddings, status, tokens
+from persimmon.server.http.endpoints.chat import create_chat_completion
+from persimmon.server.http.endpoints.completions import create_completion
+from persimmon.server.http.endpoints.documentation import Documentation
+from persimmon.server.http.endpoints.service import Service, endless_seeds
+from persimmon.server.http.middleware.access import Access
+from persimmon.server.http.middleware.addresses import Addresses
+from persimmon.server.http.middleware.authentication import Authentication, KeyCheck
+from persimmon.server.http.middleware.gate import Gate, GateKeeper
+from persimmon.server.http.middleware.observer import Observer
+from persimmon.server.http.middleware.origins import OriginCheck
+from persimmon.server.http.middleware.pace import Pace
 from persimmon.server.http.request_record import REQUEST_ID_HEADER, record_of
-from persimmon.server.http.responses import ChatCompletion, ChatCompletionChunk, Completion
-from persimmon.server.http.service import Service, endless_seeds
-from persimmon.server.http.siblings import Siblings, WorkerPlace
-from persimmon.server.http.token_protocol import DetokenizeRequest, TokenizeRequest
+from persimmon.server.http.schemas.adept_protocol import AdeptRequest
+from persimmon.server.http.schemas.parsing import parse
+from persimmon.server.http.schemas.pooling_protocol import ClassifyRequest, EmbeddingRequest
+from persimmon.server.http.schemas.protocol import ChatCompletionRequest, CompletionRequest
+from persimmon.server.http.schemas.responses import ChatCompletion, ChatCompletionChunk, Completion
+from persimmon.server.http.schemas.token_protocol import DetokenizeRequest, TokenizeRequest
+from persimmon.server.http.transport.body import BodyReader
+from persimmon.server.http.transport.siblings import Siblings, WorkerPlace
 from persimmon.server.metrics import Metrics
 from persimmon.server.tracing import Tracing
 

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from persimmon.server.engine.client import EngineDeadError, EngineNotReadyError
-from persimmon.server.http.addresses import nearest
+from persimmon.server.http.middleware.addresses import nearest
 from persimmon.server.http.request_record import attached_record
 
 CLIENT_CLOSED_REQUEST = 499

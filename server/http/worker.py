@@ -24,16 +24,16 @@ from persimmon.server.child_process import follow_supervisor
 from persimmon.server.config import Settings, SettingsError
 from persimmon.server.engine.client import EngineClient
 from persimmon.server.engine.load import Load
-from persimmon.server.http import observer
-from persimmon.server.http.access import Access
 from persimmon.server.http.app import application
-from persimmon.server.http.authentication import KeyCheck
-from persimmon.server.http.connection import Connection as ClientConnection
-from persimmon.server.http.credentials import Credentials, reads_files_again
-from persimmon.server.http.gate import Gate, Limits
 from persimmon.server.http.heartbeat import beat
-from persimmon.server.http.siblings import WorkerPlace
-from persimmon.server.http.tls import TlsListener
+from persimmon.server.http.middleware import observer
+from persimmon.server.http.middleware.access import Access
+from persimmon.server.http.middleware.authentication import KeyCheck
+from persimmon.server.http.middleware.credentials import Credentials, reads_files_again
+from persimmon.server.http.middleware.gate import Gate, Limits
+from persimmon.server.http.transport.connection import Connection as ClientConnection
+from persimmon.server.http.transport.siblings import WorkerPlace
+from persimmon.server.http.transport.tls import TlsListener
 from persimmon.server.tracing import Tracing
 from persimmon.server.vitals import Vitals
 

@@ -17,7 +17,7 @@ import torch
 
 from persimmon.model.config import Architecture
 from persimmon.model.tokenizer import Tokenizer
-from persimmon.server.http.pooling import MAX_RUNNING
+from persimmon.server.http.endpoints.pooling import MAX_RUNNING
 from tests.end_to_end.serving import Server, serving
 from tests.model.checkpoints import DEMO, make_checkpoint
 

@@ -12,7 +12,7 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
-from persimmon.server.http.connection import Connection
+from persimmon.server.http.transport.connection import Connection
 
 PATIENT = 600.0
 """Seconds that no test waits for."""

@@ -4,7 +4,7 @@ import httpx
 import pytest
 
 from persimmon.server.engine.client import EngineClient
-from persimmon.server.http import protocol
+from persimmon.server.http.schemas import protocol
 from tests.server.http.fake_engine import FakeEngine, says
 
 pytestmark = pytest.mark.anyio

@@ -20,7 +20,7 @@ import pytest
 from persimmon.server.children import blocking
 from persimmon.server.config import Settings
 from persimmon.server.engine.messages import SequenceOutput, TokenLogprobs
-from persimmon.server.http.siblings import WorkerPlace
+from persimmon.server.http.transport.siblings import WorkerPlace
 from persimmon.server.http.worker import READY, run_api_worker
 from tests.server.http.conftest import DEMO
 from tests.server.http.fake_engine import FakeEngine, says
@@ -33,7 +33,7 @@ STREAM = {"prompt": "Hello", "stream": True, "max_tokens": 50}
 SUPERVISOR = """
 import multiprocessing, pathlib, signal, socket, sys
 from persimmon.server.config import Settings
-from persimmon.server.http.siblings import WorkerPlace
+from persimmon.server.http.transport.siblings import WorkerPlace
 from persimmon.server.http.worker import run_api_worker
 
 if __name__ == "__main__":

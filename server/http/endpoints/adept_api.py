@@ -1,0 +1,122 @@
+"""PUT /api and GET /healthz: the API of Adept's own server, for programs that were written for it.
+
+What it does differently from completions is Adept's: no beginning-of-sequence token unless asked for, answers together
+with their prompts, end-of-text as text.  Errors are this server's, with its statuses: Adept's answers most bad requests
+with status 200 and a sentence.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+from fastapi import Response
+from msgspec import Struct
+from starlette.types import Receive
+
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.http.endpoints.service import Service, expected_tokens
+from persimmon.server.http.errors import bad_request, context_length_exceeded
+from persimmon.server.http.generation.generation import Answer, Generation
+from persimmon.server.http.generation.prompt_encoder import PromptInput
+from persimmon.server.http.generation.token_report import token_text
+from persimmon.server.http.request_record import RequestRecord
+from persimmon.server.http.schemas.adept_protocol import AdeptRequest
+from persimmon.server.http.transport.disconnect import until_disconnect
+
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # as SentencePiece's pieces have it
+
+
+class AdeptAnswer(Struct, frozen=True):
+    """The answer of PUT /api; each list has an entry for a prompt, in their order.
+
+    `text` is prompts with their continuations, `generations` the continuations alone; end-of-text is written out where
+    it ended one.  `human_readable_tokens` are the tokens of the continuation's text.  `logprobs` are natural
+    log-probabilities under the network's own logits, of each token of prompt and continuation but the first.  Without
+    new tokens the second and third are empty.
+    """
+
+    text: list[str]
+    logprobs: list[list[float]] | None
+    generations: list[str]
+    human_readable_tokens: list[list[str]]
+
+
+class AdeptHealth(Struct, frozen=True):
+    """The answer of GET /healthz."""
+
+    success: bool
+
+
+async def generate(service: Service, request: AdeptRequest, receive: Receive, record: RequestRecord) -> Response:
+    """The answer to a request in Adept's form.
+
+    Args:
+        service: what the worker serves with.
+        request: well-formed.
+        receive: the request's ASGI channel, its body read to the end.
+        record: of the request; what is found out is written into it.
+
+    Raises:
+        ApiError: the request asks for what the model cannot do, or the engine gave it up.
+        EngineNotReadyError: the model is still loading.
+        EngineDeadError: the engine has ended.
+        ClientDisconnect: the client went away before its answer was complete.
+    """
+    if request.add_bos and service.tokenizer.bos_token_id is None:
+        raise bad_request("This model's vocabulary has no beginning-of-sequence token to add.", "add_BOS")
+    limit = service.max_model_len
+
+    def fit(name: str, prompt: PromptInput, token_ids: list[int]) -> list[int]:
+        if len(token_ids) > limit:
+            raise context_length_exceeded(len(token_ids), min(request.tokens_to_generate, 1), limit, name)
+        return token_ids
+
+    with service.gate.reserved(len(request.prompts), expected_tokens(request.prompts), record.owner):
+        encoded = await service.encode_prompts("prompts", request.prompts, request.add_bos, fit)
+    prompts = [token_ids for _, token_ids in encoded]
+    # Adept's server generates what the longest prompt leaves room for, where that is less than was asked for.
+    left = max(1, limit - max(map(len, prompts)))
+    completion = request.completion(min(request.tokens_to_generate, left))
+    generation = await service.prepare(completion, prompts, [], record)
+    answers, _ = await until_disconnect(receive, service.generator.answers(generation))
+    return Response(
+        msgspec.json.encode(await _answer(service, request, generation, answers)), media_type="application/json"
+    )
+
+
+async def _answer(
+    service: Service, request: AdeptRequest, generation: Generation, answers: list[Answer]
+) -> AdeptAnswer:
+    tokenizer = service.tokenizer
+    begin = token_text(tokenizer, generation.prompts[0].token_ids[0]).name if request.add_bos else ""
+    ends = [_end(tokenizer, answer) for answer in answers]
+    # What stands before a text's first space is no part of the text, unless something is written before it.
+    texts = [
+        begin + tokenizer.decode([*prompt.token_ids, *answer.token_ids], from_start=not begin) + end
+        for prompt, answer, end in zip(generation.prompts, answers, ends, strict=True)
+    ]
+    logprobs = None
+    if request.logprobs:
+        logprobs = [[own.logprob for own in answer.reports if own.logprob is not None] for answer in answers]
+    if request.tokens_to_generate == 0:
+        return AdeptAnswer(texts, logprobs, [], [])
+    continuations = [tokenizer.decode(answer.token_ids, from_start=True) for answer in answers]
+    encoded_again = await service.encoder.encode(["prompts"] * len(continuations), continuations, add_bos=False)
+    readable = [
+        _readable(tokenizer, token_ids) + ([end] if end else [])
+        for token_ids, end in zip(encoded_again, ends, strict=True)
+    ]
+    generations = [text + end for text, end in zip(continuations, ends, strict=True)]
+    return AdeptAnswer(texts, logprobs, generations, readable)
+
+
+def _end(tokenizer: Tokenizer, answer: Answer) -> str:
+    """The end-of-text token as text, where it ended an answer: in Adept's vocabulary it is a text like others."""
+    return token_text(tokenizer, answer.token_ids[-1]).name if answer.finish_reason == "stop" else ""
+
+
+def _readable(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[str]:
+    """The pieces of a text with spaces as spaces, without the one that SentencePiece puts before it."""
+    pieces = tokenizer.pieces(token_ids)
+    return [piece.removeprefix(_SPACE).replace(_SPACE, " ") for piece in pieces[:1]] + [
+        piece.replace(_SPACE, " ") for piece in pieces[1:]
+    ]

@@ -1,0 +1,209 @@
+"""POST /v1/chat/completions: how the answer to a conversation is written, whole or streamed."""
+
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+
+import msgspec
+from fastapi import Response
+from msgspec import UNSET, UnsetType
+from starlette.types import Receive
+
+from persimmon.model.tool_calls import CallDelta, CallForm, begun_call
+from persimmon.server.http.endpoints.service import Service
+from persimmon.server.http.generation.answer_form import chat_form
+from persimmon.server.http.generation.conversation import chat_prompt
+from persimmon.server.http.generation.generation import Answer, Generation, Piece, UsageCount
+from persimmon.server.http.generation.token_report import TokenReport, TokenText
+from persimmon.server.http.request_record import RequestRecord
+from persimmon.server.http.schemas.protocol import ChatCompletionRequest
+from persimmon.server.http.schemas.responses import (
+    CalledFunction,
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    ChatTokenLogprob,
+    ChatToolCall,
+    FunctionDelta,
+    ToolCallDelta,
+    TopLogprob,
+    Usage,
+)
+from persimmon.server.http.transport.disconnect import until_disconnect
+from persimmon.server.http.transport.sse import DONE, EventStream, event
+
+
+async def create_chat_completion(
+    service: Service, request: ChatCompletionRequest, receive: Receive, record: RequestRecord
+) -> Response:
+    """The answer to a chat completion request.
+
+    An answer ends at end-of-text and, in Adept's format, before a new human turn; ignore_eos lifts both.  An answer
+    that follows a grammar ends where the grammar allows it.
+
+    Args:
+        service: what the worker serves with.
+        request: well-formed.
+        receive: the request's ASGI channel, its body read to the end.
+        record: of the request; what is found out is written into it.
+
+    Raises:
+        ApiError: the request asks for what the model cannot do, or the engine gave it up.
+        EngineNotReadyError: the model is still loading.
+        EngineDeadError: the engine has ended.
+        ClientDisconnect: the client went away before its answer was complete.
+    """
+    form = chat_form(request)
+    chat = service.chat
+    prompt = await chat_prompt(chat, request.messages, request.tools if form.calls is not None else ())
+    if form.calls is not None and form.calls.begun is not None:
+        begun = begun_call(form.calls.begun)
+        prompt = prompt.followed_by(begun if chat.leading_space else begun.lstrip())
+    goes_on = request.ignore_eos and not form.ends_by_grammar
+    # JSON and other enforced text may contain what would otherwise be a new turn.
+    turn_end = chat.stop if form.may_be_text and not goes_on else ()
+    generation = await service.prepare(request, [prompt], [*request.stop, *turn_end], record, form)
+    if request.stream:
+        return EventStream(_stream(service, request, generation), service.gate.limits.ping_interval)
+    body = await until_disconnect(receive, _whole(service, request, generation))
+    return Response(body, media_type="application/json")
+
+
+async def _whole(service: Service, request: ChatCompletionRequest, generation: Generation) -> bytes:
+    created = int(time.time())
+    answers, usage = await service.generator.answers(generation)
+    choices = [
+        ChatChoice(
+            index,
+            _message(answer, generation.calls),
+            answer.finish_reason,
+            _logprobs(answer.reports) if request.logprobs else None,
+            token_ids=answer.token_ids if request.return_token_ids else UNSET,
+        )
+        for index, answer in enumerate(answers)
+    ]
+    return msgspec.json.encode(
+        ChatCompletion(
+            _new_id(),
+            created,
+            service.served_model_name,
+            service.system_fingerprint,
+            choices,
+            usage,
+            service_tier=_tier(request),
+            prompt_token_ids=generation.prompt_token_ids(0) if request.return_token_ids else UNSET,
+        )
+    )
+
+
+def _message(answer: Answer, form: CallForm | None) -> ChatMessage:
+    if not answer.calls:
+        # Calls of which nothing has come, since the answer was too short for them, are no content either.
+        return ChatMessage(None if form is not None and form.forced else answer.text)
+    calls = [ChatToolCall(_call_id(), CalledFunction(call.name, call.arguments)) for call in answer.calls]
+    return ChatMessage(None, tool_calls=calls)
+
+
+async def _stream(
+    service: Service, request: ChatCompletionRequest, generation: Generation
+) -> AsyncGenerator[bytes, None]:
+    identity = (_new_id(), int(time.time()), service.served_model_name, service.system_fingerprint)
+    tier = _tier(request)
+    count = UsageCount(generation)
+    usage: Usage | UnsetType | None = None if request.include_usage else UNSET
+    with_ids = request.return_token_ids
+    begun = False
+    forced = generation.calls is not None and generation.calls.forced
+
+    def role_chunk(choice: int) -> bytes:
+        choices = [ChatChunkChoice(choice, ChatDelta("assistant", None if forced else ""))]
+        prompt = generation.prompt_token_ids(0) if with_ids and choice == 0 else UNSET
+        return event(ChatCompletionChunk(*identity, choices, usage, tier, prompt))
+
+    def piece_chunks(piece: Piece) -> bytes:
+        """What a piece adds; of its tokens the first chunk tells."""
+        deltas = [ChatDelta(tool_calls=[_call_delta(call)]) for call in piece.calls]
+        if piece.text or not (deltas or forced):
+            deltas.insert(0, ChatDelta(content=piece.text))
+        logprobs = _logprobs(piece.reports) if piece.reports else None
+        token_ids = piece.token_ids if with_ids else UNSET
+        frames = b""
+        for delta in deltas or [ChatDelta()]:
+            choice = ChatChunkChoice(piece.choice, delta, logprobs=logprobs, token_ids=token_ids)
+            frames += event(ChatCompletionChunk(*identity, [choice], usage, tier))
+            logprobs, token_ids = None, UNSET
+        return frames
+
+    def finish_chunk(piece: Piece) -> bytes:
+        choice = ChatChunkChoice(piece.choice, ChatDelta(), piece.finish_reason)
+        return event(ChatCompletionChunk(*identity, [choice], usage, tier))
+
+    def chunks(piece: Piece) -> bytes:
+        frames = b""
+        if piece.text or piece.calls or piece.reports or (with_ids and piece.token_ids):
+            frames += piece_chunks(piece)
+        if piece.finish_reason is not None:
+            frames += finish_chunk(piece)
+        return frames
+
+    async with contextlib.aclosing(service.generator.run(generation)) as batches:
+        async for batch in batches:
+            frames = b""
+            if not begun:
+                begun = True
+                usage = count.usage if request.continuous_usage else usage
+                # Of all choices, in order: OpenAI's client makes room for each as it first comes.
+                frames = b"".join(map(role_chunk, range(generation.choices)))
+            for piece in batch:
+                count.add(piece)
+                if request.continuous_usage:
+                    usage = count.usage
+                frames += chunks(piece)
+            if frames:
+                yield frames
+    if request.include_usage:
+        yield event(ChatCompletionChunk(*identity, [], count.usage, tier)) + DONE
+    else:
+        yield DONE
+
+
+def _tier(request: ChatCompletionRequest) -> str | UnsetType:
+    return UNSET if request.service_tier is None else "default"
+
+
+def _call_delta(call: CallDelta) -> ToolCallDelta:
+    if call.name is None:
+        return ToolCallDelta(index=call.index, function=FunctionDelta(arguments=call.arguments))
+    function = FunctionDelta(call.name, call.arguments)
+    return ToolCallDelta(index=call.index, id=_call_id(), type="function", function=function)
+
+
+def _logprobs(reports: Sequence[TokenReport]) -> ChatLogprobs:
+    return ChatLogprobs(
+        [
+            ChatTokenLogprob(
+                own.text.name,
+                0.0 if own.logprob is None else own.logprob,
+                _utf8(own.text),
+                [TopLogprob(text.name, logprob, _utf8(text)) for text, logprob in own.top],
+            )
+            for own in reports
+        ]
+    )
+
+
+def _utf8(text: TokenText) -> list[int] | None:
+    return None if text.utf8 is None else list(text.utf8)
+
+
+def _call_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
+def _new_id() -> str:
+    return f"chatcmpl-{uuid.uuid4().hex}"

@@ -1,0 +1,193 @@
+"""POST /classify and /classify/tokens: what a classifier says of whole texts, or of each of their tokens.
+
+The answer of /classify is vLLM's; that of /classify/tokens, which vLLM lacks, looks like it.
+"""
+
+import time
+import uuid
+from collections.abc import Coroutine, Iterator, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+from fastapi import Response
+from msgspec import Struct
+from starlette.types import Receive
+
+from persimmon.model.config import Architecture, ScoreFunction
+from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.http.endpoints.pooling import Inputs, pooled, prepare, written
+from persimmon.server.http.endpoints.service import Service
+from persimmon.server.http.generation.token_report import read_prompt, token_text
+from persimmon.server.http.request_record import RequestRecord
+from persimmon.server.http.schemas.pooling_protocol import ClassifyRequest
+from persimmon.server.http.transport.disconnect import until_disconnect
+
+
+class ClassificationUsage(Struct, frozen=True):
+    """The tokens of all inputs; nothing is generated."""
+
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int = 0
+    prompt_tokens_details: None = None
+
+
+class Classification(Struct, frozen=True):
+    """What one input is: its most probable label, and each label's probability in the order of the model's labels.
+
+    Without an activation, and of a regression, `probs` are the logits.
+    """
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class _Answer(Struct, frozen=True, tag_field="object", tag="list"):
+    id: str
+    created: int
+    model: str
+    usage: ClassificationUsage
+
+
+class Classifications(_Answer, frozen=True, tag="list"):
+    """The answer of POST /classify; a classification for each input, in their order."""
+
+    data: list[Classification]
+
+
+class TokenClassification(Struct, frozen=True):
+    r"""What one token is: its most probable label, and each label's probability in the order of the model's labels.
+
+    A token that is no whole characters has a name like "bytes:\xe2".  `text_offset` counts characters of the input's
+    text before it.
+    """
+
+    token_id: int
+    token: str
+    text_offset: int
+    label: str
+    probs: list[float]
+
+
+class InputClassification(Struct, frozen=True):
+    """What the tokens of one input are, all of them in order; a beginning-of-sequence token is among them."""
+
+    index: int
+    tokens: list[TokenClassification]
+    num_classes: int
+
+
+class TokenClassifications(_Answer, frozen=True, tag="list"):
+    """The answer of POST /classify/tokens; the tokens of each input, in their order."""
+
+    data: list[InputClassification]
+
+
+async def classify(service: Service, request: ClassifyRequest, receive: Receive, record: RequestRecord) -> Response:
+    """The answer to a request to classify texts.
+
+    As in Transformers, padding at an input's end is looked past.
+
+    Args:
+        service: what the worker serves with.
+        request: well-formed.
+        receive: the request's ASGI channel, its body read to the end.
+        record: of the request; what is found out is written into it.
+
+    Raises:
+        ApiError: the request asks for what the model cannot do, or the engine gave it up.
+        EngineNotReadyError: the model is still loading.
+        EngineDeadError: the engine has ended.
+        ClientDisconnect: the client went away before its answer was complete.
+    """
+    service.check_use(Architecture.SEQUENCE_CLASSIFICATION)
+    inputs = await prepare(service, request, record)
+    return await _answer(receive, _whole(service, request, inputs))
+
+
+async def classify_tokens(
+    service: Service, request: ClassifyRequest, receive: Receive, record: RequestRecord
+) -> Response:
+    """The answer to a request to classify tokens; arguments and errors are those of `classify`."""
+    service.check_use(Architecture.TOKEN_CLASSIFICATION)
+    inputs = await prepare(service, request, record)
+    return await _answer(receive, _of_tokens(service, request, inputs))
+
+
+async def _answer(receive: Receive, work: Coroutine[Any, Any, _Answer]) -> Response:
+    return Response(msgspec.json.encode(await until_disconnect(receive, work)), media_type="application/json")
+
+
+async def _whole(service: Service, request: ClassifyRequest, inputs: Inputs) -> Classifications:
+    config = service.config
+    function = config.score_function if request.use_activation else "none"
+
+    def entry(index: int, rows: np.ndarray) -> Classification:
+        probabilities = activated(rows[-1], function)
+        label = config.labels[int(probabilities.argmax())]
+        return Classification(index, label, probabilities.tolist(), config.num_labels)
+
+    # What comes after the token whose scores count changes nothing.
+    prompts = (token_ids[: config.pooled_token(token_ids) + 1] for token_ids in inputs.prompts)
+    data = await written(pooled(service.engine, prompts, "last", config.num_labels, inputs.record, scores=True), entry)
+    return Classifications(*_identity(service), _usage(inputs), data)
+
+
+async def _of_tokens(service: Service, request: ClassifyRequest, inputs: Inputs) -> TokenClassifications:
+    config = service.config
+    function = config.score_function if request.use_activation else "none"
+
+    def entry(index: int, rows: np.ndarray) -> InputClassification:
+        probabilities = activated(rows, function)
+        texts = _texts(service.tokenizer, inputs.prompts[index])
+        tokens = [
+            TokenClassification(token_id, text, offset, config.labels[best], own)
+            for (token_id, text, offset), best, own in zip(
+                texts, probabilities.argmax(-1).tolist(), probabilities.tolist(), strict=True
+            )
+        ]
+        return InputClassification(index, tokens, config.num_labels)
+
+    results = pooled(service.engine, inputs.prompts, "all", config.num_labels, inputs.record, scores=True)
+    return TokenClassifications(*_identity(service), _usage(inputs), await written(results, entry))
+
+
+def activated(scores: np.ndarray, function: ScoreFunction) -> np.ndarray:
+    """What is reported of a classifier's scores.
+
+    Args:
+        scores: [..., num_labels] float32.
+        function: as `PersimmonConfig.score_function` says.
+
+    Returns:
+        [..., num_labels] float64.
+    """
+    result: np.ndarray = scores.astype(np.float64)
+    match function:
+        case "softmax":
+            result = np.exp(result - result.max(-1, keepdims=True))
+            result /= result.sum(-1, keepdims=True)
+        case "sigmoid":
+            result = (1 + np.tanh(result / 2)) / 2  # a form that cannot overflow
+        case "none":
+            pass
+    return result
+
+
+def _texts(tokenizer: Tokenizer, token_ids: Sequence[int]) -> Iterator[tuple[int, str, int]]:
+    """Each token with its name and how many characters of the text come before it."""
+    offset = 0
+    for token_id, text, prefix in read_prompt(tokenizer, tokenizer.detokenizer(), token_ids):
+        yield token_id, token_text(tokenizer, token_id).without_prefix(prefix).name, offset
+        offset += len(text)
+
+
+def _identity(service: Service) -> tuple[str, int, str]:
+    return f"classify-{uuid.uuid4().hex}", int(time.time()), service.served_model_name
+
+
+def _usage(inputs: Inputs) -> ClassificationUsage:
+    return ClassificationUsage(inputs.num_tokens, inputs.num_tokens)

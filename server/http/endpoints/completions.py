@@ -1,0 +1,121 @@
+"""POST /v1/completions: how the answer to prompts is written, whole or streamed."""
+
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+
+import msgspec
+from fastapi import Response
+from msgspec import UNSET, UnsetType
+from starlette.types import Receive
+
+from persimmon.server.http.endpoints.service import Service
+from persimmon.server.http.generation.answer_form import AnswerForm
+from persimmon.server.http.generation.generation import Generation, Piece, UsageCount
+from persimmon.server.http.generation.token_report import TokenReport
+from persimmon.server.http.request_record import RequestRecord
+from persimmon.server.http.schemas.protocol import CompletionRequest
+from persimmon.server.http.schemas.responses import Completion, CompletionChoice, CompletionLogprobs, Usage
+from persimmon.server.http.transport.disconnect import until_disconnect
+from persimmon.server.http.transport.sse import DONE, EventStream, event
+
+
+async def create_completion(
+    service: Service, request: CompletionRequest, receive: Receive, record: RequestRecord
+) -> Response:
+    """The answer to a completion request.
+
+    Args:
+        service: what the worker serves with.
+        request: well-formed.
+        receive: the request's ASGI channel, its body read to the end.
+        record: of the request; what is found out is written into it.
+
+    Raises:
+        ApiError: the request asks for what the model cannot do, or the engine gave it up.
+        EngineNotReadyError: the model is still loading.
+        EngineDeadError: the engine has ended.
+        ClientDisconnect: the client went away before its answer was complete.
+    """
+    form = AnswerForm(request.constraint)
+    generation = await service.prepare(request, request.prompt, request.stop, record, form)
+    empty = Completion(
+        f"cmpl-{uuid.uuid4().hex}", int(time.time()), service.served_model_name, service.system_fingerprint, []
+    )
+    if request.stream:
+        return EventStream(_stream(service, request, generation, empty), service.gate.limits.ping_interval)
+    body = await until_disconnect(receive, _whole(service, request, generation, empty))
+    return Response(body, media_type="application/json")
+
+
+async def _whole(service: Service, request: CompletionRequest, generation: Generation, empty: Completion) -> bytes:
+    answers, usage = await service.generator.answers(generation)
+    with_ids = request.return_token_ids
+    choices = [
+        CompletionChoice(
+            index,
+            answer.text,
+            answer.finish_reason,
+            _logprobs(answer.reports) if generation.logprobs is not None else None,
+            token_ids=answer.token_ids if with_ids else UNSET,
+            prompt_token_ids=generation.prompts[index // generation.n].token_ids if with_ids else UNSET,
+        )
+        for index, answer in enumerate(answers)
+    ]
+    return msgspec.json.encode(msgspec.structs.replace(empty, choices=choices, usage=usage))
+
+
+async def _stream(
+    service: Service, request: CompletionRequest, generation: Generation, empty: Completion
+) -> AsyncGenerator[bytes, None]:
+    identity = (empty.id, empty.created, empty.model, empty.system_fingerprint)
+    count = UsageCount(generation)
+    usage: Usage | UnsetType | None = None if request.include_usage else UNSET
+    begun: set[int] = set()
+
+    def chunk(piece: Piece) -> bytes:
+        with_ids = request.return_token_ids and piece.token_ids
+        if not (piece.text or piece.finish_reason or piece.reports or with_ids):
+            return b""
+        logprobs = _logprobs(piece.reports) if piece.reports else None
+        choice = CompletionChoice(piece.choice, piece.text, piece.finish_reason, logprobs)
+        if request.return_token_ids:
+            prompt = UNSET if piece.choice in begun else generation.prompt_token_ids(piece.choice)
+            begun.add(piece.choice)
+            choice = msgspec.structs.replace(choice, token_ids=piece.token_ids, prompt_token_ids=prompt)
+        return event(Completion(*identity, [choice], usage=usage))
+
+    async with contextlib.aclosing(service.generator.run(generation)) as batches:
+        async for batch in batches:
+            frames = b""
+            for piece in batch:
+                count.add(piece)
+                if request.continuous_usage:
+                    usage = count.usage
+                frames += chunk(piece)
+            if frames:
+                yield frames
+    if request.include_usage:
+        yield event(msgspec.structs.replace(empty, usage=count.usage)) + DONE
+    else:
+        yield DONE
+
+
+def _logprobs(reports: Sequence[TokenReport]) -> CompletionLogprobs:
+    return CompletionLogprobs(
+        [own.text.name for own in reports],
+        [own.logprob for own in reports],
+        [_top(own) for own in reports],
+        [own.offset for own in reports],
+    )
+
+
+def _top(own: TokenReport) -> dict[str, float] | None:
+    """The token itself and the most probable ones; of several that read alike the most probable."""
+    if own.logprob is None:
+        return None
+    top = {own.text.name: own.logprob}
+    for text, logprob in own.top:
+        top[text.name] = max(logprob, top.get(text.name, logprob))
+    return top

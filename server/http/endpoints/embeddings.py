@@ -1,0 +1,100 @@
+"""POST /v1/embeddings: final hidden states of the served network, as OpenAI writes embeddings.
+
+The final hidden state is the output of the last LayerNorm, which Transformers' PersimmonModel calls last_hidden_state.
+"""
+
+import base64
+
+import msgspec
+import numpy as np
+from fastapi import Response
+from msgspec import Struct
+from starlette.types import Receive
+
+from persimmon.server.http.endpoints.pooling import Inputs, pooled, prepare, written
+from persimmon.server.http.endpoints.service import Service
+from persimmon.server.http.errors import bad_request
+from persimmon.server.http.request_record import RequestRecord
+from persimmon.server.http.schemas.pooling_protocol import EmbeddingRequest
+from persimmon.server.http.transport.disconnect import until_disconnect
+
+
+class EmbeddingUsage(Struct, frozen=True):
+    """The tokens of all inputs; nothing is generated, so both are the same."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(Struct, frozen=True, tag_field="object", tag="embedding"):
+    """The embedding of one input: numbers, or the base64 of little-endian float32 numbers."""
+
+    index: int
+    embedding: list[float] | str
+
+
+class Embeddings(Struct, frozen=True, tag_field="object", tag="list"):
+    """The answer of POST /v1/embeddings; an embedding for each input, in their order."""
+
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+async def create_embeddings(
+    service: Service, request: EmbeddingRequest, receive: Receive, record: RequestRecord
+) -> Response:
+    """The answer to an embeddings request, of any model.
+
+    Args:
+        service: what the worker serves with.
+        request: well-formed.
+        receive: the request's ASGI channel, its body read to the end.
+        record: of the request; what is found out is written into it.
+
+    Raises:
+        ApiError: the request asks for what the model cannot do, or the engine gave it up.
+        EngineNotReadyError: the model is still loading.
+        EngineDeadError: the engine has ended.
+        ClientDisconnect: the client went away before its answer was complete.
+    """
+    width = service.config.hidden_size
+    if request.dimensions not in (None, width):
+        raise bad_request(
+            f"dimensions is {request.dimensions}, but this model's embeddings have {width}, and a part of one stands "
+            f"for nothing; leave it out or send {width}.",
+            "dimensions",
+        )
+    inputs = await prepare(service, request, record)
+    body = await until_disconnect(receive, _whole(service, request, inputs))
+    return Response(body, media_type="application/json")
+
+
+async def _whole(service: Service, request: EmbeddingRequest, inputs: Inputs) -> bytes:
+    mean = request.pooling == "mean"
+
+    def entry(index: int, rows: np.ndarray) -> Embedding:
+        count = len(inputs.prompts[index]) if mean else 1
+        embedding = _embedding(rows, count, normalize=request.normalizes)
+        return Embedding(index, _base64(embedding) if request.encoding_format == "base64" else embedding.tolist())
+
+    states = pooled(
+        service.engine, inputs.prompts, "sum" if mean else "last", service.config.hidden_size, inputs.record
+    )
+    data = await written(states, entry)
+    usage = EmbeddingUsage(inputs.num_tokens, inputs.num_tokens)
+    return msgspec.json.encode(Embeddings(data, service.served_model_name, usage))
+
+
+def _embedding(rows: np.ndarray, count: int, *, normalize: bool) -> np.ndarray:
+    """[width] float32 of [rows, width] that sum up `count` states."""
+    embedding = rows.sum(axis=0, dtype=np.float64) / count
+    length = np.linalg.norm(embedding)
+    if normalize and length > 0:
+        embedding /= length
+    result: np.ndarray = embedding.astype(np.float32)
+    return result
+
+
+def _base64(embedding: np.ndarray) -> str:
+    return base64.b64encode(embedding.astype("<f4").tobytes()).decode()

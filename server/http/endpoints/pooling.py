@@ -1,0 +1,165 @@
+"""From prompts to numbers: final hidden states or a classifier's scores, many prompts at a time.
+
+Knows nothing of what the numbers are for or of how an answer is written.
+"""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from persimmon.server.engine.client import EngineClient, SequenceStream, Work
+from persimmon.server.engine.messages import Pooling
+from persimmon.server.http.endpoints.service import MAX_CHOICES, Service, expected_tokens
+from persimmon.server.http.errors import bad_request, context_length_exceeded, generation_failed, given_up
+from persimmon.server.http.generation.prompt_encoder import PromptInput
+from persimmon.server.http.middleware.keys import salted
+from persimmon.server.http.request_record import RequestRecord
+from persimmon.server.http.schemas.pooling_protocol import PoolingRequest
+
+MAX_RUNNING = 64
+"""Inputs of one request that the engine has at a time.  So a long list does not hold up who comes after it, and short
+ones still fill a step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a request wants to know of, checked.
+
+    Attributes:
+        prompts: at least one, each of at least one token.
+        record: of the request.
+    """
+
+    prompts: Sequence[list[int]]
+    record: RequestRecord
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return sum(map(len, self.prompts))
+
+
+async def prepare(service: Service, request: PoolingRequest, record: RequestRecord) -> Inputs:
+    """Checks a request's inputs against the model and tokenizes them.
+
+    Args:
+        service: what the worker serves with.
+        request: well-formed.
+        record: of the request; what is found out is written into it.
+
+    Raises:
+        ApiError: another model's name, too many inputs, an empty one or one that is too long, or a token id outside the
+            vocabulary; or the server is full.
+        EngineNotReadyError: the model is still loading.
+        EngineDeadError: the engine has ended.
+    """
+    service.check_model(request.model)
+    limit = service.max_model_len
+    if len(request.input) > MAX_CHOICES:
+        raise bad_request(f"input has {len(request.input)} entries; one request may have {MAX_CHOICES}.", "input")
+
+    def fit(name: str, prompt: PromptInput, token_ids: list[int]) -> list[int]:
+        token_ids = request.shortened(token_ids, limit, "right")
+        if len(token_ids) > limit:
+            raise context_length_exceeded(len(token_ids), 0, limit, name)
+        return token_ids
+
+    at_once = request.input[:MAX_RUNNING]
+    with service.gate.reserved(len(at_once), expected_tokens(at_once), record.owner):
+        encoded = await service.encode_prompts("input", request.input, request.add_bos, fit)
+    inputs = Inputs([token_ids for _, token_ids in encoded], record)
+    record.prompt_tokens = inputs.num_tokens
+    record.cache_salt = salted(record.cache_salt, request.cache_salt)
+    if record.prompts is not None:
+        record.prompts += request.input
+    return inputs
+
+
+async def pooled(
+    engine: EngineClient,
+    prompts: Iterable[list[int]],
+    pooling: Pooling,
+    width: int,
+    record: RequestRecord,
+    *,
+    scores: bool = False,
+) -> AsyncGenerator[np.ndarray, None]:
+    """What the engine reports of each prompt, in their order.
+
+    Closing it, like any error, aborts every prompt that still runs.
+
+    Args:
+        engine: computes them.
+        prompts: token ids, at least one each.
+        pooling: what to report, as `persimmon.server.engine.messages.Submit` has it.
+        width: numbers of a row: the hidden size, or how many labels there are.
+        record: of the request that they belong to.
+        scores: whether rows are a classifier's scores instead of final hidden states.
+
+    Yields:
+        [rows, width] float32.
+
+    Raises:
+        ApiError: the engine gave up one of the prompts, or its numbers are not finite.
+        EngineDeadError: the engine has ended.
+        EngineNotReadyError: the model is still loading.
+    """
+    waiting = iter(prompts)
+    running: deque[SequenceStream] = deque()
+    with contextlib.ExitStack() as stack:
+
+        def submit(count: int) -> None:
+            for token_ids in islice(waiting, count):
+                work = Work(
+                    token_ids,
+                    0,
+                    pooling=pooling,
+                    scores=scores,
+                    cache_salt=record.cache_salt,
+                    request_id=record.request_id,
+                    owner=record.owner,
+                    weight=record.share,
+                )
+                running.extend(stack.enter_context(engine.submit(work)))
+
+        submit(MAX_RUNNING)
+        while running:
+            yield await _rows(running.popleft(), width)
+            submit(1)
+
+
+async def written(
+    results: AsyncGenerator[np.ndarray, None], entry: Callable[[int, np.ndarray], msgspec.Struct]
+) -> list[Any]:
+    """An entry for each prompt, as a msgspec.Raw, which stands in an answer wherever the entry could.
+
+    Args:
+        results: of `pooled`; closed in the end.
+        entry: makes an entry of a prompt's place and rows.
+    """
+    data: list[msgspec.Raw] = []
+    async with contextlib.aclosing(results):
+        async for rows in results:
+            # One by one: thousands at once would hold up the other requests.
+            data.append(msgspec.Raw(msgspec.json.encode(entry(len(data), rows))))
+            await asyncio.sleep(0)
+    return data
+
+
+async def _rows(stream: SequenceStream, width: int) -> np.ndarray:
+    parts = []
+    async for output in stream:
+        if output.finish_reason in ("error", "expired"):
+            raise given_up(output.finish_reason, output.error)
+        parts.append(output.pooled)
+    rows = np.frombuffer(b"".join(parts), "<f4").reshape(-1, width)
+    if not np.isfinite(rows).all():
+        raise generation_failed("The model's result for this input is not finite.")
+    return rows

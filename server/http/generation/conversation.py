@@ -1,0 +1,146 @@
+"""From the messages of a request to the prompt that the model continues.
+
+Knows the requests' fields, the chat formats and the form of tools; nothing of tokens.
+"""
+
+import asyncio
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from persimmon.model.chat import ROLES, Chat, ChatPrompt
+from persimmon.model.chat_format import ChatFormatError, Turn
+from persimmon.model.chat_template_files import ChatTemplateError
+from persimmon.model.tool_calls import ToolCall, calls_text, describe, result_text
+from persimmon.server.http.errors import ApiError, bad_request
+from persimmon.server.http.schemas.chat_message import ChatMessage
+from persimmon.server.http.schemas.tool_fields import Tool
+
+
+async def chat_prompt(chat: Chat, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> ChatPrompt:
+    """The conversation as the model reads it.
+
+    Args:
+        chat: the served model's chat format.
+        messages: at least one.
+        tools: that the model is told of.
+
+    Raises:
+        ApiError: the format cannot hold it: a role that it lacks, an answer at the end, the result of a call that was
+            not made, or what a checkpoint's template refuses.
+    """
+    if chat.template is None:
+        turns = _turns(messages)
+        if tools:
+            turns.append(_described(tools))
+        try:
+            return chat.of_turns(turns)
+        except ChatFormatError as error:
+            raise bad_request(f"Invalid 'messages': {error}.", "messages") from None
+    for number, message in enumerate(messages):
+        if not chat.allows_role(message.role):
+            raise _unknown_role(number, message.role)
+    if chat.takes_tools:
+        shown, functions = list(_as_sent(messages)), [_as_json(tool) for tool in tools] or None
+    else:
+        shown, functions = _as_text(chat, _turns(messages), tools), None
+    try:
+        # A template is a program: the other requests do not wait for it.
+        return await asyncio.to_thread(chat.of_messages, shown, functions)
+    except ChatTemplateError as error:
+        # A template's own words may hold those of a message.
+        raise bad_request(
+            f"Invalid 'messages': this model's chat template does not render them: {error}.",
+            "messages",
+            quotation=f": {error}",
+        ) from None
+
+
+def _turns(messages: Sequence[ChatMessage]) -> list[Turn]:
+    """The messages with calls and results as text, in the form that Adept's format gives them."""
+    called: dict[str | None, str] = {}
+    turns = []
+    for number, message in enumerate(messages):
+        text = message.text
+        if message.tool_calls:
+            called |= {call.id: call.function.name for call in message.tool_calls}
+            calls = calls_text(ToolCall(call.function.name, call.function.arguments) for call in message.tool_calls)
+            text = f"{text}\n\n{calls}" if text else calls
+        if message.role == "tool":
+            name = called.get(message.tool_call_id)
+            if name is None:
+                field = f"messages[{number}].tool_call_id"
+                raise bad_request(f"Invalid '{field}': no message before this one makes a call of this id.", field)
+            text = result_text(name, text)
+        turns.append(Turn(message.role, text))
+    return turns
+
+
+def _described(tools: Sequence[Tool]) -> Turn:
+    return Turn("system", describe([tool.function.function for tool in tools]))
+
+
+def _as_text(chat: Chat, turns: list[Turn], tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """Turns for a template that does not know tools: a system message describes them, results are the user's.
+
+    Where the template has no system messages either, the first message describes them.
+    """
+    if tools:
+        described = _described(tools)
+        if turns[0].role in ("system", "developer") or not chat.takes_system:
+            turns[0] = replace(turns[0], content=f"{turns[0].content}\n\n{described.content}".lstrip("\n"))
+        else:
+            turns.insert(0, described)
+    roles = {"developer": "system", "tool": "user"}
+    return [{"role": roles.get(turn.role, turn.role), "content": turn.content} for turn in turns]
+
+
+def _as_sent(messages: Sequence[ChatMessage]) -> Iterator[dict[str, Any]]:
+    """Messages for a template that knows tools, with the arguments of calls as JSON, as templates expect them."""
+    called: dict[str | None, str] = {}
+    for message in messages:
+        entry: dict[str, Any] = {
+            "role": "system" if message.role == "developer" else message.role,
+            "content": message.text,
+        }
+        if message.name is not None:
+            entry["name"] = message.name
+        if message.tool_calls:
+            called |= {call.id: call.function.name for call in message.tool_calls}
+            entry["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
+                }
+                for call in message.tool_calls
+            ]
+        if message.tool_call_id is not None:
+            entry["tool_call_id"] = message.tool_call_id
+            entry["name"] = called.get(message.tool_call_id, "")
+        yield entry
+
+
+def _arguments(text: str) -> Any:
+    try:
+        return json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return text
+
+
+def _as_json(tool: Tool) -> dict[str, Any]:
+    function = tool.function.function
+    described = {} if function.description is None else {"description": function.description}
+    return {
+        "type": "function",
+        "function": {"name": function.name, **described, "parameters": function.arguments_schema},
+    }
+
+
+def _unknown_role(number: int, role: str) -> ApiError:
+    return bad_request(
+        f"Invalid 'messages': messages[{number}] has the role {role[:40]!r}, which this model's chat template does not "
+        f"name; use {', '.join(ROLES)}.",
+        "messages",
+    )

@@ -1,0 +1,172 @@
+"""Fields of OpenAI's and vLLM's APIs that this server does not implement: which it ignores, which it refuses, and why.
+
+A field that cannot change an answer is accepted, whatever its value.  One that asks for something else than this
+server does is refused by name.  docs/reference/fields.md is made from these.  Knows nothing of the fields that are
+implemented.
+"""
+
+from persimmon.server.http.schemas.request_object import Refusal, Refused, WithoutEffect
+
+_NO_REASONING = "the model does not reason before it answers"
+_TEXT_ONLY = "the model reads and writes text only"
+_NO_TRANSFER = "the KV cache is not shared between servers"
+_STRUCTURED_OUTPUTS = "vLLM replaced it in version 0.12"
+
+WITHOUT_EFFECT: WithoutEffect = {
+    "metadata": "it labels requests that OpenAI stores",
+    "prompt_cache_key": "prompts share cached prefixes by their tokens; cache_salt keeps them apart",
+    "prompt_cache_options": "the prefix cache needs no hints",
+    "prompt_cache_retention": "the prefix cache keeps what fits",
+    "return_mm_kwargs": _TEXT_ONLY,
+    "safety_identifier": "it names the end user",
+    "session_id": "requests of a conversation share cached prefixes without it",
+    "spaces_between_special_tokens": "special tokens are no part of an answer's text",
+    "store": "nothing is stored",
+    "thinking_token_budget": _NO_REASONING,
+    "user": "it names the end user",
+}
+"""Of completions and chat."""
+
+WITHOUT_EFFECT_IN_CHAT: WithoutEffect = {
+    **WITHOUT_EFFECT,
+    "add_special_tokens": "the chat format has its own",
+    "include_reasoning": _NO_REASONING,
+    "prediction": "it only speeds answers up",
+    "reasoning_effort": _NO_REASONING,
+    "verbosity": "the model has not been trained to vary it",
+}
+
+WITHOUT_EFFECT_IN_MESSAGES: WithoutEffect = {
+    "annotations": "they are about an answer's text",
+    "cache_control": "the prefix cache needs no hints",
+    "parsed": "OpenAI's client makes it from the content",
+    "provider_specific_fields": "LiteLLM adds it to answers",
+    "reasoning": "earlier reasoning is not shown to the model",
+    "reasoning_content": "earlier reasoning is not shown to the model",
+    "reasoning_details": "earlier reasoning is not shown to the model",
+    "thinking_blocks": "earlier reasoning is not shown to the model",
+}
+
+WITHOUT_EFFECT_IN_PARTS: WithoutEffect = {
+    "annotations": "they are about an answer's text",
+    "cache_control": "the prefix cache needs no hints",
+    "prompt_cache_breakpoint": "the prefix cache needs no hints",
+}
+
+WITHOUT_EFFECT_IN_TOOLS: WithoutEffect = {"cache_control": "the prefix cache needs no hints"}
+
+WITHOUT_EFFECT_IN_CALLS: WithoutEffect = {
+    **WITHOUT_EFFECT_IN_TOOLS,
+    "provider_specific_fields": "LiteLLM adds it to answers",
+}
+
+WITHOUT_EFFECT_IN_POOLING: WithoutEffect = {"user": "it names the end user"}
+"""Of embeddings and classification."""
+
+REFUSED: Refused = {
+    "allowed_token_ids": Refusal(
+        "it is not implemented", instead="use structured_outputs, or logit_bias of -100 for what must not come"
+    ),
+    "bad_words": Refusal("it is not implemented", ([],), "give their token ids a logit_bias of -100"),
+    "ec_transfer_params": Refusal("the model has no encoder"),
+    "guided_choice": Refusal(_STRUCTURED_OUTPUTS, instead="use structured_outputs.choice"),
+    "guided_decoding_backend": Refusal("there is one backend"),
+    "guided_grammar": Refusal(_STRUCTURED_OUTPUTS, instead="use structured_outputs.grammar"),
+    "guided_json": Refusal(_STRUCTURED_OUTPUTS, instead="use structured_outputs.json"),
+    "guided_json_object": Refusal(_STRUCTURED_OUTPUTS, (False,), "use structured_outputs.json_object"),
+    "guided_regex": Refusal(_STRUCTURED_OUTPUTS, instead="use structured_outputs.regex"),
+    "guided_whitespace_pattern": Refusal("whitespace between JSON's tokens is fixed"),
+    "include_stop_str_in_output": Refusal("answers end before a stop string", (False,)),
+    "kv_transfer_params": Refusal(_NO_TRANSFER),
+    "length_penalty": Refusal("it belongs to beam search, which is not implemented", (1,)),
+    "logprob_token_ids": Refusal("it is not implemented", instead="use logprobs with the most probable tokens"),
+    "media_io_kwargs": Refusal(_TEXT_ONLY, ({},)),
+    "mm_payload": Refusal(_TEXT_ONLY),
+    "mm_processor_kwargs": Refusal(_TEXT_ONLY, ({},)),
+    "moderation": Refusal("answers are not moderated"),
+    "prompt_logprobs": Refusal("it is not implemented", instead="use completions with echo and logprobs"),
+    "repetition_detection": Refusal("it is not implemented", instead="use the penalties and max_tokens"),
+    "request_id": Refusal("a request's id is a header", instead="send the header X-Request-Id"),
+    "return_token_offsets": Refusal("it is not implemented", (False,)),
+    "return_tokens_as_token_ids": Refusal("it is not implemented", (False,), "use return_token_ids"),
+    "routed_experts_prompt_start": Refusal("the model has no experts", (0,)),
+    "skip_special_tokens": Refusal(
+        "special tokens are no part of an answer's text", (True,), "use return_token_ids and /detokenize"
+    ),
+    "stream_interval": Refusal("chunks are sent as soon as tokens come", (1,)),
+    "use_beam_search": Refusal("it is not implemented", (False,), "use best_of of completions"),
+    "vllm_xargs": Refusal("they are for extensions of vLLM", ({},)),
+    "watermarking": Refusal("it is not implemented", (False,)),
+}
+"""Of completions and chat."""
+
+REFUSED_IN_COMPLETIONS: Refused = {
+    **REFUSED,
+    "prompt_embeds": Refusal("prompts are texts or token ids"),
+    "suffix": Refusal("the model was not trained to insert text", ("",)),
+}
+
+REFUSED_IN_CHAT: Refused = {
+    **REFUSED,
+    "add_generation_prompt": Refusal("the answer is a new turn of the assistant", (True,), "use completions"),
+    "audio": Refusal(_TEXT_ONLY),
+    "best_of": Refusal("it is not implemented for chat", (1,), "use completions"),
+    "chat_template": Refusal("the server uses the checkpoint's", instead="use completions with a rendered prompt"),
+    "chat_template_kwargs": Refusal("the chat format takes none", ({},)),
+    "continue_final_message": Refusal(
+        "the answer is a new turn of the assistant", (False,), "use completions with the conversation as its prompt"
+    ),
+    "documents": Refusal("the chat format has no place for them", ([],), "put them into a message"),
+    "echo": Refusal("an answer is a message of its own", (False,)),
+    "function_call": Refusal("OpenAI replaced it", ("none", "auto"), "use tool_choice"),
+    "functions": Refusal("OpenAI replaced it", ([],), "use tools"),
+    "modalities": Refusal(_TEXT_ONLY, (["text"],)),
+    "return_prompt_text": Refusal("it is not implemented", (False,), "use return_token_ids and /detokenize"),
+    "web_search_options": Refusal("the server does not search the web"),
+}
+
+REFUSED_STREAM_OPTIONS: Refused = {
+    "include_obfuscation": Refusal("chunks are not padded", (False,)),
+}
+
+REFUSED_IN_MESSAGES: Refused = {
+    "audio": Refusal(_TEXT_ONLY),
+    "function_call": Refusal("OpenAI replaced it", instead="use tool_calls"),
+    "images": Refusal(_TEXT_ONLY, ([],)),
+    "prefix": Refusal("the answer is a new turn of the assistant", (False,)),
+}
+
+REFUSED_PARTS: Refused = dict.fromkeys(
+    ("audio_url", "file", "image", "image_url", "input_audio", "input_file", "input_image", "video_url"),
+    Refusal(_TEXT_ONLY, instead="send parts of the type 'text'"),
+)
+"""Types of content parts."""
+
+REFUSED_IN_TOOLS: Refused = {"defer_loading": Refusal("the model is shown every tool", (False,))}
+
+REFUSED_IN_TOKENIZE: Refused = {
+    name: REFUSED_IN_CHAT[name]
+    for name in (
+        "add_generation_prompt",
+        "chat_template",
+        "chat_template_kwargs",
+        "continue_final_message",
+        "media_io_kwargs",
+        "mm_processor_kwargs",
+    )
+}
+
+REFUSED_IN_POOLING: Refused = {
+    "mm_processor_kwargs": REFUSED["mm_processor_kwargs"],
+    "padding": Refusal("inputs are computed at their own length", ("do_not_pad",)),
+    "priority": Refusal("inputs of embeddings and classification have none", (0,)),
+    "request_id": REFUSED["request_id"],
+}
+"""Of embeddings and classification."""
+
+REFUSED_IN_EMBEDDINGS: Refused = {
+    **REFUSED_IN_POOLING,
+    "embed_dtype": Refusal("base64 embeddings are float32", ("float32",)),
+    "endianness": Refusal("base64 embeddings are little-endian", ("native", "little")),
+    "messages": Refusal("it is not implemented", instead="send the text as input"),
+}

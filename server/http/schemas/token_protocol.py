@@ -1,0 +1,46 @@
+"""The requests of the endpoints between texts and token ids: fields, types and limits, under vLLM's names."""
+
+from typing import Annotated, Self
+
+from pydantic import FailFast, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from persimmon.server.http.schemas.chat_message import Messages
+from persimmon.server.http.schemas.field_types import TokenIds
+from persimmon.server.http.schemas.other_fields import REFUSED_IN_TOKENIZE
+from persimmon.server.http.schemas.request_object import RequestObject, invalid
+from persimmon.server.http.schemas.tool_fields import MAX_TOOLS, Tool
+
+
+class TokenizeRequest(RequestObject):
+    """The body of POST /tokenize: a text, or a conversation as /v1/chat/completions takes it."""
+
+    refused = REFUSED_IN_TOKENIZE
+
+    model: str | None = Field(None, description="The served model's name, which is also the default.")
+    prompt: str | None = Field(None, description="A text.")
+    messages: Messages = Field(default=[], description="A conversation, in place of prompt.")
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), FailFast()] = Field(
+        default=[], description="Functions that the model may call in it; only with messages."
+    )
+    add_special_tokens: bool = Field(
+        True,
+        description="Begin a prompt with the beginning-of-sequence token where completions do; false never does. "
+        "The chat format has its own.",
+    )
+    return_token_strs: bool = Field(False, description="Add each token's piece of the vocabulary.")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.prompt is None) == (not self.messages):
+            raise PydanticCustomError("value_error", "", {"error": "give either prompt or messages"})
+        if self.tools and not self.messages:
+            raise invalid("tools", "it is only allowed with messages")
+        return self
+
+
+class DetokenizeRequest(RequestObject):
+    """The body of POST /detokenize."""
+
+    model: str | None = Field(None, description="The served model's name, which is also the default.")
+    tokens: TokenIds = Field(description="Token ids.")
