@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from persimmon.model.sampling_params import TokenLogprobs
+from persimmon.model.token_logprobs import TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,8 @@ class LogprobRows:
         token_ids, logprobs = self.token_ids.tolist(), self.logprobs.tolist()
         ids, values = self.top_ids.tolist(), self.top_logprobs.tolist()
         return [
-            TokenLogprobs(token_ids[row], logprobs[row], ids[row][:top], values[row][:top])
+            TokenLogprobs(
+                token_id=token_ids[row], logprob=logprobs[row], top_ids=ids[row][:top], top_logprobs=values[row][:top]
+            )
             for row, top in enumerate(tops)
         ]

@@ -21,7 +21,8 @@ from persimmon.model.native_draw import NativeDraw
 from persimmon.model.persimmon import Persimmon, Step
 from persimmon.model.recorded_network import RecordedNetwork
 from persimmon.model.sampler import Samples, rows_at_once, sample
-from persimmon.model.sampling_params import SamplingParams, TokenLogprobs
+from persimmon.model.sampling_params import SamplingParams
+from persimmon.model.token_logprobs import TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,7 @@
-"""How one row of logits becomes a token, and what is told of it.  Knows no tensor."""
+"""How one row of logits becomes a token.  Knows no tensor."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -66,19 +65,3 @@ class SamplingParams:
     def adjusts(self) -> bool:
         """Whether the logits have to be changed before a token is drawn."""
         return self.penalizes or bool(self.logit_bias) or bool(self.banned) or self.allowed is not None
-
-
-class TokenLogprobs(NamedTuple):
-    """How probable a token was under the network's own logits.
-
-    Attributes:
-        token_id: the token.
-        logprob: its natural log-probability.
-        top_ids: the most probable tokens in its place, best first, the lowest id first among equals.
-        top_logprobs: theirs.
-    """
-
-    token_id: int
-    logprob: float
-    top_ids: list[int]
-    top_logprobs: list[float]

@@ -20,9 +20,10 @@ from persimmon.model.grammar import GrammarCompiler
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.persimmon import Persimmon
 from persimmon.model.runner import Runner
+from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.server.engine.blocks import BlockPool
 from persimmon.server.engine.core import LaunchedStep
-from persimmon.server.engine.messages import EngineStats, Sampling, TokenLogprobs
+from persimmon.server.engine.messages import EngineStats, Sampling
 from persimmon.server.engine.plan_runner import PlanRunner
 from persimmon.server.engine.scheduler import Scheduler
 from persimmon.server.engine.sequence import Sequence

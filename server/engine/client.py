@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import msgspec
 import zmq
 
+from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.model.vocabulary import VocabularyMap
 from persimmon.server.engine.load import Load
 from persimmon.server.engine.messages import (
@@ -28,7 +29,6 @@ from persimmon.server.engine.messages import (
     StepOutput,
     Submit,
     ToEngine,
-    TokenLogprobs,
 )
 
 logger = logging.getLogger(__name__)
@@ -466,7 +466,13 @@ def _in_ids(output: SequenceOutput, vocabulary: VocabularyMap) -> SequenceOutput
 
     def translated(entries: list[TokenLogprobs]) -> list[TokenLogprobs]:
         return [
-            TokenLogprobs(ids([own.token_id])[0], own.logprob, ids(own.top_ids), own.top_logprobs) for own in entries
+            TokenLogprobs(
+                token_id=ids([own.token_id])[0],
+                logprob=own.logprob,
+                top_ids=ids(own.top_ids),
+                top_logprobs=own.top_logprobs,
+            )
+            for own in entries
         ]
 
     ids = vocabulary.to_ids

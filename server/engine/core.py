@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import msgspec
 import zmq
 
+from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.server.engine.messages import (
     STEP_SECONDS,
     STEP_TOKENS,
@@ -32,7 +33,6 @@ from persimmon.server.engine.messages import (
     StepOutput,
     Submit,
     ToEngine,
-    TokenLogprobs,
 )
 from persimmon.server.engine.scheduler import Scheduler
 from persimmon.server.engine.sequence import Sequence

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from persimmon.model.token_logprobs import TokenLogprobs
+
 
 class Grammar(msgspec.Struct, frozen=True, array_like=True):
     """What an answer must look like; see `persimmon.model.grammar`.
@@ -131,22 +133,6 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
     """An API worker has connected and asks for a `Ready`."""
-
-
-class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """How probable a token was under the network's own logits, before any setting of `Sampling` changed them.
-
-    Attributes:
-        token_id: the token.
-        logprob: its natural log-probability.
-        top_ids: the most probable tokens in its place, best first, the lowest id first among equals.
-        top_logprobs: theirs.
-    """
-
-    token_id: int
-    logprob: float
-    top_ids: list[int]
-    top_logprobs: list[float]
 
 
 class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):

@@ -17,7 +17,7 @@ from persimmon.model.runner import PendingStep, PooledStates, PromptLogprobs, Re
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.token_counts import TokenCounts
 from persimmon.server.engine.core import LaunchedStep, StepOutcome
-from persimmon.server.engine.messages import Grammar, TokenLogprobs
+from persimmon.server.engine.messages import Grammar
 from persimmon.server.engine.sequence import Sequence
 from persimmon.server.engine.step_plan import ScheduledSequence, StepPlan
 
@@ -234,8 +234,8 @@ class _Launched:
         result = self._pending.wait()
         return StepOutcome(
             result.tokens,
-            {row: TokenLogprobs(*entry) for row, entry in result.logprobs.items()},
-            {place: [TokenLogprobs(*entry) for entry in entries] for place, entries in result.prompt_logprobs.items()},
+            result.logprobs,
+            result.prompt_logprobs,
             {place: rows.astype("<f4").tobytes() for place, rows in result.pooled.items()},
             self._owner.failures(self._plan),
         )

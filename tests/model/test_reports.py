@@ -12,7 +12,8 @@ from transformers import PersimmonForCausalLM, PersimmonModel
 
 from persimmon.kernels import Kernels
 from persimmon.model.persimmon import Persimmon
-from persimmon.server.engine.messages import Pooling, Sampling, TokenLogprobs
+from persimmon.model.token_logprobs import TokenLogprobs
+from persimmon.server.engine.messages import Pooling, Sampling
 from persimmon.server.engine.sequence import Sequence
 from tests.engine_harness import GREEDY, Harness, load_model
 from tests.model import transformers_reference

@@ -14,10 +14,11 @@ from operator import attrgetter
 import msgspec
 
 from persimmon.model.chat_format import AnswerText
+from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.model.tool_calls import CallDelta, CallForm, CallReader, ToolCall
 from persimmon.server.engine.client import EngineClient, SequenceStream, Work
-from persimmon.server.engine.messages import Sampling, SequenceOutput, TokenLogprobs
+from persimmon.server.engine.messages import Sampling, SequenceOutput
 from persimmon.server.http.errors import given_up
 from persimmon.server.http.generation.stop_strings import StopChecker, StopStrings
 from persimmon.server.http.generation.token_report import ReportQueue, TokenReport, read_prompt, report

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.model.tokenizer import IncrementalDetokenizer, Tokenizer
-from persimmon.server.engine.messages import TokenLogprobs
 
 _MIN_LOGPROB = -9999.0
 """What stands for a probability of zero, whose logarithm JSON cannot write; as in OpenAI's answers."""

@@ -9,6 +9,7 @@ import pytest
 import zmq
 import zmq.asyncio
 
+from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.server.engine.client import (
     WARM_UP_ID,
     EngineClient,
@@ -24,7 +25,6 @@ from persimmon.server.engine.messages import (
     StepOutput,
     Submit,
     ToEngine,
-    TokenLogprobs,
 )
 from persimmon.server.vitals import WorkerLoad
 from tests.server.http.fake_engine import MAX_MODEL_LEN, STATS, FakeEngine, outputs, says
@@ -142,7 +142,7 @@ async def test_samples_of_a_prompt_are_one_submission_and_end_one_by_one(
 
 
 async def test_what_arrived_together_comes_together(client: EngineClient, engine: FakeEngine) -> None:
-    entries = [TokenLogprobs(token, -1.5, [7], [-0.5]) for token in range(4)]
+    entries = [TokenLogprobs(token_id=token, logprob=-1.5, top_ids=[7], top_logprobs=[-0.5]) for token in range(4)]
     with client.submit(Work([5, 6], 9, [], SAMPLING)) as (stream,):
         await engine.submissions(1)
         news = [

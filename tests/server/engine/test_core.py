@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import zmq
 
+from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.server.engine.blocks import BlockPool
 from persimmon.server.engine.core import MAX_FAILED_STEPS, Engine, StepOutcome
 from persimmon.server.engine.messages import (
@@ -25,7 +26,6 @@ from persimmon.server.engine.messages import (
     StepOutput,
     Submit,
     ToEngine,
-    TokenLogprobs,
 )
 from persimmon.server.engine.scheduler import Scheduler
 from persimmon.server.engine.sequence import Sequence
@@ -159,12 +159,14 @@ class House:
         return StepOutcome(
             tokens,
             {
-                row: TokenLogprobs(tokens[row], -row, [], [])
+                row: TokenLogprobs(token_id=tokens[row], logprob=-row, top_ids=[], top_logprobs=[])
                 for row, sample in enumerate(samples)
                 if sample.sampling.logprobs is not None
             },
             {
-                place: [TokenLogprobs(token, 0, [], []) for token in _reported(item)]
+                place: [
+                    TokenLogprobs(token_id=token, logprob=0, top_ids=[], top_logprobs=[]) for token in _reported(item)
+                ]
                 for place, item in reporting
                 if item.sequence.prompt_logprobs is not None
             },

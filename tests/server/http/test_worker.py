@@ -17,9 +17,10 @@ import httpx
 import openai
 import pytest
 
+from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.server.children import blocking
 from persimmon.server.config import Settings
-from persimmon.server.engine.messages import SequenceOutput, TokenLogprobs
+from persimmon.server.engine.messages import SequenceOutput
 from persimmon.server.http.transport.siblings import WorkerPlace
 from persimmon.server.http.worker import READY, run_api_worker
 from tests.server.http.conftest import DEMO
@@ -130,7 +131,7 @@ async def test_a_client_that_does_not_read_is_given_up_and_has_its_sequence_abor
         body = json.dumps(STREAM | {"max_tokens": 1500, "logprobs": 5}).encode()
         writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         [submit] = await engine.submissions(1)
-        top = TokenLogprobs(5, -1.0, list(range(5, 10)), [-1.0] * 5)
+        top = TokenLogprobs(token_id=5, logprob=-1.0, top_ids=list(range(5, 10)), top_logprobs=[-1.0] * 5)
         while not engine.aborted:
             for _ in range(200):
                 await engine.send_output(SequenceOutput(submit.sequence_id, [5] * 8, logprobs=[top] * 8))

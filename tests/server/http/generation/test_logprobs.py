@@ -8,8 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
+from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.model.tokenizer import Tokenizer
-from persimmon.server.engine.messages import Sampling, SequenceOutput, TokenLogprobs
+from persimmon.server.engine.messages import Sampling, SequenceOutput
 from tests.server.http.fake_engine import FakeEngine, Sample
 
 pytestmark = pytest.mark.anyio
@@ -22,7 +23,12 @@ ASK = {"messages": [{"role": "user", "content": "Hi"}]}
 
 def entry(token_id: int, *, place: int = 0, top: Sequence[int] = ()) -> TokenLogprobs:
     """A token with a figure that says which one and where."""
-    return TokenLogprobs(token_id, _figure(token_id, place), list(top), [_figure(each, place) for each in top])
+    return TokenLogprobs(
+        token_id=token_id,
+        logprob=_figure(token_id, place),
+        top_ids=list(top),
+        top_logprobs=[_figure(each, place) for each in top],
+    )
 
 
 def _figure(token_id: int, place: int) -> float:
@@ -209,7 +215,7 @@ async def test_a_chat_does_not_tell_of_what_ended_it(
 
 
 async def test_a_probability_of_zero_can_be_written(http: httpx.AsyncClient, engine: FakeEngine) -> None:
-    nothing = TokenLogprobs(5, -math.inf, [5], [-math.inf])
+    nothing = TokenLogprobs(token_id=5, logprob=-math.inf, top_ids=[5], top_logprobs=[-math.inf])
     engine.script = lambda submit: [SequenceOutput(submit.sequence_id, [5], "length", logprobs=[nothing])]
     told = (await complete(http, logprobs=1))["choices"][0]["logprobs"]
     assert told["token_logprobs"] == [-9999.0]
@@ -223,7 +229,10 @@ async def test_the_best_of_several_samples_are_those_whose_tokens_are_most_proba
 
     def script(submit: Sample) -> list[SequenceOutput]:
         ids = tokens(texts[submit.index])
-        told = [TokenLogprobs(token_id, figures[submit.index], [], []) for token_id in ids]
+        told = [
+            TokenLogprobs(token_id=token_id, logprob=figures[submit.index], top_ids=[], top_logprobs=[])
+            for token_id in ids
+        ]
         return [SequenceOutput(submit.sequence_id, ids, "length", logprobs=told)]
 
     engine.script = script

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.model.tokenizer import Tokenizer
-from persimmon.server.engine.messages import Sampling, SequenceOutput, TokenLogprobs
+from persimmon.server.engine.messages import Sampling, SequenceOutput
 from persimmon.server.http.generation.generation import Answer, Generation, Prompt, SampleText
 from persimmon.server.http.generation.stop_strings import StopChecker, StopStrings
 from persimmon.server.http.generation.token_report import token_text
@@ -368,7 +369,13 @@ def test_an_echo_reads_as_if_prompt_and_answer_were_one_text(
 ) -> None:
     request = generation([], echo=True)
     sample = SampleText(0, tokenizer, request)
-    for _ in sample.echo(prompt, [TokenLogprobs(token_id, -float(token_id), [], []) for token_id in prompt[1:]]):
+    for _ in sample.echo(
+        prompt,
+        [
+            TokenLogprobs(token_id=token_id, logprob=-float(token_id), top_ids=[], top_logprobs=[])
+            for token_id in prompt[1:]
+        ],
+    ):
         pass
     answer = read(tokenizer, request, outputs(1, [[token_id] for token_id in token_ids]), sample)
     assert answer.text == tokenizer.decode(prompt + token_ids, from_start=True)
