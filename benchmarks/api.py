@@ -119,7 +119,7 @@ class ScriptedEngine:
             match self._decode(body):
                 case Hello():
                     self._send(worker, Ready(MAX_MODEL_LEN, 32, 1, "cpu", "float32", STATS))
-                case Submit(sequence_ids=[sequence_id]) if sequence_id == WARM_UP_ID:
+                case Submit() as submit if submit.sequence_id == WARM_UP_ID:
                     self._send(worker, StepOutput([SequenceOutput(WARM_UP_ID, self._token_ids, "length")], STATS))
                 case Submit() as submit:
                     submitted = True

@@ -239,7 +239,13 @@ class Bench:
 
     def _submit(self, max_tokens: int) -> None:
         prompt = [self._random.randrange(VOCABULARY) for _ in range(self.load.prompt_length)]
-        submit = Submit([next(self._ids)], prompt, max_tokens, [0], Sampling(temperature=0.8, top_p=0.9, seed=5))
+        submit = Submit(
+            sequence_id=next(self._ids),
+            token_ids=prompt,
+            max_tokens=max_tokens,
+            stop_token_ids=[0],
+            sampling=Sampling(temperature=0.8, top_p=0.9, seed=5),
+        )
         self._worker.send(msgspec.msgpack.encode(submit))
 
 

@@ -98,7 +98,7 @@ class Client:
         """Sends a prompt; its number."""
         number = len(self.times)
         prompt = [self._random.randrange(300, 4000) for _ in range(prompt_length)]
-        submit = Submit([number], prompt, max_tokens, [], Sampling(temperature=0.0))
+        submit = Submit(sequence_id=number, token_ids=prompt, max_tokens=max_tokens, sampling=Sampling(temperature=0.0))
         self._worker.send(msgspec.msgpack.encode(submit))
         self.times.append([])
         self._submitted.append(time.perf_counter())

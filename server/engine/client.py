@@ -5,11 +5,9 @@ Knows nothing of HTTP or text.  One client per API worker and event loop.
 
 import asyncio
 import contextlib
-import itertools
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import msgspec
 import zmq
@@ -22,7 +20,6 @@ from persimmon.server.engine.messages import (
     EngineStats,
     FromEngine,
     Hello,
-    Pooling,
     Ready,
     Sampling,
     SequenceOutput,
@@ -55,63 +52,10 @@ class EngineNotReadyError(RuntimeError):
     """The engine is still loading the model."""
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What is wanted of one prompt; see `persimmon.server.engine.messages.Submit`, which says more of each.
+GENERATES = Submit(token_ids=[0], max_tokens=1, sampling=Sampling(temperature=0), sequence_id=WARM_UP_ID)
+"""The first prompt for a model that generates; every vocabulary has a token 0."""
 
-    Attributes:
-        token_ids: the prompt.
-        max_tokens: new tokens a sample, at most.
-        stop_token_ids: tokens that end a sample.
-        sampling: how tokens are drawn.
-        samples: how many continuations.
-        prompt_logprobs: most probable tokens to report beside each prompt token, or None for no report.
-        pooling: what to report of the prompt's final states, or None.
-        scores: whether to pool a classifier's scores instead.
-        priority: a lower one goes first.
-        cache_salt: prompts share their prefixes in the cache with those of the same salt alone.
-        request_id: what logs call the request that it belongs to.
-        owner: the client that asks; clients share the engine.
-        weight: of its share.
-    """
-
-    token_ids: list[int]
-    max_tokens: int
-    stop_token_ids: list[int] = field(default_factory=list)
-    sampling: Sampling = field(default_factory=Sampling)
-    samples: int = 1
-    prompt_logprobs: int | None = None
-    pooling: Pooling | None = None
-    scores: bool = False
-    priority: int = 0
-    cache_salt: bytes = b""
-    request_id: str = ""
-    owner: str = ""
-    weight: int = 1
-
-    def submission(self, sequence_ids: list[int]) -> Submit:
-        """The message that asks for it."""
-        return Submit(
-            sequence_ids,
-            self.token_ids,
-            self.max_tokens,
-            self.stop_token_ids,
-            self.sampling,
-            self.prompt_logprobs,
-            self.pooling,
-            self.scores,
-            self.priority,
-            self.cache_salt,
-            self.request_id,
-            self.owner,
-            self.weight,
-        )
-
-
-GENERATES = Work([0], 1, sampling=Sampling(temperature=0))
-"""A first piece of work for a model that generates; every vocabulary has a token 0."""
-
-CLASSIFIES = Work([0], 0, pooling="last", scores=True)
+CLASSIFIES = Submit(token_ids=[0], max_tokens=0, pooling="last", scores=True, sequence_id=WARM_UP_ID)
 """The same for one that classifies."""
 
 
@@ -268,14 +212,14 @@ class EngineClient:
         address: str,
         vocabulary: VocabularyMap | None = None,
         load: Load | None = None,
-        warm_up: Work = GENERATES,
+        warm_up: Submit = GENERATES,
     ) -> None:
         self._address = address
         self._vocabulary = vocabulary
         self._warm_up = warm_up
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
-        self._ids = itertools.count(WARM_UP_ID + 1)
+        self._next_id = WARM_UP_ID + 1
         self._streams: dict[int, SequenceStream] = {}
         self._connection: _Connection | None = None
         # Outputs that have come and are not with their streams yet.
@@ -315,24 +259,32 @@ class EngineClient:
             self._connection.close()
 
     @contextlib.contextmanager
-    def submit(self, work: Work) -> Iterator[list[SequenceStream]]:
+    def submit(self, submit: Submit) -> Iterator[list[SequenceStream]]:
         """Starts the samples of one prompt; leaving the block aborts those that have not finished.
+
+        Args:
+            submit: what is wanted; its `sequence_id` is chosen here.
 
         Raises:
             EngineNotReadyError: the model is still loading.
             EngineDeadError: the engine process is gone.
         """
         self.check_ready()
-        tokens = [len(work.token_ids)] + [0] * (work.samples - 1)
-        streams = [SequenceStream(next(self._ids), self._abort, count, work.owner) for count in tokens]
+        submit = msgspec.structs.replace(submit, sequence_id=self._next_id)
+        self._next_id += submit.samples
+        # The prompt is read once, for the first sample.
+        tokens = [len(submit.token_ids)] + [0] * (submit.samples - 1)
+        streams = [
+            SequenceStream(own, self._abort, count, submit.owner)
+            for own, count in zip(submit.sequence_ids, tokens, strict=True)
+        ]
         self._streams |= {stream.sequence_id: stream for stream in streams}
-        self.load.add(len(streams), len(work.token_ids), work.owner)
-        submit = work.submission([stream.sequence_id for stream in streams])
+        self.load.add(len(streams), len(submit.token_ids), submit.owner)
         try:
             self._send(submit if self._vocabulary is None else _in_rows(submit, self._vocabulary))
             yield streams
         finally:
-            self._abort(*(stream.sequence_id for stream in streams))
+            self._abort(*submit.sequence_ids)
 
     def check_ready(self) -> Ready:
         """The engine's news of itself.
@@ -386,7 +338,7 @@ class EngineClient:
             return
         if isinstance(message, Ready):
             self._candidate = message
-            self._send(self._warm_up.submission([WARM_UP_ID]))
+            self._send(self._warm_up)
         elif self._candidate is not None:
             self._watch_warm_up(self._candidate, message)
         elif not self.dead:

@@ -489,7 +489,7 @@ def _sequence(worker: bytes, submit: Submit) -> Sequence:
 
     def sample(index: int, forks: Iterable[Sequence] = (), **reports: Any) -> Sequence:
         return Sequence(
-            key=(worker, submit.sequence_ids[index]),
+            key=(worker, submit.sequence_id + index),
             token_ids=list(submit.token_ids),
             max_tokens=submit.max_tokens,
             stop_token_ids=frozenset(submit.stop_token_ids),
@@ -505,7 +505,7 @@ def _sequence(worker: bytes, submit: Submit) -> Sequence:
             **reports,
         )
 
-    forks = map(sample, range(1, len(submit.sequence_ids)))
+    forks = map(sample, range(1, submit.samples))
     reports = {"prompt_logprobs": submit.prompt_logprobs, "pooling": submit.pooling, "scores": submit.scores}
     return sample(0, forks, **reports)
 

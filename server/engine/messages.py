@@ -89,16 +89,18 @@ Pooling = Literal["last", "sum", "all"]
 """What is reported of a prompt's final hidden states, or of a classifier's scores: the last one, their sum, or all."""
 
 
-class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
+class Submit(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag="submit"):
     """One prompt, and what is wanted of it: samples that continue it, what the model says of it, or both.
 
     Attributes:
-        sequence_ids: chosen by the API worker, unique among its live sequences; one for each sample.
         token_ids: the prompt, at least one id, each below the vocabulary size.
         max_tokens: at most this many new tokens a sample; prompt and new tokens together fit max_model_len.  0 only
             computes the prompt.
         stop_token_ids: a new token among these ends the sequence; it is reported, and counted as output.
-        sampling: how tokens are drawn; samples differ in their index alone.
+        sampling: how tokens are drawn; samples differ in their index only.
+        samples: how many continuations.
+        sequence_id: of the first sample, the others' follow it.  `EngineClient` chooses it, so that they are unique
+            among the worker's live sequences.
         prompt_logprobs: report the log-probability of each prompt token but the first, and those of so many most
             probable tokens in its place, to the first sample; None for none.
         pooling: report the prompt's pooled states to the first sample; None for none.
@@ -110,11 +112,12 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
         weight: of that client's share; one of weight 2 gets twice as much as one of weight 1.
     """
 
-    sequence_ids: Annotated[list[int], msgspec.Meta(min_length=1)]
     token_ids: list[int]
     max_tokens: int
-    stop_token_ids: list[int]
-    sampling: Sampling
+    stop_token_ids: list[int] = []
+    sampling: Sampling = Sampling()
+    samples: Annotated[int, msgspec.Meta(ge=1)] = 1
+    sequence_id: int = 0
     prompt_logprobs: int | None = None
     pooling: Pooling | None = None
     scores: bool = False
@@ -123,6 +126,11 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
     request_id: str = ""
     owner: str = ""
     weight: Annotated[int, msgspec.Meta(ge=1)] = 1
+
+    @property
+    def sequence_ids(self) -> range:
+        """Of all samples, in their order."""
+        return range(self.sequence_id, self.sequence_id + self.samples)
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):

@@ -14,8 +14,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from persimmon.server.engine.client import EngineClient, SequenceStream, Work
-from persimmon.server.engine.messages import Pooling
+from persimmon.server.engine.client import EngineClient, SequenceStream
+from persimmon.server.engine.messages import Pooling, Submit
 from persimmon.server.http.endpoints.service import MAX_CHOICES, Service, expected_tokens
 from persimmon.server.http.errors import bad_request, context_length_exceeded, generation_failed, given_up
 from persimmon.server.http.generation.prompt_encoder import PromptInput
@@ -115,11 +115,11 @@ async def pooled(
     running: deque[SequenceStream] = deque()
     with contextlib.ExitStack() as stack:
 
-        def submit(count: int) -> None:
+        def start(count: int) -> None:
             for token_ids in islice(waiting, count):
-                work = Work(
-                    token_ids,
-                    0,
+                submit = Submit(
+                    token_ids=token_ids,
+                    max_tokens=0,
                     pooling=pooling,
                     scores=scores,
                     cache_salt=record.cache_salt,
@@ -127,12 +127,12 @@ async def pooled(
                     owner=record.owner,
                     weight=record.share,
                 )
-                running.extend(stack.enter_context(engine.submit(work)))
+                running.extend(stack.enter_context(engine.submit(submit)))
 
-        submit(MAX_RUNNING)
+        start(MAX_RUNNING)
         while running:
             yield await _rows(running.popleft(), width)
-            submit(1)
+            start(1)
 
 
 async def written(

@@ -17,8 +17,8 @@ from persimmon.model.chat_format import AnswerText
 from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.model.tool_calls import CallDelta, CallForm, CallReader, ToolCall
-from persimmon.server.engine.client import EngineClient, SequenceStream, Work
-from persimmon.server.engine.messages import Sampling, SequenceOutput
+from persimmon.server.engine.client import EngineClient, SequenceStream
+from persimmon.server.engine.messages import Sampling, SequenceOutput, Submit
 from persimmon.server.http.errors import given_up
 from persimmon.server.http.generation.stop_strings import StopChecker, StopStrings
 from persimmon.server.http.generation.token_report import ReportQueue, TokenReport, read_prompt, report
@@ -87,15 +87,15 @@ class Generation:
         """The tokens of the prompt that a choice continues."""
         return self.prompts[choice // self.samples].token_ids
 
-    def work(self, prompt: Prompt) -> Work:
+    def submission(self, prompt: Prompt) -> Submit:
         """What the engine is to do for one of the prompts."""
-        return Work(
-            prompt.token_ids,
-            prompt.max_tokens,
-            self.stop_token_ids,
-            prompt.sampling,
-            self.samples if prompt.max_tokens else 1,  # without new tokens all samples are the same
-            self.logprobs if self.echo else None,
+        return Submit(
+            token_ids=prompt.token_ids,
+            max_tokens=prompt.max_tokens,
+            stop_token_ids=self.stop_token_ids,
+            sampling=prompt.sampling,
+            samples=self.samples if prompt.max_tokens else 1,  # without new tokens all samples are the same
+            prompt_logprobs=self.logprobs if self.echo else None,
             priority=self.priority,
             cache_salt=self.record.cache_salt,
             request_id=self.record.request_id,
@@ -393,7 +393,7 @@ class Generator:
             samples: list[AsyncGenerator[Piece, None]] = []
             for prompt in generation.prompts:
                 prompt_report = _PromptReport(generation.samples)
-                streams = stack.enter_context(self._engine.submit(generation.work(prompt)))
+                streams = stack.enter_context(self._engine.submit(generation.submission(prompt)))
                 each = generation.samples // len(streams)
                 for stream in streams:
                     sample = self._sample(generation, each * len(samples), stream, prompt, prompt_report)

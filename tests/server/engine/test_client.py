@@ -16,7 +16,6 @@ from persimmon.server.engine.client import (
     EngineDeadError,
     EngineNotReadyError,
     SequenceStream,
-    Work,
 )
 from persimmon.server.engine.messages import (
     Ready,
@@ -87,14 +86,17 @@ async def until(happened: Callable[[], bool]) -> None:
 
 async def news_has_come(engine: FakeEngine, client: EngineClient) -> None:
     """Returns once the client has taken all that the engine has sent so far."""
-    with client.submit(Work([0], 2, [], SAMPLING)) as (stream,):
+    with client.submit(Submit(token_ids=[0], max_tokens=2, sampling=SAMPLING)) as (stream,):
         await engine.until(lambda engine: stream.sequence_id in [submit.sequence_id for submit in engine.submitted])
         await engine.send(stream.sequence_id, [0], "length")
         await read(stream)
 
 
 async def test_work_that_cannot_be_sent_leaves_no_stream_behind(client: EngineClient) -> None:
-    with pytest.raises(OverflowError), client.submit(Work([5], 2**70, [], SAMPLING)):
+    with (
+        pytest.raises(OverflowError),
+        client.submit(Submit(token_ids=[5], max_tokens=2**70, sampling=SAMPLING)),
+    ):
         pass
     assert client.open_streams == 0
 
@@ -103,7 +105,10 @@ async def test_nothing_is_submitted_while_the_model_loads() -> None:
     async with FakeEngine(ready=False) as engine, connected(engine) as client:
         await engine.until(lambda engine: len(engine.workers) == 1)
         assert client.info is None
-        with pytest.raises(EngineNotReadyError), client.submit(Work([1], 1, [], SAMPLING)):
+        with (
+            pytest.raises(EngineNotReadyError),
+            client.submit(Submit(token_ids=[1], max_tokens=1, sampling=SAMPLING)),
+        ):
             pass
         await engine.become_ready()
         async with asyncio.timeout(PATIENCE):
@@ -120,19 +125,20 @@ async def test_the_engines_limits_and_state_are_known_when_it_is_ready(client: E
 
 
 async def test_a_submission_carries_all_that_was_asked_for(client: EngineClient, engine: FakeEngine) -> None:
-    with client.submit(Work([5, 6], 9, [7, 8], SAMPLING)) as (stream,):
+    wanted = Submit(token_ids=[5, 6], max_tokens=9, stop_token_ids=[7, 8], sampling=SAMPLING)
+    with client.submit(wanted) as (stream,):
         (submit,) = await engine.submissions(1)
-        assert submit.whole == Submit([stream.sequence_id], [5, 6], 9, [7, 8], SAMPLING)
+        assert submit.whole == msgspec.structs.replace(wanted, sequence_id=stream.sequence_id)
 
 
 async def test_samples_of_a_prompt_are_one_submission_and_end_one_by_one(
     client: EngineClient, engine: FakeEngine
 ) -> None:
-    work = Work([5, 6], 9, sampling=SAMPLING, samples=3, prompt_logprobs=2, pooling="all")
-    with client.submit(work) as streams:
+    wanted = Submit(token_ids=[5, 6], max_tokens=9, sampling=SAMPLING, samples=3, prompt_logprobs=2, pooling="all")
+    with client.submit(wanted) as streams:
         submits = await engine.submissions(3)
         ids = [stream.sequence_id for stream in streams]
-        assert all(submit.whole == Submit(ids, [5, 6], 9, [], SAMPLING, 2, "all") for submit in submits)
+        assert all(submit.whole == msgspec.structs.replace(wanted, sequence_id=ids[0]) for submit in submits)
         await engine.send(ids[0], [4], "stop")
         assert (await read_all(streams[0])).token_ids == [4]
         streams[1].close()
@@ -143,7 +149,7 @@ async def test_samples_of_a_prompt_are_one_submission_and_end_one_by_one(
 
 async def test_what_arrived_together_comes_together(client: EngineClient, engine: FakeEngine) -> None:
     entries = [TokenLogprobs(token_id=token, logprob=-1.5, top_ids=[7], top_logprobs=[-0.5]) for token in range(4)]
-    with client.submit(Work([5, 6], 9, [], SAMPLING)) as (stream,):
+    with client.submit(Submit(token_ids=[5, 6], max_tokens=9, sampling=SAMPLING)) as (stream,):
         await engine.submissions(1)
         news = [
             SequenceOutput(stream.sequence_id, [], prompt_logprobs=entries[:1], pooled=b"ab"),
@@ -157,7 +163,7 @@ async def test_what_arrived_together_comes_together(client: EngineClient, engine
 
 
 async def test_a_stream_yields_its_tokens_and_ends(client: EngineClient, engine: FakeEngine) -> None:
-    with client.submit(Work([1], 9, [], SAMPLING)) as (stream,):
+    with client.submit(Submit(token_ids=[1], max_tokens=9, sampling=SAMPLING)) as (stream,):
         await engine.submissions(1)
         for token, reason in ((4, None), (5, None), (6, "stop")):
             await engine.send(stream.sequence_id, [token], reason)
@@ -172,7 +178,7 @@ async def test_concurrent_streams_get_their_own_tokens(client: EngineClient, eng
     engine.script = lambda submit: outputs(submit.sequence_id, [[token] for token in submit.token_ids])
 
     async def generate(prompt: list[int]) -> list[int]:
-        with client.submit(Work(prompt, 3, [], SAMPLING)) as (stream,):
+        with client.submit(Submit(token_ids=prompt, max_tokens=3, sampling=SAMPLING)) as (stream,):
             return (await read_all(stream)).token_ids
 
     prompts = [[i, i + 1, 2 * i] for i in range(50)]
@@ -181,7 +187,7 @@ async def test_concurrent_streams_get_their_own_tokens(client: EngineClient, eng
 
 
 async def test_the_engines_error_reaches_the_reader(client: EngineClient, engine: FakeEngine) -> None:
-    with client.submit(Work([1], 9, [], SAMPLING)) as (stream,):
+    with client.submit(Submit(token_ids=[1], max_tokens=9, sampling=SAMPLING)) as (stream,):
         await engine.submissions(1)
         await engine.send_output(SequenceOutput(stream.sequence_id, [], "error", error="it is too long"))
         output = await read(stream)
@@ -190,7 +196,7 @@ async def test_the_engines_error_reaches_the_reader(client: EngineClient, engine
 
 
 async def test_leaving_early_aborts_once(client: EngineClient, engine: FakeEngine) -> None:
-    with client.submit(Work([1], 9, [], SAMPLING)) as (stream,):
+    with client.submit(Submit(token_ids=[1], max_tokens=9, sampling=SAMPLING)) as (stream,):
         await engine.submissions(1)
         await engine.send(stream.sequence_id, [4])
         await read(stream)
@@ -201,14 +207,14 @@ async def test_leaving_early_aborts_once(client: EngineClient, engine: FakeEngin
 
 
 async def test_leaving_before_anything_has_come_aborts(client: EngineClient, engine: FakeEngine) -> None:
-    with client.submit(Work([1], 9, [], SAMPLING)) as (stream,):
+    with client.submit(Submit(token_ids=[1], max_tokens=9, sampling=SAMPLING)) as (stream,):
         pass
     assert await engine.aborts(1) == [stream.sequence_id]
 
 
 async def test_a_cancelled_reader_aborts(client: EngineClient, engine: FakeEngine) -> None:
     async def generate() -> None:
-        with client.submit(Work([1], 9, [], SAMPLING)) as (stream,):
+        with client.submit(Submit(token_ids=[1], max_tokens=9, sampling=SAMPLING)) as (stream,):
             await read_all(stream)
 
     reader = asyncio.create_task(generate())
@@ -221,7 +227,7 @@ async def test_a_cancelled_reader_aborts(client: EngineClient, engine: FakeEngin
 
 async def test_nothing_is_aborted_after_the_end(client: EngineClient, engine: FakeEngine) -> None:
     engine.script = says([3, 4])
-    with client.submit(Work([1], 2, [], SAMPLING)) as (stream,):
+    with client.submit(Submit(token_ids=[1], max_tokens=2, sampling=SAMPLING)) as (stream,):
         await read_all(stream)
     engine.script = lambda submit: []
     await news_has_come(engine, client)
@@ -229,7 +235,7 @@ async def test_nothing_is_aborted_after_the_end(client: EngineClient, engine: Fa
 
 
 async def test_nothing_is_aborted_when_the_end_came_unread(client: EngineClient, engine: FakeEngine) -> None:
-    with client.submit(Work([1], 2, [], SAMPLING)) as (stream,):
+    with client.submit(Submit(token_ids=[1], max_tokens=2, sampling=SAMPLING)) as (stream,):
         await engine.submissions(1)
         await engine.send(stream.sequence_id, [4], "stop")
         await news_has_come(engine, client)
@@ -240,9 +246,9 @@ async def test_nothing_is_aborted_when_the_end_came_unread(client: EngineClient,
 async def test_outputs_for_sequences_that_were_left_or_never_were_are_ignored(
     client: EngineClient, engine: FakeEngine
 ) -> None:
-    with client.submit(Work([1], 9, [], SAMPLING)) as (left,):
+    with client.submit(Submit(token_ids=[1], max_tokens=9, sampling=SAMPLING)) as (left,):
         await engine.submissions(1)
-    with client.submit(Work([2], 9, [], SAMPLING)) as (stream,):
+    with client.submit(Submit(token_ids=[2], max_tokens=9, sampling=SAMPLING)) as (stream,):
         await engine.submissions(2)
         others = [
             SequenceOutput(left.sequence_id, [7], "stop"),
@@ -260,7 +266,7 @@ async def test_outputs_for_sequences_that_were_left_or_never_were_are_ignored(
 async def test_outputs_of_a_large_step_all_come_in_order_though_the_engine_dies(
     client: EngineClient, engine: FakeEngine
 ) -> None:
-    with client.submit(Work([1], 9, [], SAMPLING, samples=300)) as streams:
+    with client.submit(Submit(token_ids=[1], max_tokens=9, sampling=SAMPLING, samples=300)) as streams:
         await engine.submissions(300)
         await engine.send_step([SequenceOutput(stream.sequence_id, [4]) for stream in streams])
         await engine.send_step([SequenceOutput(stream.sequence_id, [5], "length") for stream in streams[:-1]])
@@ -275,8 +281,8 @@ async def test_outputs_of_a_large_step_all_come_in_order_though_the_engine_dies(
 
 async def test_open_streams_end_when_the_engine_dies(client: EngineClient, engine: FakeEngine) -> None:
     with (
-        client.submit(Work([1], 9, [], SAMPLING)) as (one,),
-        client.submit(Work([1], 9, [], SAMPLING)) as (other,),
+        client.submit(Submit(token_ids=[1], max_tokens=9, sampling=SAMPLING)) as (one,),
+        client.submit(Submit(token_ids=[1], max_tokens=9, sampling=SAMPLING)) as (other,),
     ):
         await engine.submissions(2)
         waiting = asyncio.create_task(read(one))
@@ -294,7 +300,10 @@ async def test_open_streams_end_when_the_engine_dies(client: EngineClient, engin
 async def test_nothing_is_submitted_to_a_dead_engine(client: EngineClient, engine: FakeEngine) -> None:
     await engine.die()
     await until(lambda: client.dead)
-    with pytest.raises(EngineDeadError), client.submit(Work([1], 1, [], SAMPLING)):
+    with (
+        pytest.raises(EngineDeadError),
+        client.submit(Submit(token_ids=[1], max_tokens=1, sampling=SAMPLING)),
+    ):
         pass
 
 
@@ -303,7 +312,10 @@ async def test_an_engine_that_dies_while_it_loads_is_dead() -> None:
         await engine.until(lambda engine: len(engine.workers) == 1)
         await engine.die()
         await until(lambda: client.dead)
-        with pytest.raises(EngineDeadError), client.submit(Work([1], 1, [], SAMPLING)):
+        with (
+            pytest.raises(EngineDeadError),
+            client.submit(Submit(token_ids=[1], max_tokens=1, sampling=SAMPLING)),
+        ):
             pass
 
 
@@ -311,7 +323,7 @@ async def test_an_engine_that_dies_while_it_loads_is_dead() -> None:
 async def test_streams_end_when_the_engine_cannot_be_understood(
     client: EngineClient, engine: FakeEngine, garbage: bytes
 ) -> None:
-    with client.submit(Work([1], 9, [], SAMPLING)) as (stream,):
+    with client.submit(Submit(token_ids=[1], max_tokens=9, sampling=SAMPLING)) as (stream,):
         await engine.submissions(1)
         await engine._socket.send_multipart([engine.workers[0], garbage])
         with pytest.raises(EngineDeadError, match="cannot be read"):
@@ -334,16 +346,16 @@ async def test_an_engine_is_ready_when_it_has_done_its_warm_up() -> None:
             _, message = await socket.recv_multipart()
         submit = msgspec.msgpack.decode(message, type=ToEngine)
         assert isinstance(submit, Submit)
-        assert (submit.sequence_ids, submit.max_tokens) == ([WARM_UP_ID], 1)
+        assert (submit.sequence_id, submit.samples, submit.max_tokens) == (WARM_UP_ID, 1, 1)
         assert not client.ready
-        with pytest.raises(EngineNotReadyError), client.submit(Work([1], 1)):
+        with pytest.raises(EngineNotReadyError), client.submit(Submit(token_ids=[1], max_tokens=1)):
             pass
         output = SequenceOutput(WARM_UP_ID, [5], "length")
         await socket.send_multipart([worker, msgspec.msgpack.encode(StepOutput([output], STATS))])
         async with asyncio.timeout(PATIENCE):
             await client.wait_until_ready()
         assert client.open_streams == 0
-        with client.submit(Work([1], 1)):
+        with client.submit(Submit(token_ids=[1], max_tokens=1)):
             pass
         await client.close()
 
@@ -351,7 +363,7 @@ async def test_an_engine_is_ready_when_it_has_done_its_warm_up() -> None:
 async def test_the_next_engine_serves_when_one_has_died(engine: FakeEngine) -> None:
     async with connected(engine) as client:
         await until(lambda: client.ready)
-        with client.submit(Work([1, 2, 3], 9, [], SAMPLING, samples=2)) as streams:
+        with client.submit(Submit(token_ids=[1, 2, 3], max_tokens=9, sampling=SAMPLING, samples=2)) as streams:
             await engine.submissions(2)
             await engine.die()
             for stream in streams:
@@ -360,7 +372,7 @@ async def test_the_next_engine_serves_when_one_has_died(engine: FakeEngine) -> N
             assert client.load.own == WorkerLoad(0, 0)
         async with FakeEngine(says([4]), address=engine.address) as successor:
             await until(lambda: client.ready)
-            with client.submit(Work([8], 1, [], SAMPLING)) as (stream,):
+            with client.submit(Submit(token_ids=[8], max_tokens=1, sampling=SAMPLING)) as (stream,):
                 assert (await read_all(stream)).token_ids == [4]
             # Nothing that was meant for the one has reached the other.
             assert [submit.token_ids for submit in successor.submitted] == [[8]]
@@ -368,7 +380,10 @@ async def test_the_next_engine_serves_when_one_has_died(engine: FakeEngine) -> N
 
 
 async def test_what_is_wanted_of_the_engine_is_counted(client: EngineClient, engine: FakeEngine) -> None:
-    with client.submit(Work([5, 6, 7], 9, samples=2)), client.submit(Work([5], 9)) as (other,):
+    with (
+        client.submit(Submit(token_ids=[5, 6, 7], max_tokens=9, samples=2)),
+        client.submit(Submit(token_ids=[5], max_tokens=9)) as (other,),
+    ):
         first, _, _ = await engine.submissions(3)
         assert client.load.own == WorkerLoad(3, 4)
         await engine.send(first.sequence_id, [4])
@@ -379,7 +394,7 @@ async def test_what_is_wanted_of_the_engine_is_counted(client: EngineClient, eng
 
 
 async def test_a_prompt_that_is_never_read_counts_until_it_is_aborted(client: EngineClient) -> None:
-    with client.submit(Work([5, 6], 9)) as (stream,):
+    with client.submit(Submit(token_ids=[5, 6], max_tokens=9)) as (stream,):
         stream.close()
         assert client.load.own == WorkerLoad(0, 0)
 
@@ -397,7 +412,7 @@ async def test_closing_ends_open_streams(engine: FakeEngine) -> None:
     await client.start()
     async with asyncio.timeout(PATIENCE):
         await client.wait_until_ready()
-    with client.submit(Work([1], 9, [], SAMPLING)) as (stream,):
+    with client.submit(Submit(token_ids=[1], max_tokens=9, sampling=SAMPLING)) as (stream,):
         await engine.submissions(1)
         waiting = asyncio.create_task(read(stream))
         await asyncio.sleep(0)
@@ -405,7 +420,10 @@ async def test_closing_ends_open_streams(engine: FakeEngine) -> None:
         with pytest.raises(EngineDeadError, match="shutting down"):
             await waiting
     assert client.open_streams == 0
-    with pytest.raises(EngineDeadError), client.submit(Work([1], 1, [], SAMPLING)):
+    with (
+        pytest.raises(EngineDeadError),
+        client.submit(Submit(token_ids=[1], max_tokens=1, sampling=SAMPLING)),
+    ):
         pass
 
 

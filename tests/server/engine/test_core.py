@@ -218,7 +218,7 @@ def reachable_house(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[
 
 
 def submit(sequence_id: int, prompt: list[int], max_tokens: int, stops: list[int] | None = None) -> Submit:
-    return Submit([sequence_id], prompt, max_tokens, stops or [], Sampling())
+    return Submit(sequence_id=sequence_id, token_ids=prompt, max_tokens=max_tokens, stop_token_ids=stops or [])
 
 
 def tokens_of(outputs: list[SequenceOutput], sequence_id: int) -> list[int]:
@@ -627,7 +627,7 @@ def test_a_second_hello_keeps_the_sequences(house: House) -> None:
 
 def test_samples_of_one_prompt_get_tokens_of_their_own(house: House) -> None:
     worker = house.worker()
-    worker.send(Submit([5, 6, 7], [1, 2, 0], 6, [], Sampling()))
+    worker.send(Submit(sequence_id=5, samples=3, token_ids=[1, 2, 0], max_tokens=6))
     house.turn()
     house.finish()
     outputs = worker.outputs()
@@ -641,7 +641,7 @@ def test_samples_of_one_prompt_get_tokens_of_their_own(house: House) -> None:
 def test_some_samples_of_a_prompt_can_be_aborted(house: House, aborted: list[int]) -> None:
     worker = house.worker()
     # Before the prompt is computed: it takes three steps.
-    worker.send(Submit([5, 6, 7], [1, 2, 0] * 50, 6, [], Sampling()))
+    worker.send(Submit(sequence_id=5, samples=3, token_ids=[1, 2, 0] * 50, max_tokens=6))
     house.turn()
     worker.send(Abort(aborted))
     house.turn()
@@ -658,8 +658,10 @@ def test_what_a_step_reports_goes_to_the_sequence_that_asked(house: House) -> No
     prompt = [1, 2, 0] * 30
     worker.send(
         submit(1, [2, 2], 3),
-        Submit([2, 3], prompt, 2, [], Sampling(logprobs=0), prompt_logprobs=0),
-        Submit([4], prompt, 0, [], Sampling(), pooling="all"),
+        Submit(
+            sequence_id=2, samples=2, token_ids=prompt, max_tokens=2, sampling=Sampling(logprobs=0), prompt_logprobs=0
+        ),
+        Submit(sequence_id=4, token_ids=prompt, max_tokens=0, pooling="all"),
     )
     house.turn()
     house.finish()
@@ -728,19 +730,19 @@ class TestPreparation:
 
     def test_that_fails_ends_its_sequences_alone(self, house: House, prepared: Future[None]) -> None:
         worker = house.worker()
-        worker.send(Submit([1, 3], self.PROMPT, 3, [], Sampling()), submit(2, [2], 3))
+        worker.send(Submit(sequence_id=1, samples=2, token_ids=self.PROMPT, max_tokens=3), submit(3, [2], 3))
         house.turn()
         prepared.set_exception(ValueError("no text fits it"))
         house.engine.turn()
         house.finish()
         outputs = worker.outputs()
         errors = {output.sequence_id: output.error for output in outputs if output.finish_reason == "error"}
-        assert errors == dict.fromkeys((1, 3), "no text fits it")
-        assert tokens_of(outputs, 2) == generate_alone([2], 3)[0]
+        assert errors == dict.fromkeys((1, 2), "no text fits it")
+        assert tokens_of(outputs, 3) == generate_alone([2], 3)[0]
 
     def test_of_an_aborted_sequence_starts_nothing(self, house: House, prepared: Future[None]) -> None:
         worker = house.worker()
-        worker.send(Submit([1, 3], self.PROMPT, 3, [], Sampling()))
+        worker.send(Submit(sequence_id=1, samples=2, token_ids=self.PROMPT, max_tokens=3))
         house.turn()
         worker.send(Abort([1]))
         house.turn()
@@ -749,7 +751,7 @@ class TestPreparation:
         house.finish()
         outputs = worker.outputs()
         assert tokens_of(outputs, 1) == []
-        assert tokens_of(outputs, 3) == generate_alone(self.PROMPT, 3, sample_index=1)[0]
+        assert tokens_of(outputs, 2) == generate_alone(self.PROMPT, 3, sample_index=1)[0]
         assert house.is_empty()
 
     def test_may_end_after_its_worker_has_gone(self, house: House, prepared: Future[None]) -> None:

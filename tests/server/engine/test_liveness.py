@@ -5,7 +5,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from persimmon.server.engine.messages import Sampling, Submit
+from persimmon.server.engine.messages import Submit
 from tests.server.engine.test_core import LONG, House
 
 TIMEOUT = 60.0
@@ -42,8 +42,8 @@ def house(request: pytest.FixtureRequest, clock: Clock, beats: list[bool]) -> It
     house.close()
 
 
-def submit(*sequence_ids: int, tokens: int = LONG, length: int = 3) -> Submit:
-    return Submit(list(sequence_ids), [7] * length, tokens, [], Sampling())
+def submit(sequence_id: int, *, samples: int = 1, tokens: int = LONG, length: int = 3) -> Submit:
+    return Submit(sequence_id=sequence_id, samples=samples, token_ids=[7] * length, max_tokens=tokens)
 
 
 def test_the_heart_beats_around_every_step_and_says_whether_there_is_more(house: House, beats: list[bool]) -> None:
@@ -73,7 +73,7 @@ def test_what_waits_too_long_to_be_begun_expires_and_what_was_begun_does_not(hou
     worker = house.worker()
     worker.send(submit(1), submit(2))
     house.first_step()
-    worker.send(submit(3), submit(4, 5))
+    worker.send(submit(3), submit(4, samples=2))
     house.turn()
     clock.now += TIMEOUT - 1
     house.turn()

@@ -200,12 +200,12 @@ class FakeEngine:
                     self.workers.append(worker)
                     if self._ready:
                         await self._send(worker, self._welcome())
-                case Submit(sequence_ids=[only]) if only == WARM_UP_ID:
+                case Submit() as submit if submit.sequence_id == WARM_UP_ID:
                     output = SequenceOutput(WARM_UP_ID, [5], "length")
                     await self._send(worker, StepOutput([output], STATS))
                 case Submit() as submit:
                     self._owners |= dict.fromkeys(submit.sequence_ids, worker)
-                    for sample in map(partial(Sample, submit), range(len(submit.sequence_ids))):
+                    for sample in map(partial(Sample, submit), range(submit.samples)):
                         self.submitted.append(sample)
                         for output in self.script(sample):
                             await self._send(worker, StepOutput([output], STATS))

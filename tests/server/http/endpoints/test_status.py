@@ -6,8 +6,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.tokenizer import Tokenizer
-from persimmon.server.engine.client import EngineClient, EngineDeadError, Work
-from persimmon.server.engine.messages import SequenceOutput
+from persimmon.server.engine.client import EngineClient, EngineDeadError
+from persimmon.server.engine.messages import SequenceOutput, Submit
 from persimmon.server.http.app import create_app
 from tests.server.http.fake_engine import MAX_MODEL_LEN, FakeEngine, says
 
@@ -60,7 +60,7 @@ async def test_probes_follow_the_engine_from_loading_to_its_end(tokenizer: Token
             assert (await http.get("/health")).json() == {"status": "ready"}
 
             assert engine.submitted == []  # no probe asked it for anything
-            with client.submit(Work([5], 9)) as (outputs,):
+            with client.submit(Submit(token_ids=[5], max_tokens=9)) as (outputs,):
                 await engine.die()
                 with pytest.raises(EngineDeadError):
                     await anext(outputs)

@@ -246,7 +246,7 @@ async def test_the_best_of_several_samples_are_those_whose_tokens_are_most_proba
     assert all(choice["logprobs"] is None for choice in answer["choices"])
     assert answer["usage"]["completion_tokens"] == sum(len(tokens(text)) for text in texts)
     (submit,) = {id(sample.whole): sample.whole for sample in engine.submitted}.values()
-    assert len(submit.sequence_ids) == 4
+    assert submit.samples == 4
 
 
 async def test_best_of_n_is_nothing_special(http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens) -> None:

@@ -15,8 +15,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.server import logs
-from persimmon.server.engine.client import EngineClient, EngineDeadError, Work
-from persimmon.server.engine.messages import SequenceOutput
+from persimmon.server.engine.client import EngineClient, EngineDeadError
+from persimmon.server.engine.messages import SequenceOutput, Submit
 from persimmon.server.http.app import create_app
 from persimmon.server.http.middleware import observer
 from persimmon.server.http.middleware.access import Access
@@ -186,7 +186,7 @@ async def test_probes_are_lines_when_their_answer_changes_and_are_never_spans(
             await probed(5)
             ready = [(line["path"], line["status"], line.get("error")) for line in log.lines[3:]]
             assert ready == [(path, 200, None) for path in ("/health", "/readyz", "/healthz")]
-            with engine_client.submit(Work([5], 9)) as (stream,):
+            with engine_client.submit(Submit(token_ids=[5], max_tokens=9)) as (stream,):
                 await engine.die()
                 with pytest.raises(EngineDeadError):
                     await anext(stream)

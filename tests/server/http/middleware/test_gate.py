@@ -10,9 +10,9 @@ import pytest
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.server.config import Settings
-from persimmon.server.engine.client import EngineClient, Work
+from persimmon.server.engine.client import EngineClient
 from persimmon.server.engine.load import Load
-from persimmon.server.engine.messages import SequenceOutput
+from persimmon.server.engine.messages import SequenceOutput, Submit
 from persimmon.server.http.app import create_app
 from persimmon.server.http.errors import ApiError
 from persimmon.server.http.middleware.gate import MAX_RETRY_SECONDS, STEPS_QUEUED, Gate, Limits
@@ -273,13 +273,13 @@ async def test_what_a_key_has_in_the_server_ends_with_its_requests(
         await client.start()
         async with asyncio.timeout(20):
             await client.wait_until_ready()
-        with client.submit(Work([1, 2, 3], 4, samples=2, owner="alice")):
+        with client.submit(Submit(token_ids=[1, 2, 3], max_tokens=4, samples=2, owner="alice")):
             assert gate.load.of("alice") == WorkerLoad(2, 3)
             assert gate.load.of("bob") == WorkerLoad(0, 0)
             first, _ = await engine.submissions(2)
             await engine.send(first.sequence_id, [5], "length")
             await until(lambda: gate.load.of("alice") == WorkerLoad(1, 0))
         assert gate.load.of("alice") == WorkerLoad(0, 0)
-        with client.submit(Work([1], 4, owner="alice")):
+        with client.submit(Submit(token_ids=[1], max_tokens=4, owner="alice")):
             await client.close()
             assert gate.load.of("alice") == WorkerLoad(0, 0)
