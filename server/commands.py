@@ -19,7 +19,7 @@ from persimmon.model.memory_limits import memory_left
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.model.vocabulary import VocabularyMap
 from persimmon.server.bench.arguments import add_arguments as add_bench_arguments
-from persimmon.server.config import GROUPS, Settings, SettingsError, add_arguments, read_settings
+from persimmon.server.config import GROUPS, Settings, add_arguments, read_settings
 from persimmon.server.console import interruptible
 from persimmon.server.http.endpoints.model_use import USES, ModelUse
 from persimmon.server.http.middleware.access import check as check_access
@@ -30,6 +30,7 @@ from persimmon.server.memory_need import check_memory
 from persimmon.server.offline.command import generate as answer_batch
 from persimmon.server.offline.files import BatchFileError
 from persimmon.server.runtime_folder import RuntimeFolderError
+from persimmon.server.settings.section import SettingsError
 from persimmon.server.shortage import raise_open_files, too_few_files
 from persimmon.server.supervisor import ListenError, supervise
 

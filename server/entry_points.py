@@ -3,12 +3,17 @@
 import os
 from typing import TYPE_CHECKING
 
+from persimmon.server.settings import ENVIRONMENT_PREFIX
+
 if TYPE_CHECKING:
     from persimmon.server.http.middleware.credentials import Credentials
 
 
 def engine_main(*args: object) -> None:
     """Entry point of the engine process; see `persimmon.server.engine.process.run_engine` for its arguments."""
+    # Its settings are among the arguments; the variables may hold API keys.
+    for name in [name for name in os.environ if name.startswith(ENVIRONMENT_PREFIX)]:
+        del os.environ[name]
     # Read when torch is first imported.  Idle OpenMP threads spin for milliseconds by default, on cores that the API
     # worker or another program may need, and every parallel region then waits for a thread that is not running.
     # Some microseconds bridge the gap between two operations just as well.

@@ -9,7 +9,7 @@ import psutil
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.memory_limits import MemoryLeft
 from persimmon.model.sizes import readable
-from persimmon.server.config import SettingsError
+from persimmon.server.settings.section import SettingsError
 
 MIB = 1 << 20
 SUPERVISOR_BYTES = 72 * MIB

@@ -15,7 +15,7 @@ from typing import Self
 
 from persimmon.model.identity import change, identity
 from persimmon.server.children import Child, kill
-from persimmon.server.config import Settings, SettingsError
+from persimmon.server.config import Settings
 from persimmon.server.engine.messages import Ready
 from persimmon.server.entry_points import engine_main, worker_main
 from persimmon.server.http.endpoints.model_use import ModelUse
@@ -24,6 +24,7 @@ from persimmon.server.http.transport.siblings import WorkerPlace
 from persimmon.server.logs import say
 from persimmon.server.runtime_folder import RuntimeFolderError, runtime_folder
 from persimmon.server.service_manager import notify
+from persimmon.server.settings.section import SettingsError
 from persimmon.server.shortage import ADVICE
 from persimmon.server.step_watch import StepWatch, WorkerWatch, step_limit
 from persimmon.server.vitals import Vitals
@@ -114,7 +115,9 @@ class _Supervisor:
         self._announced = False
         # A worker that takes another's place gets what this holds then: its siblings', whatever the files have.
         self._credentials = Credentials.read(settings)
-        self._engine = Child("persimmon-engine", "the engine process", engine_main, settings, folder, address, vitals)
+        self._engine = Child(
+            "persimmon-engine", "the engine process", engine_main, settings.of_engine(), folder, address, vitals
+        )
         started = int(time.time())
         self._workers = [
             Child(

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from persimmon.server.config import SettingsError
 from persimmon.server.http.request_record import RequestRecord
+from persimmon.server.settings.section import SettingsError
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context

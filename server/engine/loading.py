@@ -30,8 +30,8 @@ from persimmon.model.runner import PooledStates, PromptLogprobs, Report, Runner,
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.sizes import readable
 from persimmon.model.token_counts import TokenCounts
-from persimmon.server.config import Settings
 from persimmon.server.memory_need import still_to_be_taken
+from persimmon.server.settings.engine import EngineSettings
 
 if TYPE_CHECKING:
     from persimmon.kernels.fused import FusedKernels
@@ -57,11 +57,11 @@ class LoadedModel:
         return f"cpu ({torch.get_num_threads()} threads, {kernels.cpu_kernels_name(self.operations)})"
 
 
-def load_model(settings: Settings, folder: Path, print_line: Callable[[str], None]) -> LoadedModel:
+def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str], None]) -> LoadedModel:
     """Loads a checkpoint and makes it ready to serve.
 
     Args:
-        settings: of the server.
+        settings: of the engine.
         folder: the checkpoint's.
         print_line: takes one line of progress for the console.
 
@@ -132,14 +132,14 @@ def load_model(settings: Settings, folder: Path, print_line: Callable[[str], Non
     return LoadedModel(runner, plan, device, dtype, operations)
 
 
-def _graph_sizes(settings: Settings, config: PersimmonConfig, device: torch.device) -> list[int]:
+def _graph_sizes(settings: EngineSettings, config: PersimmonConfig, device: torch.device) -> list[int]:
     # A classifier only computes prompts, which no graph is made for.
     if device.type != "cuda" or settings.enforce_eager or not config.generates:
         return []
     return list(settings.cuda_graph_sizes or default_sizes(settings.max_num_seqs))
 
 
-def _limits(settings: Settings, config: PersimmonConfig, max_model_len: int) -> kernels.StepLimits:
+def _limits(settings: EngineSettings, config: PersimmonConfig, max_model_len: int) -> kernels.StepLimits:
     return kernels.StepLimits(
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
@@ -199,7 +199,7 @@ def choose_dtype(asked: str, stored: str | None, device: torch.device, *, cpu_bf
 
 
 def warm_up_steps(
-    plan: MemoryPlan, settings: Settings, config: PersimmonConfig, *, compiles: bool
+    plan: MemoryPlan, settings: EngineSettings, config: PersimmonConfig, *, compiles: bool
 ) -> Iterator[list[SequenceInput]]:
     """Steps that do once what serving does: prompts, decodes, draws, reports, and several of them together.
 

@@ -21,7 +21,6 @@ from persimmon.model.tokenizer import Tokenizer
 from persimmon.model.vocabulary import VocabularyMap
 from persimmon.server import logs
 from persimmon.server.child_process import follow_supervisor, ignore
-from persimmon.server.config import Settings
 from persimmon.server.engine.blocks import BlockPool
 from persimmon.server.engine.core import Engine
 from persimmon.server.engine.loading import load_model
@@ -29,6 +28,7 @@ from persimmon.server.engine.messages import Ready
 from persimmon.server.engine.plan_runner import PlanRunner
 from persimmon.server.engine.scheduler import Scheduler
 from persimmon.server.engine.step_cost import StepCostModel
+from persimmon.server.settings.engine import EngineSettings
 from persimmon.server.vitals import Vitals
 
 COLLECTOR_THRESHOLDS = (50_000, 20, 100)
@@ -36,11 +36,11 @@ COLLECTOR_THRESHOLDS = (50_000, 20, 100)
 loop's time, up to a millisecond at once, and found nothing; cycles, which errors may leave, it finds all the same."""
 
 
-def run_engine(settings: Settings, folder: Path, address: str, vitals: Path | None, report: Connection) -> None:
+def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Path | None, report: Connection) -> None:
     """Entry point of the process.
 
     Args:
-        settings: of the server.
+        settings: of the engine.
         folder: the checkpoint's.
         address: the ZeroMQ endpoint to bind, like "ipc:///run/persimmon/engine".
         vitals: the file that its heart beats in; None for nowhere.

@@ -21,7 +21,7 @@ import uvloop
 
 from persimmon.server import logs
 from persimmon.server.child_process import follow_supervisor
-from persimmon.server.config import Settings, SettingsError
+from persimmon.server.config import Settings
 from persimmon.server.engine.client import EngineClient
 from persimmon.server.engine.load import Load
 from persimmon.server.http.app import application
@@ -34,6 +34,7 @@ from persimmon.server.http.middleware.gate import Gate, Limits
 from persimmon.server.http.transport.connection import Connection as ClientConnection
 from persimmon.server.http.transport.siblings import WorkerPlace
 from persimmon.server.http.transport.tls import TlsListener
+from persimmon.server.settings.section import SettingsError
 from persimmon.server.tracing import Tracing
 from persimmon.server.vitals import Vitals
 

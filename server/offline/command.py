@@ -162,7 +162,7 @@ def _engine_failed(engine: SpawnProcess) -> int:
 def _engine_process(settings: Settings, folder: Path, runtime: Path) -> Iterator[SpawnProcess]:
     report, end = multiprocessing.get_context("spawn").Pipe(duplex=False)  # not read: the client learns it too
     # Lines may wait for any time.
-    patient = settings.model_copy(update={"queue_timeout": 0.0})
+    patient = settings.of_engine().model_copy(update={"queue_timeout": 0.0})
     with end:
         process = spawn("persimmon-engine", engine_main, patient, folder, _address(runtime), None, end)
     try:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self
 
-from persimmon.server.config import MAX_BODY_BYTES
 from persimmon.server.offline.batch_lines import ANSWER_START, BatchAnswer, custom_id, encode, key, read_answer
+from persimmon.server.settings.http import MAX_BODY_BYTES
 
 MAX_LINE_BYTES = MAX_BODY_BYTES + 2**16
 """What is longer holds a body that no endpoint takes."""

@@ -1,6 +1,7 @@
 import pytest
 
-from persimmon.server.config import Settings, SettingsError, environment_variable, flag, read_settings, settings_table
+from persimmon.server.config import Settings, environment_variable, flag, read_settings, settings_table
+from persimmon.server.settings.section import SettingsError
 
 
 def test_a_flag_wins_over_its_environment_variable_which_wins_over_the_default(monkeypatch):

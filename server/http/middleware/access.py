@@ -5,12 +5,13 @@ Knows settings and files; what is done with them is others' affair.
 
 from dataclasses import dataclass, field
 
-from persimmon.server.config import MAX_BODY_BYTES, Settings
+from persimmon.server.config import Settings
 from persimmon.server.http.middleware.authentication import KeyCheck
 from persimmon.server.http.middleware.credentials import Credentials
 from persimmon.server.http.middleware.key_limits import KeyLimiter, KeyLimits
 from persimmon.server.http.middleware.keys import KeyRing, key_ring
 from persimmon.server.http.transport.siblings import WorkerPlace
+from persimmon.server.settings.http import MAX_BODY_BYTES
 from persimmon.server.tracing import check_installed
 
 

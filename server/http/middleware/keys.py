@@ -11,8 +11,9 @@ from hashlib import blake2b, sha256
 from http import HTTPStatus
 from pathlib import Path
 
-from persimmon.server.config import Settings, SettingsError
+from persimmon.server.config import Settings
 from persimmon.server.http.errors import ApiError
+from persimmon.server.settings.section import SettingsError
 
 _NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 _KEY = re.compile(r"[\x21-\x7e]+")

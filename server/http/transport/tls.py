@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 
-from persimmon.server.config import Settings, SettingsError
+from persimmon.server.config import Settings
 from persimmon.server.http.errors import ApiError
 from persimmon.server.http.transport.exchange import status_line
+from persimmon.server.settings.section import SettingsError
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.tokenizer import Tokenizer
-from persimmon.server.config import Settings, SettingsError, read_settings
+from persimmon.server.config import Settings, read_settings
 from persimmon.server.engine.client import EngineClient
 from persimmon.server.http.app import create_app
 from persimmon.server.http.middleware import observer
@@ -27,6 +27,7 @@ from persimmon.server.http.middleware.credentials import reads_files_again
 from persimmon.server.http.middleware.key_limits import KeyLimits
 from persimmon.server.http.middleware.keys import ApiKey, KeyRing, salted
 from persimmon.server.http.transport.siblings import WorkerPlace
+from persimmon.server.settings.section import SettingsError
 from persimmon.server.tracing import Tracing
 from tests.server.http.fake_engine import FakeEngine, says
 

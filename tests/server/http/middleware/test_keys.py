@@ -2,9 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from persimmon.server.config import Settings, SettingsError, read_settings
+from persimmon.server.config import Settings, read_settings
 from persimmon.server.http.errors import ApiError
 from persimmon.server.http.middleware.keys import ApiKey, KeyRing, key_ring, salted
+from persimmon.server.settings.section import SettingsError
 
 ALICE, BOB = ApiKey.of("alice", "correct horse".replace(" ", "-")), ApiKey.of("bob", "battery-staple")
 RING = KeyRing((ALICE, BOB))

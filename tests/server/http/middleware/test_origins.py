@@ -5,10 +5,11 @@ from typing import Any
 import httpx
 import pytest
 
-from persimmon.server.config import SettingsError, read_settings
+from persimmon.server.config import read_settings
 from persimmon.server.engine.client import EngineClient
 from persimmon.server.http.middleware.access import Access
 from persimmon.server.http.middleware.keys import ApiKey, KeyRing
+from persimmon.server.settings.section import SettingsError
 from tests.server.http.fake_engine import FakeEngine, says
 from tests.server.http.middleware.test_access import client
 

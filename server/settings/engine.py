@@ -1,0 +1,134 @@
+"""What the engine process gets: how it loads the model, plans memory and schedules."""
+
+from typing import Any, Literal
+
+from pydantic import ByteSize, field_validator
+
+from persimmon.server.settings.logs import LogSettings
+from persimmon.server.settings.section import setting
+
+
+class EngineSettings(LogSettings):
+    """Settings of the engine process."""
+
+    load_format: Literal["auto", "dummy"] = setting(
+        "auto", "auto reads the checkpoint's weights; dummy makes random ones, to measure speed.", "model"
+    )
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
+        "auto",
+        "Type of activations and of the KV cache. auto on a GPU: the checkpoint's own 16-bit type. auto on a CPU: "
+        "bfloat16 for a bfloat16 checkpoint if the processor has instructions for it; otherwise float32, which is "
+        "exact, and in which 16-bit weights stay 16 bits.",
+        "model",
+    )
+    seed: int = setting(
+        0,
+        "Seed of dummy weights and of requests without a seed.",
+        "model",
+        "N",
+        ge=0,
+        lt=2**63,
+    )
+
+    api_workers: int = setting(
+        1,
+        "Processes that answer HTTP. One streams tens of thousands of tokens a second from one core.",
+        "http",
+        "N",
+        ge=1,
+        le=256,
+    )
+
+    max_model_len: int | None = setting(
+        None,
+        "Maximum length of a sequence, prompt and answer together. Default: the model's context length (times the "
+        "factor of its RoPE scaling), or what the KV cache holds if that is less.",
+        "engine",
+        "TOKENS",
+        ge=2,
+    )
+    max_num_seqs: int = setting(
+        256,
+        "Maximum sequences that run at once; more wait. Unless set, it is lowered to --max-num-batched-tokens.",
+        "engine",
+        "N",
+        ge=1,
+        le=65536,
+    )
+    max_num_batched_tokens: int = setting(
+        2048,
+        "Token budget of one step: one for each decoding sequence, the rest for prompt chunks. "
+        "At least --max-num-seqs; unless set, it is raised to that.",
+        "engine",
+        "TOKENS",
+        ge=1,
+    )
+    max_itl_ms: float | None = setting(
+        None,
+        "Limit on the time of a step that runs prompt chunks next to decoding sequences. When more sequences wait for "
+        "their first token than decode, it grows by that ratio. Default: 1.75 times the time without prompts.",
+        "engine",
+        "MILLISECONDS",
+        gt=0,
+    )
+    async_scheduling: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "Plan and launch each step while the one before it runs. auto: on with a GPU; off on a CPU, where every token "
+        "would come one step late.",
+        "engine",
+    )
+    enable_prefix_caching: bool = setting(
+        True, "Reuse the KV blocks of prompt prefixes that were seen before.", "engine"
+    )
+
+    cuda_graph_sizes: tuple[int, ...] | None = setting(
+        None,
+        "Batch sizes for which decode steps are captured as CUDA graphs at start, for example 1,2,4,8. A step uses the "
+        "next larger size; larger steps run without a graph. At most --max-num-seqs. Default: dense up to "
+        "--max-num-seqs. Ignored without a GPU.",
+        "gpu",
+        "N,N,...",
+    )
+    enforce_eager: bool = setting(
+        False, "Do not capture CUDA graphs: faster start and less memory, but slower decoding.", "gpu"
+    )
+
+    queue_timeout: float = setting(
+        60.0,
+        "Maximum time in the queue; then the request gets a 429. 0 for no limit. Most proxies and clients close a "
+        "silent connection after a minute.",
+        "load",
+        "SECONDS",
+        ge=0,
+    )
+
+    block_size: Literal[16, 32, 64] = setting(32, "Tokens in one block of the KV cache.", "memory")
+    kv_cache_memory: ByteSize | None = setting(
+        None,
+        "Size of the KV cache, for example 4GiB or 800MB, allocated at start. Default on a GPU: what "
+        "--gpu-memory-utilization leaves. Default on a CPU: room for --max-num-seqs full sequences, but at most a "
+        "quarter of the free memory, and at most 1 GiB or four times the weights, whichever is more; never less than "
+        "one sequence of the given --max-model-len.",
+        "memory",
+        "SIZE",
+        gt=0,
+    )
+    gpu_memory_utilization: float = setting(
+        0.9,
+        "Share of the GPU's memory to use for weights, activations, CUDA graphs and the KV cache.",
+        "memory",
+        "SHARE",
+        gt=0,
+        le=1,
+    )
+
+    @field_validator("block_size", mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        # Flags and variables are text, and the allowed values are numbers.
+        return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+    @field_validator("cuda_graph_sizes", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        return value.replace(",", " ").split() if isinstance(value, str) else value
