@@ -9,6 +9,7 @@
 #ifndef PERSIMMON_TEAM_H
 #define PERSIMMON_TEAM_H
 
+#include <immintrin.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -16,8 +17,6 @@
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
-
-#include "vectors.h"
 
 #define MAX_THREADS 256
 #define MAX_PHASES 4096
@@ -31,30 +30,69 @@
 #define PHASE_SLEEP_NS 1000000
 
 typedef struct {
-    /* Which part is up, and in the upper half of which piece of work: a late thread takes nothing of another. */
+    /* Which part is up, and in the upper half of which piece of work: a late thread takes nothing of another.  An even
+     * number is nobody's: the phase is being written. */
     _Atomic uint64_t next;
     _Atomic uint32_t parts;
     _Atomic uint32_t done;
 } Phase;
 
+typedef void (*RunPart)(const void *context, int64_t phase, int64_t part, int64_t thread);
+
 typedef struct {
-    void (*run)(const void *context, int64_t phase, int64_t part, int64_t thread);
+    RunPart run;
     const void *context;
     int64_t phases;
     int64_t threads;
 } Work;
 
-/* A thread may be late by any time, so what it looks at before it has a part is never freed. */
+/* A thread may be late by any time, so what it looks at before it has a part is never freed; and as that may be the next
+ * work by then, half written, all of it is atomic. */
 static struct {
     pthread_mutex_t in_use;
     _Atomic uint32_t number; /* of the piece of work; even while the next one is being written */
     _Atomic uint32_t asleep;
     _Atomic uint32_t waiting; /* threads that sleep until a phase has ended */
-    Work work;
+    /* The fields of Work. */
+    _Atomic RunPart run;
+    const void *_Atomic context;
+    _Atomic int64_t work_phases;
+    _Atomic int64_t work_threads;
     Phase phases[MAX_PHASES];
     int64_t started;
     pid_t process;
 } team = {.in_use = PTHREAD_MUTEX_INITIALIZER};
+
+/* Makes a piece of work known, its number last; one caller at a time.
+ *
+ * Two orders matter to late threads.  Whoever sees a field of the new work sees after it that `number` is not the last
+ * work's any more.  And a phase is nobody's before its parts change: a late thread of the last work that read the new
+ * `parts` beside the old `next` would take a part that no work has.  So each store is a release and each load an acquire,
+ * which on x86 are plain moves.  ThreadSanitizer understands these, and would not understand fences. */
+static void write_work(const Work *work, uint32_t number, const uint32_t *parts) {
+    atomic_store(&team.number, number - 1);
+    for (int64_t i = 0; i < work->phases; i++) {
+        Phase *phase = team.phases + i;
+        atomic_store_explicit(&phase->next, (uint64_t)(number - 1) << 32, memory_order_release);
+        atomic_store_explicit(&phase->done, 0, memory_order_release);
+        atomic_store_explicit(&phase->parts, parts[i], memory_order_release);
+        atomic_store_explicit(&phase->next, (uint64_t)number << 32, memory_order_release);
+    }
+    atomic_store_explicit(&team.run, work->run, memory_order_release);
+    atomic_store_explicit(&team.context, work->context, memory_order_release);
+    atomic_store_explicit(&team.work_phases, work->phases, memory_order_release);
+    atomic_store_explicit(&team.work_threads, work->threads, memory_order_release);
+    atomic_store(&team.number, number);
+}
+
+/* Reads a piece of work; false if what was read may be another's. */
+static int read_work(Work *work, uint32_t number) {
+    work->run = atomic_load_explicit(&team.run, memory_order_acquire);
+    work->context = atomic_load_explicit(&team.context, memory_order_acquire);
+    work->phases = atomic_load_explicit(&team.work_phases, memory_order_acquire);
+    work->threads = atomic_load_explicit(&team.work_threads, memory_order_acquire);
+    return atomic_load_explicit(&team.number, memory_order_acquire) == number;
+}
 
 /* The part to do next, or -1 when all are taken or the work is no longer `number`. */
 static int64_t take_part(Phase *phase, uint32_t number, uint32_t parts) {
@@ -94,7 +132,7 @@ static int wait_for(Phase *phase, uint32_t number, uint32_t parts, int64_t threa
 static void take_part_in(const Work *work, uint32_t number, int64_t thread) {
     for (int64_t i = 0; i < work->phases; i++) {
         Phase *phase = team.phases + i;
-        const uint32_t parts = atomic_load_explicit(&phase->parts, memory_order_relaxed);
+        const uint32_t parts = atomic_load_explicit(&phase->parts, memory_order_acquire);
         for (int64_t part = take_part(phase, number, parts); part >= 0; part = take_part(phase, number, parts)) {
             work->run(work->context, i, part, thread);
             part_is_done(phase, parts);
@@ -119,10 +157,8 @@ static void *team_thread(void *argument) {
             continue;
         }
         last = number;
-        /* A copy: what is written meanwhile is another number's, for which nothing can be taken. */
-        const Work work = team.work;
-        if (atomic_load_explicit(&team.number, memory_order_acquire) == number && thread < work.threads)
-            take_part_in(&work, number, thread);
+        Work work;
+        if (read_work(&work, number) && thread < work.threads) take_part_in(&work, number, thread);
     }
     return NULL;
 }
@@ -152,14 +188,7 @@ static void work_together(Work work, const uint32_t *parts) {
     pthread_mutex_lock(&team.in_use);
     work.threads = start_team(work.threads < MAX_THREADS ? work.threads : MAX_THREADS);
     const uint32_t number = (atomic_load(&team.number) + 1) | 1;
-    atomic_store(&team.number, number - 1);
-    for (int64_t i = 0; i < work.phases; i++) {
-        atomic_store_explicit(&team.phases[i].done, 0, memory_order_relaxed);
-        atomic_store_explicit(&team.phases[i].parts, parts[i], memory_order_relaxed);
-        atomic_store_explicit(&team.phases[i].next, (uint64_t)number << 32, memory_order_release);
-    }
-    team.work = work;
-    atomic_store(&team.number, number);
+    write_work(&work, number, parts);
     if (work.threads > 1 && atomic_load(&team.asleep))
         syscall(SYS_futex, &team.number, FUTEX_WAKE_PRIVATE, (int)team.started, NULL, NULL, 0);
     take_part_in(&work, number, 0);
