@@ -1,9 +1,11 @@
-"""Writes the parts of docs/ that are made from the code: `make docs`.
+"""Writes the parts of README.md and docs/ that are made from the code: `make docs`.
 
-A page holds its generated part between two comments; the rest of the page is written by hand.
+A generated part is between two comments.  An example follows a comment with its file's name.  The rest of a page is
+written by hand.
 """
 
 import ast
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -63,15 +65,36 @@ def updated(page: str, generated: str) -> str:
     return f"{before}{BEGIN}\n\n{generated}\n\n{END}{rest.partition(END)[2]}"
 
 
-def main() -> None:
-    """Rewrites every page whose generated part has changed, and prints its name."""
+EXAMPLE = re.compile(r"<!-- (?P<file>examples/\S+) -->\n```(?P<language>\w+)\n(?P<code>.*?)```\n", re.DOTALL)
+"""A block of code in a page that shows a file of examples/."""
+
+
+def with_examples(page: str) -> str:
+    """A page with each block that shows an example replaced by the example's file."""
+
+    def block(shown: re.Match[str]) -> str:
+        code = (ROOT / shown["file"]).read_text()
+        return f"<!-- {shown['file']} -->\n```{shown['language']}\n{code}```\n"
+
+    return EXAMPLE.sub(block, page)
+
+
+def pages() -> dict[Path, str]:
+    """README.md and every page of docs/, each with the text that it should have."""
+    current = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
+    wanted = {path: with_examples(page) for path, page in current.items()}
     for name, make in GENERATED.items():
         path = ROOT / "docs" / name
-        page = path.read_text()
-        new = updated(page, make())
-        if new != page:
-            path.write_text(new)
-            sys.stdout.write(f"wrote docs/{name}\n")
+        wanted[path] = updated(wanted[path], make())
+    return wanted
+
+
+def main() -> None:
+    """Rewrites every page whose text should be another, and prints its name."""
+    for path, page in pages().items():
+        if path.read_text() != page:
+            path.write_text(page)
+            sys.stdout.write(f"wrote {path.relative_to(ROOT)}\n")
 
 
 if __name__ == "__main__":

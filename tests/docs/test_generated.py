@@ -1,14 +1,13 @@
-"""What docs/ says of settings, metrics, fields and files is what the code says."""
+"""What pages say of settings, metrics, fields, files and examples is what the code says."""
 
 import pytest
 
 from tools import docs
 
 
-@pytest.mark.parametrize("name", docs.GENERATED)
-def test_the_page_has_what_the_code_says(name: str) -> None:
-    page = (docs.ROOT / "docs" / name).read_text()
-    assert page == docs.updated(page, docs.GENERATED[name]()), "run `make docs`"
+def test_pages_have_what_the_code_says() -> None:
+    outdated = [path.name for path, page in docs.pages().items() if path.read_text() != page]
+    assert outdated == [], "run `make docs`"
 
 
 def test_a_page_keeps_what_is_written_by_hand() -> None:
@@ -22,3 +21,9 @@ def test_a_page_keeps_what_is_written_by_hand() -> None:
 def test_a_page_without_exactly_one_generated_part_is_refused(page: str) -> None:
     with pytest.raises(ValueError, match="expected one generated part"):
         docs.updated(page, "new")
+
+
+def test_a_block_after_the_name_of_an_example_is_its_file() -> None:
+    code = (docs.ROOT / "examples" / "chat.sh").read_text()
+    page = "Before\n<!-- examples/chat.sh -->\n```sh\nold\n```\nafter\n"
+    assert docs.with_examples(page) == f"Before\n<!-- examples/chat.sh -->\n```sh\n{code}```\nafter\n"
