@@ -12,6 +12,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "ARCHITECTURE.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 FOLDERS = "server|model|kernels|persimmon|tests|benchmarks|deploy|tools|docs|examples"
