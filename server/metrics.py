@@ -7,7 +7,7 @@ of them are in `vllm_metrics`.
 
 import itertools
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Protocol
 
 import msgspec
@@ -93,6 +93,7 @@ class Metrics:
     Args:
         engine: read at each scrape.
         model_name: the served model's name in the API.
+        open_paths: of the endpoints that need no key, for which vLLM has no counters.
 
     Attributes:
         http_requests: requests answered, by endpoint and status.
@@ -105,10 +106,11 @@ class Metrics:
         request_duration: from arrival to the last byte, of every request except probes, by endpoint.
     """
 
-    def __init__(self, engine: EngineView, model_name: str) -> None:
+    def __init__(self, engine: EngineView, model_name: str, open_paths: Collection[str] = ()) -> None:
         self._registry = CollectorRegistry()
         self._engine = _EngineCollector(engine)
         self._model_name = model_name
+        self._open_paths = open_paths
         Gauge(
             "persimmon_open_streams",
             "Unfinished sequences of the API workers.",
@@ -222,7 +224,7 @@ class Metrics:
         sums = _Sums(list(itertools.chain.from_iterable(map(_decode, snapshots))))
         for source in (self._engine, sums):
             registry.register(source)
-            registry.register(UnderVllmNames(source, self._model_name, self._engine.max_model_len))
+            registry.register(UnderVllmNames(source, self._model_name, self._engine.max_model_len, self._open_paths))
         return generate_latest(registry)
 
 

@@ -5,7 +5,7 @@ translated when it is scraped.  vLLM's own have the labels model_name and engine
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from prometheus_client import Metric
@@ -32,8 +32,6 @@ HTTP_SECONDS = (0.1, 0.5, 1)
 
 COMPUTED, CACHED = "local_compute", "local_cache_hit"
 """Where a prompt's tokens came from, in vLLM's words."""
-
-_PROBES = frozenset({"/health", "/livez", "/readyz", "/healthz", "/metrics", "/version"})
 
 
 def _as_they_are(samples: Iterable[Sample]) -> Iterable[Sample]:
@@ -64,9 +62,8 @@ def _awake(samples: Iterable[Sample]) -> Iterator[Sample]:
 def _by_class(samples: Iterable[Sample]) -> Iterator[Sample]:
     counts: dict[tuple[str, str], float] = defaultdict(float)
     for sample in samples:
-        endpoint = sample.labels["endpoint"]
-        if sample.name.endswith("_total") and endpoint not in _PROBES:
-            counts[endpoint, f"{sample.labels['status'][0]}xx"] += sample.value
+        if sample.name.endswith("_total"):
+            counts[sample.labels["endpoint"], f"{sample.labels['status'][0]}xx"] += sample.value
     for (handler, status), count in counts.items():
         yield Sample("persimmon_http_requests_total", {"handler": handler, "status": status}, count)
 
@@ -87,6 +84,7 @@ class Translation:
         bounds: of vLLM's histogram; ours has more.  Empty for all that ours has.
         samples: makes vLLM's samples of ours.
         of_model: whether it has the labels of a model.
+        without_open: whether vLLM's leaves out endpoints that need no key.
     """
 
     own: str
@@ -94,6 +92,7 @@ class Translation:
     bounds: tuple[float, ...] = ()
     samples: Callable[[Iterable[Sample]], Iterable[Sample]] = _as_they_are
     of_model: bool = True
+    without_open: bool = False
 
 
 TRANSLATIONS = (
@@ -135,7 +134,7 @@ TRANSLATIONS = (
     Translation("persimmon_request_max_tokens", "vllm:request_params_max_tokens", REQUEST_TOKENS),
     Translation("persimmon_request_n", "vllm:request_params_n", SAMPLES),
     # Not vLLM's own, but of the instrumentation that it uses; its dashboards read them.
-    Translation("persimmon_http_requests", "http_requests", samples=_by_class, of_model=False),
+    Translation("persimmon_http_requests", "http_requests", samples=_by_class, of_model=False, without_open=True),
     Translation(
         "persimmon_http_request_duration_seconds",
         "http_request_duration_seconds",
@@ -153,12 +152,16 @@ class UnderVllmNames(Collector):
         source: the other collector.
         model_name: the served model's name.
         max_model_len: the longest sequence, where vLLM's buckets of token counts end; None where it is not known yet.
+        open_paths: of the endpoints that need no key.
     """
 
-    def __init__(self, source: Collector, model_name: str, max_model_len: int | None) -> None:
+    def __init__(
+        self, source: Collector, model_name: str, max_model_len: int | None, open_paths: Collection[str]
+    ) -> None:
         self._source = source
         self._model = {"model_name": model_name, "engine": "0"}
         self._max_model_len = max_model_len
+        self._open_paths = open_paths
 
     def collect(self) -> Iterator[Metric]:
         """Translates what the other collector has now."""
@@ -170,7 +173,10 @@ class UnderVllmNames(Collector):
     def _translated(self, metric: Metric, to: Translation) -> Metric:
         bounds = self._bounds(to)
         translated = Metric(to.name, metric.documentation, metric.type)
-        for sample in to.samples(metric.samples):
+        samples: Iterable[Sample] = metric.samples
+        if to.without_open:
+            samples = (sample for sample in samples if sample.labels["endpoint"] not in self._open_paths)
+        for sample in to.samples(samples):
             if bounds and sample.name.endswith("_bucket") and sample.labels["le"] not in bounds:
                 continue
             labels = {**self._model, **sample.labels} if to.of_model else sample.labels

@@ -4,10 +4,13 @@ Knows no endpoint's insides.
 """
 
 import itertools
+from collections.abc import Awaitable, Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 
 from persimmon.model.chat import Chat, chat_format
@@ -17,11 +20,10 @@ from persimmon.model.vocabulary import VocabularyMap
 from persimmon.server.config import Settings
 from persimmon.server.engine.client import CLASSIFIES, GENERATES, EngineClient
 from persimmon.server.http import errors
-from persimmon.server.http.endpoints import adept_api, classify, embeddings, status, tokens
-from persimmon.server.http.endpoints.chat import create_chat_completion
-from persimmon.server.http.endpoints.completions import create_completion
-from persimmon.server.http.endpoints.documentation import Documentation
+from persimmon.server.http.endpoints import documentation
+from persimmon.server.http.endpoints.endpoint import Call, Endpoint
 from persimmon.server.http.endpoints.service import Service, endless_seeds
+from persimmon.server.http.endpoints.table import ENDPOINTS, METRICS, addresses
 from persimmon.server.http.middleware.access import Access
 from persimmon.server.http.middleware.addresses import Addresses
 from persimmon.server.http.middleware.authentication import Authentication, KeyCheck
@@ -30,34 +32,11 @@ from persimmon.server.http.middleware.observer import Observer
 from persimmon.server.http.middleware.origins import OriginCheck
 from persimmon.server.http.middleware.pace import Pace
 from persimmon.server.http.request_record import REQUEST_ID_HEADER, record_of
-from persimmon.server.http.schemas.adept_protocol import AdeptRequest
 from persimmon.server.http.schemas.parsing import parse
-from persimmon.server.http.schemas.pooling_protocol import ClassifyRequest, EmbeddingRequest
-from persimmon.server.http.schemas.protocol import ChatCompletionRequest, CompletionRequest
-from persimmon.server.http.schemas.responses import ChatCompletion, ChatCompletionChunk, Completion
-from persimmon.server.http.schemas.token_protocol import DetokenizeRequest, TokenizeRequest
 from persimmon.server.http.transport.body import BodyReader
 from persimmon.server.http.transport.siblings import Siblings, WorkerPlace
 from persimmon.server.metrics import Metrics
 from persimmon.server.tracing import Tracing
-
-COMPLETIONS = "/v1/completions"
-CHAT_COMPLETIONS = "/v1/chat/completions"
-ADEPT = "/api"
-EMBEDDINGS = "/v1/embeddings"
-CLASSIFY = "/classify"
-CLASSIFY_TOKENS = "/classify/tokens"
-TOKENIZE = "/tokenize"
-DETOKENIZE = "/detokenize"
-
-ENGINE_PATHS = (COMPLETIONS, CHAT_COMPLETIONS, ADEPT, EMBEDDINGS, CLASSIFY, CLASSIFY_TOKENS)
-"""The endpoints that ask something of the engine."""
-
-GENERATING_PATHS = (COMPLETIONS, CHAT_COMPLETIONS, ADEPT)
-"""Of these the ones whose answers are generated."""
-
-PATHS = (*ENGINE_PATHS, TOKENIZE, DETOKENIZE, *status.PATHS)
-"""All endpoints."""
 
 
 def application(
@@ -126,6 +105,7 @@ def create_app(
     key_check: KeyCheck | None = None,
     chat: Chat | None = None,
     additional_properties: bool = False,
+    endpoints: Sequence[Endpoint[Any]] = ENDPOINTS,
 ) -> FastAPI:
     """The application of one API worker.
 
@@ -143,12 +123,14 @@ def create_app(
         key_check: the keys, if they may change; None for those of `access`.
         chat: the served model's chat format; None for Adept's.
         additional_properties: whether objects of JSON schemas are open where neither schema nor request says.
+        endpoints: what is served.
     """
     place = place or WorkerPlace()
     access = access or Access()
     key_check = key_check or access.key_check(place)
     gate = gate or Gate(engine.load)
-    metrics = Metrics(engine, served_model_name)
+    open_paths = frozenset(each.path for each in endpoints if each.open_without_key)
+    metrics = Metrics(engine, served_model_name, open_paths)
     siblings = Siblings(place, metrics.snapshot)
     # Every worker takes its own part of one sequence, so that no two give requests the same seed.
     seeds = itertools.islice(endless_seeds(seed), place.index, None, place.count)
@@ -175,14 +157,22 @@ def create_app(
         lifespan=lambda _: siblings.listening(),
         redirect_slashes=False,  # see `Addresses`
     )
-    documentation = Documentation()
-    documentation.install(app)
-    errors.install(app, PATHS)
-    app.add_middleware(GateKeeper, gate=gate, engine_paths=ENGINE_PATHS)
+    bodies = BodyReader(access.max_body_bytes, access.read_timeout)
+    for endpoint in endpoints:
+        served = _served(endpoint, service, bodies)
+        described = documentation.route_arguments(endpoint)
+        app.add_api_route(endpoint.path, served, methods=[endpoint.method], **described)
+    documentation.install(app, endpoints)
+    routes = {route.path: route for route in app.routes if isinstance(route, APIRoute)}
+    known = addresses(endpoints)
+    errors.install(app, known)
+    app.add_middleware(
+        GateKeeper, gate=gate, engine_routes={each.path: routes[each.path] for each in endpoints if each.uses_engine}
+    )
     app.add_middleware(
         Authentication,
         check=key_check,
-        open_paths=status.OPEN_PATHS if access.metrics_need_key else (*status.OPEN_PATHS, status.METRICS),
+        open_paths=open_paths - {METRICS} if access.metrics_need_key else open_paths,
     )
     if access.allowed_origins:
         app.add_middleware(
@@ -193,66 +183,25 @@ def create_app(
             expose_headers=[REQUEST_ID_HEADER, "retry-after"],
         )
     app.add_middleware(OriginCheck, allowed=access.allowed_origins, has_keys=bool(access.keys.keys))
-    app.add_middleware(Addresses, paths=PATHS)
-    app.add_middleware(Pace, at_once=status.OPEN_PATHS)
+    app.add_middleware(Addresses, paths=known)
+    app.add_middleware(Pace, at_once=[each.path for each in endpoints if each.answered_at_once])
     app.add_middleware(
         Observer,
         metrics=metrics,
-        generating=GENERATING_PATHS,
-        probes=status.PROBED_PATHS,
+        generating=[each.path for each in endpoints if each.generates],
+        probes=[each.path for each in endpoints if each.polled],
         tracing=tracing,
         log_prompts=access.log_prompts,
     )
-    bodies = BodyReader(access.max_body_bytes, access.read_timeout)
-    app.include_router(status.router(service, documentation))
-
-    @app.post(COMPLETIONS, **documentation.endpoint({200: Completion}, CompletionRequest, chunk=Completion))
-    async def completions(request: Request) -> Response:
-        """Continues one or more prompts."""
-        body = parse(await bodies.read(request), CompletionRequest)
-        return await create_completion(service, body, request.receive, record_of(request.scope))
-
-    @app.post(
-        CHAT_COMPLETIONS,
-        **documentation.endpoint({200: ChatCompletion}, ChatCompletionRequest, chunk=ChatCompletionChunk),
-    )
-    async def chat_completions(request: Request) -> Response:
-        """Answers the last message of a conversation."""
-        body = parse(await bodies.read(request), ChatCompletionRequest)
-        return await create_chat_completion(service, body, request.receive, record_of(request.scope))
-
-    @app.put(ADEPT, **documentation.endpoint({200: adept_api.AdeptAnswer}, AdeptRequest))
-    async def adept(request: Request) -> Response:
-        """Continues one or more prompts, as Adept's own server does."""
-        body = parse(await bodies.read(request), AdeptRequest)
-        return await adept_api.generate(service, body, request.receive, record_of(request.scope))
-
-    @app.post(EMBEDDINGS, **documentation.endpoint({200: embeddings.Embeddings}, EmbeddingRequest))
-    async def create_embeddings(request: Request) -> Response:
-        """The model's final hidden states of one or more inputs."""
-        body = parse(await bodies.read(request), EmbeddingRequest)
-        return await embeddings.create_embeddings(service, body, request.receive, record_of(request.scope))
-
-    @app.post(CLASSIFY, **documentation.endpoint({200: classify.Classifications}, ClassifyRequest))
-    async def classify_texts(request: Request) -> Response:
-        """What a model that classifies texts says of one or more inputs."""
-        body = parse(await bodies.read(request), ClassifyRequest)
-        return await classify.classify(service, body, request.receive, record_of(request.scope))
-
-    @app.post(CLASSIFY_TOKENS, **documentation.endpoint({200: classify.TokenClassifications}, ClassifyRequest))
-    async def classify_tokens(request: Request) -> Response:
-        """What a model that classifies tokens says of each token of one or more inputs."""
-        body = parse(await bodies.read(request), ClassifyRequest)
-        return await classify.classify_tokens(service, body, request.receive, record_of(request.scope))
-
-    @app.post(TOKENIZE, **documentation.endpoint({200: tokens.Tokens}, TokenizeRequest))
-    async def tokenize(request: Request) -> Response:
-        """The token ids of a text or of a conversation."""
-        return await tokens.tokenize(service, parse(await bodies.read(request), TokenizeRequest))
-
-    @app.post(DETOKENIZE, **documentation.endpoint({200: tokens.Text}, DetokenizeRequest))
-    async def detokenize(request: Request) -> Response:
-        """The text of token ids."""
-        return await tokens.detokenize(service, parse(await bodies.read(request), DetokenizeRequest))
-
     return app
+
+
+def _served(endpoint: Endpoint[Any], service: Service, bodies: BodyReader) -> Callable[[Request], Awaitable[Response]]:
+    """What FastAPI calls for an endpoint: reads and parses the body, if there is one, and calls the handler."""
+    handler, kind = endpoint.handler, endpoint.request
+
+    async def answer(request: Request) -> Response:
+        body = None if kind is None else parse(await bodies.read(request), kind)
+        return await handler(service, Call(body, request.receive, record_of(request.scope), request.path_params))
+
+    return answer

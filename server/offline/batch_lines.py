@@ -9,9 +9,9 @@ from hashlib import blake2b
 import msgspec
 from msgspec import Raw, Struct
 
-from persimmon.server.http.app import CHAT_COMPLETIONS, COMPLETIONS, EMBEDDINGS
+from persimmon.server.http.endpoints.table import ENDPOINTS, batch_urls
 
-URLS = (CHAT_COMPLETIONS, COMPLETIONS, EMBEDDINGS)
+URLS = batch_urls(ENDPOINTS)
 """What a line may ask for."""
 
 ANSWER_START = b'{"id":"batch_req_'

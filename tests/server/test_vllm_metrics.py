@@ -89,7 +89,7 @@ class Engine:
 @pytest.fixture
 def metrics() -> Metrics:
     """After one sequence of one request."""
-    metrics = Metrics(Engine(), "demo")
+    metrics = Metrics(Engine(), "demo", {"/health"})
     metrics.http_requests.labels("/v1/completions", 200).inc()
     metrics.request_duration.labels("/v1/completions").observe(0.4)
     metrics.inter_token_latency.observe(0.012)

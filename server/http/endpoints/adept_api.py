@@ -7,20 +7,18 @@ with status 200 and a sentence.
 
 from collections.abc import Sequence
 
-import msgspec
-from fastapi import Response
 from msgspec import Struct
-from starlette.types import Receive
 
 from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.http.endpoints.endpoint import Call
 from persimmon.server.http.endpoints.service import Service, expected_tokens
 from persimmon.server.http.errors import bad_request, context_length_exceeded
 from persimmon.server.http.generation.generation import Answer, Generation
 from persimmon.server.http.generation.prompt_encoder import PromptInput
 from persimmon.server.http.generation.token_report import token_text
-from persimmon.server.http.request_record import RequestRecord
 from persimmon.server.http.schemas.adept_protocol import AdeptRequest
 from persimmon.server.http.transport.disconnect import until_disconnect
+from persimmon.server.http.transport.json_response import JsonResponse
 
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # as SentencePiece's pieces have it
 
@@ -46,21 +44,9 @@ class AdeptHealth(Struct, frozen=True):
     success: bool
 
 
-async def generate(service: Service, request: AdeptRequest, receive: Receive, record: RequestRecord) -> Response:
-    """The answer to a request in Adept's form.
-
-    Args:
-        service: what the worker serves with.
-        request: well-formed.
-        receive: the request's ASGI channel, its body read to the end.
-        record: of the request; what is found out is written into it.
-
-    Raises:
-        ApiError: the request asks for what the model cannot do, or the engine gave it up.
-        EngineNotReadyError: the model is still loading.
-        EngineDeadError: the engine has ended.
-        ClientDisconnect: the client went away before its answer was complete.
-    """
+async def adept(service: Service, call: Call[AdeptRequest]) -> JsonResponse[AdeptAnswer]:
+    """Continues one or more prompts, as Adept's own server does."""
+    request = call.request
     if request.add_bos and service.tokenizer.bos_token_id is None:
         raise bad_request("This model's vocabulary has no beginning-of-sequence token to add.", "add_BOS")
     limit = service.max_model_len
@@ -70,17 +56,15 @@ async def generate(service: Service, request: AdeptRequest, receive: Receive, re
             raise context_length_exceeded(len(token_ids), min(request.tokens_to_generate, 1), limit, name)
         return token_ids
 
-    with service.gate.reserved(len(request.prompts), expected_tokens(request.prompts), record.owner):
+    with service.gate.reserved(len(request.prompts), expected_tokens(request.prompts), call.record.owner):
         encoded = await service.encode_prompts("prompts", request.prompts, request.add_bos, fit)
     prompts = [token_ids for _, token_ids in encoded]
     # Adept's server generates what the longest prompt leaves room for, where that is less than was asked for.
     left = max(1, limit - max(map(len, prompts)))
     completion = request.completion(min(request.tokens_to_generate, left))
-    generation = await service.prepare(completion, prompts, [], record)
-    answers, _ = await until_disconnect(receive, service.generator.answers(generation))
-    return Response(
-        msgspec.json.encode(await _answer(service, request, generation, answers)), media_type="application/json"
-    )
+    generation = await service.prepare(completion, prompts, [], call.record)
+    answers, _ = await until_disconnect(call.receive, service.generator.answers(generation))
+    return JsonResponse(await _answer(service, request, generation, answers))
 
 
 async def _answer(

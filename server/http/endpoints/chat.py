@@ -5,18 +5,15 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 
-import msgspec
-from fastapi import Response
 from msgspec import UNSET, UnsetType
-from starlette.types import Receive
 
 from persimmon.model.tool_calls import CallDelta, CallForm, begun_call
+from persimmon.server.http.endpoints.endpoint import Call
 from persimmon.server.http.endpoints.service import Service
 from persimmon.server.http.generation.answer_form import chat_form
 from persimmon.server.http.generation.conversation import chat_prompt
 from persimmon.server.http.generation.generation import Answer, Generation, Piece, UsageCount
 from persimmon.server.http.generation.token_report import TokenReport, TokenText
-from persimmon.server.http.request_record import RequestRecord
 from persimmon.server.http.schemas.protocol import ChatCompletionRequest
 from persimmon.server.http.schemas.responses import (
     CalledFunction,
@@ -35,29 +32,19 @@ from persimmon.server.http.schemas.responses import (
     Usage,
 )
 from persimmon.server.http.transport.disconnect import until_disconnect
+from persimmon.server.http.transport.json_response import JsonResponse
 from persimmon.server.http.transport.sse import DONE, EventStream, event
 
 
-async def create_chat_completion(
-    service: Service, request: ChatCompletionRequest, receive: Receive, record: RequestRecord
-) -> Response:
-    """The answer to a chat completion request.
+async def chat_completions(
+    service: Service, call: Call[ChatCompletionRequest]
+) -> JsonResponse[ChatCompletion] | EventStream[ChatCompletionChunk]:
+    """Answers the last message of a conversation.
 
     An answer ends at end-of-text and, in Adept's format, before a new human turn; ignore_eos lifts both.  An answer
     that follows a grammar ends where the grammar allows it.
-
-    Args:
-        service: what the worker serves with.
-        request: well-formed.
-        receive: the request's ASGI channel, its body read to the end.
-        record: of the request; what is found out is written into it.
-
-    Raises:
-        ApiError: the request asks for what the model cannot do, or the engine gave it up.
-        EngineNotReadyError: the model is still loading.
-        EngineDeadError: the engine has ended.
-        ClientDisconnect: the client went away before its answer was complete.
     """
+    request = call.request
     form = chat_form(request)
     chat = service.chat
     prompt = await chat_prompt(chat, request.messages, request.tools if form.calls is not None else ())
@@ -67,14 +54,13 @@ async def create_chat_completion(
     goes_on = request.ignore_eos and not form.ends_by_grammar
     # JSON and other enforced text may contain what would otherwise be a new turn.
     turn_end = chat.stop if form.may_be_text and not goes_on else ()
-    generation = await service.prepare(request, [prompt], [*request.stop, *turn_end], record, form)
+    generation = await service.prepare(request, [prompt], [*request.stop, *turn_end], call.record, form)
     if request.stream:
         return EventStream(_stream(service, request, generation), service.gate.limits.ping_interval)
-    body = await until_disconnect(receive, _whole(service, request, generation))
-    return Response(body, media_type="application/json")
+    return JsonResponse(await until_disconnect(call.receive, _whole(service, request, generation)))
 
 
-async def _whole(service: Service, request: ChatCompletionRequest, generation: Generation) -> bytes:
+async def _whole(service: Service, request: ChatCompletionRequest, generation: Generation) -> ChatCompletion:
     created = int(time.time())
     answers, usage = await service.generator.answers(generation)
     choices = [
@@ -87,17 +73,15 @@ async def _whole(service: Service, request: ChatCompletionRequest, generation: G
         )
         for index, answer in enumerate(answers)
     ]
-    return msgspec.json.encode(
-        ChatCompletion(
-            _new_id(),
-            created,
-            service.served_model_name,
-            service.system_fingerprint,
-            choices,
-            usage,
-            service_tier=_tier(request),
-            prompt_token_ids=generation.prompt_token_ids(0) if request.return_token_ids else UNSET,
-        )
+    return ChatCompletion(
+        _new_id(),
+        created,
+        service.served_model_name,
+        service.system_fingerprint,
+        choices,
+        usage,
+        service_tier=_tier(request),
+        prompt_token_ids=generation.prompt_token_ids(0) if request.return_token_ids else UNSET,
     )
 
 

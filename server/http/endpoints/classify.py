@@ -5,23 +5,20 @@ The answer of /classify is vLLM's; that of /classify/tokens, which vLLM lacks, l
 
 import time
 import uuid
-from collections.abc import Coroutine, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-import msgspec
 import numpy as np
-from fastapi import Response
 from msgspec import Struct
-from starlette.types import Receive
 
 from persimmon.model.config import Architecture, ScoreFunction
 from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.http.endpoints.endpoint import Call
 from persimmon.server.http.endpoints.pooling import Inputs, pooled, prepare, written
 from persimmon.server.http.endpoints.service import Service
 from persimmon.server.http.generation.token_report import read_prompt, token_text
-from persimmon.server.http.request_record import RequestRecord
 from persimmon.server.http.schemas.pooling_protocol import ClassifyRequest
 from persimmon.server.http.transport.disconnect import until_disconnect
+from persimmon.server.http.transport.json_response import JsonResponse
 
 
 class ClassificationUsage(Struct, frozen=True):
@@ -86,42 +83,24 @@ class TokenClassifications(_Answer, frozen=True, tag="list"):
     data: list[InputClassification]
 
 
-async def classify(service: Service, request: ClassifyRequest, receive: Receive, record: RequestRecord) -> Response:
-    """The answer to a request to classify texts.
+async def classify_texts(service: Service, call: Call[ClassifyRequest]) -> JsonResponse[Classifications]:
+    """What a model that classifies texts says of one or more inputs.
 
-    As in Transformers, padding at an input's end is looked past.
-
-    Args:
-        service: what the worker serves with.
-        request: well-formed.
-        receive: the request's ASGI channel, its body read to the end.
-        record: of the request; what is found out is written into it.
-
-    Raises:
-        ApiError: the request asks for what the model cannot do, or the engine gave it up.
-        EngineNotReadyError: the model is still loading.
-        EngineDeadError: the engine has ended.
-        ClientDisconnect: the client went away before its answer was complete.
+    As in Transformers, padding at an input's end is ignored.
     """
     service.check_use(Architecture.SEQUENCE_CLASSIFICATION)
-    inputs = await prepare(service, request, record)
-    return await _answer(receive, _whole(service, request, inputs))
+    inputs = await prepare(service, call.request, call.record)
+    return JsonResponse(await until_disconnect(call.receive, _of_texts(service, call.request, inputs)))
 
 
-async def classify_tokens(
-    service: Service, request: ClassifyRequest, receive: Receive, record: RequestRecord
-) -> Response:
-    """The answer to a request to classify tokens; arguments and errors are those of `classify`."""
+async def classify_tokens(service: Service, call: Call[ClassifyRequest]) -> JsonResponse[TokenClassifications]:
+    """What a model that classifies tokens says of each token of one or more inputs."""
     service.check_use(Architecture.TOKEN_CLASSIFICATION)
-    inputs = await prepare(service, request, record)
-    return await _answer(receive, _of_tokens(service, request, inputs))
+    inputs = await prepare(service, call.request, call.record)
+    return JsonResponse(await until_disconnect(call.receive, _of_tokens(service, call.request, inputs)))
 
 
-async def _answer(receive: Receive, work: Coroutine[Any, Any, _Answer]) -> Response:
-    return Response(msgspec.json.encode(await until_disconnect(receive, work)), media_type="application/json")
-
-
-async def _whole(service: Service, request: ClassifyRequest, inputs: Inputs) -> Classifications:
+async def _of_texts(service: Service, request: ClassifyRequest, inputs: Inputs) -> Classifications:
     config = service.config
     function = config.score_function if request.use_activation else "none"
 

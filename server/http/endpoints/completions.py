@@ -6,50 +6,36 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 
 import msgspec
-from fastapi import Response
 from msgspec import UNSET, UnsetType
-from starlette.types import Receive
 
+from persimmon.server.http.endpoints.endpoint import Call
 from persimmon.server.http.endpoints.service import Service
 from persimmon.server.http.generation.answer_form import AnswerForm
 from persimmon.server.http.generation.generation import Generation, Piece, UsageCount
 from persimmon.server.http.generation.token_report import TokenReport
-from persimmon.server.http.request_record import RequestRecord
 from persimmon.server.http.schemas.protocol import CompletionRequest
 from persimmon.server.http.schemas.responses import Completion, CompletionChoice, CompletionLogprobs, Usage
 from persimmon.server.http.transport.disconnect import until_disconnect
+from persimmon.server.http.transport.json_response import JsonResponse
 from persimmon.server.http.transport.sse import DONE, EventStream, event
 
 
-async def create_completion(
-    service: Service, request: CompletionRequest, receive: Receive, record: RequestRecord
-) -> Response:
-    """The answer to a completion request.
-
-    Args:
-        service: what the worker serves with.
-        request: well-formed.
-        receive: the request's ASGI channel, its body read to the end.
-        record: of the request; what is found out is written into it.
-
-    Raises:
-        ApiError: the request asks for what the model cannot do, or the engine gave it up.
-        EngineNotReadyError: the model is still loading.
-        EngineDeadError: the engine has ended.
-        ClientDisconnect: the client went away before its answer was complete.
-    """
+async def completions(
+    service: Service, call: Call[CompletionRequest]
+) -> JsonResponse[Completion] | EventStream[Completion]:
+    """Continues one or more prompts."""
+    request = call.request
     form = AnswerForm(request.constraint)
-    generation = await service.prepare(request, request.prompt, request.stop, record, form)
+    generation = await service.prepare(request, request.prompt, request.stop, call.record, form)
     empty = Completion(
         f"cmpl-{uuid.uuid4().hex}", int(time.time()), service.served_model_name, service.system_fingerprint, []
     )
     if request.stream:
         return EventStream(_stream(service, request, generation, empty), service.gate.limits.ping_interval)
-    body = await until_disconnect(receive, _whole(service, request, generation, empty))
-    return Response(body, media_type="application/json")
+    return JsonResponse(await until_disconnect(call.receive, _whole(service, request, generation, empty)))
 
 
-async def _whole(service: Service, request: CompletionRequest, generation: Generation, empty: Completion) -> bytes:
+async def _whole(service: Service, request: CompletionRequest, generation: Generation, empty: Completion) -> Completion:
     answers, usage = await service.generator.answers(generation)
     with_ids = request.return_token_ids
     choices = [
@@ -63,7 +49,7 @@ async def _whole(service: Service, request: CompletionRequest, generation: Gener
         )
         for index, answer in enumerate(answers)
     ]
-    return msgspec.json.encode(msgspec.structs.replace(empty, choices=choices, usage=usage))
+    return msgspec.structs.replace(empty, choices=choices, usage=usage)
 
 
 async def _stream(

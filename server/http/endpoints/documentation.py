@@ -1,23 +1,30 @@
 """What /openapi.json and /docs say of each endpoint: its body, its answers and its errors.
 
-Knows no endpoint.  Bodies are pydantic models and answers are msgspec structs, of which FastAPI knows neither here,
-because the endpoints read and write bytes.
+All of it follows from declared types: the request's in the table of endpoints, the answers' in the return type of the
+handler.  Bodies are pydantic models and answers are msgspec structs; FastAPI sees neither, because endpoints read and
+write bytes.
 """
 
 import functools
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from http import HTTPStatus
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 from fastapi import FastAPI, Response
-from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from persimmon.server.http.endpoints.endpoint import Endpoint, Handler
 from persimmon.server.http.errors import ErrorBody
+from persimmon.server.http.transport.json_response import JsonResponse
+from persimmon.server.http.transport.sse import EventStream
 
 Schema = dict[str, Any]
 
+_PARAMETER = re.compile(r"{(\w+)")
 _BODY = "#/components/schemas/request.{model}"
 _ANSWER = "#/components/schemas/answer.{name}"
 _ERRORS = {
@@ -34,85 +41,125 @@ _ERRORS = {
 }
 
 
-class Documentation:
-    """Collects what endpoints read and write while they are added, and puts it into the app's OpenAPI document."""
+def route_arguments(endpoint: Endpoint[Any]) -> dict[str, Any]:
+    """The arguments with which FastAPI's route of an endpoint is documented."""
+    declared = _Declared.of(endpoint.handler)
+    responses: dict[int, Schema] = {}
+    for status in sorted({*endpoint.statuses, *_errors(endpoint)}):
+        answer = declared.answer if status in endpoint.statuses else ErrorBody
+        if answer is not None:
+            responses[status] = _response(status, answer)
+    if declared.chunk is not None:
+        responses[HTTPStatus.OK]["content"]["text/event-stream"] = {"itemSchema": _event(declared.chunk)}
+    extra: Schema = {}
+    if endpoint.request is not None:
+        schema = {"$ref": _BODY.format(model=endpoint.request.__name__)}
+        extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    if parameters := _PARAMETER.findall(endpoint.path):
+        extra["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string", "title": name.capitalize()}}
+            for name in parameters
+        ]
+    return {
+        "name": endpoint.name,
+        "description": endpoint.description,
+        "status_code": endpoint.statuses[0],
+        "response_class": declared.response_class,
+        "responses": responses,
+        "openapi_extra": extra,
+    }
 
-    def __init__(self) -> None:
-        self._bodies: list[type[BaseModel]] = []
-        self._answers: list[type[msgspec.Struct]] = []
 
-    def endpoint(
-        self,
-        answers: Mapping[int, type[msgspec.Struct]],
-        body: type[BaseModel] | None = None,
-        chunk: type[msgspec.Struct] | None = None,
-    ) -> dict[str, Any]:
-        """The arguments of a route's decorator that document it.
+def install(app: FastAPI, endpoints: Sequence[Endpoint[Any]]) -> None:
+    """Makes the app's document hold the schemas that the endpoints' routes refer to."""
+    describe = app.openapi
 
-        Args:
-            answers: what it answers as JSON, by status.
-            body: the JSON it reads; an endpoint with a body answers with errors too, in OpenAI's shape.
-            chunk: what each event of a stream holds; None for an endpoint that streams nothing.
-        """
-        if body is not None:
-            answers = dict.fromkeys(_ERRORS, ErrorBody) | dict(answers)
-        responses: dict[int, Schema] = {status: self._response(status, answers[status]) for status in sorted(answers)}
-        if chunk is not None:
-            responses[HTTPStatus.OK]["content"]["text/event-stream"] = {"itemSchema": self._event(chunk)}
-        extra: Schema = {}
-        if body is not None:
-            self._bodies.append(body)
-            schema = {"$ref": _BODY.format(model=body.__name__)}
-            extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-        return {"response_class": Response, "responses": responses, "openapi_extra": extra}
+    @functools.cache
+    def openapi() -> Schema:
+        document = describe()
+        document["components"] = {"schemas": _components(endpoints)}
+        return document
 
-    def install(self, app: FastAPI) -> None:
-        """Makes the app's document describe everything that endpoints were given."""
-        describe = app.openapi
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's way to extend the document
 
-        @functools.cache
-        def openapi() -> Schema:
-            document = describe()
-            for path in document["paths"].values():
-                for operation in path.values():
-                    # FastAPI's own validation, which no endpoint uses.
-                    operation["responses"].pop("422", None)
-            document["components"] = {"schemas": self._components()}
-            return document
 
-        app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's way to extend the document
+@dataclass(frozen=True, slots=True)
+class _Declared:
+    """What a handler declares that it returns.
 
-    def _response(self, status: int, answer: type[msgspec.Struct]) -> Schema:
-        description = _ERRORS.get(HTTPStatus(status)) if answer is ErrorBody else None
-        return {
-            "description": description or HTTPStatus(status).phrase,
-            "content": {"application/json": {"schema": self._reference(answer)}},
-        }
+    Attributes:
+        answer: its JSON; None where it returns something else.
+        chunk: what each event of a stream holds; None where it streams nothing.
+        response_class: of what is neither.
+    """
 
-    def _event(self, chunk: type[msgspec.Struct]) -> Schema:
-        """One event of a stream; an error may come as the last one, in place of [DONE]."""
-        payload = {"anyOf": [self._reference(chunk), self._reference(ErrorBody)]}
-        return {
-            "type": "object",
-            "properties": {
-                "data": {
-                    "anyOf": [
-                        {"const": "[DONE]"},
-                        {"type": "string", "contentMediaType": "application/json", "contentSchema": payload},
-                    ]
-                }
-            },
-            "required": ["data"],
-        }
+    answer: type[msgspec.Struct] | None = None
+    chunk: type[msgspec.Struct] | None = None
+    response_class: type[Response] = Response
 
-    def _reference(self, answer: type[msgspec.Struct]) -> Schema:
-        self._answers.append(answer)
-        return {"$ref": _ANSWER.format(name=answer.__name__)}
+    @classmethod
+    def of(cls, handler: Handler[Any]) -> "_Declared":
+        """Reads a handler's return type."""
+        returned = get_type_hints(handler)["return"]
+        found = cls()
+        for each in get_args(returned) if get_origin(returned) in (Union, UnionType) else (returned,):
+            kind = get_origin(each)
+            if kind is JsonResponse:
+                found = replace(found, answer=get_args(each)[0])
+            elif kind is EventStream:
+                found = replace(found, chunk=get_args(each)[0])
+            else:
+                found = replace(found, response_class=each)
+        return found
 
-    def _components(self) -> Schema:
-        # Two namespaces: a message of a request is not a message of an answer.
-        _, bodies = models_json_schema([(body, "validation") for body in self._bodies], ref_template=_BODY)
-        _, answers = msgspec.json.schema_components(self._answers, ref_template=_ANSWER)
-        return {f"request.{name}": schema for name, schema in bodies.get("$defs", {}).items()} | {
-            f"answer.{name}": schema for name, schema in answers.items()
-        }
+
+def _errors(endpoint: Endpoint[Any]) -> Collection[int]:
+    if endpoint.request is not None:
+        return _ERRORS
+    errors = []
+    if not endpoint.open_without_key:
+        errors.append(HTTPStatus.UNAUTHORIZED)
+    if "{" in endpoint.path:
+        errors.append(HTTPStatus.NOT_FOUND)
+    return errors
+
+
+def _response(status: int, answer: type[msgspec.Struct]) -> Schema:
+    description = _ERRORS.get(HTTPStatus(status)) if answer is ErrorBody else None
+    return {
+        "description": description or HTTPStatus(status).phrase,
+        "content": {"application/json": {"schema": _reference(answer)}},
+    }
+
+
+def _event(chunk: type[msgspec.Struct]) -> Schema:
+    """One event of a stream; an error may come as the last one, in place of [DONE]."""
+    payload = {"anyOf": [_reference(chunk), _reference(ErrorBody)]}
+    return {
+        "type": "object",
+        "properties": {
+            "data": {
+                "anyOf": [
+                    {"const": "[DONE]"},
+                    {"type": "string", "contentMediaType": "application/json", "contentSchema": payload},
+                ]
+            }
+        },
+        "required": ["data"],
+    }
+
+
+def _reference(answer: type[msgspec.Struct]) -> Schema:
+    return {"$ref": _ANSWER.format(name=answer.__name__)}
+
+
+def _components(endpoints: Sequence[Endpoint[Any]]) -> Schema:
+    # Two namespaces: a message of a request is not a message of an answer.
+    requests = dict.fromkeys(endpoint.request for endpoint in endpoints if endpoint.request is not None)
+    declared = [_Declared.of(endpoint.handler) for endpoint in endpoints]
+    structs = [struct for each in declared for struct in (each.answer, each.chunk) if struct is not None]
+    _, bodies = models_json_schema([(request, "validation") for request in requests], ref_template=_BODY)
+    _, answers = msgspec.json.schema_components([*structs, ErrorBody], ref_template=_ANSWER)
+    return {f"request.{name}": schema for name, schema in bodies.get("$defs", {}).items()} | {
+        f"answer.{name}": schema for name, schema in answers.items()
+    }

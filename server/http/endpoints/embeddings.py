@@ -5,18 +5,16 @@ The final hidden state is the output of the last LayerNorm, which Transformers' 
 
 import base64
 
-import msgspec
 import numpy as np
-from fastapi import Response
 from msgspec import Struct
-from starlette.types import Receive
 
+from persimmon.server.http.endpoints.endpoint import Call
 from persimmon.server.http.endpoints.pooling import Inputs, pooled, prepare, written
 from persimmon.server.http.endpoints.service import Service
 from persimmon.server.http.errors import bad_request
-from persimmon.server.http.request_record import RequestRecord
 from persimmon.server.http.schemas.pooling_protocol import EmbeddingRequest
 from persimmon.server.http.transport.disconnect import until_disconnect
+from persimmon.server.http.transport.json_response import JsonResponse
 
 
 class EmbeddingUsage(Struct, frozen=True):
@@ -41,23 +39,9 @@ class Embeddings(Struct, frozen=True, tag_field="object", tag="list"):
     usage: EmbeddingUsage
 
 
-async def create_embeddings(
-    service: Service, request: EmbeddingRequest, receive: Receive, record: RequestRecord
-) -> Response:
-    """The answer to an embeddings request, of any model.
-
-    Args:
-        service: what the worker serves with.
-        request: well-formed.
-        receive: the request's ASGI channel, its body read to the end.
-        record: of the request; what is found out is written into it.
-
-    Raises:
-        ApiError: the request asks for what the model cannot do, or the engine gave it up.
-        EngineNotReadyError: the model is still loading.
-        EngineDeadError: the engine has ended.
-        ClientDisconnect: the client went away before its answer was complete.
-    """
+async def create_embeddings(service: Service, call: Call[EmbeddingRequest]) -> JsonResponse[Embeddings]:
+    """The model's final hidden states of one or more inputs."""
+    request = call.request
     width = service.config.hidden_size
     if request.dimensions not in (None, width):
         raise bad_request(
@@ -65,12 +49,11 @@ async def create_embeddings(
             f"for nothing; leave it out or send {width}.",
             "dimensions",
         )
-    inputs = await prepare(service, request, record)
-    body = await until_disconnect(receive, _whole(service, request, inputs))
-    return Response(body, media_type="application/json")
+    inputs = await prepare(service, request, call.record)
+    return JsonResponse(await until_disconnect(call.receive, _whole(service, request, inputs)))
 
 
-async def _whole(service: Service, request: EmbeddingRequest, inputs: Inputs) -> bytes:
+async def _whole(service: Service, request: EmbeddingRequest, inputs: Inputs) -> Embeddings:
     mean = request.pooling == "mean"
 
     def entry(index: int, rows: np.ndarray) -> Embedding:
@@ -83,7 +66,7 @@ async def _whole(service: Service, request: EmbeddingRequest, inputs: Inputs) ->
     )
     data = await written(states, entry)
     usage = EmbeddingUsage(inputs.num_tokens, inputs.num_tokens)
-    return msgspec.json.encode(Embeddings(data, service.served_model_name, usage))
+    return Embeddings(data, service.served_model_name, usage)
 
 
 def _embedding(rows: np.ndarray, count: int, *, normalize: bool) -> np.ndarray:

@@ -3,46 +3,40 @@
 Knows which request has which fields; nothing of what they mean.
 """
 
-from collections.abc import Hashable, Iterable, Mapping
-from typing import TypeVar
+from collections.abc import Hashable, Iterable
+from typing import Any, TypeVar
 
 import msgspec
 
-from persimmon.server.http.schemas.adept_protocol import AdeptRequest
+from persimmon.server.http.endpoints.endpoint import Endpoint
+from persimmon.server.http.endpoints.table import ENDPOINTS
 from persimmon.server.http.schemas.chat_message import ChatMessage
 from persimmon.server.http.schemas.format_fields import StructuredOutputs
 from persimmon.server.http.schemas.other_fields import REFUSED_PARTS, WITHOUT_EFFECT_IN_PARTS
-from persimmon.server.http.schemas.pooling_protocol import ClassifyRequest, EmbeddingRequest
-from persimmon.server.http.schemas.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
+from persimmon.server.http.schemas.protocol import StreamOptions
 from persimmon.server.http.schemas.request_object import Refusal, RequestObject
-from persimmon.server.http.schemas.token_protocol import TokenizeRequest
 from persimmon.server.http.schemas.tool_fields import MessageToolCall, Tool
 
 _Fact = TypeVar("_Fact", bound=Hashable)
 
-_REQUESTS: Mapping[str, type[RequestObject]] = {
-    "completions": CompletionRequest,
-    "chat": ChatCompletionRequest,
+_PARTS: dict[str, type[RequestObject]] = {
     "`stream_options`": StreamOptions,
     "`structured_outputs`": StructuredOutputs,
     "`messages`": ChatMessage,
     "`tool_calls` of messages": MessageToolCall,
     "`tools`": Tool,
-    "`/tokenize`": TokenizeRequest,
-    "embeddings": EmbeddingRequest,
-    "`/classify`": ClassifyRequest,
-    "`/api`": AdeptRequest,
 }
 
 
-def field_table() -> str:
+def field_table(endpoints: Iterable[Endpoint[Any]] = ENDPOINTS) -> str:
     """Every field that is refused, then every one that is ignored, as Markdown tables."""
-    refused = [(name, where, refusal) for where, kind in _REQUESTS.items() for name, refusal in kind.refused.items()]
+    kinds = {f"`{endpoint.path}`": endpoint.request for endpoint in endpoints if endpoint.request is not None} | _PARTS
+    refused = [(name, where, refusal) for where, kind in kinds.items() for name, refusal in kind.refused.items()]
     refused += [
         (", ".join(kind for kind, own in REFUSED_PARTS.items() if own == refusal), "types of content parts", refusal)
         for refusal in dict.fromkeys(REFUSED_PARTS.values())
     ]
-    ignored = [(name, where, why) for where, kind in _REQUESTS.items() for name, why in kind.without_effect.items()]
+    ignored = [(name, where, why) for where, kind in kinds.items() for name, why in kind.without_effect.items()]
     ignored += [(name, "content parts", why) for name, why in WITHOUT_EFFECT_IN_PARTS.items()]
     lines = ["| Refused | In | Accepted values | Why, and what to do instead |", "| --- | --- | --- | --- |"]
     for name, where, refusal in _merged((name, where, _Row.of(refusal)) for name, where, refusal in refused):

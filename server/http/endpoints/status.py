@@ -7,33 +7,19 @@ import asyncio
 from importlib.metadata import version
 from typing import Literal
 
-import msgspec
-from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 from msgspec import UNSET, Struct, UnsetType
 
 from persimmon.server.engine.client import EngineDeadError, EngineNotReadyError
 from persimmon.server.http.endpoints.adept_api import AdeptHealth
-from persimmon.server.http.endpoints.documentation import Documentation
+from persimmon.server.http.endpoints.endpoint import Call
 from persimmon.server.http.endpoints.model_use import USES
 from persimmon.server.http.endpoints.service import Service
-from persimmon.server.http.errors import ErrorBody
-from persimmon.server.http.request_record import record_of
+from persimmon.server.http.request_record import RequestRecord
 from persimmon.server.http.schemas.responses import Model, ModelList
+from persimmon.server.http.transport.json_response import JsonResponse
 from persimmon.server.metrics import CONTENT_TYPE
 from persimmon.server.step_watch import step_limit
-
-METRICS = "/metrics"
-MODELS = "/v1/models"
-
-OPEN_PATHS = ("/health", "/livez", "/readyz", "/healthz", "/version")
-"""What everybody is told, whatever the server asks of others: load balancers have no keys."""
-
-PATHS = (*OPEN_PATHS, METRICS, MODELS)
-"""All that is answered here."""
-
-PROBED_PATHS = ("/health", "/livez", "/readyz", "/healthz", METRICS)
-"""What is asked every few seconds."""
 
 
 class Health(Struct, frozen=True):
@@ -54,53 +40,45 @@ class Version(Struct, frozen=True):
     version: str
 
 
-def router(service: Service, documentation: Documentation) -> APIRouter:
-    """The routes, for one worker's service."""
-    routes = APIRouter()
+async def models(service: Service, call: Call[None]) -> JsonResponse[ModelList]:
+    """Lists the one model that is served."""
+    return JsonResponse(ModelList([_model(service)]))
 
-    @routes.get(MODELS, **documentation.endpoint({200: ModelList}))
-    async def models() -> Response:
-        """Lists the one model that is served."""
-        return _json(ModelList([_model(service)]))
 
-    @routes.get(MODELS + "/{name:path}", **documentation.endpoint({200: Model, 404: ErrorBody}))
-    async def model(name: str) -> Response:
-        """Describes the served model."""
-        service.check_model(name)
-        return _json(_model(service))
+async def model(service: Service, call: Call[None]) -> JsonResponse[Model]:
+    """Describes the served model."""
+    service.check_model(call.path_params["name"])
+    return JsonResponse(_model(service))
 
-    @routes.get("/livez", **documentation.endpoint({200: Health}))
-    async def live() -> Response:
-        """200 whenever this process answers."""
-        return _json(Health("alive"))
 
-    @routes.get("/health", **documentation.endpoint({200: Health, 503: Health}))
-    @routes.get("/readyz", **documentation.endpoint({200: Health, 503: Health}))
-    async def ready(request: Request) -> Response:
-        """200 while the server serves; 503 while it loads or stops, and while its engine is dead or hung."""
-        health = _noted(_health(service), request)
-        return _json(health, 200 if health.ready else 503)
+async def live(service: Service, call: Call[None]) -> JsonResponse[Health]:
+    """200 whenever this process answers."""
+    return JsonResponse(Health("alive"))
 
-    @routes.get("/healthz", **documentation.endpoint({200: AdeptHealth, 503: AdeptHealth}))
-    async def healthy(request: Request) -> Response:
-        """What /health says, as Adept's own server says it."""
-        ready = _noted(_health(service), request).ready
-        return _json(AdeptHealth(ready), 200 if ready else 503)
 
-    @routes.get(METRICS, response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        """Prometheus metrics of the server, whichever worker answers."""
-        snapshots = await service.siblings.snapshots()
-        # A thousand lines take some milliseconds, which streams need not wait for.
-        text = await asyncio.to_thread(service.metrics.exposition, snapshots)
-        return Response(text, media_type=CONTENT_TYPE)
+async def ready(service: Service, call: Call[None]) -> JsonResponse[Health]:
+    """200 while the server serves; 503 while it loads or stops, and while its engine is dead or hung."""
+    health = _noted(_health(service), call.record)
+    return JsonResponse(health, 200 if health.ready else 503)
 
-    @routes.get("/version", **documentation.endpoint({200: Version}))
-    async def server_version() -> Response:
-        """The server's version."""
-        return _json(Version(version("persimmon-server")))
 
-    return routes
+async def healthy(service: Service, call: Call[None]) -> JsonResponse[AdeptHealth]:
+    """What /health says, as Adept's own server says it."""
+    ready = _noted(_health(service), call.record).ready
+    return JsonResponse(AdeptHealth(ready), 200 if ready else 503)
+
+
+async def metrics(service: Service, call: Call[None]) -> PlainTextResponse:
+    """Prometheus metrics of the server, whichever worker answers."""
+    snapshots = await service.siblings.snapshots()
+    # A thousand lines take some milliseconds, which streams need not wait for.
+    text = await asyncio.to_thread(service.metrics.exposition, snapshots)
+    return PlainTextResponse(text, media_type=CONTENT_TYPE)
+
+
+async def server_version(service: Service, call: Call[None]) -> JsonResponse[Version]:
+    """The server's version."""
+    return JsonResponse(Version(version("persimmon-server")))
 
 
 def _health(service: Service) -> Health:
@@ -119,10 +97,10 @@ def _health(service: Service) -> Health:
     return Health("ready")
 
 
-def _noted(health: Health, request: Request) -> Health:
+def _noted(health: Health, record: RequestRecord) -> Health:
     """Leaves the state in the request's record, where it is not good: the access log shows when it changes."""
     if not health.ready:
-        record_of(request.scope).error = health.status
+        record.error = health.status
     return health
 
 
@@ -135,7 +113,3 @@ def _model(service: Service) -> Model:
         max_model_len=UNSET if info is None else info.max_model_len,
         labels=list(config.labels) or UNSET,
     )
-
-
-def _json(content: Struct, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(content), status, media_type="application/json")

@@ -3,14 +3,14 @@
 No generation and no engine: both answer while the model still loads.
 """
 
-import msgspec
-from fastapi import Response
 from msgspec import UNSET, Struct, UnsetType
 
 from persimmon.model.chat import ChatPrompt
+from persimmon.server.http.endpoints.endpoint import Call
 from persimmon.server.http.endpoints.service import Service
 from persimmon.server.http.generation.conversation import chat_prompt
 from persimmon.server.http.schemas.token_protocol import DetokenizeRequest, TokenizeRequest
+from persimmon.server.http.transport.json_response import JsonResponse
 
 
 class Tokens(Struct, frozen=True):
@@ -28,16 +28,12 @@ class Text(Struct, frozen=True):
     prompt: str
 
 
-async def tokenize(service: Service, request: TokenizeRequest) -> Response:
-    """The token ids of a text or of a conversation; what generation would begin with.
+async def tokenize(service: Service, call: Call[TokenizeRequest]) -> JsonResponse[Tokens]:
+    """The token ids of a text or of a conversation.
 
-    Args:
-        service: what the worker serves with.
-        request: well-formed.
-
-    Raises:
-        ApiError: another model's name, or messages that are no conversation.
+    Generation would begin with them.
     """
+    request = call.request
     service.check_model(request.model)
     prompt: str | ChatPrompt
     if request.prompt is None:
@@ -54,20 +50,12 @@ async def tokenize(service: Service, request: TokenizeRequest) -> Response:
         tokens=token_ids,
         token_strs=service.tokenizer.pieces(token_ids) if request.return_token_strs else UNSET,
     )
-    return Response(msgspec.json.encode(answer), media_type="application/json")
+    return JsonResponse(answer)
 
 
-async def detokenize(service: Service, request: DetokenizeRequest) -> Response:
-    """The text of token ids.
-
-    Args:
-        service: what the worker serves with.
-        request: well-formed.
-
-    Raises:
-        ApiError: another model's name, or an id outside the vocabulary.
-    """
+async def detokenize(service: Service, call: Call[DetokenizeRequest]) -> JsonResponse[Text]:
+    """The text of token ids."""
+    request = call.request
     service.check_model(request.model)
     service.check_token_ids("tokens", request.tokens)
-    text = service.tokenizer.decode(request.tokens, from_start=True)
-    return Response(msgspec.json.encode(Text(text)), media_type="application/json")
+    return JsonResponse(Text(service.tokenizer.decode(request.tokens, from_start=True)))

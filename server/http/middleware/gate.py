@@ -7,9 +7,10 @@ them.
 import asyncio
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from persimmon.server.config import Settings
@@ -175,26 +176,19 @@ def _has_room(present: int, more: int, most: int | None) -> bool:
     return more > most and present <= most // BATCHES_IN_FLIGHT
 
 
-@dataclass(frozen=True, slots=True)
-class _Endpoint:
-    """What metrics know a refused request by, as they know others by their route."""
-
-    path: str
-
-
 class GateKeeper:
     """Refuses requests that the gate does not let in, and closes connections while the server stops.
 
     Args:
         app: answers the others.
         gate: the worker's.
-        engine_paths: the endpoints that ask something of the engine.
+        engine_routes: by path, the routes of the endpoints that ask something of the engine.
     """
 
-    def __init__(self, app: ASGIApp, gate: Gate, engine_paths: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, gate: Gate, engine_routes: Mapping[str, BaseRoute]) -> None:
         self._app = app
         self._gate = gate
-        self._engine_paths = frozenset(engine_paths)
+        self._engine_routes = engine_routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -211,14 +205,14 @@ class GateKeeper:
         if scope["method"] not in ("POST", "PUT"):
             await self._app(scope, receive, closing)
             return
-        path = scope["path"]
+        route = self._engine_routes.get(scope["path"])
         try:
             self._gate.check_open()
-            if path in self._engine_paths:
+            if route is not None:
                 self._gate.check(owner=record_of(scope).owner)
         except ApiError as error:
-            if path in self._engine_paths:
-                scope["route"] = _Endpoint(path)
+            if route is not None:
+                scope["route"] = route  # as the router would set it: metrics count by route
             await error.response()(scope, receive, closing)
             return
         with self._gate.entered():

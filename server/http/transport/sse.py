@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Iterator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect
@@ -15,6 +15,8 @@ from persimmon.server.http.errors import EXPECTED, as_api_error
 from persimmon.server.http.transport.disconnect import until_disconnect
 
 logger = logging.getLogger(__name__)
+
+_Chunk = TypeVar("_Chunk", bound=msgspec.Struct)
 
 DONE = b"data: [DONE]\n\n"
 """The last event of a stream that ended well."""
@@ -30,8 +32,8 @@ def event(payload: Any) -> bytes:
     return b"data: %b\n\n" % _encode(payload)
 
 
-class EventStream(Response):
-    """A stream of events.
+class EventStream(Response, Generic[_Chunk]):
+    """A stream of events.  An endpoint that declares it as its answer is documented with the schema of its chunks.
 
     The status line waits for the first frame or, where that takes long, for the first ping, so that an error before it
     is an ordinary error response.  A later one is a last event of OpenAI's error shape, with no [DONE] after it.
