@@ -3,6 +3,7 @@
 Knows which exception is which status.  A traceback goes to the log, never to the client.
 """
 
+import difflib
 from collections.abc import Collection, Mapping
 from http import HTTPStatus
 
@@ -13,7 +14,6 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from persimmon.server.engine.client import EngineDeadError, EngineNotReadyError
-from persimmon.server.http.middleware.addresses import nearest
 from persimmon.server.http.request_record import attached_record
 
 CLIENT_CLOSED_REQUEST = 499
@@ -234,7 +234,7 @@ def install(app: FastAPI, paths: Collection[str] = ()) -> None:
     async def wrong_address(request: Request, error: HTTPException) -> Response:
         method, path = request.method, request.url.path
         if error.status_code == HTTPStatus.NOT_FOUND:
-            near = nearest(path, paths)
+            near = _nearest(path, paths)
             remedy = f"Did you mean {near}?" if near else "GET /docs lists all URLs."
             message, code = f"Unknown URL: {method} {path}. {remedy}", "unknown_url"
         elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
@@ -250,3 +250,8 @@ def install(app: FastAPI, paths: Collection[str] = ()) -> None:
     @app.exception_handler(ClientDisconnect)
     async def client_left(request: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+def _nearest(path: str, paths: Collection[str]) -> str | None:
+    """The endpoint whose address is most like this one, if any is like it."""
+    return next(iter(difflib.get_close_matches(path[:100], paths, 1, 0.75)), None)

@@ -11,12 +11,14 @@ from msgspec import Struct
 
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.server.http.endpoints.endpoint import Call
+from persimmon.server.http.endpoints.preparation import prepare
 from persimmon.server.http.endpoints.service import Service, expected_tokens
 from persimmon.server.http.errors import bad_request, context_length_exceeded
-from persimmon.server.http.generation.generation import Answer, Generation
+from persimmon.server.http.generation.generation import Generation
+from persimmon.server.http.generation.pieces import Answer
 from persimmon.server.http.generation.prompt_encoder import PromptInput
 from persimmon.server.http.generation.token_report import token_text
-from persimmon.server.http.schemas.adept_protocol import AdeptRequest
+from persimmon.server.http.schemas.adept import AdeptRequest
 from persimmon.server.http.transport.disconnect import until_disconnect
 from persimmon.server.http.transport.json_response import JsonResponse
 
@@ -62,7 +64,7 @@ async def adept(service: Service, call: Call[AdeptRequest]) -> JsonResponse[Adep
     # Adept's server generates what the longest prompt leaves room for, where that is less than was asked for.
     left = max(1, limit - max(map(len, prompts)))
     completion = request.completion(min(request.tokens_to_generate, left))
-    generation = await service.prepare(completion, prompts, [], call.record)
+    generation = await prepare(service, completion, prompts, [], call.record)
     answers, _ = await until_disconnect(call.receive, service.generator.answers(generation))
     return JsonResponse(await _answer(service, request, generation, answers))
 

@@ -9,12 +9,14 @@ from msgspec import UNSET, UnsetType
 
 from persimmon.model.tool_calls import CallDelta, CallForm, begun_call
 from persimmon.server.http.endpoints.endpoint import Call
+from persimmon.server.http.endpoints.preparation import prepare
 from persimmon.server.http.endpoints.service import Service
 from persimmon.server.http.generation.answer_form import chat_form
 from persimmon.server.http.generation.conversation import chat_prompt
-from persimmon.server.http.generation.generation import Answer, Generation, Piece, UsageCount
+from persimmon.server.http.generation.generation import Generation
+from persimmon.server.http.generation.pieces import Answer, Piece, UsageCount
 from persimmon.server.http.generation.token_report import TokenReport, TokenText
-from persimmon.server.http.schemas.protocol import ChatCompletionRequest
+from persimmon.server.http.schemas.chat import ChatCompletionRequest
 from persimmon.server.http.schemas.responses import (
     CalledFunction,
     ChatChoice,
@@ -54,7 +56,7 @@ async def chat_completions(
     goes_on = request.ignore_eos and not form.ends_by_grammar
     # JSON and other enforced text may contain what would otherwise be a new turn.
     turn_end = chat.stop if form.may_be_text and not goes_on else ()
-    generation = await service.prepare(request, [prompt], [*request.stop, *turn_end], call.record, form)
+    generation = await prepare(service, request, [prompt], [*request.stop, *turn_end], call.record, form)
     if request.stream:
         return EventStream(_stream(service, request, generation), service.gate.limits.ping_interval)
     return JsonResponse(await until_disconnect(call.receive, _whole(service, request, generation)))

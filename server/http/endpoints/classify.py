@@ -16,7 +16,7 @@ from persimmon.server.http.endpoints.endpoint import Call
 from persimmon.server.http.endpoints.pooling import Inputs, pooled, prepare, written
 from persimmon.server.http.endpoints.service import Service
 from persimmon.server.http.generation.token_report import read_prompt, token_text
-from persimmon.server.http.schemas.pooling_protocol import ClassifyRequest
+from persimmon.server.http.schemas.pooling import ClassifyRequest
 from persimmon.server.http.transport.disconnect import until_disconnect
 from persimmon.server.http.transport.json_response import JsonResponse
 

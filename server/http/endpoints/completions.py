@@ -9,11 +9,13 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from persimmon.server.http.endpoints.endpoint import Call
+from persimmon.server.http.endpoints.preparation import prepare
 from persimmon.server.http.endpoints.service import Service
 from persimmon.server.http.generation.answer_form import AnswerForm
-from persimmon.server.http.generation.generation import Generation, Piece, UsageCount
+from persimmon.server.http.generation.generation import Generation
+from persimmon.server.http.generation.pieces import Piece, UsageCount
 from persimmon.server.http.generation.token_report import TokenReport
-from persimmon.server.http.schemas.protocol import CompletionRequest
+from persimmon.server.http.schemas.completions import CompletionRequest
 from persimmon.server.http.schemas.responses import Completion, CompletionChoice, CompletionLogprobs, Usage
 from persimmon.server.http.transport.disconnect import until_disconnect
 from persimmon.server.http.transport.json_response import JsonResponse
@@ -26,7 +28,7 @@ async def completions(
     """Continues one or more prompts."""
     request = call.request
     form = AnswerForm(request.constraint)
-    generation = await service.prepare(request, request.prompt, request.stop, call.record, form)
+    generation = await prepare(service, request, request.prompt, request.stop, call.record, form)
     empty = Completion(
         f"cmpl-{uuid.uuid4().hex}", int(time.time()), service.served_model_name, service.system_fingerprint, []
     )

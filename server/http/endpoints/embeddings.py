@@ -12,7 +12,7 @@ from persimmon.server.http.endpoints.endpoint import Call
 from persimmon.server.http.endpoints.pooling import Inputs, pooled, prepare, written
 from persimmon.server.http.endpoints.service import Service
 from persimmon.server.http.errors import bad_request
-from persimmon.server.http.schemas.pooling_protocol import EmbeddingRequest
+from persimmon.server.http.schemas.pooling import EmbeddingRequest
 from persimmon.server.http.transport.disconnect import until_disconnect
 from persimmon.server.http.transport.json_response import JsonResponse
 

@@ -12,8 +12,8 @@ from persimmon.server.http.endpoints.endpoint import Endpoint
 from persimmon.server.http.endpoints.table import ENDPOINTS
 from persimmon.server.http.schemas.chat_message import ChatMessage
 from persimmon.server.http.schemas.format_fields import StructuredOutputs
+from persimmon.server.http.schemas.generation import StreamOptions
 from persimmon.server.http.schemas.other_fields import REFUSED_PARTS, WITHOUT_EFFECT_IN_PARTS
-from persimmon.server.http.schemas.protocol import StreamOptions
 from persimmon.server.http.schemas.request_object import Refusal, RequestObject
 from persimmon.server.http.schemas.tool_fields import MessageToolCall, Tool
 

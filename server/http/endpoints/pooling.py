@@ -21,7 +21,7 @@ from persimmon.server.http.errors import bad_request, context_length_exceeded, g
 from persimmon.server.http.generation.prompt_encoder import PromptInput
 from persimmon.server.http.middleware.keys import salted
 from persimmon.server.http.request_record import RequestRecord
-from persimmon.server.http.schemas.pooling_protocol import PoolingRequest
+from persimmon.server.http.schemas.pooling import PoolingRequest
 
 MAX_RUNNING = 64
 """Inputs of one request that the engine has at a time.  So a long list does not hold up who comes after it, and short

@@ -1,6 +1,6 @@
 """The table of endpoints.  Routes, /docs, access, admission, metrics, logs and batch files follow from it.
 
-A new endpoint is a row here, its handler and its schemas; docs/design/http.md says how to add one.
+A new endpoint is a row here, its handler and its schemas; docs/design/adding.md says how to add one.
 """
 
 from collections.abc import Iterable
@@ -14,10 +14,11 @@ from persimmon.server.http.endpoints.embeddings import create_embeddings
 from persimmon.server.http.endpoints.endpoint import Endpoint
 from persimmon.server.http.endpoints.status import healthy, live, metrics, model, models, ready, server_version
 from persimmon.server.http.endpoints.tokens import detokenize, tokenize
-from persimmon.server.http.schemas.adept_protocol import AdeptRequest
-from persimmon.server.http.schemas.pooling_protocol import ClassifyRequest, EmbeddingRequest
-from persimmon.server.http.schemas.protocol import ChatCompletionRequest, CompletionRequest
-from persimmon.server.http.schemas.token_protocol import DetokenizeRequest, TokenizeRequest
+from persimmon.server.http.schemas.adept import AdeptRequest
+from persimmon.server.http.schemas.chat import ChatCompletionRequest
+from persimmon.server.http.schemas.completions import CompletionRequest
+from persimmon.server.http.schemas.pooling import ClassifyRequest, EmbeddingRequest
+from persimmon.server.http.schemas.tokens import DetokenizeRequest, TokenizeRequest
 
 METRICS = "/metrics"
 

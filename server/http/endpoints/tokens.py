@@ -9,7 +9,7 @@ from persimmon.model.chat import ChatPrompt
 from persimmon.server.http.endpoints.endpoint import Call
 from persimmon.server.http.endpoints.service import Service
 from persimmon.server.http.generation.conversation import chat_prompt
-from persimmon.server.http.schemas.token_protocol import DetokenizeRequest, TokenizeRequest
+from persimmon.server.http.schemas.tokens import DetokenizeRequest, TokenizeRequest
 from persimmon.server.http.transport.json_response import JsonResponse
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from persimmon.model.grammar import GrammarSpec
 from persimmon.model.tool_calls import MAX_CALLS, CallForm, Function, calls_schema
-from persimmon.server.http.generation.grammars import Constraint
+from persimmon.server.http.schemas.chat import ChatCompletionRequest
+from persimmon.server.http.schemas.constraint import Constraint
 from persimmon.server.http.schemas.format_fields import schema_grammar
-from persimmon.server.http.schemas.protocol import ChatCompletionRequest
 from persimmon.server.http.schemas.tool_fields import NamedTool
 
 

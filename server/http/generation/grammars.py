@@ -6,13 +6,13 @@ Knows which field of a request a grammar is in; nothing of what else the request
 import asyncio
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from http import HTTPStatus
 
 from persimmon.model.grammar import GrammarCompiler, GrammarError, GrammarSpec
 from persimmon.server.http.errors import ApiError, bad_request
+from persimmon.server.http.schemas.constraint import Constraint
 
 MAX_REMEMBERED = 128
 """Grammars whose check is remembered, the latest used ones.  Each may be 1 MiB long; a hash of it is kept."""
@@ -21,33 +21,6 @@ MAX_WAITING = 512
 """Grammars that may wait for their check, which takes milliseconds, or a second for the worst that there are."""
 
 _RETRY_AFTER = 1
-
-
-@dataclass(frozen=True)
-class Constraint:
-    """What an answer must look like, and which field of the request says so.
-
-    Attributes:
-        field: like "response_format.json_schema.schema".
-        grammar: the answer's.
-        parts: where the grammar is made of several of the client's: these, each under its own field.
-        says_additional_properties: whether the request says if its schemas' objects are open.
-    """
-
-    field: str
-    grammar: GrammarSpec
-    parts: tuple["Constraint", ...] = ()
-    says_additional_properties: bool = False
-
-    def opened(self) -> "Constraint":
-        """The same with open objects where the request does not say."""
-        if self.says_additional_properties:
-            return self
-        return replace(
-            self,
-            grammar=replace(self.grammar, additional_properties=True),
-            parts=tuple(part.opened() for part in self.parts),
-        )
 
 
 class GrammarChecker:

@@ -4,7 +4,6 @@ Clients put their base URL together in several ways.  Answering is kinder than a
 with a GET, or not at all.  Knows the endpoints' paths and nothing of what they do.
 """
 
-import difflib
 import re
 from collections.abc import Collection
 
@@ -53,8 +52,3 @@ class Addresses:
             bare = bare.removeprefix(_VERSION)
         candidates = (path, _VERSION + bare, bare)
         return next((candidate for candidate in candidates if candidate in self._paths), path)
-
-
-def nearest(path: str, paths: Collection[str]) -> str | None:
-    """The endpoint whose address is most like this one, if any is like it."""
-    return next(iter(difflib.get_close_matches(path[:100], paths, 1, 0.75)), None)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 from persimmon.model.grammar import GrammarSpec
-from persimmon.server.http.generation.grammars import Constraint
+from persimmon.server.http.schemas.constraint import Constraint
 from persimmon.server.http.schemas.request_object import NAME_PATTERN, Refusal, Refused, RequestObject, invalid, missing
 
 

@@ -7,7 +7,6 @@ Takes the place of uvicorn's protocol classes under uvicorn's server.  Knows asy
 import asyncio
 import contextlib
 import logging
-import socket
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,9 @@ from uvicorn.server import ServerState
 
 from persimmon.server.http.errors import ApiError
 from persimmon.server.http.request_record import REQUEST_ID_HEADER, RequestRecord
-from persimmon.server.http.transport.exchange import BODY_HIGH_WATER, Exchange, status_line
+from persimmon.server.http.transport.exchange import BODY_HIGH_WATER, Exchange
+from persimmon.server.http.transport.half_closed import HalfClosedWatch
+from persimmon.server.http.transport.refusal import refusal
 from persimmon.server.http.transport.request_reader import RequestHead, RequestReader
 from persimmon.server.logs import with_fields
 
@@ -26,12 +27,6 @@ logger = logging.getLogger(__name__)
 
 MAX_PIPELINED = 8
 """Requests that are read while an earlier one is answered; then the client waits."""
-
-_TCP_CLOSE = 7
-"""The state of a socket whose peer has reset the connection (linux/tcp_states.h)."""
-
-_FIRST_PROBE_SECONDS, _MAX_PROBE_SECONDS = 0.02, 5.0
-"""Time between two looks at a half-closed connection.  It doubles, so that the nine probes last for ten seconds."""
 
 
 class Connection(asyncio.Protocol):
@@ -86,7 +81,7 @@ class Connection(asyncio.Protocol):
         self._deadline: asyncio.TimerHandle | None = None
         self._awaits_headers = False  # whether that is the deadline's reason
         self._send_deadline: asyncio.TimerHandle | None = None
-        self._probing: asyncio.TimerHandle | None = None
+        self._watch: HalfClosedWatch | None = None
 
     # asyncio's side.
 
@@ -109,9 +104,11 @@ class Connection(asyncio.Protocol):
         """Called when the connection has ended, whichever side ended it."""
         self._state.connections.discard(self)
         self._deaf = True
-        for timer in (self._deadline, self._send_deadline, self._probing):
+        for timer in (self._deadline, self._send_deadline):
             if timer is not None:
                 timer.cancel()
+        if self._watch is not None:
+            self._watch.stop()
         for exchange in (self._current, self._incoming, *self._waiting):
             if exchange is not None:
                 exchange.disconnect()
@@ -155,8 +152,7 @@ class Connection(asyncio.Protocol):
         if current is None or current.disconnected or self._is_tls:  # asyncio closes TLS connections in both directions
             return False
         self._last.keep_alive = False
-        current.probe()
-        self._probe_later(_FIRST_PROBE_SECONDS)
+        self._watch = HalfClosedWatch(self.loop, self._transport, self._probe)
         return True
 
     def pause_writing(self) -> None:
@@ -283,12 +279,8 @@ class Connection(asyncio.Protocol):
     def _refuse(self, error: ApiError) -> None:
         """Answers what is not a request, in the shape of every other error, and ends."""
         record = RequestRecord()
-        response = error.response()
-        own = ((REQUEST_ID_HEADER.encode(), record.request_id.encode()), (b"connection", b"close"))
-        lines = [status_line(response.status_code)]
-        for name, value in (*self._state.default_headers, *response.raw_headers, *own):
-            lines += (name, b": ", value, b"\r\n")
-        self.write(b"".join((*lines, b"\r\n", bytes(response.body))))
+        request_id = (REQUEST_ID_HEADER.encode(), record.request_id.encode())
+        self.write(refusal(error, (*self._state.default_headers, request_id)))
         client = self._scope["client"]
         fields = with_fields(
             request_id=record.request_id,
@@ -323,20 +315,9 @@ class Connection(asyncio.Protocol):
         self._cancel_deadline()
         self._deadline = self.loop.call_later(self._send_seconds, self._transport.abort)
 
-    def _probe_later(self, seconds: float) -> None:
-        self._probing = self.loop.call_later(seconds, self._probe, seconds)
-
-    def _probe(self, seconds: float) -> None:
-        if self._transport.is_closing():
-            return
-        connection = self._transport.get_extra_info("socket")
-        # The loop does not watch for errors while it does not read.
-        if connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE:
-            self._transport.abort()
-            return
+    def _probe(self) -> None:
         if self._current is not None:
             self._current.probe()
-        self._probe_later(min(2 * seconds, _MAX_PROBE_SECONDS))
 
     @property
     def _last(self) -> Exchange:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from persimmon.server.config import Settings
 from persimmon.server.http.errors import ApiError
-from persimmon.server.http.transport.exchange import status_line
+from persimmon.server.http.transport.refusal import refusal
 from persimmon.server.settings.section import SettingsError
 
 logger = logging.getLogger(__name__)
@@ -178,13 +178,12 @@ class _PlainRefusal(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Called when it has connected."""
-        response = ApiError(
+        error = ApiError(
             HTTPStatus.BAD_REQUEST,
             "This port speaks HTTPS, and the request came in plain HTTP. Use https:// in the address.",
             code="https_required",
-        ).response()
-        headers = b"".join(b"%b: %b\r\n" % pair for pair in (*response.raw_headers, (b"connection", b"close")))
-        transport.write(status_line(response.status_code) + headers + b"\r\n" + bytes(response.body))
+        )
+        transport.write(refusal(error))
         # Closed while there are bytes to read, the connection would be reset, and the answer lost.
         transport.write_eof()
         asyncio.get_running_loop().call_later(_CLOSE_SECONDS, transport.close)

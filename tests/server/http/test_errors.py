@@ -4,7 +4,8 @@ import httpx
 import pytest
 
 from persimmon.server.engine.client import EngineClient
-from persimmon.server.http.schemas import protocol
+from persimmon.server.http.schemas.chat import ChatCompletionRequest
+from persimmon.server.http.schemas.completions import CompletionRequest
 from tests.server.http.fake_engine import FakeEngine, says
 
 pytestmark = pytest.mark.anyio
@@ -447,8 +448,8 @@ async def test_a_body_that_no_client_should_send_is_a_400(
 async def test_every_supported_field_may_be_null(http: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.script = says([9])
     for path, kind, body in (
-        (COMPLETIONS, protocol.CompletionRequest, HELLO),
-        (CHAT, protocol.ChatCompletionRequest, ASK),
+        (COMPLETIONS, CompletionRequest, HELLO),
+        (CHAT, ChatCompletionRequest, ASK),
     ):
         nulls = dict.fromkeys(kind.model_fields.keys() - body.keys())
         response = await http.post(path, json=body | nulls)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from persimmon.server.http.schemas.completions import CompletionRequest
 from persimmon.server.http.schemas.parsing import parse
-from persimmon.server.http.schemas.protocol import CompletionRequest
 from persimmon.server.offline.batch_lines import LineError, encode, read_request, respond
 from persimmon.server.offline.files import (
     MAX_LINE_BYTES,

@@ -7,7 +7,8 @@ import pytest
 
 from persimmon.model.grammar import GrammarError, GrammarSpec
 from persimmon.server.http.errors import ApiError
-from persimmon.server.http.generation.grammars import MAX_REMEMBERED, MAX_WAITING, Constraint, GrammarChecker
+from persimmon.server.http.generation.grammars import MAX_REMEMBERED, MAX_WAITING, GrammarChecker
+from persimmon.server.http.schemas.constraint import Constraint
 
 pytestmark = pytest.mark.anyio
 

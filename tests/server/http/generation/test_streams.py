@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.server.engine.messages import Sampling, SequenceOutput
-from persimmon.server.http.generation.generation import Answer, Generation, Prompt, SampleText
+from persimmon.server.http.generation.generation import Generation, Prompt
+from persimmon.server.http.generation.pieces import Answer
+from persimmon.server.http.generation.sample_text import SampleText
 from persimmon.server.http.generation.stop_strings import StopChecker, StopStrings
 from persimmon.server.http.generation.token_report import token_text
 from persimmon.server.http.request_record import RequestRecord

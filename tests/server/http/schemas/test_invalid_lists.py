@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from persimmon.server.http.schemas.chat import ChatCompletionRequest
 from persimmon.server.http.schemas.chat_message import MAX_MESSAGES
-from persimmon.server.http.schemas.pooling_protocol import EmbeddingRequest
-from persimmon.server.http.schemas.protocol import ChatCompletionRequest, CompletionRequest
-from persimmon.server.http.schemas.token_protocol import DetokenizeRequest, TokenizeRequest
+from persimmon.server.http.schemas.completions import CompletionRequest
+from persimmon.server.http.schemas.pooling import EmbeddingRequest
+from persimmon.server.http.schemas.tokens import DetokenizeRequest, TokenizeRequest
 
 COUNT = 20_000
 NUMBERS: list[object] = [1] * COUNT

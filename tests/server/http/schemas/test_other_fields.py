@@ -21,7 +21,7 @@ from openai.types.chat import (
     completion_create_params as chat_create_params,
 )
 
-from persimmon.server.http.schemas import chat_message, pooling_protocol, protocol, token_protocol, tool_fields
+from persimmon.server.http.schemas import chat, chat_message, completions, generation, pooling, tokens, tool_fields
 from persimmon.server.http.schemas.other_fields import REFUSED_PARTS, WITHOUT_EFFECT_IN_PARTS
 from persimmon.server.http.schemas.request_object import RequestObject
 from tests.server.http.fake_engine import FakeEngine, says
@@ -33,12 +33,12 @@ BODIES: dict[str, dict[str, Any]] = {
     TOKENIZE: {"messages": [{"role": "user", "content": "Hi"}]},
 }
 KINDS: dict[str, type[RequestObject]] = {
-    COMPLETIONS: protocol.CompletionRequest,
-    CHAT: protocol.ChatCompletionRequest,
-    TOKENIZE: token_protocol.TokenizeRequest,
+    COMPLETIONS: completions.CompletionRequest,
+    CHAT: chat.ChatCompletionRequest,
+    TOKENIZE: tokens.TokenizeRequest,
 }
 VLLM_FIELDS: dict[type[RequestObject], str] = {
-    protocol.CompletionRequest: """
+    completions.CompletionRequest: """
         model prompt echo frequency_penalty logit_bias logprobs max_tokens n presence_penalty seed stop stream
         stream_options suffix temperature top_p user use_beam_search top_k min_p repetition_penalty watermarking
         length_penalty stop_token_ids include_stop_str_in_output ignore_eos min_tokens skip_special_tokens
@@ -48,7 +48,7 @@ VLLM_FIELDS: dict[type[RequestObject], str] = {
         return_token_offsets mm_payload return_mm_kwargs cache_salt kv_transfer_params ec_transfer_params vllm_xargs
         repetition_detection thinking_token_budget stream_interval
     """,
-    protocol.ChatCompletionRequest: """
+    chat.ChatCompletionRequest: """
         messages model frequency_penalty logit_bias logprobs top_logprobs max_tokens max_completion_tokens n
         presence_penalty response_format seed stop stream stream_options temperature top_p tools tool_choice
         reasoning_effort thinking_token_budget include_reasoning parallel_tool_calls user use_beam_search top_k min_p
@@ -60,28 +60,28 @@ VLLM_FIELDS: dict[type[RequestObject], str] = {
         routed_experts_prompt_start return_token_offsets return_prompt_text mm_payload return_mm_kwargs cache_salt
         kv_transfer_params ec_transfer_params vllm_xargs repetition_detection stream_interval
     """,
-    protocol.StreamOptions: "include_usage continuous_usage_stats",
-    pooling_protocol.EmbeddingRequest: """
+    generation.StreamOptions: "include_usage continuous_usage_stats",
+    pooling.EmbeddingRequest: """
         model user truncate_prompt_tokens padding truncation_side request_id priority mm_processor_kwargs cache_salt
         input add_special_tokens messages encoding_format embed_dtype endianness dimensions use_activation
     """,
-    pooling_protocol.ClassifyRequest: """
+    pooling.ClassifyRequest: """
         model user truncate_prompt_tokens padding truncation_side request_id priority mm_processor_kwargs cache_salt
         input add_special_tokens use_activation
     """,
-    token_protocol.TokenizeRequest: """
+    tokens.TokenizeRequest: """
         model prompt messages add_special_tokens return_token_strs add_generation_prompt continue_final_message
         chat_template chat_template_kwargs media_io_kwargs mm_processor_kwargs tools
     """,
-    token_protocol.DetokenizeRequest: "model tokens",
+    tokens.DetokenizeRequest: "model tokens",
 }
 """Fields of vLLM 0.32."""
 
 OPENAI_TYPES: list[tuple[type[RequestObject], type]] = [
-    (protocol.CompletionRequest, completion_create_params.CompletionCreateParamsStreaming),
-    (protocol.ChatCompletionRequest, chat_create_params.CompletionCreateParamsStreaming),
-    (pooling_protocol.EmbeddingRequest, embedding_create_params.EmbeddingCreateParams),
-    (protocol.StreamOptions, ChatCompletionStreamOptionsParam),
+    (completions.CompletionRequest, completion_create_params.CompletionCreateParamsStreaming),
+    (chat.ChatCompletionRequest, chat_create_params.CompletionCreateParamsStreaming),
+    (pooling.EmbeddingRequest, embedding_create_params.EmbeddingCreateParams),
+    (generation.StreamOptions, ChatCompletionStreamOptionsParam),
     (chat_message.ChatMessage, ChatCompletionAssistantMessageParam),
     (chat_message.ChatMessage, ChatCompletionDeveloperMessageParam),
     (chat_message.ChatMessage, ChatCompletionSystemMessageParam),

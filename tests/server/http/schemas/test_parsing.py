@@ -6,8 +6,9 @@ import pytest
 
 from persimmon.server.http.errors import ApiError
 from persimmon.server.http.schemas import parsing
+from persimmon.server.http.schemas.chat import ChatCompletionRequest
+from persimmon.server.http.schemas.completions import CompletionRequest
 from persimmon.server.http.schemas.parsing import parse
-from persimmon.server.http.schemas.protocol import ChatCompletionRequest, CompletionRequest
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
-from persimmon.server.http.schemas.protocol import CompletionRequest
+from persimmon.server.http.schemas.completions import CompletionRequest
 from persimmon.server.http.schemas.request_object import Refusal, Refused, RequestObject, invalid
 
 MAX_PROMPTS = 128

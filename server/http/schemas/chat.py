@@ -1,0 +1,124 @@
+"""The request of POST /v1/chat/completions, under OpenAI's names."""
+
+from typing import Annotated, Self
+
+from pydantic import FailFast, Field, ValidationInfo, field_validator, model_validator
+
+from persimmon.server.http.schemas.chat_message import Messages
+from persimmon.server.http.schemas.generation import GenerationRequest
+from persimmon.server.http.schemas.other_fields import (
+    REFUSED_IN_CHAT,
+    WITHOUT_EFFECT_IN_CHAT,
+)
+from persimmon.server.http.schemas.request_object import invalid
+from persimmon.server.http.schemas.tool_fields import MAX_TOOLS, AllowedTools, NamedTool, Tool, ToolChoiceField
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """The body of POST /v1/chat/completions."""
+
+    refused = REFUSED_IN_CHAT
+    without_effect = WITHOUT_EFFECT_IN_CHAT
+    is_chat = True
+    prompt_field = "messages"
+    default_max_tokens = None
+
+    messages: Messages = Field(min_length=1, description="The conversation; a user message or a tool's result ends it.")
+    max_tokens: int | None = Field(None, ge=0, description="The older name of max_completion_tokens.")
+    max_completion_tokens: int | None = Field(
+        None,
+        ge=0,
+        description="At most this many tokens. Default: what the context leaves. 0 only computes the prompt.",
+    )
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), FailFast()] = Field(
+        default=[], description="Functions that the model may call; docs/guides/tools.md says how it learns of them."
+    )
+    tool_choice: ToolChoiceField | None = Field(
+        None,
+        description="Whether the answer is calls: never, if the model writes some, always, or one of this function; or "
+        'of these functions only. Default: "auto" where there are tools.',
+    )
+    parallel_tool_calls: bool = Field(True, description="Whether an answer may make several calls.")
+    service_tier: str | None = Field(None, description='There is one tier; the answer to any names "default".')
+
+    logprobs: bool = Field(
+        False,
+        description="Report the log-probability of each token of the answer: the network's own, before temperature, "
+        "penalties and biases.",
+    )
+    top_logprobs: int = Field(
+        0, ge=0, le=20, description="Report so many most probable tokens in each one's place. Only with logprobs."
+    )
+
+    @model_validator(mode="after")
+    def _top_of_what_is_reported(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise invalid("top_logprobs", "it is only allowed when logprobs is true")
+        return self
+
+    @field_validator("tools")
+    @classmethod
+    def _different_names(cls, value: list[Tool]) -> list[Tool]:
+        names = [tool.function.name for tool in value]
+        twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+        if twice is not None:
+            raise ValueError(f"two functions have the name {twice!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _a_choice_that_there_is(self) -> Self:
+        chosen: tuple[str, ...] = ()
+        match self.tool_choice:
+            case NamedTool(name):
+                chosen = (name,)
+            case AllowedTools(names):
+                chosen = names
+            case "required" if not self.tools:
+                raise invalid("tool_choice", "it is 'required', but there are no tools to call")
+        given = {tool.function.name for tool in self.tools}
+        for name in chosen:
+            if name not in given:
+                raise invalid("tool_choice", f"no function in tools has the name {name[:100]!r}")
+        if self.callable_tools and self.structured_outputs is not None:
+            raise invalid("structured_outputs", "with tools it is only allowed when tool_choice is 'none'")
+        return self
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """The tools that the answer may call."""
+        match self.tool_choice:
+            case "none":
+                return []
+            case NamedTool(name):
+                return [tool for tool in self.tools if tool.function.name == name]
+            case AllowedTools(names):
+                return [tool for tool in self.tools if tool.function.name in names]
+        return self.tools
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer is nothing but calls."""
+        match self.tool_choice:
+            case "required" | NamedTool() | AllowedTools(required=True):
+                return True
+        return False
+
+    @property
+    def reported_logprobs(self) -> int | None:
+        """How many of the most probable tokens to report beside each; None reports no tokens."""
+        return self.top_logprobs if self.logprobs else None
+
+    @field_validator("max_completion_tokens")
+    @classmethod
+    def _same_as_max_tokens(cls, value: int | None, info: ValidationInfo) -> int | None:
+        older = info.data.get("max_tokens")
+        if value is not None and older is not None and value != older:
+            raise ValueError(f"it is {value} but max_tokens is {older}; give one of the two")
+        return value
+
+    @property
+    def token_limit(self) -> tuple[str, int | None]:
+        """The field that limits the answer's tokens, and what it says."""
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return super().token_limit
