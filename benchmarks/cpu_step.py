@@ -41,6 +41,7 @@ from persimmon.model.kv_cache import KVCache
 from persimmon.model.native_draw import NativeDraw
 from persimmon.model.persimmon import Persimmon
 from persimmon.model.recorded_network import record
+from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import Runner, SequenceInput
 from persimmon.model.sampling_params import SamplingParams
 
@@ -50,10 +51,10 @@ BLOCK_SIZE = 32
 BLOCKS_EACH = -(-max(CONTEXT + 1, PROMPT) // BLOCK_SIZE)
 CPU = torch.device("cpu")
 DRAWS = {
-    "greedy": SamplingParams(),
-    "temperature 1": SamplingParams(temperature=1.0, seed=1),
-    "temperature 1, top_p 0.9": SamplingParams(temperature=1.0, top_p=0.9, seed=1),
-    "temperature 1, top_k 50": SamplingParams(temperature=1.0, top_k=50, seed=1),
+    "greedy": RowSampling(asked=SamplingParams(temperature=0.0)),
+    "temperature 1": RowSampling(asked=SamplingParams(temperature=1.0, seed=1)),
+    "temperature 1, top_p 0.9": RowSampling(asked=SamplingParams(temperature=1.0, top_p=0.9, seed=1)),
+    "temperature 1, top_k 50": RowSampling(asked=SamplingParams(temperature=1.0, top_k=50, seed=1)),
 }
 
 
@@ -93,7 +94,10 @@ class Network:
         """A step: single tokens follow their context, more are a prompt."""
         start = CONTEXT if tokens == 1 else 0
         tables = [list(range(i * BLOCKS_EACH, (i + 1) * BLOCKS_EACH)) for i in range(sequences)]
-        return [SequenceInput([7] * tokens, start, table, [SamplingParams()]) for table in tables]
+        return [
+            SequenceInput([7] * tokens, start, table, [RowSampling(asked=SamplingParams(temperature=0.0))])
+            for table in tables
+        ]
 
     def fill(self, sequences: int) -> None:
         """Computes the contexts that decode steps read."""

@@ -26,10 +26,11 @@ import zmq
 
 from benchmarks.peers import device
 from persimmon.model.runner import Runner, SequenceInput, StepResult
+from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.step_inputs import StepBuffer, write_step
 from persimmon.server.engine.blocks import BlockPool
 from persimmon.server.engine.core import Engine, LaunchedStep
-from persimmon.server.engine.messages import EngineStats, FromEngine, Hello, Ready, Sampling, StepOutput, Submit
+from persimmon.server.engine.messages import EngineStats, FromEngine, Hello, Ready, StepOutput, Submit
 from persimmon.server.engine.plan_runner import PlanRunner
 from persimmon.server.engine.process import COLLECTOR_THRESHOLDS
 from persimmon.server.engine.scheduler import Scheduler
@@ -244,7 +245,7 @@ class Bench:
             token_ids=prompt,
             max_tokens=max_tokens,
             stop_token_ids=[0],
-            sampling=Sampling(temperature=0.8, top_p=0.9, seed=5),
+            sampling=SamplingParams(temperature=0.8, top_p=0.9, seed=5),
         )
         self._worker.send(msgspec.msgpack.encode(submit))
 

@@ -29,11 +29,12 @@ from pydantic import ByteSize
 from benchmarks.checkpoint import CONFIG, write_checkpoint
 from benchmarks.peers import device
 from persimmon.kernels.cpu.pages import POPULATE
+from persimmon.model.sampling_params import SamplingParams
 from persimmon.server.config import Settings
 from persimmon.server.engine.blocks import BlockPool
 from persimmon.server.engine.core import Engine
 from persimmon.server.engine.loading import LoadedModel, load_model
-from persimmon.server.engine.messages import FromEngine, Hello, Ready, Sampling, StepOutput, Submit
+from persimmon.server.engine.messages import FromEngine, Hello, Ready, StepOutput, Submit
 from persimmon.server.engine.plan_runner import PlanRunner
 from persimmon.server.engine.scheduler import Scheduler
 from persimmon.server.engine.step_cost import StepCostModel
@@ -98,7 +99,9 @@ class Client:
         """Sends a prompt; its number."""
         number = len(self.times)
         prompt = [self._random.randrange(300, 4000) for _ in range(prompt_length)]
-        submit = Submit(sequence_id=number, token_ids=prompt, max_tokens=max_tokens, sampling=Sampling(temperature=0.0))
+        submit = Submit(
+            sequence_id=number, token_ids=prompt, max_tokens=max_tokens, sampling=SamplingParams(temperature=0.0)
+        )
         self._worker.send(msgspec.msgpack.encode(submit))
         self.times.append([])
         self._submitted.append(time.perf_counter())

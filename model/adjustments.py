@@ -11,13 +11,13 @@ import torch
 
 from persimmon.kernels.launch import upload
 from persimmon.kernels.operands import PenaltyInputs
-from persimmon.model.sampling_params import SamplingParams
+from persimmon.model.row_sampling import RowSampling
 
 Penalize = Callable[[torch.Tensor, PenaltyInputs], None]
 """Lowers, in place, the [R, vocab_size] float32 logits of tokens that a row has seen."""
 
 
-def adjust_(logits: torch.Tensor, params: Sequence[SamplingParams], penalize: Penalize) -> None:
+def adjust_(logits: torch.Tensor, params: Sequence[RowSampling], penalize: Penalize) -> None:
     """Changes logits in place as their rows ask for: biases, penalties, bans, then masks of grammars.
 
     Args:
@@ -25,12 +25,12 @@ def adjust_(logits: torch.Tensor, params: Sequence[SamplingParams], penalize: Pe
         params: R of them.
         penalize: applies the penalties.
     """
-    biased = [(row, token, bias) for row, own in enumerate(params) for token, bias in own.logit_bias]
+    biased = [(row, token, bias) for row, own in enumerate(params) for token, bias in own.asked.logit_bias.items()]
     if biased:
         rows, tokens, biases = zip(*biased, strict=True)
         # A row has each id at most once, so the order of addition does not matter.
         logits.view(-1).index_add_(0, _places(rows, tokens, logits), _column(biases, logits.device))
-    if any(own.penalizes for own in params):
+    if any(own.seen is not None for own in params):
         penalize(logits, _penalties(params, logits.device))
     banned = [(row, token) for row, own in enumerate(params) for token in own.banned]
     if banned:
@@ -60,17 +60,17 @@ def penalize(logits: torch.Tensor, penalties: PenaltyInputs) -> None:
     logits[rows, ids] = seen
 
 
-def _penalties(params: Sequence[SamplingParams], device: torch.device) -> PenaltyInputs:
-    seen = [own.seen if own.penalizes else None for own in params]
+def _penalties(params: Sequence[RowSampling], device: torch.device) -> PenaltyInputs:
+    seen = [own.seen for own in params]
     sizes = [0 if own is None else len(own.token_ids) for own in seen]
     empty = np.empty(0, dtype=np.int32)
     return PenaltyInputs(
         offsets=upload(np.cumsum([0, *sizes], dtype=np.int32), device),
         token_ids=upload(np.concatenate([empty, *(own.token_ids for own in seen if own is not None)]), device),
         output_counts=upload(np.concatenate([empty, *(own.output_counts for own in seen if own is not None)]), device),
-        repetition=_column([own.repetition_penalty for own in params], device),
-        frequency=_column([own.frequency_penalty for own in params], device),
-        presence=_column([own.presence_penalty for own in params], device),
+        repetition=_column([own.asked.repetition_penalty for own in params], device),
+        frequency=_column([own.asked.frequency_penalty for own in params], device),
+        presence=_column([own.asked.presence_penalty for own in params], device),
     )
 
 

@@ -12,7 +12,8 @@ import torch
 from persimmon.kernels.fused import FusedKernels
 from persimmon.kernels.launch import upload
 from persimmon.model.adjustments import adjust_
-from persimmon.model.sampler import Samples, SamplingParams, row_logprobs
+from persimmon.model.row_sampling import RowSampling
+from persimmon.model.sampler import Samples, row_logprobs
 from persimmon.model.step_inputs import StepBuffer, StepInputs, needs_another_draw, needs_logits, write_draw
 
 
@@ -28,7 +29,7 @@ class FusedSampler:
         self._kernels = kernels
         self._head = head
 
-    def __call__(self, hidden: torch.Tensor, params: Sequence[SamplingParams]) -> Samples:
+    def __call__(self, hidden: torch.Tensor, params: Sequence[RowSampling]) -> Samples:
         """A token a row: [R, hidden] and R settings to tokens in memory that the next step overwrites."""
         rows, device = len(params), hidden.device
         host = StepBuffer(rows, 0, torch.device("cpu"), pinned=device.type == "cuda")
@@ -43,7 +44,7 @@ class FusedSampler:
 
 
 def finish_draw(
-    kernels: FusedKernels, logits: torch.Tensor, inputs: StepInputs, params: Sequence[SamplingParams]
+    kernels: FusedKernels, logits: torch.Tensor, inputs: StepInputs, params: Sequence[RowSampling]
 ) -> Samples:
     """What cannot be done while logits are computed, after `FusedKernels.sample`: changes, truncation, reports.
 
@@ -53,7 +54,7 @@ def finish_draw(
         inputs: of R rows.
         params: R of them.
     """
-    reported = [row for row, own in enumerate(params) if own.logprobs is not None]
+    reported = [row for row, own in enumerate(params) if own.asked.logprobs is not None]
     adjusted = [row for row, own in enumerate(params) if own.adjusts]
     unchanged = None
     if adjusted:

@@ -7,7 +7,7 @@ import torch
 
 from persimmon.kernels.cpu import library
 from persimmon.kernels.cpu.native import NativeKernels
-from persimmon.model.sampling_params import SamplingParams
+from persimmon.model.row_sampling import RowSampling
 
 
 class NativeDraw:
@@ -20,18 +20,18 @@ class NativeDraw:
     def __init__(self, kernels: NativeKernels) -> None:
         self._kernels = kernels
 
-    def __call__(self, logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    def __call__(self, logits: torch.Tensor, params: Sequence[RowSampling]) -> torch.Tensor:
         """A token a row: [R, vocab_size] float32 and R settings to [R] int64."""
         draws = np.zeros(len(params), dtype=library.DRAWS)
         # Zeros are a greedy draw.
         for row, own in enumerate(params):
-            if not own.greedy:
+            if not own.asked.greedy:
                 draws[row] = (
-                    own.temperature,
-                    own.top_p,
-                    own.min_p,
-                    own.top_k,
-                    own.seed,
+                    own.asked.temperature,
+                    own.asked.top_p,
+                    own.asked.min_p,
+                    own.asked.top_k,
+                    own.asked.seed,
                     own.sample_index,
                     own.position,
                 )

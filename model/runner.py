@@ -20,8 +20,8 @@ from persimmon.model.logprobs import LogprobRows
 from persimmon.model.native_draw import NativeDraw
 from persimmon.model.persimmon import Persimmon, Step
 from persimmon.model.recorded_network import RecordedNetwork
+from persimmon.model.row_sampling import RowSampling
 from persimmon.model.sampler import Samples, rows_at_once, sample
-from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.token_logprobs import TokenLogprobs
 
 
@@ -63,7 +63,7 @@ class PooledStates:
 Report = PromptLogprobs | PooledStates
 
 
-# Neither is this frozen nor SamplingParams: of a sequence that decodes, both are changed in place from step to step.
+# Not frozen: of a sequence that decodes, it is changed in place from step to step.
 @dataclass(slots=True)
 class SequenceInput:
     """One sequence's part of a step; read before `Runner.launch` returns, and not kept.
@@ -83,7 +83,7 @@ class SequenceInput:
     token_ids: Sequence[int]
     start: int
     block_table: Sequence[int]
-    samplings: Sequence[SamplingParams]
+    samplings: Sequence[RowSampling]
     report: Report | None = None
     prompt_length: int = 0
 
@@ -124,7 +124,7 @@ class PendingStep:
         copied: torch.cuda.Event | None,
         samples: Samples,
         places: Sequence[int],
-        params: Sequence[SamplingParams],
+        params: Sequence[RowSampling],
         prompt_logprobs: dict[int, tuple[LogprobRows, int]],
         pooled: dict[int, torch.Tensor],
     ) -> None:
@@ -143,7 +143,7 @@ class PendingStep:
         result = StepResult(self._tokens.tolist())
         if self._samples.logprobs is not None:
             reported = self._samples.reported
-            entries = self._samples.logprobs.fetch([self._params[row].logprobs or 0 for row in reported])
+            entries = self._samples.logprobs.fetch([self._params[row].asked.logprobs or 0 for row in reported])
             result.logprobs.update(zip((self._places[row] for row in reported), entries, strict=True))
         for place, (rows, top) in self._prompt_logprobs.items():
             result.prompt_logprobs[place] = rows.fetch([top] * len(rows.token_ids))
@@ -155,7 +155,7 @@ class PendingStep:
 class Sampler(Protocol):
     """Final hidden states to tokens."""
 
-    def __call__(self, hidden: torch.Tensor, params: Sequence[SamplingParams]) -> Samples:
+    def __call__(self, hidden: torch.Tensor, params: Sequence[RowSampling]) -> Samples:
         """A token a row: [R, hidden] and R settings to R tokens on the same device."""
         ...
 

@@ -13,9 +13,7 @@ import torch
 from persimmon.kernels.reference_sampling import philox
 from persimmon.model.adjustments import adjust_, penalize
 from persimmon.model.logprobs import LogprobRows
-from persimmon.model.sampling_params import SamplingParams
-
-__all__ = ["Draw", "Samples", "SamplingParams", "draw", "rows_at_once", "sample", "uniform"]
+from persimmon.model.row_sampling import RowSampling
 
 _LOGITS_AT_ONCE = 2**23
 
@@ -38,18 +36,18 @@ class Samples:
     logprobs: LogprobRows | None = None
 
 
-Draw = Callable[[torch.Tensor, Sequence[SamplingParams]], torch.Tensor]
+Draw = Callable[[torch.Tensor, Sequence[RowSampling]], torch.Tensor]
 """A token a row, as its settings say, from final logits: [R, vocab_size] float32 and R settings to [R] int64."""
 
 
-def draw(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+def draw(logits: torch.Tensor, params: Sequence[RowSampling]) -> torch.Tensor:
     """`Draw` in plain torch.
 
     Temperature, then min-p, top-k and top-p, each on what the one before kept, then the inverse of the cumulative
     distribution at `uniform`.
     """
     tokens = logits.argmax(-1)
-    drawing = [row for row, own in enumerate(params) if not own.greedy]
+    drawing = [row for row, own in enumerate(params) if not own.asked.greedy]
     at_once = rows_at_once(logits.shape[1])
     for begin in range(0, len(drawing), at_once):
         some = drawing[begin : begin + at_once]
@@ -58,7 +56,7 @@ def draw(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor
     return tokens
 
 
-def sample(logits: torch.Tensor, params: Sequence[SamplingParams], draw: Draw = draw) -> Samples:
+def sample(logits: torch.Tensor, params: Sequence[RowSampling], draw: Draw = draw) -> Samples:
     """One token a row, after what `persimmon.model.adjustments` changes.
 
     Log-probabilities are those of the logits as they are given.
@@ -77,12 +75,12 @@ def sample(logits: torch.Tensor, params: Sequence[SamplingParams], draw: Draw = 
         own_logits, own_params = logits.index_select(0, rows), [params[row] for row in some]
         adjust_(own_logits, own_params, penalize)
         tokens[rows] = draw(own_logits, own_params)
-    reported = [row for row, own in enumerate(params) if own.logprobs is not None]
+    reported = [row for row, own in enumerate(params) if own.asked.logprobs is not None]
     return Samples(tokens, reported, row_logprobs(logits, tokens, params, reported) if reported else None)
 
 
 def row_logprobs(
-    logits: torch.Tensor, tokens: torch.Tensor, params: Sequence[SamplingParams], reported: Sequence[int]
+    logits: torch.Tensor, tokens: torch.Tensor, params: Sequence[RowSampling], reported: Sequence[int]
 ) -> LogprobRows:
     """What some rows report of their tokens.
 
@@ -92,7 +90,7 @@ def row_logprobs(
         params: R of them.
         reported: the rows, at least one.
     """
-    top = max(params[row].logprobs or 0 for row in reported)
+    top = max(params[row].asked.logprobs or 0 for row in reported)
     at_once = rows_at_once(logits.shape[1])
     parts = []
     for begin in range(0, len(reported), at_once):
@@ -106,16 +104,16 @@ def rows_at_once(vocab_size: int) -> int:
     return max(1, _LOGITS_AT_ONCE // vocab_size)
 
 
-def _draw(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+def _draw(logits: torch.Tensor, params: Sequence[RowSampling]) -> torch.Tensor:
     def column(values: list[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
 
     best = logits.argmax(-1)
     # The highest logit becomes 0 first: dividing by a tiny temperature would overflow otherwise.
-    logits = (logits - logits.gather(1, best[:, None])) / column([own.temperature for own in params])
-    if any(own.min_p > 0 for own in params):
-        logits.masked_fill_(logits < column([own.min_p for own in params]).log(), float("-inf"))
-    truncated = [row for row, own in enumerate(params) if own.truncates]
+    logits = (logits - logits.gather(1, best[:, None])) / column([own.asked.temperature for own in params])
+    if any(own.asked.min_p > 0 for own in params):
+        logits.masked_fill_(logits < column([own.asked.min_p for own in params]).log(), float("-inf"))
+    truncated = [row for row, own in enumerate(params) if own.asked.truncates]
     if truncated:
         rows = torch.tensor(truncated, device=logits.device)
         logits[rows] = _truncate(logits[rows], [params[row] for row in truncated])
@@ -127,27 +125,27 @@ def _draw(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tenso
     return torch.where(drawn < logits.shape[1], drawn, best)
 
 
-def _truncate(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+def _truncate(logits: torch.Tensor, params: Sequence[RowSampling]) -> torch.Tensor:
     """Top-k, then top-p over what it kept; the rest becomes -inf.  Among equal logits the lowest id is kept."""
     ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[1], device=logits.device)
-    top_k = torch.tensor([own.top_k or logits.shape[1] for own in params], device=logits.device)[:, None]
+    top_k = torch.tensor([own.asked.top_k or logits.shape[1] for own in params], device=logits.device)[:, None]
     ordered.masked_fill_(rank >= top_k, float("-inf"))
     probabilities = ordered.softmax(-1, dtype=torch.float64)
     before = probabilities.cumsum(-1) - probabilities
-    top_p = torch.tensor([own.top_p for own in params], dtype=torch.float64, device=logits.device)[:, None]
+    top_p = torch.tensor([own.asked.top_p for own in params], dtype=torch.float64, device=logits.device)[:, None]
     # The token that reaches top_p is kept; top_p = 1 keeps all, rounding notwithstanding.
     ordered.masked_fill_((before >= top_p) & (top_p < 1) & (rank > 0), float("-inf"))
     return torch.empty_like(logits).scatter_(1, ids, ordered)
 
 
-def uniform(params: Sequence[SamplingParams]) -> np.ndarray:
+def uniform(params: Sequence[RowSampling]) -> np.ndarray:
     """One number in [0, 1) a row, from Philox4x32-10 with the seed as key and (position, sample_index) as counter.
 
     Returns:
         [R] float64 with 53 random bits.
     """
-    key = np.array([own.seed for own in params], dtype=np.uint64)
+    key = np.array([own.asked.seed for own in params], dtype=np.uint64)
     counter = np.zeros((4, len(params)), dtype=np.uint64)
     counter[0] = [own.position for own in params]
     counter[1] = [own.sample_index for own in params]

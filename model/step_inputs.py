@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from persimmon.kernels.operands import DrawInputs, TruncationInputs
+from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import SequenceInput
-from persimmon.model.sampling_params import SamplingParams
 
 _ALIGNMENT = 4
 """Every field begins at a multiple of so many words: kernels are compiled for pointers to 16 bytes."""
@@ -97,26 +97,27 @@ def write_step(inputs: StepInputs, batch: Sequence[SequenceInput]) -> None:
     write_draw(inputs, [own for item in batch for own in item.samplings])
 
 
-def write_draw(inputs: StepInputs, params: Sequence[SamplingParams]) -> None:
+def write_draw(inputs: StepInputs, params: Sequence[RowSampling]) -> None:
     """Writes how rows are sampled, and how many there are, into host inputs of at least as many rows."""
     live, draw, truncation = len(params), inputs.draw, inputs.truncation
     inputs.live[0] = live
-    draw.temperature.numpy()[:live] = [own.temperature for own in params]
-    draw.seed.numpy()[:live] = [own.seed for own in params]
+    draw.temperature.numpy()[:live] = [own.asked.temperature for own in params]
+    draw.seed.numpy()[:live] = [own.asked.seed for own in params]
     draw.sample_index.numpy()[:live] = [own.sample_index for own in params]
     draw.position.numpy()[:live] = [own.position for own in params]
-    truncation.top_k.numpy()[:live] = [own.top_k for own in params]
-    truncation.top_p.numpy()[:live] = [own.top_p for own in params]
-    truncation.min_p.numpy()[:live] = [own.min_p for own in params]
+    truncation.top_k.numpy()[:live] = [own.asked.top_k for own in params]
+    truncation.top_p.numpy()[:live] = [own.asked.top_p for own in params]
+    truncation.min_p.numpy()[:live] = [own.asked.min_p for own in params]
     draw.wants_logits.numpy()[:live] = np.fromiter((needs_logits(own) for own in params), np.int32, live)
     draw.wants_logits.numpy()[live:] = 0
 
 
-def needs_another_draw(params: SamplingParams) -> bool:
+def needs_another_draw(params: RowSampling) -> bool:
     """Whether a row cannot be sampled while its logits are computed, because these change or some tokens are out."""
-    return params.adjusts or (not params.greedy and (params.truncates or params.min_p > 0))
+    asked = params.asked
+    return params.adjusts or (not asked.greedy and (asked.truncates or asked.min_p > 0))
 
 
-def needs_logits(params: SamplingParams) -> bool:
+def needs_logits(params: RowSampling) -> bool:
     """Whether a row's logits are read again once they are computed."""
-    return needs_another_draw(params) or params.logprobs is not None
+    return needs_another_draw(params) or params.asked.logprobs is not None

@@ -20,17 +20,18 @@ from persimmon.model.grammar import GrammarCompiler
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.persimmon import Persimmon
 from persimmon.model.runner import Runner
+from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.server.engine.blocks import BlockPool
 from persimmon.server.engine.core import LaunchedStep
-from persimmon.server.engine.messages import EngineStats, Sampling
+from persimmon.server.engine.messages import EngineStats
 from persimmon.server.engine.plan_runner import PlanRunner
 from persimmon.server.engine.scheduler import Scheduler
 from persimmon.server.engine.sequence import Sequence
 from persimmon.server.engine.step_plan import StepPlan
 
 CPU = torch.device("cpu")
-GREEDY = Sampling(temperature=0.0)
+GREEDY = SamplingParams(temperature=0.0)
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, operations: Kernels[Any] | None = None) -> Persimmon:
@@ -112,7 +113,7 @@ class Harness:
         prompts: Ids[list[int]],
         max_tokens: int,
         *,
-        sampling: Ids[Sampling] | None = None,
+        sampling: Ids[SamplingParams] | None = None,
         arrivals: Ids[int] | None = None,
     ) -> list[Sequence]:
         """Runs until all have finished, and checks that every block is free then.

@@ -1,6 +1,7 @@
 """Are rows whose requests change logits, or ask for log-probabilities, what plain torch on the host makes of them?"""
 
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from persimmon.kernels.fused import FusedKernels
 from persimmon.kernels.operands import DrawInputs, TruncationInputs
 from persimmon.model.adjustments import adjust_, penalize
 from persimmon.model.fused_sampler import FusedSampler
+from persimmon.model.row_sampling import RowSampling
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.step_inputs import StepBuffer, write_draw
 from persimmon.model.token_counts import TokenCounts
@@ -32,7 +34,7 @@ def run(setting: Setting, report: Report) -> None:
             _changed(setting, report, dtype)
 
 
-def _params(rows: int, vocab_size: int, dice: random.Random) -> list[SamplingParams]:
+def _params(rows: int, vocab_size: int, dice: random.Random) -> list[RowSampling]:
     """Rows with penalties, biases, bans and masks, one by one and together, greedy and drawn."""
 
     def seen() -> TokenCounts:
@@ -46,22 +48,23 @@ def _params(rows: int, vocab_size: int, dice: random.Random) -> list[SamplingPar
         return words.view(np.int32)
 
     penalties = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": -0.25}
-    biases = tuple((dice.randrange(vocab_size // 10) + vocab_size // 10 * place, 3.0) for place in range(10))
+    biases = {dice.randrange(vocab_size // 10) + vocab_size // 10 * place: 3.0 for place in range(10)}
     masks = [mask() for _ in range(2)]
-    kinds = [
-        {"seen": seen(), **penalties},
-        {"logit_bias": biases},
-        {"banned": tuple(dice.sample(range(vocab_size), vocab_size // 100))},
-        {"allowed": lambda: masks[0]},
-        {"seen": seen(), "logit_bias": biases, "allowed": lambda: masks[1], **penalties},
-        {},
+    kinds: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"seen": seen()}, penalties),
+        ({}, {"logit_bias": biases}),
+        ({"banned": tuple(dice.sample(range(vocab_size), vocab_size // 100))}, {}),
+        ({"allowed": lambda: masks[0]}, {}),
+        ({"seen": seen(), "allowed": lambda: masks[1]}, {"logit_bias": biases, **penalties}),
+        ({}, {}),
     ]
     params = []
     for row in range(rows):
         temperature = (0.0, 1.0)[row // KINDS % 2]
         top = (None, 0, 5, 20)[row % 4]
-        own = {"temperature": temperature, "seed": dice.randrange(2**63), "position": row, "logprobs": top}
-        params.append(SamplingParams(**own, **kinds[row % KINDS]))  # type: ignore[arg-type]
+        own, request = kinds[row % KINDS]
+        asked = SamplingParams(temperature=temperature, seed=dice.randrange(2**63), logprobs=top, **request)
+        params.append(RowSampling(asked=asked, position=row, **own))
     return params
 
 
@@ -95,8 +98,8 @@ def _changed(setting: Setting, report: Report, dtype: torch.dtype) -> None:
     adjust_(changed, params, penalize)
     every = torch.zeros(rows, dtype=torch.int32)
     draw = DrawInputs(
-        temperature=torch.tensor([own.temperature for own in params]),
-        seed=torch.tensor([own.seed for own in params]),
+        temperature=torch.tensor([own.asked.temperature for own in params]),
+        seed=torch.tensor([own.asked.seed for own in params]),
         sample_index=every,
         position=torch.tensor([own.position for own in params], dtype=torch.int32),
         wants_logits=every,
@@ -110,7 +113,7 @@ def _changed(setting: Setting, report: Report, dtype: torch.dtype) -> None:
         report.check(f"{title}: log-probabilities are reported", False)
         return
     exact = logits.double().log_softmax(-1)
-    entries = samples.logprobs.fetch([params[row].logprobs or 0 for row in samples.reported])
+    entries = samples.logprobs.fetch([params[row].asked.logprobs or 0 for row in samples.reported])
     off = 0.0
     for row, entry in zip(samples.reported, entries, strict=True):
         own = exact[row]
@@ -125,7 +128,7 @@ def _logits(kernels: FusedKernels, hidden: torch.Tensor, weight: torch.Tensor) -
     """[R, vocab_size] float32, as sampling writes them for rows that are read again."""
     rows = len(hidden)
     host, on_device = StepBuffer(rows, 0, torch.device("cpu")), StepBuffer(rows, 0, hidden.device)
-    write_draw(host.inputs(rows), [SamplingParams(logprobs=0)] * rows)
+    write_draw(host.inputs(rows), [RowSampling(asked=SamplingParams(temperature=0.0, logprobs=0))] * rows)
     on_device.words.copy_(host.words)
     inputs = on_device.inputs(rows)
     logits = torch.empty(rows, len(weight), dtype=torch.float32, device=hidden.device)

@@ -19,8 +19,9 @@ from persimmon.kernels.operands import DrawInputs, TruncationInputs
 from persimmon.model.cuda_graphs import DecodeGraphs
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.persimmon import Persimmon, Step
+from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import SequenceInput
-from persimmon.model.sampler import SamplingParams
+from persimmon.model.sampling_params import SamplingParams
 
 VOCABULARY_AT_ONCE = 1 << 15
 CHAIN_STEPS = 4
@@ -262,7 +263,10 @@ def _float32_hidden(
 def _graph_steps(report: Report, title: str, machine: Machine, before: KVCache, batch: Sequence[SequenceInput]) -> None:
     """Captured steps on padded buffers against eager and plain ones, tokens and cache; then steps that feed others."""
     cached = [*machine.cache.keys, *machine.cache.values]
-    hot = [replace(item, samplings=(SamplingParams(temperature=0.8, seed=row),)) for row, item in enumerate(batch)]
+    hot = [
+        replace(item, samplings=(RowSampling(asked=SamplingParams(temperature=0.8, seed=row)),))
+        for row, item in enumerate(batch)
+    ]
     sizes = sorted({1, min(4, len(batch)), len(batch)})
     graphs = machine.graphs(sizes)
     machine.kernels.pdl = False

@@ -21,13 +21,14 @@ from persimmon.model.cuda_graphs import DecodeGraphs
 from persimmon.model.fused_sampler import FusedSampler
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.persimmon import Persimmon
+from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import Runner, SequenceInput
-from persimmon.model.sampler import SamplingParams
+from persimmon.model.sampling_params import SamplingParams
 
 WEIGHT_DEVIATION = 0.02
 """Of the matrices that `dummy_tensors` draws."""
 
-GREEDY = SamplingParams()
+GREEDY = RowSampling(asked=SamplingParams(temperature=0.0))
 
 
 def random_model(
@@ -183,7 +184,7 @@ def decode_batch(
     lengths: Sequence[int],
     tables: Sequence[Sequence[int]],
     tokens: Sequence[int],
-    sampling: SamplingParams = GREEDY,
+    sampling: RowSampling = GREEDY,
 ) -> list[SequenceInput]:
     """One new token a sequence, behind `length - 1` others."""
     return [

@@ -25,8 +25,9 @@ from persimmon.kernels.launch import supports_pdl
 from persimmon.model.checkpoint import expected_shapes
 from persimmon.model.cuda_graphs import DecodeGraphs
 from persimmon.model.kv_cache import block_bytes
+from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import PendingStep, Runner, SequenceInput
-from persimmon.model.sampler import SamplingParams
+from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.step_inputs import StepBuffer, StepInputs, write_draw
 
 DTYPE = torch.float16
@@ -36,8 +37,8 @@ PREFILL_SHARE = "prefill at 2k, share of the matmul rate"
 
 DRAWS = {
     "greedy": GREEDY,
-    "temperature": SamplingParams(temperature=0.8, seed=1),
-    "top-p, top-k": SamplingParams(temperature=0.8, top_p=0.9, top_k=50, seed=1),
+    "temperature": RowSampling(asked=SamplingParams(temperature=0.8, seed=1)),
+    "top-p, top-k": RowSampling(asked=SamplingParams(temperature=0.8, top_p=0.9, top_k=50, seed=1)),
 }
 KEPT_FREE = 3 << 30
 """Bytes for graphs and for prompts' activations."""
@@ -218,15 +219,17 @@ class _Steps:
             logits = torch.zeros(batch, suite.config.vocab_size, device=self._setting.device)
             variants: dict[str, list[Call]] = {"projection alone": [partial(torch.mm, hidden, model.head.t())]}
             for name, params in DRAWS.items():
-                inputs = self._draw_inputs([replace(params, seed=row) for row in range(batch)])
+                inputs = self._draw_inputs(
+                    [replace(params, asked=replace(params.asked, seed=row)) for row in range(batch)]
+                )
                 draw = [partial(kernels.sample, hidden, model.head, inputs.draw, inputs.live, logits)]
-                if params.truncates:
+                if params.asked.truncates:
                     draw += [partial(kernels.sample_truncated, logits, inputs.draw, inputs.truncation, inputs.live)]
                 variants[name] = [partial(_all, draw)]
             timed = time_variants(variants, self._setting.device, self._setting.suite.seconds_per_figure)
             for name, params in DRAWS.items():
                 step = [
-                    replace(item, samplings=[replace(params, seed=row)])
+                    replace(item, samplings=[replace(params, asked=replace(params.asked, seed=row))])
                     for row, item in enumerate(self._batch(batch, context))
                 ]
                 launch = self._times(self._graphs[False], step).launch
@@ -244,7 +247,7 @@ class _Steps:
                 if batch == 64 and name == "temperature":
                     self._report.figure(SAMPLING_SHARE, share)
 
-    def _draw_inputs(self, params: Sequence[SamplingParams]) -> StepInputs:
+    def _draw_inputs(self, params: Sequence[RowSampling]) -> StepInputs:
         rows = len(params)
         host, on_device = (StepBuffer(rows, 0, device) for device in (torch.device("cpu"), self._setting.device))
         write_draw(host.inputs(rows), params)

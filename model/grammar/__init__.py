@@ -6,6 +6,6 @@ and imports no torch: API workers check a client's grammar here before the engin
 
 from persimmon.model.grammar.compiler import GrammarCompiler
 from persimmon.model.grammar.matcher import Matcher
-from persimmon.model.grammar.spec import KINDS, GrammarError, GrammarKind, GrammarSpec
+from persimmon.model.grammar_spec import KINDS, GrammarError, GrammarKind, GrammarSpec
 
 __all__ = ["KINDS", "GrammarCompiler", "GrammarError", "GrammarKind", "GrammarSpec", "Matcher"]

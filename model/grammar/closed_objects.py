@@ -13,7 +13,7 @@ from typing import Any
 
 from persimmon.model.grammar.formats import FORMATS
 from persimmon.model.grammar.schema_size import MAX_LEVELS
-from persimmon.model.grammar.spec import GrammarError
+from persimmon.model.grammar_spec import GrammarError
 
 Schema = dict[str, Any] | bool
 

@@ -16,8 +16,8 @@ from persimmon.model.grammar.context_free import read_grammar
 from persimmon.model.grammar.json_schema import read_schema
 from persimmon.model.grammar.json_text import read_json
 from persimmon.model.grammar.matcher import Matcher, Vocabulary, pack_bits, reason
-from persimmon.model.grammar.spec import KINDS, GrammarError, GrammarSpec
 from persimmon.model.grammar.text_or_calls import read_text_or_calls
+from persimmon.model.grammar_spec import KINDS, GrammarError, GrammarSpec
 from persimmon.model.tokenizer import Tokenizer
 
 MAX_SPEC_BYTES = 65_536
@@ -128,18 +128,16 @@ class GrammarCompiler:
         """
         return cls([*(bytes([byte]) for byte in range(256)), b""], 257, [256])
 
-    def compile(self, spec: GrammarSpec, leading_space: bool = False) -> Matcher:
+    def compile(self, spec: GrammarSpec) -> Matcher:
         """A matcher at the beginning of an answer.
 
         Args:
             spec: what the client asks for.
-            leading_space: whether the answer begins with a space that belongs to what stands before it, as in
-                `adept: {"a": 1}`.  It is required then: an answer's own first space could not be told from it.
 
         Raises:
             GrammarError: the grammar is invalid, not supported or too large, or no answer can follow it.
         """
-        start = _START_AFTER_SPACE if leading_space else _START
+        start = _START_AFTER_SPACE if spec.leading_space else _START
         grammars = [{"lark_grammar": start}, *_engine_grammars(spec)]
         limits = AMBIGUOUS_LIMITS if spec.kind == "grammar" else LIMITS
         engine = LLMatcher(self._engine, json.dumps({"grammars": grammars}), log_level=0, limits=limits)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from llguidance import grammar_from
 
-from persimmon.model.grammar.spec import GrammarError
+from persimmon.model.grammar_spec import GrammarError
 
 MAX_BYTES = 16_384
 """Of a grammar."""

@@ -12,7 +12,7 @@ from persimmon.model.grammar.json_text import read_json, type_name
 from persimmon.model.grammar.one_of import separate_alternatives
 from persimmon.model.grammar.schema_reader import SchemaReader
 from persimmon.model.grammar.schema_size import check_size
-from persimmon.model.grammar.spec import GrammarError
+from persimmon.model.grammar_spec import GrammarError
 
 MAX_SCHEMA_BYTES = 65_536
 """Of a schema as JSON, without what says nothing of a value: descriptions, defaults, definitions that are not used."""

@@ -3,7 +3,7 @@
 import json
 from typing import Any, NoReturn
 
-from persimmon.model.grammar.spec import GrammarError
+from persimmon.model.grammar_spec import GrammarError
 
 MAX_DEPTH = 64
 """Levels of JSON in what a client sends.  The engine reads twice as many."""

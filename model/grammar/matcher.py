@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher
 
-from persimmon.model.grammar.spec import GrammarError
+from persimmon.model.grammar_spec import GrammarError
 
 Words = npt.NDArray[np.int32]
 """Bits, 32 to a word: bit i of word w is token 32 * w + i."""

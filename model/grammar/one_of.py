@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from persimmon.model.grammar.schema_reader import OneOf
-from persimmon.model.grammar.spec import GrammarError
 from persimmon.model.grammar.value_shapes import Shape, Shapes
+from persimmon.model.grammar_spec import GrammarError
 
 _MAX_TAGS = 8  # properties that are tried as the one that tells alternatives apart
 _OF_LITERALS = {"const", "enum", "type"}

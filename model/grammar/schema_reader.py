@@ -13,7 +13,7 @@ from persimmon.model.grammar.json_text import shown, type_name
 from persimmon.model.grammar.number_bounds import MAX_INTEGER, MAX_NUMBER, narrow_bounds
 from persimmon.model.grammar.plain_schema import plain_schema
 from persimmon.model.grammar.references import References, Target, base_within
-from persimmon.model.grammar.spec import GrammarError
+from persimmon.model.grammar_spec import GrammarError
 
 MAX_PROPERTIES = 1_000
 """Of one object.  One that may leave them all out is followed in four times as many places at once."""

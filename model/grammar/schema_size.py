@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from persimmon.model.grammar.formats import FORMATS
-from persimmon.model.grammar.spec import GrammarError
+from persimmon.model.grammar_spec import GrammarError
 
 MAX_NODES = 40_000
 """Nodes of the schema as it is written out.  One takes the engine about 20 microseconds and 5 KiB, at worst."""

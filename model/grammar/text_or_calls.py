@@ -10,7 +10,7 @@ from typing import Any
 
 from persimmon.model.grammar.json_schema import read_schema
 from persimmon.model.grammar.json_text import read_json
-from persimmon.model.grammar.spec import GrammarError
+from persimmon.model.grammar_spec import GrammarError
 
 MAX_TOTAL_BYTES = 262_144
 """Of the schemas of all functions, without descriptions and with formats written out."""

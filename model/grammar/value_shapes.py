@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from persimmon.model.grammar.number_bounds import MAX_NUMBER, MIN_FRACTION
-from persimmon.model.grammar.spec import GrammarError
+from persimmon.model.grammar_spec import GrammarError
 
 MAX_SHAPES = 64
 """Of one schema.  One with more alternatives counts as one that allows anything."""

@@ -8,10 +8,12 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
 
 import msgspec
 import zmq
 
+from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.model.vocabulary import VocabularyMap
 from persimmon.server.engine.load import Load
@@ -21,7 +23,6 @@ from persimmon.server.engine.messages import (
     FromEngine,
     Hello,
     Ready,
-    Sampling,
     SequenceOutput,
     StepOutput,
     Submit,
@@ -52,7 +53,7 @@ class EngineNotReadyError(RuntimeError):
     """The engine is still loading the model."""
 
 
-GENERATES = Submit(token_ids=[0], max_tokens=1, sampling=Sampling(temperature=0), sequence_id=WARM_UP_ID)
+GENERATES = Submit(token_ids=[0], max_tokens=1, sampling=SamplingParams(temperature=0), sequence_id=WARM_UP_ID)
 """The first prompt for a model that generates; every vocabulary has a token 0."""
 
 CLASSIFIES = Submit(token_ids=[0], max_tokens=0, pooling="last", scores=True, sequence_id=WARM_UP_ID)
@@ -404,7 +405,7 @@ def _in_rows(submit: Submit, vocabulary: VocabularyMap) -> Submit:
     sampling = submit.sampling
     if sampling.logit_bias:
         biases = zip(rows(list(sampling.logit_bias)), sampling.logit_bias.values(), strict=True)
-        sampling = msgspec.structs.replace(sampling, logit_bias=dict(biases))
+        sampling = replace(sampling, logit_bias=dict(biases))
     return msgspec.structs.replace(
         submit,
         token_ids=rows(submit.token_ids),

@@ -26,6 +26,7 @@ from persimmon.model.graph_sizes import default_sizes, graph_bytes
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.memory import MemoryPlan, available_memory, plan_memory
 from persimmon.model.persimmon import Persimmon
+from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import PooledStates, PromptLogprobs, Report, Runner, SequenceInput
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.sizes import readable
@@ -214,10 +215,11 @@ def warm_up_steps(
     """
     budget, most = settings.max_num_batched_tokens, settings.max_num_seqs
     longest = min(plan.max_model_len, plan.kv_tokens) - 1
-    greedy, drawn = SamplingParams(), SamplingParams(temperature=1.0, top_p=0.9)
+    greedy = RowSampling(asked=SamplingParams(temperature=0.0))
+    drawn = RowSampling(asked=SamplingParams(temperature=1.0, top_p=0.9))
 
     def chunk(
-        length: int, start: int = 0, sampling: SamplingParams = greedy, report: Report | None = None
+        length: int, start: int = 0, sampling: RowSampling = greedy, report: Report | None = None
     ) -> SequenceInput:
         table = _first_blocks(start + length, plan)
         if config.generates:
@@ -254,21 +256,19 @@ def warm_up_steps(
         yield [chunk(1, length, _adjusted(config))] * size
 
 
-def _adjusted(config: PersimmonConfig) -> SamplingParams:
+def _adjusted(config: PersimmonConfig) -> RowSampling:
     """A draw from logits that everything has changed which may, with a report."""
     words = np.full(-(-config.vocab_size // 32), -1, dtype=np.int32)
-    return SamplingParams(
+    asked = SamplingParams(
         temperature=1.0,
         top_k=2,
         repetition_penalty=1.1,
         presence_penalty=0.1,
         frequency_penalty=0.1,
-        seen=TokenCounts([0]),
-        logit_bias=((0, 1.0),),
-        banned=(0,),
-        allowed=lambda: words,
+        logit_bias={0: 1.0},
         logprobs=1,
     )
+    return RowSampling(asked=asked, seen=TokenCounts([0]), banned=(0,), allowed=lambda: words)
 
 
 def _first_blocks(tokens: int, plan: MemoryPlan) -> list[int]:

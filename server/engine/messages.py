@@ -8,82 +8,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.token_logprobs import TokenLogprobs
-
-
-class Grammar(msgspec.Struct, frozen=True, array_like=True):
-    """What an answer must look like; see `persimmon.model.grammar`.
-
-    Attributes:
-        kind: the language of `text`, one of `persimmon.model.grammar.KINDS`.
-        text: the schema, the expression or the grammar.
-        leading_space: whether a space stands before it, as the chat format has it after `adept:`.
-        additional_properties: as `persimmon.model.grammar.GrammarSpec` has it.
-    """
-
-    kind: str
-    text: str
-    leading_space: bool = False
-    additional_properties: bool = False
-
-
-class Sampling(msgspec.Struct, frozen=True, array_like=True):
-    """How one sequence draws its tokens.
-
-    The network's logits are changed in this order, which is vLLM's: `logit_bias`, penalties (repetition, frequency,
-    presence), what is ruled out (stop tokens before `min_tokens`, tokens that the grammar does not allow), temperature,
-    `min_p`, `top_k`, `top_p`.
-
-    Attributes:
-        temperature: 0 takes the most probable token (ties go to the lowest id).
-        top_p: nucleus: the smallest set of tokens whose probabilities reach this sum; 1 keeps all.
-        top_k: keeps this many of the most probable tokens; 0 keeps all.
-        min_p: drops tokens less probable than this share of the most probable one; 0 keeps all.
-        seed: with a sample's index and a token's output position it determines the random draw, whatever else
-            runs beside the sequence.  0 <= seed < 2**63.
-        repetition_penalty: divides positive logits, and multiplies negative ones, of tokens in prompt or output; > 0.
-        presence_penalty: taken off the logits of tokens in the output.
-        frequency_penalty: taken off the logit of a token for each time that it is in the output.
-        logit_bias: added to the logits of these token ids.
-        min_tokens: before so many tokens no stop token comes.
-        logprobs: report each token's log-probability, and those of so many most probable tokens; None for none.
-        grammar: what the answer must look like.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int = 0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] = {}
-    min_tokens: int = 0
-    logprobs: int | None = None
-    grammar: Grammar | None = None
-
-    @property
-    def penalizes(self) -> bool:
-        """Whether tokens that were seen become less probable, or more."""
-        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
-
-    @property
-    def draws_from_output(self) -> bool:
-        """Whether a draw depends on the tokens that were drawn before it."""
-        return self.penalizes or self.grammar is not None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether tokens are drawn from the network's logits as they are, and nothing is told of them."""
-        return (
-            self.logprobs is None
-            and self.grammar is None
-            and not self.logit_bias
-            and self.min_tokens == 0
-            and not self.penalizes
-        )
-
 
 Pooling = Literal["last", "sum", "all"]
 """What is reported of a prompt's final hidden states, or of a classifier's scores: the last one, their sum, or all."""
@@ -115,7 +41,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag="su
     token_ids: list[int]
     max_tokens: int
     stop_token_ids: list[int] = []
-    sampling: Sampling = Sampling()
+    sampling: SamplingParams = msgspec.field(default_factory=SamplingParams)
     samples: Annotated[int, msgspec.Meta(ge=1)] = 1
     sequence_id: int = 0
     prompt_logprobs: int | None = None

@@ -8,16 +8,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import cast
 
 import numpy as np
 
-from persimmon.model.grammar import GrammarCompiler, GrammarError, GrammarKind, GrammarSpec, Matcher
+from persimmon.model.grammar import GrammarCompiler, GrammarError, GrammarSpec, Matcher
+from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import PendingStep, PooledStates, PromptLogprobs, Report, Runner, SequenceInput
-from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.token_counts import TokenCounts
 from persimmon.server.engine.core import LaunchedStep, StepOutcome
-from persimmon.server.engine.messages import Grammar
 from persimmon.server.engine.sequence import Sequence
 from persimmon.server.engine.step_plan import ScheduledSequence, StepPlan
 
@@ -39,7 +37,7 @@ class PlanRunner:
         # A thread for each, because masks are wanted in every step and a compilation may take long.
         self._compiling = ThreadPoolExecutor(1, thread_name_prefix="grammar-compiler")
         self._masking = ThreadPoolExecutor(1, thread_name_prefix="grammar-masks")
-        self._compiled: OrderedDict[Grammar, Future[Matcher]] = OrderedDict()
+        self._compiled: OrderedDict[GrammarSpec, Future[Matcher]] = OrderedDict()
 
     def prepare(self, sequence: Sequence) -> Future[Matcher] | None:
         """Starts what a sequence and its forks need before they run; None when that is nothing.
@@ -66,13 +64,10 @@ class PlanRunner:
             self._runner.copy_blocks(plan.copies)
         return _Launched(self, plan, self._runner.launch([self._input(item) for item in plan.scheduled]))
 
-    def _compile(self, grammar: Grammar) -> Matcher:
+    def _compile(self, grammar: GrammarSpec) -> Matcher:
         if self._compiler is None:
             raise GrammarError("this model follows no grammars")
-        # A kind that there is not is refused by the compiler.
-        kind = cast("GrammarKind", grammar.kind)
-        spec = GrammarSpec(kind, grammar.text, grammar.additional_properties)
-        return self._compiler.compile(spec, grammar.leading_space)
+        return self._compiler.compile(grammar)
 
     def _input(self, item: ScheduledSequence) -> SequenceInput:
         sequence, state = item.sequence, _state(item.sequence)
@@ -93,27 +88,18 @@ class PlanRunner:
         limit = self._runner.rope_limit
         return sequence.prompt_length if limit is not None and sequence.prompt_length > limit else 0
 
-    def _sampling(self, sequence: Sequence, position: int) -> SamplingParams:
+    def _sampling(self, sequence: Sequence, position: int) -> RowSampling:
         """How the token at a position of a sequence's output is drawn."""
         asked = sequence.sampling
         if asked.is_plain:
             return _plain_sampling(sequence, position)
-        return SamplingParams(
-            temperature=asked.temperature,
-            top_p=asked.top_p,
-            top_k=asked.top_k,
-            min_p=asked.min_p,
-            seed=asked.seed,
+        return RowSampling(
+            asked=asked,
             sample_index=sequence.sample_index,
             position=position,
-            repetition_penalty=asked.repetition_penalty,
-            presence_penalty=asked.presence_penalty,
-            frequency_penalty=asked.frequency_penalty,
             seen=self._seen(sequence) if asked.penalizes else None,
-            logit_bias=tuple(asked.logit_bias.items()),
             banned=tuple(sequence.stop_token_ids) if position < asked.min_tokens else (),
             allowed=self._allowed(sequence) if asked.grammar is not None else None,
-            logprobs=asked.logprobs,
         )
 
     def _seen(self, sequence: Sequence) -> TokenCounts:
@@ -165,7 +151,7 @@ class GrammarProgress:
         self.error: str | None = None
 
     def advance(self, token_ids: list[int]) -> np.ndarray:
-        """Takes the output's next tokens; which may follow, as `SamplingParams.allowed` has it.
+        """Takes the output's next tokens; which may follow, as `RowSampling.allowed` has it.
 
         After an error it is as if the last tokens had not come: the sequence ends, and the step that it is in should
         not.
@@ -241,11 +227,8 @@ class _Launched:
         )
 
 
-def _plain_sampling(sequence: Sequence, position: int) -> SamplingParams:
-    asked = sequence.sampling
-    return SamplingParams(
-        asked.temperature, asked.top_p, asked.top_k, asked.min_p, asked.seed, sequence.sample_index, position
-    )
+def _plain_sampling(sequence: Sequence, position: int) -> RowSampling:
+    return RowSampling(asked=sequence.sampling, sample_index=sequence.sample_index, position=position)
 
 
 def _report(item: ScheduledSequence) -> Report | None:

@@ -5,8 +5,9 @@ from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from typing import Self
 
+from persimmon.model.sampling_params import SamplingParams
 from persimmon.server.engine.blocks import ROOT_HASH, hash_block
-from persimmon.server.engine.messages import Pooling, Sampling
+from persimmon.server.engine.messages import Pooling
 from persimmon.server.engine.shares import NO_SHARE, Share
 
 
@@ -54,7 +55,7 @@ class Sequence:
     token_ids: list[int]
     max_tokens: int
     stop_token_ids: frozenset[int] = frozenset()
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     sample_index: int = 0
     priority: int = 0
     owner: str = ""

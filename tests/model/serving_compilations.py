@@ -24,12 +24,13 @@ from persimmon.model.graph_sizes import default_sizes
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.memory import MemoryPlan
 from persimmon.model.persimmon import Persimmon
+from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import PooledStates, PromptLogprobs, Report, Runner, SequenceInput
-from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.token_counts import TokenCounts
 from persimmon.server.config import Settings
 from persimmon.server.engine.loading import _limits, warm_up_steps
 from tests.kernels.ahead_of_time import launches_compile
+from tests.model.rows import row_with
 
 META = torch.device("meta")
 MAX_MODEL_LEN, BLOCK_SIZE, NUM_BLOCKS = 2048, 32, 1024
@@ -72,7 +73,7 @@ def make_runner(settings: Settings, config: PersimmonConfig) -> MetaRunner:
     if graphs is not None:
         # What capturing launches.
         for size in sizes:
-            runner.run([SequenceInput([0], 0, [0], (SamplingParams(),))] * size)
+            runner.run([SequenceInput([0], 0, [0], (row_with(),))] * size)
     return runner
 
 
@@ -88,7 +89,7 @@ def random_step(dice: random.Random, most: int, config: PersimmonConfig) -> list
         count = 1 if index < decodes else dice.choice([1, 5, 16, 17, 64, 65, dice.randint(1, 900)])
         start = dice.choice([0, 1, 255, 256, dice.randint(0, MAX_MODEL_LEN - count)])
         table = range(-(-(start + count) // BLOCK_SIZE))
-        samplings: list[SamplingParams] = []
+        samplings: list[RowSampling] = []
         if config.generates and (count == 1 or dice.random() < 0.5):
             forks = dice.choice([0, 0, min(2, room)])
             room -= forks
@@ -115,12 +116,12 @@ def token_counts(prompt: int, output: int) -> TokenCounts:
 
 
 ALL_ALLOWED = np.full(GENERATOR.vocab_size // 32, -1, dtype=np.int32)
-PLAIN = [SamplingParams(), SamplingParams(1.0), SamplingParams(1.0, top_k=5)]
+PLAIN = [row_with(), row_with(temperature=1.0), row_with(temperature=1.0, top_k=5)]
 ADJUSTED = [
-    SamplingParams(seen=token_counts(16, 0), repetition_penalty=1.5),
-    SamplingParams(1.0, seen=token_counts(5, 3), presence_penalty=1.0, frequency_penalty=0.5, logprobs=0),
-    SamplingParams(1.0, top_p=0.5, logit_bias=((7, 1.0), (16, -1.0)), banned=(1, 2)),
-    SamplingParams(allowed=lambda: ALL_ALLOWED, logprobs=20),
+    row_with(seen=token_counts(16, 0), repetition_penalty=1.5),
+    row_with(temperature=1.0, seen=token_counts(5, 3), presence_penalty=1.0, frequency_penalty=0.5, logprobs=0),
+    row_with(temperature=1.0, top_p=0.5, logit_bias={7: 1.0, 16: -1.0}, banned=(1, 2)),
+    row_with(allowed=lambda: ALL_ALLOWED, logprobs=20),
 ]
 
 

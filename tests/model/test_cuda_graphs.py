@@ -27,20 +27,22 @@ from persimmon.model.fused_sampler import FusedSampler
 from persimmon.model.graph_sizes import default_sizes, graph_bytes
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.persimmon import Persimmon
+from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import Runner, SequenceInput
-from persimmon.model.sampler import Samples, SamplingParams
+from persimmon.model.sampler import Samples
 from persimmon.model.token_counts import TokenCounts
 from tests.engine_harness import CPU, poisoned_cache
 from tests.interpreter import multiply_as_matrix_units
 from tests.model import transformers_reference
 from tests.model.checkpoints import make_checkpoint
+from tests.model.rows import row_with
 
 BLOCK_SIZE = 16
 VOCAB_SIZE = 130
 MAX_MODEL_LEN = 304
 NEW_TOKENS = 3
-GREEDY = SamplingParams()
-DRAWN = SamplingParams(temperature=1.0, seed=7)
+GREEDY = row_with()
+DRAWN = row_with(temperature=1.0, seed=7)
 
 
 @pytest.fixture(autouse=True)
@@ -88,21 +90,21 @@ def limits(config: PersimmonConfig, max_num_seqs: int) -> StepLimits:
     )
 
 
-def reference_tokens(logits: torch.Tensor, params: Sequence[SamplingParams]) -> list[int]:
+def reference_tokens(logits: torch.Tensor, params: Sequence[RowSampling]) -> list[int]:
     """A token for each row of logits, by the definition of a draw."""
     zeros = torch.zeros(len(params), dtype=torch.int32)
     draw = DrawInputs(
-        temperature=torch.tensor([own.temperature for own in params]),
-        seed=torch.tensor([own.seed for own in params]),
+        temperature=torch.tensor([own.asked.temperature for own in params]),
+        seed=torch.tensor([own.asked.seed for own in params]),
         sample_index=torch.tensor([own.sample_index for own in params]),
         position=torch.tensor([own.position for own in params]),
         wants_logits=zeros,
     )
     truncation = TruncationInputs(
         active=zeros,
-        top_k=torch.tensor([own.top_k for own in params]),
-        top_p=torch.tensor([own.top_p for own in params], dtype=torch.float64),
-        min_p=torch.tensor([own.min_p for own in params], dtype=torch.float64),
+        top_k=torch.tensor([own.asked.top_k for own in params]),
+        top_p=torch.tensor([own.asked.top_p for own in params], dtype=torch.float64),
+        min_p=torch.tensor([own.asked.min_p for own in params], dtype=torch.float64),
     )
     tokens, _ = reference_sampling.sample(logits, draw, truncation)
     return tokens.tolist()
@@ -133,7 +135,7 @@ class Fused:
         self.caches = [*cache.keys, *cache.values]
         self.tables = scattered_tables(cache)
 
-    def generate(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams] | None = None) -> list[list[int]]:
+    def generate(self, prompts: Sequence[list[int]], params: Sequence[RowSampling] | None = None) -> list[list[int]]:
         return generate(self.runner, self.tables, prompts, params or [GREEDY] * len(prompts))
 
 
@@ -151,7 +153,7 @@ def scattered_tables(cache: KVCache) -> list[list[int]]:
 
 
 def generate(
-    runner: Runner, tables: list[list[int]], prompts: Sequence[list[int]], params: Sequence[SamplingParams]
+    runner: Runner, tables: list[list[int]], prompts: Sequence[list[int]], params: Sequence[RowSampling]
 ) -> list[list[int]]:
     """NEW_TOKENS for each prompt: a step for the prompts, then decode steps of all of them."""
     outputs: list[list[int]] = [[] for _ in prompts]
@@ -172,10 +174,8 @@ def assert_same_bits(one: Fused, other: Fused) -> None:
         torch.testing.assert_close(own, others, rtol=0, atol=0, equal_nan=True)
 
 
-def at_position(params: SamplingParams, position: int) -> SamplingParams:
-    return SamplingParams(
-        params.temperature, params.top_p, params.top_k, params.min_p, params.seed, params.sample_index, position
-    )
+def at_position(params: RowSampling, position: int) -> RowSampling:
+    return replace(params, position=position)
 
 
 def prompts(*lengths: int) -> list[list[int]]:
@@ -407,14 +407,14 @@ class TestDraws:
     @pytest.mark.parametrize("sizes", [[4], []], ids=["fixed buffers", "eager"])
     def test_follow_every_setting_of_their_row(self, shallow: Path, sizes: list[int]) -> None:
         params = [
-            SamplingParams(temperature=3.0, seed=2**40 + 3, sample_index=2, position=5),
-            SamplingParams(temperature=3.0, seed=3, sample_index=5, position=2, top_k=2),
-            SamplingParams(temperature=3.0, seed=3, top_p=0.02),
-            SamplingParams(temperature=3.0, seed=4, position=1, min_p=0.95),
+            row_with(temperature=3.0, seed=2**40 + 3, sample_index=2, position=5),
+            row_with(temperature=3.0, seed=3, sample_index=5, position=2, top_k=2),
+            row_with(temperature=3.0, seed=3, top_p=0.02),
+            row_with(temperature=3.0, seed=4, position=1, min_p=0.95),
         ]
         fused = Fused(shallow, sizes=sizes)
         # Other settings before these, in both of the buffers that take turns on the host.
-        others = [SamplingParams(temperature=0.5, seed=9, top_k=7, top_p=0.5, min_p=0.1, position=8)] * 4
+        others = [row_with(temperature=0.5, seed=9, top_k=7, top_p=0.5, min_p=0.1, position=8)] * 4
         for own in (others, others, params):
             batch = [SequenceInput([9 + i], 0, fused.tables[i], (row,)) for i, row in enumerate(own)]
             tokens = fused.runner.run(batch)
@@ -426,7 +426,7 @@ class TestDraws:
         kernels.reserve(limits(PersimmonConfig.from_folder(shallow), rows))
         chooser = torch.Generator().manual_seed(6)
         hidden, head = (torch.randn(count, 64, generator=chooser) / 4 for count in (rows, VOCAB_SIZE))
-        params = [SamplingParams(temperature=1.0, seed=row, top_k=2 if row % 16 == 0 else 0) for row in range(rows)]
+        params = [row_with(temperature=1.0, seed=row, top_k=2 if row % 16 == 0 else 0) for row in range(rows)]
         samples = FusedSampler(kernels, head)(hidden, params)
         assert samples.tokens.tolist() == reference_tokens(hidden @ head.t(), params)
 
@@ -437,22 +437,20 @@ class TestDraws:
             seen.append(token)
         even = np.array([0x55555555] * -(-VOCAB_SIZE // 32), dtype=np.uint32).view(np.int32)
         params = [
-            SamplingParams(temperature=3.0, seed=1, logit_bias=((5, 4.0), (VOCAB_SIZE - 1, 5.0)), logprobs=3),
-            SamplingParams(banned=(0, 1, 2)),
-            SamplingParams(
-                temperature=3.0, seed=2, seen=seen, repetition_penalty=1.5, frequency_penalty=0.5, logprobs=0
-            ),
-            SamplingParams(allowed=lambda: even, logprobs=1),
-            SamplingParams(temperature=2.0, seed=5, top_k=3, seen=seen, presence_penalty=-1.0, allowed=lambda: even),
-            SamplingParams(logprobs=2),
+            row_with(temperature=3.0, seed=1, logit_bias={5: 4.0, VOCAB_SIZE - 1: 5.0}, logprobs=3),
+            row_with(banned=(0, 1, 2)),
+            row_with(temperature=3.0, seed=2, seen=seen, repetition_penalty=1.5, frequency_penalty=0.5, logprobs=0),
+            row_with(allowed=lambda: even, logprobs=1),
+            row_with(temperature=2.0, seed=5, top_k=3, seen=seen, presence_penalty=-1.0, allowed=lambda: even),
+            row_with(logprobs=2),
             # A bias that changes a logit's sign decides whether the repetition penalty divides or multiplies it.
-            SamplingParams(
+            row_with(
                 temperature=3.0,
                 seed=6,
                 seen=seen,
                 repetition_penalty=1.5,
                 frequency_penalty=0.5,
-                logit_bias=((4, 20.0), (5, -20.0), (6, 20.0)),
+                logit_bias={4: 20.0, 5: -20.0, 6: 20.0},
                 banned=(6,),
                 logprobs=1,
             ),
@@ -464,14 +462,16 @@ class TestDraws:
         logits = fused.runner.logits(batch)
         expected = logits.clone()
         for row, own in enumerate(params):
-            for token, bias in own.logit_bias:
+            for token, bias in own.asked.logit_bias.items():
                 expected[row, token] += bias
         for row in (2, 4, 6):
             own = params[row]
             for token, count in ((4, 0), (5, 0), (6, 2), (7, 1)):
                 x = expected[row, token]
-                x = x / own.repetition_penalty if x > 0 else x * own.repetition_penalty
-                expected[row, token] = x - own.frequency_penalty * count - own.presence_penalty * (count > 0)
+                x = x / own.asked.repetition_penalty if x > 0 else x * own.asked.repetition_penalty
+                expected[row, token] = (
+                    x - own.asked.frequency_penalty * count - own.asked.presence_penalty * (count > 0)
+                )
         expected[1, :3] = expected[6, 6] = -math.inf
         expected[3, 1::2] = expected[4, 1::2] = -math.inf
         assert result.tokens == reference_tokens(expected, params)
@@ -481,12 +481,12 @@ class TestDraws:
             logprobs = logits[row].log_softmax(-1)
             assert entry.token_id == result.tokens[row]
             assert entry.logprob == pytest.approx(float(logprobs[entry.token_id]), abs=1e-4)
-            best = logprobs.topk(params[row].logprobs or 0)
+            best = logprobs.topk(params[row].asked.logprobs or 0)
             assert entry.top_ids == best.indices.tolist()
             assert entry.top_logprobs == pytest.approx(best.values.tolist(), abs=1e-4)
 
     def test_of_samples_of_one_prompt_are_those_of_each_alone(self, shallow: Path) -> None:
-        samples = [SamplingParams(temperature=3.0, seed=4, sample_index=index, logprobs=0) for index in range(5)]
+        samples = [row_with(temperature=3.0, seed=4, sample_index=index, logprobs=0) for index in range(5)]
         fused = Fused(shallow, sizes=[])
         prompt = [7, 8, 9]
         batch = [SequenceInput(prompt, 0, fused.tables[0], samples), SequenceInput([3], 0, fused.tables[1], (GREEDY,))]
@@ -505,7 +505,7 @@ class TestDraws:
 
     def test_are_the_same_in_every_batch(self, shallow: Path) -> None:
         asked = prompts(4, 9, 6)
-        params = [SamplingParams(temperature=0.9, seed=seed) for seed in (1, 2, 2**40)]
+        params = [row_with(temperature=0.9, seed=seed) for seed in (1, 2, 2**40)]
         together = Fused(shallow).generate(asked, params)
         eagerly = Fused(shallow, sizes=[]).generate(asked, params)
         assert together == eagerly
@@ -513,7 +513,7 @@ class TestDraws:
 
     def test_from_one_token_are_greedy_beside_others_that_are_free(self, shallow: Path) -> None:
         asked = prompts(4, 9, 6)
-        one = [SamplingParams(temperature=1.0, top_k=1), SamplingParams(temperature=1.0, top_p=1e-9)]
+        one = [row_with(temperature=1.0, top_k=1), row_with(temperature=1.0, top_p=1e-9)]
         greedy = Fused(shallow).generate(asked)
         drawn = Fused(shallow).generate(asked, [*one, DRAWN])
         assert drawn[:2] == greedy[:2]

@@ -70,7 +70,7 @@ def test_objects_that_list_properties_are_closed_unless_an_option_opens_them(
 ) -> None:
     text = json.dumps(schema)
     for additional_properties, valid, invalid in ((False, closed, opened), (True, closed + opened, [])):
-        begin = COMPILER.compile(GrammarSpec("json_schema", text, additional_properties))
+        begin = COMPILER.compile(GrammarSpec("json_schema", text, additional_properties=additional_properties))
         assert [each for each in objects(*valid) if not accepts(begin, each)] == []
         assert [each for each in objects(*invalid) if accepts(begin, each)] == []
 
@@ -127,7 +127,9 @@ def test_closed_objects_within_closed_objects_keep_their_own_properties() -> Non
 def test_unevaluated_properties_are_those_that_no_schema_lists(
     schema: dict[str, Any], valid: list[str], invalid: list[str], additional_properties: bool
 ) -> None:
-    begin = COMPILER.compile(GrammarSpec("json_schema", json.dumps(schema), additional_properties))
+    begin = COMPILER.compile(
+        GrammarSpec("json_schema", json.dumps(schema), additional_properties=additional_properties)
+    )
     assert [each for each in objects(*valid) if not accepts(begin, each)] == []
     assert [each for each in objects(*invalid) if accepts(begin, each)] == []
     validator = jsonschema.Draft202012Validator(schema)
@@ -231,7 +233,7 @@ def test_an_answer_fits_exactly_one_schema_of_a_oneof(
     text = json.dumps(schema)
     if additional_properties and schema is TREE:
         return  # a schema that refers to itself cannot be changed where it does
-    begin = COMPILER.compile(GrammarSpec("json_schema", text, additional_properties))
+    begin = COMPILER.compile(GrammarSpec("json_schema", text, additional_properties=additional_properties))
     assert [each for each in valid if not accepts(begin, each)] == []
     if not additional_properties:
         assert [each for each in invalid if accepts(begin, each)] == []

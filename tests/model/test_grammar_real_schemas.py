@@ -260,7 +260,9 @@ def test_schemas_of_the_usual_tools_are_followed(name: str, additional_propertie
         validator = jsonschema.Draft202012Validator(
             schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
         )
-    begin = COMPILER.compile(GrammarSpec("json_schema", json.dumps(schema), additional_properties))
+    begin = COMPILER.compile(
+        GrammarSpec("json_schema", json.dumps(schema), additional_properties=additional_properties)
+    )
     rng = random.Random(2)
     ended = 0
     for _ in range(12):

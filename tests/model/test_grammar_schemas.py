@@ -167,7 +167,9 @@ SCHEMAS = st.recursive(SCALARS, containers, max_leaves=6)
 def test_every_answer_that_ends_is_valid(schema: dict[str, Any], seed: int, additional_properties: bool) -> None:
     schema = {**TREE, **schema}
     try:
-        matcher = COMPILER.compile(GrammarSpec("json_schema", json.dumps(schema), additional_properties))
+        matcher = COMPILER.compile(
+            GrammarSpec("json_schema", json.dumps(schema), additional_properties=additional_properties)
+        )
     except GrammarError:
         return  # what allOf leaves may be nothing, and schemas of oneOf may overlap
     answer = random_answer(matcher, random.Random(seed))

@@ -1,7 +1,7 @@
 """The order in which settings change logits, against the logits that Transformers' `generate` draws from."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from persimmon.kernels.reference_sampling import kept
 from persimmon.model import sampler
 from persimmon.model.adjustments import adjust_, penalize
 from persimmon.model.native_draw import NativeDraw
-from persimmon.model.sampling_params import SamplingParams
+from persimmon.model.row_sampling import RowSampling
 from persimmon.model.token_counts import TokenCounts
 from tests.model import transformers_reference
+from tests.model.rows import changed, row_with
 
 STEPS = 6
 PROMPT = [3, 17, 42, 17, 99]
@@ -32,7 +33,7 @@ class Setting:
     """The same request in our words and in Transformers'.
 
     Attributes:
-        own: of `SamplingParams`.
+        own: of `RowSampling`.
         theirs: of `generate`.
         min_tokens: tokens before which the end of the text may not come.
     """
@@ -43,9 +44,7 @@ class Setting:
 
 
 def biased(biases: dict[int, float]) -> Setting:
-    return Setting(
-        {"logit_bias": tuple(biases.items())}, {"sequence_bias": {(token,): bias for token, bias in biases.items()}}
-    )
+    return Setting({"logit_bias": biases}, {"sequence_bias": {(token,): bias for token, bias in biases.items()}})
 
 
 def same(**settings: Any) -> Setting:
@@ -101,7 +100,7 @@ def mask(allowed: Sequence[int], vocab_size: int) -> np.ndarray:
     return np.packbits(bits, bitorder="little").view(np.int32)
 
 
-def params_of(setting: Setting, output: Sequence[int], vocab_size: int, *, drawn: bool) -> SamplingParams:
+def params_of(setting: Setting, output: Sequence[int], vocab_size: int, *, drawn: bool) -> RowSampling:
     """How the token after `output` is drawn."""
     own = {"temperature": 1.0} | setting.own
     if "repetition_penalty" in own:
@@ -115,7 +114,7 @@ def params_of(setting: Setting, output: Sequence[int], vocab_size: int, *, drawn
         own["banned"] = (EOS,)
     if not drawn:
         own["temperature"] = 0.0
-    return SamplingParams(**own)
+    return row_with(**own)
 
 
 def draws() -> list[sampler.Draw]:
@@ -150,14 +149,16 @@ def test_is_transformers_own(model: Any, case: str, *, drawn: bool) -> None:
         adjust_(own, [params], penalize)
         possible = torch.isfinite(scores[0])
         if drawn:
-            keep = kept(own[0], params.temperature, params.top_k, params.top_p, params.min_p) & torch.isfinite(own[0])
+            keep = kept(
+                own[0], params.asked.temperature, params.asked.top_k, params.asked.top_p, params.asked.min_p
+            ) & torch.isfinite(own[0])
             assert keep.nonzero().flatten().tolist() == possible.nonzero().flatten().tolist()
-            own /= params.temperature
+            own /= params.asked.temperature
         else:
             assert int(own.argmax()) == output[place]
         torch.testing.assert_close(own[0, possible], scores[0, possible], rtol=1e-5, atol=1e-4)
         assert bool(torch.isneginf(own[0, ~possible]).all()) or drawn
-        rows = [replace(params, seed=seed) for seed in range(50)]
+        rows = [changed(params, seed=seed) for seed in range(50)]
         for draw in draws():
             assert bool(possible[sampler.sample(logits.float().repeat(len(rows), 1), rows, draw).tokens].all())
 
@@ -166,6 +167,6 @@ def test_min_p_comes_before_top_p_as_in_vllm() -> None:
     # Of 0.4, 0.3, 0.2 and 0.1 min_p drops the last; of the other three's 0.9, the first two are 0.78.  Transformers,
     # where top_p comes first, would keep three.
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
-    params = [SamplingParams(temperature=1.0, min_p=0.3, top_p=0.75, seed=seed) for seed in range(500)]
+    params = [row_with(temperature=1.0, min_p=0.3, top_p=0.75, seed=seed) for seed in range(500)]
     tokens = sampler.sample(logits.repeat(500, 1), params).tokens
     assert set(tokens.tolist()) == {0, 1}

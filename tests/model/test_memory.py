@@ -19,10 +19,11 @@ from persimmon.model.kv_cache import KVCache, block_bytes
 from persimmon.model.memory import GIB, MemoryPlan, MemoryPlanError, activation_bytes, available_memory, plan_memory
 from persimmon.model.memory_limits import MemoryLeft
 from persimmon.model.persimmon import Persimmon
+from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import PooledStates, PromptLogprobs, Runner, SequenceInput
-from persimmon.model.sampler import SamplingParams
 from persimmon.model.token_counts import TokenCounts
 from tests.model.forward_pass import hidden_states
+from tests.model.rows import changed, row_with
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")
@@ -274,10 +275,10 @@ def test_a_cpu_has_what_is_left_less_what_is_reserved(monkeypatch: pytest.Monkey
     assert available_memory(CPU, 0.9, reserved=2 * GIB).bytes == 0
 
 
-CHANGED = SamplingParams(
+CHANGED = row_with(
     seen=TokenCounts(range(SMALL.vocab_size)),
     frequency_penalty=1.0,
-    logit_bias=tuple((token, 1.0) for token in range(SMALL.vocab_size)),
+    logit_bias=dict.fromkeys(range(SMALL.vocab_size), 1.0),
     banned=tuple(range(100)),
     allowed=lambda: np.full(-(-SMALL.vocab_size // 32), -1, dtype=np.int32),
     logprobs=20,
@@ -289,20 +290,20 @@ class TestActivations:
     @pytest.mark.parametrize(
         ("sequences", "tokens", "context", "sampling"),
         [
-            pytest.param(1, 512, 0, SamplingParams(), id="a prompt"),
-            pytest.param(1, 512, 2048, SamplingParams(), id="a chunk after a long context"),
-            pytest.param(1, 64, 4032, SamplingParams(), id="a small chunk after the longest context"),
-            pytest.param(64, 64, 300, SamplingParams(), id="decodes"),
-            pytest.param(64, 64, 10, SamplingParams(temperature=1.0), id="draws"),
-            pytest.param(64, 64, 10, SamplingParams(temperature=1.0, top_p=0.9, min_p=0.1), id="draws with top-p"),
-            pytest.param(32, 512, 500, SamplingParams(temperature=1.0, top_k=5, top_p=0.5), id="everything at once"),
+            pytest.param(1, 512, 0, row_with(), id="a prompt"),
+            pytest.param(1, 512, 2048, row_with(), id="a chunk after a long context"),
+            pytest.param(1, 64, 4032, row_with(), id="a small chunk after the longest context"),
+            pytest.param(64, 64, 300, row_with(), id="decodes"),
+            pytest.param(64, 64, 10, row_with(temperature=1.0), id="draws"),
+            pytest.param(64, 64, 10, row_with(temperature=1.0, top_p=0.9, min_p=0.1), id="draws with top-p"),
+            pytest.param(32, 512, 500, row_with(temperature=1.0, top_k=5, top_p=0.5), id="everything at once"),
             pytest.param(64, 64, 10, CHANGED, id="changed logits"),
-            pytest.param(64, 64, 10, replace(CHANGED, temperature=1.0, top_p=0.9), id="draws from changed logits"),
+            pytest.param(64, 64, 10, changed(CHANGED, temperature=1.0, top_p=0.9), id="draws from changed logits"),
         ],
     )
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_estimate_is_not_below_what_a_step_allocates(
-        self, dtype: torch.dtype, sequences: int, tokens: int, context: int, sampling: SamplingParams
+        self, dtype: torch.dtype, sequences: int, tokens: int, context: int, sampling: RowSampling
     ) -> None:
         operations = kernels.for_device(CPU)
         model = Persimmon(SMALL, dummy_tensors(SMALL, dtype, CPU, 0), dtype, CPU, operations)

@@ -17,13 +17,13 @@ from persimmon.kernels import Kernels
 from persimmon.model.chat_format import Turn, render
 from persimmon.model.persimmon import Persimmon
 from persimmon.model.runner import Runner, SequenceInput
-from persimmon.model.sampler import SamplingParams
+from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.tokenizer import Tokenizer
-from persimmon.server.engine.messages import Sampling
 from persimmon.server.engine.sequence import Sequence
 from tests.engine_harness import CPU, Harness, blocks_for, load_model, new_tokens, poisoned_cache
 from tests.model import transformers_reference
 from tests.model.checkpoints import DEMO
+from tests.model.rows import row_with
 from tests.model.transformers_reference import GreedyReference
 
 NEW_TOKENS = 64
@@ -150,7 +150,7 @@ class TestLogits:
             first_block += len(blocks)
             if split:
                 contexts.append(SequenceInput(token_ids[:split], 0, blocks, ()))
-            rests.append(SequenceInput(token_ids[split:], split, blocks, (SamplingParams(),)))
+            rests.append(SequenceInput(token_ids[split:], split, blocks, (row_with(),)))
             expected.append(logits[len(token_ids) - 1])
         if contexts:
             assert runner.run(contexts) == []
@@ -267,9 +267,9 @@ class TestOverlap:
 
     def test_draws_the_same_tokens_for_each_sample_and_penalty(self, case: Case) -> None:
         asked = [
-            Sampling(temperature=0.8, seed=1),
-            Sampling(temperature=0.0, frequency_penalty=0.3),
-            Sampling(temperature=1.0, top_k=40, seed=2, min_tokens=5, logprobs=2),
+            SamplingParams(temperature=0.8, seed=1),
+            SamplingParams(temperature=0.0, frequency_penalty=0.3),
+            SamplingParams(temperature=1.0, top_k=40, seed=2, min_tokens=5, logprobs=2),
         ]
 
         def tokens(*, overlap: bool) -> list[list[int]]:
@@ -313,7 +313,7 @@ class TestPreemption:
 
     def test_preempted_sequences_draw_the_same_tokens(self, case: Case) -> None:
         prompts = case.reference.prompts
-        drawn = [Sampling(temperature=0.8, top_p=0.9, seed=seed) for seed in range(len(prompts))]
+        drawn = [SamplingParams(temperature=0.8, top_p=0.9, seed=seed) for seed in range(len(prompts))]
         roomy = case.harness(num_blocks=case.blocks())
         tight = self.harness(case, prefix_caching=True)
         expected = [sequence.token_ids for sequence in roomy.generate(prompts, NEW_TOKENS, sampling=drawn)]

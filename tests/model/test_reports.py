@@ -12,8 +12,9 @@ from transformers import PersimmonForCausalLM, PersimmonModel
 
 from persimmon.kernels import Kernels
 from persimmon.model.persimmon import Persimmon
+from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.token_logprobs import TokenLogprobs
-from persimmon.server.engine.messages import Pooling, Sampling
+from persimmon.server.engine.messages import Pooling
 from persimmon.server.engine.sequence import Sequence
 from tests.engine_harness import GREEDY, Harness, load_model
 from tests.model import transformers_reference
@@ -72,7 +73,9 @@ def test_logprobs_of_prompts_and_answers_are_transformers(
     if way == "on prefix hits":
         harness.generate(case.prompts, 2)
     sequences = [
-        Sequence(key, list(prompt), NEW_TOKENS, sampling=Sampling(temperature=0.0, logprobs=TOP), prompt_logprobs=TOP)
+        Sequence(
+            key, list(prompt), NEW_TOKENS, sampling=SamplingParams(temperature=0.0, logprobs=TOP), prompt_logprobs=TOP
+        )
         for key, prompt in enumerate(case.prompts)
     ]
     harness.run(sequences)
@@ -87,7 +90,7 @@ def test_logprobs_of_prompts_and_answers_are_transformers(
 def test_all_probabilities_of_a_place_sum_to_one(case: Case) -> None:
     harness = Harness(case.model, num_blocks=40)
     size = case.model.config.vocab_size
-    sequence = Sequence(0, case.prompts[3][:3], 1, sampling=Sampling(logprobs=size), prompt_logprobs=size)
+    sequence = Sequence(0, case.prompts[3][:3], 1, sampling=SamplingParams(logprobs=size), prompt_logprobs=size)
     harness.run([sequence])
     told = harness.told[sequence]
     for entry in (*told.prompt_logprobs, *told.logprobs):
@@ -121,7 +124,7 @@ def test_pooled_states_are_transformers(case: Case, way: str, pooling: Pooling) 
 @pytest.mark.parametrize("way", ["whole", "in small chunks", "preempted", "overlapped"])
 def test_each_sample_of_a_prompt_is_what_it_would_be_alone(case: Case, way: str, prefix_caching: bool) -> None:
     """One prompt, many samples, whose settings look at what came before."""
-    sampling = Sampling(temperature=1.0, seed=11, logprobs=2, frequency_penalty=0.5, repetition_penalty=1.2)
+    sampling = SamplingParams(temperature=1.0, seed=11, logprobs=2, frequency_penalty=0.5, repetition_penalty=1.2)
     prompt = case.prompts[5]
     samples = 5
 

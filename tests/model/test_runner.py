@@ -12,14 +12,15 @@ import torch
 from persimmon import kernels
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.persimmon import Persimmon
+from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import Runner, SequenceInput
-from persimmon.model.sampler import SamplingParams
 from tests.engine_harness import CPU, load_model, poisoned_cache
+from tests.model.rows import changed, row_with
 
 BLOCK_SIZE = 16
 BLOCKS_EACH = 8
 NUM_SEQUENCES = 32
-GREEDY = SamplingParams()
+GREEDY = row_with()
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +44,12 @@ class Bench:
         random.Random(4).shuffle(blocks)
         self.tables = [blocks[i * BLOCKS_EACH : (i + 1) * BLOCKS_EACH] for i in range(NUM_SEQUENCES)]
 
-    def part(self, sequence: int, start: int, end: int, sampling: SamplingParams | None = GREEDY) -> SequenceInput:
+    def part(self, sequence: int, start: int, end: int, sampling: RowSampling | None = GREEDY) -> SequenceInput:
         """Tokens `start` to `end` of a sequence's text."""
         samplings = () if sampling is None else (sampling,)
         return SequenceInput(text(sequence)[start:end], start, self.tables[sequence], samplings)
 
-    def generate(self, sequences: list[int], count: int, params: list[SamplingParams]) -> list[list[int]]:
+    def generate(self, sequences: list[int], count: int, params: list[RowSampling]) -> list[list[int]]:
         """`count` tokens for each, all side by side; prompts are the first tokens of their texts."""
         prompts = [text(sequence)[: 1 + 3 * sequence] for sequence in sequences]
         inputs = [
@@ -89,14 +90,14 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def params_of(sequence: int) -> SamplingParams:
+def params_of(sequence: int) -> RowSampling:
     kinds = [
         GREEDY,
-        SamplingParams(temperature=1.0),
-        SamplingParams(temperature=0.8, top_p=0.9),
-        SamplingParams(temperature=1.3, top_k=40, min_p=0.01),
+        row_with(temperature=1.0),
+        row_with(temperature=0.8, top_p=0.9),
+        row_with(temperature=1.3, top_k=40, min_p=0.01),
     ]
-    return replace(kinds[sequence % len(kinds)], seed=sequence)
+    return changed(kinds[sequence % len(kinds)], seed=sequence)
 
 
 def test_a_sequence_alone_and_in_a_batch_of_32_gets_the_same_tokens(model: Persimmon) -> None:

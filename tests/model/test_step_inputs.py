@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from persimmon.model.runner import SequenceInput
-from persimmon.model.sampler import SamplingParams
 from persimmon.model.step_inputs import StepBuffer, StepInputs, write_step
+from tests.model.rows import row_with
 
-GREEDY = SamplingParams()
+GREEDY = row_with()
 
 
 def tensors(inputs: StepInputs) -> list[torch.Tensor]:
@@ -32,7 +32,7 @@ def test_fields_begin_at_16_bytes_and_share_no_word(rows: int) -> None:
 
 def test_rows_behind_the_batch_are_padding_whatever_was_there() -> None:
     inputs = StepBuffer(4, 2, torch.device("cpu")).inputs(4)
-    drawn = SamplingParams(temperature=1.0, top_k=3)
+    drawn = row_with(temperature=1.0, top_k=3)
     write_step(inputs, [SequenceInput([7], 20, [1, 2], (drawn,))] * 4)
     assert (inputs.live.item(), inputs.lengths.tolist()) == (4, [21] * 4)
     assert all(inputs.truncation.active)

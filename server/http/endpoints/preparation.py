@@ -1,10 +1,12 @@
 """From a request for generated text to what the engine is to do: checked against the model, its prompts tokenized."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from persimmon.model.chat import ChatPrompt
 from persimmon.model.config import Architecture
-from persimmon.server.engine.messages import Grammar, Sampling
+from persimmon.model.grammar import GrammarSpec
+from persimmon.model.sampling_params import SamplingParams
 from persimmon.server.http.endpoints.service import MAX_CHOICES, Service, expected_tokens
 from persimmon.server.http.errors import bad_request, context_length_exceeded
 from persimmon.server.http.generation.answer_form import ANY_TEXT, AnswerForm
@@ -138,31 +140,33 @@ def _answers_begin_with_space(service: Service, request: GenerationRequest, form
     return request.is_chat and (service.chat.leading_space or begun)
 
 
-async def _grammar(service: Service, constraint: Constraint, begins_with_space: bool) -> Grammar:
+async def _grammar(service: Service, constraint: Constraint, begins_with_space: bool) -> GrammarSpec:
     if service.additional_properties:
         constraint = constraint.opened()
     await service.grammars.check(constraint)
     grammar = constraint.grammar
-    return Grammar(grammar.kind, grammar.text, begins_with_space, grammar.additional_properties)
+    return replace(grammar, leading_space=begins_with_space)
 
 
-def _sampling(service: Service, request: GenerationRequest, min_tokens: int, grammar: Grammar | None) -> Sampling:
+def _sampling(
+    service: Service, request: GenerationRequest, min_tokens: int, grammar: GrammarSpec | None
+) -> SamplingParams:
     logprobs = request.reported_logprobs
     if logprobs is None and request.samples[1] > request.n:
         logprobs = 0  # the most probable samples are the answers
-    return Sampling(
-        request.temperature if request.top_p else 0.0,
-        request.top_p or 1.0,
-        _top_k(service, request.top_k),
-        request.min_p,
-        service.seed(request.seed),
-        request.repetition_penalty,
-        request.presence_penalty,
-        request.frequency_penalty,
-        request.logit_bias,
-        min_tokens,
-        logprobs,
-        grammar,
+    return SamplingParams(
+        temperature=request.temperature if request.top_p else 0.0,
+        top_p=request.top_p or 1.0,
+        top_k=_top_k(service, request.top_k),
+        min_p=request.min_p,
+        seed=service.seed(request.seed),
+        repetition_penalty=request.repetition_penalty,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        logit_bias=request.logit_bias,
+        min_tokens=min_tokens,
+        logprobs=logprobs,
+        grammar=grammar,
     )
 
 

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.tool_calls import CallForm
-from persimmon.server.engine.messages import Sampling, Submit
+from persimmon.server.engine.messages import Submit
 from persimmon.server.http.generation.stop_strings import StopStrings
 from persimmon.server.http.request_record import RequestRecord
 
@@ -20,7 +21,7 @@ class Prompt:
 
     token_ids: list[int]
     max_tokens: int
-    sampling: Sampling
+    sampling: SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

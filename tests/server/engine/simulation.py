@@ -14,8 +14,9 @@ from zlib import crc32
 
 import msgspec
 
+from persimmon.model.sampling_params import SamplingParams
 from persimmon.server.engine.blocks import BlockPool
-from persimmon.server.engine.messages import EngineStats, Pooling, Sampling
+from persimmon.server.engine.messages import EngineStats, Pooling
 from persimmon.server.engine.scheduler import Scheduler
 from persimmon.server.engine.sequence import Sequence
 from persimmon.server.engine.step_cost import StepCosts
@@ -258,7 +259,7 @@ class Simulation:
     ) -> Sequence:
         """A prompt with so many samples, the first of which is returned; the keys of the others follow its own."""
         stops = frozenset(stop_token_ids)
-        sampling = Sampling(presence_penalty=1.0 if penalized else 0.0)
+        sampling = SamplingParams(presence_penalty=1.0 if penalized else 0.0)
 
         def sample(index: int, pooling: Pooling | None = None, forks: Iterable[Sequence] = ()) -> Sequence:
             return Sequence(

@@ -9,6 +9,7 @@ import pytest
 import zmq
 import zmq.asyncio
 
+from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.server.engine.client import (
     WARM_UP_ID,
@@ -19,7 +20,6 @@ from persimmon.server.engine.client import (
 )
 from persimmon.server.engine.messages import (
     Ready,
-    Sampling,
     SequenceOutput,
     StepOutput,
     Submit,
@@ -31,7 +31,7 @@ from tests.server.http.fake_engine import MAX_MODEL_LEN, STATS, FakeEngine, outp
 pytestmark = pytest.mark.anyio
 
 PATIENCE = 20.0
-SAMPLING = Sampling(temperature=0.5, seed=3)
+SAMPLING = SamplingParams(temperature=0.5, seed=3)
 
 
 @pytest.fixture

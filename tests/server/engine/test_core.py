@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import zmq
 
+from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.server.engine.blocks import BlockPool
 from persimmon.server.engine.core import MAX_FAILED_STEPS, Engine, StepOutcome
@@ -21,7 +22,6 @@ from persimmon.server.engine.messages import (
     FromEngine,
     Hello,
     Ready,
-    Sampling,
     SequenceOutput,
     StepOutput,
     Submit,
@@ -659,7 +659,12 @@ def test_what_a_step_reports_goes_to_the_sequence_that_asked(house: House) -> No
     worker.send(
         submit(1, [2, 2], 3),
         Submit(
-            sequence_id=2, samples=2, token_ids=prompt, max_tokens=2, sampling=Sampling(logprobs=0), prompt_logprobs=0
+            sequence_id=2,
+            samples=2,
+            token_ids=prompt,
+            max_tokens=2,
+            sampling=SamplingParams(logprobs=0),
+            prompt_logprobs=0,
         ),
         Submit(sequence_id=4, token_ids=prompt, max_tokens=0, pooling="all"),
     )

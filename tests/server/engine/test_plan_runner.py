@@ -13,8 +13,8 @@ import pytest
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.grammar import GrammarCompiler, GrammarError, GrammarSpec
 from persimmon.model.persimmon import Persimmon
+from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.tokenizer import Tokenizer
-from persimmon.server.engine.messages import Grammar, Sampling
 from persimmon.server.engine.plan_runner import COMPILED_GRAMMARS, GrammarProgress, PlanRunner
 from persimmon.server.engine.sequence import Sequence
 from tests.engine_harness import GREEDY, Harness, load_model
@@ -50,7 +50,7 @@ def grammars(tokenizer: Tokenizer, config: PersimmonConfig) -> GrammarCompiler:
 
 
 def constrained(
-    tokenizer: Tokenizer, config: PersimmonConfig, key: object, grammar: Grammar, forks: int = 0, **sampling: object
+    tokenizer: Tokenizer, config: PersimmonConfig, key: object, grammar: GrammarSpec, forks: int = 0, **sampling: object
 ) -> Sequence:
     """A prompt whose samples must follow a grammar, each drawn in its own way."""
 
@@ -60,7 +60,7 @@ def constrained(
             tokenizer.encode("human: What is a persimmon?\n\nadept:"),
             60,
             frozenset(config.eos_token_ids),
-            Sampling(temperature=1.5, seed=5, grammar=grammar, **sampling),  # type: ignore[arg-type]
+            SamplingParams(temperature=1.5, seed=5, grammar=grammar, **sampling),  # type: ignore[arg-type]
             sample_index=index,
             forks=forks,
         )
@@ -87,8 +87,8 @@ def test_every_sample_follows_its_grammar_and_others_go_on_as_before(
     alone = Harness(model, num_blocks=num_blocks).generate([plain], 40)[0].token_ids
     harness = Harness(model, num_blocks=num_blocks, grammars=grammars, overlap=overlap)
     other = Sequence("other", list(plain), 40, sampling=GREEDY)
-    schema = constrained(tokenizer, config, "schema", Grammar("json_schema", SCHEMA), forks=3)
-    regex = constrained(tokenizer, config, "regex", Grammar("regex", "(ab|c){3,9}", leading_space=True), top_k=50)
+    schema = constrained(tokenizer, config, "schema", GrammarSpec("json_schema", SCHEMA), forks=3)
+    regex = constrained(tokenizer, config, "regex", GrammarSpec("regex", "(ab|c){3,9}", leading_space=True), top_k=50)
     families = [*schema.family, *regex.family]
     harness.run([schema, other, regex])
     assert other.token_ids == alone
@@ -106,14 +106,16 @@ def test_every_sample_follows_its_grammar_and_others_go_on_as_before(
 
 def test_a_grammar_that_cannot_be_compiled_fails_its_preparation(model: Persimmon, grammars: GrammarCompiler) -> None:
     harness = Harness(model, num_blocks=9, grammars=grammars)
-    sequence = Sequence(1, [5], 4, sampling=Sampling(grammar=Grammar("regex", "(")))
+    sequence = Sequence(1, [5], 4, sampling=SamplingParams(grammar=GrammarSpec("regex", "(")))
     with pytest.raises(GrammarError):
         harness.run([sequence])
 
 
 def test_a_server_without_a_compiler_refuses_grammars(model: Persimmon) -> None:
     with pytest.raises(GrammarError, match="follows no grammars"):
-        Harness(model, num_blocks=9).run([Sequence(1, [5], 4, sampling=Sampling(grammar=Grammar("regex", "a")))])
+        Harness(model, num_blocks=9).run(
+            [Sequence(1, [5], 4, sampling=SamplingParams(grammar=GrammarSpec("regex", "a")))]
+        )
 
 
 @dataclass
@@ -130,7 +132,7 @@ class CountingCompiler:
 
 
 def prepare(runner: PlanRunner, grammar: str) -> None:
-    prepared = runner.prepare(Sequence(grammar, [1], 1, sampling=Sampling(grammar=Grammar("regex", grammar))))
+    prepared = runner.prepare(Sequence(grammar, [1], 1, sampling=SamplingParams(grammar=GrammarSpec("regex", grammar))))
     assert prepared is not None
     prepared.result()
 
@@ -191,7 +193,7 @@ def test_a_sequence_whose_grammar_gives_up_fails_alone_and_the_grammar_is_compil
     harness = Harness(model, num_blocks=20, grammars=compiler)  # type: ignore[arg-type]
     other = Sequence("other", [5, 6], 9, sampling=GREEDY)
     alone = Harness(model, num_blocks=20).generate([[5, 6]], 9)[0].token_ids
-    asked = Sampling(temperature=0.0, grammar=Grammar("regex", "a"))
+    asked = SamplingParams(temperature=0.0, grammar=GrammarSpec("regex", "a"))
     limited = [Sequence(number, [5, 7], 9, sampling=asked) for number in range(2)]
     harness.run([limited[0], other])
     assert other.token_ids == alone
@@ -205,7 +207,7 @@ def test_nothing_of_a_sequence_is_kept_after_its_end(
     model: Persimmon, tokenizer: Tokenizer, config: PersimmonConfig, grammars: GrammarCompiler
 ) -> None:
     harness = Harness(model, num_blocks=60, grammars=grammars)
-    sequence = constrained(tokenizer, config, 1, Grammar("regex", "a{4}"), forks=2, frequency_penalty=0.1)
+    sequence = constrained(tokenizer, config, 1, GrammarSpec("regex", "a{4}"), forks=2, frequency_penalty=0.1)
     left = [weakref.ref(own) for own in sequence.family]
     harness.run([sequence])
     harness.told.clear()

@@ -11,6 +11,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from persimmon.model.sampling_params import SamplingParams
 from persimmon.server.engine.client import WARM_UP_ID
 from persimmon.server.engine.messages import (
     STEP_SECONDS,
@@ -19,7 +20,6 @@ from persimmon.server.engine.messages import (
     EngineStats,
     Hello,
     Ready,
-    Sampling,
     SequenceOutput,
     StepOutput,
     Submit,
@@ -51,7 +51,7 @@ class Sample:
         return self.whole.stop_token_ids
 
     @property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingParams:
         return self.whole.sampling
 
 

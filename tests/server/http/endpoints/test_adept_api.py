@@ -6,9 +6,9 @@ import httpx
 import pytest
 
 from persimmon.model.config import PersimmonConfig
+from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.server.engine.client import EngineClient
-from persimmon.server.engine.messages import Sampling
 from persimmon.server.http.app import create_app
 from tests.server.http.fake_engine import MAX_MODEL_LEN, FakeEngine, says
 from tests.server.http.generation.test_logprobs import tells
@@ -60,32 +60,34 @@ async def test_the_request_in_adepts_readme_is_answered_in_its_form(
     [asked] = engine.submitted
     assert asked.token_ids == tokenizer.encode(PROMPT, add_bos=False)
     assert (asked.max_tokens, asked.stop_token_ids) == (128, [EOS])
-    assert asked.sampling == Sampling(temperature=1.0, top_p=0.9, seed=1234)
+    assert asked.sampling == SamplingParams(temperature=1.0, top_p=0.9, seed=1234)
 
 
 @pytest.mark.usefixtures("answer")
 @pytest.mark.parametrize(
     ("fields", "sampling"),
     [
-        ({}, Sampling(temperature=1.0)),
-        ({"temperature": 100}, Sampling(temperature=100.0)),
-        ({"top_k": 1, "temperature": 7.5}, Sampling(temperature=0.0, top_k=1)),
-        ({"top_k": 40, "top_p": 0.0}, Sampling(temperature=1.0, top_k=40)),
-        ({"top_p": 1.0, "top_k": 0}, Sampling(temperature=1.0)),
-        ({"no_log": True, "temperature": 0.5}, Sampling(temperature=0.5)),
+        ({}, SamplingParams(temperature=1.0)),
+        ({"temperature": 100}, SamplingParams(temperature=100.0)),
+        ({"top_k": 1, "temperature": 7.5}, SamplingParams(temperature=0.0, top_k=1)),
+        ({"top_k": 40, "top_p": 0.0}, SamplingParams(temperature=1.0, top_k=40)),
+        ({"top_p": 1.0, "top_k": 0}, SamplingParams(temperature=1.0)),
+        ({"no_log": True, "temperature": 0.5}, SamplingParams(temperature=0.5)),
         (
             {"beam_width": None, "stop_on_eol": False, "stop_on_double_eol": False, "top_p_decay": 0.0},
-            Sampling(temperature=1.0),
+            SamplingParams(temperature=1.0),
         ),
     ],
     ids=str,
 )
 async def test_draws_are_as_adepts_fields_say(
-    http: httpx.AsyncClient, engine: FakeEngine, fields: dict[str, Any], sampling: Sampling
+    http: httpx.AsyncClient, engine: FakeEngine, fields: dict[str, Any], sampling: SamplingParams
 ) -> None:
     await put(http, random_seed=5, **fields)
     [asked] = engine.submitted
-    assert asked.sampling == Sampling(sampling.temperature, sampling.top_p, sampling.top_k, seed=5)
+    assert asked.sampling == SamplingParams(
+        temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, seed=5
+    )
     assert asked.max_tokens == 64
 
 

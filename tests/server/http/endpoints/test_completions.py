@@ -4,9 +4,10 @@ from collections.abc import Callable
 import httpx
 import pytest
 
+from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.server.engine.client import EngineClient
-from persimmon.server.engine.messages import Sampling, SequenceOutput
+from persimmon.server.engine.messages import SequenceOutput
 from tests.server.http.fake_engine import ONLY_TEXT, FakeEngine, Sample, outputs, says
 
 pytestmark = pytest.mark.anyio
@@ -87,7 +88,7 @@ async def test_sampling_fields_reach_the_engine(http: httpx.AsyncClient, engine:
     engine.script = says([9])
     await complete(http, temperature=0.5, top_p=0.9, top_k=40, min_p=0.1, seed=7, max_tokens=3)
     submit = engine.submitted[0]
-    assert submit.sampling == Sampling(0.5, 0.9, 40, 0.1, seed=7)
+    assert submit.sampling == SamplingParams(temperature=0.5, top_p=0.9, top_k=40, min_p=0.1, seed=7)
     assert submit.max_tokens == 3
     assert submit.stop_token_ids == [EOS]
 
@@ -104,7 +105,7 @@ async def test_defaults_are_openais(http: httpx.AsyncClient, engine: FakeEngine)
     await complete(http)
     submit = engine.submitted[0]
     assert submit.max_tokens == 16
-    assert submit.sampling == Sampling(1.0, 1.0, 0, 0.0, seed=submit.sampling.seed)
+    assert submit.sampling == SamplingParams(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, seed=submit.sampling.seed)
 
 
 async def test_the_default_max_tokens_is_no_more_than_the_context_leaves(

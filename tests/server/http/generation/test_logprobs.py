@@ -8,9 +8,10 @@ from typing import Any
 import httpx
 import pytest
 
+from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.model.tokenizer import Tokenizer
-from persimmon.server.engine.messages import Sampling, SequenceOutput
+from persimmon.server.engine.messages import SequenceOutput
 from tests.server.http.fake_engine import FakeEngine, Sample
 
 pytestmark = pytest.mark.anyio
@@ -267,7 +268,7 @@ async def test_what_changes_logits_reaches_the_engine(http: httpx.AsyncClient, e
         min_tokens=3,
         seed=1,
     )
-    assert engine.submitted[0].sampling == Sampling(
+    assert engine.submitted[0].sampling == SamplingParams(
         seed=1,
         presence_penalty=-0.5,
         frequency_penalty=0.25,

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.model.tokenizer import Tokenizer
-from persimmon.server.engine.messages import Sampling, SequenceOutput
+from persimmon.server.engine.messages import SequenceOutput
 from persimmon.server.http.generation.generation import Generation, Prompt
 from persimmon.server.http.generation.pieces import Answer
 from persimmon.server.http.generation.sample_text import SampleText
@@ -318,7 +319,7 @@ def test_the_pieces_of_a_text_join_to_the_same_text_however_its_tokens_come(
 
 def generation(stop: Sequence[str], *, is_chat: bool = False, echo: bool = False) -> Generation:
     """A request for one sample that reports its tokens."""
-    prompt = Prompt([0], 99, Sampling())
+    prompt = Prompt([0], 99, SamplingParams())
     return Generation(
         [prompt],
         n=1,

@@ -6,9 +6,9 @@ import httpx
 import pytest
 
 from persimmon.model.config import PersimmonConfig
+from persimmon.model.grammar import GrammarKind, GrammarSpec
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.server.engine.client import EngineClient
-from persimmon.server.engine.messages import Grammar
 from persimmon.server.http.app import create_app
 from tests.server.http.fake_engine import FakeEngine, says
 
@@ -25,7 +25,7 @@ LAX_SCHEMA = {"type": "json_schema", "json_schema": {"name": "answer", "schema":
 Tokens = Callable[[str], list[int]]
 
 
-async def grammar(http: httpx.AsyncClient, engine: FakeEngine, path: str, **body: object) -> Grammar | None:
+async def grammar(http: httpx.AsyncClient, engine: FakeEngine, path: str, **body: object) -> GrammarSpec | None:
     """What the engine is told that the answer must look like."""
     engine.script = says([9], EOS)
     response = await http.post(path, json=(HELLO if path == COMPLETIONS else ASK) | body)
@@ -50,10 +50,10 @@ async def grammar(http: httpx.AsyncClient, engine: FakeEngine, path: str, **body
     ],
 )  # fmt: skip
 async def test_what_an_answer_must_look_like_reaches_the_engine(
-    http: httpx.AsyncClient, engine: FakeEngine, path: str, body: dict[str, Any], kind: str, text: str
+    http: httpx.AsyncClient, engine: FakeEngine, path: str, body: dict[str, Any], kind: GrammarKind, text: str
 ) -> None:
     # In a chat the space after the label comes before what the client asks for.
-    assert await grammar(http, engine, path, **body) == Grammar(kind, text, leading_space=path == CHAT)
+    assert await grammar(http, engine, path, **body) == GrammarSpec(kind, text, leading_space=path == CHAT)
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])

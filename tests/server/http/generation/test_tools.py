@@ -6,8 +6,8 @@ import httpx
 import openai
 import pytest
 
+from persimmon.model.grammar import GrammarSpec
 from persimmon.model.tool_calls import Function, calls_schema, describe
-from persimmon.server.engine.messages import Grammar
 from tests.server.http.conftest import LiveServer
 from tests.server.http.fake_engine import FakeEngine, Sample, says
 
@@ -66,7 +66,7 @@ def one_call(arguments: str) -> list[dict[str, Any]]:
     return [{"type": "function", "function": {"name": "find", "arguments": arguments}}]
 
 
-def schema_of(grammar: Grammar | None) -> Any:
+def schema_of(grammar: GrammarSpec | None) -> Any:
     assert grammar is not None
     assert (grammar.kind, grammar.leading_space) == ("json_schema", True)
     return json.loads(grammar.text)

@@ -1,6 +1,6 @@
 """What a client asks an answer to look like, as plain data, and the error for what cannot be asked."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal, get_args
 
 GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "grammar", "text_or_calls"]
@@ -17,7 +17,7 @@ class GrammarError(ValueError):
 
 @dataclass(frozen=True)
 class GrammarSpec:
-    """A grammar as it crosses from an API worker to the engine process: two strings.
+    """A grammar, as it crosses from an API worker to the engine process too.
 
     Attributes:
         kind: the language of `text`:
@@ -33,8 +33,12 @@ class GrammarSpec:
         text: in that language.
         additional_properties: whether an object whose JSON Schema lists properties, and does not say whether there may
             be others, may have others.
+        leading_space: whether the answer begins with a space that belongs to what stands before it, as in
+            `adept: {"a": 1}`.  It is required then: an answer's own first space could not be told from it.
     """
 
     kind: GrammarKind
     text: str = ""
+    _: KW_ONLY
     additional_properties: bool = False
+    leading_space: bool = False
