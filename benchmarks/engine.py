@@ -25,9 +25,10 @@ import torch
 import zmq
 
 from benchmarks.peers import device
-from persimmon.model.runner import Runner, SequenceInput, StepResult
+from persimmon.model.runner import Runner, SequenceInput
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.step_inputs import StepBuffer, write_step
+from persimmon.model.step_outcome import StepOutcome
 from persimmon.server.engine.blocks import BlockPool
 from persimmon.server.engine.core import Engine, LaunchedStep
 from persimmon.server.engine.messages import EngineStats, FromEngine, Hello, Ready, StepOutput, Submit
@@ -74,9 +75,9 @@ class TimedScheduler(Scheduler):
         """Plans ahead."""
         return self.stopwatch.time("plan", super().plan_ahead, *args)
 
-    def commit(self, plan: StepPlan, sampled: Sequence[int]) -> list[Advance]:
+    def commit(self, plan: StepPlan, drawn: Sequence[list[int]]) -> list[Advance]:
         """Commits."""
-        return self.stopwatch.time("commit", super().commit, plan, sampled)
+        return self.stopwatch.time("commit", super().commit, plan, drawn)
 
 
 class TimedPlanRunner(PlanRunner):
@@ -93,9 +94,9 @@ class InstantStep:
     """A step that has been computed."""
 
     def __init__(self, count: int) -> None:
-        self._result = StepResult([7] * count)
+        self._result = StepOutcome(tokens=[[7] for _ in range(count)])
 
-    def wait(self) -> StepResult:
+    def wait(self) -> StepOutcome:
         """The tokens."""
         return self._result
 

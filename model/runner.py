@@ -5,7 +5,7 @@ run together.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from persimmon.model.persimmon import Persimmon, Step
 from persimmon.model.recorded_network import RecordedNetwork
 from persimmon.model.row_sampling import RowSampling
 from persimmon.model.sampler import Samples, rows_at_once, sample
+from persimmon.model.step_outcome import StepOutcome
 from persimmon.model.token_logprobs import TokenLogprobs
 
 
@@ -88,23 +89,6 @@ class SequenceInput:
     prompt_length: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What a step has made.
-
-    Attributes:
-        tokens: one for each of the batch's samplings, in order.
-        logprobs: by the place of a token in that list, for those that asked.
-        prompt_logprobs: by the place of a sequence in the batch, one for each of its `next_tokens`.
-        pooled: by the place of a sequence in the batch, [rows, width] float32; one row where the sum was wanted.
-    """
-
-    tokens: list[int]
-    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
-    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
-    pooled: dict[int, np.ndarray] = field(default_factory=dict)
-
-
 class PendingStep:
     """A step that has been started; the device may still be computing it.
 
@@ -136,20 +120,24 @@ class PendingStep:
         self._prompt_logprobs = prompt_logprobs
         self._pooled = pooled
 
-    def wait(self) -> StepResult:
-        """The result, as soon as it is there."""
+    def wait(self) -> StepOutcome:
+        """What came of it, as soon as it is there."""
         if self._copied is not None:
             self._copied.synchronize()
-        result = StepResult(self._tokens.tolist())
+        logprobs: dict[int, list[TokenLogprobs]] = {}
         if self._samples.logprobs is not None:
             reported = self._samples.reported
             entries = self._samples.logprobs.fetch([self._params[row].asked.logprobs or 0 for row in reported])
-            result.logprobs.update(zip((self._places[row] for row in reported), entries, strict=True))
-        for place, (rows, top) in self._prompt_logprobs.items():
-            result.prompt_logprobs[place] = rows.fetch([top] * len(rows.token_ids))
-        for place, states in self._pooled.items():
-            result.pooled[place] = states.cpu().numpy()
-        return result
+            for row, entry in zip(reported, entries, strict=True):
+                logprobs[self._places[row]] = [entry]
+        return StepOutcome(
+            tokens=[[token] for token in self._tokens.tolist()],
+            logprobs=logprobs,
+            prompt_logprobs={
+                place: rows.fetch([top] * len(rows.token_ids)) for place, (rows, top) in self._prompt_logprobs.items()
+            },
+            pooled={place: states.cpu().numpy().astype("<f4").tobytes() for place, states in self._pooled.items()},
+        )
 
 
 class Sampler(Protocol):
@@ -230,7 +218,7 @@ class Runner:
 
     def run(self, batch: Sequence[SequenceInput]) -> list[int]:
         """Runs one step; a token for each of the batch's samplings."""
-        return self.launch(batch).wait().tokens
+        return [token for (token,) in self.launch(batch).wait().tokens]
 
     @torch.inference_mode()
     def launch(self, batch: Sequence[SequenceInput]) -> PendingStep:

@@ -179,8 +179,8 @@ class Harness:
             if advance.row in outcome.failures:
                 self.failures[advance.sequence] = outcome.failures[advance.row]
                 self.scheduler.abort(advance.sequence.key)
-            elif advance.row in outcome.logprobs and advance.token is not None:
-                self.told[advance.sequence].logprobs.append(outcome.logprobs[advance.row])
+            elif advance.row in outcome.logprobs and advance.tokens:
+                self.told[advance.sequence].logprobs.extend(outcome.logprobs[advance.row])
 
     def outputs(self, prompts: Ids[list[int]], max_tokens: int, arrivals: Ids[int] | None = None) -> list[list[int]]:
         """Greedy continuations."""

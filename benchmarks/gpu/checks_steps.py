@@ -298,8 +298,8 @@ def _chain(machine: Machine, graphs: DecodeGraphs, batch: Sequence[SequenceInput
             for token, item in zip(fed, batch, strict=True)
         ]
         pending.append(runner.launch(moved))
-        fed = pending[-1].wait().tokens if waits else [-1 - row for row in range(len(batch))]
-    return torch.tensor([step.wait().tokens for step in pending])
+        fed = [token for (token,) in pending[-1].wait().tokens] if waits else [-1 - row for row in range(len(batch))]
+    return torch.tensor([[token for (token,) in step.wait().tokens] for step in pending])
 
 
 def _restore(cache: KVCache, saved: KVCache) -> None:

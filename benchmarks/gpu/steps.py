@@ -293,7 +293,7 @@ class _Steps:
             ]
             launched = runner.launch(moved)
             if waits:
-                fed = launched.wait().tokens
+                fed = [token for (token,) in launched.wait().tokens]
                 continue
             # As the engine does: one step's tokens are read while the next one runs.
             if before is not None:

@@ -11,8 +11,7 @@ import time
 import weakref
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from collections.abc import Sequence as Ids
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,6 +19,7 @@ from typing import Any, Protocol
 import msgspec
 import zmq
 
+from persimmon.model.step_outcome import StepOutcome
 from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.server.engine.messages import (
     STEP_SECONDS,
@@ -65,25 +65,6 @@ class _Preparing:
     first: Sequence
     prepared: "Future[Any]"
     aborted: set[SequenceKey] = field(default_factory=set)
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutcome:
-    """What the model has made of a plan.
-
-    Attributes:
-        tokens: one for each of the plan's samples, in their order.
-        logprobs: by a token's place in that list, where the sequence asked for them.
-        prompt_logprobs: by a sequence's place in the plan.
-        pooled: by a sequence's place in the plan: `SequenceOutput.pooled`.
-        failures: by a token's place in that list: why its sequence, and no other, cannot go on.
-    """
-
-    tokens: Ids[int]
-    logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)
-    prompt_logprobs: Mapping[int, list[TokenLogprobs]] = field(default_factory=dict)
-    pooled: Mapping[int, bytes] = field(default_factory=dict)
-    failures: Mapping[int, str] = field(default_factory=dict)
 
 
 class LaunchedStep(Protocol):
@@ -404,7 +385,7 @@ class Engine:
             if (place in outcome.prompt_logprobs or place in outcome.pooled) and item.sequence.wants_report
         }
         for advance in self._scheduler.commit(plan, outcome.tokens):
-            if (reason := outcome.failures.get(advance.row)) is not None and advance.token is not None:
+            if (reason := outcome.failures.get(advance.row)) is not None and advance.tokens:
                 self._abort(_key(advance.sequence))
                 self._refuse([_key(advance.sequence)], reason, outputs)
             else:
@@ -423,22 +404,23 @@ class Engine:
     ) -> None:
         """Tells a sequence's worker what the step did for it."""
         worker, sequence_id = _key(sequence)
-        token_ids, logprobs = [], []
-        if advance is not None and advance.token is not None:
-            token_ids = [advance.token]
-            logprobs = [outcome.logprobs[advance.row]] if advance.row in outcome.logprobs else []
+        token_ids: list[int] = []
+        logprobs: list[TokenLogprobs] = []
+        if advance is not None and advance.tokens:
+            token_ids = advance.tokens
+            if advance.row in outcome.logprobs:
+                logprobs = outcome.logprobs[advance.row][: len(token_ids)]
         prompt_logprobs, pooled = report
         outputs.setdefault(worker, []).append(
             SequenceOutput(
-                sequence_id,
-                token_ids,
-                sequence.finish_reason,
-                sequence.cached_tokens or 0,
-                None,
-                logprobs,
-                prompt_logprobs,
-                pooled,
-                sequence.queue_seconds or 0.0,
+                sequence_id=sequence_id,
+                token_ids=token_ids,
+                finish_reason=sequence.finish_reason,
+                cached_tokens=sequence.cached_tokens or 0,
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
+                pooled=pooled,
+                queue_seconds=sequence.queue_seconds or 0.0,
             )
         )
         if sequence.finished:

@@ -14,8 +14,9 @@ import numpy as np
 from persimmon.model.grammar import GrammarCompiler, GrammarError, GrammarSpec, Matcher
 from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import PendingStep, PooledStates, PromptLogprobs, Report, Runner, SequenceInput
+from persimmon.model.step_outcome import StepOutcome
 from persimmon.model.token_counts import TokenCounts
-from persimmon.server.engine.core import LaunchedStep, StepOutcome
+from persimmon.server.engine.core import LaunchedStep
 from persimmon.server.engine.sequence import Sequence
 from persimmon.server.engine.step_plan import ScheduledSequence, StepPlan
 
@@ -217,14 +218,9 @@ class _Launched:
         self._pending = pending
 
     def wait(self) -> StepOutcome:
-        result = self._pending.wait()
-        return StepOutcome(
-            result.tokens,
-            result.logprobs,
-            result.prompt_logprobs,
-            {place: rows.astype("<f4").tobytes() for place, rows in result.pooled.items()},
-            self._owner.failures(self._plan),
-        )
+        outcome = self._pending.wait()
+        outcome.failures = self._owner.failures(self._plan)
+        return outcome
 
 
 def _plain_sampling(sequence: Sequence, position: int) -> RowSampling:

@@ -218,10 +218,12 @@ class Scheduler:
             costs: as for `plan`.
 
         Returns:
-            None where that step must be known first: because a draw depends on its tokens, or because a sequence must
-            be preempted, which is not possible while a step may write its blocks.
+            None where that step must be known first: because a draw depends on its tokens, because it computes guesses,
+            or because a sequence must be preempted, which is not possible while a step may write its blocks.
         """
         if any(sequence.draws_from_output and sequence.num_pending for sequence in self._running):
+            return None
+        if any(step.num_guesses for step in self._under_way):
             return None
         if self._missing_blocks() > 0 or self._yielding() is not None:
             return None
@@ -236,41 +238,46 @@ class Scheduler:
             self._under_way.append(plan)
         return plan
 
-    def commit(self, plan: StepPlan, sampled: Ids[int]) -> list[Advance]:
+    def commit(self, plan: StepPlan, drawn: Ids[list[int]]) -> list[Advance]:
         """Applies a finished step, the oldest under way.
 
         Args:
             plan: what ran.
-            sampled: one token for each of the plan's samples, in their order.
+            drawn: for each of the plan's samples, in their order, a token for each of its draws.
 
         Returns:
             Each sequence that got a token or ended.  Sequences that ended since the plan was made are left out.
 
         Raises:
-            ValueError: there are fewer or more tokens than samples.
+            ValueError: there are tokens for fewer or more sequences than the plan has samples.
         """
-        if len(sampled) != plan.num_samples:
-            raise ValueError(f"the step sampled {len(sampled)} tokens for {plan.num_samples} sequences")
+        if len(drawn) != plan.num_samples:
+            raise ValueError(f"the step has tokens for {len(drawn)} sequences, the plan draws for {plan.num_samples}")
         self._steps += 1
         self._admission.step(plan.work.decodes + plan.work.chunk_tokens)
         advanced: list[Advance] = []
         row = 0
         for item in plan.scheduled:
+            if item.guesses:
+                if not item.sequence.finished:
+                    advanced.append(Advance(item.sequence, self._commit_guesses(item, drawn[row]), row))
+                row += 1
+                continue
             self._commit_computed(item)
             for sequence in item.samples:
                 if sequence.finish_reason is None:
                     sequence.num_pending -= 1
-                    sequence.append(sampled[row])
-                    advanced.append(Advance(sequence, sampled[row], row))
+                    sequence.append(drawn[row][0])
+                    advanced.append(Advance(sequence, drawn[row], row))
                 row += 1
             sequence = item.sequence
             if sequence.max_tokens == 0 and item.end == sequence.prompt_length and not sequence.finished:
                 sequence.finish_reason = "length"
-                advanced.append(Advance(sequence, None, row))
-        self._generated_tokens += sum(advance.token is not None for advance in advanced)
+                advanced.append(Advance(sequence, [], row))
+        self._generated_tokens += sum([len(advance.tokens) for advance in advanced])
         if self._waiting.contended:
             for advance in advanced:
-                advance.sequence.share.charge(1)
+                advance.sequence.share.charge(max(1, len(advance.tokens)))
         ended = [advance.sequence for advance in advanced if advance.sequence.finish_reason is not None]
         for sequence in ended:
             if sequence.max_tokens > 0:
@@ -320,6 +327,27 @@ class Scheduler:
         if holder is not None and self._pool.prefix_caching:
             self._index_full_blocks(holder, item.start, item.end)
 
+    def _commit_guesses(self, item: ScheduledSequence, drawn: list[int]) -> list[int]:
+        """Applies what was drawn at guesses; the tokens that count."""
+        sequence = item.sequence
+        sequence.num_pending -= item.draws
+        taken = sequence.accept(drawn, item.guesses)
+        self._take_back(sequence, item.draws - len(taken))
+        if self._pool.prefix_caching:
+            self._index_full_blocks(sequence, item.start, sequence.num_computed)
+        return taken
+
+    def _take_back(self, sequence: Sequence, count: int) -> None:
+        """Forgets the last tokens that a sequence has computed, because it does not hold them.
+
+        Blocks that only these tokens needed are free.  None of them is in the prefix index, since they were not full of
+        tokens that the sequence holds.
+        """
+        sequence.num_computed -= count
+        kept = self._pool.blocks_for(sequence.num_computed)
+        self._pool.release(sequence.block_table[kept:])
+        del sequence.block_table[kept:]
+
     def _missing_blocks(self) -> int:
         """How many blocks more than there are free ones the next tokens of all that decode need."""
         free = self._pool.num_free
@@ -342,8 +370,30 @@ class Scheduler:
         for sequence in list(self._running):  # forks that begin in this step join those that run
             if sequence.num_uncomputed == 1 and not sequence.awaits_its_last_token:
                 self._reserve_next(plan, sequence)
-                self._schedule(plan, sequence, 1)
-        plan.work = StepWork(len(plan.scheduled), sum([item.start for item in plan.scheduled]))
+                guesses = self._usable_guesses(plan, sequence) if sequence.guesses else ()
+                self._schedule(plan, sequence, 1 + len(guesses), guesses)
+        context = sum([item.start for item in plan.scheduled])
+        # To the device a guess is one more token of a chunk.
+        plan.work = StepWork(decodes=len(plan.scheduled), decode_context=context, chunk_tokens=plan.num_guesses)
+
+    def _usable_guesses(self, plan: StepPlan, sequence: Sequence) -> Ids[int]:
+        """The guesses that a sequence, whose next token has its block, computes in this step.
+
+        As many as its limit on tokens, the step's room and the free blocks allow; of these, each running sequence can
+        still have one.  None where a draw depends on the tokens before it, whose effect would be needed row by row.
+        """
+        if sequence.draws_from_output or sequence.num_pending:
+            return ()
+        count = min(
+            len(sequence.guesses),
+            sequence.max_tokens - sequence.num_output_tokens - 1,
+            self._max_num_batched_tokens - len(self._running) - plan.num_guesses,
+        )
+        table, free = sequence.block_table, max(0, self._pool.num_free - len(self._running))
+        count = max(0, min(count, (len(table) + free) * self._pool.block_size - sequence.num_tokens))
+        table += self._pool.allocate(max(0, self._pool.blocks_for(sequence.num_tokens + count) - len(table)))
+        plan.num_guesses += count
+        return sequence.guesses[:count]
 
     def _plan_chunks(self, plan: StepPlan, costs: StepCosts | None) -> None:
         """Shares what decodes leave of a step among the prompts that run."""
@@ -351,8 +401,8 @@ class Scheduler:
         if not prompts:
             return
         work = plan.work
-        tokens = self._max_num_batched_tokens - work.decodes
-        chunk_tokens = chunk_context = chunk_reach = 0
+        tokens = self._max_num_batched_tokens - work.decodes - plan.num_guesses
+        chunk_tokens, chunk_context, chunk_reach = plan.num_guesses, 0, 0
         for sequence, count in share_chunks(prompts, tokens, work, costs).items():
             chunk_tokens += count
             chunk_reach += sequence.num_computed
@@ -360,12 +410,12 @@ class Scheduler:
             self._schedule(plan, sequence, count)
         plan.work = StepWork(work.decodes, work.decode_context, chunk_tokens, chunk_context, chunk_reach)
 
-    def _schedule(self, plan: StepPlan, sequence: Sequence, count: int) -> None:
+    def _schedule(self, plan: StepPlan, sequence: Sequence, count: int, guesses: Ids[int] = ()) -> None:
         start = sequence.num_computed
         end = start + count
         pending_row = sequence.row if start >= len(sequence.token_ids) else None
         samples: tuple[Sequence, ...] = ()
-        if count == sequence.num_uncomputed and sequence.max_tokens > 0:
+        if guesses or (count == sequence.num_uncomputed and sequence.max_tokens > 0):
             samples = (sequence, *self._begin_forks(sequence, end)) if sequence.forks else (sequence,)
         report_from = end
         if sequence.num_reported < sequence.prompt_length:
@@ -375,10 +425,20 @@ class Scheduler:
         for own in samples or (sequence,):
             own.steps_under_way += 1
         for own in samples:
-            own.num_pending += 1
+            own.num_pending += 1 + len(guesses)
             own.row = plan.num_samples
             plan.num_samples += 1
-        plan.scheduled.append(ScheduledSequence(sequence, start, count, samples, report_from, pending_row))
+        plan.scheduled.append(
+            ScheduledSequence(
+                sequence=sequence,
+                start=start,
+                count=count,
+                samples=samples,
+                report_from=report_from,
+                pending_row=pending_row,
+                guesses=guesses,
+            )
+        )
 
     def _begin_forks(self, sequence: Sequence, end: int) -> list[Sequence]:
         """Makes a sequence's forks run beside it, in its blocks, as if their prompt were computed up to `end`."""
@@ -490,7 +550,7 @@ class Scheduler:
 
     def _replace(self, sequence: Sequence, heir: Sequence) -> None:
         """Puts a fork in the place of its leader."""
-        self._take_back(sequence, heir)
+        self._withdraw_promises(sequence, heir)
         sequence.hand_over(heir)
         if heir.block_table:
             self._running[self._running.index(sequence)] = heir
@@ -514,14 +574,14 @@ class Scheduler:
         return sequence.block_hashes(reusable // self._pool.block_size, self._pool.block_size)
 
     def _promise(self, sequence: Sequence, first: int) -> None:
-        """Tells of the full blocks that a sequence will compute, from its block number `first` on."""
+        """Announces the full blocks that a sequence will compute, from its block number `first` on."""
         if self._pool.prefix_caching:
             size = self._pool.block_size
             for block_hash in sequence.block_hashes(sequence.num_tokens // size, size)[first:]:
                 self._promised.setdefault(block_hash, sequence)
 
-    def _take_back(self, sequence: Sequence, heir: Sequence | None = None) -> None:
-        """Nobody, or the heir, will compute what a sequence was about to."""
+    def _withdraw_promises(self, sequence: Sequence, heir: Sequence | None = None) -> None:
+        """Withdraws the blocks that a sequence promised to compute, or hands the promise to `heir`."""
         if not self._promised:
             return
         size = self._pool.block_size
@@ -562,7 +622,7 @@ class Scheduler:
 
     def _retire(self, sequence: Sequence) -> None:
         """Gives a sequence's blocks back, unless a step under way may write them: then its end does."""
-        self._take_back(sequence)
+        self._withdraw_promises(sequence)
         if sequence.steps_under_way == 0:
             self._pool.release(sequence.block_table)
             sequence.block_table = []

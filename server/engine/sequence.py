@@ -36,7 +36,10 @@ class Sequence:
         num_reported: so many prompt tokens are reported or need no report; those that steps under way report count.
         num_computed: the first so many tokens have their keys and values in the blocks, or get them from the steps
             under way.
-        num_pending: tokens that the steps under way will sample; nobody knows them yet.
+        num_pending: tokens that the steps under way will draw, not known yet; of those at guesses some may not count.
+        guesses: tokens that may follow the last known one.  The next step computes them with it, if there is room, and
+            draws a token at each, so that the sequence gets several in one step where they are right.  Set between two
+            steps; whatever token comes next, they are gone.
         row: of such a token, the place among all that its step samples.
         steps_under_way: so many steps under way may write its blocks.
         block_table: the blocks that hold its tokens, in order.
@@ -71,6 +74,7 @@ class Sequence:
     num_reported: int = field(init=False)
     num_computed: int = 0
     num_pending: int = 0
+    guesses: Ids[int] = ()
     row: int = 0
     steps_under_way: int = 0
     block_table: list[int] = field(default_factory=list)
@@ -169,9 +173,30 @@ class Sequence:
             hashes.append(hash_block(parent, self.token_ids[start : start + block_size]))
         return hashes[:count]
 
+    def accept(self, drawn: list[int], guesses: Ids[int]) -> list[int]:
+        """Takes the tokens drawn at the last known token and at guesses that follow it, as far as they count.
+
+        A token counts if the guesses before it were right, and if no token before it ended the sequence.
+
+        Args:
+            drawn: one token more than guesses.
+            guesses: the tokens that were computed after the last known one.
+
+        Returns:
+            The tokens that it took, at least one.
+        """
+        taken = 0
+        for place, token_id in enumerate(drawn):
+            taken += 1
+            if self.append(token_id) or place == len(guesses) or token_id != guesses[place]:
+                break
+        return drawn[:taken]
+
     def append(self, token_id: int) -> bool:
         """Takes the next sampled token and applies the stop rules; whether it was the last."""
         self.token_ids.append(token_id)
+        if self.guesses:
+            self.guesses = ()
         if token_id in self.stop_token_ids:
             self.finish_reason = "stop"
         elif self.num_output_tokens >= self.max_tokens:

@@ -1,5 +1,6 @@
 """What the scheduler decides of a step, and what came of it: data only."""
 
+from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 
 from persimmon.server.engine.sequence import Sequence
@@ -7,7 +8,7 @@ from persimmon.server.engine.step_cost import NO_WORK, StepWork
 
 
 # Not frozen, because that makes each four times as slow to make.
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class ScheduledSequence:
     """The part of a step that belongs to one sequence.
 
@@ -19,6 +20,8 @@ class ScheduledSequence:
             prompt, several where forks begin.
         report_from: the first position whose state is to be reported; end where there is none.
         pending_row: of a token to compute that the step before is still sampling, its place among all that are.
+        guesses: the last tokens to compute, where they are guesses at what the sequence gets next.  A token is drawn
+            at each of them and at the one before; it counts as long as the guesses before it were right.
     """
 
     sequence: Sequence
@@ -27,11 +30,17 @@ class ScheduledSequence:
     samples: tuple[Sequence, ...]
     report_from: int
     pending_row: int | None = None
+    guesses: Ids[int] = ()
 
     @property
     def members(self) -> tuple[Sequence, ...]:
         """The sequences that this part brings on."""
         return self.samples or (self.sequence,)
+
+    @property
+    def draws(self) -> int:
+        """The last positions that a token is drawn at, for each of the samples."""
+        return 1 + len(self.guesses)
 
     @property
     def end(self) -> int:
@@ -46,13 +55,15 @@ class StepPlan:
     Attributes:
         scheduled: what is computed.
         copies: (from, to) blocks to copy before that, because a sequence writes into what others read.
-        num_samples: tokens that the step samples.
+        num_samples: sequences that the step draws tokens for.
+        num_guesses: guessed tokens that it computes.
         work: how much it computes.
     """
 
     scheduled: list[ScheduledSequence] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     num_samples: int = 0
+    num_guesses: int = 0
     work: StepWork = NO_WORK
 
     @property
@@ -63,14 +74,14 @@ class StepPlan:
 
 @dataclass(slots=True)
 class Advance:
-    """A sequence that a step has brought on.
+    """A sequence that a step has advanced.
 
     Attributes:
-        sequence: it.
-        token: its new token; None for one that ended with its prompt.
-        row: the token's place among all that the step sampled.
+        sequence: the sequence that advanced.
+        tokens: its new tokens, in order; none for one that ended with its prompt.
+        row: its place among the step's samples.
     """
 
     sequence: Sequence
-    token: int | None
+    tokens: list[int]
     row: int

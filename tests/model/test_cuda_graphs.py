@@ -385,7 +385,7 @@ class TestTokensThatTheHostHasNotSeen:
         outputs: list[list[int]] = [[], [], []]
         for step, tokens in enumerate(pending):
             order = [0, 1, 2] if step % 2 == 0 else [2, 0, 1]
-            for i, token in zip(order, tokens.wait().tokens, strict=True):
+            for i, (token,) in zip(order, tokens.wait().tokens, strict=True):
                 outputs[i].append(token)
         assert outputs == expected
 
@@ -400,7 +400,7 @@ class TestTokensThatTheHostHasNotSeen:
                 SequenceInput([-1], 18, fused.tables[0], (GREEDY,)),
             ]
         )
-        assert [first.wait().tokens[0], both.wait().tokens[1]] == expected
+        assert [*first.wait().tokens[0], *both.wait().tokens[1]] == expected
 
 
 class TestDraws:
@@ -474,12 +474,12 @@ class TestDraws:
                 )
         expected[1, :3] = expected[6, 6] = -math.inf
         expected[3, 1::2] = expected[4, 1::2] = -math.inf
-        assert result.tokens == reference_tokens(expected, params)
+        assert [token for (token,) in result.tokens] == reference_tokens(expected, params)
         # Log-probabilities are those of the network's own logits.
         assert sorted(result.logprobs) == [0, 2, 3, 5, 6]
-        for row, entry in result.logprobs.items():
+        for row, (entry,) in result.logprobs.items():
             logprobs = logits[row].log_softmax(-1)
-            assert entry.token_id == result.tokens[row]
+            assert [entry.token_id] == result.tokens[row]
             assert entry.logprob == pytest.approx(float(logprobs[entry.token_id]), abs=1e-4)
             best = logprobs.topk(params[row].asked.logprobs or 0)
             assert entry.top_ids == best.indices.tolist()
@@ -492,10 +492,10 @@ class TestDraws:
         batch = [SequenceInput(prompt, 0, fused.tables[0], samples), SequenceInput([3], 0, fused.tables[1], (GREEDY,))]
         result = fused.runner.launch(batch).wait()
         alone = [fused.runner.run([SequenceInput(prompt, 0, fused.tables[0], (own,))])[0] for own in samples]
-        assert result.tokens[:5] == alone
+        assert [token for (token,) in result.tokens[:5]] == alone
         assert len(set(alone)) > 1
         assert sorted(result.logprobs) == [0, 1, 2, 3, 4]
-        assert [result.logprobs[row].token_id for row in range(5)] == alone
+        assert [result.logprobs[row][0].token_id for row in range(5)] == alone
 
     def test_of_more_rows_than_were_reserved_are_refused(self, shallow: Path) -> None:
         kernels = FusedKernels(CPU)

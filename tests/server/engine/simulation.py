@@ -90,7 +90,7 @@ class LaunchedPart:
     @classmethod
     def of(cls, item: ScheduledSequence) -> "LaunchedPart":
         sequence = item.sequence
-        known = sequence.token_ids[: item.end]
+        known = [*sequence.token_ids[: item.end], *item.guesses]
         assert len(known) == item.end - (item.pending_row is not None)
         return cls(item, known, item.pending_row, list(sequence.block_table))
 
@@ -123,7 +123,7 @@ class FakeModel:
                 blocks |= set(part.block_table[part.item.start // size : -(-part.item.end // size)])
         return blocks
 
-    def wait(self) -> list[int]:
+    def wait(self) -> list[list[int]]:
         """Computes the oldest launched step and samples, reading the cache before and after all writes of the step."""
         copies, parts = self._launched.popleft()
         self._copy(copies)
@@ -135,12 +135,16 @@ class FakeModel:
                 self._slots[self._slot(part, position)] = tuple(token_ids[: position + 1])
         for part in parts:
             self._read(part, part.item.end)
-        self._sampled = [
-            next_token(part.tokens(self._sampled), sample.sample_index)
+        drawn = [
+            [
+                next_token(part.tokens(self._sampled)[: part.item.end - later], sample.sample_index)
+                for later in range(part.item.draws - 1, -1, -1)
+            ]
             for part in parts
             for sample in part.item.samples
         ]
-        return self._sampled
+        self._sampled = [tokens[-1] for tokens in drawn]
+        return drawn
 
     def fail(self) -> None:
         """The oldest launched step computes nothing."""
@@ -166,6 +170,17 @@ class FakeModel:
 
     def _slot(self, part: LaunchedPart, position: int) -> int:
         return part.block_table[position // self._block_size] * self._block_size + position % self._block_size
+
+
+def _counting(sequence: Sequence, item: ScheduledSequence, drawn: list[int]) -> list[int]:
+    """The tokens that count of those drawn at a sequence's guesses."""
+    counting = []
+    for place, token in enumerate(drawn):
+        counting.append(token)
+        ends = token in sequence.stop_token_ids or sequence.num_output_tokens + len(counting) == sequence.max_tokens
+        if ends or item.guesses[place : place + 1] != [token]:
+            break
+    return counting
 
 
 class Simulation:
@@ -204,6 +219,8 @@ class Simulation:
         self.costs: StepCosts | None = None
         self.aborts: Counter[str] = Counter()
         """How many sequences were aborted in which state."""
+        self.right_guesses = self.wrong_guesses = 0
+        """Guessed tokens that counted, and those that did not."""
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._model = FakeModel(num_blocks, block_size)
@@ -243,6 +260,17 @@ class Simulation:
         """All other live sequences."""
         started = self.started
         return [sequence for sequence in self.live.values() if sequence not in started]
+
+    def guess(self, key: int, count: int, wrong_at: int | None = None) -> None:
+        """Guesses what a live sequence gets next, wrongly at one place; nothing while a step draws its next token."""
+        sequence = self.live.get(key)
+        if sequence is None or sequence.num_pending:
+            return
+        known = list(sequence.token_ids)
+        for place in range(count):
+            right = next_token(known, sequence.sample_index)
+            known.append(right if place != wrong_at else (right + 1) % VOCABULARY)
+        sequence.guesses = known[sequence.num_tokens :]
 
     def add(
         self,
@@ -308,6 +336,7 @@ class Simulation:
         decoding = [own for own in self.running if own.num_uncomputed == 1 and not own.awaits_its_last_token]
         missing = sum(map(self._needs_a_block, decoding)) - self.pool.num_free
         must_wait = any(own.draws_from_output and own.num_pending for own in self.running)
+        must_wait |= any(item.guesses for plan in self.under_way for item in plan.scheduled)
         self.scheduler.preempted = []
         plan = self.scheduler.plan_ahead(self.costs) if ahead else self.scheduler.plan(self.costs)
         if plan is None:
@@ -381,27 +410,32 @@ class Simulation:
     def commit(self) -> list[Advance]:
         """Computes the oldest step under way and ends it."""
         plan = self.under_way.popleft()
-        sampled_tokens = self._model.wait()
+        drawn = self._model.wait()
         expected = []
         row = 0
         for item in plan.scheduled:
             for sample in item.samples:
                 if not sample.finished:
-                    expected.append(Advance(sample, sampled_tokens[row], row))
+                    expected.append(Advance(sample, _counting(sample, item, drawn[row]), row))
                 row += 1
             sequence = item.sequence
             if not sequence.finished and sequence.max_tokens == 0 and item.end == sequence.prompt_length:
-                expected.append(Advance(sequence, None, row))
-        advanced = self.scheduler.commit(plan, sampled_tokens)
+                expected.append(Advance(sequence, [], row))
+            if item.guesses and not sequence.finished:
+                right = len(expected[-1].tokens) - 1
+                self.right_guesses += right
+                self.wrong_guesses += len(item.guesses) - right
+        advanced = self.scheduler.commit(plan, drawn)
         assert advanced == expected
-        sampled = [advance for advance in advanced if advance.token is not None]
+        generated = sum(len(advance.tokens) for advance in advanced)
         self._expected = msgspec.structs.replace(
             self._expected,
             steps=self._expected.steps + 1,
-            generated_tokens=self._expected.generated_tokens + len(sampled),
+            generated_tokens=self._expected.generated_tokens + generated,
         )
-        for advance in sampled:
-            assert advance.sequence.token_ids[-1] == advance.token
+        for advance in advanced:
+            sequence = advance.sequence
+            assert sequence.token_ids[sequence.num_tokens - len(advance.tokens) :] == list(advance.tokens)
         for advance in advanced:
             if advance.sequence.finished:
                 self._check_finished(advance.sequence)
@@ -496,7 +530,8 @@ class Simulation:
             assert len(sequence.block_table) == self.pool.blocks_for(most)
         for item in plan.scheduled:
             sequence, end = item.sequence, item.end
-            known_or_pending = sequence.num_tokens + sequence.num_pending - (sequence in item.samples)
+            drawn_now = item.draws if sequence in item.samples else 0
+            known_or_pending = sequence.num_tokens + sequence.num_pending - drawn_now + len(item.guesses)
             assert end == sequence.num_computed
             assert item.start < end <= known_or_pending
             assert item.samples[:1] == ((sequence,) if end == known_or_pending and sequence.max_tokens else ())

@@ -13,9 +13,10 @@ import pytest
 import zmq
 
 from persimmon.model.sampling_params import SamplingParams
+from persimmon.model.step_outcome import StepOutcome
 from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.server.engine.blocks import BlockPool
-from persimmon.server.engine.core import MAX_FAILED_STEPS, Engine, StepOutcome
+from persimmon.server.engine.core import MAX_FAILED_STEPS, Engine
 from persimmon.server.engine.messages import (
     Abort,
     EngineStats,
@@ -157,21 +158,21 @@ class House:
         tokens = [next_token(sample.token_ids, sample.sample_index) for sample in samples]
         reporting = [(place, item) for place, item in enumerate(plan.scheduled) if item.report_from < item.end]
         return StepOutcome(
-            tokens,
-            {
-                row: TokenLogprobs(token_id=tokens[row], logprob=-row, top_ids=[], top_logprobs=[])
+            tokens=[[token] for token in tokens],
+            logprobs={
+                row: [TokenLogprobs(token_id=tokens[row], logprob=-row, top_ids=[], top_logprobs=[])]
                 for row, sample in enumerate(samples)
                 if sample.sampling.logprobs is not None
             },
-            {
+            prompt_logprobs={
                 place: [
                     TokenLogprobs(token_id=token, logprob=0, top_ids=[], top_logprobs=[]) for token in _reported(item)
                 ]
                 for place, item in reporting
                 if item.sequence.prompt_logprobs is not None
             },
-            {place: bytes(_reported(item)) for place, item in reporting if item.sequence.pooling is not None},
-            {
+            pooled={place: bytes(_reported(item)) for place, item in reporting if item.sequence.pooling is not None},
+            failures={
                 row: "it cannot go on"
                 for row, sample in enumerate(samples)
                 if sample.num_output_tokens == self.fails_after

@@ -39,7 +39,7 @@ class Server:
         seconds = time_of(plan.work) * self._rng.gauss(1, 0.03)
         self.now += seconds
         self.model.observe(plan.work, seconds)
-        for advance in self.scheduler.commit(plan, [7] * plan.num_samples):
+        for advance in self.scheduler.commit(plan, [[7]] * plan.num_samples):
             self.times[advance.sequence].append(self.now)
 
     def ttft(self, sequence: Sequence) -> float:

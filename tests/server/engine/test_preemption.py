@@ -84,7 +84,7 @@ def test_with_thirty_percent_of_the_blocks_less_than_five_percent_are_computed_t
         steps += 1
         held += num_blocks - scheduler.stats().free_blocks
         samples = [sample for item in plan.scheduled for sample in item.samples]
-        scheduler.commit(plan, [STOP if own.num_output_tokens + 1 == lengths[own.key] else 7 for own in samples])
+        scheduler.commit(plan, [[STOP if own.num_output_tokens + 1 == lengths[own.key] else 7] for own in samples])
     stats = scheduler.stats()
     assert stats.generated_tokens == sum(lengths.values())
     assert stats.recomputed_tokens < 0.05 * computed
