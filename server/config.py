@@ -171,19 +171,3 @@ def _checked(settings: Settings) -> Settings:
             f"which is {settings.max_num_seqs}; raise that for larger ones, or give --enforce-eager for none"
         )
     return settings
-
-
-def settings_table() -> str:
-    """Every setting as a Markdown table, for docs/reference/settings.md."""
-    lines = ["| Flag | Environment | Default | |", "| --- | --- | --- | --- |"]
-    for name, field in listed():
-        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-        shown = f"`{flag(name)} {extra['metavar']}`" if "metavar" in extra else f"`{flag(name)}`"
-        if field.annotation is bool:
-            shown += f", `{flag('no_' + name)}`"
-        allowed = choices(field)
-        values = f" One of {', '.join(f'`{value}`' for value in allowed)}." if allowed else ""
-        default = default_text(field)
-        shown_default = f"`{default}`" if default is not None else "see text"
-        lines.append(f"| {shown} | `{environment_variable(name)}` | {shown_default} | {field.description}{values} |")
-    return "\n".join(lines)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from persimmon.server.config import settings_table
+from persimmon.server import config
 from persimmon.server.http.endpoints.field_table import field_table
 from persimmon.server.metrics import metrics_table
 
@@ -19,6 +19,25 @@ BEGIN = "<!-- `make docs` writes what follows from the code. -->"
 END = "<!-- Here the generated part ends. -->"
 
 _PACKAGES = ("server", "model", "kernels")
+
+
+def settings_tables() -> str:
+    """Every setting, one Markdown table for each group."""
+    groups: dict[str, list[str]] = {}
+    for name, field in config.listed():
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        shown = f"`{config.flag(name)} {extra['metavar']}`" if "metavar" in extra else f"`{config.flag(name)}`"
+        if field.annotation is bool:
+            shown += f", `{config.flag('no_' + name)}`"
+        allowed = config.choices(field)
+        values = f" One of {', '.join(f'`{value}`' for value in allowed)}." if allowed else ""
+        default = config.default_text(field)
+        shown_default = f"`{default}`" if default is not None else "see text"
+        row = f"| {shown} | `{config.environment_variable(name)}` | {shown_default} | {field.description}{values} |"
+        groups.setdefault(config.group(field), []).append(row)
+    heading = "## {}\n\n| Flag | Environment | Default | |\n| --- | --- | --- | --- |\n"
+    titles = {key: title[0].upper() + title[1:] for key, title in config.GROUPS.items()}
+    return "\n\n".join(heading.format(titles[key]) + "\n".join(groups[key]) for key in titles if key in groups)
 
 
 def file_list() -> str:
@@ -45,7 +64,7 @@ def _purpose(path: Path) -> str:
 
 
 GENERATED: Mapping[str, Callable[[], str]] = {
-    "reference/settings.md": settings_table,
+    "reference/settings.md": settings_tables,
     "reference/metrics.md": metrics_table,
     "reference/fields.md": field_table,
     "design/files.md": file_list,

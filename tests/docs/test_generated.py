@@ -1,13 +1,21 @@
 """What pages say of settings, metrics, fields, files and examples is what the code says."""
 
+import re
+
 import pytest
 
+from persimmon.server.config import Settings, flag
 from tools import docs
 
 
 def test_pages_have_what_the_code_says() -> None:
     outdated = [path.name for path, page in docs.pages().items() if path.read_text() != page]
     assert outdated == [], "run `make docs`"
+
+
+def test_every_setting_is_in_the_reference() -> None:
+    page = docs.settings_tables()
+    assert [name for name in Settings.model_fields if len(re.findall(rf"^\| `{flag(name)}[ `]", page, re.M)) != 1] == []
 
 
 def test_a_page_keeps_what_is_written_by_hand() -> None:
