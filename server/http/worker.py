@@ -10,13 +10,9 @@ import logging
 import shutil
 import signal
 import socket
-import ssl
-from collections.abc import Iterator
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import uvicorn
 import uvloop
 
 from persimmon.server import logs
@@ -31,9 +27,8 @@ from persimmon.server.http.middleware.access import Access
 from persimmon.server.http.middleware.authentication import KeyCheck
 from persimmon.server.http.middleware.credentials import Credentials, reads_files_again
 from persimmon.server.http.middleware.gate import Gate, Limits
-from persimmon.server.http.transport.connection import Connection as ClientConnection
 from persimmon.server.http.transport.siblings import WorkerPlace
-from persimmon.server.http.transport.tls import TlsListener
+from persimmon.server.http.transport.uvicorn_server import HttpServer
 from persimmon.server.settings.section import SettingsError
 from persimmon.server.tracing import Tracing
 from persimmon.server.vitals import Vitals
@@ -50,9 +45,6 @@ ENGINE_HEAD_START_SECONDS = 0.5
 
 ACCEPT_PER_TURN = 16
 """Connections that are accepted in one turn of the event loop."""
-
-FINAL_ERROR_SECONDS = 2
-"""For the errors of requests that did not end in time to reach clients that read."""
 
 
 def run_api_worker(
@@ -102,22 +94,14 @@ def run_api_worker(
         app, engine = application(
             settings, folder, served_model_name, engine_address, place, gate, access, tracing, key_check
         )
-        server_config = uvicorn.Config(
+        server = HttpServer(
             app,
-            http=partial(  # type: ignore[arg-type]
-                ClientConnection, header_seconds=access.read_timeout, send_seconds=settings.send_timeout
-            ),
-            ws="none",
-            lifespan="on",
-            access_log=False,
-            log_config=None,
-            server_header=False,
-            forwarded_allow_ips=settings.forwarded_allow_ips,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=FINAL_ERROR_SECONDS,
+            header_seconds=access.read_timeout,
+            send_seconds=settings.send_timeout,
+            keep_alive_seconds=KEEP_ALIVE_SECONDS,
+            tls=None if own.certificate is None else own.certificate.context(),
+            trusted_proxies=settings.forwarded_allow_ips,
         )
-        tls = None if own.certificate is None else own.certificate.context()
-        server = _Server(server_config, tls, access.read_timeout)
         if reads_files_again(settings):
             _read_files_again_at_hangup(settings, own, key_check, server)
         await engine.start()
@@ -130,62 +114,22 @@ def run_api_worker(
         runner.run(main())
 
 
-class _Server(uvicorn.Server):
-    """uvicorn, with events for its start and its own handling of signals.
-
-    Args:
-        config: uvicorn's.
-        tls: of HTTPS connections; None for plain HTTP.
-        handshake_seconds: that a TLS handshake may take.
+class _Signals:
+    """Handles SIGTERM and SIGUSR1 from here to the end of the process, where removing a handler would let them kill it.
 
     Attributes:
-        accepting: set when connections are accepted.
         stopping: set when SIGTERM has come.
         stopping_now: set when SIGUSR1 has come.
     """
 
-    def __init__(self, config: uvicorn.Config, tls: ssl.SSLContext | None, handshake_seconds: float) -> None:
-        super().__init__(config)
-        self._tls = tls
-        self._handshake_seconds = handshake_seconds
-        self._tls_listeners: list[TlsListener] = []
-        self.accepting = asyncio.Event()
+    def __init__(self) -> None:
         self.stopping = asyncio.Event()
         self.stopping_now = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        if self._tls is None:
-            await super().startup(sockets)
-        else:
-            await super().startup([])
-            for own in sockets or []:
-                self._tls_listeners.append(TlsListener(own, self._protocol, self._tls, self._handshake_seconds))
-            self.servers += self._tls_listeners  # type: ignore[arg-type]  # uvicorn closes them when it ends
-        self.accepting.set()
-
-    def replace_tls(self, tls: ssl.SSLContext) -> None:
-        """Serves new connections with another certificate."""
-        self._tls = tls
-        for listener in self._tls_listeners:
-            listener.context = tls
-
-    def _protocol(self) -> asyncio.Protocol:
-        made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
-            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
-        )
-        return made
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        # uvicorn would raise SIGTERM again at the end, and a drained worker has ended well.
-        loop = asyncio.get_running_loop()
         events = {signal.SIGTERM: self.stopping, signal.SIGUSR1: self.stopping_now}
         for number, event in events.items():
-            loop.add_signal_handler(number, event.set)
+            asyncio.get_running_loop().add_signal_handler(number, event.set)
         # The process was started with them blocked, so that one that came before has waited until here.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, events)
-        yield
-        # To the end of the process they change nothing: removing the handlers would let SIGTERM kill it.
 
 
 def _remove(place: WorkerPlace) -> None:
@@ -195,7 +139,7 @@ def _remove(place: WorkerPlace) -> None:
 
 
 def _read_files_again_at_hangup(
-    settings: Settings, credentials: Credentials, key_check: KeyCheck, server: _Server
+    settings: Settings, credentials: Credentials, key_check: KeyCheck, server: HttpServer
 ) -> None:
     """Has each SIGHUP take the keys and the certificate that the files have then.
 
@@ -216,7 +160,7 @@ def _read_files_again_at_hangup(
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
 
-async def _report_ready(server: _Server, engine: EngineClient, report: Connection) -> None:
+async def _report_ready(server: HttpServer, engine: EngineClient, report: Connection) -> None:
     await server.accepting.wait()
     await engine.wait_until_ready()
     _settle_garbage_collector()
@@ -237,21 +181,27 @@ def _settle_garbage_collector() -> None:
 
 
 async def _serve(
-    server: _Server, engine: EngineClient, gate: Gate, listener: socket.socket, drain_seconds: float, report: Connection
+    server: HttpServer,
+    engine: EngineClient,
+    gate: Gate,
+    listener: socket.socket,
+    drain_seconds: float,
+    report: Connection,
 ) -> None:
     # Whoever takes another worker's place finds the engine ready at once, and has nobody to send away.
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(engine.wait_until_ready(), ENGINE_HEAD_START_SECONDS)
     # libuv accepts one connection a turn from each: with one, thousands of connections wait for as many turns.
     listeners = [listener, *(listener.dup() for _ in range(ACCEPT_PER_TURN - 1))]
+    signals = _Signals()
     serving = asyncio.create_task(server.serve(sockets=listeners))
     reporting = asyncio.create_task(_report_ready(server, engine, report))
-    stopping = asyncio.create_task(server.stopping.wait())
+    stopping = asyncio.create_task(signals.stopping.wait())
     await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
     # It goes on listening: clients that have not noticed the shutdown get a 503 with `Connection: close`.
     gate.draining = True
     empty = asyncio.create_task(gate.wait_until_empty())
-    at_once = asyncio.create_task(server.stopping_now.wait())
+    at_once = asyncio.create_task(signals.stopping_now.wait())
     await asyncio.wait((empty, at_once), timeout=drain_seconds, return_when=asyncio.FIRST_COMPLETED)
     # Requests that are still open end with an error event from here, instead of a broken connection.
     await engine.close()

@@ -1,6 +1,7 @@
 """Programs of other people against a live server; `make compat` installs them and runs this.
 
-Nothing here may reach the network: each program is told so before it is imported.
+No program here may reach the network; settings for that are made before it is imported.  Only test_uvicorn.py fetches
+something: releases of uvicorn, from the package index.
 """
 
 import os

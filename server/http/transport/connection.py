@@ -1,7 +1,7 @@
 """One client's connection: which request is answered when, how long anything may take, and when it ends.
 
-Takes the place of uvicorn's protocol classes under uvicorn's server.  Knows asyncio's transports; reads requests with
-`RequestReader` and leaves each answer to an `Exchange`.
+Takes the place of uvicorn's protocol classes; uvicorn_server.py makes connections.  Knows asyncio's transports; reads
+requests with `RequestReader` and leaves each answer to an `Exchange`.
 """
 
 import asyncio
@@ -9,11 +9,9 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
-import uvicorn
-from starlette.types import Scope
-from uvicorn.server import ServerState
+from starlette.types import ASGIApp, Scope
 
 from persimmon.server.http.errors import ApiError
 from persimmon.server.http.request_record import REQUEST_ID_HEADER, RequestRecord
@@ -29,16 +27,32 @@ MAX_PIPELINED = 8
 """Requests that are read while an earlier one is answered; then the client waits."""
 
 
+class ServerState(Protocol):
+    """What the connections of one server share: uvicorn's class of that name.
+
+    Attributes:
+        total_requests: that were answered.
+        connections: that are open; `shutdown` of each is called when the server ends.
+        tasks: of requests; the server waits for them when it ends.
+        default_headers: of every answer.
+    """
+
+    total_requests: int
+    connections: set[Any]
+    tasks: set[asyncio.Task[None]]
+    default_headers: list[tuple[bytes, bytes]]
+
+
 class Connection(asyncio.Protocol):
     """One connection.
 
     Args:
-        config: uvicorn's, with the application.
-        server_state: uvicorn's; it waits for connections and tasks when it ends.
+        app: the application.
+        server_state: of the server.
         app_state: of the application's lifespan.
-        _loop: that runs; the name is uvicorn's.
         header_seconds: time from a client's first byte, or from connecting, to the end of its headers.
         send_seconds: time in which a client must take what waits for it, three quarters of 64 KiB.
+        keep_alive_seconds: time that the connection stays open without a request.
 
     Attributes:
         loop: that runs.
@@ -48,19 +62,17 @@ class Connection(asyncio.Protocol):
 
     def __init__(
         self,
-        config: uvicorn.Config,
+        app: ASGIApp,
         server_state: ServerState,
         app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
         *,
         header_seconds: float,
         send_seconds: float,
+        keep_alive_seconds: float,
     ) -> None:
-        if not config.loaded:
-            config.load()
-        self.loop = _loop or asyncio.get_running_loop()
-        self._app = config.loaded_app
-        self._keep_alive_seconds = config.timeout_keep_alive
+        self.loop = asyncio.get_running_loop()
+        self._app = app
+        self._keep_alive_seconds = keep_alive_seconds
         self._state = server_state
         self._app_state = app_state
         self._header_seconds = header_seconds
@@ -89,7 +101,7 @@ class Connection(asyncio.Protocol):
         """Called when a client has connected."""
         self._transport = transport
         self.write = transport.write
-        self._state.connections.add(self)  # type: ignore[arg-type]  # uvicorn asks for `shutdown` only
+        self._state.connections.add(self)
         self._scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -169,7 +181,7 @@ class Connection(asyncio.Protocol):
             self._send_deadline.cancel()
             self._send_deadline = None
 
-    # uvicorn's side.
+    # The server's side.
 
     def shutdown(self) -> None:
         """Called when the server ends: the connection closes when it has nothing left to answer."""

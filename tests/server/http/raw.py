@@ -4,26 +4,16 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import uvicorn
 from starlette.types import ASGIApp
 
-from persimmon.server.http.transport.connection import Connection
+from persimmon.server.http.transport.uvicorn_server import HttpServer
 
 PATIENT = 600.0
 """Seconds that no test waits for."""
-
-
-class Uvicorn(uvicorn.Server):
-    """uvicorn without its own signal handlers: signals are the test runner's."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 @contextlib.asynccontextmanager
@@ -31,17 +21,14 @@ async def listening(
     app: ASGIApp, header_seconds: float = PATIENT, send_seconds: float = PATIENT, lifespan: bool = False
 ) -> AsyncIterator[tuple[str, int]]:
     """Serves an application for the length of a block; host and port."""
-    protocol = partial(Connection, header_seconds=header_seconds, send_seconds=send_seconds)
-    config = uvicorn.Config(
-        app,
-        http=protocol,  # type: ignore[arg-type]  # a factory does
-        ws="none",
-        lifespan="on" if lifespan else "off",
-        log_config=None,
-        server_header=False,
-    )
     listener = socket.create_server(("127.0.0.1", 0))
-    running = Uvicorn(config)
+    running = HttpServer(
+        app,
+        header_seconds=header_seconds,
+        send_seconds=send_seconds,
+        keep_alive_seconds=PATIENT,
+        lifespan=lifespan,
+    )
     serving = asyncio.create_task(running.serve(sockets=[listener]))
     try:
         yield listener.getsockname()

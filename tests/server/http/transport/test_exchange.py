@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
@@ -58,9 +57,8 @@ async def whole(scope: Scope, receive: Receive, send: Send) -> None:
 
 async def answered(app: App, request: bytes) -> Transport:
     """What was written when all tasks have ended."""
-    config = uvicorn.Config(app, lifespan="off", log_config=None)
     state, transport = ServerState(), Transport()
-    connection = Connection(config, state, {}, header_seconds=60, send_seconds=60)
+    connection = Connection(app, state, {}, header_seconds=60, send_seconds=60, keep_alive_seconds=60)
     connection.connection_made(transport)  # type: ignore[arg-type]
     connection.data_received(request)
     async with asyncio.timeout(20):
