@@ -1,8 +1,8 @@
 """How much the grammar engine would build for a JSON Schema, counted before it does.
 
-The engine has limits of its own, but they do not count what it copies when it combines schemas: some hundred bytes of
-references to references make it take gigabytes, and a long chain of them overflows its stack.  So this goes through a
-schema as the engine does, and copies nothing.  Takes schemas as `json_schema` leaves them.
+The engine has limits of its own, but they do not count what it copies when it combines schemas, nor how deep references
+lead.  So this goes through a schema as the engine does, and copies nothing.  Takes schemas as `json_schema`
+leaves them.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Grammars that would hang the engine or fill its memory, each of which did before there were limits."""
+"""Grammars that would take too much time or memory without limits."""
 
 import json
 import random

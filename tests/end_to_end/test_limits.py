@@ -1,4 +1,4 @@
-"""A server that survives what killed others, and does its neighbours' work right meanwhile."""
+"""Requests at the server's limits: one within is served, the next is refused by name; a canary's answer stays."""
 
 import json
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import pytest
 
 from persimmon.server.http.errors import ErrorBody
 from tests.end_to_end.canary import SECONDS, Canary
-from tests.end_to_end.killers import KILLERS, Killer
+from tests.end_to_end.limits import CASES, Case
 from tests.end_to_end.serving import Server
 
 
@@ -43,17 +43,24 @@ def check_answer(response: httpx.Response) -> None:
     assert len(error.message) < 2000
 
 
-@pytest.mark.parametrize("killer", KILLERS, ids=lambda killer: f"{killer.path} {killer.name} {killer.source}".strip())
-def test_a_request_that_killed_others_is_answered_and_harms_nobody(
-    client: httpx.Client, canary: Canary, killer: Killer
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.path} {case.name}")
+def test_a_request_at_a_limit_gets_its_status_and_others_get_their_answers(
+    client: httpx.Client, canary: Canary, case: Case
 ) -> None:
-    headers = {"Content-Type": "application/json", **killer.headers}
+    headers = httpx.Headers({"Content-Type": "application/json"})
+    headers.update(case.headers)
     with canary.beside():
-        response = client.request(killer.method, killer.path, content=killer.content(), headers=headers)
-    assert response.status_code in killer.statuses, response.text[:1000]
+        response = client.request(case.method, case.path, content=case.content(), headers=headers)
+    assert response.status_code == case.status, response.text[:1000]
     check_answer(response)
+    if case.says:
+        assert case.says in response.json()["error"]["message"]
 
 
-def test_every_killer_has_a_name_of_its_own() -> None:
-    names = [(killer.path, killer.name) for killer in KILLERS]
+def test_every_case_has_its_own_name() -> None:
+    names = [(case.path, case.name) for case in CASES]
     assert sorted(names) == sorted(set(names))
+
+
+def test_every_refusal_names_what_is_wrong() -> None:
+    assert [case.name for case in CASES if (case.status == 200) == bool(case.says)] == []
