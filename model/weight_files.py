@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from persimmon.model.errors import CheckpointError
 from persimmon.model.json_object import JsonObject
 from persimmon.model.regular_file import check_regular, open_regular
+from persimmon.model.stored import StoredTensor
+from persimmon.model.torch_file import named_tensors
 
 # In the order Transformers looks for them: a folder may hold several formats of the same weights.
 WEIGHT_FILES = (
@@ -105,36 +106,20 @@ class _PickledFile:
 
     def headers(self) -> dict[str, Header]:
         return {
-            name: Header(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-            for name, tensor in self._load().items()
+            name: Header(tensor.shape, str(tensor.dtype).removeprefix("torch."))
+            for name, tensor in self._stored().items()
         }
 
     def tensors(self, names: frozenset[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        loaded = self._load()
-        for name in [name for name in loaded if name in names]:
-            yield name, loaded.pop(name).detach()
+        for name, stored in self._stored().items():
+            if name in names:
+                yield name, stored.mapped()
 
-    def _load(self) -> dict[str, torch.Tensor]:
-        _check_weights(self.path)
-        with self.path.open("rb") as file:
-            is_zip = file.read(2) == b"PK"  # what torch.save has written since PyTorch 1.6
-        try:
-            loaded = torch.load(self.path, map_location="cpu", mmap=is_zip, weights_only=True)
-        except Exception as error:  # unpickling damaged bytes raises nearly anything
-            if isinstance(error, UnpicklingError):
-                raise CheckpointError(
-                    f"{self.path} is refused: it holds something other than plain tensors, and reading that "
-                    "can run code; expected tensors by name, best as safetensors"
-                ) from error
-            raise _damaged(self.path, error) from error
-        if not isinstance(loaded, dict):
-            raise CheckpointError(f"{self.path} holds a {type(loaded).__name__}; expected tensors by name")
-        for name, tensor in loaded.items():
-            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-                raise CheckpointError(
-                    f"{self.path} holds a {type(tensor).__name__} under {name!r}; expected tensors by name"
-                )
-        return loaded
+    def _stored(self) -> dict[str, StoredTensor]:
+        tensors = named_tensors(self.path)
+        if len(tensors) > MAX_TENSORS:
+            raise CheckpointError(f"{self.path} holds {len(tensors):,} tensors; at most {MAX_TENSORS:,} are read")
+        return tensors
 
 
 MAX_SHARDS = 10_000

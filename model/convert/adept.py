@@ -19,10 +19,10 @@ from persimmon.model.convert.check import check_tensors
 from persimmon.model.convert.megatron import Rank, merge
 from persimmon.model.convert.release import Release
 from persimmon.model.convert.sources import TensorSource
-from persimmon.model.convert.stored import Region, small_file
 from persimmon.model.convert.writer import Conversion
 from persimmon.model.errors import CheckpointError
 from persimmon.model.sentencepiece_backend import parse_model
+from persimmon.model.stored import Region, small_file
 from persimmon.model.tokenizer_settings import END_OF_TEXT
 
 # Settings that say which network it is, with the values that say Persimmon's.

@@ -14,12 +14,12 @@ from persimmon.model.checkpoint import equal_rows
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.convert.check import check_tensors
 from persimmon.model.convert.sources import TensorSource, read_safetensors
-from persimmon.model.convert.stored import Region, StoredTensor, small_file
-from persimmon.model.convert.torch_file import read_torch_file
 from persimmon.model.convert.writer import Conversion
 from persimmon.model.errors import CheckpointError
 from persimmon.model.json_object import JsonObject
 from persimmon.model.leftovers import EMBEDDING, HEAD, settle
+from persimmon.model.stored import Region, small_file
+from persimmon.model.torch_file import named_tensors
 from persimmon.model.vocabulary import VOCABULARY_FILE, VocabularyMap
 from persimmon.model.weight_files import find_weight_files
 
@@ -73,15 +73,7 @@ def plan_from_hugging_face(folder: Path, dtype: torch.dtype | None, max_shard_by
 def _read(path: Path) -> dict[str, TensorSource]:
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    contents = read_torch_file(Region.of_file(path))
-    if not isinstance(contents, dict):
-        raise CheckpointError(f"{path} holds a {type(contents).__name__}; expected tensors by name")
-    for name, tensor in contents.items():
-        if not isinstance(name, str) or not isinstance(tensor, StoredTensor):
-            raise CheckpointError(
-                f"{path} holds a {type(tensor).__name__} under {str(name)[:80]!r}; expected tensors by name"
-            )
-    return contents
+    return dict(named_tensors(path))
 
 
 def _other_files(folder: Path) -> Iterator[Path]:

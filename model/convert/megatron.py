@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from persimmon.model.convert.pickle_reader import Record
 from persimmon.model.convert.sources import JoinedTensor, TensorSource
-from persimmon.model.convert.stored import Region, StoredTensor
-from persimmon.model.convert.torch_file import read_torch_file
 from persimmon.model.errors import CheckpointError
+from persimmon.model.pickle_reader import Record
+from persimmon.model.stored import Region, StoredTensor
+from persimmon.model.torch_file import read_torch_file
 
 # By the last parts of a tensor's name.  A linear layer whose output is split has its bias split too; one whose
 # input is split adds its bias once, so each rank has all of it, as of the norms.

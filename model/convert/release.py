@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from persimmon.model.convert.stored import Region, small_file
 from persimmon.model.errors import CheckpointError
 from persimmon.model.sentencepiece_backend import MODEL_FILES
+from persimmon.model.stored import Region, small_file
 
 _RANK = re.compile(r"mp_rank_(\d+)(_\d+)?")
 _WEIGHTS = ("model_optim_rng.pt", "model_rng.pt")

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
-from persimmon.model.convert.stored import LFS_POINTER, Region, Storage, StoredTensor, damaged, lfs_pointer
 from persimmon.model.errors import CheckpointError
+from persimmon.model.stored import LFS_POINTER, Region, Storage, StoredTensor, damaged, lfs_pointer
 
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The names of the types that a network's tensors may have."""

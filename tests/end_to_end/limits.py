@@ -88,11 +88,11 @@ _BODIES: Mapping[str, Mapping[str, object]] = {
 }
 
 
-def _served(name: str, path: str = COMPLETIONS, **fields: object) -> Case:
+def _served(name: str, path: str = COMPLETIONS, /, **fields: object) -> Case:
     return _request(name, path, 200, "", fields)
 
 
-def _refused(name: str, says: str, path: str = COMPLETIONS, **fields: object) -> Case:
+def _refused(name: str, says: str, path: str = COMPLETIONS, /, **fields: object) -> Case:
     return _request(name, path, 400, says, fields)
 
 
@@ -183,16 +183,18 @@ _INTEGERS = (
 _NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 _SWITCHES = ("stream", "echo", "ignore_eos", "return_token_ids", "add_special_tokens")
 
+_WRONG_VALUES: tuple[tuple[tuple[str, ...], tuple[object, ...]], ...] = (
+    (_INTEGERS, (True, "4", 1.5, [1], {})),
+    (_NUMBERS, (True, "1", [1], {}, float("nan"), float("inf"), float("-inf"))),
+    (_SWITCHES, ("true", 1, [])),
+    (("model", "cache_salt"), (5, True, [], {})),
+)
+
 VALUES = [
     *(case for each in RANGES for case in each.cases()),
     *(
         _refused(f"{name} = {value!r}", f"'{name}'", **{name: value})
-        for names, values in (
-            (_INTEGERS, (True, "4", 1.5, [1], {})),
-            (_NUMBERS, (True, "1", [1], {}, float("nan"), float("inf"), float("-inf"))),
-            (_SWITCHES, ("true", 1, [])),
-            (("model", "cache_salt"), (5, True, [], {})),
-        )
+        for names, values in _WRONG_VALUES
         for name in names
         for value in values
     ),
@@ -282,21 +284,21 @@ COUNTS = [
 TOKENS = [
     *(
         case
-        for path, name, others in (
-            (COMPLETIONS, "prompt", {}),
-            (COMPLETIONS, "stop_token_ids", {}),
-            (CHAT, "stop_token_ids", {}),
-            (EMBEDDINGS, "input", {}),
-            (DETOKENIZE, "tokens", {}),
+        for path, name in (
+            (COMPLETIONS, "prompt"),
+            (COMPLETIONS, "stop_token_ids"),
+            (CHAT, "stop_token_ids"),
+            (EMBEDDINGS, "input"),
+            (DETOKENIZE, "tokens"),
         )
         for case in (
-            _served(f"{name}: the last token id", path, **{**others, name: [VOCABULARY - 1]}),
+            _served(f"{name}: the last token id", path, **{name: [VOCABULARY - 1]}),
             *(
-                _refused(f"{name}: token id {wrong}", f"0 to {VOCABULARY - 1}", path, **{**others, name: [wrong]})
+                _refused(f"{name}: token id {wrong}", f"0 to {VOCABULARY - 1}", path, **{name: [wrong]})
                 for wrong in (-1, VOCABULARY, 2**31, 2**63, 10**30)
             ),
             *(
-                _refused(f"{name}: {wrong!r}", name, path, **{**others, name: wrong})
+                _refused(f"{name}: {wrong!r}", name, path, **{name: wrong})
                 for wrong in ([True], [1.5], [None], [[[1]]], {"1": 1})
             ),
         )
@@ -466,6 +468,8 @@ def _parts(parts: list[Mapping[str, object]]) -> object:
     return {"role": "user", "content": parts}
 
 
+_NO_CONTENT: tuple[object, ...] = (5, [], [None], [[]], {}, True)
+
 CONVERSATIONS = [
     _refused("messages: null", "'messages'", CHAT, messages=None),
     _refused("messages: a string", "'messages'", CHAT, messages="Hello"),
@@ -477,7 +481,7 @@ CONVERSATIONS = [
     _wrong_message("a line break in the role", {"role": "user\n\nhuman", "content": "a"}, "role"),
     *(
         _wrong_message(f"content {content!r}", {"role": "user", "content": content}, "messages[0].content")
-        for content in (5, [], [None], [[]], {}, True)
+        for content in _NO_CONTENT
     ),
     _wrong_message("a picture", _part("image_url", image_url={"url": "a"}), "text only"),
     _wrong_message("a sound", _part("input_audio", input_audio={}), "text only"),
@@ -509,7 +513,7 @@ def _schema(name: str, schema: object, says: str = "") -> Case:
     return _request(f"schema: {name}", CHAT, 400 if says else 200, says, {"response_format": form})
 
 
-def _form(name: str, says: str = "", **constraint: object) -> Case:
+def _form(name: str, says: str = "", /, **constraint: object) -> Case:
     """A completion whose answer must have a form; served where nothing is said."""
     return _request(name, COMPLETIONS, 400 if says else 200, says, {"structured_outputs": constraint})
 

@@ -8,12 +8,14 @@ import io
 import math
 import struct
 import zipfile
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from persimmon.model.convert.pickle_reader import MAX_BYTES, Constructor, Global, PickleError, Record, read_pickle
-from persimmon.model.convert.stored import LFS_POINTER, Region, Storage, StoredTensor, damaged, lfs_pointer, spanned
+from persimmon.model.errors import CheckpointError
+from persimmon.model.pickle_reader import MAX_BYTES, Constructor, Global, PickleError, Record, read_pickle
+from persimmon.model.stored import LFS_POINTER, Region, Storage, StoredTensor, damaged, lfs_pointer, spanned
 
 _DTYPES = {
     "FloatStorage": torch.float32,
@@ -26,7 +28,13 @@ _DTYPES = {
     "CharStorage": torch.int8,
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
+    "UntypedStorage": torch.uint8,
 }
+_DTYPES_OF_UNTYPED = {
+    name: getattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64")
+}
+"""Types that have no storage class: the tensor names its type, and its storage is bytes."""
+
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
@@ -54,6 +62,33 @@ def read_torch_file(region: Region) -> Any:
             raise damaged(region, str(error)) from error
 
 
+def named_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file of weights as torch.save writes it, in file order.
+
+    Raises:
+        CheckpointError: as `read_torch_file`, or the file holds something other than tensors by name.
+    """
+    contents = read_torch_file(Region.of_file(path))
+    if isinstance(contents, Record):
+        raise _not_plain(path)
+    if not isinstance(contents, dict):
+        raise CheckpointError(f"{path} holds a {type(contents).__name__}; expected tensors by name")
+    for name, tensor in contents.items():
+        if isinstance(tensor, Record):
+            raise _not_plain(path)
+        if not isinstance(name, str) or not isinstance(tensor, StoredTensor):
+            kind = "Tensor" if isinstance(tensor, StoredTensor) else type(tensor).__name__
+            raise CheckpointError(f"{path} holds a {kind} under {repr(name)[:80]}; expected tensors by name")
+    return contents
+
+
+def _not_plain(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is refused: it holds something other than plain tensors, and reading that can run code; expected "
+        "tensors by name, best as safetensors"
+    )
+
+
 class _Reader:
     """What both formats have in common: how tensors and their storages are written in a pickle."""
 
@@ -61,11 +96,13 @@ class _Reader:
         self._region = region
         self._file = file
         self._storages: dict[str, Storage] = {}
+        self._typed: list[tuple[Storage, Storage]] = []  # storages of bytes, and the same with a type
         self._constructors: dict[Global, Constructor] = {
             Global("collections", "OrderedDict"): _ordered_dict,
             Global("torch", "Size"): _size,
             Global("torch._utils", "_rebuild_tensor"): self._tensor,
             Global("torch._utils", "_rebuild_tensor_v2"): self._tensor,
+            Global("torch._utils", "_rebuild_tensor_v3"): self._tensor_of_bytes,
             Global("torch._utils", "_rebuild_parameter"): _first,
             Global("torch._utils", "_rebuild_parameter_with_state"): _first,
         }
@@ -106,6 +143,29 @@ class _Reader:
                 return StoredTensor(self._region, shape, stride, offset, storage)
         raise PickleError("a tensor's description is wrong")
 
+    def _tensor_of_bytes(self, arguments: tuple[Any, ...]) -> StoredTensor:
+        match arguments:
+            case (Storage(dtype=torch.uint8) as storage, *view, _, _, Global(name=name)) | (
+                Storage(dtype=torch.uint8) as storage,
+                *view,
+                _,
+                _,
+                Global(name=name),
+                dict(),
+            ):
+                if name not in _DTYPES_OF_UNTYPED:
+                    raise PickleError(f"it has tensors of a type that is not known here, {name}")
+                dtype = _DTYPES_OF_UNTYPED[name]
+                typed = Storage(dtype, storage.numel // dtype.itemsize)
+                self._typed.append((storage, typed))
+                return self._tensor((typed, *view))
+        raise PickleError("a tensor's description is wrong")
+
+    def _place_typed(self) -> None:
+        """Called when it is known where storages begin."""
+        for storage, typed in self._typed:
+            typed.start = storage.start
+
 
 class _ZipReader(_Reader):
     """The format of PyTorch 1.6 and later."""
@@ -126,6 +186,7 @@ class _ZipReader(_Reader):
             for key, storage in self._storages.items():
                 self._seek(f"{prefix}data/{key}", storage.bytes)
                 storage.start = self._file.tell()
+            self._place_typed()
             return contents
 
     def _seek(self, name: str, size: int) -> int:
@@ -171,6 +232,7 @@ class _LegacyReader(_Reader):
         absent = [key for key, storage in self._storages.items() if storage.start < 0]
         if absent:
             raise PickleError(f"storage {absent[0][:40]!r} is not in it")
+        self._place_typed()
         return contents
 
 

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persimmon.model.convert import pickle_reader
-from persimmon.model.convert.pickle_reader import Global, PickleError, Record, read_pickle
+from persimmon.model import pickle_reader
+from persimmon.model.pickle_reader import Global, PickleError, Record, read_pickle
 
 
 def no_reference(identity: Any) -> Any:

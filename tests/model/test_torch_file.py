@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from persimmon.model.convert.pickle_reader import Record
-from persimmon.model.convert.stored import Region, StoredTensor
-from persimmon.model.convert.torch_file import read_torch_file
 from persimmon.model.errors import CheckpointError
+from persimmon.model.pickle_reader import Record
+from persimmon.model.stored import Region, StoredTensor
+from persimmon.model.torch_file import read_torch_file
 
 FORMATS = pytest.mark.parametrize("new_format", [True, False], ids=["zip", "legacy"])
 
@@ -82,6 +82,32 @@ def test_a_part_of_another_file_is_read_in_place(new_format, tmp_path):
     (tmp_path / "archive").write_bytes(b"x" * 777 + content + b"y" * 99)
     stored = read_torch_file(Region(tmp_path / "archive", 777, len(content), "member"))["a"]
     assert torch.equal(loaded(stored), tensor)
+
+
+@FORMATS
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16])
+def test_types_without_a_storage_class_are_read(new_format, dtype, tmp_path):
+    numbers = torch.arange(24, dtype=torch.uint8).view(dtype).reshape(4, -1)
+    stored = read(saved({"a": numbers[1:]}, tmp_path / "file", new_format))["a"]
+    assert (stored.dtype, stored.shape) == (dtype, tuple(numbers[1:].shape))
+    assert torch.equal(loaded(stored).view(torch.uint8), numbers[1:].view(torch.uint8))
+
+
+@FORMATS
+def test_a_mapped_tensor_is_the_whole_tensor_and_leaves_the_file_alone(new_format, tmp_path):
+    tensors = {
+        "a": torch.randn(5, 4),
+        "part": torch.randn(6, 8)[1:4, ::2],
+        "scalar": torch.tensor(2.0),
+        "none": torch.ones(0, 3),
+    }
+    path = saved(tensors, tmp_path / "file", new_format)
+    before = path.read_bytes()
+    for name, stored in read(path).items():
+        mapped = stored.mapped()
+        assert torch.equal(mapped, tensors[name])
+        mapped.zero_()
+    assert path.read_bytes() == before
 
 
 @FORMATS

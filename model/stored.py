@@ -5,6 +5,7 @@ Knows nothing of formats, which say where the numbers are.
 
 import io
 import math
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -156,6 +157,34 @@ class StoredTensor:
                 raise damaged(self.region, "it ends within a tensor")
         return torch.frombuffer(buffer, dtype=self.dtype).as_strided(shape, self.stride).contiguous()
 
+    def mapped(self) -> torch.Tensor:
+        """The whole tensor, as a view of a mapping of the file: its pages go when the tensor does.
+
+        Raises:
+            CheckpointError: the file cannot be read, or has become shorter.
+        """
+        size = self.dtype.itemsize
+        start = self.region.offset + self.storage.start + self.offset * size
+        count = spanned(self.shape, self.stride)
+        if not count:
+            return torch.empty(self.shape, dtype=self.dtype)
+        skipped = start % mmap.ALLOCATIONGRANULARITY
+        try:
+            with self.region.path.open("rb") as file:
+                # Private, so that the tensor may be written like any other; nothing of that reaches the file.
+                view = mmap.mmap(
+                    file.fileno(),
+                    skipped + count * size,
+                    mmap.MAP_PRIVATE,
+                    mmap.PROT_READ | mmap.PROT_WRITE,
+                    offset=start - skipped,
+                )
+        except (OSError, ValueError) as error:  # ValueError: the file is shorter
+            reason = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"{self.region} cannot be read: {reason}") from error
+        numbers = torch.frombuffer(view, dtype=self.dtype, count=count, offset=skipped)
+        return numbers.as_strided(self.shape, self.stride)
+
 
 def spanned(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     """Elements from a tensor's first to its last one in the storage, both counted."""
@@ -178,8 +207,7 @@ def damaged(region: Region, reason: str) -> CheckpointError:
     """What to raise for a file that is not whole, or not of its format."""
     line = " ".join(reason.split()) or "unreadable"
     return CheckpointError(
-        f"{region} is refused ({region.length:,} bytes; {line[:200]}): if it was a good file once, copy or download "
-        "it again"
+        f"{region} is truncated or damaged ({region.length:,} bytes; {line[:200]}): copy or download it again"
     )
 
 
