@@ -9,21 +9,19 @@ import math
 import os
 import shutil
 import struct
-import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from tqdm import tqdm
 
 from persimmon.model.checkpoint import Checkpoint
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.convert.sources import SAFETENSORS_DTYPES, TensorSource, read_safetensors
 from persimmon.model.errors import CheckpointError
 from persimmon.model.sizes import readable
+from persimmon.progress import progress_bar
 
 MARKER = "conversion-in-progress.json"
 """Names the conversion that an unfinished folder belongs to.  The last step takes it away."""
@@ -276,11 +274,8 @@ def _json(content: Mapping[str, Any]) -> bytes:
 
 @contextlib.contextmanager
 def _progress_bar(name: str, total: int) -> Iterator[Advance]:
-    """Bytes written and bytes compared; shown where someone watches, that is on a terminal."""
-    # One process draws it; tqdm's own lock, made for several, would leave a semaphore behind.
-    tqdm.set_lock(threading.RLock())
-    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "leave": False, "disable": None}
-    with tqdm(desc=f"  {name}", total=total, file=sys.stderr, **options) as bar:
+    """Bytes written and bytes compared."""
+    with progress_bar(name, total, "B") as bar:
 
         def advance(size: int) -> None:
             bar.update(size)

@@ -7,8 +7,6 @@ import asyncio
 import datetime
 import json
 import os
-import sys
-import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
-from tqdm import tqdm
 
+from persimmon.progress import progress_bar
 from persimmon.server.bench.answer import RequestFailedError
 from persimmon.server.bench.http_client import Endpoint, Response
 from persimmon.server.bench.load import ClosedLoop, Exchange, Limits, Load, OpenLoop, Run, drive
@@ -231,11 +229,9 @@ async def _first_contact(plan: Plan) -> tuple[str, str | None]:
 
 async def _drive_watched(plan: Plan, requests: Iterable[Request], load: Load) -> Run:
     """Puts a load on the server under a progress bar, if there is a terminal for one."""
-    # One process draws it; tqdm's own lock, made for several, would leave a semaphore behind.
-    tqdm.set_lock(threading.RLock())
-    name = f"  {load.offered:g} {load.unit}"
+    name = f"{load.offered:g} {load.unit}"
     total = plan.limits.requests if plan.limits.duration_s is None else None
-    with tqdm(desc=name, total=total, unit="req", file=sys.stderr, leave=False, disable=None) as bar:
+    with progress_bar(name, total, "req") as bar:
         failed = 0
 
         def watch(exchange: Exchange) -> None:

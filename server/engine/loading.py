@@ -5,8 +5,6 @@ With core.py the only part of the server that imports torch, and like it runs in
 
 import logging
 import os
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +14,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from persimmon import kernels
 from persimmon.model.checkpoint import Checkpoint, dummy_tensors
@@ -31,6 +28,7 @@ from persimmon.model.runner import PooledStates, PromptLogprobs, Report, Runner,
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.sizes import readable
 from persimmon.model.token_counts import TokenCounts
+from persimmon.progress import progress_bar
 from persimmon.server.memory_need import still_to_be_taken
 from persimmon.server.settings.engine import EngineSettings
 
@@ -302,21 +300,14 @@ def _print_plan(plan: MemoryPlan, config: PersimmonConfig, print_line: Callable[
 
 
 def _with_progress_bar(tensors: Iterator[tuple[str, torch.Tensor]], total: int) -> Iterator[tuple[str, torch.Tensor]]:
-    with _progress_bar("weights", total=total, unit="B", unit_scale=True, unit_divisor=1024) as bar:
+    with progress_bar("weights", total, "B") as bar:
         for name, tensor in tensors:
             yield name, tensor
             bar.update(tensor.nbytes)
 
 
 def _graph_progress(sizes: Sequence[int]) -> Iterator[int]:
-    with _progress_bar("CUDA graphs", total=len(sizes), unit="graph") as bar:
+    with progress_bar("CUDA graphs", len(sizes), "graph") as bar:
         for size in sizes:
             yield size
             bar.update()
-
-
-def _progress_bar(name: str, **options: Any) -> "tqdm[Any]":
-    # One process draws it; tqdm's own lock, made for several, would leave a semaphore behind.
-    tqdm.set_lock(threading.RLock())
-    # disable=None: no bar where nobody watches, that is where this is not a terminal.
-    return tqdm(desc=f"  {name}", file=sys.stderr, leave=False, disable=None, **options)

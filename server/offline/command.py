@@ -9,7 +9,6 @@ import math
 import multiprocessing
 import signal
 import sys
-import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from multiprocessing.context import SpawnProcess
@@ -19,8 +18,8 @@ from typing import Any, Self
 
 import uvloop
 from fastapi import FastAPI
-from tqdm import tqdm
 
+from persimmon.progress import progress_bar
 from persimmon.server import logs
 from persimmon.server.children import spawn
 from persimmon.server.config import Settings
@@ -260,12 +259,7 @@ class _Bar:
     """
 
     def __init__(self, total: int, done: int) -> None:
-        # One process draws it; tqdm's own lock, made for several, would leave a semaphore behind.
-        tqdm.set_lock(threading.RLock())
-        # disable=None: no bar where nobody watches, that is where this is not a terminal.
-        self._bar = tqdm(
-            desc="  batch", total=total, initial=done, unit="req", file=sys.stderr, disable=None, dynamic_ncols=True
-        )
+        self._bar = progress_bar("batch", total, "req", initial=done, leave=True)
         self._started = time.perf_counter()
         self._tokens = 0
         self.lines = done

@@ -16,9 +16,10 @@ from persimmon.model.grammar.context_free import MAX_BYTES as MAX_GRAMMAR_BYTES
 from persimmon.model.grammar.context_free import MAX_RULES
 from persimmon.model.grammar.json_text import MAX_DEPTH
 from persimmon.model.grammar.schema_reader import MAX_DIVISOR, MAX_PATTERN_BYTES, MAX_PROPERTIES
-from persimmon.server.http.endpoints.service import MAX_CHOICES, MAX_ECHOED
+from persimmon.server.http.endpoints.preparation import MAX_ECHOED
+from persimmon.server.http.endpoints.service import MAX_CHOICES
 from persimmon.server.http.generation.prompt_encoder import MAX_CHARACTERS
-from persimmon.server.http.schemas.adept_protocol import MAX_PROMPTS
+from persimmon.server.http.schemas.adept import MAX_PROMPTS
 from persimmon.server.http.schemas.chat_message import MAX_CALLS_OF_A_MESSAGE, MAX_MESSAGES
 from persimmon.server.http.schemas.field_types import (
     MAX_BIASED_TOKENS,
@@ -27,8 +28,8 @@ from persimmon.server.http.schemas.field_types import (
     MAX_STOP_STRINGS,
     MAX_STOP_TOKENS,
 )
+from persimmon.server.http.schemas.generation import MAX_SAMPLES
 from persimmon.server.http.schemas.parsing import MAX_OBJECTS, MAX_VALUES
-from persimmon.server.http.schemas.protocol import MAX_SAMPLES
 from persimmon.server.http.schemas.tool_fields import MAX_TOOLS
 from persimmon.server.settings.http import MAX_BODY_BYTES
 
