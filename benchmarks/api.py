@@ -34,6 +34,7 @@ import zmq
 import persimmon.model.demo
 from benchmarks.peers import device
 from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.bench.http_client import Endpoint
 from persimmon.server.bench.report import Distribution
 from persimmon.server.config import Settings
 from persimmon.server.engine.client import WARM_UP_ID
@@ -299,8 +300,7 @@ def request(endpoint: str, prompt: str, max_tokens: int) -> bytes:
     """
     asked = {"prompt": prompt} if endpoint == "completions" else {"messages": [{"role": "user", "content": prompt}]}
     body = json.dumps(asked | {"model": MODEL, "max_tokens": max_tokens, "stream": True}).encode()
-    head = f"POST {ENDPOINTS[endpoint]} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
-    return head.encode() + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    return Endpoint("bench", 80).request("POST", ENDPOINTS[endpoint], body)
 
 
 def spoken_token(tokenizer: Tokenizer) -> tuple[int, bytes]:

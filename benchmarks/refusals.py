@@ -24,7 +24,9 @@ from pydantic import SecretStr
 
 from benchmarks.api import MODEL, Bench, serving
 from benchmarks.peers import device
+from persimmon.server.bench.http_client import Endpoint
 from persimmon.server.bench.report import Distribution
+from persimmon.server.bench.workload import COMPLETIONS
 from persimmon.server.config import Settings
 
 WARM_UP_REQUESTS = 2000
@@ -75,11 +77,7 @@ def message(prompt_tokens: int, key: str = "bench") -> bytes:
     """
     prompt = list(range(300, 300 + prompt_tokens))
     body = json.dumps({"model": MODEL, "prompt": prompt, "max_tokens": 64, "stream": True}).encode()
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: bench\r\nAuthorization: Bearer {key}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    return head.encode() + body
+    return Endpoint("bench", 80, api_key=key).request("POST", COMPLETIONS, body)
 
 
 def measure(bench: Bench, kind: str, requests: int, warm_up: int = WARM_UP_REQUESTS) -> Refusals:

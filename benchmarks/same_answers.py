@@ -8,14 +8,18 @@ answers differ and exits with 1 if there is any.  Two tokens that nearly tie may
 """
 
 import argparse
+import asyncio
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+from persimmon.server.bench.answer import RequestFailedError, error_message
+from persimmon.server.bench.http_client import Connection, Endpoint, Response
+from persimmon.server.bench.probe import served_model
+from persimmon.server.bench.workload import COMPLETIONS
 
 PROMPTS = (
     "human: What does galaxy mean?\n\nadept:",
@@ -24,6 +28,7 @@ PROMPTS = (
     "The word river is a noun. The word river",
 )
 TOKENS = 48
+ANSWER_SECONDS = 120
 
 # Ids of frequent words of the demo's vocabulary, so that biases meet tokens of prompts and answers.
 _BIASES = {str(token): bias for token, bias in zip(range(259, 459, 4), [4.0, -4.0, 8.0, -8.0, 1.5] * 10, strict=True)}
@@ -72,31 +77,59 @@ class Comparison:
         return self.answers[0] == self.answers[1]
 
 
-def compare(clients: tuple[httpx.Client, httpx.Client], models: tuple[str, str]) -> list[Comparison]:
-    """Sends every setting with every prompt to both servers."""
-    comparisons = []
-    for setting, fields in SETTINGS.items():
-        for prompt in PROMPTS:
-            first, second = (
-                _answer(client, {"model": model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, **fields})
-                for client, model in zip(clients, models, strict=True)
-            )
-            comparisons.append(Comparison(setting, prompt, (first, second)))
-    return comparisons
+@dataclass(frozen=True)
+class Server:
+    """One of the two.
+
+    Attributes:
+        url: for messages.
+        model: its name there.
+        post: sends a JSON body to a path.
+    """
+
+    url: str
+    model: str
+    post: Callable[[str, bytes], Awaitable[Response]]
+
+    async def answer(self, fields: Mapping[str, Any]) -> tuple[str, str]:
+        """Text and finish reason of a greedy answer.
+
+        Raises:
+            OSError: no answer.
+            RequestFailedError: a refusal.
+        """
+        body = {"model": self.model, "max_tokens": TOKENS, "temperature": 0, **fields}
+        async with asyncio.timeout(ANSWER_SECONDS):
+            response = await self.post(COMPLETIONS, json.dumps(body).encode())
+        if response.status != 200:
+            raise RequestFailedError(f"{self.url} refused {body}", error_message(response.body))
+        choice = json.loads(response.body)["choices"][0]
+        return choice["text"], choice["finish_reason"]
 
 
-def _answer(client: httpx.Client, body: Mapping[str, Any]) -> tuple[str, str]:
-    response = client.post("/v1/completions", json=body)
-    if response.is_error:
-        raise httpx.HTTPStatusError(
-            f"{client.base_url} refused {body}: {response.text[:500]}", request=response.request, response=response
-        )
-    choice = response.json()["choices"][0]
-    return choice["text"], choice["finish_reason"]
+async def compare(first: Server, second: Server) -> list[Comparison]:
+    """Sends every setting with every prompt to both servers.
+
+    Raises:
+        OSError: no answer.
+        RequestFailedError: a refusal.
+    """
+    return [
+        Comparison(setting, prompt, (await first.answer(body), await second.answer(body)))
+        for setting, fields in SETTINGS.items()
+        for prompt in PROMPTS
+        for body in ({"prompt": prompt, **fields},)
+    ]
 
 
-def _model(client: httpx.Client) -> str:
-    return str(client.get("/v1/models").raise_for_status().json()["data"][0]["id"])
+async def _compare(*urls: str) -> list[Comparison]:
+    ends = [Endpoint.from_url(url) for url in urls]
+    async with Connection(ends[0]) as one, Connection(ends[1]) as other:
+        first, second = [
+            Server(end.url, await served_model(end), connection.post)
+            for end, connection in zip(ends, (one, other), strict=True)
+        ]
+        return await compare(first, second)
 
 
 def main() -> int:
@@ -107,15 +140,11 @@ def main() -> int:
     parser.add_argument("second", help="base URL of the other one")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write every answer as JSON")
     arguments = parser.parse_args()
-    with (
-        httpx.Client(base_url=arguments.first, timeout=120) as first,
-        httpx.Client(base_url=arguments.second, timeout=120) as second,
-    ):
-        try:
-            comparisons = compare((first, second), (_model(first), _model(second)))
-        except httpx.HTTPError as error:
-            print(error, file=sys.stderr)
-            return 2
+    try:
+        comparisons = asyncio.run(_compare(arguments.first, arguments.second))
+    except (OSError, ValueError, RequestFailedError) as error:
+        print(error or "no answer in time", file=sys.stderr)
+        return 2
     different = [each for each in comparisons if not each.same]
     for each in different:
         print(f"{each.setting}, {each.prompt!r}:")

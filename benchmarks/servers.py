@@ -3,8 +3,8 @@
 Knows nothing of what is measured.
 """
 
+import asyncio
 import contextlib
-import http.client
 import json
 import os
 import signal
@@ -17,9 +17,10 @@ from pathlib import Path
 
 import psutil
 
-from persimmon.server.bench.http_client import Endpoint
+from persimmon.server.bench.http_client import Connection, Endpoint
 
 STOP_SECONDS = 30.0
+ANSWER_SECONDS = 5
 LOG_TAIL_LINES = 40
 
 
@@ -138,15 +139,16 @@ def _version(port: int) -> str:
 
 def _get(port: int, path: str) -> bytes | None:
     """The body of a 200 answer, else None."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+
+    async def get() -> bytes | None:
+        async with asyncio.timeout(ANSWER_SECONDS), Connection(Endpoint("127.0.0.1", port)) as connection:
+            response = await connection.get(path)
+        return response.body if response.status == 200 else None
+
     try:
-        connection.request("GET", path)
-        response = connection.getresponse()
-        return response.read() if response.status == 200 else None
-    except (OSError, http.client.HTTPException):
+        return asyncio.run(get())
+    except OSError:  # a TimeoutError is one
         return None
-    finally:
-        connection.close()
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -26,6 +26,7 @@ from benchmarks.processes import Family, Sample, watch
 from benchmarks.servers import Server, running
 from persimmon.model import demo
 from persimmon.server.bench.http_client import Connection, Endpoint
+from persimmon.server.bench.workload import COMPLETIONS
 
 ABORTED_SHARE = 0.1
 IDLE_SECONDS = 60.0
@@ -79,7 +80,9 @@ async def leave(endpoint: Endpoint, number: int) -> str:
         "ignore_eos": True,
     }
     reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
-    writer.write(_post(json.dumps(body).encode())[: dice.choice((None,) * 8 + (-1, 40))])
+    writer.write(
+        endpoint.request("POST", COMPLETIONS, json.dumps(body).encode())[: dice.choice((None,) * 8 + (-1, 40))]
+    )
     with contextlib.suppress(TimeoutError, ConnectionError, asyncio.IncompleteReadError):
         async with asyncio.timeout(dice.choice((0, 0.001, 0.01, 0.05, 0.2, 1))):
             await reader.readexactly(dice.choice((1, 300, 3000, 20_000)))
@@ -229,10 +232,6 @@ def main() -> int:
     left = result.metrics
     clean = left["kv_blocks_free"] == left["kv_blocks"] and left["open_streams"] == 0
     return 0 if clean else 1
-
-
-def _post(body: bytes) -> bytes:
-    return b"POST /v1/completions HTTP/1.1\r\nHost: server\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,21 @@ class Endpoint:
         """The base URL, without user names or keys."""
         return f"{'https' if self.encrypted else 'http'}://{self.authority}{self.path}"
 
+    def request(self, method: str, path: str, body: bytes = b"") -> bytes:
+        """The bytes of a whole HTTP/1.1 request.
+
+        Args:
+            method: GET or POST.
+            path: below the endpoint's.
+            body: JSON, or nothing.
+        """
+        authorization = f"Authorization: Bearer {self.api_key}\r\n" if self.api_key else ""
+        head = (
+            f"{method} {self.path}{path} HTTP/1.1\r\nHost: {self.authority}\r\n{authorization}"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        return head.encode() + body
+
 
 @dataclass
 class Response:
@@ -172,18 +187,13 @@ class Connection:
 
     async def _request(self, method: str, path: str, body: bytes) -> Response:
         endpoint = self._endpoint
-        authorization = f"Authorization: Bearer {endpoint.api_key}\r\n" if endpoint.api_key else ""
-        head = (
-            f"{method} {endpoint.path}{path} HTTP/1.1\r\nHost: {endpoint.authority}\r\n{authorization}"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
         if self._transport is None or self._transport.is_closing():
             self._reader = _ResponseReader()
             self._transport, _ = await asyncio.get_running_loop().create_connection(
                 lambda: self._reader, endpoint.host, endpoint.port, ssl=True if endpoint.encrypted else None
             )
         whole = self._reader.expect(time.perf_counter())
-        self._transport.write(head.encode() + body)
+        self._transport.write(endpoint.request(method, path, body))
         try:
             return await whole
         except BaseException:
