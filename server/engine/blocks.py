@@ -12,16 +12,17 @@ ROOT_HASH = b""
 """The parent of a sequence's first block, unless a salt keeps it apart; a salt never has a hash's 32 bytes."""
 
 
-def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
+def hash_block(parent: bytes, token_ids: Sequence[int], spans: bytes = b"") -> bytes:
     """The identity of a full block: these tokens after that prefix.
 
     A 256-bit cryptographic hash, because a collision would hand one user the context of another.
 
     Args:
         parent: hash of the block before it; of the first one ROOT_HASH, or a salt.
-        token_ids: all tokens of the block.
+        token_ids: all tokens of the block, of which a pool's blocks have equally many.
+        spans: where in the block something else than the tokens' embeddings stands, and what.
     """
-    return blake2b(array("i", token_ids).tobytes(), digest_size=32, key=parent).digest()
+    return blake2b(array("i", token_ids).tobytes() + spans, digest_size=32, key=parent).digest()
 
 
 def salted_with_length(salt: bytes, length: int) -> bytes:

@@ -477,6 +477,7 @@ def _sequence(worker: bytes, submit: Submit) -> Sequence:
             stop_token_ids=frozenset(submit.stop_token_ids),
             sampling=submit.sampling,
             sample_index=index,
+            spans=submit.spans,
             priority=submit.priority,
             owner=submit.owner,
             weight=submit.weight,

@@ -15,11 +15,27 @@ Pooling = Literal["last", "sum", "all"]
 """What is reported of a prompt's final hidden states, or of a classifier's scores: the last one, their sum, or all."""
 
 
+class PromptSpan(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """Tokens of a prompt that something other than the embedding table embeds.
+
+    Attributes:
+        start: the first of them.
+        length: how many; at least one.
+        content: identifies what is embedded there, a hash of it for example: spans with different contents never share
+            a block of the prefix cache, though their token ids are equal.
+    """
+
+    start: int
+    length: int
+    content: bytes
+
+
 class Submit(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag="submit"):
     """One prompt, and what is wanted of it: samples that continue it, what the model says of it, or both.
 
     Attributes:
         token_ids: the prompt, at least one id, each below the vocabulary size.
+        spans: the parts of the prompt that the embedding table does not embed, in order and apart from each other.
         max_tokens: at most this many new tokens a sample; prompt and new tokens together fit max_model_len.  0 only
             computes the prompt.
         stop_token_ids: a new token among these ends the sequence; it is reported, and counted as output.
@@ -39,6 +55,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag="su
     """
 
     token_ids: list[int]
+    spans: list[PromptSpan] = []
     max_tokens: int
     stop_token_ids: list[int] = []
     sampling: SamplingParams = msgspec.field(default_factory=SamplingParams)

@@ -45,7 +45,12 @@ class PlanRunner:
 
         Returns:
             Done when they may run; fails with a GrammarError when they cannot.
+
+        Raises:
+            ValueError: parts of the prompt are not tokens, and this model has nothing that embeds them.
         """
+        if sequence.spans:
+            raise ValueError("this model reads text only; leave out what stands for anything else in the prompt")
         grammar = sequence.sampling.grammar
         if grammar is None:
             return None

@@ -128,8 +128,8 @@ class Scheduler:
         """Makes sure that a sequence, with its forks, can be added.
 
         Raises:
-            ValueError: it is empty, could outgrow max_model_len, has forks but no new tokens, or its key or a fork's
-                is in use.
+            ValueError: it is empty, could outgrow max_model_len, has forks but no new tokens, has spans that are out of
+                order or not within its prompt, or its key or a fork's is in use.
         """
         if sequence.prompt_length < 1 or sequence.max_tokens < 0:
             raise ValueError(
@@ -143,6 +143,14 @@ class Scheduler:
             )
         if sequence.forks and sequence.max_tokens == 0:
             raise ValueError(f"{len(sequence.family)} samples of no new tokens are not to be told apart")
+        begin = 0
+        for span in sequence.spans:
+            if span.start < begin or span.length < 1 or span.start + span.length > sequence.prompt_length:
+                raise ValueError(
+                    f"a span of {span.length} tokens from {span.start} on must hold a token, begin at {begin} or later "
+                    f"and end within the {sequence.prompt_length} tokens of the prompt"
+                )
+            begin = span.start + span.length
         keys: set[Hashable] = set()
         for own in sequence.family:
             if own.key in self._by_key or own.key in keys:

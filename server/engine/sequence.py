@@ -1,5 +1,6 @@
 """One sequence: its tokens, its stop rules, where its keys and values are."""
 
+import struct
 from collections.abc import Hashable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
@@ -7,7 +8,7 @@ from typing import Self
 
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.server.engine.blocks import ROOT_HASH, hash_block
-from persimmon.server.engine.messages import Pooling
+from persimmon.server.engine.messages import Pooling, PromptSpan
 from persimmon.server.engine.shares import NO_SHARE, Share
 
 
@@ -18,6 +19,7 @@ class Sequence:
     Attributes:
         key: who asked for it; unique among live sequences.
         token_ids: prompt and output, in order.
+        spans: the parts of the prompt that the embedding table does not embed, in order.
         prompt_length: how many of them are the prompt.
         max_tokens: most output tokens; with 0 it ends when its prompt is computed.
         stop_token_ids: an output token among these is the last.
@@ -82,6 +84,7 @@ class Sequence:
     finish_reason: str | None = None
     draws_from_output: bool = field(init=False)
     runner_state: object = None
+    spans: Ids[PromptSpan] = ()
     cache_salt: bytes = ROOT_HASH
     request_id: str = ""
     submitted: float = 0.0
@@ -170,8 +173,18 @@ class Sequence:
         while len(hashes) < count:
             start = len(hashes) * block_size
             parent = hashes[-1] if hashes else self.cache_salt
-            hashes.append(hash_block(parent, self.token_ids[start : start + block_size]))
+            end = start + block_size
+            spans = self._spans_within(start, end) if self.spans else b""
+            hashes.append(hash_block(parent, self.token_ids[start:end], spans))
         return hashes[:count]
+
+    def _spans_within(self, start: int, end: int) -> bytes:
+        """The spans that overlap a block, as bytes that differ if any of them, or its place, does."""
+        return b"".join(
+            struct.pack("<qqq", span.start - start, span.length, len(span.content)) + span.content
+            for span in self.spans
+            if span.start < end and start < span.start + span.length
+        )
 
     def accept(self, drawn: list[int], guesses: Ids[int]) -> list[int]:
         """Takes the tokens drawn at the last known token and at guesses that follow it, as far as they count.

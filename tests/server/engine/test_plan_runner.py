@@ -15,6 +15,7 @@ from persimmon.model.grammar import GrammarCompiler, GrammarError, GrammarSpec
 from persimmon.model.persimmon import Persimmon
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.engine.messages import PromptSpan
 from persimmon.server.engine.plan_runner import COMPILED_GRAMMARS, GrammarProgress, PlanRunner
 from persimmon.server.engine.sequence import Sequence
 from tests.engine_harness import GREEDY, Harness, load_model
@@ -109,6 +110,12 @@ def test_a_grammar_that_cannot_be_compiled_fails_its_preparation(model: Persimmo
     sequence = Sequence(1, [5], 4, sampling=SamplingParams(grammar=GrammarSpec("regex", "(")))
     with pytest.raises(GrammarError):
         harness.run([sequence])
+
+
+def test_a_prompt_with_parts_that_are_not_text_is_refused(model: Persimmon) -> None:
+    sequence = Sequence(1, [5, 6], 4, spans=[PromptSpan(start=0, length=1, content=b"a picture")])
+    with pytest.raises(ValueError, match="reads text only"):
+        Harness(model, num_blocks=9).run([sequence])
 
 
 def test_a_server_without_a_compiler_refuses_grammars(model: Persimmon) -> None:
