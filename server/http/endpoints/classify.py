@@ -8,7 +8,6 @@ import uuid
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from msgspec import Struct
 
 from persimmon.model.config import Architecture, ScoreFunction
 from persimmon.model.tokenizer import Tokenizer
@@ -16,71 +15,17 @@ from persimmon.server.http.endpoints.endpoint import Call
 from persimmon.server.http.endpoints.pooling import Inputs, pooled, prepare, written
 from persimmon.server.http.endpoints.service import Service
 from persimmon.server.http.generation.token_report import read_prompt, token_text
-from persimmon.server.http.schemas.pooling import ClassifyRequest
+from persimmon.server.http.schemas.classify import (
+    Classification,
+    Classifications,
+    ClassificationUsage,
+    ClassifyRequest,
+    InputClassification,
+    TokenClassification,
+    TokenClassifications,
+)
 from persimmon.server.http.transport.disconnect import until_disconnect
 from persimmon.server.http.transport.json_response import JsonResponse
-
-
-class ClassificationUsage(Struct, frozen=True):
-    """The tokens of all inputs; nothing is generated."""
-
-    prompt_tokens: int
-    total_tokens: int
-    completion_tokens: int = 0
-    prompt_tokens_details: None = None
-
-
-class Classification(Struct, frozen=True):
-    """What one input is: its most probable label, and each label's probability in the order of the model's labels.
-
-    Without an activation, and of a regression, `probs` are the logits.
-    """
-
-    index: int
-    label: str
-    probs: list[float]
-    num_classes: int
-
-
-class _Answer(Struct, frozen=True, tag_field="object", tag="list"):
-    id: str
-    created: int
-    model: str
-    usage: ClassificationUsage
-
-
-class Classifications(_Answer, frozen=True, tag="list"):
-    """The answer of POST /classify; a classification for each input, in their order."""
-
-    data: list[Classification]
-
-
-class TokenClassification(Struct, frozen=True):
-    r"""What one token is: its most probable label, and each label's probability in the order of the model's labels.
-
-    A token that is no whole characters has a name like "bytes:\xe2".  `text_offset` counts characters of the input's
-    text before it.
-    """
-
-    token_id: int
-    token: str
-    text_offset: int
-    label: str
-    probs: list[float]
-
-
-class InputClassification(Struct, frozen=True):
-    """What the tokens of one input are, all of them in order; a beginning-of-sequence token is among them."""
-
-    index: int
-    tokens: list[TokenClassification]
-    num_classes: int
-
-
-class TokenClassifications(_Answer, frozen=True, tag="list"):
-    """The answer of POST /classify/tokens; the tokens of each input, in their order."""
-
-    data: list[InputClassification]
 
 
 async def classify_texts(service: Service, call: Call[ClassifyRequest]) -> JsonResponse[Classifications]:

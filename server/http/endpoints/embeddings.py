@@ -6,37 +6,14 @@ The final hidden state is the output of the last LayerNorm, which Transformers' 
 import base64
 
 import numpy as np
-from msgspec import Struct
 
 from persimmon.server.http.endpoints.endpoint import Call
 from persimmon.server.http.endpoints.pooling import Inputs, pooled, prepare, written
 from persimmon.server.http.endpoints.service import Service
 from persimmon.server.http.errors import bad_request
-from persimmon.server.http.schemas.pooling import EmbeddingRequest
+from persimmon.server.http.schemas.embeddings import Embedding, EmbeddingRequest, Embeddings, EmbeddingUsage
 from persimmon.server.http.transport.disconnect import until_disconnect
 from persimmon.server.http.transport.json_response import JsonResponse
-
-
-class EmbeddingUsage(Struct, frozen=True):
-    """The tokens of all inputs; nothing is generated, so both are the same."""
-
-    prompt_tokens: int
-    total_tokens: int
-
-
-class Embedding(Struct, frozen=True, tag_field="object", tag="embedding"):
-    """The embedding of one input: numbers, or the base64 of little-endian float32 numbers."""
-
-    index: int
-    embedding: list[float] | str
-
-
-class Embeddings(Struct, frozen=True, tag_field="object", tag="list"):
-    """The answer of POST /v1/embeddings; an embedding for each input, in their order."""
-
-    data: list[Embedding]
-    model: str
-    usage: EmbeddingUsage
 
 
 async def create_embeddings(service: Service, call: Call[EmbeddingRequest]) -> JsonResponse[Embeddings]:

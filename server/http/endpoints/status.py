@@ -5,39 +5,21 @@ No endpoint here sends anything to the engine: asking a busy server how it is mu
 
 import asyncio
 from importlib.metadata import version
-from typing import Literal
 
 from fastapi.responses import PlainTextResponse
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET
 
 from persimmon.server.engine.client import EngineDeadError, EngineNotReadyError
-from persimmon.server.http.endpoints.adept_api import AdeptHealth
 from persimmon.server.http.endpoints.endpoint import Call
 from persimmon.server.http.endpoints.model_use import USES
 from persimmon.server.http.endpoints.service import Service
 from persimmon.server.http.request_record import RequestRecord
+from persimmon.server.http.schemas.adept import AdeptHealth
 from persimmon.server.http.schemas.responses import Model, ModelList
+from persimmon.server.http.schemas.status import Health, Version
 from persimmon.server.http.transport.json_response import JsonResponse
 from persimmon.server.metrics import CONTENT_TYPE
 from persimmon.server.step_watch import step_limit
-
-
-class Health(Struct, frozen=True):
-    """The answer of the probes."""
-
-    status: Literal["alive", "ready", "loading", "dead", "hung", "draining"]
-    reason: str | UnsetType = UNSET
-
-    @property
-    def ready(self) -> bool:
-        """Whether requests are served."""
-        return self.status == "ready"
-
-
-class Version(Struct, frozen=True):
-    """The answer of GET /version."""
-
-    version: str
 
 
 async def models(service: Service, call: Call[None]) -> JsonResponse[ModelList]:

@@ -6,7 +6,7 @@ A new endpoint is a row here, its handler and its schemas; docs/design/adding.md
 from collections.abc import Iterable
 from typing import Any
 
-from persimmon.server.http.endpoints.adept_api import adept
+from persimmon.server.http.endpoints.adept import adept
 from persimmon.server.http.endpoints.chat import chat_completions
 from persimmon.server.http.endpoints.classify import classify_texts, classify_tokens
 from persimmon.server.http.endpoints.completions import completions
@@ -16,8 +16,9 @@ from persimmon.server.http.endpoints.status import healthy, live, metrics, model
 from persimmon.server.http.endpoints.tokens import detokenize, tokenize
 from persimmon.server.http.schemas.adept import AdeptRequest
 from persimmon.server.http.schemas.chat import ChatCompletionRequest
+from persimmon.server.http.schemas.classify import ClassifyRequest
 from persimmon.server.http.schemas.completions import CompletionRequest
-from persimmon.server.http.schemas.pooling import ClassifyRequest, EmbeddingRequest
+from persimmon.server.http.schemas.embeddings import EmbeddingRequest
 from persimmon.server.http.schemas.tokens import DetokenizeRequest, TokenizeRequest
 
 METRICS = "/metrics"

@@ -3,29 +3,14 @@
 No generation and no engine: both answer while the model still loads.
 """
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET
 
 from persimmon.model.chat import ChatPrompt
 from persimmon.server.http.endpoints.endpoint import Call
 from persimmon.server.http.endpoints.service import Service
 from persimmon.server.http.generation.conversation import chat_prompt
-from persimmon.server.http.schemas.tokens import DetokenizeRequest, TokenizeRequest
+from persimmon.server.http.schemas.tokens import DetokenizeRequest, Text, TokenizeRequest, Tokens
 from persimmon.server.http.transport.json_response import JsonResponse
-
-
-class Tokens(Struct, frozen=True):
-    """The answer of POST /tokenize."""
-
-    count: int
-    max_model_len: int | None
-    tokens: list[int]
-    token_strs: list[str] | UnsetType = UNSET
-
-
-class Text(Struct, frozen=True):
-    """The answer of POST /detokenize."""
-
-    prompt: str
 
 
 async def tokenize(service: Service, call: Call[TokenizeRequest]) -> JsonResponse[Tokens]:

@@ -5,6 +5,7 @@ They are those of megatron/text_generation_server.py in github.com/persimmon-ai-
 
 from typing import Annotated, Self
 
+from msgspec import Struct
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 from persimmon.server.http.schemas.completions import CompletionRequest
@@ -105,3 +106,24 @@ class AdeptCompletion(CompletionRequest):
     """An AdeptRequest in the words of completions; its prompts are tokenized apart."""
 
     prompt_field = "prompts"
+
+
+class AdeptAnswer(Struct, frozen=True):
+    """The answer of PUT /api; each list has an entry for a prompt, in their order.
+
+    `text` is prompts with their continuations, `generations` the continuations alone; end-of-text is written out where
+    it ended one.  `human_readable_tokens` are the tokens of the continuation's text.  `logprobs` are natural
+    log-probabilities under the network's own logits, of each token of prompt and continuation but the first.  Without
+    new tokens the second and third are empty.
+    """
+
+    text: list[str]
+    logprobs: list[list[float]] | None
+    generations: list[str]
+    human_readable_tokens: list[list[str]]
+
+
+class AdeptHealth(Struct, frozen=True):
+    """The answer of GET /healthz."""
+
+    success: bool

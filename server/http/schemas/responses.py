@@ -1,4 +1,4 @@
-"""The answers of the OpenAI-style endpoints, under OpenAI's own names; a chunk of a stream included.
+"""The answers of completions, chats and the list of models, under OpenAI's own names; a chunk of a stream included.
 
 msgspec structs: one is built and encoded for every token.  A field that is UNSET does not appear in the JSON;
 what OpenAI calls "object", the kind of answer, is the struct's tag.

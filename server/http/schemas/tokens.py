@@ -1,7 +1,8 @@
-"""The requests of the endpoints between texts and token ids: fields, types and limits, under vLLM's names."""
+"""The requests and answers of the endpoints between texts and token ids: fields and limits, under vLLM's names."""
 
 from typing import Annotated, Self
 
+from msgspec import UNSET, Struct, UnsetType
 from pydantic import FailFast, Field, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -44,3 +45,18 @@ class DetokenizeRequest(RequestObject):
 
     model: str | None = Field(None, description="The served model's name, which is also the default.")
     tokens: TokenIds = Field(description="Token ids.")
+
+
+class Tokens(Struct, frozen=True):
+    """The answer of POST /tokenize."""
+
+    count: int
+    max_model_len: int | None
+    tokens: list[int]
+    token_strs: list[str] | UnsetType = UNSET
+
+
+class Text(Struct, frozen=True):
+    """The answer of POST /detokenize."""
+
+    prompt: str

@@ -18,8 +18,9 @@ from persimmon.server.engine.client import EngineClient
 from persimmon.server.http.app import create_app
 from persimmon.server.http.endpoints.endpoint import Call, Endpoint
 from persimmon.server.http.endpoints.field_table import field_table
+from persimmon.server.http.endpoints.model_use import USES
 from persimmon.server.http.endpoints.service import Service
-from persimmon.server.http.endpoints.table import ENDPOINTS, batch_urls
+from persimmon.server.http.endpoints.table import ENDPOINTS, addresses, batch_urls
 from persimmon.server.http.middleware import observer
 from persimmon.server.http.middleware.access import Access
 from persimmon.server.http.middleware.gate import Gate, Limits
@@ -176,6 +177,13 @@ async def test_a_line_of_a_batch_file_may_ask_for_it_where_its_row_says_so(monke
     assert json.loads(read.body_bytes) == TEXT
     with pytest.raises(batch_lines.LineError, match="/v1/echo"):
         batch_lines.read_request(json.dumps(line | {"url": "/v1/plain-echo"}).encode(), 1)
+
+
+def test_the_endpoints_that_a_model_is_said_to_be_for_exist() -> None:
+    for use in USES.values():
+        method = {endpoint.path: endpoint.method for endpoint in ENDPOINTS}[use.example[0]]
+        assert method == "POST"
+        assert set(use.endpoints.split(" or ")) <= set(addresses(ENDPOINTS))
 
 
 def test_every_endpoint_that_generates_uses_the_engine_and_batch_lines_are_posts() -> None:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from persimmon.server.http.schemas.chat import ChatCompletionRequest
 from persimmon.server.http.schemas.chat_message import MAX_MESSAGES
 from persimmon.server.http.schemas.completions import CompletionRequest
-from persimmon.server.http.schemas.pooling import EmbeddingRequest
+from persimmon.server.http.schemas.embeddings import EmbeddingRequest
 from persimmon.server.http.schemas.tokens import DetokenizeRequest, TokenizeRequest
 
 COUNT = 20_000

@@ -21,7 +21,16 @@ from openai.types.chat import (
     completion_create_params as chat_create_params,
 )
 
-from persimmon.server.http.schemas import chat, chat_message, completions, generation, pooling, tokens, tool_fields
+from persimmon.server.http.schemas import (
+    chat,
+    chat_message,
+    classify,
+    completions,
+    embeddings,
+    generation,
+    tokens,
+    tool_fields,
+)
 from persimmon.server.http.schemas.other_fields import REFUSED_PARTS, WITHOUT_EFFECT_IN_PARTS
 from persimmon.server.http.schemas.request_object import RequestObject
 from tests.server.http.fake_engine import FakeEngine, says
@@ -61,11 +70,11 @@ VLLM_FIELDS: dict[type[RequestObject], str] = {
         kv_transfer_params ec_transfer_params vllm_xargs repetition_detection stream_interval
     """,
     generation.StreamOptions: "include_usage continuous_usage_stats",
-    pooling.EmbeddingRequest: """
+    embeddings.EmbeddingRequest: """
         model user truncate_prompt_tokens padding truncation_side request_id priority mm_processor_kwargs cache_salt
         input add_special_tokens messages encoding_format embed_dtype endianness dimensions use_activation
     """,
-    pooling.ClassifyRequest: """
+    classify.ClassifyRequest: """
         model user truncate_prompt_tokens padding truncation_side request_id priority mm_processor_kwargs cache_salt
         input add_special_tokens use_activation
     """,
@@ -80,7 +89,7 @@ VLLM_FIELDS: dict[type[RequestObject], str] = {
 OPENAI_TYPES: list[tuple[type[RequestObject], type]] = [
     (completions.CompletionRequest, completion_create_params.CompletionCreateParamsStreaming),
     (chat.ChatCompletionRequest, chat_create_params.CompletionCreateParamsStreaming),
-    (pooling.EmbeddingRequest, embedding_create_params.EmbeddingCreateParams),
+    (embeddings.EmbeddingRequest, embedding_create_params.EmbeddingCreateParams),
     (generation.StreamOptions, ChatCompletionStreamOptionsParam),
     (chat_message.ChatMessage, ChatCompletionAssistantMessageParam),
     (chat_message.ChatMessage, ChatCompletionDeveloperMessageParam),

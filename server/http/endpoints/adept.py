@@ -1,4 +1,4 @@
-"""PUT /api and GET /healthz: the API of Adept's own server, for programs that were written for it.
+"""PUT /api: the API of Adept's own server, for programs that were written for it.
 
 What it does differently from completions is Adept's: no beginning-of-sequence token unless asked for, answers together
 with their prompts, end-of-text as text.  Errors are this server's, with its statuses: Adept's answers most bad requests
@@ -6,8 +6,6 @@ with status 200 and a sentence.
 """
 
 from collections.abc import Sequence
-
-from msgspec import Struct
 
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.server.http.endpoints.endpoint import Call
@@ -18,32 +16,11 @@ from persimmon.server.http.generation.generation import Generation
 from persimmon.server.http.generation.pieces import Answer
 from persimmon.server.http.generation.prompt_encoder import PromptInput
 from persimmon.server.http.generation.token_report import token_text
-from persimmon.server.http.schemas.adept import AdeptRequest
+from persimmon.server.http.schemas.adept import AdeptAnswer, AdeptRequest
 from persimmon.server.http.transport.disconnect import until_disconnect
 from persimmon.server.http.transport.json_response import JsonResponse
 
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # as SentencePiece's pieces have it
-
-
-class AdeptAnswer(Struct, frozen=True):
-    """The answer of PUT /api; each list has an entry for a prompt, in their order.
-
-    `text` is prompts with their continuations, `generations` the continuations alone; end-of-text is written out where
-    it ended one.  `human_readable_tokens` are the tokens of the continuation's text.  `logprobs` are natural
-    log-probabilities under the network's own logits, of each token of prompt and continuation but the first.  Without
-    new tokens the second and third are empty.
-    """
-
-    text: list[str]
-    logprobs: list[list[float]] | None
-    generations: list[str]
-    human_readable_tokens: list[list[str]]
-
-
-class AdeptHealth(Struct, frozen=True):
-    """The answer of GET /healthz."""
-
-    success: bool
 
 
 async def adept(service: Service, call: Call[AdeptRequest]) -> JsonResponse[AdeptAnswer]:

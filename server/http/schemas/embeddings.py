@@ -1,0 +1,65 @@
+"""The request and the answer of POST /v1/embeddings, under OpenAI's names."""
+
+from typing import Literal, Self
+
+from msgspec import Struct
+from pydantic import Field, model_validator
+
+from persimmon.server.http.schemas.other_fields import (
+    REFUSED_IN_EMBEDDINGS,
+)
+from persimmon.server.http.schemas.pooling import PoolingRequest
+from persimmon.server.http.schemas.request_object import invalid
+
+
+class EmbeddingRequest(PoolingRequest):
+    """The body of POST /v1/embeddings."""
+
+    refused = REFUSED_IN_EMBEDDINGS
+
+    encoding_format: Literal["float", "base64"] = Field(
+        "float", description="Numbers, or the base64 of little-endian float32 numbers."
+    )
+    dimensions: int | None = Field(
+        None,
+        ge=1,
+        description="The model's hidden size or nothing: a part of a final hidden state stands for nothing.",
+    )
+    pooling: Literal["last", "mean"] = Field(
+        "last", description="Whether an embedding is the final hidden state of the last token, or the mean of all."
+    )
+    normalize: bool = Field(True, description="Scale each embedding to length 1; false leaves it as the model made it.")
+    use_activation: bool | None = Field(None, description="vLLM's name for normalize.")
+
+    @model_validator(mode="after")
+    def _one_wish(self) -> Self:
+        if "normalize" in self.model_fields_set and self.use_activation not in (None, self.normalize):
+            raise invalid("use_activation", "it is another name for normalize, which says otherwise")
+        return self
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether embeddings have length 1."""
+        return self.normalize if self.use_activation is None else self.use_activation
+
+
+class EmbeddingUsage(Struct, frozen=True):
+    """The tokens of all inputs; nothing is generated, so both are the same."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(Struct, frozen=True, tag_field="object", tag="embedding"):
+    """The embedding of one input: numbers, or the base64 of little-endian float32 numbers."""
+
+    index: int
+    embedding: list[float] | str
+
+
+class Embeddings(Struct, frozen=True, tag_field="object", tag="list"):
+    """The answer of POST /v1/embeddings; an embedding for each input, in their order."""
+
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
