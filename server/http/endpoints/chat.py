@@ -16,13 +16,13 @@ from persimmon.server.http.generation.conversation import chat_prompt
 from persimmon.server.http.generation.generation import Generation
 from persimmon.server.http.generation.pieces import Answer, Piece, UsageCount
 from persimmon.server.http.generation.token_report import TokenReport, TokenText
-from persimmon.server.http.schemas.chat import ChatCompletionRequest
-from persimmon.server.http.schemas.responses import (
+from persimmon.server.http.schemas.chat import (
     CalledFunction,
     ChatChoice,
     ChatChunkChoice,
     ChatCompletion,
     ChatCompletionChunk,
+    ChatCompletionRequest,
     ChatDelta,
     ChatLogprobs,
     ChatMessage,
@@ -31,8 +31,8 @@ from persimmon.server.http.schemas.responses import (
     FunctionDelta,
     ToolCallDelta,
     TopLogprob,
-    Usage,
 )
+from persimmon.server.http.schemas.usage import Usage
 from persimmon.server.http.transport.disconnect import until_disconnect
 from persimmon.server.http.transport.json_response import JsonResponse
 from persimmon.server.http.transport.sse import DONE, EventStream, event

@@ -15,8 +15,13 @@ from persimmon.server.http.generation.answer_form import AnswerForm
 from persimmon.server.http.generation.generation import Generation
 from persimmon.server.http.generation.pieces import Piece, UsageCount
 from persimmon.server.http.generation.token_report import TokenReport
-from persimmon.server.http.schemas.completions import CompletionRequest
-from persimmon.server.http.schemas.responses import Completion, CompletionChoice, CompletionLogprobs, Usage
+from persimmon.server.http.schemas.completions import (
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+)
+from persimmon.server.http.schemas.usage import Usage
 from persimmon.server.http.transport.disconnect import until_disconnect
 from persimmon.server.http.transport.json_response import JsonResponse
 from persimmon.server.http.transport.sse import DONE, EventStream, event

@@ -15,8 +15,7 @@ from persimmon.server.http.endpoints.model_use import USES
 from persimmon.server.http.endpoints.service import Service
 from persimmon.server.http.request_record import RequestRecord
 from persimmon.server.http.schemas.adept import AdeptHealth
-from persimmon.server.http.schemas.responses import Model, ModelList
-from persimmon.server.http.schemas.status import Health, Version
+from persimmon.server.http.schemas.status import Health, Model, ModelList, Version
 from persimmon.server.http.transport.json_response import JsonResponse
 from persimmon.server.metrics import CONTENT_TYPE
 from persimmon.server.step_watch import step_limit

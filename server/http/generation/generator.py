@@ -20,7 +20,7 @@ from persimmon.server.http.generation.generation import Generation, Prompt
 from persimmon.server.http.generation.pieces import Answer, Piece, UsageCount
 from persimmon.server.http.generation.sample_text import SampleText
 from persimmon.server.http.request_record import RequestRecord
-from persimmon.server.http.schemas.responses import Usage
+from persimmon.server.http.schemas.usage import Usage
 from persimmon.server.metrics import Metrics
 from persimmon.server.sequence_metrics import FinishedSequence
 

@@ -8,7 +8,7 @@ import msgspec
 from persimmon.model.tool_calls import CallDelta, ToolCall
 from persimmon.server.http.generation.generation import Generation
 from persimmon.server.http.generation.token_report import TokenReport
-from persimmon.server.http.schemas.responses import PromptTokensDetails, Usage
+from persimmon.server.http.schemas.usage import PromptTokensDetails, Usage
 
 
 class Piece(msgspec.Struct, frozen=True):

@@ -1,4 +1,4 @@
-"""The request of Adept's own server, PUT /api, under its names and with its defaults and limits.
+"""The request and the answer of Adept's own server, PUT /api, under its names and with its defaults and limits.
 
 They are those of megatron/text_generation_server.py in github.com/persimmon-ai-labs/adept-inference.
 """

@@ -1,7 +1,8 @@
-"""The request of POST /v1/chat/completions, under OpenAI's names."""
+"""The request and the answers of POST /v1/chat/completions, under OpenAI's names."""
 
 from typing import Annotated, Self
 
+from msgspec import UNSET, Struct, UnsetType
 from pydantic import FailFast, Field, ValidationInfo, field_validator, model_validator
 
 from persimmon.server.http.schemas.chat_message import Messages
@@ -12,6 +13,7 @@ from persimmon.server.http.schemas.other_fields import (
 )
 from persimmon.server.http.schemas.request_object import invalid
 from persimmon.server.http.schemas.tool_fields import MAX_TOOLS, AllowedTools, NamedTool, Tool, ToolChoiceField
+from persimmon.server.http.schemas.usage import Usage
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -122,3 +124,120 @@ class ChatCompletionRequest(GenerationRequest):
         if self.max_completion_tokens is not None:
             return "max_completion_tokens", self.max_completion_tokens
         return super().token_limit
+
+
+class TopLogprob(Struct, frozen=True):
+    """A token that might have come, and its natural log-probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatTokenLogprob(Struct, frozen=True):
+    """A token of an answer, its natural log-probability under the network's own logits, and what might have come."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Struct, frozen=True):
+    """The tokens of a chat's answer, or of the next piece of it."""
+
+    content: list[ChatTokenLogprob]
+    refusal: None = None
+
+
+class CalledFunction(Struct, frozen=True):
+    """The function that is called, and its arguments: a JSON object, as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class ChatToolCall(Struct, frozen=True, tag_field="type", tag="function"):
+    """A call that an answer makes; the message with its result names the id."""
+
+    id: str
+    function: CalledFunction
+
+
+class ChatMessage(Struct, frozen=True):
+    """A whole answer: its content, or calls of tools."""
+
+    content: str | None
+    role: str = "assistant"
+    refusal: None = None
+    tool_calls: list[ChatToolCall] | UnsetType = UNSET
+
+
+class ChatChoice(Struct, frozen=True):
+    """One answer of a chat completion."""
+
+    index: int
+    message: ChatMessage
+    finish_reason: str | None
+    logprobs: ChatLogprobs | None = None
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatCompletion(Struct, frozen=True, tag_field="object", tag="chat.completion"):
+    """The answer of POST /v1/chat/completions."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+    service_tier: str | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class FunctionDelta(Struct, frozen=True):
+    """What a chunk adds to a call's function: its name once, then its arguments in pieces."""
+
+    name: str | UnsetType = UNSET
+    arguments: str = ""
+
+
+class ToolCallDelta(Struct, frozen=True, kw_only=True):
+    """What a chunk adds to a call; which one, says its index.  Its id and type come with the function's name."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: FunctionDelta
+
+
+class ChatDelta(Struct, frozen=True):
+    """What a chunk adds to an answer."""
+
+    role: str | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
+
+
+class ChatChunkChoice(Struct, frozen=True):
+    """The next piece of one answer of a chat completion."""
+
+    index: int
+    delta: ChatDelta
+    finish_reason: str | None = None
+    logprobs: ChatLogprobs | None = None
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatCompletionChunk(Struct, frozen=True, tag_field="object", tag="chat.completion.chunk"):
+    """A chunk of a streamed chat completion."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | UnsetType | None = UNSET
+    service_tier: str | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET

@@ -1,7 +1,8 @@
-"""The request of POST /v1/completions, under OpenAI's names."""
+"""The request and the answers of POST /v1/completions, under OpenAI's names."""
 
 from typing import Self
 
+from msgspec import UNSET, Struct, UnsetType
 from pydantic import Field, model_validator
 
 from persimmon.server.http.schemas.field_types import Prompts
@@ -10,6 +11,7 @@ from persimmon.server.http.schemas.other_fields import (
     REFUSED_IN_COMPLETIONS,
 )
 from persimmon.server.http.schemas.request_object import invalid
+from persimmon.server.http.schemas.usage import Usage
 
 
 class CompletionRequest(GenerationRequest):
@@ -74,3 +76,38 @@ class CompletionRequest(GenerationRequest):
     def reported_logprobs(self) -> int | None:
         """How many of the most probable tokens to report beside each; None reports no tokens."""
         return self.logprobs
+
+
+class CompletionLogprobs(Struct, frozen=True):
+    r"""A completion's tokens: lists of one entry for each, natural log-probabilities under the network's own logits.
+
+    A token's text is "bytes:\xe2" where its bytes are no whole characters.  The first token of a prompt has no
+    log-probability, and so null in both lists.  `text_offset` counts characters from the beginning of the answer.
+    """
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(Struct, frozen=True):
+    """One answer of a completion, or the next piece of it."""
+
+    index: int
+    text: str
+    finish_reason: str | None
+    logprobs: CompletionLogprobs | None = None
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class Completion(Struct, frozen=True, tag_field="object", tag="text_completion"):
+    """The answer of POST /v1/completions; a chunk looks the same."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage | UnsetType | None = UNSET

@@ -1,4 +1,4 @@
-"""What the server says of itself, as JSON."""
+"""What the server says of itself and of its model, as JSON."""
 
 from typing import Literal
 
@@ -21,3 +21,24 @@ class Version(Struct, frozen=True):
     """The answer of GET /version."""
 
     version: str
+
+
+class Model(Struct, frozen=True, tag_field="object", tag="model"):
+    """A model that the server serves.
+
+    `task` says what it is for, beside embeddings: "generate", "classify" or "token_classify".  The labels are a
+    classifier's, in the order of its probabilities.
+    """
+
+    id: str
+    created: int
+    task: str
+    max_model_len: int | UnsetType = UNSET
+    labels: list[str] | UnsetType = UNSET
+    owned_by: str = "persimmon"
+
+
+class ModelList(Struct, frozen=True, tag_field="object", tag="list"):
+    """The answer of GET /v1/models."""
+
+    data: list[Model]
