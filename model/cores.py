@@ -4,31 +4,27 @@ import math
 import os
 from pathlib import Path
 
+from persimmon.model.control_groups import THIS_PROCESS, control_groups, read_number, read_text
 
-def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """The cores that the scheduler lets this process run on, or fewer where its container has a smaller share of them.
+
+def usable_cores(proc: Path = THIS_PROCESS) -> int:
+    """The cores that the scheduler lets this process run on, or fewer where a control group has a smaller share.
 
     More threads than that would use the share up in the first part of each period and all stand still for the rest.
 
     Args:
-        cgroup: where the control group's files are (version 2, then version 1).
+        proc: the folder that describes this process.
     """
     cores = len(os.sched_getaffinity(0))
-    for read in (_quota, _quota_v1):
-        try:
-            share = read(cgroup)
-        except (OSError, ValueError):  # no such file, or the word "max": no limit
-            continue
-        if share > 0:
-            return max(1, min(cores, math.ceil(share)))
-    return cores
+    shares = (_share(version, folder) for version, folder in control_groups("cpu", proc))
+    return max(1, min([cores, *(math.ceil(share) for share in shares if share is not None)]))
 
 
-def _quota(cgroup: Path) -> float:
-    quota, period = (cgroup / "cpu.max").read_text().split()
-    return int(quota) / int(period)
-
-
-def _quota_v1(cgroup: Path) -> float:
-    quota = int((cgroup / "cpu/cpu.cfs_quota_us").read_text())  # -1 for no limit
-    return quota / int((cgroup / "cpu/cpu.cfs_period_us").read_text())
+def _share(version: int, folder: Path) -> float | None:
+    """Cores that a group may keep busy; None where it has no limit."""
+    if version == 2:
+        quota, _, period = read_text(folder / "cpu.max").strip().partition(" ")  # "max 100000" for no limit
+        return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() else None
+    # A quota of -1 is no limit, and no number for read_number.
+    limit, length = read_number(folder / "cpu.cfs_quota_us"), read_number(folder / "cpu.cfs_period_us")
+    return limit / length if limit and length else None
