@@ -9,6 +9,7 @@ import psutil
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.memory_limits import MemoryLeft
 from persimmon.model.sizes import readable
+from persimmon.server.settings.engine import BODIES_TOGETHER
 from persimmon.server.settings.section import SettingsError
 
 MIB = 1 << 20
@@ -46,15 +47,17 @@ def check_memory(config: PersimmonConfig, api_workers: int, left: MemoryLeft) ->
         )
 
 
-def still_to_be_taken(config: PersimmonConfig, api_workers: int) -> int:
+def still_to_be_taken(config: PersimmonConfig, api_workers: int, max_body_bytes: int) -> int:
     """Bytes that this engine and the other processes of its server will take beyond what they have, without the model.
 
     Args:
         config: the network, for its vocabulary.
         api_workers: how many there are.
+        max_body_bytes: of one request; each worker may receive several of them at once.
     """
     vocabulary = BYTES_PER_TOKEN * config.vocab_size
-    others = SUPERVISOR_BYTES + api_workers * (WORKER_BYTES + vocabulary)
+    worker = WORKER_BYTES + vocabulary + BODIES_TOGETHER * max_body_bytes
+    others = SUPERVISOR_BYTES + api_workers * worker
     return ENGINE_GROWTH_BYTES + vocabulary + max(0, others - _taken_by_others())
 
 

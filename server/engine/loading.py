@@ -85,9 +85,8 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         config = checkpoint.config
         for note in checkpoint.notes:
             print_line(f"  {'':<12} {note}")
-    left = available_memory(
-        device, settings.gpu_memory_utilization, reserved=still_to_be_taken(config, settings.api_workers)
-    )
+    reserved = still_to_be_taken(config, settings.api_workers, settings.max_body_size)
+    left = available_memory(device, settings.gpu_memory_utilization, reserved)
     plan = plan_memory(
         config,
         available=left.bytes,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, Self
 
 from persimmon.server.offline.batch_lines import ANSWER_START, BatchAnswer, custom_id, encode, key, read_answer
-from persimmon.server.settings.http import MAX_BODY_BYTES
+from persimmon.server.settings.engine import MAX_BODY_BYTES
 
 MAX_LINE_BYTES = MAX_BODY_BYTES + 2**16
 """What is longer holds a body that no endpoint takes."""

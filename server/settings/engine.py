@@ -7,6 +7,12 @@ from pydantic import ByteSize, field_validator
 from persimmon.server.settings.logs import LogSettings
 from persimmon.server.settings.section import setting
 
+MAX_BODY_BYTES = 32 * 2**20
+"""Default limit of a request's body: a text of 16,384 tokens is some 100 KB, and a request may hold many texts."""
+
+BODIES_TOGETHER = 4
+"""The longest bodies that an API worker may receive at once; of shorter ones, as many as take the same memory."""
+
 
 class EngineSettings(LogSettings):
     """Settings of the engine process."""
@@ -30,6 +36,14 @@ class EngineSettings(LogSettings):
         lt=2**63,
     )
 
+    max_body_size: ByteSize = setting(
+        ByteSize(MAX_BODY_BYTES),
+        "Maximum size of a request body, after decompression; larger ones get a 413. All bodies that an API worker is "
+        "receiving may take four times this; beyond that requests get a 429.",
+        "http",
+        "SIZE",
+        gt=0,
+    )
     api_workers: int = setting(
         1,
         "Processes that answer HTTP. One streams tens of thousands of tokens a second from one core.",

@@ -1,11 +1,6 @@
 """How the API workers serve HTTP, and how much they take on."""
 
-from pydantic import ByteSize
-
 from persimmon.server.settings.section import Section, setting
-
-MAX_BODY_BYTES = 32 * 2**20
-"""Default limit of a request's body: a text of 16,384 tokens is some 100 KB, and a request may hold many texts."""
 
 
 class HttpSettings(Section):
@@ -19,14 +14,6 @@ class HttpSettings(Section):
         "is closed.",
         "http",
         "SECONDS",
-        gt=0,
-    )
-    max_body_size: ByteSize = setting(
-        ByteSize(MAX_BODY_BYTES),
-        "Maximum size of a request body, after decompression; larger ones get a 413. All bodies that an API worker is "
-        "receiving may take four times this; beyond that requests get a 429.",
-        "http",
-        "SIZE",
         gt=0,
     )
 

@@ -31,7 +31,7 @@ from persimmon.server.http.schemas.field_types import (
 from persimmon.server.http.schemas.generation import MAX_SAMPLES
 from persimmon.server.http.schemas.parsing import MAX_OBJECTS, MAX_VALUES
 from persimmon.server.http.schemas.tool_fields import MAX_TOOLS
-from persimmon.server.settings.http import MAX_BODY_BYTES
+from persimmon.server.settings.engine import MAX_BODY_BYTES
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"

@@ -11,7 +11,7 @@ from persimmon.server.http.middleware.credentials import Credentials
 from persimmon.server.http.middleware.key_limits import KeyLimiter, KeyLimits
 from persimmon.server.http.middleware.keys import KeyRing, key_ring
 from persimmon.server.http.transport.siblings import WorkerPlace
-from persimmon.server.settings.http import MAX_BODY_BYTES
+from persimmon.server.settings.engine import MAX_BODY_BYTES
 from persimmon.server.tracing import check_installed
 
 

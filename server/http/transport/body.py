@@ -12,12 +12,10 @@ from starlette.requests import Request
 
 from persimmon.server.http.errors import ApiError, overloaded
 from persimmon.server.http.transport.content import Gunzip, check_is_json, unpacker
+from persimmon.server.settings.engine import BODIES_TOGETHER
 
 MIN_BYTES_PER_SECOND = 16 * 1024
 """Bodies that come more slowly are given up: a phone far from its mast sends faster."""
-
-BODIES_TOGETHER = 4
-"""The longest bodies that may be received at once; of shorter ones, as many as take the same memory."""
 
 FREE_BYTES = 64 * 1024
 """Of each body that do not count: a few clients that send long ones slowly must not keep short ones out."""

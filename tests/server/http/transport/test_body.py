@@ -10,7 +10,8 @@ import pytest
 from fastapi import FastAPI, Request
 
 from persimmon.server.http import errors
-from persimmon.server.http.transport.body import BODIES_TOGETHER, FREE_BYTES, BodyReader
+from persimmon.server.http.transport.body import FREE_BYTES, BodyReader
+from persimmon.server.settings.engine import BODIES_TOGETHER
 from tests.server.http.raw import Answer, RawClient, connected, listening
 
 pytestmark = pytest.mark.anyio
