@@ -18,6 +18,7 @@ from persimmon.model.convert.writer import Conversion
 from persimmon.model.errors import CheckpointError
 from persimmon.model.json_object import JsonObject
 from persimmon.model.leftovers import EMBEDDING, HEAD, settle
+from persimmon.model.regular_file import check_regular
 from persimmon.model.stored import Region, small_file
 from persimmon.model.torch_file import named_tensors
 from persimmon.model.vocabulary import VOCABULARY_FILE, VocabularyMap
@@ -78,7 +79,10 @@ def _read(path: Path) -> dict[str, TensorSource]:
 
 def _other_files(folder: Path) -> Iterator[Path]:
     for pattern in _OTHER_FILES:
-        yield from (path for path in sorted(folder.glob(pattern)) if path.is_file())
+        for path in sorted(folder.glob(pattern)):
+            if not path.is_dir():
+                check_regular(path)  # a FIFO or a link to nothing would be missing in the result
+                yield path
 
 
 def _same_head(tensors: Mapping[str, TensorSource]) -> bool:

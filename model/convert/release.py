@@ -3,6 +3,7 @@
 Knows Megatron's folders.  Knows nothing of what the files hold.
 """
 
+import os
 import re
 import tarfile
 from collections.abc import Mapping
@@ -46,7 +47,7 @@ def _regions(source: Path) -> dict[str, Region]:
     wanted = (*_WEIGHTS, *MODEL_FILES, _LATEST)
     if source.is_dir():
         root = source.resolve()
-        paths = sorted(path for path in root.rglob("*") if path.name in wanted and path.is_file())
+        paths = sorted(path for path in root.rglob("*") if path.name in wanted and not path.is_dir())
         return {path.relative_to(root.parent).as_posix(): Region.of_file(path) for path in paths}
     size = Region.of_file(source).length
     try:
@@ -112,7 +113,7 @@ def _iteration_folder(latest: Region) -> str:
 def _vocabulary(source: Path, regions: Mapping[str, Region]) -> Region:
     names = tuple(reversed(MODEL_FILES))
     inside = [regions[str(path)] for name in names for path in _named(regions, name)]
-    beside = [path for name in names if (path := source.resolve().parent / name).is_file()]
+    beside = [path for name in names if os.path.lexists(path := source.resolve().parent / name)]
     found = [*inside, *map(Region.of_file, beside)]
     if not found:
         raise CheckpointError(f"{source}: no {names[0]}, which is the tokenizer, in it or beside it")

@@ -1,6 +1,7 @@
 """From Hugging Face layout to safetensors: same numbers in every format; cut off, it goes on; damage is one line."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -328,6 +329,16 @@ def test_a_missing_shard_is_named(original, tmp_path):
     (source / "pytorch_model-00002-of-00003.bin").unlink()
     with pytest.raises(CheckpointError, match=r"pytorch_model-00002-of-00003\.bin is missing"):
         convert(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("nowhere")], ids=["FIFO", "link"])
+def test_a_tokenizer_that_cannot_be_copied_is_named(original, make, tmp_path):
+    source = shutil.copytree(original, tmp_path / "in")
+    (source / "tokenizer.model").unlink()
+    make(source / "tokenizer.model")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model is a (FIFO|link to nowhere)"):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_index_that_leads_out_of_the_folder_is_refused(original, tmp_path):
