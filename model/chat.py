@@ -173,20 +173,24 @@ class Chat:
         return ChatPrompt((*self.written, render(turns)), self.begin)
 
     def of_messages(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> ChatPrompt:
         """A conversation as the checkpoint's template has it.
 
-        What messages and tools hold stays text, even where it spells a special token.
+        What messages, tools and options hold stays text, even where it spells a special token.
 
         Args:
             messages: in the form of OpenAI's API.
             tools: likewise; None where there are none.
+            options: variables for the template.
 
         Raises:
             ChatTemplateError: the template does not render it.
         """
-        parts = self._rendered(messages, tools)
+        parts = self._rendered(messages, tools, options=options)
         if not parts or parts[0] != self.tokenizer.bos_token_id:
             return ChatPrompt(tuple(parts), self.begin)
         return ChatPrompt(tuple(parts[1:] if self.drops_bos else parts))
@@ -204,13 +208,14 @@ class Chat:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        options: Mapping[str, Any] | None = None,
     ) -> list[Part]:
         """What the template writes: text, and the ids of the special tokens that it has written itself."""
         if self.template is None:
             raise ChatTemplateError("there is none")
         if self.takes_parts:
             messages = [{**message, "content": _parts(message["content"])} for message in messages]
-        held = "".join(_strings([messages, tools]))
+        held = "".join(_strings([messages, tools, options]))
         mark = next((chr(code) for code in _MARKS if chr(code) not in held), None)
         if mark is None:
             raise ChatTemplateError("the messages hold every private character of Unicode")
@@ -226,7 +231,10 @@ class Chat:
                     return [hidden(inner) for inner in value]
             return value
 
-        text = self.template.render(hidden(list(messages)), tools and hidden(list(tools)), add_generation_prompt)
+        hidden_options = {name: hidden(value) for name, value in (options or {}).items()}
+        text = self.template.render(
+            hidden(list(messages)), tools and hidden(list(tools)), add_generation_prompt, hidden_options
+        )
         parts = [part if isinstance(part, int) else part.replace(mark, "") for part in self._finder.split(text)]
         return [part for part in parts if part != ""]
 

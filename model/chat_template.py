@@ -25,6 +25,9 @@ MAX_SECONDS = 20.0
 """For rendering one conversation.  Looked at whenever the template has written something."""
 
 
+_OF_A_CONVERSATION = ("messages", "tools", "documents", "add_generation_prompt")
+
+
 class _RaisedError(TemplateError):
     """What a template raises itself."""
 
@@ -35,6 +38,9 @@ class ChatTemplate:
     Args:
         sources: the checkpoint's.
         variables: what each template sees besides the conversation: the named special tokens, like "bos_token".
+
+    Attributes:
+        reserved: names of variables and functions that a template sees in any case.
 
     Raises:
         CheckpointError: a template is not valid Jinja2.
@@ -54,6 +60,7 @@ class ChatTemplate:
             except (RecursionError, MemoryError, ValueError, OverflowError) as error:
                 raise CheckpointError(f"{place}: its chat template cannot be compiled: {error}") from None
         self._variables = dict(variables)
+        self.reserved = frozenset({*_OF_A_CONVERSATION, *variables, *environment.globals})
         self._text = "".join(sources.texts.values())
 
     def render(
@@ -61,6 +68,7 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        options: Mapping[str, Any] | None = None,
     ) -> str:
         """The text of a conversation.
 
@@ -68,12 +76,14 @@ class ChatTemplate:
             messages: in the form of OpenAI's API.
             tools: that may be called, in the form of OpenAI's API; None where there are none.
             add_generation_prompt: end with the beginning of an answer.
+            options: further variables; those of reserved names are not used.
 
         Raises:
             ChatTemplateError: the template refuses the conversation, fails, or writes too much or for too long.
         """
         template = self._templates[TOOL_USE if tools and TOOL_USE in self._templates else DEFAULT]
         variables = {
+            **{name: value for name, value in (options or {}).items() if name not in self.reserved},
             **self._variables,
             "messages": messages,
             "tools": tools,

@@ -494,6 +494,9 @@ CONVERSATIONS = [
         "message: 1,000 parts", TOKENIZE, messages=[{"role": "user", "content": [{"type": "text", "text": "a"}] * 1000}]
     ),
     _served("message: turns within a turn", CHAT, messages=[{"role": "user", "content": "\n\nhuman: a\n\nadept: b"}]),
+    _served("chat_template_kwargs: none", CHAT, chat_template_kwargs={}),
+    _refused("chat_template_kwargs: one", "Adept's format", CHAT, chat_template_kwargs={"a": 1}),
+    _refused("chat_template_kwargs: a list", "'chat_template_kwargs'", CHAT, chat_template_kwargs=[]),
     _refused("tools: null in a list", "tools[0]", CHAT, tools=[None]),
     _refused("tools: another type", "tools[0].type", CHAT, tools=[{"type": "other", "function": {"name": "f"}}]),
     *(

@@ -49,7 +49,8 @@ async def chat_completions(
     request = call.request
     form = chat_form(request)
     chat = service.chat
-    prompt = await chat_prompt(chat, request.messages, request.tools if form.calls is not None else ())
+    tools = request.tools if form.calls is not None else ()
+    prompt = await chat_prompt(chat, request.messages, tools, request.chat_template_kwargs)
     if form.calls is not None and form.calls.begun is not None:
         begun = begun_call(form.calls.begun)
         prompt = prompt.followed_by(begun if chat.leading_space else begun.lstrip())

@@ -22,7 +22,7 @@ async def tokenize(service: Service, call: Call[TokenizeRequest]) -> JsonRespons
     service.check_model(request.model)
     prompt: str | ChatPrompt
     if request.prompt is None:
-        prompt = await chat_prompt(service.chat, request.messages, request.tools)
+        prompt = await chat_prompt(service.chat, request.messages, request.tools, request.chat_template_kwargs)
     else:
         prompt = request.prompt
     add_bos = None if request.add_special_tokens or request.prompt is None else False

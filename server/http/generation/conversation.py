@@ -5,7 +5,7 @@ Knows the requests' fields, the chat formats and the form of tools; nothing of t
 
 import asyncio
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,18 +18,23 @@ from persimmon.server.http.schemas.chat_message import ChatMessage
 from persimmon.server.http.schemas.tool_fields import Tool
 
 
-async def chat_prompt(chat: Chat, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> ChatPrompt:
+async def chat_prompt(
+    chat: Chat, messages: Sequence[ChatMessage], tools: Sequence[Tool] = (), options: Mapping[str, Any] | None = None
+) -> ChatPrompt:
     """The conversation as the model reads it.
 
     Args:
         chat: the served model's chat format.
         messages: at least one.
         tools: that the model is told of.
+        options: variables for the checkpoint's template.
 
     Raises:
         ApiError: the format cannot hold it: a role that it lacks, an answer at the end, the result of a call that was
-            not made, or what a checkpoint's template refuses.
+            not made, or what a checkpoint's template refuses; or it takes no options, or not one of these.
     """
+    if options:
+        _check_options(chat, options)
     if chat.template is None:
         turns = _turns(messages)
         if tools:
@@ -47,7 +52,7 @@ async def chat_prompt(chat: Chat, messages: Sequence[ChatMessage], tools: Sequen
         shown, functions = _as_text(chat, _turns(messages), tools), None
     try:
         # A template is a program: the other requests do not wait for it.
-        return await asyncio.to_thread(chat.of_messages, shown, functions)
+        return await asyncio.to_thread(chat.of_messages, shown, functions, options)
     except ChatTemplateError as error:
         # A template's own words may hold those of a message.
         raise bad_request(
@@ -55,6 +60,21 @@ async def chat_prompt(chat: Chat, messages: Sequence[ChatMessage], tools: Sequen
             "messages",
             quotation=f": {error}",
         ) from None
+
+
+def _check_options(chat: Chat, options: Mapping[str, Any]) -> None:
+    """Raises the ApiError of options that the chat format does not take."""
+    if chat.template is None:
+        raise bad_request(
+            "'chat_template_kwargs' is not supported with this model: its chats have Adept's format, which takes none; "
+            "leave it out or send {}.",
+            "chat_template_kwargs",
+            "unsupported_parameter",
+        )
+    reserved = next((name for name in options if name in chat.template.reserved), None)
+    if reserved is not None:
+        field = f"chat_template_kwargs.{reserved}"
+        raise bad_request(f"Invalid '{field}': the server sets it; give only what the template reads besides.", field)
 
 
 def _turns(messages: Sequence[ChatMessage]) -> list[Turn]:

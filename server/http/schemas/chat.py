@@ -6,6 +6,7 @@ from msgspec import UNSET, Struct, UnsetType
 from pydantic import FailFast, Field, ValidationInfo, field_validator, model_validator
 
 from persimmon.server.http.schemas.chat_message import Messages
+from persimmon.server.http.schemas.field_types import ChatTemplateOptions
 from persimmon.server.http.schemas.generation import GenerationRequest
 from persimmon.server.http.schemas.other_fields import (
     REFUSED_IN_CHAT,
@@ -40,6 +41,7 @@ class ChatCompletionRequest(GenerationRequest):
         description="Whether the answer is calls: never, if the model writes some, always, or one of this function; or "
         'of these functions only. Default: "auto" where there are tools.',
     )
+    chat_template_kwargs: ChatTemplateOptions = None
     parallel_tool_calls: bool = Field(True, description="Whether an answer may make several calls.")
     service_tier: str | None = Field(None, description='There is one tier; the answer to any names "default".')
 

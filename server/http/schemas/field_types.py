@@ -3,7 +3,7 @@
 Each is validated in time and memory bounded by what is valid: the first wrong item is the error.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, FailFast, Field, PlainValidator, WithJsonSchema
 
@@ -71,6 +71,14 @@ CacheSalt = Annotated[
         max_length=MAX_SALT_LENGTH,
         description="Share cached prefixes only with requests of the same salt, so that other clients cannot tell from "
         "the time what was asked. Each API key has a salt of its own already.",
+    ),
+]
+"""A field of vLLM's."""
+
+ChatTemplateOptions = Annotated[
+    dict[str, Any] | None,
+    Field(
+        description="Variables for the checkpoint's own chat template. A model with Adept's format takes none.",
     ),
 ]
 """A field of vLLM's."""

@@ -112,7 +112,6 @@ REFUSED_IN_CHAT: Refused = {
     "audio": Refusal(_TEXT_ONLY),
     "best_of": Refusal("it is not implemented for chat", (1,), "use completions"),
     "chat_template": Refusal("the server uses the checkpoint's", instead="use completions with a rendered prompt"),
-    "chat_template_kwargs": Refusal("the chat format takes none", ({},)),
     "continue_final_message": Refusal(
         "the answer is a new turn of the assistant", (False,), "use completions with the conversation as its prompt"
     ),
@@ -149,7 +148,6 @@ REFUSED_IN_TOKENIZE: Refused = {
     for name in (
         "add_generation_prompt",
         "chat_template",
-        "chat_template_kwargs",
         "continue_final_message",
         "media_io_kwargs",
         "mm_processor_kwargs",

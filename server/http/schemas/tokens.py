@@ -7,7 +7,7 @@ from pydantic import FailFast, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from persimmon.server.http.schemas.chat_message import Messages
-from persimmon.server.http.schemas.field_types import TokenIds
+from persimmon.server.http.schemas.field_types import ChatTemplateOptions, TokenIds
 from persimmon.server.http.schemas.other_fields import REFUSED_IN_TOKENIZE
 from persimmon.server.http.schemas.request_object import RequestObject, invalid
 from persimmon.server.http.schemas.tool_fields import MAX_TOOLS, Tool
@@ -24,6 +24,7 @@ class TokenizeRequest(RequestObject):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), FailFast()] = Field(
         default=[], description="Functions that the model may call in it; only with messages."
     )
+    chat_template_kwargs: ChatTemplateOptions = None
     add_special_tokens: bool = Field(
         True,
         description="Begin a prompt with the beginning-of-sequence token where completions do; false never does. "
@@ -37,6 +38,8 @@ class TokenizeRequest(RequestObject):
             raise PydanticCustomError("value_error", "", {"error": "give either prompt or messages"})
         if self.tools and not self.messages:
             raise invalid("tools", "it is only allowed with messages")
+        if self.chat_template_kwargs and not self.messages:
+            raise invalid("chat_template_kwargs", "it is only allowed with messages")
         return self
 
 

@@ -86,6 +86,46 @@ async def test_the_prompt_is_the_templates(serve: Serve, engine: FakeEngine, tok
     assert await prompt(http, [ASK]) == f"{START} user\nHi{END} \n{START} assistant\n"
 
 
+OPTIONS = "{{ mood }} {{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{% if loud %}!{% endif %}"
+
+
+async def test_chat_template_kwargs_are_variables_of_the_template(serve: Serve, engine: FakeEngine) -> None:
+    http = serve(OPTIONS)
+    options = {"mood": "calm", "loud": True, "unknown": [1]}
+    assert await prompt(http, [ASK], chat_template_kwargs=options) == " calm |ENDOFTEXT| Hi!"
+    assert await prompt(http, [ASK], chat_template_kwargs={}) == await prompt(http, [ASK])
+    engine.script = says([9], 1)
+    await chat(http, chat_template_kwargs=options)
+    answer = await http.post("/tokenize", json={"messages": [ASK], "chat_template_kwargs": options})
+    assert engine.submitted[0].token_ids == answer.json()["tokens"]
+
+
+async def test_an_option_that_spells_tokens_is_text(serve: Serve, engine: FakeEngine) -> None:
+    engine.script = says([9], 1)
+    await chat(serve(OPTIONS), chat_template_kwargs={"mood": f"{END}|ENDOFTEXT|"})
+    token_ids = engine.submitted[0].token_ids
+    assert [token_id for token_id in token_ids if token_id == 1 or token_id > 4095] == [1]
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "documents", "add_generation_prompt", "bos_token", "range"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+async def test_options_cannot_replace_what_the_server_sets(serve: Serve, path: str, name: str) -> None:
+    answer = await serve(OPTIONS).post(path, json={"messages": [ASK], "chat_template_kwargs": {name: "a"}})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == f"chat_template_kwargs.{name}"
+
+
+async def test_adepts_format_takes_no_options(http: httpx.AsyncClient) -> None:
+    for path in ("/v1/chat/completions", "/tokenize"):
+        answer = await http.post(path, json={"messages": [ASK], "chat_template_kwargs": {"mood": "calm"}})
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert (error["param"], error["code"]) == ("chat_template_kwargs", "unsupported_parameter")
+        assert "Adept's format" in error["message"]
+    answer = await http.post("/tokenize", json={"prompt": "a", "chat_template_kwargs": {"mood": "calm"}})
+    assert "only allowed with messages" in answer.json()["error"]["message"]
+
+
 async def test_a_message_that_spells_tokens_is_text(serve: Serve, engine: FakeEngine) -> None:
     http = serve(CHATML)
     engine.script = says([9], 1)
