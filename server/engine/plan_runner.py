@@ -77,7 +77,7 @@ class PlanRunner:
 
     def _input(self, item: ScheduledSequence) -> SequenceInput:
         sequence, state = item.sequence, _state(item.sequence)
-        if item.count == 1 and item.samples == (sequence,) and state.is_plain and item.report_from == item.end:
+        if item.count == 1 and item.samples == (sequence,) and state.is_plain and item.report_from is None:
             return state.decode(item)
         token_ids = sequence.token_ids[item.start : item.end]
         return SequenceInput(
@@ -233,7 +233,7 @@ def _plain_sampling(sequence: Sequence, position: int) -> RowSampling:
 
 
 def _report(item: ScheduledSequence) -> Report | None:
-    if item.report_from == item.end:
+    if item.report_from is None:
         return None
     sequence = item.sequence
     first, end = item.report_from - item.start, min(item.end, sequence.prompt_length) - item.start

@@ -421,32 +421,29 @@ class Scheduler:
     def _schedule(self, plan: StepPlan, sequence: Sequence, count: int, guesses: Ids[int] = ()) -> None:
         start = sequence.num_computed
         end = start + count
-        pending_row = sequence.row if start >= len(sequence.token_ids) else None
+        item = ScheduledSequence(sequence, start, count)
+        if start >= len(sequence.token_ids):
+            item.pending_row = sequence.row
+        draws = 1
+        if guesses:
+            item.guesses = guesses
+            draws = item.draws
         samples: tuple[Sequence, ...] = ()
         if guesses or (count == sequence.num_uncomputed and sequence.max_tokens > 0):
             samples = (sequence, *self._begin_forks(sequence, end)) if sequence.forks else (sequence,)
-        report_from = end
+            item.samples = samples
         if sequence.num_reported < sequence.prompt_length:
-            report_from = min(sequence.num_reported, end)
+            if sequence.num_reported < end:
+                item.report_from = sequence.num_reported
             sequence.num_reported = max(sequence.num_reported, min(end, sequence.prompt_length))
         sequence.num_computed = end
         for own in samples or (sequence,):
             own.steps_under_way += 1
         for own in samples:
-            own.num_pending += 1 + len(guesses)
+            own.num_pending += draws
             own.row = plan.num_samples
             plan.num_samples += 1
-        plan.scheduled.append(
-            ScheduledSequence(
-                sequence=sequence,
-                start=start,
-                count=count,
-                samples=samples,
-                report_from=report_from,
-                pending_row=pending_row,
-                guesses=guesses,
-            )
-        )
+        plan.scheduled.append(item)
 
     def _begin_forks(self, sequence: Sequence, end: int) -> list[Sequence]:
         """Makes a sequence's forks run beside it, in its blocks, as if their prompt were computed up to `end`."""

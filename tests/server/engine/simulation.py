@@ -549,8 +549,8 @@ class Simulation:
         sequence = item.sequence
         first_wanted = {None: sequence.prompt_length, "last": sequence.prompt_length - 1}.get(sequence.pooling, 0)
         first = max(first_wanted, self._reported[sequence.key])
-        assert item.report_from == (first if first < min(item.end, sequence.prompt_length) else item.end)
-        assert item.report_from >= item.start
+        assert item.report_from == (first if first < min(item.end, sequence.prompt_length) else None)
+        assert item.report_from is None or item.report_from >= item.start
         self._reported[sequence.key] = max(self._reported[sequence.key], min(item.end, sequence.prompt_length))
 
     def _check_finished(self, sequence: Sequence) -> None:

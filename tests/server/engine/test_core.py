@@ -156,7 +156,7 @@ class House:
     def outcome(self, plan: StepPlan) -> StepOutcome:
         samples = [sample for item in plan.scheduled for sample in item.samples]
         tokens = [next_token(sample.token_ids, sample.sample_index) for sample in samples]
-        reporting = [(place, item) for place, item in enumerate(plan.scheduled) if item.report_from < item.end]
+        reporting = [(place, item) for place, item in enumerate(plan.scheduled) if item.report_from is not None]
         return StepOutcome(
             tokens=[[token] for token in tokens],
             logprobs={
