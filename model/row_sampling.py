@@ -37,4 +37,4 @@ class RowSampling:
     @property
     def adjusts(self) -> bool:
         """Whether the logits have to be changed before a token is drawn."""
-        return self.seen is not None or bool(self.asked.logit_bias) or bool(self.banned) or self.allowed is not None
+        return self.asked.changes_logits or self.seen is not None or bool(self.banned) or self.allowed is not None

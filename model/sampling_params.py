@@ -58,6 +58,11 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property
+    def changes_logits(self) -> bool:
+        """Whether logits change before a draw, whatever tokens came before."""
+        return bool(self.logit_bias)
+
+    @property
     def draws_from_output(self) -> bool:
         """Whether a draw depends on the tokens that were drawn before it."""
         return self.penalizes or self.grammar is not None
@@ -68,7 +73,7 @@ class SamplingParams:
         return (
             self.logprobs is None
             and self.grammar is None
-            and not self.logit_bias
+            and not self.changes_logits
             and self.min_tokens == 0
             and not self.penalizes
         )
