@@ -73,7 +73,7 @@ def serve(settings: Settings) -> int:
         ListenError: the address cannot be listened on.
         RuntimeFolderError: there is no place for the sockets of the server's processes.
     """
-    configure_log("supervisor", settings.log_format)
+    configure_log("supervisor", settings.log_format, settings.log_level)
     check_access(settings)
     sequences = Limits.of(settings).sequences
     warning = too_few_files(raise_open_files(), sequences or 0, settings.api_workers)

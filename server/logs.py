@@ -16,6 +16,8 @@ from persimmon.server.log_writer import LogWriter
 
 LogFormat = Literal["text", "json"]
 
+LogLevel = Literal["debug", "info", "warning", "error"]
+
 LAST_SECONDS = 2.0
 """How long the last lines of a process may take to be read."""
 
@@ -28,17 +30,20 @@ _background: list[LogWriter] = []
 """The writer of this process; empty where lines are written at once."""
 
 
-def configure(process: str, log_format: LogFormat = "text", level: int = logging.WARNING) -> None:
+def configure(process: str, log_format: LogFormat = "text", log_level: LogLevel = "info") -> None:
     """Sends the log of this process to the console.
 
     Args:
         process: its name among those of the server.
         log_format: of all lines, those of `say` included.
-        level: the least that is written.
+        log_level: the least severe of this server's own lines that are written; those of `say` always are, and those of
+            libraries from warnings on.
     """
+    level = logging.getLevelNamesMapping()[log_level.upper()]
     handler = _StandardError()
     handler.setFormatter(_Json(process) if log_format == "json" else _Text(process))
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.basicConfig(level=max(level, logging.WARNING), handlers=[handler], force=True)
+    logging.getLogger("persimmon").setLevel(level)
     for own in _console.handlers:
         own.setFormatter(_Json(process) if log_format == "json" else None)
 

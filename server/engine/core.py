@@ -103,11 +103,12 @@ class _FailedLaunch:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A step under way, and when it was launched."""
+    """A step under way, when it was launched, and whether it is the replay of a CUDA graph."""
 
     plan: StepPlan
     launched: LaunchedStep
     started: float
+    graph: bool = False
 
 
 class _StepCounts:
@@ -346,7 +347,9 @@ class Engine:
                 for own in item.sequence.family:
                     own.queue_seconds = started - own.submitted
         try:
-            self._under_way.append(_Step(plan, self._run.launch(plan), started))
+            replays = self._graph_replays()
+            launched = self._run.launch(plan)
+            self._under_way.append(_Step(plan, launched, started, self._graph_replays() > replays))
         except Exception as error:  # noqa: BLE001, it is raised when the step ends
             self._under_way.append(_Step(plan, _FailedLaunch(error), started))
             return False
@@ -393,6 +396,26 @@ class Engine:
         for sequence, report in reports.items():
             if not sequence.finished:
                 self._report(sequence, None, outcome, report, outputs)
+        if logger.isEnabledFor(logging.DEBUG):
+            self._log_step(step, seconds)
+
+    def _log_step(self, step: _Step, seconds: float) -> None:
+        """One line on a step that has ended; `preemptions` are all since the start."""
+        stats = self._scheduler.stats()
+        logger.debug(
+            "step",
+            extra=with_fields(
+                step=stats.steps,
+                ms=round(seconds * 1000, 3),
+                decodes=step.plan.work.decodes,
+                chunk_tokens=step.plan.work.chunk_tokens,
+                running=stats.running,
+                waiting=stats.waiting,
+                free_blocks=stats.free_blocks,
+                preemptions=stats.preemptions,
+                graph=step.graph,
+            ),
+        )
 
     def _report(
         self,

@@ -4,7 +4,6 @@ Knows what the parts of the engine are, and puts them together.
 """
 
 import gc
-import logging
 import signal
 import sys
 from multiprocessing.connection import Connection
@@ -48,7 +47,7 @@ def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Pat
 
     Exits with code 2, after one line on the console, when the checkpoint, the GPU or the settings do not allow a start.
     """
-    logs.configure("engine", settings.log_format, logging.INFO)
+    logs.configure("engine", settings.log_format, settings.log_level)
     follow_supervisor()
     # Sent to all processes of a service at once; the supervisor ends this one when the open requests have ended.
     ignore({signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1})

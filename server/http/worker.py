@@ -79,8 +79,10 @@ def run_api_worker(
     """
     follow_supervisor(lambda: _remove(place))
     name = "api worker" if place.count == 1 else f"api worker {place.index}"
-    logs.configure(name, settings.log_format)
-    logging.getLogger(observer.__name__).setLevel(logging.INFO if settings.access_log else logging.WARNING)
+    logs.configure(name, settings.log_format, settings.log_level)
+    if not settings.access_log:
+        access_log = logging.getLogger(observer.__name__)
+        access_log.setLevel(max(logging.WARNING, access_log.getEffectiveLevel()))
 
     async def main() -> None:
         vitals = Vitals.private(place.count) if place.vitals is None else Vitals.open(place.vitals)

@@ -106,7 +106,7 @@ async def _generate(
     any_model: bool,
 ) -> int | None:
     """Runs a batch of so many lines; the exit code where it did not come to its end."""
-    logs.configure("generate")
+    logs.configure("generate", log_level=settings.log_level)
     with _Signals() as signals, runtime_folder() as runtime, _engine_process(settings, folder, runtime) as engine:
         async with _application(settings, folder, served_model_name, runtime) as (app, client), _Tasks() as tasks:
             ended = tasks.start(_end_of(engine))

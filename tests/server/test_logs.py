@@ -6,7 +6,8 @@ import pytest
 
 from persimmon.server import logs
 
-logger = logging.getLogger("tests.logs")
+logger = logging.getLogger("persimmon.logs")
+library = logging.getLogger("library")
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +19,7 @@ def restored() -> Iterator[None]:
     logs.configure("tests")
     root.handlers[:] = handlers
     root.setLevel(level)
+    logging.getLogger("persimmon").setLevel(logging.NOTSET)
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -60,10 +62,35 @@ def test_a_field_cannot_take_the_place_of_what_says_who_wrote_the_line(capsys):
     assert (line["message"], line["process"]) == ("true", "engine")
 
 
-def test_what_is_less_than_the_level_is_not_written(capsys):
-    logs.configure("engine", level=logging.WARNING)
-    logger.info("quiet")
-    assert lines(capsys) == []
+@pytest.mark.parametrize(
+    ("level", "own", "others"),
+    [
+        ("debug", ["DEBUG", "INFO", "WARNING", "ERROR"], ["WARNING", "ERROR"]),
+        ("info", ["INFO", "WARNING", "ERROR"], ["WARNING", "ERROR"]),
+        ("warning", ["WARNING", "ERROR"], ["WARNING", "ERROR"]),
+        ("error", ["ERROR"], ["ERROR"]),
+    ],
+)
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_what_is_less_than_the_level_is_not_written_and_of_libraries_nothing_less_than_a_warning(
+    capsys, level: logs.LogLevel, own: list[str], others: list[str], log_format: logs.LogFormat
+):
+    logs.configure("engine", log_format, level)
+    logs.say("is always written")
+    for each in (logger, library):
+        each.debug("DEBUG from %s", each.name)
+        each.info("INFO from %s", each.name)
+        each.warning("WARNING from %s", each.name)
+        each.error("ERROR from %s", each.name)
+    written = lines(capsys)
+    assert "is always written" in written[0]
+    assert len(written) == 1 + len(own) + len(others)
+    for line, name in zip(
+        written[1:],
+        [f"{each} from persimmon.logs" for each in own] + [f"{each} from library" for each in others],
+        strict=True,
+    ):
+        assert name in line
 
 
 def test_an_error_that_ends_a_process_is_a_line_like_all_others(capsys):

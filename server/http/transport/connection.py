@@ -300,7 +300,7 @@ class Connection(asyncio.Protocol):
             error=error.body.error.message,
             client=client[0] if client else None,
         )
-        logger.info("refused before it was a request", extra=fields)
+        logger.debug("refused before it was a request", extra=fields)
         self._finish(rest_expected=True)
 
     def _finish(self, *, rest_expected: bool = False) -> None:

@@ -1,5 +1,6 @@
 """The engine's turns over a real socket: everybody gets their own tokens, and no one's end is another's."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -800,6 +801,34 @@ def test_a_sequence_tells_how_long_it_waited_for_its_first_step() -> None:
     waited = {output.sequence_id: output.queue_seconds for output in worker.outputs()}
     house.close()
     assert 0 < waited[1] < waited[2]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_at_debug_the_log_has_a_line_for_each_step(overlap: bool, caplog: pytest.LogCaptureFixture) -> None:
+    own: House = House("inproc://debug", overlap=overlap, max_num_seqs=1, graph_replays=lambda: own.launched // 2)
+    worker = own.worker()
+    with caplog.at_level(logging.DEBUG, "persimmon"):
+        worker.send(submit(1, [1, 2, 3, 4, 5], 2), submit(2, [6], 1))
+        own.turn()
+        own.finish()
+    steps = last_stats(worker).steps
+    own.close()
+    lines = [vars(record)["fields"] for record in caplog.records if record.message == "step"]
+    assert len(lines) == steps == 3
+    assert all(line["ms"] > 0 and line["preemptions"] == 0 for line in lines)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [(line["decodes"], line["chunk_tokens"]) for line in lines] == [(0, 5), (1, 0), (0, 1)]
+    assert [line["graph"] for line in lines] == [False, True, False]
+    assert (lines[0]["running"], lines[0]["waiting"]) == (1, 1)
+    assert lines[-1]["free_blocks"] == own.pool.num_blocks > lines[0]["free_blocks"]
+
+
+def test_above_debug_the_log_has_no_line_for_a_step(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "persimmon"):
+        house.worker().send(submit(1, [1, 2, 3], 2))
+        house.turn()
+        house.finish()
+    assert not caplog.records
 
 
 def test_the_log_names_the_requests_of_a_step_that_failed(house: House, caplog: pytest.LogCaptureFixture) -> None:

@@ -207,6 +207,7 @@ def console() -> Iterator[None]:
     logs.configure("tests")
     root.handlers[:] = handlers
     root.setLevel(level)
+    logging.getLogger("persimmon").setLevel(logging.NOTSET)
 
 
 @pytest.mark.usefixtures("console")
@@ -214,7 +215,7 @@ def console() -> Iterator[None]:
 async def test_both_formats_have_error_and_param(
     http: httpx.AsyncClient, capsys: pytest.CaptureFixture[str], log_format: logs.LogFormat
 ) -> None:
-    logs.configure("api worker", log_format, logging.INFO)
+    logs.configure("api worker", log_format)
     answer = await http.post(COMPLETIONS, json=HELLO | {"n": "two\nlines"})
     logs.configure("tests")
     (line,) = [
