@@ -2,6 +2,8 @@
 
 import contextlib
 import ctypes
+import faulthandler
+import fcntl
 import os
 import pickle
 import signal
@@ -14,20 +16,45 @@ from persimmon.server.shortage import ADVICE, shortage
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
+STACKS_PIPE_BYTES = 1 << 20
+"""A hundred threads, which is as many as are written, have some 100 KB of stacks."""
+
+_open: list[connection.Connection] = []
+"""What is used to the end of the process."""
+
 _at_orphaned: list[Callable[[], None]] = []
 
 
-def run(pickled: bytes) -> None:
+def run(pickled: bytes, stacks: connection.Connection | None) -> None:
     """Entry point of a process that `persimmon.server.children.spawn` starts.
 
     Args:
         pickled: a function and its arguments.  They are unpickled late, because that imports modules for a second or
             more, in which the death of the supervisor must already end this process.
+        stacks: where the stacks of all threads go at SIGUSR1; None for standard error.
     """
+    write_stacks_at_signal(stacks)
     with logs.in_background(), logs.error_logged(), _shortage_explained():
         follow_supervisor()
         main, arguments = pickle.loads(pickled)  # noqa: S301, from the process that started this one
         main(*arguments)
+
+
+def write_stacks_at_signal(to: connection.Connection | None = None) -> None:
+    """Writes the stacks of all threads at SIGUSR1, also while no Python code runs because one of them is held up in C.
+
+    Args:
+        to: a pipe whose reader may be slow, for what does not fit is lost; None for standard error.
+    """
+    if to is None:
+        faulthandler.register(signal.SIGUSR1)
+    else:
+        os.set_blocking(to.fileno(), False)
+        with contextlib.suppress(OSError):  # a user's pipes may have used up what the system allows
+            fcntl.fcntl(to, fcntl.F_SETPIPE_SZ, STACKS_PIPE_BYTES)
+        _open.append(to)
+        faulthandler.register(signal.SIGUSR1, to.fileno())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 
 
 @contextlib.contextmanager

@@ -15,8 +15,12 @@ from multiprocessing.context import SpawnProcess
 from persimmon.server import child_process
 from persimmon.server.restarts import WINDOW_SECONDS, Restarts
 
-HELD_BACK = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1})
+HELD_BACK = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2})
 """Signals that wait, in a new process, until it has decided what to do with them."""
+
+
+STACKS_PAUSE_SECONDS = 0.1
+"""Stacks of which nothing more has come in this time are complete."""
 
 
 class _Later:
@@ -39,7 +43,9 @@ def blocking(signals: Collection[signal.Signals]) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def spawn(name: str, main: Callable[..., None], *arguments: object) -> SpawnProcess:
+def spawn(
+    name: str, main: Callable[..., None], *arguments: object, stacks: connection.Connection | None = None
+) -> SpawnProcess:
     """Starts a process of a fresh interpreter.
 
     It ends when this process does, and has HELD_BACK blocked.
@@ -48,14 +54,15 @@ def spawn(name: str, main: Callable[..., None], *arguments: object) -> SpawnProc
         name: of the process, for tools that list processes.
         main: what it runs.
         arguments: for `main`.
+        stacks: where it writes the stacks of its threads at SIGUSR1; None for standard error.
 
     Raises:
         OSError: the system allows no more processes or has no memory for one.
     """
     process = multiprocessing.get_context("spawn").Process(
-        target=child_process.run, args=(_Later((main, arguments)),), name=name
+        target=child_process.run, args=(_Later((main, arguments)), stacks), name=name
     )
-    with blocking({signal.SIGHUP}):
+    with blocking({signal.SIGHUP, signal.SIGUSR1}):
         resource_tracker.ensure_running()  # here, because it unblocks some signals
     with blocking(HELD_BACK):
         process.start()
@@ -76,6 +83,7 @@ class Child:
         process: the last one; None before the first.
         started: when it started, in seconds on the clock of `due`.
         report: where that message comes; None when it has come, or cannot come any more.
+        stacks: where the stacks of its threads come; None before the first process.
         due: when the next one is to be started, on the monotonic clock; None while one runs.
         has_served: whether one of them has been ready.
     """
@@ -89,6 +97,7 @@ class Child:
         self.process: SpawnProcess | None = None
         self.started = 0.0
         self.report: connection.Connection | None = None
+        self.stacks: connection.Connection | None = None
         self.due: float | None = time.monotonic()
         self.has_served = False
 
@@ -98,16 +107,15 @@ class Child:
         Raises:
             OSError: the system allows no more processes or files, or has no memory for one.
         """
-        report, end = multiprocessing.get_context("spawn").Pipe(duplex=False)
-        with end:  # closed here, so that a report's end is seen when its process ends
-            try:
-                self.process = spawn(self._name, self._main, *self._arguments, end)
-            except OSError:
-                report.close()
-                raise
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            report, end = _pipe(ours, theirs)
+            stacks, stacks_end = _pipe(ours, theirs)
+            self.process = spawn(self._name, self._main, *self._arguments, end, stacks=stacks_end)
+            ours.pop_all()
+        self._forget_stacks()
         self.started = time.monotonic()
         self.due = None
-        self.report = report
+        self.report, self.stacks = report, stacks
 
     @property
     def sentinel(self) -> int | None:
@@ -125,6 +133,17 @@ class Child:
             message = None
         self._forget_report()
         return message
+
+    def read_stacks(self) -> str:
+        """What it has written since the last call; empty where that is nothing, and at its end."""
+        parts: list[bytes] = []
+        # It writes them in small pieces, but without a pause.
+        while self.stacks is not None and self.stacks.poll(STACKS_PAUSE_SECONDS if parts else 0):
+            part = os.read(self.stacks.fileno(), 1 << 16)
+            if not part:
+                self._forget_stacks()
+            parts.append(part)
+        return b"".join(parts).decode(errors="replace")
 
     def send(self, number: signal.Signals) -> None:
         """Sends it a signal, unless it has ended: its process id may be another's by then."""
@@ -174,6 +193,19 @@ class Child:
         if self.report is not None:
             self.report.close()
             self.report = None
+
+    def _forget_stacks(self) -> None:
+        if self.stacks is not None:
+            self.stacks.close()
+            self.stacks = None
+
+
+def _pipe(
+    ours: contextlib.ExitStack, theirs: contextlib.ExitStack
+) -> tuple[connection.Connection, connection.Connection]:
+    """A pipe from a new process; its end is closed here, so that the end of the process is the end of the pipe."""
+    read, write = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    return ours.enter_context(read), theirs.enter_context(write)
 
 
 def kill(children: Collection[Child]) -> None:

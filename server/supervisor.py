@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from multiprocessing import connection
 from pathlib import Path
 from typing import Self
@@ -35,6 +35,10 @@ FINAL_ERROR_SECONDS = 2.0
 FLUSH_SECONDS = 5.0
 """Time for an API worker to exit after that."""
 
+STACKS_SECONDS = 1.0
+"""Time for a process that hangs to write the stacks of its threads before it is killed; it takes milliseconds, but a
+stopped process never does."""
+
 LOOK_SECONDS = 0.5
 """Interval between two looks at the heartbeats."""
 
@@ -51,7 +55,7 @@ def supervise(settings: Settings, folder: Path, served_model_name: str, use: Mod
     """Runs the server until it is told to stop or cannot go on.
 
     A process that dies is started again, unless it has never served or has died too often.  SIGHUP has the
-    files of keys and certificates read again.
+    files of keys and certificates read again; SIGUSR1 has the stacks of all other processes' threads logged.
 
     Args:
         settings: of the server.
@@ -73,7 +77,8 @@ def supervise(settings: Settings, folder: Path, served_model_name: str, use: Mod
         # Without files to read again, the end of a terminal is the end of the server; nohup ignores it.
         if not reads_files_again(settings) and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             ending.add(signal.SIGHUP)
-        signals = stack.enter_context(_Signals(ending, {signal.SIGHUP} if reads_files_again(settings) else ()))
+        others = {signal.SIGUSR1, signal.SIGHUP} if reads_files_again(settings) else {signal.SIGUSR1}
+        signals = stack.enter_context(_Signals(ending, others))
         listeners = listen(settings.host, settings.port, settings.api_workers)
         for listener in listeners:
             stack.enter_context(listener)
@@ -151,11 +156,13 @@ class _Supervisor:
             running = [child for child in self._children if child.sentinel is not None]
             sentinels = [child.sentinel for child in running]
             reports = [child.report for child in running if child.report is not None]
-            happened = connection.wait([self._signals.descriptor, *filter(None, sentinels), *reports], LOOK_SECONDS)
+            happened = self._wait([*filter(None, sentinels), *reports], LOOK_SECONDS)
             if self._signals.descriptor in happened:
-                if self._signals.take():
+                come = self._take_signals()
+                if self._signals.ends(come):
                     return self._drain()
-                self._read_files_again()
+                if signal.SIGHUP in come:
+                    self._read_files_again()
             for child in running:
                 if child.report in happened:
                     self._hear(child.receive())
@@ -165,6 +172,28 @@ class _Supervisor:
                     return code
             self._look_at_engine()
             self._look_at_workers()
+
+    def _wait(self, for_what: Iterable[connection.Connection | int], seconds: float) -> Collection[object]:
+        """What has happened of these, or that a signal has come; meanwhile logs the stacks that processes write."""
+        stacks = {child.stacks: child for child in self._children if child.stacks is not None}
+        happened = connection.wait([self._signals.descriptor, *for_what, *stacks], seconds)
+        for child in (child for end, child in stacks.items() if end in happened):
+            self._log_stacks(child)
+        return happened
+
+    def _log_stacks(self, child: Child) -> None:
+        pid = child.process.pid if child.process is not None else None
+        if stacks := child.read_stacks().rstrip():
+            say(f"persimmon: stacks of {child.title} (pid {pid}):\n{stacks}")
+
+    def _kill_hung(self, child: Child) -> None:
+        """Kills a process, after it has had the time to write what its threads are doing."""
+        child.send(signal.SIGUSR1)
+        if child.stacks is not None and connection.wait([child.stacks], STACKS_SECONDS):
+            self._log_stacks(child)
+        else:
+            say(f"persimmon: warning: {child.title} wrote no stacks in {STACKS_SECONDS:g} s: it is stopped or starved")
+        child.send(signal.SIGKILL)
 
     def _start(self, child: Child) -> int | None:
         """Starts a child that is due, or plans the next attempt; the server's exit code where there is none."""
@@ -258,7 +287,7 @@ class _Supervisor:
         if overdue > step_limit(self._settings.step_timeout, self._ready.device):
             say(f"persimmon: error: the engine has work, but has ended no step for {overdue:.1f} s; it is killed")
             self._ready = None
-            self._engine.send(signal.SIGKILL)
+            self._kill_hung(self._engine)
 
     def _look_at_workers(self) -> None:
         """Kills workers that hang, so that they are started again."""
@@ -266,7 +295,7 @@ class _Supervisor:
             hung = watch.hung_seconds()
             if hung is not None and worker.sentinel is not None:
                 say(f"persimmon: error: {worker.title} has been stopped or busy for {hung:.1f} s; it is killed")
-                worker.send(signal.SIGKILL)
+                self._kill_hung(worker)
                 watch.restart()
 
     def _drain(self) -> int:
@@ -281,7 +310,7 @@ class _Supervisor:
             listener.close()
         if not self._wait_for_workers(self._settings.drain_timeout + FINAL_ERROR_SECONDS + FLUSH_SECONDS):
             say("Stopping at once: open requests end with an error")
-            self._signal_workers(signal.SIGUSR1)
+            self._signal_workers(signal.SIGUSR2)
             self._wait_for_workers(FINAL_ERROR_SECONDS + FLUSH_SECONDS)
         return 0
 
@@ -290,6 +319,14 @@ class _Supervisor:
         kill([self._engine])
         self._signal_workers(signal.SIGTERM)
         self._wait_for_workers(FLUSH_SECONDS)
+
+    def _take_signals(self) -> Collection[int]:
+        """The signals that have come; SIGUSR1 is passed on, so that all processes write their stacks."""
+        come = self._signals.take()
+        if signal.SIGUSR1 in come:
+            for child in self._children:
+                child.send(signal.SIGUSR1)
+        return come
 
     def _signal_workers(self, number: signal.Signals) -> None:
         for worker in self._workers:
@@ -300,11 +337,13 @@ class _Supervisor:
         deadline = time.monotonic() + seconds
         running = {worker.sentinel for worker in self._workers if worker.sentinel is not None}
         while running and (left := deadline - time.monotonic()) > 0:
-            happened = connection.wait([*running, self._signals.descriptor], left)
+            happened = self._wait(running, left)
             if self._signals.descriptor in happened:
-                if self._signals.take():
+                come = self._take_signals()
+                if self._signals.ends(come):
                     return False
-                say("Stopping: API keys and certificates are not read again")
+                if signal.SIGHUP in come:
+                    say("Stopping: API keys and certificates are not read again")
             running.difference_update(happened)
         return True
 
@@ -395,12 +434,16 @@ class _Signals:
         os.close(self.descriptor)
         os.close(self._write_end)
 
-    def take(self) -> bool:
-        """Takes those that have come; whether one of them asks for the end."""
+    def take(self) -> Collection[int]:
+        """Takes those that have come."""
         try:
-            return not self._ending.isdisjoint(os.read(self.descriptor, 1024))
+            return frozenset(os.read(self.descriptor, 1024))
         except BlockingIOError:
-            return False
+            return frozenset()
+
+    def ends(self, come: Collection[int]) -> bool:
+        """Whether one of these asks for the end of the server."""
+        return not self._ending.isdisjoint(come)
 
     def take_repeats(self, seconds: float) -> None:
         """Takes what comes within this time."""

@@ -50,7 +50,7 @@ def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Pat
     logs.configure("engine", settings.log_format, settings.log_level)
     follow_supervisor()
     # Sent to all processes of a service at once; the supervisor ends this one when the open requests have ended.
-    ignore({signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1})
+    ignore({signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2})
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
     # Unbounded on purpose: what is in flight is bounded by admission, and a dropped message is a lost answer.
     socket.set_hwm(0)

@@ -61,7 +61,7 @@ def run_api_worker(
     """Serves HTTP until SIGTERM, then refuses what is new, lets open requests finish and returns.
 
     The entry point of a process, which ends at once if its supervisor does.  SIGTERM may come several times: only
-    SIGUSR1, which the supervisor sends, ends open requests at once, with an error.
+    SIGUSR2, which the supervisor sends, ends open requests at once, with an error.
 
     Args:
         settings: of the server.
@@ -117,17 +117,17 @@ def run_api_worker(
 
 
 class _Signals:
-    """Handles SIGTERM and SIGUSR1 from here to the end of the process, where removing a handler would let them kill it.
+    """Handles SIGTERM and SIGUSR2 from here to the end of the process, where removing a handler would let them kill it.
 
     Attributes:
         stopping: set when SIGTERM has come.
-        stopping_now: set when SIGUSR1 has come.
+        stopping_now: set when SIGUSR2 has come.
     """
 
     def __init__(self) -> None:
         self.stopping = asyncio.Event()
         self.stopping_now = asyncio.Event()
-        events = {signal.SIGTERM: self.stopping, signal.SIGUSR1: self.stopping_now}
+        events = {signal.SIGTERM: self.stopping, signal.SIGUSR2: self.stopping_now}
         for number, event in events.items():
             asyncio.get_running_loop().add_signal_handler(number, event.set)
         # The process was started with them blocked, so that one that came before has waited until here.
