@@ -211,6 +211,23 @@ class Runner:
         """How many steps were CUDA graphs."""
         return 0 if self._decode_steps is None else self._decode_steps.replays
 
+    def wrap_parts(self, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:
+        """Puts something around the parts of each step that is launched from here, like the ranges of a profile.
+
+        Args:
+            wrap: makes a function of a part's name ("network" or "sample") and the part.
+
+        Returns:
+            What undoes it.
+        """
+        before = self._forward, self._sampler
+        self._forward, self._sampler = wrap("network", self._forward), wrap("sample", self._sampler)
+
+        def unwrap() -> None:
+            self._forward, self._sampler = before
+
+        return unwrap
+
     @torch.inference_mode()
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies blocks of the cache before the next step: (from, to) pairs, no two to the same."""

@@ -51,6 +51,7 @@ GROUPS = {
     "gpu": "CUDA graphs",
     "load": "overload, health, shutdown",
     "memory": "KV cache",
+    "debug": "profiling",
 }
 
 

@@ -21,10 +21,11 @@ from persimmon.model.vocabulary import VocabularyMap
 from persimmon.server import logs
 from persimmon.server.child_process import follow_supervisor, ignore
 from persimmon.server.engine.blocks import BlockPool
-from persimmon.server.engine.core import Engine
+from persimmon.server.engine.core import Engine, StepRunner
 from persimmon.server.engine.loading import load_model
 from persimmon.server.engine.messages import Ready
 from persimmon.server.engine.plan_runner import PlanRunner
+from persimmon.server.engine.profiling import ProfiledRunner
 from persimmon.server.engine.scheduler import Scheduler
 from persimmon.server.engine.step_cost import StepCostModel
 from persimmon.server.settings.engine import EngineSettings
@@ -56,6 +57,12 @@ def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Pat
     socket.set_hwm(0)
     # Bound before the model loads, so that a worker's hello waits here and is answered at once.
     socket.bind(address)
+    if settings.profile_steps is not None:
+        try:
+            settings.profile_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            logs.say(f"persimmon: error: --profile-dir {settings.profile_dir} is not a folder: {error.strerror}")
+            sys.exit(2)
     try:
         loaded = load_model(settings, folder, logs.say)
     except (CheckpointError, KernelsUnavailableError, MemoryPlanError) as error:
@@ -79,7 +86,9 @@ def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Pat
         stats=scheduler.stats(),
     )
     # At the start, because with a large vocabulary it takes a second in which no step could run.
-    runner = PlanRunner(loaded.runner, _grammar_compiler(folder))
+    runner: StepRunner = PlanRunner(loaded.runner, _grammar_compiler(folder))
+    if settings.profile_steps is not None:
+        runner = ProfiledRunner(runner, loaded.runner, settings.profile_steps, settings.profile_dir)
     report.send(ready)
     # What lives now lives as long as the process: the collector need not look at it again.
     gc.collect()

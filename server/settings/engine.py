@@ -1,5 +1,6 @@
 """What the engine process gets: how it loads the model, plans memory and schedules."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ByteSize, field_validator
@@ -105,6 +106,20 @@ class EngineSettings(LogSettings):
     )
     enforce_eager: bool = setting(
         False, "Do not capture CUDA graphs: faster start and less memory, but slower decoding.", "gpu"
+    )
+
+    profile_steps: int | None = setting(
+        None,
+        "Record the first steps with work in torch's profiler: how many. Default: none.",
+        "debug",
+        "N",
+        ge=1,
+    )
+    profile_dir: Path = setting(
+        Path("."),
+        "Folder of the file that --profile-steps writes; https://ui.perfetto.dev opens it.",
+        "debug",
+        "FOLDER",
     )
 
     queue_timeout: float = setting(
