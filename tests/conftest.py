@@ -37,9 +37,11 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def triton_cache(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """Where compiled kernels lie, for all processes of a run: what one test has compiled, another need not."""
-    base = tmp_path_factory.getbasetemp()
-    cache = (base if worker_id == "master" else base.parent) / "triton-cache"
-    cache.mkdir(exist_ok=True)
-    return cache
+def triton_cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where compiled kernels lie, for all processes and for later runs: what has been compiled once need not be again.
+
+    Triton finds them by their source, their arguments, its own version and the compiler's.
+    """
+    cache = getattr(pytestconfig, "cache", None)  # there is none with -p no:cacheprovider
+    folder: Path = tmp_path_factory.mktemp("triton") if cache is None else cache.mkdir("triton")
+    return folder

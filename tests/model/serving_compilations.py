@@ -1,12 +1,12 @@
 """Which kernels the first seconds of serving compile, and which steps after the warm-up compile yet others.
 
 Runs the server's own warm-up, then steps of many kinds, on a network of meta tensors whose launches are compilations
-for sm_90; prints the names of what was compiled before and after, as JSON.  Needs a process of its own:
+for sm_90; prints the names of what was compiled before and after for each kind of server, as JSON.  Needs a process of
+its own, which compiles what they have in common once:
 
-    TRITON_INTERPRET=0 python -m tests.model.serving_compilations [--enforce-eager] [--architecture NAME]
+    TRITON_INTERPRET=0 python -m tests.model.serving_compilations
 """
 
-import argparse
 import json
 import random
 from collections.abc import Sequence
@@ -125,15 +125,17 @@ ADJUSTED = [
 ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--enforce-eager", action="store_true")
-    parser.add_argument("--max-num-seqs", type=int, default=256)
-    parser.add_argument("--architecture", type=Architecture, default=GENERATOR.architecture)
-    given = parser.parse_args()
-    settings = Settings(enforce_eager=given.enforce_eager, max_num_seqs=given.max_num_seqs)
-    labels = () if given.architecture == GENERATOR.architecture else ("calm", "glad", "sad")
-    config = replace(GENERATOR, architecture=given.architecture, labels=labels)
+SERVERS: dict[str, tuple[Settings, Architecture]] = {
+    "default": (Settings(), GENERATOR.architecture),
+    "eager": (Settings(enforce_eager=True, max_num_seqs=1), GENERATOR.architecture),
+    "few": (Settings(max_num_seqs=8), GENERATOR.architecture),
+    "classifier": (Settings(), Architecture.TOKEN_CLASSIFICATION),
+}
+
+
+def compilations(settings: Settings, architecture: Architecture) -> dict[str, list[str]]:
+    labels = () if architecture == GENERATOR.architecture else ("calm", "glad", "sad")
+    config = replace(GENERATOR, architecture=architecture, labels=labels)
     plan = MemoryPlan(0, 0, 0, 0, 0, NUM_BLOCKS, BLOCK_SIZE, MAX_MODEL_LEN)
     with launches_compile(90) as compiled:
         runner = make_runner(settings, config)
@@ -144,7 +146,11 @@ def main() -> None:
         for _ in range(STEPS):
             runner.run(random_step(dice, settings.max_num_seqs, config))
     names = [kernel.name for kernel in compiled]
-    print(json.dumps({"warm-up": names[:warm], "serving": names[warm:]}))
+    return {"warm-up": names[:warm], "serving": names[warm:]}
+
+
+def main() -> None:
+    print(json.dumps({name: compilations(*server) for name, server in SERVERS.items()}))
 
 
 if __name__ == "__main__":

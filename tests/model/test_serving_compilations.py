@@ -9,25 +9,21 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        (),
-        ("--max-num-seqs=1", "--enforce-eager"),
-        ("--max-num-seqs=8",),
-        ("--architecture=PersimmonForTokenClassification",),
-    ],
-    ids=["default", "eager", "few", "classifier"],
-)
-def test_no_step_after_the_warm_up_compiles_a_kernel(settings: tuple[str, ...], triton_cache: Path) -> None:
+@pytest.fixture(scope="module")
+def compiled(triton_cache: Path) -> dict[str, dict[str, list[str]]]:
+    """By the kind of server, the kernels of its warm-up, and those that steps after it compiled."""
     found = subprocess.run(
-        [sys.executable, "-m", "tests.model.serving_compilations", *settings],
+        [sys.executable, "-m", "tests.model.serving_compilations"],
         cwd=Path(__file__).parents[2],
         env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(triton_cache)},
         capture_output=True,
         text=True,
     )
     assert found.returncode == 0, found.stderr
-    compiled = json.loads(found.stdout)
-    assert "_decode_attention" in compiled["warm-up"]
-    assert compiled["serving"] == []
+    return json.loads(found.stdout)
+
+
+@pytest.mark.parametrize("server", ["default", "eager", "few", "classifier"])
+def test_no_step_after_the_warm_up_compiles_a_kernel(compiled: dict[str, dict[str, list[str]]], server: str) -> None:
+    assert "_decode_attention" in compiled[server]["warm-up"]
+    assert compiled[server]["serving"] == []
