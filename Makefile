@@ -5,17 +5,24 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV ?= .venv
 ARGS ?=
 ALL_CORES := --numprocesses=logical --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
+# What a change breaks most often, before each commit: scheduler and block pool, HTTP with a scripted engine, the kernels'
+# references, one comparison with Transformers, one real server.  The longest files first.
+FAST := tests/model/test_parity.py::test_greedy_tokens_equal_transformers tests/end_to_end/test_openai_client.py \
+	tests/kernels/test_reference.py tests/server/engine tests/server/http
 BIN := $(VENV)/bin
 # Installed again when one of these changes; the last are the C kernels, which the installation compiles.
 INSTALLED_FROM := pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*.[ch])
 
-.PHONY: serve test compat lint types contracts format docs audit clean
+.PHONY: serve test test-fast compat lint types contracts format docs audit clean
 
 serve: $(VENV)/.installed
 	$(BIN)/persimmon serve $(ARGS)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(or $(ARGS),$(ALL_CORES))
+
+test-fast: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(ALL_CORES) $(FAST) $(ARGS)
 
 compat: $(VENV)/.installed-compat
 	$(BIN)/python -m pytest tests/compat $(ARGS)
