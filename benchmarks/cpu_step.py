@@ -86,7 +86,13 @@ class Network:
 
     def __init__(self, folder: Path, dtype: torch.dtype, operations: Kernels[Any], sequences: int) -> None:
         config = PersimmonConfig.from_folder(folder)
-        self.model = Persimmon(config, Checkpoint.open(folder, config).tensors(), dtype, CPU, operations)
+        self.model = Persimmon(
+            config=config,
+            tensors=Checkpoint.open(folder, config).tensors(),
+            dtype=dtype,
+            device=CPU,
+            kernels=operations,
+        )
         self.cache = KVCache.allocate(config, sequences * BLOCKS_EACH, BLOCK_SIZE, dtype, CPU)
         self.runner = Runner(self.model, self.cache, operations)
 
@@ -95,14 +101,28 @@ class Network:
         start = CONTEXT if tokens == 1 else 0
         tables = [list(range(i * BLOCKS_EACH, (i + 1) * BLOCKS_EACH)) for i in range(sequences)]
         return [
-            SequenceInput([7] * tokens, start, table, [RowSampling(asked=SamplingParams(temperature=0.0))])
+            SequenceInput(
+                token_ids=[7] * tokens,
+                start=start,
+                block_table=table,
+                samplings=[RowSampling(asked=SamplingParams(temperature=0.0))],
+            )
             for table in tables
         ]
 
     def fill(self, sequences: int) -> None:
         """Computes the contexts that decode steps read."""
         for i in range(sequences):
-            self.runner.run([SequenceInput([5] * CONTEXT, 0, range(i * BLOCKS_EACH, (i + 1) * BLOCKS_EACH), ())])
+            self.runner.run(
+                [
+                    SequenceInput(
+                        token_ids=[5] * CONTEXT,
+                        start=0,
+                        block_table=range(i * BLOCKS_EACH, (i + 1) * BLOCKS_EACH),
+                        samplings=(),
+                    )
+                ]
+            )
 
 
 def median_us(work: Callable[[], object], runs: int) -> float:
@@ -145,13 +165,19 @@ def parts(native: Network, operations: NativeKernels, sequences: int, tokens: in
         "down + residual": lambda one: one.kind == library.LINEAR and one.in_ == config.intermediate_size,
     }
     network_us = median_us(partial(program.run, step), runs)
-    timings = [Timing("network", sequences, tokens, network_us)]
+    timings = [Timing(what="network", sequences=sequences, tokens=tokens, native_us=network_us)]
     for what, wanted in kinds.items():
         others = program.part(lambda one, wanted=wanted: not wanted(one))  # type: ignore[misc]
         others_us = median_us(partial(others.run, step), runs)
-        timings.append(Timing(what, sequences, tokens, round(network_us - others_us, 1)))
+        timings.append(
+            Timing(what=what, sequences=sequences, tokens=tokens, native_us=round(network_us - others_us, 1))
+        )
     last = hidden[:sequences]
-    timings.append(Timing("lm_head", sequences, 1, median_us(lambda: native.model.logits(last), runs)))
+    timings.append(
+        Timing(
+            what="lm_head", sequences=sequences, tokens=1, native_us=median_us(lambda: native.model.logits(last), runs)
+        )
+    )
     return timings
 
 
@@ -161,11 +187,11 @@ def draws(operations: NativeKernels, vocab_size: int, rows: int, runs: int) -> l
     native = NativeDraw(operations)
     return [
         Timing(
-            f"{name}, {vocab_size:,} ids",
-            rows,
-            1,
-            median_us(lambda own=own: native(logits, [own] * rows), runs),  # type: ignore[misc]
-            median_us(lambda own=own: sampler.draw(logits, [own] * rows), runs),  # type: ignore[misc]
+            what=f"{name}, {vocab_size:,} ids",
+            sequences=rows,
+            tokens=1,
+            native_us=median_us(lambda own=own: native(logits, [own] * rows), runs),  # type: ignore[misc]
+            torch_us=median_us(lambda own=own: sampler.draw(logits, [own] * rows), runs),  # type: ignore[misc]
         )
         for name, own in DRAWS.items()
     ]
@@ -192,7 +218,9 @@ def measure(folder: Path, dtype: torch.dtype, runs: int) -> list[Timing]:
         raise kernels.KernelsUnavailableError(
             "there are no C kernels for this processor; see docs/reference/api.md, CPU"
         )
-    native, plain = (Network(folder, dtype, own, 64) for own in (operations, reference))
+    native, plain = (
+        Network(folder=folder, dtype=dtype, operations=own, sequences=64) for own in (operations, reference)
+    )
     for network in (native, plain):
         network.fill(64)
     timings = []
@@ -201,7 +229,9 @@ def measure(folder: Path, dtype: torch.dtype, runs: int) -> list[Timing]:
         native_us, torch_us = (
             median_us(partial(own.runner.run, own.batch(sequences, tokens)), few) for own in (native, plain)
         )
-        timings.append(Timing("whole step", sequences, tokens, native_us, torch_us))
+        timings.append(
+            Timing(what="whole step", sequences=sequences, tokens=tokens, native_us=native_us, torch_us=torch_us)
+        )
         timings += parts(native, operations, sequences, tokens, few)
     with busy_program():
         for sequences in (1, 8, 64):
@@ -209,7 +239,15 @@ def measure(folder: Path, dtype: torch.dtype, runs: int) -> list[Timing]:
             native_us, torch_us = (
                 median_us(partial(own.runner.run, own.batch(sequences, 1)), few) for own in (native, plain)
             )
-            timings.append(Timing("step beside a busy program", sequences, 1, native_us, torch_us))
+            timings.append(
+                Timing(
+                    what="step beside a busy program",
+                    sequences=sequences,
+                    tokens=1,
+                    native_us=native_us,
+                    torch_us=torch_us,
+                )
+            )
     for vocab_size, rows in ((8192, 1), (8192, 64), (262144, 8)):
         timings += draws(operations, vocab_size, rows, max(3, runs // 8))
     return timings

@@ -200,8 +200,22 @@ class Bench:
         instant = cast("Runner", InstantRunner(self.stopwatch, load.running, tokens))
         runner = TimedPlanRunner(instant)
         runner.stopwatch = self.stopwatch
-        ready = Ready(tokens, BLOCK_SIZE, pool.num_blocks, "none", "none", self._scheduler.stats())
-        self._engine = Engine(router, self._scheduler, runner, ready, costs=StepCostModel(), overlap=load.overlap)
+        ready = Ready(
+            max_model_len=tokens,
+            block_size=BLOCK_SIZE,
+            total_blocks=pool.num_blocks,
+            device="none",
+            dtype="none",
+            stats=self._scheduler.stats(),
+        )
+        self._engine = Engine(
+            socket=router,
+            scheduler=self._scheduler,
+            run=runner,
+            limits=ready,
+            costs=StepCostModel(),
+            overlap=load.overlap,
+        )
         self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
         self._ids = itertools.count()
         self._random = Random(0)

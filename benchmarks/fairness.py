@@ -86,7 +86,15 @@ async def measure(
     flooding.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await flooding
-    return Result(command, sequences, flood_tokens, tokens, alone, beside, failures)
+    return Result(
+        command=command,
+        sequences=sequences,
+        flood_tokens=flood_tokens,
+        tokens=tokens,
+        alone_ms=alone,
+        beside_ms=beside,
+        failures=failures,
+    )
 
 
 async def _until_full(server: RunningServer) -> None:
@@ -128,11 +136,20 @@ def main() -> int:
         keys = folder / "keys"
         keys.write_text("flood:flood\nsmall:small\n")
         server = Server(
-            "persimmon",
-            (sys.executable, "-m", "persimmon.server.cli"),
-            "persimmon",
-            ("serve", "--model", "{checkpoint}", "--port", "{port}", "--no-access-log", "--api-key-file", str(keys)),
-            {},
+            name="persimmon",
+            program=(sys.executable, "-m", "persimmon.server.cli"),
+            shown_program="persimmon",
+            arguments=(
+                "serve",
+                "--model",
+                "{checkpoint}",
+                "--port",
+                "{port}",
+                "--no-access-log",
+                "--api-key-file",
+                str(keys),
+            ),
+            environment={},
         )
         started = stack.enter_context(running(server, DEMO, folder / "log", 120))
         shown = server.shown_command.replace(str(keys), "KEYS")

@@ -148,7 +148,15 @@ def measure(server: RunningServer, command: str, pressure: Pressure, seconds: fl
     ours.send("stop")
     answers = ours.recv()
     process.join()
-    return Result(command, pressure, seconds, idle, pressed, dict(statuses), answers)
+    return Result(
+        command=command,
+        pressure=pressure,
+        seconds=seconds,
+        idle_ms=idle,
+        pressed_ms=pressed,
+        probes=dict(statuses),
+        answers=answers,
+    )
 
 
 def describe(result: Result) -> str:
@@ -175,11 +183,11 @@ def main() -> int:
     parser.add_argument("arguments", nargs="*", help="more for persimmon serve, after --")
     arguments = parser.parse_args()
     server = Server(
-        "persimmon",
-        (sys.executable, "-m", "persimmon.server.cli"),
-        "persimmon",
-        ("serve", "--model", "{checkpoint}", "--port", "{port}", *arguments.arguments),
-        {},
+        name="persimmon",
+        program=(sys.executable, "-m", "persimmon.server.cli"),
+        shown_program="persimmon",
+        arguments=("serve", "--model", "{checkpoint}", "--port", "{port}", *arguments.arguments),
+        environment={},
     )
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -84,9 +84,18 @@ class Client:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_model_len=plan.max_model_len,
         )
-        ready = Ready(plan.max_model_len, plan.block_size, plan.num_blocks, "cpu", "float32", scheduler.stats())
+        ready = Ready(
+            max_model_len=plan.max_model_len,
+            block_size=plan.block_size,
+            total_blocks=plan.num_blocks,
+            device="cpu",
+            dtype="float32",
+            stats=scheduler.stats(),
+        )
         costs = StepCostModel() if bounded else None
-        self._engine = Engine(router, scheduler, PlanRunner(loaded.runner), ready, costs=costs)
+        self._engine = Engine(
+            socket=router, scheduler=scheduler, run=PlanRunner(loaded.runner), limits=ready, costs=costs
+        )
         self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
         self._random = Random(0)
         self._submitted: list[float] = []
@@ -176,15 +185,15 @@ def measure(loaded: LoadedModel, settings: Settings, arguments: argparse.Namespa
         quiet = sorted(quiet + quiet_gaps(client, streams, arguments.quiet_steps))
         quiet_p99, busy_p99 = _p99(quiet), _p99(busy)
         return Latencies(
-            bounded,
-            round(statistics.median(quiet), 2),
-            round(quiet_p99, 2),
-            round(statistics.median(busy), 2),
-            round(busy_p99, 2),
-            round(busy_p99 / quiet_p99, 2),
-            [client.ttft_ms(number) for number in long],
-            alone_ttft,
-            [client.ttft_ms(number) for number in short],
+            bounded=bounded,
+            quiet_median=round(statistics.median(quiet), 2),
+            quiet_p99=round(quiet_p99, 2),
+            busy_median=round(statistics.median(busy), 2),
+            busy_p99=round(busy_p99, 2),
+            ratio=round(busy_p99 / quiet_p99, 2),
+            long_ttft=[client.ttft_ms(number) for number in long],
+            alone_ttft=alone_ttft,
+            short_ttft=[client.ttft_ms(number) for number in short],
         )
 
 

@@ -92,16 +92,16 @@ def figures(run: Run, offered: float | None, seconds: float, server_cpu_s: Mappi
     counted = last - first
     cpu_s = {CLIENT: run.client_cpu_s, **server_cpu_s}
     return Figures(
-        offered,
-        round(counted, 2),
-        round(len(answers) / counted, 2),
-        round(sum(each.completion_tokens for each in answers) / counted, 1),
-        statuses[429],
-        sum(count for status, count in statuses.items() if status >= 500),
-        dict(failures),
-        None if not refusals else (_at(refusals, 0.5), _at(refusals, 0.99), _at(refusals, 1)),
-        None if not answers else _first_tokens(answers),
-        {name: round(each / run.duration_s, 3) for name, each in cpu_s.items()},
+        offered_per_s=offered,
+        seconds=round(counted, 2),
+        answered_per_s=round(len(answers) / counted, 2),
+        goodput_tokens_per_s=round(sum(each.completion_tokens for each in answers) / counted, 1),
+        refused=statuses[429],
+        server_errors=sum(count for status, count in statuses.items() if status >= 500),
+        other_failures=dict(failures),
+        refusal_ms=None if not refusals else (_at(refusals, 0.5), _at(refusals, 0.99), _at(refusals, 1)),
+        ttft_ms=None if not answers else _first_tokens(answers),
+        busy_cores={name: round(each / run.duration_s, 3) for name, each in cpu_s.items()},
     )
 
 
@@ -213,7 +213,7 @@ async def measure(
     opened = await loaded(3, OpenLoop(rate), round(rate, 2))
     watching.cancel()
     memory.append(family.sample())
-    return Result(command, _cores(server.process_id), closed, opened, memory)
+    return Result(command=command, cores=_cores(server.process_id), peak=closed, overload=opened, memory=memory)
 
 
 def _cores(server: int) -> Cores:
@@ -269,11 +269,11 @@ def main() -> int:
     taskset = () if arguments.server_cores is None else ("taskset", "-c", arguments.server_cores)
     limits = ("--max-num-seqs", str(arguments.streams))
     server = Server(
-        "persimmon",
-        (*taskset, sys.executable, "-m", "persimmon.server.cli"),
-        " ".join([*taskset, "persimmon"]),
-        ("serve", "--model", "{checkpoint}", "--port", "{port}", "--no-access-log", *limits),
-        {},
+        name="persimmon",
+        program=(*taskset, sys.executable, "-m", "persimmon.server.cli"),
+        shown_program=" ".join([*taskset, "persimmon"]),
+        arguments=("serve", "--model", "{checkpoint}", "--port", "{port}", "--no-access-log", *limits),
+        environment={},
     )
     # Answers of one length end together, and a closed loop would ask in waves, which cost less than an open loop.
     lengths = (max(1, arguments.output_len // 2), max(1, 3 * arguments.output_len // 2))

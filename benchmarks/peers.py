@@ -43,13 +43,25 @@ VLLM_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "VLLM_
 def our_server(environment: dict[str, str], limits: tuple[str, ...]) -> Server:
     """This project's server, run by this interpreter."""
     program = (sys.executable, "-m", "persimmon.server.cli", "serve")
-    return Server(OURS, program, "persimmon serve", ("--model", "{checkpoint}", *LISTEN, *limits), environment)
+    return Server(
+        name=OURS,
+        program=program,
+        shown_program="persimmon serve",
+        arguments=("--model", "{checkpoint}", *LISTEN, *limits),
+        environment=environment,
+    )
 
 
 def vllm_server(command: Path, environment: dict[str, str], limits: tuple[str, ...]) -> Server:
     """Its CPU build through the Transformers fallback, the only way in which it still runs Persimmon."""
     arguments = ("{checkpoint}", "--model-impl", "transformers", *LISTEN, *limits)
-    return Server(VLLM, (str(command), "serve"), "vllm serve", arguments, VLLM_ENVIRONMENT | environment)
+    return Server(
+        name=VLLM,
+        program=(str(command), "serve"),
+        shown_program="vllm serve",
+        arguments=arguments,
+        environment=VLLM_ENVIRONMENT | environment,
+    )
 
 
 @dataclass(frozen=True)
@@ -142,7 +154,17 @@ def measure_server(
         server_cores = round(server_cpu / report.duration_s, 2)
         other_cores = round(max(0.0, machine_cpu - server_cpu - report.client_cpu_s) / report.duration_s, 2)
         measured.append(
-            (Measurement(server.name, round_number, server.start_s, report, server_cores, other_cores), result)
+            (
+                Measurement(
+                    server=server.name,
+                    round=round_number,
+                    start_s=server.start_s,
+                    report=report,
+                    server_cores=server_cores,
+                    other_cores=other_cores,
+                ),
+                result,
+            )
         )
     return measured
 
@@ -170,7 +192,7 @@ def agreement(round_number: int, first: Round, second: Round) -> Agreement:
     """Compares the texts of two servers' answers to the same prompts."""
     pairs = list(zip(first.answers, second.answers, strict=True))
     same = sum(one is not None and other is not None and one.text == other.text for one, other in pairs)
-    return Agreement(round_number, first.report.workload.streams, len(pairs), same)
+    return Agreement(round=round_number, streams=first.report.workload.streams, prompts=len(pairs), same_text=same)
 
 
 def summarize(measurements: list[Measurement]) -> list[Summary]:
@@ -240,7 +262,14 @@ def floors_of(
             input_len=sum(arguments.input_len) / 2,
             output_len=sum(arguments.output_len) / 2,
         )
-        floors.append(Floor(summary.streams, summary.server, round(most, 1), round(summary.median / most, 3)))
+        floors.append(
+            Floor(
+                streams=summary.streams,
+                server=summary.server,
+                tokens_per_s=round(most, 1),
+                share=round(summary.median / most, 3),
+            )
+        )
     return floors
 
 

@@ -109,7 +109,14 @@ def measure(bench: Bench, kind: str, requests: int, warm_up: int = WARM_UP_REQUE
         raise ValueError("it needs at least one request")
     user, system = after.user - before.user, after.system - before.system
     user_us, system_us, client_us = (round(1e6 * seconds / requests, 1) for seconds in (user, system, own))
-    return Refusals(kind, requests, user_us, system_us, client_us, answer)
+    return Refusals(
+        kind=kind,
+        requests=requests,
+        worker_user_us=user_us,
+        worker_system_us=system_us,
+        client_us=client_us,
+        answer_ms=answer,
+    )
 
 
 def _send(connections: Sequence[socket.socket], asking: bytes, requests: int) -> list[float]:

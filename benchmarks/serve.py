@@ -193,13 +193,13 @@ def main() -> int:
     try:
         endpoint = Endpoint.from_url(arguments.url)
         workload = Workload(
-            arguments.prompts,
-            arguments.streams,
-            arguments.input_len,
-            arguments.output_len,
-            arguments.prefix_len,
-            arguments.token_ids,
-            arguments.seed,
+            prompts=arguments.prompts,
+            streams=arguments.streams,
+            input_len=arguments.input_len,
+            output_len=arguments.output_len,
+            prefix_len=arguments.prefix_len,
+            token_ids=arguments.token_ids,
+            seed=arguments.seed,
         )
     except ValueError as error:
         parser.error(str(error))

@@ -122,7 +122,14 @@ def running(server: Server, checkpoint: Path, log: Path, start_timeout_s: float)
                 raise ServerFailedError(f"{server.name} was not healthy in {start_timeout_s:g} s", log)
             time.sleep(0.05)
         start_s = round(time.perf_counter() - started, 2)
-        yield RunningServer(server.name, Endpoint("127.0.0.1", port), start_s, _version(port), log, process.pid)
+        yield RunningServer(
+            name=server.name,
+            endpoint=Endpoint("127.0.0.1", port),
+            start_s=start_s,
+            version=_version(port),
+            log=log,
+            process_id=process.pid,
+        )
     finally:
         _stop(process)
 

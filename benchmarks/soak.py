@@ -149,7 +149,13 @@ async def run_phase(name: str, one: Callable[[int], Awaitable[str]], count: int,
             clients.create_task(client())
     watching.cancel()
     samples.append(family.sample())
-    return Phase(name, count, dict(outcomes), round(time.perf_counter() - started, 1), samples)
+    return Phase(
+        name=name,
+        requests=count,
+        outcomes=dict(outcomes),
+        seconds=round(time.perf_counter() - started, 1),
+        samples=samples,
+    )
 
 
 async def idle_metrics(endpoint: Endpoint) -> dict[str, float]:
@@ -184,7 +190,7 @@ async def soak(endpoint: Endpoint, command: str, process_id: int, disconnects: i
     ]
     tiny.close()
     metrics = await idle_metrics(endpoint)
-    return Result(command, phases, metrics, family.sample())
+    return Result(command=command, phases=phases, metrics=metrics, after=family.sample())
 
 
 def describe(result: Result) -> str:
@@ -206,14 +212,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     arguments = parser.parse_args()
     server = Server(
-        "persimmon",
-        (sys.executable, "-m", "persimmon.server.cli"),
-        "persimmon",
-        (
+        name="persimmon",
+        program=(sys.executable, "-m", "persimmon.server.cli"),
+        shown_program="persimmon",
+        arguments=(
             *("serve", "--model", "{checkpoint}", "--port", "{port}", "--no-access-log", "--max-num-seqs", "32"),
             *("--kv-cache-memory", "64MB", "--api-workers", str(arguments.api_workers)),
         ),
-        {},
+        environment={},
     )
     checkpoint = Path(next(iter(demo.__path__)))
     with tempfile.TemporaryDirectory() as folder, running(server, checkpoint, Path(folder) / "log", 120) as started:

@@ -30,10 +30,16 @@ class PrefillConfig:
     stages: int
 
 
-CONFIGS = (PrefillConfig(16, 64, 4, 3), PrefillConfig(128, 64, 8, 3))
+CONFIGS = (
+    PrefillConfig(block_queries=16, block_keys=64, warps=4, stages=3),
+    PrefillConfig(block_queries=128, block_keys=64, warps=8, stages=3),
+)
 """For drafts to verify and for prompts, of 16-bit elements; chosen from machine code, not yet run on a GPU."""
 
-FLOAT32_CONFIGS = (PrefillConfig(16, 32, 8, 2), PrefillConfig(32, 32, 4, 2))
+FLOAT32_CONFIGS = (
+    PrefillConfig(block_queries=16, block_keys=32, warps=8, stages=2),
+    PrefillConfig(block_queries=32, block_keys=32, warps=4, stages=2),
+)
 """The same for float32, which the tensor cores do not multiply: what fits a thread's registers."""
 
 

@@ -94,7 +94,15 @@ class Workspace:
         scores, winner_logits, maxima, sums = (torch.empty(entries, device=device) for _ in range(4))
         ids = torch.empty(entries, dtype=torch.int32, device=device)
         tokens = torch.zeros(rows, dtype=torch.int64, device=device)
-        return cls(scores, ids, winner_logits, maxima, sums, tokens, torch.zeros(rows, device=device))
+        return cls(
+            scores=scores,
+            ids=ids,
+            winner_logits=winner_logits,
+            maxima=maxima,
+            sums=sums,
+            tokens=tokens,
+            logprobs=torch.zeros(rows, device=device),
+        )
 
     @staticmethod
     def bytes(rows: int, vocab_size: int, config: SamplingConfig | None = None) -> int:

@@ -138,7 +138,14 @@ class Checkpoint:
         _compare(listing, {settled.names[name]: place for name, place in read.items()}, settled.config)
         total_bytes = sum(header.bytes for _, header in read.values())
         widest = max((header.dtype for _, header in read.values()), key=BYTES.__getitem__)
-        return cls(settled.config, files, settled.names, total_bytes, getattr(torch, widest), settled.notes)
+        return cls(
+            config=settled.config,
+            files=files,
+            names=settled.names,
+            total_bytes=total_bytes,
+            dtype=getattr(torch, widest),
+            notes=settled.notes,
+        )
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor once, by name, in the order they lie in the files.

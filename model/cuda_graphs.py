@@ -141,7 +141,7 @@ class DecodeGraphs:
 
     def _run(self, inputs: StepInputs) -> None:
         plan = self._kernels.plan_decode(inputs.live, inputs.lengths, inputs.block_tables)
-        step = Step(inputs.token_ids, plan, None, self.sampled)
+        step = Step(token_ids=inputs.token_ids, attention=plan, logits_rows=None, sampled=self.sampled)
         hidden = self._model.forward(step, self._cache)
         rows = len(inputs.lengths)
         self._kernels.sample(hidden, self._model.head, inputs.draw, inputs.live, self._logits[:rows])

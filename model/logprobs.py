@@ -39,21 +39,28 @@ class LogprobRows:
         total = logits.logsumexp(-1)
         logprobs = logits.gather(1, token_ids[:, None])[:, 0] - total
         if top == 0:
-            return cls(token_ids, logprobs, token_ids.new_empty(len(logits), 0), logits.new_empty(len(logits), 0))
+            return cls(
+                token_ids=token_ids,
+                logprobs=logprobs,
+                top_ids=token_ids.new_empty(len(logits), 0),
+                top_logprobs=logits.new_empty(len(logits), 0),
+            )
         values, ids = logits.topk(top, dim=-1)
         # topk promises no order among equals: by id, then by value, keeping that order.
         ids, order = ids.sort(dim=-1)
         values, order = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
-        return cls(token_ids, logprobs, ids.gather(1, order), values - total[:, None])
+        return cls(
+            token_ids=token_ids, logprobs=logprobs, top_ids=ids.gather(1, order), top_logprobs=values - total[:, None]
+        )
 
     @classmethod
     def concatenate(cls, parts: Sequence["LogprobRows"]) -> "LogprobRows":
         """The rows of several, which have the same K, one after the other."""
         return cls(
-            torch.cat([part.token_ids for part in parts]),
-            torch.cat([part.logprobs for part in parts]),
-            torch.cat([part.top_ids for part in parts]),
-            torch.cat([part.top_logprobs for part in parts]),
+            token_ids=torch.cat([part.token_ids for part in parts]),
+            logprobs=torch.cat([part.logprobs for part in parts]),
+            top_ids=torch.cat([part.top_ids for part in parts]),
+            top_logprobs=torch.cat([part.top_logprobs for part in parts]),
         )
 
     @property

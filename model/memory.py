@@ -176,7 +176,14 @@ def plan_memory(
             f"lower it to {holds}{larger}"
         )
     return MemoryPlan(
-        available, weights, activations, step_buffers, per_block, num_blocks, block_size, min(step.max_model_len, holds)
+        available=available,
+        weights=weights,
+        activations=activations,
+        step_buffers=step_buffers,
+        block_bytes=per_block,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_model_len=min(step.max_model_len, holds),
     )
 
 

@@ -135,7 +135,7 @@ class StoredTensor:
     def contiguous(cls, region: Region, shape: tuple[int, ...], storage: Storage) -> "StoredTensor":
         """The whole of a storage, the last dimension's elements side by side."""
         stride = tuple(math.prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
-        return cls(region, shape, stride, 0, storage)
+        return cls(region=region, shape=shape, stride=stride, offset=0, storage=storage)
 
     @property
     def dtype(self) -> torch.dtype:

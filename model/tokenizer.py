@@ -89,7 +89,12 @@ class Tokenizer:
             begin = (bos_token_id,)
         elif wanted is False:
             begin = ()
-        return cls(backend, bos_token_id, Frame(begin, _end(backend, settings, frame)), notices)
+        return cls(
+            backend=backend,
+            bos_token_id=bos_token_id,
+            frame=Frame(begin, _end(backend, settings, frame)),
+            notices=notices,
+        )
 
     @property
     def add_bos(self) -> bool:

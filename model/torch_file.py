@@ -140,7 +140,7 @@ class _Reader:
                     raise PickleError("a tensor's shape or stride is wrong")
                 if math.prod(shape) and offset + spanned(shape, stride) > storage.numel:
                     raise PickleError("a tensor reaches beyond its storage")
-                return StoredTensor(self._region, shape, stride, offset, storage)
+                return StoredTensor(region=self._region, shape=shape, stride=stride, offset=offset, storage=storage)
         raise PickleError("a tensor's description is wrong")
 
     def _tensor_of_bytes(self, arguments: tuple[Any, ...]) -> StoredTensor:

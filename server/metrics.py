@@ -205,10 +205,10 @@ class Metrics:
         return _encode(
             [
                 _Family(
-                    family.name,
-                    family.documentation,
-                    family.type,
-                    {(sample.name, tuple(sample.labels.items())): sample.value for sample in family.samples},
+                    name=family.name,
+                    help=family.documentation,
+                    type=family.type,
+                    series={(sample.name, tuple(sample.labels.items())): sample.value for sample in family.samples},
                 )
                 for family in self._registry.collect()
             ]
@@ -224,7 +224,14 @@ class Metrics:
         sums = _Sums(list(itertools.chain.from_iterable(map(_decode, snapshots))))
         for source in (self._engine, sums):
             registry.register(source)
-            registry.register(UnderVllmNames(source, self._model_name, self._engine.max_model_len, self._open_paths))
+            registry.register(
+                UnderVllmNames(
+                    source=source,
+                    model_name=self._model_name,
+                    max_model_len=self._engine.max_model_len,
+                    open_paths=self._open_paths,
+                )
+            )
         return generate_latest(registry)
 
 
@@ -306,8 +313,20 @@ class _ExampleEngine:
     """An engine that has just begun, of which every metric can be told."""
 
     ready = True
-    stats = EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-    info = Ready(0, 0, 0, "", "", stats)
+    stats = EngineStats(
+        running=0,
+        waiting=0,
+        free_blocks=0,
+        total_blocks=0,
+        steps=0,
+        prompt_tokens=0,
+        generated_tokens=0,
+        cached_tokens=0,
+        queried_tokens=0,
+        preemptions=0,
+        recomputed_tokens=0,
+    )
+    info = Ready(max_model_len=0, block_size=0, total_blocks=0, device="", dtype="", stats=stats)
     open_streams = 0
 
 

@@ -150,7 +150,7 @@ def _sense(fields: list[str], gloss: str) -> Sense:
     examples = [part.strip('" ') for part in parts if part.startswith('"') and part.endswith('"')]
     definition = "; ".join(part for part in parts if not part.startswith('"'))
     definition = re.sub(r"\s*\([^)]*\)\s*", " ", definition).strip()
-    return Sense(tuple(words), definition, tuple(examples), next(kinds, None))
+    return Sense(words=tuple(words), definition=definition, examples=tuple(examples), kind=next(kinds, None))
 
 
 def common_words(folder: Path, offsets: Offsets, count: int) -> list[tuple[str, str]]:

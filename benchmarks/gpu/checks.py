@@ -92,7 +92,7 @@ def _projections(setting: Setting, report: Report, dtype: torch.dtype, name: str
     bit_for_bit = dtype == suite.check_dtypes[0]
     counts = suite.check_rows if bit_for_bit else suite.check_rows[1:2]
     for width in widths(suite.config):
-        check = _ProjectionCheck(setting, width, dtype, generator, max(counts))
+        check = _ProjectionCheck(setting=setting, width=width, dtype=dtype, generator=generator, most=max(counts))
         for rows in counts:
             check.against_exact(report, f"{width.name}, {name}, {rows} rows", rows)
         if bit_for_bit:
@@ -145,7 +145,7 @@ class _ProjectionCheck:
             return out, statistics
         ids = torch.arange(rows, device=given.device)
         _, statistics = embed(ids, None, given)
-        norm = Norm(statistics, self.gamma, self.beta, 1e-5)
+        norm = Norm(statistics=statistics, weight=self.gamma, bias=self.beta, eps=1e-5)
         out, flags = project(
             given,
             self._stored,

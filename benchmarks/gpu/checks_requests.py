@@ -104,7 +104,7 @@ def _changed(setting: Setting, report: Report, dtype: torch.dtype) -> None:
         position=torch.tensor([own.position for own in params], dtype=torch.int32),
         wants_logits=every,
     )
-    keeps_all = TruncationInputs(every, every, torch.ones(rows), torch.zeros(rows))
+    keeps_all = TruncationInputs(active=every, top_k=every, top_p=torch.ones(rows), min_p=torch.zeros(rows))
     wanted, _ = reference_sampling.sample(changed, draw, keeps_all)
     different = int((tokens != wanted).sum())
     report.check(f"{title}: rows draw what the host does", different == 0, different=different, rows=rows)

@@ -204,7 +204,14 @@ class _Steps:
         prompt = dice.choices(range(suite.config.vocab_size), k=tokens)
         starts = range(0, tokens, suite.chunk)
         return [
-            [SequenceInput(prompt[at : at + suite.chunk], at, table, [GREEDY] if at == starts[-1] else [])]
+            [
+                SequenceInput(
+                    token_ids=prompt[at : at + suite.chunk],
+                    start=at,
+                    block_table=table,
+                    samplings=[GREEDY] if at == starts[-1] else [],
+                )
+            ]
             for at in starts
         ]
 
@@ -288,7 +295,9 @@ class _Steps:
         steps = self._setting.suite.chain_steps
         for number in range(steps):
             moved = [
-                SequenceInput([token], item.start + number, item.block_table, item.samplings)
+                SequenceInput(
+                    token_ids=[token], start=item.start + number, block_table=item.block_table, samplings=item.samplings
+                )
                 for token, item in zip(fed, step, strict=True)
             ]
             launched = runner.launch(moved)

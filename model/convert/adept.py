@@ -71,7 +71,9 @@ def plan_from_adept(source: Path, dtype: torch.dtype | None, max_shard_bytes: in
         "dtype": str(dtype),
         "max_shard_bytes": max_shard_bytes,
     }
-    return Conversion(origin, config, ordered, dtype, max_shard_bytes, files)
+    return Conversion(
+        origin=origin, config=config, tensors=ordered, dtype=dtype, max_shard_bytes=max_shard_bytes, files=files
+    )
 
 
 def _pieces(region: Region, vocabulary: bytes, vocab_size: int) -> list[str]:

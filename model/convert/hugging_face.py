@@ -68,7 +68,15 @@ def plan_from_hugging_face(folder: Path, dtype: torch.dtype | None, max_shard_by
         "dtype": str(dtype),
         "max_shard_bytes": max_shard_bytes,
     }
-    return Conversion(origin, config, ordered, dtype, max_shard_bytes, files, settled.notes)
+    return Conversion(
+        origin=origin,
+        config=config,
+        tensors=ordered,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        files=files,
+        notes=settled.notes,
+    )
 
 
 def _read(path: Path) -> dict[str, TensorSource]:

@@ -80,7 +80,12 @@ class Rank:
             tensors[name] = value
         arguments = contents.get("args")
         settings = arguments.attributes if isinstance(arguments, Record) else arguments
-        return cls(region, tensors, settings if isinstance(settings, dict) else {}, rotary_dim)
+        return cls(
+            region=region,
+            tensors=tensors,
+            settings=settings if isinstance(settings, dict) else {},
+            rotary_dim=rotary_dim,
+        )
 
 
 def merge(ranks: Sequence[Rank]) -> dict[str, TensorSource]:

@@ -64,7 +64,9 @@ def _regions(source: Path) -> dict[str, Region]:
         if member.issparse() or member.offset_data + member.size > size:
             raise CheckpointError(f"{source}: {member.name} in it is cut off or sparse: download it again")
     return {
-        PurePosixPath(member.name).as_posix(): Region(source, member.offset_data, member.size, member.name)
+        PurePosixPath(member.name).as_posix(): Region(
+            path=source, offset=member.offset_data, length=member.size, member=member.name
+        )
         for member in members
     }
 

@@ -38,10 +38,10 @@ class _Names:
 
     def __or__(self, other: "_Names") -> "_Names":
         return _Names(
-            tuple(dict.fromkeys(self.names + other.names)),
-            tuple(dict.fromkeys(self.patterns + other.patterns)),
-            self.lists or other.lists,
-            self.settled or other.settled,
+            names=tuple(dict.fromkeys(self.names + other.names)),
+            patterns=tuple(dict.fromkeys(self.patterns + other.patterns)),
+            lists=self.lists or other.lists,
+            settled=self.settled or other.settled,
         )
 
 
@@ -210,10 +210,10 @@ class _Closer:
         if not isinstance(schema, dict):
             return _Names()
         said = _Names(
-            (*schema.get("properties", ()), *schema.get("required", ())),
-            tuple(schema.get("patternProperties", ())),
-            "properties" in schema or "patternProperties" in schema,
-            any(key in schema for key in ("additionalProperties", "unevaluatedProperties", "const", "enum")),
+            names=(*schema.get("properties", ()), *schema.get("required", ())),
+            patterns=tuple(schema.get("patternProperties", ())),
+            lists="properties" in schema or "patternProperties" in schema,
+            settled=any(key in schema for key in ("additionalProperties", "unevaluatedProperties", "const", "enum")),
         )
         if "$ref" in schema:
             said |= self._said_by(schema["$ref"])

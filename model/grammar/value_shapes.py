@@ -196,18 +196,18 @@ def _own_shape(schema: Mapping[str, Any]) -> Shape:
     properties = schema.get("properties", {})
     closed = schema.get("additionalProperties") is False and not schema.get("patternProperties")
     shape = Shape(
-        _ALL_TYPES if names is None else frozenset(atom for name in names for atom in _ATOMS.get(name, (name,))),
-        None,
-        (
+        types=_ALL_TYPES if names is None else frozenset(atom for name in names for atom in _ATOMS.get(name, (name,))),
+        literals=None,
+        numbers=(
             max(_bound(schema, "minimum", -_INFINITY), _bound(schema, "exclusiveMinimum", -_INFINITY)),
             min(_bound(schema, "maximum", _INFINITY), _bound(schema, "exclusiveMaximum", _INFINITY)),
         ),
-        (schema.get("minLength", 0), schema.get("maxLength", _INFINITY)),
-        (schema.get("minItems", 0), schema.get("maxItems", _INFINITY)),
-        frozenset(schema.get("required", ())),
-        {name: (part,) for name, part in properties.items()},
-        frozenset(name for name, part in properties.items() if part is not False) if closed else None,
-        tuple((part,) for part in schema.get("prefixItems", ())),
+        lengths=(schema.get("minLength", 0), schema.get("maxLength", _INFINITY)),
+        counts=(schema.get("minItems", 0), schema.get("maxItems", _INFINITY)),
+        required=frozenset(schema.get("required", ())),
+        properties={name: (part,) for name, part in properties.items()},
+        names=frozenset(name for name, part in properties.items() if part is not False) if closed else None,
+        prefix=tuple((part,) for part in schema.get("prefixItems", ())),
     )
     return shape if literals is None else _of_literals(shape, literals)
 
@@ -222,15 +222,15 @@ def _of_literals(shape: Shape, literals: Mapping[str, Any]) -> Shape:
     kept = {text: value for text, value in literals.items() if _type_of(value) in shape.types}
     types = frozenset(map(_type_of, kept.values()))
     return Shape(
-        types,
-        kept,
-        shape.numbers,
-        shape.lengths,
-        shape.counts,
-        shape.required,
-        shape.properties,
-        shape.names,
-        shape.prefix,
+        types=types,
+        literals=kept,
+        numbers=shape.numbers,
+        lengths=shape.lengths,
+        counts=shape.counts,
+        required=shape.required,
+        properties=shape.properties,
+        names=shape.names,
+        prefix=shape.prefix,
     )
 
 
@@ -282,18 +282,18 @@ def _meet(left: Shape, right: Shape) -> Shape:
     if left.names is not None and right.names is not None:
         names = left.names & right.names
     shape = Shape(
-        left.types & right.types,
-        None,
-        _overlap(left.numbers, right.numbers),
-        _overlap(left.lengths, right.lengths),
-        _overlap(left.counts, right.counts),
-        left.required | right.required,
-        {
+        types=left.types & right.types,
+        literals=None,
+        numbers=_overlap(left.numbers, right.numbers),
+        lengths=_overlap(left.lengths, right.lengths),
+        counts=_overlap(left.counts, right.counts),
+        required=left.required | right.required,
+        properties={
             name: left.properties.get(name, ()) + right.properties.get(name, ())
             for name in {**left.properties, **right.properties}
         },
-        names,
-        tuple(_pairs(left.prefix, right.prefix)),
+        names=names,
+        prefix=tuple(_pairs(left.prefix, right.prefix)),
     )
     return shape if literals is None else _of_literals(shape, literals)
 

@@ -261,7 +261,7 @@ def _facts(plan: Plan, model: str) -> dict[str, Any]:
 def _points(loads: Sequence[Load], reports: Sequence[Report[dict[str, Any]]]) -> list[Point]:
     """The plot's points, from the least load to the most."""
     points = [
-        Point(load.offered, report.ttft_ms, report.itl_ms, report.e2e_ms)
+        Point(load=load.offered, ttft=report.ttft_ms, itl=report.itl_ms, e2e=report.e2e_ms)
         for load, report in zip(loads, reports, strict=True)
     ]
     return sorted(points, key=lambda point: point.load)

@@ -50,7 +50,13 @@ class Endpoint:
             raise ValueError(f"{url!r} is no server's URL; it looks like http://127.0.0.1:8000")
         encrypted = parts.scheme == "https"
         path = parts.path.rstrip("/").removesuffix("/v1")
-        return cls(parts.hostname, port or (443 if encrypted else 80), path, encrypted, api_key)
+        return cls(
+            host=parts.hostname,
+            port=port or (443 if encrypted else 80),
+            path=path,
+            encrypted=encrypted,
+            api_key=api_key,
+        )
 
     @property
     def authority(self) -> str:

@@ -276,7 +276,7 @@ class EngineClient:
         # The prompt is read once, for the first sample.
         tokens = [len(submit.token_ids)] + [0] * (submit.samples - 1)
         streams = [
-            SequenceStream(own, self._abort, count, submit.owner)
+            SequenceStream(sequence_id=own, abort=self._abort, prompt_tokens=count, owner=submit.owner)
             for own, count in zip(submit.sequence_ids, tokens, strict=True)
         ]
         self._streams |= {stream.sequence_id: stream for stream in streams}

@@ -117,7 +117,14 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
             tensors = _with_progress_bar(checkpoint.tensors(), checkpoint.total_bytes)
         else:
             tensors = _with_progress_bar(dummy_tensors(config, dtype, device, settings.seed), plan.weights)
-        model = Persimmon(config, tensors, dtype, device, operations, plan.max_model_len)
+        model = Persimmon(
+            config=config,
+            tensors=tensors,
+            dtype=dtype,
+            device=device,
+            kernels=operations,
+            max_model_len=plan.max_model_len,
+        )
         if device.type == "cuda":
             # What loading has borrowed beyond the weights is the KV cache's.
             torch.cuda.empty_cache()
@@ -127,7 +134,7 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
     with _phase("warm-up", print_line):
         for batch in warm_up_steps(plan, settings, config, compiles=device.type == "cuda"):
             runner.run(batch)
-    return LoadedModel(runner, plan, device, dtype, operations)
+    return LoadedModel(runner=runner, plan=plan, device=device, dtype=dtype, operations=operations)
 
 
 def _graph_sizes(settings: EngineSettings, config: PersimmonConfig, device: torch.device) -> list[int]:
@@ -174,7 +181,9 @@ def _runner(
         with _phase("CUDA graphs", print_line):
             graphs = DecodeGraphs(model, cache, fused, sizes=sizes, max_model_len=plan.max_model_len)
             graphs.capture(_graph_progress)
-    return Runner(model, cache, operations, FusedSampler(fused, model.head), graphs)
+    return Runner(
+        model=model, cache=cache, kernels=operations, sampler=FusedSampler(fused, model.head), decode_steps=graphs
+    )
 
 
 def choose_dtype(asked: str, stored: str | None, device: torch.device, *, cpu_bfloat16: bool) -> torch.dtype:
@@ -220,9 +229,13 @@ def warm_up_steps(
     ) -> SequenceInput:
         table = _first_blocks(start + length, plan)
         if config.generates:
-            return SequenceInput([0] * length, start, table, [sampling], report)
+            return SequenceInput(
+                token_ids=[0] * length, start=start, block_table=table, samplings=[sampling], report=report
+            )
         last = PooledStates(range(length - 1, length), total=False, scores=True)
-        return SequenceInput([0] * length, start, table, (), report or last)
+        return SequenceInput(
+            token_ids=[0] * length, start=start, block_table=table, samplings=(), report=report or last
+        )
 
     # One of every range of lengths and batch sizes that kernels are compiled for.
     lengths = [min(longest, budget, length) for length in ((20, 40, 80) if compiles else (20,))]
@@ -246,7 +259,15 @@ def warm_up_steps(
     if compiles and config.rope_limit is not None:
         # Angles by token, of a chunk and of a single token.
         for length in (*lengths, 1):
-            yield [SequenceInput([0] * length, 0, _first_blocks(length, plan), (), prompt_length=config.rope_limit + 2)]
+            yield [
+                SequenceInput(
+                    token_ids=[0] * length,
+                    start=0,
+                    block_table=_first_blocks(length, plan),
+                    samplings=(),
+                    prompt_length=config.rope_limit + 2,
+                )
+            ]
     for size in sizes if config.generates else ():
         length = min(longest, budget // size, 2)
         yield [chunk(length, sampling=_adjusted(config))] * size

@@ -194,7 +194,9 @@ class _SequenceState:
         self.progress: GrammarProgress | None = None
         self._params = _plain_sampling(sequence, 0)
         self._token_ids = [0]
-        self._input = SequenceInput(self._token_ids, 0, sequence.block_table, [self._params])
+        self._input = SequenceInput(
+            token_ids=self._token_ids, start=0, block_table=sequence.block_table, samplings=[self._params]
+        )
 
     def decode(self, item: ScheduledSequence) -> SequenceInput:
         """Its row of a decode step: the same objects in every step, so that few are made.  `launch` reads them."""

@@ -416,7 +416,13 @@ class Scheduler:
             chunk_reach += sequence.num_computed
             chunk_context += count * sequence.num_computed + count * (count + 1) // 2
             self._schedule(plan, sequence, count)
-        plan.work = StepWork(work.decodes, work.decode_context, chunk_tokens, chunk_context, chunk_reach)
+        plan.work = StepWork(
+            decodes=work.decodes,
+            decode_context=work.decode_context,
+            chunk_tokens=chunk_tokens,
+            chunk_context=chunk_context,
+            chunk_reach=chunk_reach,
+        )
 
     def _schedule(self, plan: StepPlan, sequence: Sequence, count: int, guesses: Ids[int] = ()) -> None:
         start = sequence.num_computed

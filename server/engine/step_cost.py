@@ -149,19 +149,21 @@ class StepCostModel:
     def costs(self) -> StepCosts:
         """What is known now; while that is too little, the time does not count and chunks remain short."""
         if min(self._quiet.seen, self._chunks.seen) < ENOUGH:
-            return StepCosts(0, 0, 0, 0, 0, 0, most_tokens=FIRST_CHUNK)
+            return StepCosts(
+                step=0, decode=0, decode_context=0, chunks=0, chunk_token=0, chunk_context=0, most_tokens=FIRST_CHUNK
+            )
         step, decode, decode_context = self._quiet.coefficients
         chunks, chunk_token, chunk_context, chunk_reach = self._chunks.coefficients
         return StepCosts(
-            step,
-            decode,
-            decode_context / 1000,
-            chunks,
-            chunk_token,
-            chunk_context / 1000,
-            chunk_reach / 1000,
-            self._longest,
-            self._most_tokens,
+            step=step,
+            decode=decode,
+            decode_context=decode_context / 1000,
+            chunks=chunks,
+            chunk_token=chunk_token,
+            chunk_context=chunk_context / 1000,
+            chunk_reach=chunk_reach / 1000,
+            longest=self._longest,
+            most_tokens=self._most_tokens,
         )
 
 

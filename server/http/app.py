@@ -72,7 +72,9 @@ def application(
         config = vocabulary.original(config)
     tokenizer = Tokenizer.from_folder(folder, settings.add_bos_token)
     warm_up = GENERATES if config.architecture is Architecture.CAUSAL_LM else CLASSIFIES
-    engine = EngineClient(engine_address, vocabulary, None if gate is None else gate.load, warm_up)
+    engine = EngineClient(
+        address=engine_address, vocabulary=vocabulary, load=None if gate is None else gate.load, warm_up=warm_up
+    )
     app = create_app(
         engine,
         tokenizer,
@@ -135,16 +137,16 @@ def create_app(
     # Every worker takes its own part of one sequence, so that no two give requests the same seed.
     seeds = itertools.islice(endless_seeds(seed), place.index, None, place.count)
     service = Service(
-        engine,
-        tokenizer,
-        config,
-        served_model_name,
-        metrics,
-        seeds,
-        siblings,
-        gate,
-        chat or Chat.adepts(tokenizer),
-        vocabulary,
+        engine=engine,
+        tokenizer=tokenizer,
+        config=config,
+        served_model_name=served_model_name,
+        metrics=metrics,
+        seeds=seeds,
+        siblings=siblings,
+        gate=gate,
+        chat=chat or Chat.adepts(tokenizer),
+        vocabulary=vocabulary,
         created=place.started,
         max_priority=access.max_priority,
         additional_properties=additional_properties,
@@ -202,6 +204,11 @@ def _served(endpoint: Endpoint[Any], service: Service, bodies: BodyReader) -> Ca
 
     async def answer(request: Request) -> Response:
         body = None if kind is None else parse(await bodies.read(request), kind)
-        return await handler(service, Call(body, request.receive, record_of(request.scope), request.path_params))
+        return await handler(
+            service,
+            Call(
+                request=body, receive=request.receive, record=record_of(request.scope), path_params=request.path_params
+            ),
+        )
 
     return answer

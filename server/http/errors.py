@@ -79,7 +79,9 @@ class ApiError(Exception):
         self.status = status
         self.retry_after = retry_after
         self.headers = headers or {}
-        self.body = ErrorBody(ErrorDetail(_shortened(message), type, param and _shortened(param), code))
+        self.body = ErrorBody(
+            ErrorDetail(message=_shortened(message), type=type, param=param and _shortened(param), code=code)
+        )
         self._without_quotation = message.replace(quotation, "") if quotation else message
 
     def response(self) -> Response:

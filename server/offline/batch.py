@@ -116,5 +116,10 @@ class Batch:
 
 def _request(line: Line) -> BatchRequest:
     if line.text is None:
-        raise LineError(line.number, None, "line_too_long", f"The line is longer than {MAX_LINE_BYTES} bytes.")
+        raise LineError(
+            line=line.number,
+            custom_id=None,
+            code="line_too_long",
+            message=f"The line is longer than {MAX_LINE_BYTES} bytes.",
+        )
     return read_request(line.text, line.number)

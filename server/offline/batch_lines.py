@@ -109,7 +109,9 @@ class LineError(ValueError):
 
     def __init__(self, line: int, custom_id: str | None, code: str, message: str) -> None:
         super().__init__(message)
-        self.answer = BatchAnswer(_unique("batch_req"), custom_id, None, BatchError(code, message, line))
+        self.answer = BatchAnswer(
+            id=_unique("batch_req"), custom_id=custom_id, response=None, error=BatchError(code, message, line)
+        )
 
 
 class _Failure(Struct):
@@ -166,18 +168,20 @@ def read_request(text: bytes, line: int) -> BatchRequest:
         request = _request_decoder.decode(text)
     except msgspec.ValidationError as error:
         message = f"The line is not a batch request: {error}."
-        raise LineError(line, custom_id(text), "invalid_line", message) from None
+        raise LineError(line=line, custom_id=custom_id(text), code="invalid_line", message=message) from None
     except _UNREADABLE as error:
-        raise LineError(line, None, "invalid_json", f"The line is not valid JSON: {error}.") from None
+        raise LineError(
+            line=line, custom_id=None, code="invalid_json", message=f"The line is not valid JSON: {error}."
+        ) from None
     if request.url not in URLS:
         message = f"Unknown url {request.url!r}; a line may ask for {', '.join(URLS)}."
-        raise LineError(line, request.custom_id, "invalid_url", message)
+        raise LineError(line=line, custom_id=request.custom_id, code="invalid_url", message=message)
     if request.method != "POST":
         message = f"Unknown method {request.method!r}; send 'POST'."
-        raise LineError(line, request.custom_id, "invalid_method", message)
+        raise LineError(line=line, custom_id=request.custom_id, code="invalid_method", message=message)
     if _streamed(request.body):
         message = "A line's answer cannot be streamed; leave 'stream' out."
-        raise LineError(line, request.custom_id, "stream_not_supported", message)
+        raise LineError(line=line, custom_id=request.custom_id, code="stream_not_supported", message=message)
     return request
 
 
@@ -201,7 +205,7 @@ def _streamed(body: Raw) -> bool:
 def respond(request: BatchRequest, status_code: int, body: bytes) -> BatchAnswer:
     """The line that answers a request with what its endpoint said."""
     response = BatchResponse(status_code, _unique("req"), Raw(body))
-    return BatchAnswer(_unique("batch_req"), request.custom_id, response, None)
+    return BatchAnswer(id=_unique("batch_req"), custom_id=request.custom_id, response=response, error=None)
 
 
 def encode(answer: BatchAnswer) -> bytes:

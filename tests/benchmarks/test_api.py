@@ -30,12 +30,14 @@ def test_a_word_of_equal_letters_is_counted_once() -> None:
 
 
 def test_figures_are_of_one_core_and_of_its_processor_time() -> None:
-    measured = Throughput("chat", 2, 8, 1000, 1008, wall_s=0.5, worker_cpu_s=0.25, client_cpu_s=0.1)
+    measured = Throughput(
+        endpoint="chat", workers=2, streams=8, tokens=1000, events=1008, wall_s=0.5, worker_cpu_s=0.25, client_cpu_s=0.1
+    )
     assert measured.per_core_second == 1000
     assert measured.per_cpu_second == 4000
     added = Distribution.of([0.001, 0.003])
     assert added is not None
-    shown = table([measured], [FirstToken("chat", 64, 2, added)])
+    shown = table([measured], [FirstToken(endpoint="chat", prompt_tokens=64, requests=2, added_ms=added)])
     assert "| chat | 8 | 1,000 | 4,000 | 250.0 | 1.01 |" in shown
     assert "| chat | 64 | 2.00 | 2.98 | 3.00 |" in shown
 

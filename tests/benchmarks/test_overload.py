@@ -15,7 +15,9 @@ def exchange(outcome: Response | RequestFailedError) -> Exchange:
 
 
 def answered(started: float, seconds: float) -> Exchange:
-    return exchange(Response(started, started + seconds, 200, [(started + seconds / 2, ANSWER)]))
+    return exchange(
+        Response(started=started, finished=started + seconds, status=200, pieces=[(started + seconds / 2, ANSWER)])
+    )
 
 
 def test_goodput_is_of_whole_answers_that_ended_while_the_load_lasted() -> None:
@@ -24,8 +26,8 @@ def test_goodput_is_of_whole_answers_that_ended_while_the_load_lasted() -> None:
         answered(101, SETTLE_SECONDS),
         answered(108, 1),
         answered(109, 2),  # after the load
-        exchange(Response(105, 105.004, 429, [(105.004, b"{}")])),
-        exchange(Response(106, 106.001, 503, [(106.001, b"{}")])),
+        exchange(Response(started=105, finished=105.004, status=429, pieces=[(105.004, b"{}")])),
+        exchange(Response(started=106, finished=106.001, status=503, pieces=[(106.001, b"{}")])),
         exchange(RequestFailedError("connection failed")),
     )
     result = figures(Run(exchanges, 12, 3), 7.0, 10, {"engine": 12.0})
@@ -41,8 +43,8 @@ def test_goodput_is_of_whole_answers_that_ended_while_the_load_lasted() -> None:
 def test_it_is_said_which_cores_the_client_had_and_what_it_took_of_them() -> None:
     run = Run((answered(100, 1), answered(107, 1)), 10, 3)
     load = figures(run, None, 10, {"engine": 10.0})
-    shared = describe(Result("persimmon", Cores((0, 1), (0, 1)), load, load, []))
+    shared = describe(Result(command="persimmon", cores=Cores((0, 1), (0, 1)), peak=load, overload=load, memory=[]))
     assert "client and server share cores: 0,1 and 0,1" in shared
     assert "cores busy, overload: client 0.30, engine 1.00; the client's are 15% of all" in shared
-    apart = describe(Result("persimmon", Cores((2, 3), (0, 1)), load, load, []))
+    apart = describe(Result(command="persimmon", cores=Cores((2, 3), (0, 1)), peak=load, overload=load, memory=[]))
     assert "the server has cores of its own, 0,1; the client has 2,3" in apart

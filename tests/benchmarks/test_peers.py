@@ -27,32 +27,41 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 
 
 def python_server(script: str) -> Server:
-    return Server("fake", (sys.executable, "-c", script), "fake", ("{port}", "{checkpoint}"), {})
+    return Server(
+        name="fake",
+        program=(sys.executable, "-c", script),
+        shown_program="fake",
+        arguments=("{port}", "{checkpoint}"),
+        environment={},
+    )
 
 
 def measurement(server: str, tokens_per_s: float) -> Measurement:
     latency = Distribution.of([0.25, 0.5])
     report = Report(
-        Workload(prompts=2, streams=2),
-        1.0,
-        2,
-        {},
-        6,
-        8,
-        tokens_per_s,
-        2.0,
-        1.0,
-        latency,
-        latency,
-        latency,
-        latency,
-        0.1,
+        workload=Workload(prompts=2, streams=2),
+        duration_s=1.0,
+        answered=2,
+        errors={},
+        prompt_tokens=6,
+        output_tokens=8,
+        output_tokens_per_s=tokens_per_s,
+        requests_per_s=2.0,
+        chunks_per_token=1.0,
+        ttft_ms=latency,
+        itl_ms=latency,
+        tpot_ms=latency,
+        e2e_ms=latency,
+        client_cpu_s=0.1,
     )
-    return Measurement(server, 1, 3.0, report, 1.5, 0.1)
+    return Measurement(server=server, round=1, start_s=3.0, report=report, server_cores=1.5, other_cores=0.1)
 
 
 def round_of(*texts: str) -> Round:
-    answers = tuple(Answer(0.0, (1.0,), 2.0, text, 3, 4) for text in texts)
+    answers = tuple(
+        Answer(started=0.0, arrivals=(1.0,), finished=2.0, text=text, prompt_tokens=3, completion_tokens=4)
+        for text in texts
+    )
     return Round(measurement(OURS, 1.0).report, answers)
 
 

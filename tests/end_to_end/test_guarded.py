@@ -107,7 +107,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> I
         OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{collector.server.server_port}",
         OTEL_BSP_SCHEDULE_DELAY="100",
     ) as server:
-        yield Guarded(server, trust, keys, authority, chain, key)
+        yield Guarded(server=server, trust=trust, keys=keys, authority=authority, chain=chain, key=key)
 
 
 def test_openais_client_is_let_in_with_a_key_alone(guarded):

@@ -105,13 +105,13 @@ def _read(kernels: Sequence) -> Iterator[Compiled]:
             Path(cubin.name).write_bytes(kernel.asm["cubin"])
             used = dict(re.findall(r"(REG|STACK):(\d+)", _tool("cuobjdump", "-res-usage", cubin.name)))
         yield Compiled(
-            kernel.name,
-            int(used["REG"]),
-            int(used["STACK"]),
-            kernel.metadata.shared,
-            kernel.metadata.num_warps,
-            sass,
-            kernel.asm["ptx"],
+            kernel=kernel.name,
+            registers=int(used["REG"]),
+            stack=int(used["STACK"]),
+            shared_bytes=kernel.metadata.shared,
+            num_warps=kernel.metadata.num_warps,
+            sass=sass,
+            ptx=kernel.asm["ptx"],
         )
 
 

@@ -17,7 +17,11 @@ def draw_inputs(rows: int) -> DrawInputs:
         return torch.empty(rows, dtype=dtype, device=META)
 
     return DrawInputs(
-        empty(torch.float32), empty(torch.int64), empty(torch.int32), empty(torch.int32), empty(torch.int32)
+        temperature=empty(torch.float32),
+        seed=empty(torch.int64),
+        sample_index=empty(torch.int32),
+        position=empty(torch.int32),
+        wants_logits=empty(torch.int32),
     )
 
 

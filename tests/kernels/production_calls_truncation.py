@@ -18,7 +18,9 @@ def truncated(rows: int) -> None:
     sample_truncated(
         torch.empty(rows, VOCAB, device=META),
         draw_inputs(rows),
-        TruncationInputs(empty(torch.int32), empty(torch.int32), empty(torch.float32), empty(torch.float32)),
+        TruncationInputs(
+            active=empty(torch.int32), top_k=empty(torch.int32), top_p=empty(torch.float32), min_p=empty(torch.float32)
+        ),
         live(),
         Workspace.allocate(rows, VOCAB, META),
         TruncationWorkspace.allocate(rows, VOCAB, META),

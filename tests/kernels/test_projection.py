@@ -70,11 +70,11 @@ class Into:
     @classmethod
     def make(cls, rows: int, hidden: int, out_features: int, dtype: torch.dtype, *, bias: bool = True) -> "Into":
         return cls(
-            normal(rows, hidden, dtype=dtype, seed=1) + 0.5,
-            normal(out_features, hidden, dtype=dtype, seed=2, scale=hidden**-0.5),
-            normal(out_features, dtype=dtype, seed=3) if bias else None,
-            1 + normal(hidden, dtype=torch.float32, seed=4, scale=0.2),
-            normal(hidden, dtype=torch.float32, seed=5, scale=0.2),
+            x=normal(rows, hidden, dtype=dtype, seed=1) + 0.5,
+            weight=normal(out_features, hidden, dtype=dtype, seed=2, scale=hidden**-0.5),
+            bias=normal(out_features, dtype=dtype, seed=3) if bias else None,
+            norm_weight=1 + normal(hidden, dtype=torch.float32, seed=4, scale=0.2),
+            norm_bias=normal(hidden, dtype=torch.float32, seed=5, scale=0.2),
         )
 
     def run(
@@ -96,7 +96,7 @@ class Into:
             pad(x, bucket),
             self.weight,
             self.bias,
-            norm=Norm(statistics, self.norm_weight, self.norm_bias, EPS) if normed else None,
+            norm=Norm(statistics=statistics, weight=self.norm_weight, bias=self.norm_bias, eps=EPS) if normed else None,
             activation=activation,
             live=rows_live(live),
             workspace=made or workspace(len(self.weight), config, bucket),
@@ -212,10 +212,10 @@ class Add:
         activation = normal(rows, in_features, dtype=dtype, seed=2)
         activation[:, torch.rand(in_features, generator=torch.Generator().manual_seed(6)) < zeros] = 0
         return cls(
-            normal(rows, hidden, dtype=dtype, seed=1),
-            activation,
-            normal(in_features, hidden, dtype=dtype, seed=3, scale=in_features**-0.5),
-            normal(hidden, dtype=dtype, seed=4),
+            x=normal(rows, hidden, dtype=dtype, seed=1),
+            activation=activation,
+            weight=normal(in_features, hidden, dtype=dtype, seed=3, scale=in_features**-0.5),
+            bias=normal(hidden, dtype=dtype, seed=4),
         )
 
     @property
@@ -392,7 +392,7 @@ class TestErrors:
             project(torch.zeros(64, 2).T, self.WEIGHT, None, live=live, workspace=self.NONE)
         with pytest.raises(ValueError, match=r"2 splits of .* need 512 and 2"):
             project(self.X, self.WEIGHT, None, live=live, workspace=self.NONE, config=SMALL)
-        norm = Norm(torch.zeros(2, 1, 3), torch.ones(64), torch.zeros(64), EPS)
+        norm = Norm(statistics=torch.zeros(2, 1, 3), weight=torch.ones(64), bias=torch.zeros(64), eps=EPS)
         with pytest.raises(ValueError, match=r"have the shape \(2, 1, 2\), not \(2, 1, 3\)"):
             project(self.X, self.WEIGHT, None, norm=norm, live=live, workspace=self.NONE)
         with pytest.raises(ValueError, match=r"x must be a contiguous \[2, 128\]"):

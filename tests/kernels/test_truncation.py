@@ -26,10 +26,10 @@ def rules(*rows: tuple[int, float, float]) -> TruncationInputs:
     """One active row for each (top_k, top_p, min_p)."""
     top_k, top_p, min_p = zip(*rows, strict=True)
     return TruncationInputs(
-        torch.ones(len(rows), dtype=torch.int32),
-        torch.tensor(top_k, dtype=torch.int32),
-        torch.tensor(top_p, dtype=torch.float32),
-        torch.tensor(min_p, dtype=torch.float32),
+        active=torch.ones(len(rows), dtype=torch.int32),
+        top_k=torch.tensor(top_k, dtype=torch.int32),
+        top_p=torch.tensor(top_p, dtype=torch.float32),
+        min_p=torch.tensor(min_p, dtype=torch.float32),
     )
 
 
@@ -244,7 +244,18 @@ class TestApplyPenalties:
         one = torch.ones(1)
         ids, counts = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([0, 0, 2], dtype=torch.int32)
         offsets = torch.tensor([0, 3], dtype=torch.int32)
-        apply_penalties(logits, PenaltyInputs(offsets, ids, counts, one * 2, one * 0.25, one * 0.125), live(1))
+        apply_penalties(
+            logits,
+            PenaltyInputs(
+                offsets=offsets,
+                token_ids=ids,
+                output_counts=counts,
+                repetition=one * 2,
+                frequency=one * 0.25,
+                presence=one * 0.125,
+            ),
+            live(1),
+        )
         assert logits.tolist() == [[2.0, -8.0, 2.0 - 0.5 - 0.125, 1.0]]
 
     def test_padding_rows_and_ids_outside_the_vocabulary_are_passed_over(self) -> None:

@@ -202,7 +202,9 @@ class TestHeads:
     ) -> None:
         config = PersimmonConfig.from_folder(folders[architecture])
         tensors = dummy_tensors(config, torch.float32, CPU, seed=0)
-        model = Persimmon(config, tensors, torch.float32, CPU, kernels.for_device(CPU))
+        model = Persimmon(
+            config=config, tensors=tensors, dtype=torch.float32, device=CPU, kernels=kernels.for_device(CPU)
+        )
         scores = model.scores(hidden_states(model, prompt(20)))
         assert scores.shape == (20, 5)
         assert bool(scores.isfinite().all())

@@ -103,7 +103,12 @@ def case(request: pytest.FixtureRequest) -> Case:
     if len(reference.prompts) < NUM_PROMPTS:
         pytest.fail(f"only {len(reference.prompts)} of {len(candidates)} prompts are without near-ties: add some")
     operations = kernels.for_device(CPU)
-    return Case(folder, operations, load_model(folder, operations=operations), reference.select(range(NUM_PROMPTS)))
+    return Case(
+        folder=folder,
+        operations=operations,
+        model=load_model(folder, operations=operations),
+        reference=reference.select(range(NUM_PROMPTS)),
+    )
 
 
 @pytest.fixture
@@ -149,8 +154,10 @@ class TestLogits:
             blocks = list(range(first_block, first_block + blocks_for([len(token_ids)], 16)))
             first_block += len(blocks)
             if split:
-                contexts.append(SequenceInput(token_ids[:split], 0, blocks, ()))
-            rests.append(SequenceInput(token_ids[split:], split, blocks, (row_with(),)))
+                contexts.append(SequenceInput(token_ids=token_ids[:split], start=0, block_table=blocks, samplings=()))
+            rests.append(
+                SequenceInput(token_ids=token_ids[split:], start=split, block_table=blocks, samplings=(row_with(),))
+            )
             expected.append(logits[len(token_ids) - 1])
         if contexts:
             assert runner.run(contexts) == []

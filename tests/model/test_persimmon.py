@@ -113,10 +113,14 @@ class TestEveryParameter:
     def test_matters(self, random_checkpoint: Path, name: str) -> None:
         config = PersimmonConfig.from_folder(random_checkpoint)
         tensors = dict(Checkpoint.open(random_checkpoint, config).tensors())
-        complete = Persimmon(config, tensors.items(), torch.float32, CPU, kernels.for_device(CPU))
+        complete = Persimmon(
+            config=config, tensors=tensors.items(), dtype=torch.float32, device=CPU, kernels=kernels.for_device(CPU)
+        )
         neutral = torch.ones_like if name.endswith("layernorm.weight") else torch.zeros_like
         tensors[name] = neutral(tensors[name])
-        lacking = Persimmon(config, tensors.items(), torch.float32, CPU, kernels.for_device(CPU))
+        lacking = Persimmon(
+            config=config, tensors=tensors.items(), dtype=torch.float32, device=CPU, kernels=kernels.for_device(CPU)
+        )
         assert difference(logits_of(complete, TOKEN_IDS), logits_of(lacking, TOKEN_IDS)) > NOTICEABLE
 
 
@@ -127,7 +131,12 @@ class TestFusedProjection:
         heads, dim = config.num_attention_heads, config.head_dim
         order = list(reversed(range(heads)))
         tensors = dict(Checkpoint.open(random_checkpoint, config).tensors())
-        expected = logits_of(Persimmon(config, tensors.items(), torch.float32, CPU, kernels.for_device(CPU)), TOKEN_IDS)
+        expected = logits_of(
+            Persimmon(
+                config=config, tensors=tensors.items(), dtype=torch.float32, device=CPU, kernels=kernels.for_device(CPU)
+            ),
+            TOKEN_IDS,
+        )
         for layer in range(config.num_hidden_layers):
             prefix = f"model.layers.{layer}.self_attn"
             for name in (f"{prefix}.query_key_value.weight", f"{prefix}.query_key_value.bias"):
@@ -136,7 +145,12 @@ class TestFusedProjection:
             columns = tensors[f"{prefix}.dense.weight"]
             swapped = columns.view(-1, heads, dim)[:, order].reshape(columns.shape)
             tensors[f"{prefix}.dense.weight"] = swapped
-        actual = logits_of(Persimmon(config, tensors.items(), torch.float32, CPU, kernels.for_device(CPU)), TOKEN_IDS)
+        actual = logits_of(
+            Persimmon(
+                config=config, tensors=tensors.items(), dtype=torch.float32, device=CPU, kernels=kernels.for_device(CPU)
+            ),
+            TOKEN_IDS,
+        )
         torch.testing.assert_close(actual, expected, rtol=0, atol=LOGITS_TOLERANCE)
 
 
@@ -259,7 +273,9 @@ class TestSixteenBits:
         # One hidden unit of the MLP is far above 256 for every token and counts for little in its output.
         tensors["model.layers.1.mlp.dense_h_to_4h.bias"][7] = 1000.0
         tensors["model.layers.1.mlp.dense_4h_to_h.weight"][:, 7] = 1e-5
-        model = Persimmon(config, tensors.items(), torch.float16, CPU, kernels.for_device(CPU))
+        model = Persimmon(
+            config=config, tensors=tensors.items(), dtype=torch.float16, device=CPU, kernels=kernels.for_device(CPU)
+        )
         assert bool(logits_of(model, TOKEN_IDS).isfinite().all())
 
 
@@ -267,7 +283,9 @@ class TestLoading:
     def test_the_model_keeps_its_own_copy_of_the_parameters(self, random_checkpoint: Path) -> None:
         config = PersimmonConfig.from_folder(random_checkpoint)
         tensors = dict(Checkpoint.open(random_checkpoint, config).tensors())
-        model = Persimmon(config, tensors.items(), torch.float32, CPU, kernels.for_device(CPU))
+        model = Persimmon(
+            config=config, tensors=tensors.items(), dtype=torch.float32, device=CPU, kernels=kernels.for_device(CPU)
+        )
         expected = logits_of(model, TOKEN_IDS)
         for tensor in tensors.values():
             tensor.fill_(math.nan)

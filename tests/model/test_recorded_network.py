@@ -36,7 +36,7 @@ class Network:
     def __init__(self, model: Persimmon, max_tokens: int = 64) -> None:
         self.kernels = NativeKernels(library.builds()[0])
         self.cache = poisoned_cache(model, SEQUENCES * BLOCKS_EACH, BLOCK_SIZE)
-        self.network = RecordedNetwork(model, self.cache, self.kernels, max_tokens)
+        self.network = RecordedNetwork(model=model, cache=self.cache, kernels=self.kernels, max_tokens=max_tokens)
 
     def step(self, parts: list[tuple[int, int, int]]) -> torch.Tensor:
         """The hidden states of one step: for each part a sequence, its first position and how many tokens."""

@@ -33,9 +33,15 @@ def test_fields_begin_at_16_bytes_and_share_no_word(rows: int) -> None:
 def test_rows_behind_the_batch_are_padding_whatever_was_there() -> None:
     inputs = StepBuffer(4, 2, torch.device("cpu")).inputs(4)
     drawn = row_with(temperature=1.0, top_k=3)
-    write_step(inputs, [SequenceInput([7], 20, [1, 2], (drawn,))] * 4)
+    write_step(inputs, [SequenceInput(token_ids=[7], start=20, block_table=[1, 2], samplings=(drawn,))] * 4)
     assert (inputs.live.item(), inputs.lengths.tolist()) == (4, [21] * 4)
     assert all(inputs.truncation.active)
-    write_step(inputs, [SequenceInput([8], 4, [3], (drawn,)), SequenceInput([9], 0, [5], (GREEDY,))])
+    write_step(
+        inputs,
+        [
+            SequenceInput(token_ids=[8], start=4, block_table=[3], samplings=(drawn,)),
+            SequenceInput(token_ids=[9], start=0, block_table=[5], samplings=(GREEDY,)),
+        ],
+    )
     assert (inputs.live.item(), inputs.lengths.tolist()) == (2, [5, 1, 0, 0])
     assert inputs.draw.wants_logits.tolist() == [1, 0, 0, 0]

@@ -80,7 +80,7 @@ def test_a_part_of_another_file_is_read_in_place(new_format, tmp_path):
     tensor = torch.randn(5, 4)
     content = saved({"a": tensor}, tmp_path / "file", new_format).read_bytes()
     (tmp_path / "archive").write_bytes(b"x" * 777 + content + b"y" * 99)
-    stored = read_torch_file(Region(tmp_path / "archive", 777, len(content), "member"))["a"]
+    stored = read_torch_file(Region(path=tmp_path / "archive", offset=777, length=len(content), member="member"))["a"]
     assert torch.equal(loaded(stored), tensor)
 
 

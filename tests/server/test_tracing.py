@@ -27,7 +27,14 @@ def spans(request: FinishedRequest) -> dict[str, ReadableSpan]:
 
 
 def finished(record: RequestRecord, status: int = 200, **headers: str) -> FinishedRequest:
-    return FinishedRequest(record, "POST", "/v1/completions", status, headers, record.arrival + 2.0)
+    return FinishedRequest(
+        record=record,
+        method="POST",
+        endpoint="/v1/completions",
+        status=status,
+        headers=headers,
+        ended=record.arrival + 2.0,
+    )
 
 
 def generated() -> RequestRecord:

@@ -121,7 +121,7 @@ def test_steps_may_take_longer_on_a_cpu_unless_told_otherwise() -> None:
 
 @pytest.fixture
 def watch(vitals: Vitals, clock: Clock) -> WorkerWatch:
-    return WorkerWatch(vitals, 1, 30, clock)
+    return WorkerWatch(vitals=vitals, worker=1, limit=30, clock=clock)
 
 
 def look_on(watch: WorkerWatch, clock: Clock, seconds: float) -> float | None:

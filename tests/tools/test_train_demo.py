@@ -38,7 +38,10 @@ def test_senses_are_read_with_their_examples_and_kinds(wordnet):
     senses, offsets = read_senses(wordnet)
     assert offsets["date plum", "noun"] == ["00000001"]
     assert senses["noun", "00000001"] == Sense(
-        ("persimmon", "date plum"), "orange fruit ; like a plum", ("a ripe persimmon",), "00000002"
+        words=("persimmon", "date plum"),
+        definition="orange fruit ; like a plum",
+        examples=("a ripe persimmon",),
+        kind="00000002",
     )
 
 

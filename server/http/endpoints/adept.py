@@ -61,7 +61,7 @@ async def _answer(
     if request.logprobs:
         logprobs = [[own.logprob for own in answer.reports if own.logprob is not None] for answer in answers]
     if request.tokens_to_generate == 0:
-        return AdeptAnswer(texts, logprobs, [], [])
+        return AdeptAnswer(text=texts, logprobs=logprobs, generations=[], human_readable_tokens=[])
     continuations = [tokenizer.decode(answer.token_ids, from_start=True) for answer in answers]
     encoded_again = await service.encoder.encode(["prompts"] * len(continuations), continuations, add_bos=False)
     readable = [
@@ -69,7 +69,7 @@ async def _answer(
         for token_ids, end in zip(encoded_again, ends, strict=True)
     ]
     generations = [text + end for text, end in zip(continuations, ends, strict=True)]
-    return AdeptAnswer(texts, logprobs, generations, readable)
+    return AdeptAnswer(text=texts, logprobs=logprobs, generations=generations, human_readable_tokens=readable)
 
 
 def _end(tokenizer: Tokenizer, answer: Answer) -> str:

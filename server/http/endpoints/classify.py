@@ -52,7 +52,7 @@ async def _of_texts(service: Service, request: ClassifyRequest, inputs: Inputs) 
     def entry(index: int, rows: np.ndarray) -> Classification:
         probabilities = activated(rows[-1], function)
         label = config.labels[int(probabilities.argmax())]
-        return Classification(index, label, probabilities.tolist(), config.num_labels)
+        return Classification(index=index, label=label, probs=probabilities.tolist(), num_classes=config.num_labels)
 
     # What comes after the token whose scores count changes nothing.
     prompts = (token_ids[: config.pooled_token(token_ids) + 1] for token_ids in inputs.prompts)
@@ -68,7 +68,7 @@ async def _of_tokens(service: Service, request: ClassifyRequest, inputs: Inputs)
         probabilities = activated(rows, function)
         texts = _texts(service.tokenizer, inputs.prompts[index])
         tokens = [
-            TokenClassification(token_id, text, offset, config.labels[best], own)
+            TokenClassification(token_id=token_id, token=text, text_offset=offset, label=config.labels[best], probs=own)
             for (token_id, text, offset), best, own in zip(
                 texts, probabilities.argmax(-1).tolist(), probabilities.tolist(), strict=True
             )

@@ -35,7 +35,11 @@ async def completions(
     form = AnswerForm(request.constraint)
     generation = await prepare(service, request, request.prompt, request.stop, call.record, form)
     empty = Completion(
-        f"cmpl-{uuid.uuid4().hex}", int(time.time()), service.served_model_name, service.system_fingerprint, []
+        id=f"cmpl-{uuid.uuid4().hex}",
+        created=int(time.time()),
+        model=service.served_model_name,
+        system_fingerprint=service.system_fingerprint,
+        choices=[],
     )
     if request.stream:
         return EventStream(_stream(service, request, generation, empty), service.gate.limits.ping_interval)
@@ -47,10 +51,10 @@ async def _whole(service: Service, request: CompletionRequest, generation: Gener
     with_ids = request.return_token_ids
     choices = [
         CompletionChoice(
-            index,
-            answer.text,
-            answer.finish_reason,
-            _logprobs(answer.reports) if generation.logprobs is not None else None,
+            index=index,
+            text=answer.text,
+            finish_reason=answer.finish_reason,
+            logprobs=_logprobs(answer.reports) if generation.logprobs is not None else None,
             token_ids=answer.token_ids if with_ids else UNSET,
             prompt_token_ids=generation.prompts[index // generation.n].token_ids if with_ids else UNSET,
         )
@@ -72,7 +76,9 @@ async def _stream(
         if not (piece.text or piece.finish_reason or piece.reports or with_ids):
             return b""
         logprobs = _logprobs(piece.reports) if piece.reports else None
-        choice = CompletionChoice(piece.choice, piece.text, piece.finish_reason, logprobs)
+        choice = CompletionChoice(
+            index=piece.choice, text=piece.text, finish_reason=piece.finish_reason, logprobs=logprobs
+        )
         if request.return_token_ids:
             prompt = UNSET if piece.choice in begun else generation.prompt_token_ids(piece.choice)
             begun.add(piece.choice)
@@ -97,10 +103,10 @@ async def _stream(
 
 def _logprobs(reports: Sequence[TokenReport]) -> CompletionLogprobs:
     return CompletionLogprobs(
-        [own.text.name for own in reports],
-        [own.logprob for own in reports],
-        [_top(own) for own in reports],
-        [own.offset for own in reports],
+        tokens=[own.text.name for own in reports],
+        token_logprobs=[own.logprob for own in reports],
+        top_logprobs=[_top(own) for own in reports],
+        text_offset=[own.offset for own in reports],
     )
 
 

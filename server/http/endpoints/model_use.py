@@ -25,18 +25,21 @@ class ModelUse:
 
 USES: Mapping[Architecture, ModelUse] = {
     Architecture.CAUSAL_LM: ModelUse(
-        "generate",
-        "generates text",
-        "/v1/completions or /v1/chat/completions",
-        ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "What is a persimmon?"}]}'),
+        task="generate",
+        does="generates text",
+        endpoints="/v1/completions or /v1/chat/completions",
+        example=("/v1/chat/completions", '{"messages": [{"role": "user", "content": "What is a persimmon?"}]}'),
     ),
     Architecture.SEQUENCE_CLASSIFICATION: ModelUse(
-        "classify", "classifies texts", "/classify", ("/classify", '{"input": "A persimmon is sweet."}')
+        task="classify",
+        does="classifies texts",
+        endpoints="/classify",
+        example=("/classify", '{"input": "A persimmon is sweet."}'),
     ),
     Architecture.TOKEN_CLASSIFICATION: ModelUse(
-        "token_classify",
-        "classifies tokens",
-        "/classify/tokens",
-        ("/classify/tokens", '{"input": "A persimmon is sweet."}'),
+        task="token_classify",
+        does="classifies tokens",
+        endpoints="/classify/tokens",
+        example=("/classify/tokens", '{"input": "A persimmon is sweet."}'),
     ),
 }

@@ -135,7 +135,9 @@ class Generator:
         prompt: Prompt,
         prompt_report: _PromptReport,
     ) -> AsyncGenerator[Piece, None]:
-        sample = SampleText(choice, self._tokenizer, generation, prompt.sampling.min_tokens)
+        sample = SampleText(
+            choice=choice, tokenizer=self._tokenizer, generation=generation, min_tokens=prompt.sampling.min_tokens
+        )
         record = generation.record
         latency, last = self._metrics.time_to_first_token, record.arrival
         submitted = time.perf_counter()
@@ -175,10 +177,10 @@ class Generator:
                     ending.reason = piece.finish_reason
                     self._metrics.observe_sequence(
                         FinishedSequence(
-                            len(prompt.token_ids),
-                            output.cached_tokens,
-                            generated,
-                            prompt.max_tokens,
+                            prompt_tokens=len(prompt.token_ids),
+                            cached_tokens=output.cached_tokens,
+                            generated_tokens=generated,
+                            max_tokens=prompt.max_tokens,
                             scheduled=min(submitted + output.queue_seconds, first),
                             first_token=first,
                             last_token=now,

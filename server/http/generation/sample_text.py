@@ -146,7 +146,13 @@ class SampleText:
                 ended = "tool_calls"
         token_ids = output.token_ids[:count]
         if not output.logprobs and self._reports is None and self._calls is None:
-            return Piece(self._choice, text, token_ids, ended, output.cached_tokens)
+            return Piece(
+                choice=self._choice,
+                text=text,
+                token_ids=token_ids,
+                finish_reason=ended,
+                cached_tokens=output.cached_tokens,
+            )
         calls, self._call_deltas = self._call_deltas, []
         reports: list[TokenReport] = []
         if self._reports is not None:
@@ -154,4 +160,13 @@ class SampleText:
             if ended is not None and self._keeps_all_reports:
                 reports += self._reports.rest()
         logprob = sum(own.logprob for own in output.logprobs[:count])
-        return Piece(self._choice, text, token_ids, ended, output.cached_tokens, reports, logprob, calls)
+        return Piece(
+            choice=self._choice,
+            text=text,
+            token_ids=token_ids,
+            finish_reason=ended,
+            cached_tokens=output.cached_tokens,
+            reports=reports,
+            logprob=logprob,
+            calls=calls,
+        )

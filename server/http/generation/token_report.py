@@ -82,7 +82,7 @@ def report(tokenizer: Tokenizer, token_id: int, offset: int, logprobs: TokenLogp
         (token_text(tokenizer, top_id), max(top_logprob, _MIN_LOGPROB))
         for top_id, top_logprob in zip(logprobs.top_ids, logprobs.top_logprobs, strict=True)
     ]
-    return TokenReport(text, offset, max(logprobs.logprob, _MIN_LOGPROB), top)
+    return TokenReport(text=text, offset=offset, logprob=max(logprobs.logprob, _MIN_LOGPROB), top=top)
 
 
 def read_prompt(

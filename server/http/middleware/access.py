@@ -66,7 +66,12 @@ class Access:
         if not self.limits.any:
             return KeyCheck(self.keys)
         folder = place.folder if place.count > 1 else None
-        return KeyCheck(self.keys, KeyLimiter(self.limits, self.keys.digests, place.index, place.count, folder))
+        return KeyCheck(
+            self.keys,
+            KeyLimiter(
+                limits=self.limits, keys=self.keys.digests, worker=place.index, workers=place.count, folder=folder
+            ),
+        )
 
 
 def check(settings: Settings) -> None:

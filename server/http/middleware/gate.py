@@ -51,10 +51,10 @@ class Limits:
     def of(cls, settings: Settings) -> "Limits":
         """What the settings say, or what follows from how much the engine does at once."""
         return cls(
-            settings.max_num_queued_reqs or BATCHES_IN_FLIGHT * settings.max_num_seqs,
-            settings.max_num_queued_tokens or STEPS_QUEUED * settings.max_num_batched_tokens,
-            settings.step_timeout,
-            settings.sse_ping_interval,
+            sequences=settings.max_num_queued_reqs or BATCHES_IN_FLIGHT * settings.max_num_seqs,
+            prompt_tokens=settings.max_num_queued_tokens or STEPS_QUEUED * settings.max_num_batched_tokens,
+            step_timeout=settings.step_timeout,
+            ping_interval=settings.sse_ping_interval,
         )
 
 

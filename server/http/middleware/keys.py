@@ -45,7 +45,7 @@ class ApiKey:
     @classmethod
     def of(cls, name: str, key: str, max_priority: int | None = None, share: int = 1) -> "ApiKey":
         """A key as its owner writes it."""
-        return cls(name, sha256(key.encode()).digest(), max_priority, share)
+        return cls(name=name, digest=sha256(key.encode()).digest(), max_priority=max_priority, share=share)
 
     @property
     def cache_salt(self) -> bytes:

@@ -120,7 +120,16 @@ class Observer:
             self._log(scope, record, answer, ended)
         if self._tracing is not None and not probed:
             headers = Headers(scope=scope)
-            self._tracing.add(FinishedRequest(record, scope["method"], endpoint, answer.status, headers, ended))
+            self._tracing.add(
+                FinishedRequest(
+                    record=record,
+                    method=scope["method"],
+                    endpoint=endpoint,
+                    status=answer.status,
+                    headers=headers,
+                    ended=ended,
+                )
+            )
 
     def _is_repeated(self, endpoint: str, answer: _Answer, record: RequestRecord) -> bool:
         now = (answer.status, record.error)

@@ -176,7 +176,17 @@ class RequestReader:
         self._in_plain_body = not self._in_chunks
         expects = any(name == b"expect" and value.lower() == b"100-continue" for name, value in self._headers)
         keep_alive = self._parser.should_keep_alive()
-        self._on_head(RequestHead(method, path, query, version, self._headers, keep_alive, expects))
+        self._on_head(
+            RequestHead(
+                method=method,
+                path=path,
+                query=query,
+                http_version=version,
+                headers=self._headers,
+                keep_alive=keep_alive,
+                expects_continue=expects,
+            )
+        )
 
     def on_body(self, body: bytes) -> None:
         """Called with the next part of a body."""

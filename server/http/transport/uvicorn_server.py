@@ -80,7 +80,14 @@ class HttpServer(uvicorn.Server):
         else:
             await super().startup([])
             for own in sockets or []:
-                self._tls_listeners.append(TlsListener(own, self._tls_connection, self._tls, self._header_seconds))
+                self._tls_listeners.append(
+                    TlsListener(
+                        listener=own,
+                        make_protocol=self._tls_connection,
+                        context=self._tls,
+                        handshake_seconds=self._header_seconds,
+                    )
+                )
             self.servers += self._tls_listeners  # type: ignore[arg-type]  # uvicorn closes them when it ends
         self.accepting.set()
 

@@ -461,7 +461,9 @@ def test_of_adepts_vocabulary_the_70000_placeholders_go_and_its_placeholder_ends
     }
     tensors = dict.fromkeys(TABLES, Unread((262144, 4096)))
     lines: list[str] = []
-    conversion = Conversion({"source": "8b"}, CONFIG_8B, tensors, None, 10**9, files)
+    conversion = Conversion(
+        origin={"source": "8b"}, config=CONFIG_8B, tensors=tensors, dtype=None, max_shard_bytes=10**9, files=files
+    )
     trimmed = trim_vocabulary(conversion, drop_ids, lines.append)
     assert lines[0] == "8b: 70,000 of 262,144 token ids are dropped, which saves 1.07 GiB"
     assert trimmed.config.vocab_size == 192144
@@ -478,7 +480,9 @@ def test_what_begins_and_ends_texts_stays_whatever_the_tokenizer_calls_it():
     config = replace(CONFIG_8B, bos_token_id=100, eos_token_ids=(200, 300))
     files = {"config.json": b"{}", "tokenizer.model": adepts_vocabulary(Piece.CONTROL).SerializeToString()}
     tensors = dict.fromkeys(TABLES, Unread((262144, 4096)))
-    conversion = Conversion({"source": "8b"}, config, tensors, None, 10**9, files)
+    conversion = Conversion(
+        origin={"source": "8b"}, config=config, tensors=tensors, dtype=None, max_shard_bytes=10**9, files=files
+    )
     trimmed = trim_vocabulary(conversion, None, lambda _: None)
     # 69,997 are unused; 13 of those stay, the first ones, for rows are dropped 16 at a time.
     assert (trimmed.config.bos_token_id, trimmed.config.eos_token_ids) == (16, (17, 18))

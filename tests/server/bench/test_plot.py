@@ -6,8 +6,11 @@ from matplotlib.axes import Axes
 from persimmon.server.bench.plot import Point, draw, plot
 from persimmon.server.bench.report import Distribution
 
-SLOW, SLOWER = Distribution(1.0, 2.0, 3.0, 4.0, 5.0), Distribution(2.0, 4.0, 6.0, 8.0, 10.0)
-POINTS = [Point(1.0, SLOW, SLOW, SLOW), Point(2.0, SLOWER, None, SLOWER)]
+SLOW, SLOWER = (
+    Distribution(mean=1.0, median=2.0, p90=3.0, p99=4.0, max=5.0),
+    Distribution(mean=2.0, median=4.0, p90=6.0, p99=8.0, max=10.0),
+)
+POINTS = [Point(load=1.0, ttft=SLOW, itl=SLOW, e2e=SLOW), Point(load=2.0, ttft=SLOWER, itl=None, e2e=SLOWER)]
 
 
 def lines(axes: Axes) -> dict[str, list[list[float]]]:

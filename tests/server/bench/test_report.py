@@ -22,7 +22,9 @@ REQUEST = Request("/v1/completions", b"", None)
 
 def answer(first: float, gap: float, tokens: int = 3) -> Answer:
     arrivals = tuple(10.0 + first + number * gap for number in range(tokens))
-    return Answer(10.0, arrivals, arrivals[-1], "text", 5, tokens)
+    return Answer(
+        started=10.0, arrivals=arrivals, finished=arrivals[-1], text="text", prompt_tokens=5, completion_tokens=tokens
+    )
 
 
 def report(*answers: Answer | RequestFailedError, delays: tuple[float, ...] = ()) -> Report[None]:
@@ -32,8 +34,10 @@ def report(*answers: Answer | RequestFailedError, delays: tuple[float, ...] = ()
 
 def test_percentiles_are_those_between_the_nearest_figures() -> None:
     # 0 to 100 ms: each percentile is its own number.
-    assert Distribution.of([number / 1000 for number in range(101)]) == Distribution(50.0, 50.0, 90.0, 99.0, 100.0)
-    assert Distribution.of([0.010, 0.020]) == Distribution(15.0, 15.0, 19.0, 19.9, 20.0)
+    assert Distribution.of([number / 1000 for number in range(101)]) == Distribution(
+        mean=50.0, median=50.0, p90=90.0, p99=99.0, max=100.0
+    )
+    assert Distribution.of([0.010, 0.020]) == Distribution(mean=15.0, median=15.0, p90=19.0, p99=19.9, max=20.0)
     assert Distribution.of([]) is None
 
 
@@ -82,7 +86,13 @@ def test_a_client_that_may_be_the_slow_part_is_said_to_be() -> None:
 
 
 def test_chunks_of_several_tokens_are_remarked_on() -> None:
-    (line,) = remarks(report(Answer(10.0, (10.5, 10.6), 10.6, "text", 5, 5)))
+    (line,) = remarks(
+        report(
+            Answer(
+                started=10.0, arrivals=(10.5, 10.6), finished=10.6, text="text", prompt_tokens=5, completion_tokens=5
+            )
+        )
+    )
     assert line.startswith("2.5 tokens to a chunk")
     assert "25.0 ms (p50)" in line
 

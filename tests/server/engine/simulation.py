@@ -74,7 +74,11 @@ class WatchedScheduler(Scheduler):
 
     def _preempt(self, victim: Sequence) -> None:
         others = [(own, len(own.block_table)) for own in self._running if own is not victim]
-        self.preempted.append(Preemption(victim, len(victim.block_table), others, self._missing_blocks() > 0))
+        self.preempted.append(
+            Preemption(
+                victim=victim, blocks=len(victim.block_table), others=others, for_blocks=self._missing_blocks() > 0
+            )
+        )
         super()._preempt(victim)
 
 
@@ -92,7 +96,7 @@ class LaunchedPart:
         sequence = item.sequence
         known = [*sequence.token_ids[: item.end], *item.guesses]
         assert len(known) == item.end - (item.pending_row is not None)
-        return cls(item, known, item.pending_row, list(sequence.block_table))
+        return cls(item=item, token_ids=known, pending_row=item.pending_row, block_table=list(sequence.block_table))
 
     def tokens(self, sampled_before: list[int]) -> list[int]:
         """The sequence up to the end of the part."""
@@ -291,9 +295,18 @@ class Simulation:
 
         def sample(index: int, pooling: Pooling | None = None, forks: Iterable[Sequence] = ()) -> Sequence:
             return Sequence(
-                self.arrivals + index, list(prompt), max_tokens, stops, sampling, sample_index=index, pooling=pooling,
-                forks=list(forks), priority=priority, owner=owner, weight=weight,
-            )  # fmt: skip
+                key=self.arrivals + index,
+                token_ids=list(prompt),
+                max_tokens=max_tokens,
+                stop_token_ids=stops,
+                sampling=sampling,
+                sample_index=index,
+                pooling=pooling,
+                forks=list(forks),
+                priority=priority,
+                owner=owner,
+                weight=weight,
+            )
 
         sequence = sample(0, pooling, [sample(index) for index in range(1, samples)])
         family, first = sequence.family, self.arrivals

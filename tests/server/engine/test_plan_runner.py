@@ -57,11 +57,11 @@ def constrained(
 
     def sample(index: int, forks: list[Sequence]) -> Sequence:
         return Sequence(
-            (key, index),
-            tokenizer.encode("human: What is a persimmon?\n\nadept:"),
-            60,
-            frozenset(config.eos_token_ids),
-            SamplingParams(temperature=1.5, seed=5, grammar=grammar, **sampling),  # type: ignore[arg-type]
+            key=(key, index),
+            token_ids=tokenizer.encode("human: What is a persimmon?\n\nadept:"),
+            max_tokens=60,
+            stop_token_ids=frozenset(config.eos_token_ids),
+            sampling=SamplingParams(temperature=1.5, seed=5, grammar=grammar, **sampling),  # type: ignore[arg-type]
             sample_index=index,
             forks=forks,
         )

@@ -71,7 +71,12 @@ def test_with_thirty_percent_of_the_blocks_less_than_five_percent_are_computed_t
     )
     lengths: dict[Hashable, int] = {number: request.output_length for number, request in enumerate(requests)}
     arrivals = [
-        Sequence(number, [7] * request.prompt_length, request.max_tokens, frozenset([STOP]))
+        Sequence(
+            key=number,
+            token_ids=[7] * request.prompt_length,
+            max_tokens=request.max_tokens,
+            stop_token_ids=frozenset([STOP]),
+        )
         for number, request in enumerate(requests)
     ]
     computed = held = steps = 0

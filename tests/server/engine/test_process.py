@@ -57,7 +57,15 @@ def test_the_engine_process_is_given_no_key_and_no_path_of_a_file_of_keys(tmp_pa
     monkeypatch.setattr(supervisor, "Child", Recorded)
     with supervisor._Signals(set(), ()) as signals:
         use = USES[Architecture.CAUSAL_LM]
-        supervisor._Supervisor(settings, DEMO, "demo", use, [], tmp_path, signals)
+        supervisor._Supervisor(
+            settings=settings,
+            folder=DEMO,
+            served_model_name="demo",
+            use=use,
+            listeners=[],
+            runtime=tmp_path,
+            signals=signals,
+        )
     pickled = bytes(ForkingPickler.dumps(given[engine_main]))
     assert b"max_num_seqs" in pickled
     assert b"secret-" not in pickled

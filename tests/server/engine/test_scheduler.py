@@ -53,7 +53,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix_caching=st.sampled_from([True, True, False]),
         overlap=st.booleans(),
         typical_output=st.sampled_from([1, 16]),
-        costs=st.sampled_from([None, None, StepCosts(1, 0.1, 0, 0.1, 0.3, 0.01), StepCosts(1, 0, 0, 1, 1, 0)]),
+        costs=st.sampled_from(
+            [
+                None,
+                None,
+                StepCosts(step=1, decode=0.1, decode_context=0, chunks=0.1, chunk_token=0.3, chunk_context=0.01),
+                StepCosts(step=1, decode=0, decode_context=0, chunks=1, chunk_token=1, chunk_context=0),
+            ]
+        ),
         arrivals=st.lists(requests(), min_size=2, max_size=6),
     )
     def create(

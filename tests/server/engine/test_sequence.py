@@ -9,7 +9,7 @@ from persimmon.server.engine.sequence import Sequence
 
 
 def sequence(prompt: list[int], max_tokens: int = 8, stops: frozenset[int] = frozenset()) -> Sequence:
-    return Sequence("a", prompt, max_tokens, stops)
+    return Sequence(key="a", token_ids=prompt, max_tokens=max_tokens, stop_token_ids=stops)
 
 
 def test_a_new_sequence_has_a_prompt_and_nothing_else() -> None:

@@ -17,7 +17,9 @@ from persimmon.server.engine.step_cost import (
     StepWork,
 )
 
-TRUE = StepCosts(4e-3, 1e-4, 2e-8, 1e-3, 5e-5, 3e-9, 2e-7)
+TRUE = StepCosts(
+    step=4e-3, decode=1e-4, decode_context=2e-8, chunks=1e-3, chunk_token=5e-5, chunk_context=3e-9, chunk_reach=2e-7
+)
 
 
 def seconds(work: StepWork, costs: StepCosts = TRUE) -> float:
@@ -37,7 +39,13 @@ def some_work(rng: Random, *, chunk: bool) -> StepWork:
     decodes = rng.randint(1, 64)
     tokens = rng.randint(1, 500) if chunk else 0
     start = rng.randint(0, 16_000) if chunk else 0
-    return StepWork(decodes, decodes * rng.randint(100, 4000), tokens, tokens * (start + tokens // 2), start)
+    return StepWork(
+        decodes=decodes,
+        decode_context=decodes * rng.randint(100, 4000),
+        chunk_tokens=tokens,
+        chunk_context=tokens * (start + tokens // 2),
+        chunk_reach=start,
+    )
 
 
 def learn(steps: int, noise: float = 0.0, outliers: float = 0.0, seed: int = 0) -> StepCostModel:
@@ -132,5 +140,5 @@ def test_chunks_have_all_the_time_while_nobody_decodes_and_a_share_of_it_while_s
 
 
 def test_a_longest_step_that_was_asked_for_holds() -> None:
-    costs = StepCosts(4e-3, 0, 0, 0, 5e-5, 0, longest=20e-3)
+    costs = StepCosts(step=4e-3, decode=0, decode_context=0, chunks=0, chunk_token=5e-5, chunk_context=0, longest=20e-3)
     assert costs.chunk_seconds(1, 10, 1) == pytest.approx(16e-3)

@@ -93,7 +93,9 @@ def outputs(
     """One output for each step's tokens; the last one finishes the sequence."""
     reasons = [None] * (len(steps) - 1) + [finish_reason]
     return [
-        SequenceOutput(sequence_id, list(tokens), reason, cached_tokens)
+        SequenceOutput(
+            sequence_id=sequence_id, token_ids=list(tokens), finish_reason=reason, cached_tokens=cached_tokens
+        )
         for tokens, reason in zip(steps, reasons, strict=True)
     ]
 

@@ -53,7 +53,7 @@ def batch(
     def make(lines: Sequence[dict[str, Any] | str], any_model: bool = False) -> Batch:
         app = create_app(engine_client, tokenizer, config, "demo")
         source = BatchInput(write_lines(tmp_path / "in.jsonl", lines))
-        return Batch(app, source, BatchOutput(out), Count(), any_model)
+        return Batch(app=app, source=source, output=BatchOutput(out), progress=Count(), any_model=any_model)
 
     return make
 

@@ -68,10 +68,18 @@ async def probed(service: Service, call: Call[None]) -> JsonResponse[Echo]:
     return JsonResponse(Echo("well", None))
 
 
-ECHO = Endpoint("POST", "/v1/echo", EchoRequest, echo, uses_engine=True, generates=True, in_batch_files=True)
+ECHO = Endpoint(
+    method="POST",
+    path="/v1/echo",
+    request=EchoRequest,
+    handler=echo,
+    uses_engine=True,
+    generates=True,
+    in_batch_files=True,
+)
 PLAIN_ECHO = replace(ECHO, path="/v1/plain-echo", uses_engine=False, generates=False, in_batch_files=False)
-TOLD = Endpoint("GET", "/told/{word}", None, told, (203,))
-PROBE = Endpoint("GET", "/probe", None, probed, open_without_key=True, polled=True)
+TOLD = Endpoint(method="GET", path="/told/{word}", request=None, handler=told, statuses=(203,))
+PROBE = Endpoint(method="GET", path="/probe", request=None, handler=probed, open_without_key=True, polled=True)
 ROWS: tuple[Endpoint[Any], ...] = (*ENDPOINTS, ECHO, PLAIN_ECHO, TOLD, PROBE)
 
 

@@ -84,7 +84,10 @@ def test_a_request_that_fails_or_is_cancelled_runs_no_more() -> None:
 
 def test_workers_count_together(tmp_path: Path) -> None:
     clock = Clock()
-    one, other = (KeyLimiter(KeyLimits(2, 3), [ONE, OTHER], worker, 2, tmp_path, clock=clock) for worker in range(2))
+    one, other = (
+        KeyLimiter(limits=KeyLimits(2, 3), keys=[ONE, OTHER], worker=worker, workers=2, folder=tmp_path, clock=clock)
+        for worker in range(2)
+    )
     with one.request(OTHER), other.request(OTHER):
         assert [ask(one, OTHER), ask(other, OTHER)] == [1, 1]
     assert ask(other, OTHER) is None
@@ -94,7 +97,7 @@ def test_workers_count_together(tmp_path: Path) -> None:
 
 def test_what_a_worker_left_when_it_died_is_forgotten_when_the_next_one_begins(tmp_path: Path) -> None:
     def worker(number: int) -> KeyLimiter:
-        return KeyLimiter(KeyLimits(concurrent=2), [ONE], number, 2, tmp_path)
+        return KeyLimiter(limits=KeyLimits(concurrent=2), keys=[ONE], worker=number, workers=2, folder=tmp_path)
 
     lives, dies = worker(0), worker(1)
     open_requests = [limiter.request(ONE) for limiter in (lives, dies)]
@@ -132,7 +135,10 @@ def test_a_request_whose_key_is_taken_away_counts_again_when_it_comes_back() -> 
 
 def test_workers_count_together_again_when_all_of_them_have_the_new_keys(tmp_path: Path) -> None:
     clock = Clock()
-    workers = [KeyLimiter(KeyLimits(2, 4), [ONE, OTHER], number, 2, tmp_path, clock=clock) for number in range(2)]
+    workers = [
+        KeyLimiter(limits=KeyLimits(2, 4), keys=[ONE, OTHER], worker=number, workers=2, folder=tmp_path, clock=clock)
+        for number in range(2)
+    ]
     with workers[0].request(ONE), workers[1].request(ONE):
         for keys in ([ONE], [OTHER, ONE], [ONE, OTHER]):  # the last ones are the first ones again
             for worker in workers:
@@ -146,7 +152,10 @@ def test_workers_count_together_again_when_all_of_them_have_the_new_keys(tmp_pat
 def test_where_no_file_can_be_written_new_keys_hold_and_each_worker_counts_alone(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    workers = [KeyLimiter(KeyLimits(concurrent=1), [ONE], number, 2, tmp_path) for number in range(2)]
+    workers = [
+        KeyLimiter(limits=KeyLimits(concurrent=1), keys=[ONE], worker=number, workers=2, folder=tmp_path)
+        for number in range(2)
+    ]
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))  # as with a full disk
     try:
