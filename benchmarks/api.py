@@ -50,7 +50,7 @@ from persimmon.server.engine.messages import (
 )
 from persimmon.server.http.transport.siblings import WorkerPlace
 from persimmon.server.http.worker import run_api_worker
-from persimmon.server.supervisor import listen
+from persimmon.server.listening import listen
 
 CHECKPOINT = Path(next(iter(persimmon.model.demo.__path__)))
 MODEL = "bench"

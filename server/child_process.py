@@ -9,6 +9,7 @@ import pickle
 import signal
 import threading
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from multiprocessing import connection, current_process, parent_process
 
 from persimmon.server import logs
@@ -23,6 +24,17 @@ _open: list[connection.Connection] = []
 """What is used to the end of the process."""
 
 _at_orphaned: list[Callable[[], None]] = []
+
+
+@dataclass(frozen=True, slots=True)
+class CannotStart:
+    """What a process reports, in place of being ready, when it ends because of something that a person can fix.
+
+    Attributes:
+        reason: one line, which is on the console too.
+    """
+
+    reason: str
 
 
 def run(pickled: bytes, stacks: connection.Connection | None) -> None:

@@ -7,10 +7,13 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from multiprocessing import connection, reduction, resource_tracker
 from multiprocessing.context import SpawnProcess
+from types import ModuleType
 
 from persimmon.server import child_process
 from persimmon.server.restarts import WINDOW_SECONDS, Restarts
@@ -64,9 +67,28 @@ def spawn(
     )
     with blocking({signal.SIGHUP, signal.SIGUSR1}):
         resource_tracker.ensure_running()  # here, because it unblocks some signals
-    with blocking(HELD_BACK):
+    with blocking(HELD_BACK), _without_main():
         process.start()
     return process
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """For the length of a block, new processes do not import this one's main file.
+
+    multiprocessing has it imported again for functions that are defined there.  Ours are not, and the file may be any
+    program, which would run once more or bring what the process does not need.
+    """
+    with _main_lock:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
+
+
+_main_lock = threading.Lock()
 
 
 class Child:
@@ -123,12 +145,12 @@ class Child:
         return None if self.process is None or self.due is not None else self.process.sentinel
 
     def receive(self) -> object:
-        """The message that it sends when it is ready; None where it has ended instead."""
+        """The message that it sends when it is ready or cannot start; None where it has ended instead."""
         if self.report is None:
             return None
         try:
             message: object = self.report.recv()
-            self.has_served = True
+            self.has_served = not isinstance(message, child_process.CannotStart)
         except EOFError:  # the sentinel tells the rest
             message = None
         self._forget_report()

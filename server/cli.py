@@ -1,6 +1,6 @@
 """The entry point of the `persimmon` command.
 
-Imports next to nothing before signals and standard streams are in order; `persimmon.server.commands` does the rest.
+Imports next to nothing before signals and standard streams are in order; `persimmon.server.commands.run` does the rest.
 """
 
 import sys
@@ -13,11 +13,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line.
 
     Returns:
-        The exit code; see `persimmon.server.commands.run`.
+        The exit code; see `persimmon.server.commands.run.run`.
     """
     standard_streams()
     with quiet_end():
-        from persimmon.server.commands import run  # takes half a second, in which Ctrl-C must already be quiet
+        from persimmon.server.commands.run import run  # a command imports for a second; Ctrl-C must already be quiet
 
         return run(arguments)
 

@@ -54,6 +54,9 @@ GROUPS = {
     "debug": "profiling",
 }
 
+EMBEDDED_GROUPS = ("model", "engine", "gpu", "memory", "debug")
+"""The groups of a server that does not listen: `persimmon generate`, and `persimmon.EmbeddedServer`."""
+
 
 def flag(name: str) -> str:
     """The command-line spelling of a setting: max_model_len -> --max-model-len."""

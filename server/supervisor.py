@@ -21,8 +21,9 @@ from persimmon.server.entry_points import engine_main, worker_main
 from persimmon.server.http.endpoints.model_use import ModelUse
 from persimmon.server.http.middleware.credentials import Credentials, reads_files_again
 from persimmon.server.http.transport.siblings import WorkerPlace
+from persimmon.server.listening import listen
 from persimmon.server.logs import say
-from persimmon.server.runtime_folder import RuntimeFolderError, runtime_folder
+from persimmon.server.runtime_folder import runtime_folder
 from persimmon.server.service_manager import notify
 from persimmon.server.settings.section import SettingsError
 from persimmon.server.shortage import ADVICE
@@ -45,10 +46,6 @@ LOOK_SECONDS = 0.5
 REPEAT_SECONDS = 0.1
 """Signals that come within this time of the first one are the same request: a terminal signals all processes, and a
 wrapper such as timeout(1) passes the signal on as well."""
-
-
-class ListenError(OSError):
-    """The address cannot be listened on.  One line for the person who gave it."""
 
 
 def supervise(settings: Settings, folder: Path, served_model_name: str, use: ModelUse) -> int:
@@ -107,12 +104,7 @@ class _Supervisor:
         self._listeners = listeners
         self._signals = signals
         address, vitals, count = f"ipc://{runtime}/engine", runtime / "vitals", len(listeners)
-        try:
-            self._vitals = Vitals.create(vitals, count)
-        except OSError as error:
-            raise RuntimeFolderError(
-                f"{vitals} cannot be written: {error.strerror}; free space there or set TMPDIR"
-            ) from None
+        self._vitals = Vitals.create(vitals, count)
         self._watch = StepWatch(self._vitals)
         self._worker_watches = [WorkerWatch(self._vitals, index, settings.worker_timeout) for index in range(count)]
         # The engine's description of itself; None while it loads.
@@ -361,47 +353,6 @@ class _Supervisor:
             say(f"reloaded {self._settings.api_key_file}: {count} API key{'s' if count > 1 else ''}")
         if self._credentials.certificate is not None:
             say(f"reloaded {self._settings.ssl_certfile}: new connections get this certificate")
-
-
-def listen(host: str, port: int, count: int) -> list[socket.socket]:
-    """Listening TCP sockets on one address: as many as there are API workers.
-
-    With one shared socket, who wakes first takes all connections that wait: of 64 that came at once, one of two workers
-    got 60 to 64.  With a socket each (SO_REUSEPORT) the kernel spreads connections by a hash of their addresses: it got
-    26 to 38.
-
-    Args:
-        host: the address.
-        port: 0 for a free one, the same for all.
-        count: how many sockets.
-
-    Raises:
-        ListenError: the port is taken, or the address is not this machine's.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            listeners: list[socket.socket] = []
-            for _ in range(count):
-                listener = stack.enter_context(socket.socket(family, kind, protocol))
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if listeners:
-                    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                listener.bind(listeners[0].getsockname() if listeners else address)
-                if not listeners and count > 1:
-                    # Only after it is bound: another server of the same user with this option would not have been
-                    # refused.
-                    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                listeners.append(listener)
-            for listener in listeners:
-                listener.listen(2048)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise ListenError(
-                f"cannot listen on {host}:{port}: {reason}; choose another with --host and --port"
-            ) from None
-        stack.pop_all()
-    return listeners
 
 
 class _Signals:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from persimmon.server.runtime_folder import RuntimeFolderError
+
 _ENGINE_CELLS = 2  # when it last ended a step; since when it has had work
 _WORKER_CELLS = 4  # its sequences; their prompt tokens to be computed; since when it has had sequences; its last beat
 _CELL_BYTES = 8
@@ -47,12 +49,17 @@ class Vitals:
         """Makes the file that the other processes open.
 
         Raises:
-            OSError: it cannot be written.
+            RuntimeFolderError: it cannot be written.
         """
-        with path.open("xb") as file:
-            # A sparse file would be a SIGBUS later, where the disk is full.
-            os.posix_fallocate(file.fileno(), 0, _size(workers))
-        return cls.open(path)
+        try:
+            with path.open("xb") as file:
+                # A sparse file would be a SIGBUS later, where the disk is full.
+                os.posix_fallocate(file.fileno(), 0, _size(workers))
+            return cls.open(path)
+        except OSError as error:
+            raise RuntimeFolderError(
+                f"{path} cannot be written: {error.strerror}; free space there or set TMPDIR"
+            ) from None
 
     @classmethod
     def open(cls, path: Path) -> "Vitals":

@@ -19,7 +19,7 @@ from persimmon.model.memory import MemoryPlanError
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.model.vocabulary import VocabularyMap
 from persimmon.server import logs
-from persimmon.server.child_process import follow_supervisor, ignore
+from persimmon.server.child_process import CannotStart, follow_supervisor, ignore
 from persimmon.server.engine.blocks import BlockPool
 from persimmon.server.engine.core import Engine, StepRunner
 from persimmon.server.engine.loading import load_model
@@ -44,7 +44,7 @@ def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Pat
         folder: the checkpoint's.
         address: the ZeroMQ endpoint to bind, like "ipc:///run/persimmon/engine".
         vitals: the file that its heart beats in; None for nowhere.
-        report: gets one `Ready` when the model is loaded and has run.
+        report: gets one `Ready` when the model is loaded and has run, or `CannotStart`.
 
     Exits with code 2, after one line on the console, when the checkpoint, the GPU or the settings do not allow a start.
     """
@@ -67,6 +67,7 @@ def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Pat
         loaded = load_model(settings, folder, logs.say)
     except (CheckpointError, KernelsUnavailableError, MemoryPlanError) as error:
         logs.say(f"persimmon: error: {error}")
+        report.send(CannotStart(str(error)))
         sys.exit(2)
     plan = loaded.plan
     pool = BlockPool(plan.num_blocks, plan.block_size, prefix_caching=settings.enable_prefix_caching)

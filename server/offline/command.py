@@ -1,36 +1,28 @@
-"""`persimmon generate`: starts an engine process, lets it answer a batch file, and tells the console how it went.
+"""`persimmon generate`: has an embedded server answer a batch file, and reports on the console how it went.
 
-Knows processes, signals and the console; nothing of what a line asks for.
+Knows signals and the console; nothing of what a line asks for.
 """
 
 import asyncio
-import contextlib
 import math
-import multiprocessing
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from multiprocessing.context import SpawnProcess
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import uvloop
-from fastapi import FastAPI
 
 from persimmon.progress import progress_bar
 from persimmon.server import logs
-from persimmon.server.children import spawn
 from persimmon.server.config import Settings
 from persimmon.server.console import interruptible
-from persimmon.server.engine.client import EngineClient
-from persimmon.server.entry_points import engine_main
-from persimmon.server.http.app import application
+from persimmon.server.embedded import EmbeddedServer, EngineFailedError
 from persimmon.server.logs import say
 from persimmon.server.offline.batch import Batch, EngineLostError
 from persimmon.server.offline.files import BatchInput, BatchOutput
-from persimmon.server.runtime_folder import runtime_folder
 
 ANSWERED, SOME_FAILED, STOPPED = 0, 1, 130
 """Exit codes; 2 is for what the person at the console can mend."""
@@ -49,18 +41,14 @@ def concurrency(settings: Settings) -> int:
     return settings.max_num_seqs + max(8, math.ceil(settings.max_num_seqs / 4))
 
 
-def generate(
-    settings: Settings, folder: Path, served_model_name: str, source: Path, out: Path, any_model: bool = False
-) -> int:
+def generate(source: Path, out: Path, any_model: bool, settings: Mapping[str, Any]) -> int:
     """Answers the lines of `source` that have no answer in `out` yet.
 
     Args:
-        settings: of the engine.
-        folder: the checkpoint's, checked already as far as is quick.
-        served_model_name: the model's name in the lines.
         source: the lines to answer.
         out: the file that answers are added to.
         any_model: whether lines are answered whichever model they name.
+        settings: of `persimmon.EmbeddedServer`.
 
     Returns:
         The exit code: 0 when every line has what it asked for; 1 when some lines failed, or the engine did; 2 when
@@ -68,26 +56,29 @@ def generate(
         Ctrl-C.
 
     Raises:
+        SettingsError: a setting is invalid.
+        CheckpointError: the checkpoint cannot be found, or is not one that this server serves.
         BatchFileError: a file cannot be used.
     """
+    server = EmbeddedServer(**settings)
+    for line in server.served.notices:
+        say(line)
     try:
         with interruptible():
-            return _answer(settings, folder, served_model_name, BatchInput(source), out, any_model)
+            return _answer(server, BatchInput(source), out, any_model)
     except KeyboardInterrupt:  # while the files were read
         say(f"persimmon: stopped; {GOES_ON}")
         return STOPPED
 
 
-def _answer(
-    settings: Settings, folder: Path, served_model_name: str, source: BatchInput, out: Path, any_model: bool
-) -> int:
+def _answer(server: EmbeddedServer, source: BatchInput, out: Path, any_model: bool) -> int:
     with BatchOutput(out) as output:
         missing = output.missing(source)
         if output.lines:
             say(f"{out} already has the answers of {source.lines - missing:,} of {source.lines:,} lines")
         if missing:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                code = runner.run(_generate(settings, folder, served_model_name, source, output, missing, any_model))
+                code = runner.run(_generate(server, source, output, missing, any_model))
             if code is not None:
                 return code
         say(f"{out}: {output.answered:,} line{'' if output.answered == 1 else 's'} answered, {output.failed:,} failed")
@@ -97,49 +88,57 @@ def _answer(
 
 
 async def _generate(
-    settings: Settings,
-    folder: Path,
-    served_model_name: str,
+    server: EmbeddedServer, source: BatchInput, output: BatchOutput, missing: int, any_model: bool
+) -> int | None:
+    """Runs a batch of so many lines; the exit code where it did not come to its end."""
+    logs.configure("generate", log_level=server.settings.log_level)
+    with _Signals() as signals:
+        try:
+            await server.start()
+            async with _Tasks() as tasks:
+                return await _run(server, source, output, missing, any_model, signals, tasks)
+        finally:
+            await server.stop()
+
+
+async def _run(
+    server: EmbeddedServer,
     source: BatchInput,
     output: BatchOutput,
     missing: int,
     any_model: bool,
+    signals: "_Signals",
+    tasks: "_Tasks",
 ) -> int | None:
-    """Runs a batch of so many lines; the exit code where it did not come to its end."""
-    logs.configure("generate", log_level=settings.log_level)
-    with _Signals() as signals, runtime_folder() as runtime, _engine_process(settings, folder, runtime) as engine:
-        async with _application(settings, folder, served_model_name, runtime) as (app, client), _Tasks() as tasks:
-            ended = tasks.start(_end_of(engine))
-            ready = tasks.start(client.wait_until_ready())
-            stop = tasks.start(signals.first.wait())
-            await asyncio.wait((ready, ended, stop), return_when=asyncio.FIRST_COMPLETED)
-            if stop.done():
-                say(f"persimmon: stopped; {GOES_ON}")
-                return STOPPED
-            if ended.done():
-                return _engine_failed(engine)
-            with _Bar(source.lines, source.lines - missing) as bar:
-                batch = Batch(app, source, output, bar, any_model)
-                running = tasks.start(batch.run(min(concurrency(settings), missing)))
-                await asyncio.wait((running, ended, stop), return_when=asyncio.FIRST_COMPLETED)
-                if stop.done() and not running.done():
-                    bar.say("Stopping: lines that run may finish (a second signal stops at once)")
-                    batch.stopping = True
-                    again = tasks.start(signals.second.wait())
-                    await asyncio.wait(
-                        (running, ended, again), timeout=DRAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED
-                    )
-                await _settled(running)
-            if not running.cancelled() and (error := running.exception()) is not None:
-                if not isinstance(error, EngineLostError):
-                    raise error
-                return _engine_failed(engine)
-            if ended.done() and bar.lines < source.lines:
-                return _engine_failed(engine)
-            if stop.done() and bar.lines < source.lines:
-                say(f"persimmon: stopped with {bar.lines:,} of {source.lines:,} lines done; {GOES_ON}")
-                return STOPPED
-            return None
+    failed = tasks.start(server.engine_failed())
+    ready = tasks.start(server.ready())
+    stop = tasks.start(signals.first.wait())
+    await asyncio.wait((ready, failed, stop), return_when=asyncio.FIRST_COMPLETED)
+    if stop.done():
+        say(f"persimmon: stopped; {GOES_ON}")
+        return STOPPED
+    if failed.done() or ready.exception() is not None:
+        return await _engine_failed(failed)
+    with _Bar(source.lines, source.lines - missing) as bar:
+        batch = Batch(server.app, source, output, bar, any_model)
+        running = tasks.start(batch.run(min(concurrency(server.settings), missing)))
+        await asyncio.wait((running, failed, stop), return_when=asyncio.FIRST_COMPLETED)
+        if stop.done() and not running.done():
+            bar.say("Stopping: lines that run may finish (a second signal stops at once)")
+            batch.stopping = True
+            again = tasks.start(signals.second.wait())
+            await asyncio.wait((running, failed, again), timeout=DRAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        await _settled(running)
+    if not running.cancelled() and (error := running.exception()) is not None:
+        if not isinstance(error, EngineLostError):
+            raise error
+        return await _engine_failed(failed)
+    if failed.done() and bar.lines < source.lines:
+        return await _engine_failed(failed)
+    if stop.done() and bar.lines < source.lines:
+        say(f"persimmon: stopped with {bar.lines:,} of {source.lines:,} lines done; {GOES_ON}")
+        return STOPPED
+    return None
 
 
 async def _settled(task: asyncio.Task[Any]) -> None:
@@ -148,56 +147,13 @@ async def _settled(task: asyncio.Task[Any]) -> None:
     await asyncio.wait((task,))
 
 
-def _engine_failed(engine: SpawnProcess) -> int:
-    engine.join(ENGINE_EXIT_SECONDS)
-    if engine.exitcode == 2:  # it could not start, and has said why
+async def _engine_failed(failed: asyncio.Task[EngineFailedError]) -> int:
+    await asyncio.wait((failed,), timeout=ENGINE_EXIT_SECONDS)
+    error = failed.result() if failed.done() else None
+    if error is not None and error.exit_code == 2:  # it could not start, and has said why
         return 2
-    ended = "is lost" if engine.exitcode is None else f"ended with code {engine.exitcode}"
-    say(f"persimmon: error: the engine process {ended}; {GOES_ON}")
+    say(f"persimmon: error: {error or 'the engine process is lost'}; {GOES_ON}")
     return SOME_FAILED
-
-
-@contextlib.contextmanager
-def _engine_process(settings: Settings, folder: Path, runtime: Path) -> Iterator[SpawnProcess]:
-    report, end = multiprocessing.get_context("spawn").Pipe(duplex=False)  # not read: the client learns it too
-    # Lines may wait for any time.
-    patient = settings.of_engine().model_copy(update={"queue_timeout": 0.0})
-    with end:
-        process = spawn("persimmon-engine", engine_main, patient, folder, _address(runtime), None, end)
-    try:
-        yield process
-    finally:
-        if process.is_alive():
-            process.kill()
-        process.join()
-        report.close()
-
-
-async def _end_of(process: SpawnProcess) -> None:
-    ended = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.add_reader(process.sentinel, ended.set)
-    try:
-        await ended.wait()
-    finally:
-        loop.remove_reader(process.sentinel)
-
-
-def _address(runtime: Path) -> str:
-    return f"ipc://{runtime}/engine"
-
-
-@contextlib.asynccontextmanager
-async def _application(
-    settings: Settings, folder: Path, served_model_name: str, runtime: Path
-) -> AsyncIterator[tuple[FastAPI, EngineClient]]:
-    """The server's own application, which nobody reaches from outside, and its connection to the engine."""
-    app, client = application(settings, folder, served_model_name, _address(runtime))
-    await client.start()
-    try:
-        yield app, client
-    finally:
-        await client.close()
 
 
 class _Signals:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, Self
 
 from persimmon.server.offline.batch_lines import ANSWER_START, BatchAnswer, custom_id, encode, key, read_answer
+from persimmon.server.offline.errors import BatchFileError
 from persimmon.server.settings.engine import MAX_BODY_BYTES
 
 MAX_LINE_BYTES = MAX_BODY_BYTES + 2**16
@@ -36,10 +37,6 @@ _OTHER_FILES = (
     (b"\x28\xb5\x2f\xfd", "compressed with zstd", "decompress it first"),
     (b"PK\x03\x04", "a zip archive", "unpack it first"),
 )
-
-
-class BatchFileError(ValueError):
-    """A file that cannot be used.  The message is one line for the person who named it."""
 
 
 @dataclass(frozen=True, slots=True)

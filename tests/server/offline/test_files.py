@@ -11,11 +11,11 @@ import pytest
 from persimmon.server.http.schemas.completions import CompletionRequest
 from persimmon.server.http.schemas.parsing import parse
 from persimmon.server.offline.batch_lines import LineError, encode, read_request, respond
+from persimmon.server.offline.errors import BatchFileError
 from persimmon.server.offline.files import (
     MAX_LINE_BYTES,
     MAX_REASONS,
     SHOWN_REASONS,
-    BatchFileError,
     BatchInput,
     BatchOutput,
     Failures,

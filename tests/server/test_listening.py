@@ -3,7 +3,7 @@ import socket
 
 import pytest
 
-from persimmon.server.supervisor import ListenError, listen
+from persimmon.server.listening import ListenError, listen
 
 
 @pytest.mark.parametrize(("first", "second"), [(1, 1), (1, 2), (2, 1), (2, 2)])

@@ -1,0 +1,88 @@
+"""`persimmon convert`."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from persimmon.model.config import DTYPES
+from persimmon.model.errors import CheckpointError
+from persimmon.server.console import interruptible
+from persimmon.server.logs import say
+
+ERRORS: tuple[type[Exception], ...] = (CheckpointError,)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the folders and what to do."""
+    parser.add_argument("source", metavar="IN", help="a folder in Hugging Face layout, or a Hub id")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
+    parser.add_argument(
+        "--from-adept",
+        action="store_true",
+        help="IN is Adept's own release: the tar, or the folder it unpacks to",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="the type to store tensors in. Default: as they are")
+    parser.add_argument(
+        "--max-shard-size",
+        type=_size,
+        default="5GB",
+        metavar="SIZE",
+        help="tensors are spread over files of at most this size. Default: %(default)s",
+    )
+    trimming = parser.add_mutually_exclusive_group()
+    trimming.add_argument(
+        "--trim-vocab",
+        action="store_true",
+        help="drop the embedding's and lm_head's rows of token ids that no text gives and no file of the checkpoint "
+        "names. Token ids stay what they are, for this server keeps the map",
+    )
+    trimming.add_argument(
+        "--drop-ids",
+        type=_token_ids,
+        metavar="IDS",
+        help="drop the rows of these ids, like 3-70002,71020, which you know to be unused",
+    )
+
+
+def run(given: dict[str, Any]) -> int:
+    """Converts a checkpoint to safetensors; see `persimmon.model.convert.convert_checkpoint`.
+
+    Raises:
+        CheckpointError: the source is not such a checkpoint, or the result cannot be written.
+    """
+    from persimmon.model.convert import convert_checkpoint  # brings torch
+
+    source, out, largest = given.pop("source"), given.pop("out"), given.pop("max_shard_size")
+    try:
+        with interruptible():
+            convert_checkpoint(source, out, max_shard_bytes=largest, print_line=say, **given)
+    except KeyboardInterrupt:
+        say("persimmon: stopped; the same command goes on from here")
+        return 130
+    return 0
+
+
+def _size(text: str) -> int:
+    try:
+        size = TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        size = ByteSize(0)
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a valid size; use for example 5GB or 800MiB")
+    return size
+
+
+def _token_ids(text: str) -> tuple[range, ...]:
+    ranges = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,8})(?:-(\d{1,8}))?", part, re.ASCII)
+        ids = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+        if not ids:
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is not a token id or a range of them; expected one like 3-70002"
+            )
+        ranges.append(ids)
+    return tuple(ranges)

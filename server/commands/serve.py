@@ -1,0 +1,48 @@
+"""`persimmon serve`."""
+
+import argparse
+from typing import Any
+
+from persimmon.model.errors import CheckpointError
+from persimmon.server import config
+from persimmon.server.listening import ListenError
+from persimmon.server.logs import configure as configure_log
+from persimmon.server.logs import say
+from persimmon.server.runtime_folder import RuntimeFolderError
+from persimmon.server.settings.section import SettingsError
+from persimmon.server.shortage import raise_open_files, too_few_files
+
+ERRORS: tuple[type[Exception], ...] = (SettingsError, CheckpointError, ListenError, RuntimeFolderError)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds a flag for every setting."""
+    config.add_arguments(parser)
+
+
+def run(given: dict[str, Any]) -> int:
+    """Serves until told to stop; see `persimmon.server.supervisor.supervise` for the exit code.
+
+    Raises:
+        SettingsError: a setting is invalid, keys or certificates cannot be read, or a package is missing.
+        CheckpointError: the checkpoint cannot be found, or is not one that this server serves.
+        ListenError: the address cannot be listened on.
+        RuntimeFolderError: there is no place for the sockets of the server's processes.
+    """
+    # Not for a help text.
+    from persimmon.server.http.middleware.access import check as check_access
+    from persimmon.server.http.middleware.gate import Limits
+    from persimmon.server.served_model import ServedModel
+    from persimmon.server.supervisor import supervise
+
+    settings = config.read_settings(given)
+    configure_log("supervisor", settings.log_format, settings.log_level)
+    check_access(settings)
+    sequences = Limits.of(settings).sequences
+    warning = too_few_files(raise_open_files(), sequences or 0, settings.api_workers)
+    if warning is not None:
+        say(f"persimmon: warning: {warning}")
+    served = ServedModel.find(settings, settings.api_workers)
+    for line in served.notices:
+        say(line)
+    return supervise(settings, served.folder, served.name, served.use)
