@@ -31,12 +31,12 @@ from persimmon.server.http.middleware.gate import Gate, GateKeeper
 from persimmon.server.http.middleware.observer import Observer
 from persimmon.server.http.middleware.origins import OriginCheck
 from persimmon.server.http.middleware.pace import Pace
+from persimmon.server.http.middleware.tracing import Tracing
 from persimmon.server.http.request_record import REQUEST_ID_HEADER, record_of
 from persimmon.server.http.schemas.parsing import parse
 from persimmon.server.http.transport.body import BodyReader
 from persimmon.server.http.transport.siblings import Siblings, WorkerPlace
 from persimmon.server.metrics import Metrics
-from persimmon.server.tracing import Tracing
 
 
 def application(

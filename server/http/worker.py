@@ -27,10 +27,10 @@ from persimmon.server.http.middleware.access import Access
 from persimmon.server.http.middleware.authentication import KeyCheck
 from persimmon.server.http.middleware.credentials import Credentials, reads_files_again
 from persimmon.server.http.middleware.gate import Gate, Limits
+from persimmon.server.http.middleware.tracing import Tracing
 from persimmon.server.http.transport.siblings import WorkerPlace
 from persimmon.server.http.transport.uvicorn_server import HttpServer
 from persimmon.server.settings.section import SettingsError
-from persimmon.server.tracing import Tracing
 from persimmon.server.vitals import Vitals
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from persimmon.server.http.middleware.authentication import KeyCheck
 from persimmon.server.http.middleware.credentials import Credentials
 from persimmon.server.http.middleware.key_limits import KeyLimiter, KeyLimits
 from persimmon.server.http.middleware.keys import KeyRing, key_ring
+from persimmon.server.http.middleware.tracing import check_installed
 from persimmon.server.http.transport.siblings import WorkerPlace
 from persimmon.server.settings.engine import MAX_BODY_BYTES
-from persimmon.server.tracing import check_installed
 
 
 @dataclass(frozen=True, slots=True)

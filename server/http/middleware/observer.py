@@ -15,10 +15,10 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from persimmon.server.http.errors import CLIENT_CLOSED_REQUEST, as_api_error
+from persimmon.server.http.middleware.tracing import FinishedRequest, Tracing
 from persimmon.server.http.request_record import REQUEST_ID_HEADER, RequestRecord, request_id
 from persimmon.server.logs import with_fields
 from persimmon.server.metrics import Metrics
-from persimmon.server.tracing import FinishedRequest, Tracing
 
 logger = logging.getLogger(__name__)
 

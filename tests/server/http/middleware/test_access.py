@@ -26,9 +26,9 @@ from persimmon.server.http.middleware.authentication import KeyCheck
 from persimmon.server.http.middleware.credentials import reads_files_again
 from persimmon.server.http.middleware.key_limits import KeyLimits
 from persimmon.server.http.middleware.keys import ApiKey, KeyRing, salted
+from persimmon.server.http.middleware.tracing import Tracing
 from persimmon.server.http.transport.siblings import WorkerPlace
 from persimmon.server.settings.section import SettingsError
-from persimmon.server.tracing import Tracing
 from tests.server.http.fake_engine import FakeEngine, says
 
 pytestmark = pytest.mark.anyio

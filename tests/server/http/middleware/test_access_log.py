@@ -21,7 +21,7 @@ from persimmon.server.http.app import create_app
 from persimmon.server.http.middleware import observer
 from persimmon.server.http.middleware.access import Access
 from persimmon.server.http.middleware.keys import ApiKey, KeyRing
-from persimmon.server.tracing import Tracing
+from persimmon.server.http.middleware.tracing import Tracing
 from tests.server.http.conftest import LiveServer
 from tests.server.http.fake_engine import FakeEngine, outputs
 

@@ -8,10 +8,10 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from persimmon.server import tracing
+from persimmon.server.http.middleware import tracing
+from persimmon.server.http.middleware.tracing import FinishedRequest, Tracing, check_installed
 from persimmon.server.http.request_record import RequestRecord
 from persimmon.server.settings.section import SettingsError
-from persimmon.server.tracing import FinishedRequest, Tracing, check_installed
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
