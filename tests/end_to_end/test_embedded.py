@@ -52,7 +52,7 @@ def complete(client: httpx.AsyncClient, max_tokens: int = 3, path: str = "/v1/co
 
 async def until_submitted(server: persimmon.EmbeddedServer) -> None:
     """Returns when the engine has a request."""
-    while server._running is None or not server._running.client.open_streams:
+    while server._running is None or not server._running.client.open_streams:  # noqa: ASYNC110
         await asyncio.sleep(0)
 
 
