@@ -44,7 +44,7 @@ class Installation:
     def run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Runs one of its programs from a folder that has nothing to do with the project."""
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        command = [self.folder / "bin" / program, *arguments]
+        command = [str(self.folder / "bin" / program), *arguments]
         return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
 
     @property
