@@ -80,10 +80,10 @@ def _pip(environment: Path, command: str, *arguments: str, **variables: str) -> 
         sys.executable,
         "-m",
         "pip",
+        "--python",
+        f"{environment}/bin/python",
         "--quiet",
         "--disable-pip-version-check",
-        "--python",
-        environment / "bin/python",
     ]
     subprocess.run([*pip, command, "--no-deps", "--no-index", *arguments], env=os.environ | variables, check=True)
 
