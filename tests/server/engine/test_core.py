@@ -824,8 +824,9 @@ def test_at_debug_the_log_has_a_line_for_each_step(overlap: bool, caplog: pytest
 
 
 def test_above_debug_the_log_has_no_line_for_a_step(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    worker = house.worker()  # while it is referred to, it stays connected
     with caplog.at_level(logging.INFO, "persimmon"):
-        house.worker().send(submit(1, [1, 2, 3], 2))
+        worker.send(submit(1, [1, 2, 3], 2))
         house.turn()
         house.finish()
     assert not caplog.records
