@@ -13,11 +13,12 @@ from persimmon.kernels import reference
 from persimmon.kernels.cpu import library
 from persimmon.kernels.cpu.native import NativeKernels
 from persimmon.kernels.launch import KernelsUnavailableError, check_gpu
-from persimmon.kernels.operands import Linear, Norm, Residual, Rotary, StepLimits
+from persimmon.kernels.operands import LayerCache, Linear, Norm, Residual, Rotary, StepLimits
 
 __all__ = [
     "Kernels",
     "KernelsUnavailableError",
+    "LayerCache",
     "Linear",
     "Norm",
     "Residual",
@@ -69,13 +70,7 @@ class Kernels(Protocol[Plan]):
     def norm_linear(self, x: Residual, norm: Norm, linear: Linear, plan: Plan) -> torch.Tensor: ...  # noqa: D102
 
     def attention(  # noqa: D102
-        self,
-        qkv: torch.Tensor,
-        qk_norm: Norm | None,
-        rotary: Rotary,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        plan: Plan,
+        self, qkv: torch.Tensor, qk_norm: Norm | None, rotary: Rotary, cache: LayerCache, plan: Plan
     ) -> torch.Tensor: ...
 
     def add_linear_(self, x: Residual, attended: torch.Tensor, linear: Linear, plan: Plan) -> None: ...  # noqa: D102

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from persimmon.kernels.launch import Limits, launch_options, next_power_of_2, num_sms
+from persimmon.kernels.operands import LayerCache
 
 SPLIT_TOKENS = 256
 """Tokens of one work item.
@@ -384,8 +385,7 @@ def decode_attention(
     eps: float,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    cache: LayerCache,
     lengths: torch.Tensor,
     block_tables: torch.Tensor,
     workspace: DecodeWorkspace,
@@ -412,7 +412,7 @@ def decode_attention(
         norm_weight, norm_bias: [2, D], for queries and for keys; both None where the model has no QK-norm.
         eps: of the LayerNorms.
         cos, sin: [max_position, R / 2] float32, a row for each position; [B, R / 2] with `angles_by_row`.
-        k_cache, v_cache: [N, H, S, D]; each sequence's row for position length - 1 is written, no other.
+        cache: the layer's; each sequence's row for position length - 1 is written, no other.
         lengths: [B] int32, as `build_work_list` was given them.
         block_tables: [B, W] int32, the blocks of each sequence, its new token's included; read no further than that.
         workspace: holds the step's work list.
@@ -425,13 +425,12 @@ def decode_attention(
         out.
     """
     num_sequences, num_heads, _, head_dim = qkv.shape
-    block_size = k_cache.shape[2]
-    _check(qkv, cos, k_cache, v_cache, lengths, block_tables, workspace)
+    _check(qkv, cos, cache, lengths, block_tables, workspace)
     if out is None:
         out = qkv.new_empty(num_sequences, num_heads * head_dim)
     has_norm = norm_weight is not None
     most_work = num_sequences * workspace.max_splits * num_heads
-    programs_per_sm = config.programs_per_sm or _PROGRAMS_PER_SM[k_cache.dtype]
+    programs_per_sm = config.programs_per_sm or _PROGRAMS_PER_SM[cache.keys.dtype]
     grid = (min(num_sms(qkv.device) * programs_per_sm, most_work),)
     _decode_attention[grid](
         out,
@@ -440,8 +439,8 @@ def decode_attention(
         norm_bias if has_norm else qkv,
         cos,
         sin,
-        k_cache,
-        v_cache,
+        cache.keys,
+        cache.values,
         lengths,
         block_tables,
         *workspace.tensors,
@@ -451,8 +450,8 @@ def decode_attention(
         H=num_heads,
         D=head_dim,
         HALF=cos.shape[1],
-        S=block_size,
-        TILE=min(block_size, _MAX_TILE),
+        S=cache.block_size,
+        TILE=min(cache.block_size, _MAX_TILE),
         SPLIT=SPLIT_TOKENS,
         HAS_NORM=has_norm,
         BY_ROW=angles_by_row,
@@ -467,22 +466,21 @@ def decode_attention(
 def _check(
     qkv: torch.Tensor,
     cos: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    cache: LayerCache,
     lengths: torch.Tensor,
     block_tables: torch.Tensor,
     workspace: DecodeWorkspace,
 ) -> None:
     num_sequences, num_heads, _, head_dim = qkv.shape
-    block_size = k_cache.shape[2]
+    keys, values, block_size = cache.keys, cache.values, cache.block_size
     if head_dim not in (16, 32, 64, 128) or block_size not in (16, 32, 64) or not 0 < 2 * cos.shape[1] <= head_dim:
         raise ValueError(
             f"heads of {head_dim} dimensions, {2 * cos.shape[1]} of them rotary, and blocks of {block_size} tokens;"
             " the kernel takes heads of 16, 32, 64 or 128, of which some or all are rotary, and blocks of 16, 32 or 64"
         )
-    if k_cache.shape != v_cache.shape or (k_cache.shape[1], k_cache.shape[3]) != (num_heads, head_dim):
+    if keys.shape != values.shape or (keys.shape[1], keys.shape[3]) != (num_heads, head_dim):
         raise ValueError(
-            f"qkv has {num_heads} heads of {head_dim}, but the caches are {[*k_cache.shape]} and {[*v_cache.shape]}"
+            f"qkv has {num_heads} heads of {head_dim}, but the caches are {[*keys.shape]} and {[*values.shape]}"
         )
     if lengths.shape != (num_sequences,) or block_tables.shape[0] != num_sequences:
         raise ValueError(f"{num_sequences} sequences, {[*lengths.shape]} lengths, {block_tables.shape[0]} block tables")
@@ -492,5 +490,5 @@ def _check(
             f"{num_sequences} sequences of {num_heads} heads of {head_dim}; the workspace is for at most {most}"
             f" sequences of {heads} heads of {dim}"
         )
-    if not all(tensor.is_contiguous() for tensor in (qkv, cos, k_cache, v_cache, lengths, block_tables)):
+    if not all(tensor.is_contiguous() for tensor in (qkv, cos, keys, values, lengths, block_tables)):
         raise ValueError("qkv, cos, sin, the caches, lengths and block tables must be contiguous")

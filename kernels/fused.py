@@ -19,6 +19,7 @@ from persimmon.kernels.launch import upload
 from persimmon.kernels.layer_norm import bias_relu_squared_, embed, layer_norm
 from persimmon.kernels.operands import (
     DrawInputs,
+    LayerCache,
     Linear,
     Norm,
     PenaltyInputs,
@@ -186,8 +187,7 @@ class FusedKernels:
         qkv: torch.Tensor,
         qk_norm: Norm | None,
         rotary: Rotary,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        cache: LayerCache,
         plan: FusedPlan,
     ) -> torch.Tensor:
         """As `reference.attention`."""
@@ -202,8 +202,7 @@ class FusedKernels:
                 bias,
                 eps,
                 *_angles(rotary, slice(decodes)),
-                k_cache,
-                v_cache,
+                cache,
                 plan.lengths,
                 plan.block_tables,
                 self._workspaces.decode,
@@ -218,13 +217,12 @@ class FusedKernels:
                 bias,
                 eps,
                 *_angles(rotary, slice(decodes, None)),
-                k_cache,
-                v_cache,
+                cache,
                 plan.chunks,
                 angles_by_row=rotary.by_token,
                 pdl=self.pdl,
             )
-            prefill_attention(q, k_cache, v_cache, plan.chunks, out=out[decodes:], pdl=self.pdl)
+            prefill_attention(q, cache, plan.chunks, out=out[decodes:], pdl=self.pdl)
         return out
 
     def add_linear_(self, x: Residual, attended: torch.Tensor, linear: Linear, plan: FusedPlan) -> None:

@@ -41,6 +41,30 @@ class Rotary:
     by_token: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """Keys and values of one layer, in blocks; passed whole, since only kernels know how they lie in it.
+
+    Attributes:
+        keys, values: [N, H, S, D] of N blocks of S tokens, H heads and head_dim D.
+        scales: what stored numbers are multiplied by, where they have fewer than 16 bits; no kernels store such yet.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    scales: torch.Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All of them, each with N blocks: what copying a block copies."""
+        return (self.keys, self.values) if self.scales is None else (self.keys, self.values, self.scales)
+
+    @property
+    def block_size(self) -> int:
+        """S."""
+        return self.keys.shape[2]
+
+
 @dataclass(slots=True)
 class Residual:
     """The residual stream of a step's T tokens; what is beside `values` is for the kernels that put it there.

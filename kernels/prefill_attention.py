@@ -11,6 +11,7 @@ import triton.language as tl
 
 from persimmon.kernels.chunk_plan import ChunkPlan, PrefillConfig, plan_chunks
 from persimmon.kernels.launch import Limits, launch_options, next_power_of_2
+from persimmon.kernels.operands import LayerCache
 
 __all__ = ["ChunkPlan", "PrefillConfig", "plan_chunks", "prefill_attention", "qk_norm_rotary_store"]
 
@@ -126,8 +127,7 @@ def qk_norm_rotary_store(
     eps: float,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    cache: LayerCache,
     plan: ChunkPlan,
     *,
     angles_by_row: bool = False,
@@ -146,7 +146,7 @@ def qk_norm_rotary_store(
             no QK-norm.
         eps: of the LayerNorms.
         cos, sin: [max_position, R/2] float32 contiguous, of every position's angles; [T, R/2] with `angles_by_row`.
-        k_cache, v_cache: [N, H, S, D] contiguous, written at `plan.slots`, keys in the values they are rounded to.
+        cache: the layer's, contiguous, written at `plan.slots`, keys in the values they are rounded to.
         plan: the step's.
         angles_by_row: whether `cos` and `sin` have a row for each token instead of each position.
         pdl: whether the kernel may start while its predecessor ends (sm_90 and later).
@@ -156,7 +156,7 @@ def qk_norm_rotary_store(
     """
     tokens, heads, _, dim = qkv.shape
     half = cos.shape[-1]
-    _check_cache(heads, dim, qkv.dtype, k_cache, v_cache)
+    _check_cache(heads, dim, qkv.dtype, cache)
     _check_tokens("qkv", qkv, plan)
     if not 0 < 2 * half <= dim:
         raise ValueError(f"rotary tables of {half} angles turn {2 * half} dimensions; a head has {dim}")
@@ -174,13 +174,13 @@ def qk_norm_rotary_store(
         plan.positions,
         plan.slots,
         queries,
-        k_cache,
-        v_cache,
+        cache.keys,
+        cache.values,
         HEADS=heads,
         HEAD_DIM=dim,
         HALF=half,
         GROUP=math.gcd(half, dim),
-        BLOCK_SIZE=k_cache.shape[2],
+        BLOCK_SIZE=cache.block_size,
         BLOCK_HEADS=block_heads,
         BY_ROW=angles_by_row,
         PDL=pdl,
@@ -304,8 +304,7 @@ def _prefill_attention_kernel(
 
 def prefill_attention(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    cache: LayerCache,
     plan: ChunkPlan,
     *,
     out: torch.Tensor | None = None,
@@ -323,7 +322,7 @@ def prefill_attention(
 
     Args:
         q: [T, H, D] contiguous.
-        k_cache, v_cache: [N, H, S, D] contiguous, this step's keys and values stored already.
+        cache: the layer's, contiguous, this step's keys and values stored already.
         plan: the step's.
         out: [T, H * D] contiguous in q's dtype, to write to; a new tensor where None.
         pdl: whether the kernel may start while its predecessor ends (sm_90 and later).
@@ -332,7 +331,7 @@ def prefill_attention(
         [T, H * D] in q's dtype.
     """
     tokens, heads, dim = q.shape
-    _check_cache(heads, dim, q.dtype, k_cache, v_cache)
+    _check_cache(heads, dim, q.dtype, cache)
     _check_tokens("q", q, plan)
     if out is None:
         out = torch.empty((tokens, heads * dim), dtype=q.dtype, device=q.device)
@@ -346,8 +345,8 @@ def prefill_attention(
         # programs a prompt of 2,048 tokens ends 3% behind an even split, and 28% with the heads one by one.
         _prefill_attention_kernel[(heads, launch.tiles.shape[0])](
             q,
-            k_cache,
-            v_cache,
+            cache.keys,
+            cache.values,
             out,
             launch.tiles,
             plan.query_starts,
@@ -357,7 +356,7 @@ def prefill_attention(
             math.log2(math.e) / math.sqrt(dim),
             HEADS=heads,
             HEAD_DIM=dim,
-            BLOCK_SIZE=k_cache.shape[2],
+            BLOCK_SIZE=cache.block_size,
             BLOCK_Q=config.block_queries,
             BLOCK_K=config.block_keys,
             STAGES=config.stages,
@@ -368,16 +367,16 @@ def prefill_attention(
     return out
 
 
-def _check_cache(heads: int, dim: int, dtype: torch.dtype, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
-    for cache in (k_cache, v_cache):
-        _, cache_heads, block_size, cache_dim = cache.shape
-        if (cache_heads, cache_dim, cache.dtype) != (heads, dim, dtype) or not cache.is_contiguous():
+def _check_cache(heads: int, dim: int, dtype: torch.dtype, cache: LayerCache) -> None:
+    for stored in (cache.keys, cache.values):
+        _, cache_heads, block_size, cache_dim = stored.shape
+        if (cache_heads, cache_dim, stored.dtype) != (heads, dim, dtype) or not stored.is_contiguous():
             raise ValueError(
                 f"K and V must be [blocks, {heads}, block size, {dim}] {dtype} and contiguous, "
-                f"got {list(cache.shape)} {cache.dtype}"
+                f"got {list(stored.shape)} {stored.dtype}"
             )
-    if k_cache.shape != v_cache.shape:
-        raise ValueError(f"K and V must have one shape, got {list(k_cache.shape)} and {list(v_cache.shape)}")
+    if cache.keys.shape != cache.values.shape:
+        raise ValueError(f"K and V must have one shape, got {list(cache.keys.shape)} and {list(cache.values.shape)}")
     if block_size & (block_size - 1) or dim & (dim - 1) or not 16 <= dim <= 128:
         raise ValueError(
             f"block size and head_dim must be powers of two, head_dim from 16 to 128, got {block_size} and {dim}"

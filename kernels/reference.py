@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from persimmon.kernels.operands import Linear, Norm, Residual, Rotary, StepLimits
+from persimmon.kernels.operands import LayerCache, Linear, Norm, Residual, Rotary, StepLimits
 
 PADDING_LIMIT = 1.25
 """Decoding sequences share one attention call while padding them to the longest costs at most this factor."""
@@ -308,8 +308,7 @@ def attention(
     qkv: torch.Tensor,
     qk_norm: Norm | None,
     rotary: Rotary,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    cache: LayerCache,
     plan: AttentionPlan,
 ) -> torch.Tensor:
     """QK-norm, rotary embedding, keys and values into the cache, and attention over it.
@@ -318,7 +317,7 @@ def attention(
         qkv: [T, H, 3, D], the fused projection as it comes: per head its query, key and value.
         qk_norm: [2, D] each, or None where the model has none.
         rotary: what `rotary_at` made for this step.
-        k_cache, v_cache: [N, H, S, D].
+        cache: the layer's; the step's keys and values are written to it.
         plan: the step's.
 
     Returns:
@@ -326,8 +325,8 @@ def attention(
     """
     weight, bias, eps = (qk_norm.weight, qk_norm.bias, qk_norm.eps) if qk_norm else (None, None, 0.0)
     cos, sin = rotary.cos[:, None, None], rotary.sin[:, None, None]
-    q = qk_norm_rotary_store(qkv, weight, bias, eps, cos, sin, k_cache, v_cache, plan)
-    return paged_attention(q, k_cache, v_cache, plan)
+    q = qk_norm_rotary_store(qkv, weight, bias, eps, cos, sin, cache, plan)
+    return paged_attention(q, cache, plan)
 
 
 def add_linear_(x: Residual, attended: torch.Tensor, linear: Linear, plan: AttentionPlan) -> None:
@@ -373,8 +372,7 @@ def qk_norm_rotary_store(
     eps: float,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    cache: LayerCache,
     plan: AttentionPlan,
 ) -> torch.Tensor:
     """LayerNorm of queries and keys, rotary embedding of their first dimensions, keys and values into the cache.
@@ -388,7 +386,7 @@ def qk_norm_rotary_store(
             no QK-norm.
         eps: of the LayerNorms.
         cos, sin: [T, 1, 1, R/2] float32, of each token's angle.
-        k_cache, v_cache: [N, H, S, D], written at `plan.store_rows`.
+        cache: the layer's, written at `plan.store_rows`.
         plan: the step's.
 
     Returns:
@@ -407,19 +405,19 @@ def qk_norm_rotary_store(
     left.copy_(turned_left)
     right.copy_(turned_right)
     qk = qk.to(qkv.dtype)
-    k_cache.view(-1, dim).index_copy_(0, plan.store_rows, qk[:, :, 1].reshape(tokens * heads, dim))
-    v_cache.view(-1, dim).index_copy_(0, plan.store_rows, qkv[:, :, 2].reshape(tokens * heads, dim))
+    cache.keys.view(-1, dim).index_copy_(0, plan.store_rows, qk[:, :, 1].reshape(tokens * heads, dim))
+    cache.values.view(-1, dim).index_copy_(0, plan.store_rows, qkv[:, :, 2].reshape(tokens * heads, dim))
     return qk[:, :, 0]
 
 
-def paged_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+def paged_attention(q: torch.Tensor, cache: LayerCache, plan: AttentionPlan) -> torch.Tensor:
     """Causal softmax(q k^T / sqrt(D)) v over each sequence's own blocks.
 
     Reads no row that its sequence has not written, so what other sequences left behind, NaN included, is harmless.
 
     Args:
         q: [T, H, D].
-        k_cache, v_cache: [N, H, S, D], this step's keys and values stored already.
+        cache: the layer's, this step's keys and values stored already.
         plan: the step's.
 
     Returns:
@@ -427,13 +425,13 @@ def paged_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tenso
     """
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for group in plan.decodes:
-        out[group.first : group.end] = _attend_in_place(q[group.first : group.end], k_cache, v_cache, group)
+        out[group.first : group.end] = _attend_in_place(q[group.first : group.end], cache, group)
     for chunk in plan.chunks:
-        out[chunk.first : chunk.end] = _attend_gathered(q[chunk.first : chunk.end], k_cache, v_cache, chunk)
+        out[chunk.first : chunk.end] = _attend_gathered(q[chunk.first : chunk.end], cache, chunk)
     return out.view(out.shape[0], -1)
 
 
-def _attend_in_place(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, group: DecodeGroup) -> torch.Tensor:
+def _attend_in_place(q: torch.Tensor, cache: LayerCache, group: DecodeGroup) -> torch.Tensor:
     """One query a sequence, with the block table as a sparse matrix: no key or value is copied.
 
     Scores are the entries of Q K^T at the sparse pattern; the output is a weighted sum of V's rows, which is an
@@ -441,14 +439,14 @@ def _attend_in_place(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
     """
     size, heads, dim = q.shape
     scores = torch.sparse.sampled_addmm(
-        group.scores, q.reshape(-1, dim), k_cache.view(-1, dim).t(), beta=0.0, alpha=1 / math.sqrt(dim)
+        group.scores, q.reshape(-1, dim), cache.keys.view(-1, dim).t(), beta=0.0, alpha=1 / math.sqrt(dim)
     ).values()
     if group.padding is not None:
         scores.view(size, heads, -1).masked_fill_(group.padding, float("-inf"))
     weights = scores.view(size * heads, -1).softmax(-1).view(-1)
     attended = F.embedding_bag(
         group.scores.col_indices(),
-        v_cache.view(-1, dim),
+        cache.values.view(-1, dim),
         group.offsets,
         mode="sum",
         per_sample_weights=weights,
@@ -456,13 +454,13 @@ def _attend_in_place(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
     return attended.view(size, heads, dim)
 
 
-def _attend_gathered(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, chunk: ChunkPlan) -> torch.Tensor:
+def _attend_gathered(q: torch.Tensor, cache: LayerCache, chunk: ChunkPlan) -> torch.Tensor:
     """A chunk of queries against one sequence's context, copied out of its blocks."""
     count, heads, dim = q.shape
     length = chunk.start + count
     k, v = (
-        cache.view(-1, cache.shape[2] * dim).index_select(0, chunk.tiles).view(heads, -1, dim)[:, :length]
-        for cache in (k_cache, v_cache)
+        stored.view(-1, cache.block_size * dim).index_select(0, chunk.tiles).view(heads, -1, dim)[:, :length]
+        for stored in (cache.keys, cache.values)
     )
     if chunk.start == 0:
         attended = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], is_causal=count > 1)

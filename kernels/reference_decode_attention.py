@@ -9,6 +9,8 @@ import math
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from persimmon.kernels.operands import LayerCache
+
 
 def decode_attention(
     qkv: torch.Tensor,
@@ -17,8 +19,7 @@ def decode_attention(
     eps: float,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    cache: LayerCache,
     lengths: torch.Tensor,
     block_tables: torch.Tensor,
     *,
@@ -31,7 +32,7 @@ def decode_attention(
         norm_weight, norm_bias: [2, D], for queries and for keys; both None where the model has no QK-norm.
         eps: of the LayerNorms.
         cos, sin: [max_position, R / 2] float32.
-        k_cache, v_cache: [N, H, S, D]; each sequence's row for position length - 1 is written, no other.
+        cache: the layer's; each sequence's row for position length - 1 is written, no other.
         lengths: [B] int32, tokens of each sequence including the new one; zero where the row is padding.
         block_tables: [B, W] int32, the blocks of each sequence, its new token's included.
         inside: the type that everything is computed in.
@@ -40,7 +41,7 @@ def decode_attention(
         [B, H * D] in qkv's dtype, zeros in padding rows.
     """
     num_sequences, num_heads, _, head_dim = qkv.shape
-    block_size = k_cache.shape[2]
+    block_size = cache.block_size
     out = qkv.new_zeros(num_sequences, num_heads, head_dim)
     for sequence, length in enumerate(lengths.tolist()):
         if length == 0:
@@ -51,11 +52,11 @@ def decode_attention(
         if norm_weight is not None and norm_bias is not None:
             qk = F.layer_norm(qk, (head_dim,), eps=eps) * norm_weight.to(inside) + norm_bias.to(inside)
         q, k = _rotary(qk, cos[position].to(inside), sin[position].to(inside)).unbind(1)
-        k_cache[blocks[-1], :, position % block_size] = k.to(k_cache.dtype)
-        v_cache[blocks[-1], :, position % block_size] = qkv[sequence, :, 2].to(v_cache.dtype)
+        cache.keys[blocks[-1], :, position % block_size] = k.to(cache.keys.dtype)
+        cache.values[blocks[-1], :, position % block_size] = qkv[sequence, :, 2].to(cache.values.dtype)
         keys, values = (
-            cache[blocks].transpose(0, 1).reshape(num_heads, -1, head_dim)[:, :length].to(inside)
-            for cache in (k_cache, v_cache)
+            stored[blocks].transpose(0, 1).reshape(num_heads, -1, head_dim)[:, :length].to(inside)
+            for stored in (cache.keys, cache.values)
         )
         weights = (torch.einsum("hd,hld->hl", q, keys) / math.sqrt(head_dim)).softmax(-1)
         out[sequence] = torch.einsum("hl,hld->hd", weights, values).to(out.dtype)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from persimmon.kernels import LayerCache
 from persimmon.kernels.cpu.pages import advise_large_pages, populate
 from persimmon.kernels.launch import upload
 from persimmon.model.config import PersimmonConfig
@@ -20,8 +21,7 @@ def block_bytes(config: PersimmonConfig, block_size: int, dtype: torch.dtype) ->
 class KVCache:
     """Keys and values of every layer, each [num_blocks, heads, block_size, head_dim]."""
 
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
+    layers: list[LayerCache]
 
     @classmethod
     def allocate(
@@ -38,43 +38,48 @@ class KVCache:
         """
         shape = (num_blocks, config.num_attention_heads, block_size, config.head_dim)
 
-        def layers() -> list[torch.Tensor]:
-            tensors = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-            return list(map(advise_large_pages, tensors)) if device.type == "cpu" else tensors
+        def blocks() -> torch.Tensor:
+            tensor = torch.empty(shape, dtype=dtype, device=device)
+            return advise_large_pages(tensor) if device.type == "cpu" else tensor
 
-        return cls(layers(), layers())
+        return cls([LayerCache(keys=blocks(), values=blocks()) for _ in range(config.num_hidden_layers)])
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors of all layers, each with `num_blocks` blocks."""
+        return [tensor for layer in self.layers for tensor in layer.tensors]
 
     def populate(self, threads: int) -> None:
         """Asks a CPU's system for all of the memory, in threads beside the caller, the first blocks' first."""
-        populate((*self.keys, *self.values), threads)
+        populate(self.tensors, threads)
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies whole blocks in every layer, all of them as they were before: (from, to) pairs, no two to the same."""
         places = upload(np.array(pairs, dtype=np.int64), self.device)
-        for tensor in (*self.keys, *self.values):
+        for tensor in self.tensors:
             tensor[places[:, 1]] = tensor[places[:, 0]]
 
     @property
     def num_blocks(self) -> int:
         """Blocks in the cache."""
-        return self.keys[0].shape[0]
+        return self.layers[0].keys.shape[0]
 
     @property
     def num_heads(self) -> int:
         """Attention heads, each with its own keys and values."""
-        return self.keys[0].shape[1]
+        return self.layers[0].keys.shape[1]
 
     @property
     def block_size(self) -> int:
         """Tokens in a block."""
-        return self.keys[0].shape[2]
+        return self.layers[0].block_size
 
     @property
     def dtype(self) -> torch.dtype:
         """Of keys and values."""
-        return self.keys[0].dtype
+        return self.layers[0].keys.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the cache lies."""
-        return self.keys[0].device
+        return self.layers[0].keys.device

@@ -148,10 +148,10 @@ class Persimmon:
         heads, head_dim = self.config.num_attention_heads, self.config.head_dim
         rotary = step.rotary or kernels.rotary_at(self._rotary, plan)
         x = kernels.embed(step.token_ids, step.sampled, self._embedding, plan)
-        for layer, k_cache, v_cache in zip(self.layers, cache.keys, cache.values, strict=True):
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             qkv = kernels.norm_linear(x, layer.attention_norm, layer.query_key_value, plan)
             qkv = qkv.view(-1, heads, 3, head_dim)
-            attended = kernels.attention(qkv, layer.qk_norm, rotary, k_cache, v_cache, plan)
+            attended = kernels.attention(qkv, layer.qk_norm, rotary, layer_cache, plan)
             kernels.add_linear_(x, attended, layer.attention_out, plan)
             kernels.add_mlp_(x, layer.mlp_norm, layer.mlp_up, layer.mlp_down, plan)
         return kernels.norm_rows(x, self._final_norm, step.logits_rows)

@@ -44,7 +44,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, operations: Ker
 def poisoned_cache(model: Persimmon, num_blocks: int, block_size: int) -> KVCache:
     """A KV cache full of NaN."""
     cache = KVCache.allocate(model.config, num_blocks, block_size, model.dtype, CPU)
-    for tensor in (*cache.keys, *cache.values):
+    for tensor in cache.tensors:
         tensor.fill_(float("nan"))
     return cache
 

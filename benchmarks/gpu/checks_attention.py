@@ -12,6 +12,7 @@ from benchmarks.gpu.report import Report
 from benchmarks.gpu.suite import Setting
 from persimmon.kernels.chunk_plan import plan_chunks
 from persimmon.kernels.decode_attention import DecodeConfig, DecodeWorkspace, build_work_list, decode_attention
+from persimmon.kernels.operands import LayerCache
 from persimmon.kernels.prefill_attention import prefill_attention, qk_norm_rotary_store
 from persimmon.kernels.reference_decode_attention import decode_attention as exact_decode_attention
 
@@ -67,8 +68,7 @@ class _Decode:
             inputs.eps,
             inputs.rotary.cos,
             inputs.rotary.sin,
-            self.pages.keys,
-            self.pages.values,
+            self.pages.cache,
             lengths,
             tables,
             self.workspace,
@@ -95,8 +95,7 @@ class _Decode:
                 inputs.eps,
                 inputs.rotary.cos,
                 inputs.rotary.sin,
-                pages.keys,
-                values,
+                LayerCache(pages.keys, values),
                 lengths,
                 tables,
                 inside=torch.float64,
@@ -142,8 +141,7 @@ def check_decode_attention(setting: Setting, report: Report, dtype: torch.dtype,
                     inputs.eps,
                     inputs.rotary.cos,
                     inputs.rotary.sin,
-                    decode.pages.keys,
-                    decode.pages.values,
+                    decode.pages.cache,
                     held[1],
                     held[2],
                     decode.workspace,
@@ -181,12 +179,11 @@ def check_prompt_attention(setting: Setting, report: Report, dtype: torch.dtype,
             inputs.eps,
             inputs.rotary.cos,
             inputs.rotary.sin,
-            pages.keys,
-            pages.values,
+            pages.cache,
             plan,
             pdl=pdl,
         )
-        return q, prefill_attention(q, pages.keys, pages.values, plan, pdl=pdl)
+        return q, prefill_attention(q, pages.cache, plan, pdl=pdl)
 
     q, out = call(False)
     first = 0
@@ -206,7 +203,7 @@ def check_prompt_attention(setting: Setting, report: Report, dtype: torch.dtype,
         device=setting.device,
         dtype=dtype,
     )
-    own = prefill_attention(q[at : at + counts[longest]].contiguous(), pages.keys, pages.values, alone)
+    own = prefill_attention(q[at : at + counts[longest]].contiguous(), pages.cache, alone)
     check_same(report, f"{title}: a chunk alone", [own], [out[at : at + counts[longest]]])
 
 

@@ -13,7 +13,7 @@ from benchmarks.gpu.inputs import normal
 from benchmarks.gpu.model import Machine, decode_batch, plant_zeros, random_model, seen_zeros, skipping
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.suite import Setting
-from persimmon.kernels import Kernels, reference, reference_sampling, sampling, truncation
+from persimmon.kernels import Kernels, LayerCache, reference, reference_sampling, sampling, truncation
 from persimmon.kernels.launch import supports_pdl
 from persimmon.kernels.operands import DrawInputs, TruncationInputs
 from persimmon.model.cuda_graphs import DecodeGraphs
@@ -212,7 +212,7 @@ def _decode_step(setting: Setting, report: Report, dtype: torch.dtype, name: str
         small = batch[: min(8, len(batch))]
         dense = _hidden(machine, small)
     check_same(report, f"{title}: skipping = dense", [_hidden(machine, small)], [dense])
-    check_same(report, f"{title}: the cache holds the same", machine.cache.keys, after.keys)
+    check_same(report, f"{title}: the cache holds the same", _keys(machine.cache), _keys(after))
     for dependent in (False, True) if supports_pdl(setting.device) else (False,):
         launched = f"{title}, dependent launch {dependent}"
         machine.kernels.pdl = dependent
@@ -243,7 +243,11 @@ def _forward(model: Persimmon, cache: KVCache, kernels: Kernels[Any], batch: Seq
 
 
 def _cache_copy(cache: KVCache) -> KVCache:
-    return KVCache([keys.clone() for keys in cache.keys], [values.clone() for values in cache.values])
+    return KVCache([LayerCache(layer.keys.clone(), layer.values.clone()) for layer in cache.layers])
+
+
+def _keys(cache: KVCache) -> list[torch.Tensor]:
+    return [layer.keys for layer in cache.layers]
 
 
 def _float32_hidden(
@@ -256,13 +260,13 @@ def _float32_hidden(
     """The same step in plain torch and float32, from the same weights and cache."""
     model = random_model(setting, machine.model.config, torch.float32, reference, stored=dtype)
     plant_zeros(model, 0.9)
-    cache = KVCache([keys.float() for keys in before.keys], [values.float() for values in before.values])
+    cache = KVCache([LayerCache(layer.keys.float(), layer.values.float()) for layer in before.layers])
     return _forward(model, cache, reference, batch)
 
 
 def _graph_steps(report: Report, title: str, machine: Machine, before: KVCache, batch: Sequence[SequenceInput]) -> None:
     """Captured steps on padded buffers against eager and plain ones, tokens and cache; then steps that feed others."""
-    cached = [*machine.cache.keys, *machine.cache.values]
+    cached = machine.cache.tensors
     hot = [
         replace(item, samplings=(RowSampling(asked=SamplingParams(temperature=0.8, seed=row)),))
         for row, item in enumerate(batch)
@@ -303,5 +307,5 @@ def _chain(machine: Machine, graphs: DecodeGraphs, batch: Sequence[SequenceInput
 
 
 def _restore(cache: KVCache, saved: KVCache) -> None:
-    for layer, own in zip((*cache.keys, *cache.values), (*saved.keys, *saved.values), strict=True):
-        layer.copy_(own)
+    for tensor, own in zip(cache.tensors, saved.tensors, strict=True):
+        tensor.copy_(own)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from persimmon.kernels.operands import Rotary
+from persimmon.kernels.operands import LayerCache, Rotary
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.rotary import rotary_table
 
@@ -27,6 +27,11 @@ class Pages:
     values: torch.Tensor
     tables: list[list[int]]
     spare: int
+
+    @property
+    def cache(self) -> LayerCache:
+        """As kernels take it."""
+        return LayerCache(self.keys, self.values)
 
     @property
     def block_size(self) -> int:

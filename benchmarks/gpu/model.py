@@ -150,7 +150,7 @@ class Machine:
         )
         cache = KVCache.allocate(config, num_blocks, setting.suite.block_size, dtype, setting.device)
         generator = setting.generator()
-        for layer in (*cache.keys, *cache.values):
+        for layer in cache.tensors:
             layer.normal_(generator=generator)
         return cls(model, cache, kernels, max_num_seqs, max_model_len)
 

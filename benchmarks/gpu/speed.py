@@ -91,8 +91,7 @@ class DecodeCase:
                 inputs.eps,
                 inputs.rotary.cos,
                 inputs.rotary.sin,
-                self.pages.keys,
-                self.pages.values,
+                self.pages.cache,
                 self.lengths,
                 tables,
                 self.workspace,
@@ -276,7 +275,7 @@ def _prompt_attention(setting: Setting, report: Report) -> None:
             q = inputs.qkv[:, :, 0].clone()
             dense_q, dense_k, dense_v = (inputs.qkv[:, :, which].transpose(0, 1)[None].clone() for which in range(3))
             variants: dict[str, Sequence[Call]] = {
-                "ours": [partial(prefill_attention, q, pages.keys, pages.values, plan)],
+                "ours": [partial(prefill_attention, q, pages.cache, plan)],
                 "store": [
                     partial(
                         qk_norm_rotary_store,
@@ -286,8 +285,7 @@ def _prompt_attention(setting: Setting, report: Report) -> None:
                         inputs.eps,
                         inputs.rotary.cos,
                         inputs.rotary.sin,
-                        pages.keys,
-                        pages.values,
+                        pages.cache,
                         plan,
                     )
                 ],

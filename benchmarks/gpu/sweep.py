@@ -107,5 +107,5 @@ def _prompt_attention(setting: Setting, report: Report) -> None:
         plan = plan_chunks(
             pages.tables, [count], [count], block_size=suite.block_size, device=setting.device, configs=[candidate]
         )
-        variants[str(candidate)] = [partial(prefill_attention, q, pages.keys, pages.values, plan)]
+        variants[str(candidate)] = [partial(prefill_attention, q, pages.cache, plan)]
     _try(setting, report, f"prompt attention, {count} after {count}", variants, str(default))

@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from persimmon.kernels.cpu import library
 from persimmon.kernels.cpu.pages import advise_large_pages
 from persimmon.kernels.cpu.program import Program, step_of
-from persimmon.kernels.operands import Linear, Norm, Residual, Rotary, StepLimits
+from persimmon.kernels.operands import LayerCache, Linear, Norm, Residual, Rotary, StepLimits
 
 _TYPES = {torch.float32: library.FLOAT32, torch.float16: library.FLOAT16, torch.bfloat16: library.BFLOAT16}
 
@@ -141,8 +141,7 @@ class NativeKernels:
         qkv: torch.Tensor,
         qk_norm: Norm | None,
         rotary: Rotary,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        cache: LayerCache,
         plan: NativePlan,
     ) -> torch.Tensor:
         """As `reference.attention`."""
@@ -150,23 +149,23 @@ class NativeKernels:
         out = self._buffer("attended", plan.num_tokens, heads * head_dim)
         operation = library.Operation(
             kind=library.ATTENTION,
-            type=_TYPES[k_cache.dtype],
+            type=_TYPES[cache.keys.dtype],
             heads=heads,
             head_dim=head_dim,
             rotary=2 * rotary.cos.shape[1],
-            block_size=k_cache.shape[2],
+            block_size=cache.block_size,
             input=qkv.data_ptr(),
             output=out.data_ptr(),
             cosine=rotary.cos.data_ptr(),
             sine=rotary.sin.data_ptr(),
-            keys=k_cache.data_ptr(),
-            values=v_cache.data_ptr(),
+            keys=cache.keys.data_ptr(),
+            values=cache.values.data_ptr(),
         )
         if qk_norm is not None:
             operation.norm_weight, operation.norm_bias = qk_norm.weight.data_ptr(), qk_norm.bias.data_ptr()
             operation.eps = qk_norm.eps
         by_token = rotary if rotary.by_token else None
-        self._run(operation, step_of_plan(plan, by_token), qkv, qk_norm, rotary, k_cache, v_cache, out)
+        self._run(operation, step_of_plan(plan, by_token), qkv, qk_norm, rotary, cache, out)
         return out
 
     def add_linear_(self, x: Residual, attended: torch.Tensor, linear: Linear, plan: NativePlan) -> None:

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from persimmon.kernels.decode_attention import DecodeWorkspace, build_work_list, decode_attention
+from persimmon.kernels.operands import LayerCache
 
 META = torch.device("meta")
 SEQUENCES, HEADS, DIM, MAX_LENGTH = 64, 64, 64, 16384
@@ -20,7 +21,7 @@ def work_list(pdl: bool = False) -> None:
 
 
 def decode(block_size: int, dtype: torch.dtype, normed: bool = True, pdl: bool = False) -> None:
-    cache = torch.empty(4096, HEADS, block_size, DIM, dtype=dtype, device=META)
+    pages = torch.empty(4096, HEADS, block_size, DIM, dtype=dtype, device=META)
     norm = torch.empty(2, DIM, dtype=torch.float32, device=META) if normed else None
     table = torch.empty(MAX_LENGTH, DIM // 4, device=META)
     decode_attention(
@@ -30,8 +31,7 @@ def decode(block_size: int, dtype: torch.dtype, normed: bool = True, pdl: bool =
         1e-5,
         table,
         table,
-        cache,
-        cache,
+        LayerCache(pages, pages),
         torch.empty(SEQUENCES, dtype=torch.int32, device=META),
         torch.empty(SEQUENCES, MAX_LENGTH // block_size, dtype=torch.int32, device=META),
         workspace(),

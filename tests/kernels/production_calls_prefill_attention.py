@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from persimmon.kernels.operands import LayerCache
 from persimmon.kernels.prefill_attention import plan_chunks, prefill_attention, qk_norm_rotary_store
 
 META = torch.device("meta")
@@ -22,9 +23,10 @@ def _call(
         qkv = torch.empty(sum(counts), HEADS, 3, HEAD_DIM, dtype=dtype, device=META)
         parameters = torch.empty(2, HEAD_DIM, dtype=torch.float32, device=META) if norm else None
         angles = torch.empty(MAX_POSITION, ROTARY_DIM // 2, device=META)
-        cache = torch.empty(4096, HEADS, block_size, HEAD_DIM, dtype=dtype, device=META)
-        q = qk_norm_rotary_store(qkv, parameters, parameters, 1e-5, angles, angles, cache, cache, plan)
-        prefill_attention(q, cache, cache, plan)
+        pages = torch.empty(4096, HEADS, block_size, HEAD_DIM, dtype=dtype, device=META)
+        cache = LayerCache(pages, pages)
+        q = qk_norm_rotary_store(qkv, parameters, parameters, 1e-5, angles, angles, cache, plan)
+        prefill_attention(q, cache, plan)
 
     return call
 

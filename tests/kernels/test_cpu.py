@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from persimmon import kernels
-from persimmon.kernels import KernelsUnavailableError, Linear, Norm, Residual, Rotary, reference
+from persimmon.kernels import KernelsUnavailableError, LayerCache, Linear, Norm, Residual, Rotary, reference
 from persimmon.kernels.cpu import library
 from persimmon.kernels.cpu.native import NativeKernels, NativePlan
 from persimmon.kernels.cpu.program import Program, step_of
@@ -211,7 +211,8 @@ class Sequences:
         blocks = -(-most // block_size)
         shuffled = torch.randperm(sequences * blocks, generator=torch.Generator().manual_seed(2)).tolist()
         self.tables = [shuffled[i * blocks : (i + 1) * blocks] for i in range(sequences)]
-        self.cache = [torch.full((sequences * blocks, self.heads, block_size, dim), NAN, dtype=dtype) for _ in range(2)]
+        shape = (sequences * blocks, self.heads, block_size, dim)
+        self.cache = LayerCache(*(torch.full(shape, NAN, dtype=dtype) for _ in range(2)))
 
     def attend(self, parts: list[tuple[int, int]], seed: int, only: int | None = None) -> torch.Tensor:
         """One step in which sequence i computes `count` tokens from `start` on: [T, heads * dim], or one's rows."""
@@ -219,19 +220,18 @@ class Sequences:
         qkv = [
             random(self.most, self.heads, 3, self.dim, seed=100 * seed + i)[parts[i][0] : sum(parts[i])] for i in order
         ]
-        keys, values = self.cache
         plan = self.operations.plan_attention(
-            [self.tables[i][: -(-sum(parts[i]) // keys.shape[2])] for i in order],
+            [self.tables[i][: -(-sum(parts[i]) // self.cache.block_size)] for i in order],
             [parts[i][0] for i in order],
             [parts[i][1] for i in order],
-            num_blocks=keys.shape[0],
+            num_blocks=len(self.cache.keys),
             num_heads=self.heads,
-            block_size=keys.shape[2],
-            dtype=keys.dtype,
+            block_size=self.cache.block_size,
+            dtype=self.cache.keys.dtype,
             device=CPU,
         )
         rotary = self.operations.rotary_at(self.rotary, plan)
-        attended = self.operations.attention(torch.cat(qkv), self.norm, rotary, keys, values, plan)
+        attended = self.operations.attention(torch.cat(qkv), self.norm, rotary, self.cache, plan)
         rows = dict(zip(order, attended.split([parts[i][1] for i in order]), strict=True))
         return torch.cat([rows[i] for i in range(len(parts)) if only in (None, i)])
 

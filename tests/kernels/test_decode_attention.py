@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from persimmon.kernels import LayerCache
 from persimmon.kernels import decode_attention as module
 from persimmon.kernels import reference_decode_attention as reference
 from persimmon.kernels.decode_attention import (
@@ -109,7 +110,7 @@ class Step:
         return {
             **{name: getattr(self, name) for name in own},
             **dict(zip(("norm_weight", "norm_bias"), self.norm, strict=True)),
-            **dict(zip(("k_cache", "v_cache"), self.caches, strict=True)),
+            "cache": LayerCache(*self.caches),
         }
 
     def run(

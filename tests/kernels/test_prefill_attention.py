@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from persimmon.kernels import reference
+from persimmon.kernels import LayerCache, reference
 from persimmon.kernels.chunk_plan import CONFIGS, FLOAT32_CONFIGS
 from persimmon.kernels.prefill_attention import (
     ChunkPlan,
@@ -159,7 +159,7 @@ class TestQkNormRotaryStore:
         expected_k, expected_v = k_cache.clone(), v_cache.clone()
         before = qkv.clone()
 
-        q = qk_norm_rotary_store(qkv, weight, bias, eps, cos, sin, k_cache, v_cache, plan_of(layout))
+        q = qk_norm_rotary_store(qkv, weight, bias, eps, cos, sin, LayerCache(k_cache, v_cache), plan_of(layout))
 
         assert torch.equal(qkv, before)
         expected_qk = exact(qkv[:, :, :2])
@@ -184,10 +184,10 @@ class TestQkNormRotaryStore:
         angles = torch.rand(64, 16) * 6
         made = []
         for rows, by_row in ((slice(None), False), (torch.from_numpy(positions), True)):
-            k_cache, v_cache = (torch.zeros(layout.num_blocks, 3, 16, 64) for _ in range(2))
+            cache = LayerCache(*(torch.zeros(layout.num_blocks, 3, 16, 64) for _ in range(2)))
             cos, sin = angles[rows].cos(), angles[rows].sin()
-            q = qk_norm_rotary_store(qkv, None, None, 1e-5, cos, sin, k_cache, v_cache, plan, angles_by_row=by_row)
-            made.append((q, k_cache, v_cache))
+            q = qk_norm_rotary_store(qkv, None, None, 1e-5, cos, sin, cache, plan, angles_by_row=by_row)
+            made.append((q, *cache.tensors))
         assert all(torch.equal(one, other) for one, other in zip(*made, strict=True))
 
     def test_keys_and_queries_that_pass_the_rotation_keep_their_bits(self) -> None:
@@ -195,13 +195,13 @@ class TestQkNormRotaryStore:
         qkv = torch.randn(3, 2, 3, 64).half()
         qkv[1, 1, :2, 40] = float("inf")
         angles = torch.rand(103, 16) * 6
-        k_cache, v_cache = (torch.zeros(layout.num_blocks, 2, 16, 64).half() for _ in range(2))
+        cache = LayerCache(*(torch.zeros(layout.num_blocks, 2, 16, 64).half() for _ in range(2)))
         plan = plan_of(layout)
         with np.errstate(invalid="ignore"):
-            q = qk_norm_rotary_store(qkv, None, None, 1e-5, angles.cos(), angles.sin(), k_cache, v_cache, plan)
+            q = qk_norm_rotary_store(qkv, None, None, 1e-5, angles.cos(), angles.sin(), cache, plan)
         assert torch.equal(q[..., 32:], qkv[:, :, 0, 32:])
         for token, (block, slot) in enumerate(layout.step_places()):
-            assert torch.equal(k_cache[block, :, slot, 32:], qkv[token, :, 1, 32:])
+            assert torch.equal(cache.keys[block, :, slot, 32:], qkv[token, :, 1, 32:])
 
     def test_a_token_s_bits_do_not_depend_on_the_others(self) -> None:
         qkv = torch.randn(12, 3, 3, 64).half()
@@ -211,9 +211,9 @@ class TestQkNormRotaryStore:
         def store(layout: Layout, first: int) -> tuple[torch.Tensor, torch.Tensor]:
             plan = plan_of(layout)
             part = qkv[first : first + len(plan.positions)]
-            k_cache, v_cache = (torch.zeros(layout.num_blocks, 3, 16, 64).half() for _ in range(2))
-            q = qk_norm_rotary_store(part, weight, bias, 1e-5, angles.cos(), angles.sin(), k_cache, v_cache, plan)
-            return q, torch.stack([k_cache[block, :, slot] for block, slot in layout.step_places()])
+            cache = LayerCache(*(torch.zeros(layout.num_blocks, 3, 16, 64).half() for _ in range(2)))
+            q = qk_norm_rotary_store(part, weight, bias, 1e-5, angles.cos(), angles.sin(), cache, plan)
+            return q, torch.stack([cache.keys[block, :, slot] for block, slot in layout.step_places()])
 
         spans = [Span(3, 4), Span(40, 1), Span(0, 7)]
         together = store(Layout.make(spans, 16, seed=3), 0)
@@ -231,14 +231,13 @@ class Filled:
 
     Attributes:
         q: [T, H, D].
-        k_cache, v_cache: [N, H, S, D].
+        cache: the layer's.
         expected: [T, H * D] float64.
     """
 
     layout: Layout
     q: torch.Tensor
-    k_cache: torch.Tensor
-    v_cache: torch.Tensor
+    cache: LayerCache
     expected: np.ndarray
 
     @classmethod
@@ -254,7 +253,7 @@ class Filled:
     ) -> "Filled":
         generator = np.random.default_rng(seed)
         shape = (layout.num_blocks, heads, layout.block_size, dim)
-        k_cache, v_cache = (guarded(shape, dtype) for _ in range(2))
+        cache = LayerCache(*(guarded(shape, dtype) for _ in range(2)))
         q = guarded((sum(span.count for span in layout.spans), heads, dim), dtype)
         expected: list[np.ndarray] = []
         for sequence, span in enumerate(layout.spans):
@@ -263,17 +262,17 @@ class Filled:
             )
             for position in range(span.length):
                 block, slot = layout.place(sequence, position)
-                k_cache[block, :, slot] = k[position]
-                v_cache[block, :, slot] = v[position]
+                cache.keys[block, :, slot] = k[position]
+                cache.values[block, :, slot] = v[position]
             q[len(expected) : len(expected) + span.count] = queries
             k_exact, v_exact = exact(k), exact(v)
             for i, query in enumerate(exact(queries)):
                 seen = span.start + i + 1
                 expected.append(naive_attention(query, k_exact[:seen], v_exact[:seen]))
-        return cls(layout, q, k_cache, v_cache, np.stack(expected).reshape(len(expected), -1))
+        return cls(layout, q, cache, np.stack(expected).reshape(len(expected), -1))
 
     def attend(self, plan: ChunkPlan | None = None) -> torch.Tensor:
-        return prefill_attention(self.q, self.k_cache, self.v_cache, plan or plan_of(self.layout))
+        return prefill_attention(self.q, self.cache, plan or plan_of(self.layout))
 
 
 def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -328,10 +327,10 @@ class TestPrefillAttention:
     def test_touches_nothing_but_its_own_rows_of_the_output(self) -> None:
         layout = Layout.make([Span(20, 37), Span(3, 5)], 16, seed=2)
         filled = Filled.make(layout)
-        tensors = (filled.q, filled.k_cache, filled.v_cache)
+        tensors = (filled.q, *filled.cache.tensors)
         before = [bits(tensor).clone() for tensor in tensors]
         around = torch.full((46, 128), NAN, dtype=torch.float16)
-        out = prefill_attention(*tensors, plan_of(layout), out=around[2:44])
+        out = prefill_attention(filled.q, filled.cache, plan_of(layout), out=around[2:44])
         assert out.data_ptr() == around[2:44].data_ptr()
         assert_close(around[2:44], filled.expected, torch.float16, factor=2)
         assert around[:2].isnan().all()
@@ -362,7 +361,7 @@ class TestPrefillAttention:
         for span, table in zip(spans, filled.layout.tables, strict=True):
             plan = plan_of(Layout([span], [table], filled.layout.num_blocks, 32))
             tokens = slice(first, first + span.count)
-            alone = prefill_attention(filled.q[tokens], filled.k_cache, filled.v_cache, plan)
+            alone = prefill_attention(filled.q[tokens], filled.cache, plan)
             assert torch.equal(alone, together[tokens])
             first += span.count
 
@@ -379,12 +378,11 @@ class TestPrefillAttention:
         for start, end in [(0, 33), (33, 50), (50, 107)]:
             plan = plan_of(Layout([Span(start, end - start)], [table], filled.layout.num_blocks, 16))
             # What later chunks will store is not there yet.
-            caches = [filled.k_cache.clone(), filled.v_cache.clone()]
+            cache = LayerCache(*(stored.clone() for stored in filled.cache.tensors))
             for position in range(end, 107):
-                for cache in caches:
-                    cache[table[position // 16], :, position % 16] = NAN
-            k_cache, v_cache = caches
-            parts.append(prefill_attention(filled.q[start:end], k_cache, v_cache, plan))
+                for stored in cache.tensors:
+                    stored[table[position // 16], :, position % 16] = NAN
+            parts.append(prefill_attention(filled.q[start:end], cache, plan))
         assert torch.equal(torch.cat(parts), whole)
 
     def test_sharp_scores_do_not_overflow(self) -> None:
@@ -399,8 +397,8 @@ class TestPrefillAttention:
         for sequence, span in enumerate(filled.layout.spans):
             for position in range(span.length):
                 block, slot = filled.layout.place(sequence, position)
-                filled.k_cache[block, :, slot] = 100.0
-                filled.v_cache[block, :, slot] = position
+                filled.cache.keys[block, :, slot] = 100.0
+                filled.cache.values[block, :, slot] = position
         expected = (40 + np.arange(20)[:, None] + np.zeros((1, 128))) / 2
         assert_close(filled.attend(), expected, torch.float16)
 
@@ -412,35 +410,44 @@ class TestPrefillAttention:
         qkv = torch.randn(46, heads, 3, dim, generator=generator)
         weight, bias = (torch.rand(2, dim, generator=generator) + 0.5 for _ in range(2))
         angles = torch.rand(64, dim // 4, generator=generator) * 6
-        k_cache, v_cache = (torch.randn(8, heads, 16, dim, generator=generator) for _ in range(2))
-        expected_k, expected_v = k_cache.clone(), v_cache.clone()
+        cache = LayerCache(*(torch.randn(8, heads, 16, dim, generator=generator) for _ in range(2)))
+        expected_cache = LayerCache(*(stored.clone() for stored in cache.tensors))
 
         plan = plan_of(layout)
-        q = qk_norm_rotary_store(qkv, weight, bias, 1e-5, angles.cos(), angles.sin(), k_cache, v_cache, plan)
-        attended = prefill_attention(q, k_cache, v_cache, plan)
+        q = qk_norm_rotary_store(qkv, weight, bias, 1e-5, angles.cos(), angles.sin(), cache, plan)
+        attended = prefill_attention(q, cache, plan)
 
         theirs = layout.plan(heads, torch.float32)
         cos, sin = (table[plan.positions.long()][:, None, None] for table in (angles.cos(), angles.sin()))
-        q = reference.qk_norm_rotary_store(qkv, weight, bias, 1e-5, cos, sin, expected_k, expected_v, theirs)
-        expected = reference.paged_attention(q, expected_k, expected_v, theirs)
+        q = reference.qk_norm_rotary_store(qkv, weight, bias, 1e-5, cos, sin, expected_cache, theirs)
+        expected = reference.paged_attention(q, expected_cache, theirs)
         assert_close(attended, exact(expected), torch.float32, factor=4)
-        assert_close(k_cache, exact(expected_k), torch.float32, factor=4)
-        assert torch.equal(v_cache, expected_v)
+        assert_close(cache.keys, exact(expected_cache.keys), torch.float32, factor=4)
+        assert torch.equal(cache.values, expected_cache.values)
 
     @pytest.mark.parametrize(
         ("change", "message"),
         [
             (lambda f: {"q": f.q[:-1]}, "plan's 5 tokens, got "),
             (lambda f: {"q": f.q.transpose(0, 1).contiguous().transpose(0, 1)}, "contiguous"),
-            (lambda f: {"k_cache": f.k_cache[:, :1]}, r"K and V must be \[blocks, 2, block size, 64\]"),
-            (lambda f: {"k_cache": f.k_cache.float()}, r"torch.float16 and contiguous, got .* torch.float32"),
-            (lambda f: {"v_cache": f.v_cache[1:]}, "K and V must have one shape"),
+            (
+                lambda f: {"cache": dataclasses.replace(f.cache, keys=f.cache.keys[:, :1])},
+                r"K and V must be \[blocks, 2, block size, 64\]",
+            ),
+            (
+                lambda f: {"cache": dataclasses.replace(f.cache, keys=f.cache.keys.float())},
+                r"torch.float16 and contiguous, got .* torch.float32",
+            ),
+            (
+                lambda f: {"cache": dataclasses.replace(f.cache, values=f.cache.values[1:])},
+                "K and V must have one shape",
+            ),
             (lambda f: {"out": torch.empty(5, 127)}, r"out must be \[5, 128\] torch.float16"),
         ],
     )
     def test_says_what_is_wrong(self, change: Callable[[Filled], dict], message: str) -> None:
         filled = Filled.make(Layout.make([Span(3, 5)], 16, seed=0))
-        arguments = {"q": filled.q, "k_cache": filled.k_cache, "v_cache": filled.v_cache, **change(filled)}
+        arguments = {"q": filled.q, "cache": filled.cache, **change(filled)}
         with pytest.raises(ValueError, match=message):
             prefill_attention(plan=plan_of(filled.layout), **arguments)
 
@@ -449,18 +456,18 @@ def test_offsets_beyond_two_to_the_31st_are_right() -> None:
     """The cache's last block begins at element 2^31 + 2^12; only the pages that are used ever become memory."""
     block_size, dim, dtype = 64, 64, torch.float16
     num_blocks = 2**31 // (block_size * dim) + 2
-    k_cache, v_cache = (torch.empty(num_blocks, 1, block_size, dim, dtype=dtype) for _ in range(2))
+    cache = LayerCache(*(torch.empty(num_blocks, 1, block_size, dim, dtype=dtype) for _ in range(2)))
     span = Span(0, 180)
     layout = Layout([span], [[num_blocks - 1, 1, num_blocks - 2]], num_blocks, block_size)
     qkv = torch.randn(span.count, 1, 3, dim, generator=torch.Generator().manual_seed(0)).to(dtype)
     angles = torch.zeros(span.count, dim // 4)
     plan = plan_of(layout)
-    q = qk_norm_rotary_store(qkv, None, None, 0.0, angles.cos(), angles.sin(), k_cache, v_cache, plan)
+    q = qk_norm_rotary_store(qkv, None, None, 0.0, angles.cos(), angles.sin(), cache, plan)
     for token in (0, 63, 64, 128, 179):
         block, slot = layout.place(0, token)
-        assert torch.equal(k_cache[block, :, slot], qkv[token, :, 1])
-        assert torch.equal(v_cache[block, :, slot], qkv[token, :, 2])
+        assert torch.equal(cache.keys[block, :, slot], qkv[token, :, 1])
+        assert torch.equal(cache.values[block, :, slot], qkv[token, :, 2])
     values = exact(qkv)
     expected = [naive_attention(values[i, :, 0], values[: i + 1, :, 1], values[: i + 1, :, 2]) for i in range(180)]
-    attended = prefill_attention(q, k_cache, v_cache, plan)
+    attended = prefill_attention(q, cache, plan)
     assert_close(attended, np.stack(expected).reshape(180, dim), dtype, factor=2)

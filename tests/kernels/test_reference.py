@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from persimmon.kernels import reference
+from persimmon.kernels import LayerCache, reference
 from persimmon.kernels.reference import AttentionPlan
 
 CPU = torch.device("cpu")
@@ -231,7 +231,7 @@ class TestQkNormRotaryStore:
         expected_k, expected_v = k_cache.clone(), v_cache.clone()
         before = qkv.clone()
 
-        q = reference.qk_norm_rotary_store(qkv, weight, bias, eps, cos, sin, k_cache, v_cache, plan)
+        q = reference.qk_norm_rotary_store(qkv, weight, bias, eps, cos, sin, LayerCache(k_cache, v_cache), plan)
 
         assert torch.equal(qkv, before)
         expected_qk = np.empty((len(positions), heads, 2, dim))
@@ -255,9 +255,9 @@ class TestQkNormRotaryStore:
         layout = Layout.make([Span(100, 3)], 16, seed=0)
         qkv = torch.randn(3, 2, 3, 64)
         angles = torch.rand(3, 1, 1, 16) * 6
-        k_cache, v_cache = (torch.zeros(layout.num_blocks, 2, 16, 64) for _ in range(2))
+        cache = LayerCache(*(torch.zeros(layout.num_blocks, 2, 16, 64) for _ in range(2)))
         plan = layout.plan(2, torch.float32)
-        q = reference.qk_norm_rotary_store(qkv, None, None, 1e-5, angles.cos(), angles.sin(), k_cache, v_cache, plan)
+        q = reference.qk_norm_rotary_store(qkv, None, None, 1e-5, angles.cos(), angles.sin(), cache, plan)
         assert torch.equal(q[..., 32:], qkv[:, :, 0, 32:])
         assert not torch.isclose(q[..., :32], qkv[:, :, 0, :32]).any(-1).all()
 
@@ -283,7 +283,7 @@ def attend_and_compare(
         queries.append(q)
     k_before, v_before = k_cache.clone(), v_cache.clone()
 
-    attended = reference.paged_attention(torch.cat(queries), k_cache, v_cache, layout.plan(heads, dtype))
+    attended = reference.paged_attention(torch.cat(queries), LayerCache(k_cache, v_cache), layout.plan(heads, dtype))
 
     assert attended.shape == (len(expected), heads * dim)
     assert_close(attended, np.stack(expected).reshape(len(expected), -1), dtype, factor=2 * max(scale**2, 1))

@@ -132,7 +132,7 @@ class Fused:
         if self.sizes:
             self.graphs = DecodeGraphs(model, cache, kernels, sizes=self.sizes, max_model_len=MAX_MODEL_LEN)
         self.runner = Runner(model, cache, kernels, FusedSampler(kernels, model.head), self.graphs)
-        self.caches = [*cache.keys, *cache.values]
+        self.caches = cache.tensors
         self.tables = scattered_tables(cache)
 
     def generate(self, prompts: Sequence[list[int]], params: Sequence[RowSampling] | None = None) -> list[list[int]]:

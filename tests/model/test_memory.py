@@ -109,7 +109,7 @@ class TestPlan:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_block_bytes_are_what_the_cache_allocates(self, dtype: torch.dtype, block_size: int) -> None:
         cache = KVCache.allocate(SMALL, 5, block_size, dtype, CPU)
-        allocated = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
+        allocated = sum(tensor.nbytes for tensor in cache.tensors)
         assert allocated == 5 * block_bytes(SMALL, block_size, dtype)
 
     def test_a_gpu_gives_the_cache_all_that_is_left(self) -> None:
@@ -309,7 +309,7 @@ class TestActivations:
         model = Persimmon(SMALL, dummy_tensors(SMALL, dtype, CPU, 0), dtype, CPU, operations)
         blocks = list(range(-(-(context + tokens) // 16)))
         cache = KVCache.allocate(SMALL, len(blocks), 16, dtype, CPU)
-        for tensor in (*cache.keys, *cache.values):
+        for tensor in cache.tensors:
             tensor.zero_()
         # All read and write the same blocks: it is the sizes that count here.
         counts = [1] * (sequences - 1) + [tokens - sequences + 1]

@@ -173,9 +173,9 @@ def test_a_prompt_in_pieces_gets_the_same_token(bench: Bench, pieces: list[int])
 
 def test_a_sequence_writes_no_block_of_another(bench: Bench) -> None:
     bench.runner.run([bench.part(sequence, 0, 20, None) for sequence in range(4)])
-    held = [tensor[bench.tables[1]].clone() for tensor in (*bench.cache.keys, *bench.cache.values)]
+    held = [tensor[bench.tables[1]].clone() for tensor in bench.cache.tensors]
     bench.runner.run([bench.part(0, 20, 60), bench.part(2, 20, 21), bench.part(3, 0, 20)])
-    now = [tensor[bench.tables[1]] for tensor in (*bench.cache.keys, *bench.cache.values)]
+    now = [tensor[bench.tables[1]] for tensor in bench.cache.tensors]
     assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(held, now, strict=True))
 
 
