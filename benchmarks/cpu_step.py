@@ -84,7 +84,7 @@ class Timing:
 class Network:
     """A checkpoint's network with a cache that holds the sequences of every step."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, operations: Kernels[Any], sequences: int) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype, operations: Kernels[Any, Any], sequences: int) -> None:
         config = PersimmonConfig.from_folder(folder)
         self.model = Persimmon(
             config=config,

@@ -13,7 +13,7 @@ from persimmon.kernels import reference
 from persimmon.kernels.cpu import library
 from persimmon.kernels.cpu.native import NativeKernels
 from persimmon.kernels.launch import KernelsUnavailableError, check_gpu
-from persimmon.kernels.operands import LayerCache, Linear, Norm, Residual, Rotary, StepLimits
+from persimmon.kernels.operands import LayerCache, Linear, Norm, Residual, Rotary, StepLimits, Weight
 
 __all__ = [
     "Kernels",
@@ -24,18 +24,21 @@ __all__ = [
     "Residual",
     "Rotary",
     "StepLimits",
+    "Weight",
     "cpu_kernels_name",
     "cpu_multiplies_bfloat16",
     "for_device",
 ]
 
 Plan = TypeVar("Plan")
+W = TypeVar("W", bound=Weight)
 
 
-class Kernels(Protocol[Plan]):
+class Kernels(Protocol[Plan, W]):
     """What an implementation offers; shapes, dtypes and maths are documented in `persimmon.kernels.reference`.
 
-    `Plan` is what the implementation makes of a step's sequences, once, for all layers.
+    `Plan` is what the implementation makes of a step's sequences, once, for all layers; `W` is what it makes of the
+    matrix of a product.  Only the implementation reads either.
     """
 
     def workspace_bytes(self, limits: StepLimits) -> int: ...  # noqa: D102
@@ -46,7 +49,11 @@ class Kernels(Protocol[Plan]):
 
     def prepare_bias(self, bias: torch.Tensor) -> torch.Tensor: ...  # noqa: D102
 
-    def prepare_weight(self, weight: torch.Tensor, *, sparse_input: bool = False) -> torch.Tensor: ...  # noqa: D102
+    def prepare_weight(self, weight: torch.Tensor, *, sparse_input: bool = False) -> W: ...  # noqa: D102
+
+    def tied_weight(self, table: torch.Tensor) -> W: ...  # noqa: D102
+
+    def weight_bytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int: ...  # noqa: D102
 
     def plan_attention(  # noqa: D102
         self,
@@ -67,19 +74,19 @@ class Kernels(Protocol[Plan]):
         self, token_ids: torch.Tensor, sampled: torch.Tensor | None, table: torch.Tensor, plan: Plan
     ) -> Residual: ...
 
-    def norm_linear(self, x: Residual, norm: Norm, linear: Linear, plan: Plan) -> torch.Tensor: ...  # noqa: D102
+    def norm_linear(self, x: Residual, norm: Norm, linear: Linear[W], plan: Plan) -> torch.Tensor: ...  # noqa: D102
 
     def attention(  # noqa: D102
         self, qkv: torch.Tensor, qk_norm: Norm | None, rotary: Rotary, cache: LayerCache, plan: Plan
     ) -> torch.Tensor: ...
 
-    def add_linear_(self, x: Residual, attended: torch.Tensor, linear: Linear, plan: Plan) -> None: ...  # noqa: D102
+    def add_linear_(self, x: Residual, attended: torch.Tensor, linear: Linear[W], plan: Plan) -> None: ...  # noqa: D102
 
-    def add_mlp_(self, x: Residual, norm: Norm, up: Linear, down: Linear, plan: Plan) -> None: ...  # noqa: D102
+    def add_mlp_(self, x: Residual, norm: Norm, up: Linear[W], down: Linear[W], plan: Plan) -> None: ...  # noqa: D102
 
     def norm_rows(self, x: Residual, norm: Norm, rows: torch.Tensor | None) -> torch.Tensor: ...  # noqa: D102
 
-    def logits(self, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor: ...  # noqa: D102
+    def logits(self, hidden: torch.Tensor, head: W) -> torch.Tensor: ...  # noqa: D102
 
 
 def cpu_multiplies_bfloat16() -> bool:
@@ -87,12 +94,12 @@ def cpu_multiplies_bfloat16() -> bool:
     return "avx512_bf16" in library.builds()
 
 
-def cpu_kernels_name(operations: Kernels[Any]) -> str:
+def cpu_kernels_name(operations: Kernels[Any, Any]) -> str:
     """What computes on a CPU, for people."""
     return f"{operations.build} kernels" if isinstance(operations, NativeKernels) else "plain torch, no C kernels"
 
 
-def for_device(device: torch.device, dtype: torch.dtype = torch.float32) -> Kernels[Any]:
+def for_device(device: torch.device, dtype: torch.dtype = torch.float32) -> Kernels[Any, Any]:
     """The implementation that runs on this device: fused Triton kernels on a GPU, on a CPU C or else plain torch.
 
     Args:

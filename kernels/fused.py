@@ -7,8 +7,10 @@ kernels.
 Attention is one launch for sequences with one token and two for chunks, either way.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -62,6 +64,37 @@ class _Workspaces:
     truncation: truncation.TruncationWorkspace
 
 
+@dataclass(frozen=True, slots=True)
+class FusedWeight:
+    """The matrix of a product as these kernels read it.
+
+    Attributes:
+        matrix: [out, in] where the format is "rows"; [in, out] where it is "columns".
+        format: "columns" where the input is sparse, so that what meets a zero lies side by side and is not read.
+        scales: what its numbers are multiplied by; no format of today has any.
+    """
+
+    matrix: torch.Tensor
+    format: Literal["rows", "columns"] = "rows"
+    scales: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        first, second = self.matrix.shape
+        return (first, second) if self.format == "rows" else (second, first)
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """[out, in], a view: as torch's products take it."""
+        return self.matrix if self.format == "rows" else self.matrix.t()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrix and its scales."""
+        return self.matrix.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+
 class FusedKernels:
     """The operations, and the buffers that launches share.
 
@@ -106,9 +139,17 @@ class FusedKernels:
         """As it is."""
         return bias
 
-    def prepare_weight(self, weight: torch.Tensor, *, sparse_input: bool = False) -> torch.Tensor:
-        """[out, in] as it is; [in, out] where the input is sparse, so that what meets a zero lies side by side."""
-        return weight.t().contiguous() if sparse_input else weight
+    def prepare_weight(self, weight: torch.Tensor, *, sparse_input: bool = False) -> FusedWeight:
+        """[out, in] as it is, or turned where the input is sparse."""
+        return FusedWeight(weight.t().contiguous(), "columns") if sparse_input else FusedWeight(weight)
+
+    def tied_weight(self, table: torch.Tensor) -> FusedWeight:
+        """As `reference.tied_weight`."""
+        return FusedWeight(table)
+
+    def weight_bytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """As `reference.weight_bytes`."""
+        return math.prod(shape) * dtype.itemsize
 
     def plan_attention(
         self,
@@ -167,13 +208,13 @@ class FusedKernels:
         values, statistics = embed(token_ids, sampled, table, plan.live, pdl=self.pdl)
         return Residual(values, statistics)
 
-    def norm_linear(self, x: Residual, norm: Norm, linear: Linear, plan: FusedPlan) -> torch.Tensor:
+    def norm_linear(self, x: Residual, norm: Norm, linear: Linear[FusedWeight], plan: FusedPlan) -> torch.Tensor:
         """As `reference.norm_linear`."""
         if len(x.values) > SMALL_STEP:
-            return torch.nn.functional.linear(self._normed(x, norm), linear.weight, linear.bias)
+            return torch.nn.functional.linear(self._normed(x, norm), linear.weight.rows, linear.bias)
         out, _ = projection.project(
             x.values,
-            linear.weight,
+            linear.weight.matrix,
             linear.bias,
             norm=_projection_norm(x, norm),
             live=plan.live,
@@ -225,15 +266,15 @@ class FusedKernels:
             prefill_attention(q, cache, plan.chunks, out=out[decodes:], pdl=self.pdl)
         return out
 
-    def add_linear_(self, x: Residual, attended: torch.Tensor, linear: Linear, plan: FusedPlan) -> None:
+    def add_linear_(self, x: Residual, attended: torch.Tensor, linear: Linear[FusedWeight], plan: FusedPlan) -> None:
         """As `reference.add_linear_`."""
         if len(attended) > SMALL_STEP:
-            x.pending = torch.nn.functional.linear(attended, linear.weight, linear.bias)
+            x.pending = torch.nn.functional.linear(attended, linear.weight.rows, linear.bias)
             return
         x.statistics = projection.project_add_(
             x.values,
             attended,
-            linear.weight,
+            linear.weight.matrix,
             linear.bias,
             live=plan.live,
             workspace=self._workspaces.projection,
@@ -241,16 +282,18 @@ class FusedKernels:
             pdl=self.pdl,
         )
 
-    def add_mlp_(self, x: Residual, norm: Norm, up: Linear, down: Linear, plan: FusedPlan) -> None:
+    def add_mlp_(
+        self, x: Residual, norm: Norm, up: Linear[FusedWeight], down: Linear[FusedWeight], plan: FusedPlan
+    ) -> None:
         """As `reference.add_mlp_`."""
         if len(x.values) > SMALL_STEP:
-            activation = torch.nn.functional.linear(self._normed(x, norm), up.weight, up.bias)
+            activation = torch.nn.functional.linear(self._normed(x, norm), up.weight.rows, up.bias)
             bias_relu_squared_(activation, None, pdl=self.pdl)
-            x.pending = torch.nn.functional.linear(activation, down.weight.t(), down.bias)
+            x.pending = torch.nn.functional.linear(activation, down.weight.rows, down.bias)
             return
         activation, alive = projection.project(
             x.values,
-            up.weight,
+            up.weight.matrix,
             up.bias,
             norm=_projection_norm(x, norm),
             activation="relu_squared",
@@ -261,7 +304,7 @@ class FusedKernels:
         x.statistics = projection.project_add_(
             x.values,
             activation,
-            down.weight,
+            down.weight.matrix,
             down.bias,
             transposed=True,
             alive=alive if len(activation) <= self.sparse_step else None,
@@ -278,20 +321,21 @@ class FusedKernels:
         pending = None if x.pending is None else x.pending[rows]
         return layer_norm(x.values[rows], None, norm.weight, norm.bias, norm.eps, residual=pending, pdl=self.pdl)
 
-    def logits(self, hidden: torch.Tensor, head: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, head: FusedWeight, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """As `reference.logits`, never rounded to 16 bits; written to `out` [R, vocab_size] float32 if given."""
+        columns = head.rows.t()
         if hidden.dtype == torch.float32:
-            return torch.mm(hidden, head.t(), out=out)
+            return torch.mm(hidden, columns, out=out)
         if hidden.device.type != "cuda":
-            return torch.mm(hidden.float(), head.float().t(), out=out)
+            return torch.mm(hidden.float(), columns.float(), out=out)
         if out is None:
-            return torch.mm(hidden, head.t(), out_dtype=torch.float32)
-        return torch.mm(hidden, head.t(), out_dtype=torch.float32, out=out)
+            return torch.mm(hidden, columns, out_dtype=torch.float32)
+        return torch.mm(hidden, columns, out_dtype=torch.float32, out=out)
 
     def sample(
         self,
         hidden: torch.Tensor,
-        head: torch.Tensor,
+        head: FusedWeight,
         draw: DrawInputs,
         live: torch.Tensor,
         logits: torch.Tensor | None,
@@ -300,7 +344,7 @@ class FusedKernels:
 
         Args:
             hidden: [R, hidden], the final LayerNorm's output.
-            head: [vocab_size, hidden].
+            head: of shape (vocab_size, hidden).
             draw: how each row draws.
             live: [1] int32, rows that are not padding.
             logits: [R, vocab_size] float32, written for rows that want theirs; None when none does.
@@ -310,7 +354,7 @@ class FusedKernels:
         """
         rows, workspace = len(hidden), self._workspaces.sampling
         if rows <= SMALL_STEP:
-            tokens, _ = sampling.sample_head(hidden, head, draw, live, workspace, logits=logits, pdl=self.pdl)
+            tokens, _ = sampling.sample_head(hidden, head.matrix, draw, live, workspace, logits=logits, pdl=self.pdl)
             return tokens
         all_logits = self.logits(hidden, head, out=logits)
         tokens, _ = sampling.sample_logits(all_logits, draw, live, workspace, pdl=self.pdl)

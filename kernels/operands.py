@@ -1,6 +1,7 @@
 """What the operations take: tensors that belong together.  Knows no operation."""
 
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -19,11 +20,36 @@ class Norm:
     eps: float
 
 
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """A projection: weight as `Kernels.prepare_weight` made it of [out, in], bias [out] likewise or None."""
+class Weight(Protocol):
+    """The [out, in] matrix of a product, in a format of the kernels that made it.
 
-    weight: torch.Tensor
+    Only these kernels read its numbers, and scales where the format has them.  Everything else sees what is here.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it takes, scales included."""
+        ...
+
+    @property
+    def format(self) -> str:
+        """How its numbers lie, in the kernels' words."""
+        ...
+
+
+W = TypeVar("W", bound=Weight)
+
+
+@dataclass(frozen=True, slots=True)
+class Linear(Generic[W]):
+    """A projection: its weight, and its bias as `Kernels.prepare_bias` made it of [out], or None."""
+
+    weight: W
     bias: torch.Tensor | None
 
 

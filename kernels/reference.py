@@ -12,12 +12,13 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from persimmon.kernels.operands import LayerCache, Linear, Norm, Residual, Rotary, StepLimits
+from persimmon.kernels.operands import LayerCache, Linear, Norm, Residual, Rotary, StepLimits, Weight
 
 PADDING_LIMIT = 1.25
 """Decoding sequences share one attention call while padding them to the longest costs at most this factor."""
@@ -76,6 +77,63 @@ class AttentionPlan:
     chunks: list[ChunkPlan]
 
 
+class ReferenceWeight(Weight, Protocol):
+    """A weight in plain torch: what can be multiplied by, however its numbers are kept."""
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """X @ weight.T + bias: [T, in] and [out] or None to [T, out] in x's dtype."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DenseWeight:
+    """A weight as torch keeps it: [out, in]."""
+
+    matrix: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrix."""
+        return self.matrix.nbytes
+
+    @property
+    def format(self) -> str:
+        """Row by row."""
+        return "rows"
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """As `ReferenceWeight.multiply`."""
+        return F.linear(x, self.matrix, bias)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockedWeight:
+    """A weight in oneDNN's blocks, laid out once instead of anew in every product."""
+
+    packed: torch.Tensor
+    shape: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its numbers."""
+        return math.prod(self.shape) * self.packed.dtype.itemsize
+
+    @property
+    def format(self) -> str:
+        """OneDNN decides how they lie."""
+        return "oneDNN blocks"
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """As `ReferenceWeight.multiply`."""
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+        return out
+
+
 def workspace_bytes(limits: StepLimits) -> int:
     """Bytes that `reserve` takes: none."""
     del limits
@@ -98,20 +156,33 @@ def prepare_bias(bias: torch.Tensor) -> torch.Tensor:
     return bias
 
 
-def prepare_weight(weight: torch.Tensor, *, sparse_input: bool = False) -> torch.Tensor:
-    """The form of a [out, in] weight that `linear` reads fastest; on a CPU, oneDNN's blocked layout.
-
-    Laid out once here, instead of anew in every product.
+def prepare_weight(weight: torch.Tensor, *, sparse_input: bool = False) -> ReferenceWeight:
+    """The matrix of a product in the format that is multiplied fastest; on a CPU, oneDNN's blocks.
 
     Args:
-        weight: [out, in].
+        weight: [out, in], in the dtype that `stored_dtype` says.
         sparse_input: whether most numbers it is multiplied by are zero, of which nothing is made here.
     """
     del sparse_input
     if weight.device.type == "cpu" and torch._C._has_mkldnn and _packs(weight.dtype):
         packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-        return packed
-    return weight
+        return BlockedWeight(packed, (weight.shape[0], weight.shape[1]))
+    return DenseWeight(weight)
+
+
+def tied_weight(table: torch.Tensor) -> ReferenceWeight:
+    """An embedding [vocab_size, hidden] as the matrix of the last product, without a copy."""
+    return DenseWeight(table)
+
+
+def weight_bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """Bytes of what `prepare_weight` makes of a matrix.
+
+    Args:
+        shape: (out, in).
+        dtype: of the matrix that it is given.
+    """
+    return math.prod(shape) * dtype.itemsize
 
 
 def _packs(dtype: torch.dtype) -> bool:
@@ -120,23 +191,6 @@ def _packs(dtype: torch.dtype) -> bool:
     if dtype == torch.float16:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     return dtype == torch.float32
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """X @ weight.T + bias.
-
-    Args:
-        x: [T, in].
-        weight: what `prepare_weight` made of a [out, in] weight.
-        bias: [out] or None.
-
-    Returns:
-        [T, out] in x's dtype.
-    """
-    if weight.is_mkldnn:
-        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return out
-    return F.linear(x, weight, bias)
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
@@ -298,7 +352,7 @@ def embed(token_ids: torch.Tensor, sampled: torch.Tensor | None, table: torch.Te
     return Residual(F.embedding(token_ids, table))
 
 
-def norm_linear(x: Residual, norm: Norm, linear: Linear, plan: AttentionPlan) -> torch.Tensor:
+def norm_linear(x: Residual, norm: Norm, linear: Linear[ReferenceWeight], plan: AttentionPlan) -> torch.Tensor:
     """LayerNorm, then a projection: [T, out]."""
     del plan
     return project(layer_norm(x.values, norm.weight, norm.bias, norm.eps), linear)
@@ -329,13 +383,15 @@ def attention(
     return paged_attention(q, cache, plan)
 
 
-def add_linear_(x: Residual, attended: torch.Tensor, linear: Linear, plan: AttentionPlan) -> None:
+def add_linear_(x: Residual, attended: torch.Tensor, linear: Linear[ReferenceWeight], plan: AttentionPlan) -> None:
     """Adds a projection of `attended` [T, in] to the residual stream."""
     del plan
     x.values += project(attended, linear)
 
 
-def add_mlp_(x: Residual, norm: Norm, up: Linear, down: Linear, plan: AttentionPlan) -> None:
+def add_mlp_(
+    x: Residual, norm: Norm, up: Linear[ReferenceWeight], down: Linear[ReferenceWeight], plan: AttentionPlan
+) -> None:
     """Adds the MLP, down(relu(up(norm(x)))^2), to the residual stream."""
     x.values += project(relu_squared(norm_linear(x, norm, up, plan)), down)
 
@@ -355,14 +411,14 @@ def norm_rows(x: Residual, norm: Norm, rows: torch.Tensor | None) -> torch.Tenso
     return layer_norm(values, norm.weight, norm.bias, norm.eps)
 
 
-def logits(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """[R, vocab_size] float32: hidden [R, hidden] times head as `prepare_weight` made it of [vocab_size, hidden]."""
-    return linear(hidden, head, None).float()
+def logits(hidden: torch.Tensor, head: ReferenceWeight) -> torch.Tensor:
+    """[R, vocab_size] float32: hidden [R, hidden] times head, of shape (vocab_size, hidden)."""
+    return head.multiply(hidden, None).float()
 
 
-def project(x: torch.Tensor, by: Linear) -> torch.Tensor:
-    """`linear` with a projection's own weight and bias."""
-    return linear(x, by.weight, by.bias)
+def project(x: torch.Tensor, by: Linear[ReferenceWeight]) -> torch.Tensor:
+    """X @ weight.T + bias: [T, in] to [T, out] in x's dtype."""
+    return by.weight.multiply(x, by.bias)
 
 
 def qk_norm_rotary_store(

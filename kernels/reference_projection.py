@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from persimmon.kernels import reference
 from persimmon.kernels.layer_norm import STATISTICS_COLUMNS
 
 
@@ -57,7 +56,7 @@ def project(
     activation: Literal["none", "relu_squared"] = "none",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """activation(x [M, in] @ weight [out, in].T + bias), rounded once, and which outputs any row has alive."""
-    out = reference.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    out = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
     if activation == "none":
         return out.to(x.dtype), None
     activated = _relu_squared(out, x.dtype).to(x.dtype)
@@ -69,7 +68,7 @@ def project_add_(
 ) -> torch.Tensor:
     """X [M, out] += activation [M, in] @ weight.T + bias, rounded once; returns x's statistics."""
     weight = weight.T if transposed else weight
-    added = reference.linear(activation.float(), weight.float(), None if bias is None else bias.float())
+    added = F.linear(activation.float(), weight.float(), None if bias is None else bias.float())
     x.copy_(x.float() + added)
     return tile_statistics(x)
 

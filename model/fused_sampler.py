@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from persimmon.kernels.fused import FusedKernels
+from persimmon.kernels.fused import FusedKernels, FusedWeight
 from persimmon.kernels.launch import upload
 from persimmon.model.adjustments import adjust_
 from persimmon.model.row_sampling import RowSampling
@@ -22,10 +22,10 @@ class FusedSampler:
 
     Args:
         kernels: the operations, with their buffers reserved.
-        head: lm_head, [vocab_size, hidden].
+        head: lm_head, of shape (vocab_size, hidden).
     """
 
-    def __init__(self, kernels: FusedKernels, head: torch.Tensor) -> None:
+    def __init__(self, kernels: FusedKernels, head: FusedWeight) -> None:
         self._kernels = kernels
         self._head = head
 
@@ -38,7 +38,7 @@ class FusedSampler:
         buffer.words.copy_(host.words, non_blocking=True)
         inputs = buffer.inputs(rows)
         wanted = any(needs_logits(own) for own in params)
-        logits = torch.empty(rows, len(self._head), dtype=torch.float32, device=device) if wanted else None
+        logits = torch.empty(rows, self._head.shape[0], dtype=torch.float32, device=device) if wanted else None
         tokens = self._kernels.sample(hidden, self._head, inputs.draw, inputs.live, logits)
         return Samples(tokens) if logits is None else finish_draw(self._kernels, logits, inputs, params)
 

@@ -13,7 +13,7 @@ from persimmon.model.checkpoint import expected_shapes
 from persimmon.model.config import Architecture, PersimmonConfig
 from persimmon.model.kv_cache import block_bytes
 from persimmon.model.memory_limits import MemoryLeft, memory_left
-from persimmon.model.persimmon import parameter_dtype
+from persimmon.model.persimmon import is_matrix, parameter_dtype
 from persimmon.model.sampler import rows_at_once
 from persimmon.model.sizes import readable
 
@@ -91,7 +91,7 @@ def plan_memory(
     max_model_len: int | None,
     kv_cache_bytes: int | None,
     step_buffers: int = 0,
-    matrix_dtype: torch.dtype | None = None,
+    weight_bytes: Callable[[tuple[int, int]], int] | None = None,
     limited_by: object = "left of this machine's memory",
 ) -> MemoryPlan:
     """Divides the memory.
@@ -109,7 +109,8 @@ def plan_memory(
         max_model_len: None for as much as the model is made for and the cache holds.
         kv_cache_bytes: None for what is left.
         step_buffers: bytes of kernels' workspaces and CUDA graphs.
-        matrix_dtype: of most weights, where that is not `dtype`; see `parameter_dtype`.
+        weight_bytes: what the kernels keep the (out, in) matrix of a product in, see `Kernels.weight_bytes`; by default
+            its numbers in `dtype`.
         limited_by: what makes `available` what it is, for messages.
 
     Raises:
@@ -120,10 +121,7 @@ def plan_memory(
         raise MemoryPlanError(
             f"--max-model-len is {max_model_len} but the model is made for {made_for} tokens: give at most {made_for}"
         )
-    weights = sum(
-        math.prod(shape) * parameter_dtype(name, dtype, matrix_dtype).itemsize
-        for name, shape in expected_shapes(config).items()
-    )
+    weights = _parameter_bytes(config, dtype, weight_bytes)
     step = _Step(max_num_seqs, max_num_batched_tokens, max_model_len or made_for)
     activations = _activations(config, dtype, step)
     per_block = block_bytes(config, block_size, dtype)
@@ -140,7 +138,8 @@ def plan_memory(
         advice = _advice(step, needs, available - weights - step_buffers)
         if advice is None:
             advice = f"the rest takes {readable(taken - activations + per_block)}: give the server more memory"
-            if dtype.itemsize == 4 and matrix_dtype in (None, torch.float32):
+            square = (config.hidden_size, config.hidden_size)
+            if dtype.itemsize == 4 and (weight_bytes is None or weight_bytes(square) >= 4 * math.prod(square)):
                 advice += ", or use a 16-bit --dtype"
         asked = "" if kv_cache_bytes is None else f" (--kv-cache-memory asks for {readable(kv_cache_bytes)})"
         parts = f"weights {readable(weights)}, activations {readable(activations)}"
@@ -185,6 +184,19 @@ def plan_memory(
         block_size=block_size,
         max_model_len=min(step.max_model_len, holds),
     )
+
+
+def _parameter_bytes(
+    config: PersimmonConfig, dtype: torch.dtype, weight_bytes: Callable[[tuple[int, int]], int] | None
+) -> int:
+    total = 0
+    for name, shape in expected_shapes(config).items():
+        if weight_bytes is not None and is_matrix(name):
+            rows, columns = shape
+            total += weight_bytes((rows, columns))
+        else:
+            total += math.prod(shape) * parameter_dtype(name, dtype).itemsize
+    return total
 
 
 def _activations(config: PersimmonConfig, dtype: torch.dtype, step: _Step) -> int:

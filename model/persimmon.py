@@ -42,12 +42,12 @@ class Layer:
     """One transformer block's parameters; qk_norm holds both QK-norms, each part [2, head_dim], query first."""
 
     attention_norm: Norm
-    query_key_value: Linear
+    query_key_value: Linear[Any]
     qk_norm: Norm | None
-    attention_out: Linear
+    attention_out: Linear[Any]
     mlp_norm: Norm
-    mlp_up: Linear
-    mlp_down: Linear
+    mlp_up: Linear[Any]
+    mlp_down: Linear[Any]
 
 
 class Persimmon:
@@ -69,7 +69,7 @@ class Persimmon:
         tensors: Iterable[tuple[str, torch.Tensor]],
         dtype: torch.dtype,
         device: torch.device,
-        kernels: Kernels[Any],
+        kernels: Kernels[Any, Any],
         max_model_len: int | None = None,
     ) -> None:
         self.config = config
@@ -77,30 +77,31 @@ class Persimmon:
         self.device = device
         self._kernels = kernels
         parameters: dict[str, torch.Tensor] = {}
+        weights: dict[str, Any] = {}
         for name, tensor in tensors:
             # A copy even where nothing changes: a checkpoint file that is replaced must not change the model.
             kept = parameter_dtype(name, dtype, kernels.stored_dtype(tensor.dtype, dtype))
             parameter = tensor.to(device=device, dtype=kept, copy=True)
-            if _is_projection(name) and parameter.ndim == 2:
+            if is_matrix(name):
                 # Squared ReLU leaves most of the MLP's activations zero.
-                parameter = kernels.prepare_weight(parameter, sparse_input=name.endswith("dense_4h_to_h.weight"))
-            elif _is_projection(name):
-                parameter = kernels.prepare_bias(parameter)
-            parameters[name] = parameter
+                weights[name] = kernels.prepare_weight(parameter, sparse_input=name.endswith("dense_4h_to_h.weight"))
+            else:
+                parameters[name] = kernels.prepare_bias(parameter) if _is_projection(name) else parameter
         self._embedding = parameters["model.embed_tokens.weight"]
-        self.layers = [self._layer(parameters, index) for index in range(config.num_hidden_layers)]
+        self.layers = [self._layer(parameters, weights, index) for index in range(config.num_hidden_layers)]
         self._final_norm = self._norm(parameters, "model.final_layernorm")
-        self._head: torch.Tensor | None = None
+        self._head: Any = None
         self._score: tuple[torch.Tensor, torch.Tensor | None] | None = None
         if config.generates:
-            self._head = self._embedding if config.tie_word_embeddings else parameters["lm_head.weight"]
+            tied = config.tie_word_embeddings
+            self._head = kernels.tied_weight(self._embedding) if tied else weights["lm_head.weight"]
         else:
             self._score = parameters["score.weight"], parameters.get("score.bias")
         self._rotary = rotary_table(config, device, max_model_len)
 
     @property
-    def head(self) -> torch.Tensor:
-        """lm_head as `Kernels.prepare_weight` made it of [vocab_size, hidden].
+    def head(self) -> Any:
+        """lm_head, a `Weight` of the network's kernels and of shape (vocab_size, hidden).
 
         Raises:
             ValueError: the network classifies, see `PersimmonConfig.generates`.
@@ -109,7 +110,7 @@ class Persimmon:
             raise ValueError(f"{self.config.architecture} has no lm_head, so it makes no logits of next tokens")
         return self._head
 
-    def _layer(self, parameters: dict[str, torch.Tensor], index: int) -> Layer:
+    def _layer(self, parameters: dict[str, torch.Tensor], weights: dict[str, Any], index: int) -> Layer:
         prefix = f"model.layers.{index}"
         qk_norm = None
         if self.config.qk_layernorm:
@@ -120,19 +121,19 @@ class Persimmon:
             )
         return Layer(
             attention_norm=self._norm(parameters, f"{prefix}.input_layernorm"),
-            query_key_value=_linear(parameters, f"{prefix}.self_attn.query_key_value"),
+            query_key_value=_linear(parameters, weights, f"{prefix}.self_attn.query_key_value"),
             qk_norm=qk_norm,
-            attention_out=_linear(parameters, f"{prefix}.self_attn.dense"),
+            attention_out=_linear(parameters, weights, f"{prefix}.self_attn.dense"),
             mlp_norm=self._norm(parameters, f"{prefix}.post_attention_layernorm"),
-            mlp_up=_linear(parameters, f"{prefix}.mlp.dense_h_to_4h"),
-            mlp_down=_linear(parameters, f"{prefix}.mlp.dense_4h_to_h"),
+            mlp_up=_linear(parameters, weights, f"{prefix}.mlp.dense_h_to_4h"),
+            mlp_down=_linear(parameters, weights, f"{prefix}.mlp.dense_4h_to_h"),
         )
 
     def _norm(self, parameters: dict[str, torch.Tensor], name: str) -> Norm:
         return Norm(parameters[f"{name}.weight"], parameters[f"{name}.bias"], self.config.layer_norm_eps)
 
     @torch.inference_mode()
-    def forward(self, step: Step, cache: KVCache, kernels: Kernels[Any] | None = None) -> torch.Tensor:
+    def forward(self, step: Step, cache: KVCache, kernels: Kernels[Any, Any] | None = None) -> torch.Tensor:
         """Runs one step and writes its keys and values into the cache.
 
         Args:
@@ -193,6 +194,11 @@ def _is_projection(name: str) -> bool:
     return not ("norm" in name or name.startswith("score.") or name == "model.embed_tokens.weight")
 
 
+def is_matrix(name: str) -> bool:
+    """Whether a parameter is the matrix of a product that the kernels make, and so kept as their `Weight`."""
+    return _is_projection(name) and name.endswith(".weight")
+
+
 def parameter_dtype(name: str, dtype: torch.dtype, matrix_dtype: torch.dtype | None = None) -> torch.dtype:
     """The type that a network keeps a parameter in.
 
@@ -205,8 +211,8 @@ def parameter_dtype(name: str, dtype: torch.dtype, matrix_dtype: torch.dtype | N
     """
     if "norm" in name or name.startswith("score."):
         return torch.float32
-    return matrix_dtype if matrix_dtype and _is_projection(name) and name.endswith(".weight") else dtype
+    return matrix_dtype if matrix_dtype and is_matrix(name) else dtype
 
 
-def _linear(parameters: dict[str, torch.Tensor], name: str) -> Linear:
-    return Linear(parameters[f"{name}.weight"], parameters[f"{name}.bias"])
+def _linear(parameters: dict[str, torch.Tensor], weights: dict[str, Any], name: str) -> Linear[Any]:
+    return Linear(weights[f"{name}.weight"], parameters[f"{name}.bias"])

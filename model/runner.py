@@ -185,7 +185,7 @@ class Runner:
         self,
         model: Persimmon,
         cache: KVCache,
-        kernels: Kernels[Any],
+        kernels: Kernels[Any, Any],
         sampler: Sampler | None = None,
         decode_steps: DecodeSteps | None = None,
     ) -> None:

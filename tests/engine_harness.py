@@ -34,7 +34,9 @@ CPU = torch.device("cpu")
 GREEDY = SamplingParams(temperature=0.0)
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32, operations: Kernels[Any] | None = None) -> Persimmon:
+def load_model(
+    folder: Path, dtype: torch.dtype = torch.float32, operations: Kernels[Any, Any] | None = None
+) -> Persimmon:
     """A checkpoint's network on the CPU, with the operations that serve there unless others are given."""
     config = PersimmonConfig.from_folder(folder)
     checkpoint = Checkpoint.open(folder, config)
@@ -89,7 +91,7 @@ class Harness:
         prefix_caching: bool = False,
         grammars: GrammarCompiler | None = None,
         overlap: bool = False,
-        operations: Kernels[Any] | None = None,
+        operations: Kernels[Any, Any] | None = None,
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching)
         self.scheduler = Scheduler(

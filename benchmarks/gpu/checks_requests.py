@@ -11,7 +11,7 @@ from benchmarks.gpu.inputs import normal
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.suite import Setting
 from persimmon.kernels import StepLimits, reference_sampling
-from persimmon.kernels.fused import FusedKernels
+from persimmon.kernels.fused import FusedKernels, FusedWeight
 from persimmon.kernels.operands import DrawInputs, TruncationInputs
 from persimmon.model.adjustments import adjust_, penalize
 from persimmon.model.fused_sampler import FusedSampler
@@ -73,7 +73,7 @@ def _changed(setting: Setting, report: Report, dtype: torch.dtype) -> None:
     rows = max(setting.suite.check_batch, 2 * KINDS)
     title, vocab_size = f"changed logits, {type_name(dtype)}", config.vocab_size
     generator = setting.generator()
-    weight = normal(generator, vocab_size, config.hidden_size, dtype=dtype, deviation=0.03)
+    weight = FusedWeight(normal(generator, vocab_size, config.hidden_size, dtype=dtype, deviation=0.03))
     hidden = normal(generator, rows, config.hidden_size, dtype=dtype)
     kernels = FusedKernels(device)
     kernels.reserve(
@@ -124,13 +124,13 @@ def _changed(setting: Setting, report: Report, dtype: torch.dtype) -> None:
     report.check(f"{title}: log-probabilities of unchanged logits", off <= LOGPROB_ERROR, off_by=off)
 
 
-def _logits(kernels: FusedKernels, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _logits(kernels: FusedKernels, hidden: torch.Tensor, weight: FusedWeight) -> torch.Tensor:
     """[R, vocab_size] float32, as sampling writes them for rows that are read again."""
     rows = len(hidden)
     host, on_device = StepBuffer(rows, 0, torch.device("cpu")), StepBuffer(rows, 0, hidden.device)
     write_draw(host.inputs(rows), [RowSampling(asked=SamplingParams(temperature=0.0, logprobs=0))] * rows)
     on_device.words.copy_(host.words)
     inputs = on_device.inputs(rows)
-    logits = torch.empty(rows, len(weight), dtype=torch.float32, device=hidden.device)
+    logits = torch.empty(rows, weight.shape[0], dtype=torch.float32, device=hidden.device)
     kernels.sample(hidden, weight, inputs.draw, inputs.live, logits)
     return logits

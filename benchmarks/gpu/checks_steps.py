@@ -227,7 +227,9 @@ def _hidden(machine: Machine, batch: Sequence[SequenceInput]) -> torch.Tensor:
     return _forward(machine.model, machine.cache, machine.kernels, batch)
 
 
-def _forward(model: Persimmon, cache: KVCache, kernels: Kernels[Any], batch: Sequence[SequenceInput]) -> torch.Tensor:
+def _forward(
+    model: Persimmon, cache: KVCache, kernels: Kernels[Any, Any], batch: Sequence[SequenceInput]
+) -> torch.Tensor:
     plan = kernels.plan_attention(
         [item.block_table for item in batch],
         [item.start for item in batch],

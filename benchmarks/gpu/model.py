@@ -32,7 +32,7 @@ GREEDY = RowSampling(asked=SamplingParams(temperature=0.0))
 
 
 def random_model(
-    setting: Setting, config: PersimmonConfig, dtype: torch.dtype, kernels: Kernels[Any], *, stored: torch.dtype
+    setting: Setting, config: PersimmonConfig, dtype: torch.dtype, kernels: Kernels[Any, Any], *, stored: torch.dtype
 ) -> Persimmon:
     """The network with weights drawn on the device in the type `stored`; the same seed makes the same ones."""
     tensors = dummy_tensors(config, stored, setting.device, setting.seed)

@@ -224,7 +224,7 @@ class _Steps:
                 continue
             hidden = torch.randn(batch, suite.config.hidden_size, device=self._setting.device).to(DTYPE)
             logits = torch.zeros(batch, suite.config.vocab_size, device=self._setting.device)
-            variants: dict[str, list[Call]] = {"projection alone": [partial(torch.mm, hidden, model.head.t())]}
+            variants: dict[str, list[Call]] = {"projection alone": [partial(torch.mm, hidden, model.head.rows.t())]}
             for name, params in DRAWS.items():
                 inputs = self._draw_inputs(
                     [replace(params, asked=replace(params.asked, seed=row)) for row in range(batch)]

@@ -5,9 +5,11 @@ dtype, and that a block's keys lie in the cache dimension by dimension.  A row's
 computed beside it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Literal
 
 import numpy as np
 import torch
@@ -41,6 +43,31 @@ class NativePlan:
     def num_tokens(self) -> int:
         """T."""
         return int(self.firsts[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class NativeWeight:
+    """The matrix of a product as the C kernels read it.
+
+    Attributes:
+        data: its numbers, in the order of the format.
+        shape: (out, in).
+        format: "panels" as linear.h has them; "panels of pairs" for inputs rounded to bfloat16; "rows" is [out, in],
+            an embedding that is also the head, which torch multiplies.
+        sparse_input: whether most numbers that it is multiplied by are zero.
+        scales: what its numbers are multiplied by; no format of today has any.
+    """
+
+    data: torch.Tensor
+    shape: tuple[int, int]
+    format: Literal["panels", "panels of pairs", "rows"]
+    sparse_input: bool = False
+    scales: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its numbers and scales."""
+        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
 
 class NativeKernels:
@@ -77,21 +104,23 @@ class NativeKernels:
         """In float32, like all activations."""
         return bias.float()
 
-    def prepare_weight(self, weight: torch.Tensor, *, sparse_input: bool = False) -> torch.Tensor:
-        """A [out, in] weight in panels, see linear.h.
-
-        Returns:
-            Its numbers in another order: [1, out, in], or [1, out, in / 2, 2] for inputs rounded to bfloat16.
-        """
-        del sparse_input
+    def prepare_weight(self, weight: torch.Tensor, *, sparse_input: bool = False) -> NativeWeight:
+        """A [out, in] weight in panels, see linear.h."""
         weight = weight.contiguous()
         rows, columns = weight.shape
         pairs = self._rounds and weight.dtype == torch.bfloat16 and columns % 2 == 0
-        shape = (1, rows, columns // 2, 2) if pairs else (1, rows, columns)
-        packed = advise_large_pages(torch.empty(shape, dtype=weight.dtype))
+        packed = advise_large_pages(torch.empty(rows * columns, dtype=weight.dtype))
         size, threads = weight.dtype.itemsize, torch.get_num_threads()
         self.library.persimmon_pack(weight.data_ptr(), packed.data_ptr(), rows, columns, size, int(pairs), threads)
-        return packed
+        return NativeWeight(packed, (rows, columns), "panels of pairs" if pairs else "panels", sparse_input)
+
+    def tied_weight(self, table: torch.Tensor) -> NativeWeight:
+        """As `reference.tied_weight`."""
+        return NativeWeight(table, (table.shape[0], table.shape[1]), "rows")
+
+    def weight_bytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """As `reference.weight_bytes`."""
+        return math.prod(shape) * dtype.itemsize
 
     def plan_attention(
         self,
@@ -130,9 +159,9 @@ class NativeKernels:
         self._run(operation, step_of_plan(plan, token_ids=token_ids, sampled=sampled), table, x)
         return Residual(x)
 
-    def norm_linear(self, x: Residual, norm: Norm, linear: Linear, plan: NativePlan) -> torch.Tensor:
+    def norm_linear(self, x: Residual, norm: Norm, linear: Linear[NativeWeight], plan: NativePlan) -> torch.Tensor:
         """As `reference.norm_linear`."""
-        out = self._buffer("projected", plan.num_tokens, _out_features(linear.weight))
+        out = self._buffer("projected", plan.num_tokens, linear.weight.shape[0])
         self._linear(x.values, norm, linear, out, library.STORE, step_of_plan(plan))
         return out
 
@@ -168,16 +197,18 @@ class NativeKernels:
         self._run(operation, step_of_plan(plan, by_token), qkv, qk_norm, rotary, cache, out)
         return out
 
-    def add_linear_(self, x: Residual, attended: torch.Tensor, linear: Linear, plan: NativePlan) -> None:
+    def add_linear_(self, x: Residual, attended: torch.Tensor, linear: Linear[NativeWeight], plan: NativePlan) -> None:
         """As `reference.add_linear_`."""
         self._linear(attended, None, linear, x.values, library.ADD, step_of_plan(plan))
 
-    def add_mlp_(self, x: Residual, norm: Norm, up: Linear, down: Linear, plan: NativePlan) -> None:
+    def add_mlp_(
+        self, x: Residual, norm: Norm, up: Linear[NativeWeight], down: Linear[NativeWeight], plan: NativePlan
+    ) -> None:
         """As `reference.add_mlp_`; with few rows, inputs of `down` that are zero in all of them are left out."""
-        inner = self._buffer("inner", plan.num_tokens, _out_features(up.weight))
+        inner = self._buffer("inner", plan.num_tokens, up.weight.shape[0])
         step = step_of_plan(plan)
         self._linear(x.values, norm, up, inner, library.STORE_RELU_SQUARED, step)
-        self._linear(inner, None, down, x.values, library.ADD, step, sparse=True)
+        self._linear(inner, None, down, x.values, library.ADD, step)
 
     def norm_rows(self, x: Residual, norm: Norm, rows: torch.Tensor | None) -> torch.Tensor:
         """As `reference.norm_rows`."""
@@ -191,11 +222,11 @@ class NativeKernels:
         self._run(operation, step_of(len(x.values), rows=rows, hidden=hidden), x.values, norm)
         return hidden
 
-    def logits(self, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, head: NativeWeight) -> torch.Tensor:
         """As `reference.logits`."""
-        if head.ndim == 2:  # an embedding, which is not packed
-            return F.linear(hidden.to(head.dtype), head).float()
-        out = torch.empty(len(hidden), _out_features(head))
+        if head.format == "rows":
+            return F.linear(hidden.to(head.data.dtype), head.data).float()
+        out = torch.empty(len(hidden), head.shape[0])
         self._linear(hidden.contiguous(), None, Linear(head, None), out, library.STORE, step_of(len(out)))
         return out
 
@@ -224,25 +255,23 @@ class NativeKernels:
         self,
         values: torch.Tensor,
         norm: Norm | None,
-        linear: Linear,
+        linear: Linear[NativeWeight],
         out: torch.Tensor,
         finish: int,
         step: library.Step,
-        *,
-        sparse: bool = False,
     ) -> None:
         weight = linear.weight
         operation = library.Operation(
             kind=library.LINEAR,
-            type=_TYPES[weight.dtype],
+            type=_TYPES[weight.data.dtype],
             finish=finish,
-            rounds=int(weight.ndim == 4),
-            sparse=int(sparse),
+            rounds=int(weight.format == "panels of pairs"),
+            sparse=int(weight.sparse_input),
             in_=values.shape[1],
             out=out.shape[1],
             input=values.data_ptr(),
             output=out.data_ptr(),
-            weight=weight.data_ptr(),
+            weight=weight.data.data_ptr(),
             bias=None if linear.bias is None else linear.bias.data_ptr(),
         )
         if norm is not None:
@@ -300,8 +329,3 @@ def step_of_plan(plan: NativePlan, rotary: Rotary | None = None, **tensors: torc
     for name in ("starts", "firsts", "tables", "table_firsts"):
         setattr(step, name, getattr(plan, name).ctypes.data)
     return step
-
-
-def _out_features(weight: torch.Tensor) -> int:
-    """Of what `prepare_weight` made."""
-    return weight.shape[1]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -46,7 +47,7 @@ class LoadedModel:
     plan: MemoryPlan
     device: torch.device
     dtype: torch.dtype
-    operations: kernels.Kernels[Any]
+    operations: kernels.Kernels[Any, Any]
 
     @property
     def device_name(self) -> str:
@@ -99,7 +100,9 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         max_model_len=settings.max_model_len,
         kv_cache_bytes=settings.kv_cache_memory,
         step_buffers=operations.workspace_bytes(_limits(settings, config, longest)) + graph_bytes(config, dtype, sizes),
-        matrix_dtype=operations.stored_dtype(checkpoint.dtype, dtype) if checkpoint else dtype,
+        weight_bytes=partial(
+            operations.weight_bytes, dtype=operations.stored_dtype(checkpoint.dtype, dtype) if checkpoint else dtype
+        ),
     )
     _print_plan(plan, config, print_line)
 
@@ -161,7 +164,7 @@ def _limits(settings: EngineSettings, config: PersimmonConfig, max_model_len: in
 def _runner(
     model: Persimmon,
     cache: KVCache,
-    operations: kernels.Kernels[Any],
+    operations: kernels.Kernels[Any, Any],
     sizes: Sequence[int],
     plan: MemoryPlan,
     print_line: Callable[[str], None],

@@ -129,18 +129,21 @@ class TestProjection:
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_leaves_zeros_out_without_changing_a_bit(self, build: str, dtype: torch.dtype) -> None:
         operations = NativeKernels(build, dtype)
-        down = Linear(operations.prepare_weight(random(64, 256, dtype=dtype)), None)
+        down = Linear(operations.prepare_weight(random(64, 256, dtype=dtype), sparse_input=True), None)
         x = random(1, 256, seed=11)
         x[:, torch.rand(256, generator=torch.Generator().manual_seed(12)) < 0.9] = 0.0
         one, many = Residual(torch.zeros(1, 64)), Residual(torch.zeros(8, 64))
         for residual in (one, many):  # eight rows are too many to look for zeros
             inner = x.expand(len(residual.values), -1).contiguous()
-            operations._linear(inner, None, down, residual.values, library.ADD, step_of(len(inner)), sparse=True)
+            operations._linear(inner, None, down, residual.values, library.ADD, step_of(len(inner)))
         assert torch.equal(one.values.expand(8, -1), many.values)
 
     def test_of_an_embedding_that_is_the_head_is_torch_s(self, build: str) -> None:
         table, hidden = random(50, 32), random(4, 32, seed=13)
-        torch.testing.assert_close(NativeKernels(build).logits(hidden, table), hidden @ table.t())
+        operations = NativeKernels(build)
+        head = operations.tied_weight(table)
+        assert head.data is table  # not a copy
+        torch.testing.assert_close(operations.logits(hidden, head), hidden @ table.t())
 
 
 class TestAttention:

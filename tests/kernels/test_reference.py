@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from persimmon.kernels import LayerCache, reference
+from persimmon.kernels import LayerCache, Linear, reference
 from persimmon.kernels.reference import AttentionPlan
 
 CPU = torch.device("cpu")
@@ -128,14 +128,19 @@ class TestLinear:
         for rows in [0, *range(1, 71)]:
             x = rounded(generator.normal(0, 1, (rows, inputs)), dtype)
             expected = exact(x) @ exact(weight).T + (exact(bias) if bias is not None else 0)
-            assert_close(reference.linear(x, prepared, bias), expected, dtype, factor=2)
+            assert_close(reference.project(x, Linear(prepared, bias)), expected, dtype, factor=2)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_takes_a_weight_as_it_is_stored(self, dtype: torch.dtype) -> None:
         generator = np.random.default_rng(1)
         weight = rounded(generator.normal(0, 0.1, (48, 64)), dtype)
         x = rounded(generator.normal(0, 1, (5, 64)), dtype)
-        assert_close(reference.linear(x, weight, None), exact(x) @ exact(weight).T, dtype, factor=2)
+        assert_close(
+            reference.project(x, Linear(reference.DenseWeight(weight), None)),
+            exact(x) @ exact(weight).T,
+            dtype,
+            factor=2,
+        )
 
     def test_preparing_leaves_the_weight_as_it_is(self) -> None:
         weight = torch.randn(32, 64)

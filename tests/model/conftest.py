@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(params=["C kernels", "plain torch"])
-def cpu_kernels(request: pytest.FixtureRequest) -> "Kernels[Any]":
+def cpu_kernels(request: pytest.FixtureRequest) -> "Kernels[Any, Any]":
     """What serves a CPU, and what serves one for which no C kernels could be compiled."""
     from persimmon import kernels
     from persimmon.kernels.cpu import library

@@ -18,7 +18,7 @@ import torch
 from triton.runtime.interpreter import GridExecutor
 
 from persimmon.kernels import Kernels, StepLimits, reference, reference_sampling
-from persimmon.kernels.fused import SMALL_STEP, FusedKernels
+from persimmon.kernels.fused import SMALL_STEP, FusedKernels, FusedWeight
 from persimmon.kernels.operands import DrawInputs, TruncationInputs
 from persimmon.model.checkpoint import Checkpoint
 from persimmon.model.config import PersimmonConfig
@@ -310,7 +310,7 @@ def test_mlp_rows_that_meet_only_zeros_are_not_read(shallow: Path) -> None:
         (layer,) = fused.model.layers
         assert layer.mlp_up.bias is not None
         layer.mlp_up.bias[:96] = -1e4
-        layer.mlp_down.weight[:96] = what_lies_there
+        layer.mlp_down.weight.matrix[:96] = what_lies_there
         logits.append(fused.runner.logits([SequenceInput([3], 0, fused.tables[0], (GREEDY,))]))
     assert logits[1].isfinite().all()
     assert torch.equal(*logits)
@@ -427,7 +427,7 @@ class TestDraws:
         chooser = torch.Generator().manual_seed(6)
         hidden, head = (torch.randn(count, 64, generator=chooser) / 4 for count in (rows, VOCAB_SIZE))
         params = [row_with(temperature=1.0, seed=row, top_k=2 if row % 16 == 0 else 0) for row in range(rows)]
-        samples = FusedSampler(kernels, head)(hidden, params)
+        samples = FusedSampler(kernels, FusedWeight(head))(hidden, params)
         assert samples.tokens.tolist() == reference_tokens(hidden @ head.t(), params)
 
     @pytest.mark.parametrize("sizes", [[6], []], ids=["fixed buffers", "eager"])
@@ -501,7 +501,7 @@ class TestDraws:
         kernels = FusedKernels(CPU)
         kernels.reserve(limits(PersimmonConfig.from_folder(shallow), 1))
         with pytest.raises(ValueError, match="2 rows, but the workspace has room for 1"):
-            FusedSampler(kernels, torch.randn(VOCAB_SIZE, 64))(torch.randn(2, 64), [GREEDY, GREEDY])
+            FusedSampler(kernels, FusedWeight(torch.randn(VOCAB_SIZE, 64)))(torch.randn(2, 64), [GREEDY, GREEDY])
 
     def test_are_the_same_in_every_batch(self, shallow: Path) -> None:
         asked = prompts(4, 9, 6)

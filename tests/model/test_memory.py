@@ -1,5 +1,6 @@
 """The memory plan: its sums, its errors, and its estimate against what a step allocates."""
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -228,7 +229,9 @@ class TestErrors:
 
     def test_numbers_of_32_bits_may_be_narrower(self) -> None:
         assert "16-bit --dtype" in self.error(PERSIMMON_8B, available=16 * GIB)
-        assert "--dtype" not in self.error(PERSIMMON_8B, available=12 * GIB, matrix_dtype=torch.float16)
+        assert "--dtype" not in self.error(
+            PERSIMMON_8B, available=12 * GIB, weight_bytes=lambda shape: 2 * math.prod(shape)
+        )
 
     def test_nothing_left_for_the_cache(self) -> None:
         made = plan()

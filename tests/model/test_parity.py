@@ -49,11 +49,11 @@ class Case:
     """A checkpoint, loaded, and what Transformers makes of prompts for it."""
 
     folder: Path
-    operations: Kernels[Any]
+    operations: Kernels[Any, Any]
     model: Persimmon
     reference: GreedyReference
 
-    def computed_by(self, operations: Kernels[Any]) -> "Case":
+    def computed_by(self, operations: Kernels[Any, Any]) -> "Case":
         """The same, loaded for other operations."""
         return replace(self, operations=operations, model=load_model(self.folder, operations=operations))
 
@@ -112,7 +112,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 @pytest.fixture
-def each_way(case: Case, cpu_kernels: Kernels[Any]) -> Case:
+def each_way(case: Case, cpu_kernels: Kernels[Any, Any]) -> Case:
     """The case in each of the ways in which a CPU computes."""
     return case.computed_by(cpu_kernels)
 

@@ -66,7 +66,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_logprobs_of_prompts_and_answers_are_transformers(
-    case: Case, random_checkpoint: Path, cpu_kernels: Kernels[Any], way: str
+    case: Case, random_checkpoint: Path, cpu_kernels: Kernels[Any, Any], way: str
 ) -> None:
     model = load_model(random_checkpoint, operations=cpu_kernels)
     harness = Harness(model, operations=cpu_kernels, **WAYS[way])

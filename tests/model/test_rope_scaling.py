@@ -202,7 +202,7 @@ def prompts() -> list[list[int]]:
 
 @pytest.mark.parametrize("name", ["linear", "dynamic", "yarn", "longrope"])
 def test_tokens_are_those_of_transformers_however_they_are_computed(
-    plain: Path, tmp_path: Path, name: str, cpu_kernels: Kernels[Any]
+    plain: Path, tmp_path: Path, name: str, cpu_kernels: Kernels[Any, Any]
 ) -> None:
     folder = scaled(plain, tmp_path / "scaled", name)
     # Longrope's file gives the length after scaling.
@@ -227,7 +227,9 @@ def test_tokens_are_those_of_transformers_however_they_are_computed(
     assert harness.stats.preemptions > 0
 
 
-def test_states_of_a_long_prompt_are_those_of_one_pass(plain: Path, tmp_path: Path, cpu_kernels: Kernels[Any]) -> None:
+def test_states_of_a_long_prompt_are_those_of_one_pass(
+    plain: Path, tmp_path: Path, cpu_kernels: Kernels[Any, Any]
+) -> None:
     folder = scaled(plain, tmp_path / "scaled", "dynamic")
     reference, prompt = load(folder), prompts()[-1]
     with torch.inference_mode():

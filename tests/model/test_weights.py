@@ -1,0 +1,144 @@
+"""Weights in a format that no kernels of the project have: int8 with a scale for each output.
+
+The network, the memory plan and the runner see what `Weight` shows and nothing of the format.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from persimmon.kernels import Kernels, Weight, reference
+from persimmon.kernels.reference import ReferenceWeight
+from persimmon.model.checkpoint import Checkpoint
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.memory import plan_memory
+from persimmon.model.persimmon import Layer, Persimmon, is_matrix
+from persimmon.model.runner import Runner, SequenceInput
+from persimmon.model.sampling_params import SamplingParams
+from tests.engine_harness import CPU, poisoned_cache
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """numbers [out, in] int8 times scales [out, 1] float32."""
+
+    numbers: torch.Tensor
+    scales: torch.Tensor
+    format: str = "int8"
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> "Int8Weight":
+        scales = weight.float().abs().amax(1, keepdim=True).clamp_min(1e-9) / 127
+        return cls((weight.float() / scales).round().to(torch.int8), scales)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.numbers.shape[0], self.numbers.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.numbers.nbytes + self.scales.nbytes
+
+    @property
+    def dequantised(self) -> torch.Tensor:
+        return self.numbers.float() * self.scales
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(x, self.dequantised, bias)
+
+
+class Int8Kernels:
+    """The reference with weights of its own."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(reference, name)
+
+    def prepare_weight(self, weight: torch.Tensor, *, sparse_input: bool = False) -> ReferenceWeight:
+        del sparse_input
+        return Int8Weight.of(weight)
+
+    def weight_bytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        del dtype
+        return math.prod(shape) + 4 * shape[0]
+
+
+def int8_kernels() -> Kernels[Any, Any]:
+    kernels: Any = Int8Kernels()
+    return kernels
+
+
+def tensors_of(folder: Path) -> tuple[PersimmonConfig, dict[str, torch.Tensor]]:
+    config = PersimmonConfig.from_folder(folder)
+    return config, dict(Checkpoint.open(folder, config).tensors())
+
+
+def logits_of(model: Persimmon, kernels: Kernels[Any, Any]) -> torch.Tensor:
+    """Of a prompt, and of one token behind it."""
+    runner = Runner(model, poisoned_cache(model, 4, 16), kernels)
+    greedy = (SamplingParams(),)
+    parts = (SequenceInput(range(5, 45), 0, [2, 0, 3], greedy), SequenceInput([7], 40, [2, 0, 3], greedy))
+    return torch.cat([runner.logits([part]) for part in parts])
+
+
+def weights_of(model: Persimmon) -> list[Weight]:
+    def of(layer: Layer) -> list[Weight]:
+        linears = (layer.query_key_value, layer.attention_out, layer.mlp_up, layer.mlp_down)
+        return [linear.weight for linear in linears]
+
+    return [weight for layer in model.layers for weight in of(layer)] + [model.head]
+
+
+def test_the_network_runs_on_a_format_that_it_does_not_know(random_checkpoint: Path) -> None:
+    config, tensors = tensors_of(random_checkpoint)
+    own = int8_kernels()
+    model = Persimmon(config, tensors.items(), torch.float32, CPU, own)
+    assert {weight.format for weight in weights_of(model)} == {"int8"}
+    exact = logits_of(Persimmon(config, tensors.items(), torch.float32, CPU, reference), reference)
+    for name in filter(is_matrix, tensors):
+        tensors[name] = Int8Weight.of(tensors[name]).dequantised
+    rounded = Persimmon(config, tensors.items(), torch.float32, CPU, reference)
+    torch.testing.assert_close(logits_of(model, own), logits_of(rounded, reference), rtol=1e-4, atol=1e-4)
+    # The format matters: otherwise the network would have kept the numbers as they came.
+    assert not torch.allclose(logits_of(model, own), exact, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["own kernels", "int8"])
+def test_the_memory_plan_counts_what_weights_say_they_take(
+    random_checkpoint: Path, cpu_kernels: Kernels[Any, Any], int8: bool
+) -> None:
+    kernels = int8_kernels() if int8 else cpu_kernels
+    config, tensors = tensors_of(random_checkpoint)
+    stored = kernels.stored_dtype(next(iter(tensors.values())).dtype, torch.float32)
+    plan = plan_memory(
+        config,
+        available=1 << 30,
+        dtype=torch.float32,
+        device=CPU,
+        block_size=16,
+        max_num_seqs=4,
+        max_num_batched_tokens=64,
+        max_model_len=None,
+        kv_cache_bytes=None,
+        weight_bytes=partial(kernels.weight_bytes, dtype=stored),
+    )
+    model = Persimmon(config, tensors.items(), torch.float32, CPU, kernels)
+    others = sum(4 * tensor.numel() for name, tensor in tensors.items() if not is_matrix(name))
+    assert plan.weights == others + sum(weight.nbytes for weight in weights_of(model))
+    for weight, name in zip(weights_of(model)[-2:], ("mlp.dense_4h_to_h", "lm_head"), strict=True):
+        assert weight.shape == next(tuple(t.shape) for key, t in tensors.items() if key.endswith(f"{name}.weight"))
+
+
+def test_scales_count_among_the_bytes_of_a_weight() -> None:
+    from persimmon.kernels.cpu.native import NativeWeight
+    from persimmon.kernels.fused import FusedWeight
+
+    numbers, scales = torch.zeros(8, 4, dtype=torch.int8), torch.ones(8)
+    assert FusedWeight(numbers, "columns", scales).nbytes == NativeWeight(numbers, (8, 4), "rows", scales=scales).nbytes
+    assert FusedWeight(numbers, "columns", scales).nbytes == 8 * 4 + 8 * 4
+    assert FusedWeight(numbers, "columns", scales).shape == (4, 8)
