@@ -13,9 +13,10 @@ from persimmon.kernels import reference
 from persimmon.kernels.cpu import library
 from persimmon.kernels.cpu.native import NativeKernels
 from persimmon.kernels.launch import KernelsUnavailableError, check_gpu
-from persimmon.kernels.operands import LayerCache, Linear, Norm, Residual, Rotary, StepLimits, Weight
+from persimmon.kernels.operands import Activation, LayerCache, Linear, Norm, Residual, Rotary, StepLimits, Weight
 
 __all__ = [
+    "Activation",
     "Kernels",
     "KernelsUnavailableError",
     "LayerCache",
@@ -25,7 +26,6 @@ __all__ = [
     "Rotary",
     "StepLimits",
     "Weight",
-    "cpu_kernels_name",
     "cpu_multiplies_bfloat16",
     "for_device",
 ]
@@ -80,9 +80,15 @@ class Kernels(Protocol[Plan, W]):
         self, qkv: torch.Tensor, qk_norm: Norm | None, rotary: Rotary, cache: LayerCache, plan: Plan
     ) -> torch.Tensor: ...
 
-    def add_linear_(self, x: Residual, attended: torch.Tensor, linear: Linear[W], plan: Plan) -> None: ...  # noqa: D102
+    def norm_linear_relu_squared(  # noqa: D102
+        self, x: Residual, norm: Norm, linear: Linear[W], plan: Plan
+    ) -> Activation: ...
 
-    def add_mlp_(self, x: Residual, norm: Norm, up: Linear[W], down: Linear[W], plan: Plan) -> None: ...  # noqa: D102
+    def product(self, inputs: Activation, linear: Linear[W], plan: Plan) -> torch.Tensor: ...  # noqa: D102
+
+    def add_(self, x: Residual, update: torch.Tensor, plan: Plan) -> None: ...  # noqa: D102
+
+    def add_product_(self, x: Residual, inputs: Activation, linear: Linear[W], plan: Plan) -> None: ...  # noqa: D102
 
     def norm_rows(self, x: Residual, norm: Norm, rows: torch.Tensor | None) -> torch.Tensor: ...  # noqa: D102
 

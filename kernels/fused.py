@@ -20,6 +20,7 @@ from persimmon.kernels.decode_attention import DecodeWorkspace, build_work_list,
 from persimmon.kernels.launch import upload
 from persimmon.kernels.layer_norm import bias_relu_squared_, embed, layer_norm
 from persimmon.kernels.operands import (
+    Activation,
     DrawInputs,
     LayerCache,
     Linear,
@@ -212,16 +213,18 @@ class FusedKernels:
         """As `reference.norm_linear`."""
         if len(x.values) > SMALL_STEP:
             return torch.nn.functional.linear(self._normed(x, norm), linear.weight.rows, linear.bias)
-        out, _ = projection.project(
-            x.values,
-            linear.weight.matrix,
-            linear.bias,
-            norm=_projection_norm(x, norm),
-            live=plan.live,
-            workspace=self._workspaces.projection,
-            pdl=self.pdl,
-        )
+        out, _ = self._project_normed(x, norm, linear, plan, "none")
         return out
+
+    def norm_linear_relu_squared(
+        self, x: Residual, norm: Norm, linear: Linear[FusedWeight], plan: FusedPlan
+    ) -> Activation:
+        """As `reference.norm_linear_relu_squared`; of a small step it says which neurons are zero in all rows."""
+        if len(x.values) > SMALL_STEP:
+            values = torch.nn.functional.linear(self._normed(x, norm), linear.weight.rows, linear.bias)
+            bias_relu_squared_(values, None, pdl=self.pdl)
+            return Activation(values)
+        return Activation(*self._project_normed(x, norm, linear, plan, "relu_squared"))
 
     def attention(
         self,
@@ -266,51 +269,33 @@ class FusedKernels:
             prefill_attention(q, cache, plan.chunks, out=out[decodes:], pdl=self.pdl)
         return out
 
-    def add_linear_(self, x: Residual, attended: torch.Tensor, linear: Linear[FusedWeight], plan: FusedPlan) -> None:
-        """As `reference.add_linear_`."""
-        if len(attended) > SMALL_STEP:
-            x.pending = torch.nn.functional.linear(attended, linear.weight.rows, linear.bias)
-            return
-        x.statistics = projection.project_add_(
-            x.values,
-            attended,
-            linear.weight.matrix,
-            linear.bias,
-            live=plan.live,
-            workspace=self._workspaces.projection,
-            config=projection.ATTENTION_OUT,
-            pdl=self.pdl,
-        )
+    def product(self, inputs: Activation, linear: Linear[FusedWeight], plan: FusedPlan) -> torch.Tensor:
+        """As `reference.product`."""
+        del plan
+        return torch.nn.functional.linear(inputs.values, linear.weight.rows, linear.bias)
 
-    def add_mlp_(
-        self, x: Residual, norm: Norm, up: Linear[FusedWeight], down: Linear[FusedWeight], plan: FusedPlan
-    ) -> None:
-        """As `reference.add_mlp_`."""
-        if len(x.values) > SMALL_STEP:
-            activation = torch.nn.functional.linear(self._normed(x, norm), up.weight.rows, up.bias)
-            bias_relu_squared_(activation, None, pdl=self.pdl)
-            x.pending = torch.nn.functional.linear(activation, down.weight.rows, down.bias)
+    def add_(self, x: Residual, update: torch.Tensor, plan: FusedPlan) -> None:
+        """As `reference.add_`; the next LayerNorm does it in passing, and reads rows instead of their statistics."""
+        del plan
+        x.pending, x.statistics = update, None
+
+    def add_product_(self, x: Residual, inputs: Activation, linear: Linear[FusedWeight], plan: FusedPlan) -> None:
+        """As `reference.add_product_`; of a small step in one launch, which also makes the statistics."""
+        values, weight = inputs.values, linear.weight
+        if len(values) > SMALL_STEP:
+            self.add_(x, self.product(inputs, linear, plan), plan)
             return
-        activation, alive = projection.project(
-            x.values,
-            up.weight.matrix,
-            up.bias,
-            norm=_projection_norm(x, norm),
-            activation="relu_squared",
-            live=plan.live,
-            workspace=self._workspaces.projection,
-            pdl=self.pdl,
-        )
+        columns = weight.format == "columns"
         x.statistics = projection.project_add_(
             x.values,
-            activation,
-            down.weight.matrix,
-            down.bias,
-            transposed=True,
-            alive=alive if len(activation) <= self.sparse_step else None,
+            values,
+            weight.matrix,
+            linear.bias,
+            transposed=columns,
+            alive=inputs.alive if columns and len(values) <= self.sparse_step else None,
             live=plan.live,
             workspace=self._workspaces.projection,
-            config=projection.MLP_DOWN,
+            config=projection.MLP_DOWN if columns else projection.ATTENTION_OUT,
             pdl=self.pdl,
         )
 
@@ -390,6 +375,31 @@ class FusedKernels:
         """[max_num_seqs] int64, the tokens of the last step, where the next may take them from."""
         return self._workspaces.sampling.tokens
 
+    def _project_normed(
+        self,
+        x: Residual,
+        norm: Norm,
+        linear: Linear[FusedWeight],
+        plan: FusedPlan,
+        activation: Literal["none", "relu_squared"],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A small step's projection of the normed stream; without statistics the norm is a launch of its own."""
+        inputs, by = x.values, None
+        if x.statistics is None:
+            inputs = self._normed(x, norm)
+        else:
+            by = projection.Norm(x.statistics, norm.weight, norm.bias, norm.eps)
+        return projection.project(
+            inputs,
+            linear.weight.matrix,
+            linear.bias,
+            norm=by,
+            activation=activation,
+            live=plan.live,
+            workspace=self._workspaces.projection,
+            pdl=self.pdl,
+        )
+
     def _normed(self, x: Residual, norm: Norm) -> torch.Tensor:
         """LayerNorm of the whole stream, after adding what is pending."""
         statistics = None if x.pending is not None else x.statistics
@@ -419,9 +429,3 @@ def _projections(limits: StepLimits) -> list[tuple[int, projection.ProjectionCon
         (hidden, projection.ATTENTION_OUT),
         (hidden, projection.MLP_DOWN),
     ]
-
-
-def _projection_norm(x: Residual, norm: Norm) -> projection.Norm:
-    if x.statistics is None:
-        raise RuntimeError("a small step's residual stream comes with the statistics of its rows")
-    return projection.Norm(x.statistics, norm.weight, norm.bias, norm.eps)

@@ -54,6 +54,19 @@ class Linear(Generic[W]):
 
 
 @dataclass(frozen=True, slots=True)
+class Activation:
+    """What a product multiplies.
+
+    Attributes:
+        values: [T, in].
+        alive: [in] int8, zero where every row has a zero, when the kernel that wrote `values` has looked.
+    """
+
+    values: torch.Tensor
+    alive: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Rotary:
     """Cosines and sines of the angles by which the rotary embedding turns: position * frequency.
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from persimmon.kernels.operands import LayerCache, Linear, Norm, Residual, Rotary, StepLimits, Weight
+from persimmon.kernels.operands import Activation, LayerCache, Linear, Norm, Residual, Rotary, StepLimits, Weight
 
 PADDING_LIMIT = 1.25
 """Decoding sequences share one attention call while padding them to the longest costs at most this factor."""
@@ -383,17 +383,40 @@ def attention(
     return paged_attention(q, cache, plan)
 
 
-def add_linear_(x: Residual, attended: torch.Tensor, linear: Linear[ReferenceWeight], plan: AttentionPlan) -> None:
-    """Adds a projection of `attended` [T, in] to the residual stream."""
+def norm_linear_relu_squared(
+    x: Residual, norm: Norm, linear: Linear[ReferenceWeight], plan: AttentionPlan
+) -> Activation:
+    """The first half of the MLP: relu(linear(norm(x)))^2, [T, out]."""
+    return Activation(relu_squared(norm_linear(x, norm, linear, plan)))
+
+
+def product(inputs: Activation, linear: Linear[ReferenceWeight], plan: AttentionPlan) -> torch.Tensor:
+    """What this rank has of a product that goes into the residual stream.
+
+    Ranks that share a network have some input columns of the weight each, and one of them has the bias, so the product
+    is the sum over all ranks.  One rank has it whole.
+
+    Args:
+        inputs: [T, in] of these columns.
+        linear: the weight of these columns, and the bias or None.
+        plan: the step's.
+
+    Returns:
+        [T, out] in the dtype of the inputs.
+    """
     del plan
-    x.values += project(attended, linear)
+    return project(inputs.values, linear)
 
 
-def add_mlp_(
-    x: Residual, norm: Norm, up: Linear[ReferenceWeight], down: Linear[ReferenceWeight], plan: AttentionPlan
-) -> None:
-    """Adds the MLP, down(relu(up(norm(x)))^2), to the residual stream."""
-    x.values += project(relu_squared(norm_linear(x, norm, up, plan)), down)
+def add_(x: Residual, update: torch.Tensor, plan: AttentionPlan) -> None:
+    """Adds a product [T, hidden], summed over all ranks, to the residual stream, and its statistics with it."""
+    del plan
+    x.values += update
+
+
+def add_product_(x: Residual, inputs: Activation, linear: Linear[ReferenceWeight], plan: AttentionPlan) -> None:
+    """`product`, then `add_`: what one rank does, which kernels may do in one launch."""
+    add_(x, product(inputs, linear, plan), plan)
 
 
 def norm_rows(x: Residual, norm: Norm, rows: torch.Tensor | None) -> torch.Tensor:

@@ -5,17 +5,30 @@ Everything `forward` reads comes in as an argument.  Knows nothing of requests, 
 Pre-norm blocks with sequential residuals: x += attention(norm(x)); x += mlp(norm(x)), as in Adept's release.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from persimmon.kernels import Kernels, Linear, Norm, Rotary
+from persimmon.kernels import Activation, Kernels, Linear, Norm, Residual, Rotary
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.rotary import rotary_of_tokens, rotary_table
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedSpan:
+    """Neighbouring tokens of one sequence that do not get their embeddings from the table, such as those of an image.
+
+    Attributes:
+        start: the first of them, among the tokens of the sequence's part of a step, or of the step.
+        vectors: [n, hidden], their embeddings; their token ids say nothing, but are in the vocabulary.
+    """
+
+    start: int
+    vectors: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +41,7 @@ class Step:
         logits_rows: [R] int64, the tokens whose next-token logits are wanted; None for all.
         sampled: [*] int64 tokens that the device knows before the host does.
         rotary: the tokens' angles, see `Persimmon.rotary_of_tokens`; None for those of their positions.
+        embedded: the tokens among the T that do not get their embeddings from the table.
     """
 
     token_ids: torch.Tensor
@@ -35,6 +49,7 @@ class Step:
     logits_rows: torch.Tensor | None
     sampled: torch.Tensor | None = None
     rotary: Rotary | None = None
+    embedded: Sequence[EmbeddedSpan] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +76,8 @@ class Persimmon:
         device: where they live.
         kernels: the operations.
         max_model_len: most tokens of a sequence; the network's own by default.
+        sum_over_ranks: makes of what this rank has of a product, [T, hidden], the sum over all that share the network;
+            None where there are no others, and kernels add a product to the residual stream in one launch.
     """
 
     def __init__(
@@ -71,8 +88,10 @@ class Persimmon:
         device: torch.device,
         kernels: Kernels[Any, Any],
         max_model_len: int | None = None,
+        sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self.config = config
+        self._sum_over_ranks = sum_over_ranks
         self.dtype = dtype
         self.device = device
         self._kernels = kernels
@@ -149,13 +168,25 @@ class Persimmon:
         heads, head_dim = self.config.num_attention_heads, self.config.head_dim
         rotary = step.rotary or kernels.rotary_at(self._rotary, plan)
         x = kernels.embed(step.token_ids, step.sampled, self._embedding, plan)
+        if step.embedded:
+            place_spans(x.values, step.embedded)
+            x = Residual(x.values)  # what kernels have noted of its rows is no longer true
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             qkv = kernels.norm_linear(x, layer.attention_norm, layer.query_key_value, plan)
             qkv = qkv.view(-1, heads, 3, head_dim)
             attended = kernels.attention(qkv, layer.qk_norm, rotary, layer_cache, plan)
-            kernels.add_linear_(x, attended, layer.attention_out, plan)
-            kernels.add_mlp_(x, layer.mlp_norm, layer.mlp_up, layer.mlp_down, plan)
+            self._add_product_(kernels, x, Activation(attended), layer.attention_out, plan)
+            inner = kernels.norm_linear_relu_squared(x, layer.mlp_norm, layer.mlp_up, plan)
+            self._add_product_(kernels, x, inner, layer.mlp_down, plan)
         return kernels.norm_rows(x, self._final_norm, step.logits_rows)
+
+    def _add_product_(
+        self, kernels: Kernels[Any, Any], x: Residual, inputs: Activation, linear: Linear[Any], plan: Any
+    ) -> None:
+        if self._sum_over_ranks is None:
+            kernels.add_product_(x, inputs, linear, plan)
+        else:
+            kernels.add_(x, self._sum_over_ranks(kernels.product(inputs, linear, plan)), plan)
 
     def rotary_of_tokens(self, positions: torch.Tensor, lengths: torch.Tensor) -> Rotary:
         """The angles of a step's tokens where frequencies depend on the length, see `PersimmonConfig.rope_limit`.
@@ -187,6 +218,23 @@ class Persimmon:
         if self._score is None:
             raise ValueError(f"{self.config.architecture} has no classification head, so it scores no labels")
         return F.linear(hidden.float(), *self._score)
+
+
+def place_spans(embeddings: torch.Tensor, spans: Iterable[EmbeddedSpan]) -> None:
+    """Overwrites a step's embeddings [T, hidden] where spans say so.
+
+    Raises:
+        ValueError: a span's vectors do not fit.
+    """
+    tokens, hidden = embeddings.shape
+    for span in spans:
+        end = span.start + len(span.vectors)
+        if span.start < 0 or end > tokens or span.vectors.shape[1:] != (hidden,):
+            raise ValueError(
+                f"a span has {list(span.vectors.shape)} numbers for tokens from {span.start} on; a step of {tokens} "
+                f"tokens takes [n, {hidden}] within it"
+            )
+        embeddings[span.start : end] = span.vectors
 
 
 def _is_projection(name: str) -> bool:

@@ -5,10 +5,11 @@ What CUDA graphs are on a GPU.  Knows nothing of sampling.
 
 import torch
 
-from persimmon.kernels.cpu.native import NativeKernels, NativePlan, step_of_plan
+from persimmon.kernels.cpu import library
+from persimmon.kernels.cpu.native import RESIDUAL_BUFFER, NativeKernels, NativePlan, step_of_plan
 from persimmon.kernels.cpu.program import Program
 from persimmon.model.kv_cache import KVCache
-from persimmon.model.persimmon import Persimmon, Step
+from persimmon.model.persimmon import Persimmon, Step, place_spans
 
 
 class RecordedNetwork:
@@ -36,18 +37,28 @@ class RecordedNetwork:
             max_tokens = 1 << (plan.num_tokens - 1).bit_length()
             self._program = record(self._model, self._cache, self._kernels, max_tokens)
         rows = plan.num_tokens if step.logits_rows is None else len(step.logits_rows)
-        hidden = torch.empty(rows, self._model.config.hidden_size)
-        self._program.run(
-            step_of_plan(
-                plan,
-                step.rotary,
-                token_ids=step.token_ids,
-                sampled=step.sampled,
-                rows=step.logits_rows,
-                hidden=hidden,
-            )
+        width = self._model.config.hidden_size
+        hidden = torch.empty(rows, width)
+        native_step = step_of_plan(
+            plan,
+            step.rotary,
+            token_ids=step.token_ids,
+            sampled=step.sampled,
+            rows=step.logits_rows,
+            hidden=hidden,
         )
+        if step.embedded:
+            # In two calls, so that the embeddings can be changed between them.
+            self._program.part(_embeds).run(native_step)
+            place_spans(self._program.buffer(RESIDUAL_BUFFER, width)[: plan.num_tokens], step.embedded)
+            self._program.part(lambda operation: not _embeds(operation)).run(native_step)
+        else:
+            self._program.run(native_step)
         return hidden
+
+
+def _embeds(operation: library.Operation) -> bool:
+    return bool(operation.kind == library.EMBED)
 
 
 @torch.inference_mode()

@@ -18,7 +18,10 @@ import torch.nn.functional as F  # noqa: N812
 from persimmon.kernels.cpu import library
 from persimmon.kernels.cpu.pages import advise_large_pages
 from persimmon.kernels.cpu.program import Program, step_of
-from persimmon.kernels.operands import LayerCache, Linear, Norm, Residual, Rotary, StepLimits
+from persimmon.kernels.operands import Activation, LayerCache, Linear, Norm, Residual, Rotary, StepLimits
+
+RESIDUAL_BUFFER = "x"
+"""Name of a program's buffer that holds the residual stream."""
 
 _TYPES = {torch.float32: library.FLOAT32, torch.float16: library.FLOAT16, torch.bfloat16: library.BFLOAT16}
 
@@ -153,7 +156,7 @@ class NativeKernels:
         self, token_ids: torch.Tensor, sampled: torch.Tensor | None, table: torch.Tensor, plan: NativePlan
     ) -> Residual:
         """As `reference.embed`."""
-        x = self._buffer("x", plan.num_tokens, table.shape[1])
+        x = self._buffer(RESIDUAL_BUFFER, plan.num_tokens, table.shape[1])
         operation = library.Operation(kind=library.EMBED, type=_TYPES[table.dtype], out=table.shape[1])
         operation.weight, operation.output = table.data_ptr(), x.data_ptr()
         self._run(operation, step_of_plan(plan, token_ids=token_ids, sampled=sampled), table, x)
@@ -197,18 +200,28 @@ class NativeKernels:
         self._run(operation, step_of_plan(plan, by_token), qkv, qk_norm, rotary, cache, out)
         return out
 
-    def add_linear_(self, x: Residual, attended: torch.Tensor, linear: Linear[NativeWeight], plan: NativePlan) -> None:
-        """As `reference.add_linear_`."""
-        self._linear(attended, None, linear, x.values, library.ADD, step_of_plan(plan))
+    def norm_linear_relu_squared(
+        self, x: Residual, norm: Norm, linear: Linear[NativeWeight], plan: NativePlan
+    ) -> Activation:
+        """As `reference.norm_linear_relu_squared`."""
+        inner = self._buffer("inner", plan.num_tokens, linear.weight.shape[0])
+        self._linear(x.values, norm, linear, inner, library.STORE_RELU_SQUARED, step_of_plan(plan))
+        return Activation(inner)
 
-    def add_mlp_(
-        self, x: Residual, norm: Norm, up: Linear[NativeWeight], down: Linear[NativeWeight], plan: NativePlan
-    ) -> None:
-        """As `reference.add_mlp_`; with few rows, inputs of `down` that are zero in all of them are left out."""
-        inner = self._buffer("inner", plan.num_tokens, up.weight.shape[0])
-        step = step_of_plan(plan)
-        self._linear(x.values, norm, up, inner, library.STORE_RELU_SQUARED, step)
-        self._linear(inner, None, down, x.values, library.ADD, step)
+    def product(self, inputs: Activation, linear: Linear[NativeWeight], plan: NativePlan) -> torch.Tensor:
+        """As `reference.product`; with few rows, inputs of a sparse weight that are zero in all are left out."""
+        out = self._buffer("product", plan.num_tokens, linear.weight.shape[0])
+        self._linear(inputs.values, None, linear, out, library.STORE, step_of_plan(plan))
+        return out
+
+    def add_(self, x: Residual, update: torch.Tensor, plan: NativePlan) -> None:
+        """As `reference.add_`."""
+        del plan
+        x.values += update
+
+    def add_product_(self, x: Residual, inputs: Activation, linear: Linear[NativeWeight], plan: NativePlan) -> None:
+        """As `reference.add_product_`, in one operation."""
+        self._linear(inputs.values, None, linear, x.values, library.ADD, step_of_plan(plan))
 
     def norm_rows(self, x: Residual, norm: Norm, rows: torch.Tensor | None) -> torch.Tensor:
         """As `reference.norm_rows`."""
@@ -310,6 +323,13 @@ class _Recorder(NativeKernels):
     def __init__(self, kernels: NativeKernels, program: Program) -> None:
         super().__init__(kernels.build, kernels.dtype)
         self._program = program
+
+    def add_(self, x: Residual, update: torch.Tensor, plan: NativePlan) -> None:
+        """Refuses: only `add_product_` is an operation of a program."""
+        raise NotImplementedError(
+            "a recorded program adds a product to the residual stream in one operation, so nothing can sum over ranks "
+            "in between; run `Persimmon.forward` with the kernels themselves"
+        )
 
     def _buffer(self, name: str, rows: int, width: int) -> torch.Tensor:
         del rows

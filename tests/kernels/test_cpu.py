@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from persimmon import kernels
-from persimmon.kernels import KernelsUnavailableError, LayerCache, Linear, Norm, Residual, Rotary, reference
+from persimmon.kernels import Activation, KernelsUnavailableError, LayerCache, Linear, Norm, Residual, Rotary, reference
 from persimmon.kernels.cpu import library
 from persimmon.kernels.cpu.native import NativeKernels, NativePlan
 from persimmon.kernels.cpu.program import Program, step_of
@@ -120,9 +120,10 @@ class TestProjection:
         up = Linear(operations.prepare_weight(up_weight), up_bias)
         down = Linear(operations.prepare_weight(down_weight, sparse_input=True), random(128, seed=10))
         actual = Residual(x.clone())
-        operations.add_mlp_(actual, norm, up, down, rows_plan(rows))
-        inner = reference.layer_norm(x, norm.weight, norm.bias, norm.eps) @ up_weight.float().t() + up_bias
-        expected = x + inner.relu().square() @ down_weight.float().t() + random(128, seed=10)
+        inner = operations.norm_linear_relu_squared(actual, norm, up, rows_plan(rows))
+        operations.add_product_(actual, inner, down, rows_plan(rows))
+        wanted = reference.layer_norm(x, norm.weight, norm.bias, norm.eps) @ up_weight.float().t() + up_bias
+        expected = x + wanted.relu().square() @ down_weight.float().t() + random(128, seed=10)
         scale = expected.abs().max().item()
         torch.testing.assert_close(actual.values, expected, rtol=0, atol=4 * TOLERANCE[dtype] * scale)
 
@@ -135,7 +136,7 @@ class TestProjection:
         one, many = Residual(torch.zeros(1, 64)), Residual(torch.zeros(8, 64))
         for residual in (one, many):  # eight rows are too many to look for zeros
             inner = x.expand(len(residual.values), -1).contiguous()
-            operations._linear(inner, None, down, residual.values, library.ADD, step_of(len(inner)))
+            operations.add_product_(residual, Activation(inner), down, rows_plan(len(inner)))
         assert torch.equal(one.values.expand(8, -1), many.values)
 
     def test_of_an_embedding_that_is_the_head_is_torch_s(self, build: str) -> None:
