@@ -37,6 +37,7 @@ from persimmon.kernels.cpu.native import NativeKernels, step_of_plan
 from persimmon.model import sampler
 from persimmon.model.checkpoint import Checkpoint
 from persimmon.model.config import PersimmonConfig
+from persimmon.model.executor import executor_for
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.native_draw import NativeDraw
 from persimmon.model.persimmon import Persimmon
@@ -94,7 +95,7 @@ class Network:
             kernels=operations,
         )
         self.cache = KVCache.allocate(config, sequences * BLOCKS_EACH, BLOCK_SIZE, dtype, CPU)
-        self.runner = Runner(self.model, self.cache, operations)
+        self.runner = Runner(executor_for(operations, CPU).start(self.model, self.cache))
 
     def batch(self, sequences: int, tokens: int) -> list[SequenceInput]:
         """A step: single tokens follow their context, more are a prompt."""

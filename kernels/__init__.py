@@ -100,11 +100,6 @@ def cpu_multiplies_bfloat16() -> bool:
     return "avx512_bf16" in library.builds()
 
 
-def cpu_kernels_name(operations: Kernels[Any, Any]) -> str:
-    """What computes on a CPU, for people."""
-    return f"{operations.build} kernels" if isinstance(operations, NativeKernels) else "plain torch, no C kernels"
-
-
 def for_device(device: torch.device, dtype: torch.dtype = torch.float32) -> Kernels[Any, Any]:
     """The implementation that runs on this device: fused Triton kernels on a GPU, on a CPU C or else plain torch.
 

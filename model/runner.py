@@ -5,23 +5,19 @@ run together.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from persimmon.kernels import Kernels, Rotary
-from persimmon.kernels.cpu.native import NativeKernels
+from persimmon.kernels import Rotary
 from persimmon.kernels.launch import upload
-from persimmon.model.kv_cache import KVCache
+from persimmon.model.executor import Executor
 from persimmon.model.logprobs import LogprobRows
-from persimmon.model.native_draw import NativeDraw
-from persimmon.model.persimmon import Persimmon, Step
-from persimmon.model.recorded_network import RecordedNetwork
+from persimmon.model.persimmon import EmbeddedSpan, Step
 from persimmon.model.row_sampling import RowSampling
-from persimmon.model.sampler import Samples, rows_at_once, sample
+from persimmon.model.sampler import Samples, rows_at_once
 from persimmon.model.step_outcome import StepOutcome
 from persimmon.model.token_logprobs import TokenLogprobs
 
@@ -79,6 +75,7 @@ class SequenceInput:
         report: what else is wanted of these tokens.
         prompt_length: how many of the sequence's first tokens are its prompt, where that is more than the network's
             `rope_limit`; 0 where not.
+        embedded: the tokens among them that do not get their embeddings from the table.
     """
 
     token_ids: Sequence[int]
@@ -87,6 +84,7 @@ class SequenceInput:
     samplings: Sequence[RowSampling]
     report: Report | None = None
     prompt_length: int = 0
+    embedded: Sequence[EmbeddedSpan] = ()
 
 
 class PendingStep:
@@ -140,66 +138,19 @@ class PendingStep:
         )
 
 
-class Sampler(Protocol):
-    """Final hidden states to tokens."""
-
-    def __call__(self, hidden: torch.Tensor, params: Sequence[RowSampling]) -> Samples:
-        """A token a row: [R, hidden] and R settings to R tokens on the same device."""
-        ...
-
-
-class DecodeSteps(Protocol):
-    """A faster way for steps in which every sequence has one token and samples once."""
-
-    @property
-    def sampled(self) -> torch.Tensor:
-        """[*] int64 on the device: the tokens of the last step, which the next may begin with."""
-        ...
-
-    def takes(self, rows: int) -> bool:
-        """Whether it runs steps of so many sequences."""
-        ...
-
-    def launch(self, batch: Sequence[SequenceInput]) -> Samples:
-        """Starts a step; its tokens on the device are also the first of `sampled`."""
-        ...
-
-    @property
-    def replays(self) -> int:
-        """How many steps were replays of what was captured."""
-        ...
-
-
 class Runner:
-    """The network, its cache and the sampler on one device.
+    """Turns sequences into steps of a network, and what it makes of them into results.
 
     Args:
-        model: the network.
-        cache: its keys and values.
-        kernels: the operations `model` was prepared for.
-        sampler: draws tokens; by default from the logits, with `persimmon.model.sampler.sample`.
-        decode_steps: runs the decode steps that it takes; by default they run like all others.
+        executor: runs the steps, started.
     """
 
-    def __init__(
-        self,
-        model: Persimmon,
-        cache: KVCache,
-        kernels: Kernels[Any, Any],
-        sampler: Sampler | None = None,
-        decode_steps: DecodeSteps | None = None,
-    ) -> None:
-        self._model = model
-        self._forward: Callable[[Step], torch.Tensor] = partial(model.forward, cache=cache)
-        sample_logits: Callable[..., Samples] = sample
-        if isinstance(kernels, NativeKernels):
-            self._forward = RecordedNetwork(model, cache, kernels).forward
-            sample_logits = partial(sample, draw=NativeDraw(kernels))
-        self._cache = cache
-        self._kernels = kernels
-        self._sampler = sampler or (lambda hidden, params: sample_logits(model.logits(hidden), params))
-        self._decode_steps = decode_steps
-        self._sampled = decode_steps.sampled if decode_steps else torch.zeros(0, dtype=torch.int64, device=cache.device)
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._model = executor.model
+        self._cache = executor.cache
+        self._forward: Callable[[Step], torch.Tensor] = executor.forward
+        self._sampler: Callable[[torch.Tensor, Sequence[RowSampling]], Samples] = executor.sample
 
     @property
     def rope_limit(self) -> int | None:
@@ -209,7 +160,7 @@ class Runner:
     @property
     def graph_replays(self) -> int:
         """How many steps were CUDA graphs."""
-        return 0 if self._decode_steps is None else self._decode_steps.replays
+        return self._executor.replays
 
     def wrap_parts(self, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:
         """Puts something around the parts of each step that is launched from here, like the ranges of a profile.
@@ -244,10 +195,10 @@ class Runner:
         Returns:
             What comes of it, later.
         """
-        if self._decode_steps is not None and self._decode_steps.takes(len(batch)) and _is_decode(batch):
+        drawn = self._executor.decode(batch)
+        if drawn is not None:
             params = [own for item in batch for own in item.samplings]
-            samples = self._decode_steps.launch(batch)
-            return PendingStep(*self._fetch(samples.tokens), samples, range(len(batch)), params, {}, {})
+            return PendingStep(*self._executor.fetch(drawn.tokens), drawn, range(len(batch)), params, {}, {})
         # Single tokens first and by length, as `plan_attention` wants them.
         order = sorted(range(len(batch)), key=lambda i: (len(batch[i].token_ids) != 1, batch[i].start))
         inputs = [batch[i] for i in order]
@@ -273,8 +224,8 @@ class Runner:
         places, tokens = _places(batch, order), samples.tokens
         if places != list(range(len(places))):
             tokens = tokens[upload(np.argsort(places), tokens.device)]
-        self._keep(tokens)
-        return PendingStep(*self._fetch(tokens), samples, places, params, prompt_logprobs, pooled)
+        self._executor.keep(tokens)
+        return PendingStep(*self._executor.fetch(tokens), samples, places, params, prompt_logprobs, pooled)
 
     @torch.inference_mode()
     def logits(self, batch: Sequence[SequenceInput]) -> torch.Tensor:
@@ -301,27 +252,10 @@ class Runner:
         rows = self._model.scores(states) if report.scores else states.float()
         return rows.sum(0, keepdim=True) if report.total else rows
 
-    def _keep(self, tokens: torch.Tensor) -> None:
-        """Leaves the tokens where the next step finds them."""
-        if self._decode_steps is None:
-            self._sampled = tokens
-        else:
-            self._sampled[: len(tokens)] = tokens
-
-    def _fetch(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """The tokens on the host, and the event after which they are there."""
-        if tokens.device.type == "cpu":
-            return tokens.clone(), None
-        on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        on_host.copy_(tokens, non_blocking=True)
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        copied.record()
-        return on_host, copied
-
     def _step(self, inputs: Sequence[SequenceInput], rows: Sequence[int]) -> Step:
         device = self._cache.device
         counts = [len(item.token_ids) for item in inputs]
-        attention = self._kernels.plan_attention(
+        attention = self._executor.kernels.plan_attention(
             [item.block_table for item in inputs],
             [item.start for item in inputs],
             counts,
@@ -337,8 +271,9 @@ class Runner:
             upload(np.array(token_ids, dtype=np.int64), device),
             attention,
             None if every_row else upload(np.array(rows, dtype=np.int64), device),
-            self._sampled if min(token_ids) < 0 else None,
+            self._executor.sampled if min(token_ids) < 0 else None,
             self._rotary(inputs),
+            _spans(inputs),
         )
 
     def _rotary(self, inputs: Sequence[SequenceInput]) -> Rotary | None:
@@ -370,11 +305,17 @@ def _wanted_rows(inputs: Sequence[SequenceInput]) -> tuple[list[int], list[int]]
     return sampling, reported
 
 
+def _spans(inputs: Sequence[SequenceInput]) -> list[EmbeddedSpan]:
+    """The sequences' spans among the tokens of the step."""
+    spans: list[EmbeddedSpan] = []
+    begin = 0
+    for item in inputs:
+        spans += [replace(span, start=begin + span.start) for span in item.embedded]
+        begin += len(item.token_ids)
+    return spans
+
+
 def _places(batch: Sequence[SequenceInput], order: Sequence[int]) -> list[int]:
     """Where each sampled row stands in the order of the batch, when its sequences ran in another."""
     firsts = np.cumsum([0, *(len(item.samplings) for item in batch)]).tolist()
     return [place for i in order for place in range(firsts[i], firsts[i + 1])]
-
-
-def _is_decode(batch: Sequence[SequenceInput]) -> bool:
-    return all(len(item.token_ids) == 1 and len(item.samplings) == 1 and item.report is None for item in batch)

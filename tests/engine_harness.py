@@ -16,6 +16,7 @@ from persimmon import kernels
 from persimmon.kernels import Kernels
 from persimmon.model.checkpoint import Checkpoint
 from persimmon.model.config import PersimmonConfig
+from persimmon.model.executor import executor_for
 from persimmon.model.grammar import GrammarCompiler
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.persimmon import Persimmon
@@ -41,6 +42,11 @@ def load_model(
     config = PersimmonConfig.from_folder(folder)
     checkpoint = Checkpoint.open(folder, config)
     return Persimmon(checkpoint.config, checkpoint.tensors(), dtype, CPU, operations or kernels.for_device(CPU))
+
+
+def runner_of(model: Persimmon, cache: KVCache, operations: Kernels[Any, Any] | None = None) -> Runner:
+    """Runs steps on the CPU, with the operations that the model was loaded with; what serves a CPU by default."""
+    return Runner(executor_for(operations or kernels.for_device(CPU), CPU).start(model, cache))
 
 
 def poisoned_cache(model: Persimmon, num_blocks: int, block_size: int) -> KVCache:
@@ -104,7 +110,7 @@ class Harness:
         cache = poisoned_cache(model, num_blocks, block_size)
         self.told: defaultdict[Sequence, Told] = defaultdict(Told)
         """What the steps have reported of each sequence."""
-        self._run = PlanRunner(Runner(model, cache, operations or kernels.for_device(CPU)), grammars)
+        self._run = PlanRunner(runner_of(model, cache, operations), grammars)
         self._overlap = overlap
         self._under_way: deque[tuple[StepPlan, LaunchedStep]] = deque()
         self.failures: dict[Sequence, str] = {}

@@ -18,7 +18,7 @@ from persimmon.kernels.fused import FusedKernels
 from persimmon.model.checkpoint import dummy_tensors
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.cuda_graphs import DecodeGraphs
-from persimmon.model.fused_sampler import FusedSampler
+from persimmon.model.fused_executor import FusedExecutor
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.persimmon import Persimmon
 from persimmon.model.row_sampling import RowSampling
@@ -176,8 +176,9 @@ class Machine:
 
     def runner(self, graphs: DecodeGraphs | None) -> Runner:
         """What the engine calls."""
-        sampler = FusedSampler(self.kernels, self.model.head)
-        return Runner(self.model, self.cache, self.kernels, sampler, graphs)
+        executor = FusedExecutor(self.kernels).start(self.model, self.cache)
+        executor.graphs = graphs
+        return Runner(executor)
 
 
 def decode_batch(

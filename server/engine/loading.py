@@ -7,11 +7,10 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -20,7 +19,8 @@ from persimmon import kernels
 from persimmon.model.checkpoint import Checkpoint, dummy_tensors
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.cores import usable_cores
-from persimmon.model.graph_sizes import default_sizes, graph_bytes
+from persimmon.model.executor import Executor, executor_for
+from persimmon.model.graph_sizes import default_sizes
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.memory import MemoryPlan, available_memory, plan_memory
 from persimmon.model.persimmon import Persimmon
@@ -33,9 +33,6 @@ from persimmon.progress import progress_bar
 from persimmon.server.memory_need import still_to_be_taken
 from persimmon.server.settings.engine import EngineSettings
 
-if TYPE_CHECKING:
-    from persimmon.kernels.fused import FusedKernels
-
 logger = logging.getLogger(__name__)
 
 
@@ -45,16 +42,8 @@ class LoadedModel:
 
     runner: Runner
     plan: MemoryPlan
-    device: torch.device
     dtype: torch.dtype
-    operations: kernels.Kernels[Any, Any]
-
-    @property
-    def device_name(self) -> str:
-        """The device for people."""
-        if self.device.type == "cuda":
-            return f"{self.device} ({torch.cuda.get_device_name(self.device)})"
-        return f"cpu ({torch.get_num_threads()} threads, {kernels.cpu_kernels_name(self.operations)})"
+    executor: Executor
 
 
 def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str], None]) -> LoadedModel:
@@ -78,7 +67,7 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
     config = PersimmonConfig.from_folder(folder)
     dtype = choose_dtype(settings.dtype, config.dtype, device, cpu_bfloat16=kernels.cpu_multiplies_bfloat16())
     operations = kernels.for_device(device, dtype)
-    sizes = _graph_sizes(settings, config, device)
+    executor = executor_for(operations, device, _graph_sizes(settings, config))
     longest = settings.max_model_len or config.context_length
     with _phase("checkpoint", print_line):
         checkpoint = Checkpoint.open(folder, config) if settings.load_format == "auto" else None
@@ -99,7 +88,7 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=settings.max_model_len,
         kv_cache_bytes=settings.kv_cache_memory,
-        step_buffers=operations.workspace_bytes(_limits(settings, config, longest)) + graph_bytes(config, dtype, sizes),
+        step_buffers=executor.step_buffers(config, dtype, _limits(settings, config, longest)),
         weight_bytes=partial(
             operations.weight_bytes, dtype=operations.stored_dtype(checkpoint.dtype, dtype) if checkpoint else dtype
         ),
@@ -132,17 +121,19 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
             # What loading has borrowed beyond the weights is the KV cache's.
             torch.cuda.empty_cache()
     cache = cache or allocate()
-    operations.reserve(_limits(settings, config, plan.max_model_len))
-    runner = _runner(model, cache, operations, sizes, plan, print_line)
+    executor.reserve(_limits(settings, config, plan.max_model_len))
+    with _phase(executor.preparation, print_line) if executor.preparation else nullcontext():
+        executor.start(model, cache, _graph_progress)
+    runner = Runner(executor)
     with _phase("warm-up", print_line):
-        for batch in warm_up_steps(plan, settings, config, compiles=device.type == "cuda"):
+        for batch in warm_up_steps(plan, settings, config, compiles=executor.compiles):
             runner.run(batch)
-    return LoadedModel(runner=runner, plan=plan, device=device, dtype=dtype, operations=operations)
+    return LoadedModel(runner=runner, plan=plan, dtype=dtype, executor=executor)
 
 
-def _graph_sizes(settings: EngineSettings, config: PersimmonConfig, device: torch.device) -> list[int]:
+def _graph_sizes(settings: EngineSettings, config: PersimmonConfig) -> list[int]:
     # A classifier only computes prompts, which no graph is made for.
-    if device.type != "cuda" or settings.enforce_eager or not config.generates:
+    if settings.enforce_eager or not config.generates:
         return []
     return list(settings.cuda_graph_sizes or default_sizes(settings.max_num_seqs))
 
@@ -158,34 +149,6 @@ def _limits(settings: EngineSettings, config: PersimmonConfig, max_model_len: in
         intermediate_size=config.intermediate_size,
         # What draws takes grows with it, and a classifier draws nothing.
         vocab_size=config.vocab_size if config.generates else 0,
-    )
-
-
-def _runner(
-    model: Persimmon,
-    cache: KVCache,
-    operations: kernels.Kernels[Any, Any],
-    sizes: Sequence[int],
-    plan: MemoryPlan,
-    print_line: Callable[[str], None],
-) -> Runner:
-    """On a CPU the plain one; on a GPU with the fused sampler and, unless there are to be none, CUDA graphs.
-
-    A classifier, which samples nothing, always gets the plain one.
-    """
-    if cache.device.type != "cuda" or not model.config.generates:
-        return Runner(model, cache, operations)
-    from persimmon.model.cuda_graphs import DecodeGraphs  # brings Triton, which a CPU has no use for
-    from persimmon.model.fused_sampler import FusedSampler
-
-    fused = cast("FusedKernels", operations)
-    graphs = None
-    if sizes:
-        with _phase("CUDA graphs", print_line):
-            graphs = DecodeGraphs(model, cache, fused, sizes=sizes, max_model_len=plan.max_model_len)
-            graphs.capture(_graph_progress)
-    return Runner(
-        model=model, cache=cache, kernels=operations, sampler=FusedSampler(fused, model.head), decode_steps=graphs
     )
 
 

@@ -82,7 +82,7 @@ def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Pat
         max_model_len=plan.max_model_len,
         block_size=plan.block_size,
         total_blocks=plan.num_blocks,
-        device=loaded.device_name,
+        device=loaded.executor.name,
         dtype=str(loaded.dtype).removeprefix("torch."),
         stats=scheduler.stats(),
     )
@@ -96,7 +96,7 @@ def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Pat
     gc.freeze()
     gc.set_threshold(*COLLECTOR_THRESHOLDS)
     # A CPU is the host itself: nothing would run beside it.
-    overlap = {"on": True, "off": False, "auto": loaded.device.type == "cuda"}[settings.async_scheduling]
+    overlap = {"on": True, "off": False, "auto": loaded.executor.overlaps}[settings.async_scheduling]
     costs = StepCostModel(None if settings.max_itl_ms is None else settings.max_itl_ms / 1000)
     Engine(
         socket,

@@ -18,8 +18,7 @@ import torch
 from persimmon.kernels.fused import FusedKernels
 from persimmon.model.checkpoint import expected_shapes
 from persimmon.model.config import Architecture, PersimmonConfig
-from persimmon.model.cuda_graphs import DecodeGraphs
-from persimmon.model.fused_sampler import FusedSampler
+from persimmon.model.fused_executor import FusedExecutor
 from persimmon.model.graph_sizes import default_sizes
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.memory import MemoryPlan
@@ -52,28 +51,27 @@ class MetaRunner(Runner):
         self.launch(batch)
         return []
 
-    def _fetch(self, tokens: torch.Tensor) -> tuple[torch.Tensor, None]:
+
+class MetaExecutor(FusedExecutor):
+    """Has nothing to fetch."""
+
+    def fetch(self, tokens: torch.Tensor) -> tuple[torch.Tensor, None]:
         return torch.zeros(tokens.shape, dtype=torch.int64), None
 
 
 def make_runner(settings: Settings, config: PersimmonConfig) -> MetaRunner:
     """As the server makes it, on a GPU that is not there."""
     kernels = FusedKernels(META)
-    kernels.reserve(_limits(settings, config, MAX_MODEL_LEN))
+    sizes = [] if settings.enforce_eager or not config.generates else default_sizes(settings.max_num_seqs)
+    executor = MetaExecutor(kernels, sizes)
+    executor.reserve(_limits(settings, config, MAX_MODEL_LEN))
     tensors = ((name, torch.empty(shape, device=META)) for name, shape in expected_shapes(config).items())
     model = Persimmon(config, tensors, torch.float16, META, kernels)
     cache = KVCache.allocate(config, NUM_BLOCKS, BLOCK_SIZE, torch.float16, META)
-    if not config.generates:
-        return MetaRunner(model, cache, kernels)
-    graphs = None
-    if not settings.enforce_eager:
-        sizes = default_sizes(settings.max_num_seqs)
-        graphs = DecodeGraphs(model, cache, kernels, sizes=sizes, max_model_len=MAX_MODEL_LEN)
-    runner = MetaRunner(model, cache, kernels, FusedSampler(kernels, model.head), graphs)
-    if graphs is not None:
-        # What capturing launches.
-        for size in sizes:
-            runner.run([SequenceInput([0], 0, [0], (row_with(),))] * size)
+    runner = MetaRunner(executor.start(model, cache))
+    # What capturing launches.
+    for size in sizes:
+        runner.run([SequenceInput([0], 0, [0], (row_with(),))] * size)
     return runner
 
 

@@ -23,6 +23,7 @@ from persimmon.kernels.operands import DrawInputs, TruncationInputs
 from persimmon.model.checkpoint import Checkpoint
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.cuda_graphs import DecodeGraphs
+from persimmon.model.fused_executor import FusedExecutor
 from persimmon.model.fused_sampler import FusedSampler
 from persimmon.model.graph_sizes import default_sizes, graph_bytes
 from persimmon.model.kv_cache import KVCache
@@ -31,7 +32,7 @@ from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import Runner, SequenceInput
 from persimmon.model.sampler import Samples
 from persimmon.model.token_counts import TokenCounts
-from tests.engine_harness import CPU, poisoned_cache
+from tests.engine_harness import CPU, poisoned_cache, runner_of
 from tests.interpreter import multiply_as_matrix_units
 from tests.model import transformers_reference
 from tests.model.checkpoints import make_checkpoint
@@ -127,11 +128,11 @@ class Fused:
         kernels = FusedKernels(CPU)
         self.model = model = load(self.folder, kernels, self.dtype)
         config = model.config
-        kernels.reserve(limits(config, 24))
+        executor = FusedExecutor(kernels, self.sizes)
+        executor.reserve(limits(config, 24))
         cache = poisoned_cache(model, 8 * MAX_MODEL_LEN // BLOCK_SIZE, BLOCK_SIZE)
-        if self.sizes:
-            self.graphs = DecodeGraphs(model, cache, kernels, sizes=self.sizes, max_model_len=MAX_MODEL_LEN)
-        self.runner = Runner(model, cache, kernels, FusedSampler(kernels, model.head), self.graphs)
+        self.runner = Runner(executor.start(model, cache))
+        self.graphs = executor.graphs
         self.caches = cache.tensors
         self.tables = scattered_tables(cache)
 
@@ -142,7 +143,7 @@ class Fused:
 def reference_runner(folder: Path) -> Runner:
     """The same network in plain torch, with a cache of its own."""
     model = load(folder, reference, torch.float32)
-    return Runner(model, poisoned_cache(model, 8 * MAX_MODEL_LEN // BLOCK_SIZE, BLOCK_SIZE), reference)
+    return runner_of(model, poisoned_cache(model, 8 * MAX_MODEL_LEN // BLOCK_SIZE, BLOCK_SIZE), reference)
 
 
 def scattered_tables(cache: KVCache) -> list[list[int]]:
@@ -206,7 +207,7 @@ class TestTokens:
         fused = Fused(checkpoint).generate(asked)
         model = load(checkpoint, reference, torch.float32)
         cache = poisoned_cache(model, 8 * MAX_MODEL_LEN // BLOCK_SIZE, BLOCK_SIZE)
-        runner = Runner(model, cache, reference)
+        runner = runner_of(model, cache, reference)
         assert fused == generate(runner, scattered_tables(cache), asked, [GREEDY] * len(asked))
         transformers = transformers_reference.load(checkpoint)
         assert fused == transformers_reference.continue_greedily(transformers, asked, NEW_TOKENS).outputs

@@ -21,8 +21,9 @@ from persimmon.model.memory import GIB, MemoryPlan, MemoryPlanError, activation_
 from persimmon.model.memory_limits import MemoryLeft
 from persimmon.model.persimmon import Persimmon
 from persimmon.model.row_sampling import RowSampling
-from persimmon.model.runner import PooledStates, PromptLogprobs, Runner, SequenceInput
+from persimmon.model.runner import PooledStates, PromptLogprobs, SequenceInput
 from persimmon.model.token_counts import TokenCounts
+from tests.engine_harness import runner_of
 from tests.model.forward_pass import hidden_states
 from tests.model.rows import changed, row_with
 
@@ -317,7 +318,7 @@ class TestActivations:
         # All read and write the same blocks: it is the sizes that count here.
         counts = [1] * (sequences - 1) + [tokens - sequences + 1]
         batch = [SequenceInput([5] * count, context, blocks, (sampling,)) for count in counts]
-        runner = Runner(model, cache, operations)
+        runner = runner_of(model, cache, operations)
         runner.run(batch)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             runner.run(batch)
@@ -337,7 +338,7 @@ class TestActivations:
         operations = kernels.for_device(CPU)
         model = Persimmon(SMALL, dummy_tensors(SMALL, dtype, CPU, 0), dtype, CPU, operations)
         cache = KVCache.allocate(SMALL, 32, 16, dtype, CPU)
-        runner = Runner(model, cache, operations)
+        runner = runner_of(model, cache, operations)
         batch = [SequenceInput([5] * 512, 0, list(range(32)), (), report)]
         runner.run(batch)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

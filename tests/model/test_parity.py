@@ -16,11 +16,11 @@ from persimmon import kernels
 from persimmon.kernels import Kernels
 from persimmon.model.chat_format import Turn, render
 from persimmon.model.persimmon import Persimmon
-from persimmon.model.runner import Runner, SequenceInput
+from persimmon.model.runner import SequenceInput
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.server.engine.sequence import Sequence
-from tests.engine_harness import CPU, Harness, blocks_for, load_model, new_tokens, poisoned_cache
+from tests.engine_harness import CPU, Harness, blocks_for, load_model, new_tokens, poisoned_cache, runner_of
 from tests.model import transformers_reference
 from tests.model.checkpoints import DEMO
 from tests.model.rows import row_with
@@ -145,7 +145,7 @@ class TestLogits:
     @pytest.mark.parametrize("of_all", [0.0, 0.3, 0.6, 1.0])
     def test_equal_transformers(self, each_way: Case, cached: str, of_all: float) -> None:
         reference = each_way.reference
-        runner = Runner(each_way.model, poisoned_cache(each_way.model, each_way.blocks(), 16), each_way.operations)
+        runner = runner_of(each_way.model, poisoned_cache(each_way.model, each_way.blocks(), 16), each_way.operations)
         contexts, rests, expected = [], [], []
         first_block = 0
         for index, logits in enumerate(reference.logits):

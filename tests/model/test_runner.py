@@ -14,7 +14,7 @@ from persimmon.model.kv_cache import KVCache
 from persimmon.model.persimmon import Persimmon
 from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import Runner, SequenceInput
-from tests.engine_harness import CPU, load_model, poisoned_cache
+from tests.engine_harness import CPU, load_model, poisoned_cache, runner_of
 from tests.model.rows import changed, row_with
 
 BLOCK_SIZE = 16
@@ -39,7 +39,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.cache = poisoned_cache(self.model, NUM_SEQUENCES * BLOCKS_EACH, BLOCK_SIZE)
-        self.runner = Runner(self.model, self.cache, kernels.for_device(CPU))
+        self.runner = runner_of(self.model, self.cache)
         blocks = list(range(self.cache.num_blocks))
         random.Random(4).shuffle(blocks)
         self.tables = [blocks[i * BLOCKS_EACH : (i + 1) * BLOCKS_EACH] for i in range(NUM_SEQUENCES)]

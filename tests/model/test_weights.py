@@ -19,9 +19,9 @@ from persimmon.model.checkpoint import Checkpoint
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.memory import plan_memory
 from persimmon.model.persimmon import Layer, Persimmon, is_matrix
-from persimmon.model.runner import Runner, SequenceInput
-from persimmon.model.sampling_params import SamplingParams
-from tests.engine_harness import CPU, poisoned_cache
+from persimmon.model.runner import SequenceInput
+from tests.engine_harness import CPU, poisoned_cache, runner_of
+from tests.model.rows import row_with
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def tensors_of(folder: Path) -> tuple[PersimmonConfig, dict[str, torch.Tensor]]:
 
 def logits_of(model: Persimmon, kernels: Kernels[Any, Any]) -> torch.Tensor:
     """Of a prompt, and of one token behind it."""
-    runner = Runner(model, poisoned_cache(model, 4, 16), kernels)
-    greedy = (SamplingParams(),)
+    runner = runner_of(model, poisoned_cache(model, 4, 16), kernels)
+    greedy = (row_with(),)
     parts = (SequenceInput(range(5, 45), 0, [2, 0, 3], greedy), SequenceInput([7], 40, [2, 0, 3], greedy))
     return torch.cat([runner.logits([part]) for part in parts])
 

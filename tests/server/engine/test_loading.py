@@ -5,13 +5,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from persimmon import kernels
 from persimmon.model.config import Architecture, PersimmonConfig
+from persimmon.model.executor import executor_for
 from persimmon.model.rope_scaling import RopeScaling
 from persimmon.model.runner import PooledStates
 from persimmon.server.config import read_settings
 from persimmon.server.engine.loading import _graph_sizes, _limits, warm_up_steps
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
 SHAPE = {
     "vocab_size": 64,
     "hidden_size": 128,
@@ -39,9 +41,14 @@ CLASSIFIER = PersimmonConfig(**SHAPE, architecture=Architecture.TOKEN_CLASSIFICA
 )
 def test_graphs_are_those_asked_for_and_only_on_a_gpu(asked: dict[str, str], sizes: list[int]) -> None:
     settings = read_settings({"max_num_seqs": "5", **asked})
-    assert _graph_sizes(settings, GENERATOR, GPU) == sizes
-    assert _graph_sizes(settings, GENERATOR, CPU) == []
-    assert _graph_sizes(settings, CLASSIFIER, GPU) == []
+    assert _graph_sizes(settings, GENERATOR) == sizes
+    assert _graph_sizes(settings, CLASSIFIER) == []
+    limits = _limits(settings, GENERATOR, 512)
+    with_sizes, without = (executor_for(kernels.for_device(CPU), CPU, own) for own in (sizes, []))
+    assert with_sizes.preparation is None
+    assert with_sizes.step_buffers(GENERATOR, torch.float16, limits) == without.step_buffers(
+        GENERATOR, torch.float16, limits
+    )
 
 
 def test_a_classifier_has_no_buffers_for_draws() -> None:

@@ -1,0 +1,133 @@
+"""Steps on a GPU: the fused kernels launched one by one, and decode steps as CUDA graphs.  Brings Triton."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar, Self
+
+import torch
+
+from persimmon.kernels import StepLimits
+from persimmon.kernels.fused import FusedKernels
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.cuda_graphs import DecodeGraphs
+from persimmon.model.executor import Executor
+from persimmon.model.fused_sampler import FusedSampler
+from persimmon.model.graph_sizes import graph_bytes
+from persimmon.model.kv_cache import KVCache
+from persimmon.model.persimmon import Persimmon, Step
+from persimmon.model.row_sampling import RowSampling
+from persimmon.model.runner import SequenceInput
+from persimmon.model.sampler import Samples
+
+
+class FusedExecutor(Executor):
+    """A GPU; or, in tests, a device where Triton interprets or compiles only, and nothing is captured.
+
+    Args:
+        kernels: the operations.
+        graph_sizes: batch sizes of decode steps that get a CUDA graph; none for a classifier, which decodes nothing.
+
+    Attributes:
+        graphs: runs decode steps up to the largest size, from `start` on; None where there are no sizes.
+    """
+
+    # It computes while the host plans.
+    overlaps: ClassVar[bool] = True
+    compiles: ClassVar[bool] = True
+    kernels: FusedKernels
+
+    def __init__(self, kernels: FusedKernels, graph_sizes: Sequence[int] = ()) -> None:
+        super().__init__(kernels)
+        self.graphs: DecodeGraphs | None = None
+        self._graph_sizes = list(graph_sizes)
+        self._sampler: FusedSampler | None = None
+        self._max_model_len = 0
+
+    @property
+    def name(self) -> str:
+        """The GPU, for people."""
+        device = self.kernels.device
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+
+    @property
+    def preparation(self) -> str | None:
+        """Capturing graphs."""
+        return "CUDA graphs" if self._graph_sizes else None
+
+    def step_buffers(self, config: PersimmonConfig, dtype: torch.dtype, limits: StepLimits) -> int:
+        """What kernels share, and graphs."""
+        return super().step_buffers(config, dtype, limits) + graph_bytes(config, dtype, self._graph_sizes)
+
+    def reserve(self, limits: StepLimits) -> None:
+        """Makes the buffers that steps within these limits share."""
+        super().reserve(limits)
+        self._max_model_len = limits.max_model_len
+
+    def start(
+        self, model: Persimmon, cache: KVCache, progress: Callable[[Sequence[int]], Iterable[int]] = iter
+    ) -> Self:
+        """Captures the graphs."""
+        super().start(model, cache, progress)
+        self._sampled = torch.zeros(0, dtype=torch.int64, device=cache.device)
+        if model.config.generates:
+            self._sampler = FusedSampler(self.kernels, model.head)
+        if self._graph_sizes:
+            self.graphs = DecodeGraphs(
+                model, cache, self.kernels, sizes=self._graph_sizes, max_model_len=self._max_model_len
+            )
+            if cache.device.type == "cuda":
+                self.graphs.capture(progress)
+        return self
+
+    def forward(self, step: Step) -> torch.Tensor:
+        """Launch by launch."""
+        return self.model.forward(step, self.cache)
+
+    def sample(self, hidden: torch.Tensor, params: Sequence[RowSampling]) -> Samples:
+        """In the epilogue of lm_head.
+
+        Raises:
+            ValueError: the network classifies.
+        """
+        if self._sampler is None:
+            raise ValueError(f"{self.model.config.architecture} draws no tokens")
+        return self._sampler(hidden, params)
+
+    def decode(self, batch: Sequence[SequenceInput]) -> Samples | None:
+        """On fixed buffers where every sequence has one token of its own and draws once, up to the largest size."""
+        if self.graphs is None or not self.graphs.takes(len(batch)) or not _is_decode(batch):
+            return None
+        return self.graphs.launch(batch)
+
+    @property
+    def replays(self) -> int:
+        """How many steps were CUDA graphs."""
+        return 0 if self.graphs is None else self.graphs.replays
+
+    @property
+    def sampled(self) -> torch.Tensor:
+        """[*] int64; graphs read them where the kernels leave them."""
+        return self._sampled if self.graphs is None else self.graphs.sampled
+
+    def keep(self, tokens: torch.Tensor) -> None:
+        """Leaves a step's tokens where the next finds them."""
+        if self.graphs is None:
+            self._sampled = tokens
+        else:
+            self.graphs.sampled[: len(tokens)] = tokens
+
+    def fetch(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """A copy into pinned memory, under way."""
+        if tokens.device.type == "cpu":
+            return super().fetch(tokens)
+        on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        on_host.copy_(tokens, non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record()
+        return on_host, copied
+
+
+def _is_decode(batch: Sequence[SequenceInput]) -> bool:
+    return all(
+        len(item.token_ids) == 1 and len(item.samplings) == 1 and item.report is None and not item.embedded
+        for item in batch
+    )
