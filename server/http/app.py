@@ -5,6 +5,7 @@ Knows no endpoint's insides.
 
 import itertools
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,7 @@ def _served(endpoint: Endpoint[Any], service: Service, bodies: BodyReader) -> Ca
     handler, kind = endpoint.handler, endpoint.request
 
     async def answer(request: Request) -> Response:
-        body = None if kind is None else parse(await bodies.read(request), kind)
+        body = None if kind is None else await bodies.read(request, partial(parse, kind=kind))
         return await handler(
             service,
             Call(

@@ -3,6 +3,8 @@
 No generation and no engine: both answer while the model still loads.
 """
 
+from functools import partial
+
 from msgspec import UNSET
 
 from persimmon.model.chat import ChatPrompt
@@ -42,5 +44,5 @@ async def detokenize(service: Service, call: Call[DetokenizeRequest]) -> JsonRes
     """The text of token ids."""
     request = call.request
     service.check_model(request.model)
-    service.check_token_ids("tokens", request.tokens)
-    return JsonResponse(Text(service.tokenizer.decode(request.tokens, from_start=True)))
+    text = await service.encoder.decode(request.tokens, partial(service.check_token_ids, "tokens"))
+    return JsonResponse(Text(text))

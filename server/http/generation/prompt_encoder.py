@@ -22,8 +22,10 @@ MAX_CHARACTERS = 1_000_000
 CHARACTERS_PER_TOKEN = 64
 """A model that reads more tokens than MAX_CHARACTERS allows for gets this many characters for each of them."""
 
-# Tokenizing this many characters takes about a millisecond; a longer text would hold up the other streams.
+# Tokenizing this many characters, or decoding this many tokens, takes about a millisecond; more would hold up the other
+# streams.
 _CHARACTERS_AT_ONCE = 16384
+_TOKENS_AT_ONCE = 4096
 
 
 class PromptEncoder:
@@ -72,6 +74,26 @@ class PromptEncoder:
                 async with self._long_texts:
                     encoded += await asyncio.to_thread(encode, indices)
         return encoded
+
+    async def decode(self, token_ids: Sequence[int], check: Callable[[Sequence[int]], None]) -> str:
+        """The text of token ids, long lists in a thread.
+
+        Args:
+            token_ids: from a request.
+            check: raises ApiError for those that cannot be decoded.
+
+        Raises:
+            ApiError: as `check` does.
+        """
+
+        def decode() -> str:
+            check(token_ids)
+            return self._tokenizer.decode(token_ids, from_start=True)
+
+        if len(token_ids) <= _TOKENS_AT_ONCE:
+            return decode()
+        async with self._long_texts:
+            return await asyncio.to_thread(decode)
 
     def _ids(self, prompt: PromptInput, add_bos: bool | None) -> list[int]:
         if isinstance(prompt, str):

@@ -5,8 +5,9 @@ Counts what has come, not what the client said would come, so it holds for chunk
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
+from typing import TypeVar
 
 from starlette.requests import Request
 
@@ -20,7 +21,12 @@ MIN_BYTES_PER_SECOND = 16 * 1024
 FREE_BYTES = 64 * 1024
 """Of each body that do not count: a few clients that send long ones slowly must not keep short ones out."""
 
+BYTES_AT_ONCE = 64 * 1024
+"""Of a body that is parsed in the event loop, in about a millisecond."""
+
 _RETRY_SECONDS = 2
+
+_Parsed = TypeVar("_Parsed")
 
 
 class BodyReader:
@@ -35,9 +41,16 @@ class BodyReader:
         self._max_bytes = max_bytes
         self._max_pause = max_pause
         self._room = BODIES_TOGETHER * max_bytes
+        self._parsing = asyncio.Semaphore(1)
 
-    async def read(self, request: Request) -> bytes:
-        """The whole body, unpacked.
+    async def read(self, request: Request, parse: Callable[[bytes], _Parsed]) -> _Parsed:
+        """What is in a body, unpacked.
+
+        A long one is parsed in a thread, so that the event loop goes on, and keeps its room until then.
+
+        Args:
+            request: that it belongs to.
+            parse: makes something of the whole of it.
 
         Raises:
             ApiError: a 415 for one that is not JSON or is packed in an unknown way; a 413 for one that is too long, or
@@ -54,7 +67,11 @@ class BodyReader:
             raise self._no_room()
         with self._received() as body:
             await self._receive(request, body, gunzip)
-            return bytes(body)
+            if len(body) <= BYTES_AT_ONCE:
+                return parse(bytes(body))
+            # One at a time: a parsed body takes many times its length.
+            async with self._parsing:
+                return await asyncio.to_thread(parse, bytes(body))
 
     async def _receive(self, request: Request, body: bytearray, gunzip: Gunzip | None) -> None:
         received = 0

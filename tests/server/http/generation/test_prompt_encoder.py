@@ -1,5 +1,6 @@
 """Prompts become token ids within bounds: no text and no list of texts takes memory without measure."""
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,17 @@ async def test_a_text_that_no_model_reads_is_refused_before_it_is_tokenized(
     error = response.json()["error"]
     assert (error["param"], error["code"]) == (param, "context_length_exceeded")
     assert f"at most {MAX_CHARACTERS:,}" in error["message"]
+
+
+@pytest.mark.parametrize(("count", "in_the_loop"), [(10, True), (100_000, False)])
+async def test_long_lists_of_token_ids_are_decoded_off_the_event_loop(
+    tokenizer: Tokenizer, count: int, in_the_loop: bool
+) -> None:
+    threads = []
+    token_ids = [5 + number % 4000 for number in range(count)]
+    text = await PromptEncoder(tokenizer, 2048).decode(token_ids, lambda ids: threads.append(threading.get_ident()))
+    assert text == tokenizer.decode(token_ids, from_start=True)
+    assert [thread == threading.get_ident() for thread in threads] == [in_the_loop]
 
 
 async def test_the_longest_text_is_tokenized(tokenizer: Tokenizer) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gzip
+import threading
 import zlib
 from collections.abc import AsyncIterator
 
@@ -10,7 +11,7 @@ import pytest
 from fastapi import FastAPI, Request
 
 from persimmon.server.http import errors
-from persimmon.server.http.transport.body import FREE_BYTES, BodyReader
+from persimmon.server.http.transport.body import BYTES_AT_ONCE, FREE_BYTES, BodyReader
 from persimmon.server.settings.engine import BODIES_TOGETHER
 from tests.server.http.raw import Answer, RawClient, connected, listening
 
@@ -30,10 +31,31 @@ async def serving() -> AsyncIterator[tuple[str, int]]:
 
     @app.post("/length")
     async def length(request: Request) -> int:
-        return len(await bodies.read(request))
+        return len(await bodies.read(request, bytes))
 
     async with listening(app) as address:
         yield address
+
+
+@pytest.mark.parametrize(("length", "in_the_loop"), [(BYTES_AT_ONCE, True), (BYTES_AT_ONCE + 1, False)])
+async def test_a_long_body_is_parsed_off_the_event_loop(length: int, in_the_loop: bool) -> None:
+    threads = []
+
+    def parse(body: bytes) -> int:
+        threads.append(threading.get_ident())
+        return len(body)
+
+    app = FastAPI()
+    bodies = BodyReader(MAX_BYTES, 600)
+
+    @app.post("/length")
+    async def answer(request: Request) -> int:
+        return await bodies.read(request, parse)
+
+    async with listening(app) as address, connected(*address) as client:
+        await client.send(HEAD + b"Content-Length: %d\r\n\r\n" % length + b"a" * length)
+        assert (await client.answer()).body == str(length).encode()
+    assert [thread == threading.get_ident() for thread in threads] == [in_the_loop]
 
 
 async def answer_to(encoding: str, body: bytes) -> Answer:

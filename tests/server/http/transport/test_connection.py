@@ -47,16 +47,16 @@ class App:
 
         @self.api.post("/length")
         async def length(request: Request) -> int:
-            return len(await bodies.read(request))
+            return len(await bodies.read(request, bytes))
 
         @self.api.post("/later")
         async def later(request: Request) -> Response:
-            body = await bodies.read(request)
+            body = await bodies.read(request, bytes)
             return await self.counted(request.receive, PlainTextResponse(body))
 
         @self.api.post("/stream")
         async def stream(request: Request) -> Response:
-            await bodies.read(request)
+            await bodies.read(request, bytes)
             return StreamingResponse(self.parts())
 
     async def counted(self, receive: Receive, response: Response) -> Response:
