@@ -8,6 +8,7 @@ import signal
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NoReturn
 
 import zmq
 
@@ -61,14 +62,11 @@ def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Pat
         try:
             settings.profile_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            logs.say(f"persimmon: error: --profile-dir {settings.profile_dir} is not a folder: {error.strerror}")
-            sys.exit(2)
+            _cannot_start(f"--profile-dir {settings.profile_dir} is not a folder: {error.strerror}", report)
     try:
         loaded = load_model(settings, folder, logs.say)
     except (CheckpointError, KernelsUnavailableError, MemoryPlanError) as error:
-        logs.say(f"persimmon: error: {error}")
-        report.send(CannotStart(str(error)))
-        sys.exit(2)
+        _cannot_start(str(error), report)
     plan = loaded.plan
     pool = BlockPool(plan.num_blocks, plan.block_size, prefix_caching=settings.enable_prefix_caching)
     scheduler = Scheduler(
@@ -109,6 +107,12 @@ def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Pat
         graph_replays=lambda: loaded.runner.graph_replays,
         beat=(Vitals.private() if vitals is None else Vitals.open(vitals)).beat,
     ).serve_forever()
+
+
+def _cannot_start(reason: str, report: Connection) -> NoReturn:
+    logs.say(f"persimmon: error: {reason}")
+    report.send(CannotStart(reason))
+    sys.exit(2)
 
 
 def _grammar_compiler(folder: Path) -> GrammarCompiler:

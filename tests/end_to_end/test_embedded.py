@@ -120,12 +120,19 @@ def test_an_engine_that_dies_fails_open_requests_and_later_ones():
     assert not engines()
 
 
-def test_what_only_the_engine_finds_out_is_the_message_of_its_error(temporary):
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"max_model_len": 4096}, r"^--max-model-len is 4096 .*2048"),
+        ({"profile_steps": 1, "profile_dir": Path(__file__)}, r"^--profile-dir \S+ is not a folder"),
+    ],
+)
+def test_what_only_the_engine_finds_out_is_the_message_of_its_error(given, reason, temporary):
     async def main() -> None:
-        async with persimmon.EmbeddedServer(max_model_len=4096, **SMALL):
+        async with persimmon.EmbeddedServer(**SMALL, **given):
             pass
 
-    with pytest.raises(persimmon.EngineFailedError, match=r"--max-model-len.*4096.*2048") as raised:
+    with pytest.raises(persimmon.EngineFailedError, match=reason) as raised:
         asyncio.run(main())
     assert raised.value.exit_code == 2
     assert not engines()
