@@ -5,10 +5,11 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV ?= .venv
 ARGS ?=
 ALL_CORES := --numprocesses=logical --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
-# What a change breaks most often, before each commit: scheduler and block pool, HTTP with a scripted engine, the kernels'
-# references, one comparison with Transformers, one real server.  The longest files first.
-FAST := tests/model/test_parity.py::test_greedy_tokens_equal_transformers tests/end_to_end/test_openai_client.py \
-	tests/kernels/test_reference.py tests/server/engine tests/server/http
+# What a change breaks most often, before each commit: one comparison with Transformers, one real server, the kernels'
+# references, scheduler and block pool, HTTP with a scripted engine.
+FAST := 'tests/model/test_parity.py::test_greedy_tokens_equal_transformers[random-C kernels-32]' \
+	tests/end_to_end/test_openai_client.py tests/kernels/test_reference.py tests/server/engine \
+	tests/server/http/endpoints tests/server/http/generation
 BIN := $(VENV)/bin
 # Installed again when one of these changes; the last are the C kernels, which the installation compiles.
 INSTALLED_FROM := pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*.[ch])
