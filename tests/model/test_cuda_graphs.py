@@ -33,7 +33,7 @@ from persimmon.model.runner import Runner, SequenceInput
 from persimmon.model.sampler import Samples
 from persimmon.model.token_counts import TokenCounts
 from tests.engine_harness import CPU, poisoned_cache, runner_of
-from tests.interpreter import multiply_as_matrix_units
+from tests.interpreter import keep_language_patched, multiply_as_matrix_units
 from tests.model import transformers_reference
 from tests.model.checkpoints import make_checkpoint
 from tests.model.rows import row_with
@@ -48,6 +48,7 @@ DRAWN = row_with(temperature=1.0, seed=7)
 
 @pytest.fixture(autouse=True)
 def matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_language_patched()
     multiply_as_matrix_units(monkeypatch)
 
 
