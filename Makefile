@@ -47,7 +47,7 @@ docs: $(VENV)/.installed-dev
 	$(BIN)/python -m tools.docs
 
 # Asks PyPI's database of vulnerabilities, which mirrors need not have, so CI does not run it: run it by hand before a
-# release.  Its own environment, because it is no part of what is audited.
+# release.  Its own environment, because it is not part of what is audited.
 audit: constraints.txt constraints-compat.txt
 	test -x $(VENV)-audit/bin/pip-audit || $(PYTHON) -m venv $(VENV)-audit
 	$(VENV)-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit

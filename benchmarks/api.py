@@ -61,7 +61,7 @@ STATS = EngineStats(1, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0)
 
 
 class News(msgspec.Struct, array_like=True, frozen=True):
-    """What the engine tells the benchmark.
+    """What the engine reports to the benchmark.
 
     Attributes:
         live: sequences that have not ended.
@@ -324,7 +324,7 @@ class Bench:
         connections: those that are open.
         tokens: that have come, of the present measurement.
         events: in which they came.
-        step_tokens: when so many more have come, the engine may run its next step.
+        step_tokens: the engine may run its next step when this number of further tokens has arrived.
     """
 
     address: tuple[str, int]
@@ -518,7 +518,7 @@ def table(throughputs: Sequence[Throughput], first_tokens: Sequence[FirstToken])
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.api", description="Measure the API side alone.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.api", description="Measure only the API side.")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="API workers [default: %(default)s]")
     parser.add_argument(
         "--streams", type=int, nargs="+", default=[1, 8, 64, 256], metavar="N", help="[default: 1 8 64 256]"
@@ -537,7 +537,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--requests", type=int, default=500, help="first tokens to time, fewer of long prompts [default: %(default)s]"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write all figures as JSON")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write all results as JSON")
     return parser
 
 
@@ -549,7 +549,7 @@ def main() -> int:
     if min(arguments.workers, *arguments.streams, arguments.tokens, arguments.requests) < 1:
         parser.error("numbers of workers, streams, tokens and requests are at least 1")
     if min(arguments.prompts) < 16:
-        parser.error(f"--prompts has {min(arguments.prompts)}: it needs at least 16")
+        parser.error(f"--prompts has {min(arguments.prompts)}: expected at least 16")
     try:
         with serving(arguments.workers) as bench:
             throughputs, first_tokens = uvloop.run(measure(bench, arguments))

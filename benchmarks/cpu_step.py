@@ -1,4 +1,4 @@
-"""What a step on a CPU takes, operation by operation: the C kernels, and plain torch beside them.
+"""What a step on a CPU takes, operation by operation: the C kernels, and plain torch for comparison.
 
     python -m benchmarks.cpu_step [--dtype float32] [--checkpoint random] [--out FILE]
 
@@ -78,8 +78,8 @@ class Timing:
     torch_us: float | None = None
 
     def __str__(self) -> str:
-        beside = "" if self.torch_us is None else f"{self.torch_us:12,.0f}"
-        return f"{self.what:<26} {self.sequences:4d} x {self.tokens:<4d} {self.native_us:12,.0f}{beside}"
+        compared = "" if self.torch_us is None else f"{self.torch_us:12,.0f}"
+        return f"{self.what:<26} {self.sequences:4d} x {self.tokens:<4d} {self.native_us:12,.0f}{compared}"
 
 
 class Network:
@@ -183,7 +183,7 @@ def parts(native: Network, operations: NativeKernels, sequences: int, tokens: in
 
 
 def draws(operations: NativeKernels, vocab_size: int, rows: int, runs: int) -> list[Timing]:
-    """Tokens of so many rows of random logits."""
+    """Tokens drawn from `rows` rows of random logits."""
     logits = 3 * torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(0))
     native = NativeDraw(operations)
     return [
@@ -242,7 +242,7 @@ def measure(folder: Path, dtype: torch.dtype, runs: int) -> list[Timing]:
             )
             timings.append(
                 Timing(
-                    what="step beside a busy program",
+                    what="step next to a busy program",
                     sequences=sequences,
                     tokens=1,
                     native_us=native_us,
@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--checkpoint", choices=("random", "demo"), default="random")
     parser.add_argument("--runs", type=int, default=80, help="of each step [default: %(default)s]")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write all figures as JSON")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write all results as JSON")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
     with tempfile.TemporaryDirectory(prefix="persimmon-cpu-step-") as scratch:

@@ -241,7 +241,7 @@ class Bench:
         started = time.perf_counter()
         self._engine.turn()
         seconds = time.perf_counter() - started
-        # Every turn has news.
+        # Every turn has something to report.
         message = self._decoder.decode(self._worker.recv())
         for output in message.outputs if isinstance(message, StepOutput) else ():
             if output.finish_reason:
@@ -278,7 +278,7 @@ def running(load: Load) -> Iterator[Bench]:
 
 
 def measure(load: Load, steps: int) -> Budget:
-    """Measures the steady state over so many turns."""
+    """Measures the steady state over `steps` turns."""
     with running(load) as bench:
         # As the engine process does.
         gc.collect()
@@ -340,7 +340,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=1000, help="turns measured of each [default: %(default)s]")
     parser.add_argument("--overlap", action="store_true", help="plan each step while the one before it is under way")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write all figures as JSON")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write all results as JSON")
     arguments = parser.parse_args()
     if min(arguments.running) < 1 or arguments.steps < 1:
         parser.error("--running and --steps need at least 1")

@@ -1,10 +1,10 @@
-"""What streams feel while long prompts arrive: inter-token latency quiet and beside them, through the real engine.
+"""What streams feel while long prompts arrive: inter-token latency without and with them, through the real engine.
 
     python -m benchmarks.long_prompts --streams 32 --prompt-len 4096 --out benchmarks/results/NAME.json
 
 A random network of 33M parameters on this machine behind the server's own scheduler and loop; tokens are timed where
 the engine sends them.  One long prompt follows the other while the streams go on, and short ones come behind them.
-Measured with chunks bounded by what they take, and by the token budget alone.  Knows no HTTP.
+Measured with chunks bounded by their time, and by only the token budget.  Knows no HTTP.
 """
 
 import argparse
@@ -198,7 +198,7 @@ def measure(loaded: LoadedModel, settings: Settings, arguments: argparse.Namespa
 
 
 def quiet_gaps(client: Client, streams: list[int], steps: int) -> list[float]:
-    """Milliseconds between the streams' tokens while nothing else runs, for so many steps."""
+    """Milliseconds between the streams' tokens while nothing else runs, for `steps` steps."""
     started = time.perf_counter()
     for _ in range(steps):
         client.turn()
@@ -212,12 +212,12 @@ def _p99(ordered: list[float]) -> float:
 def table(measured: list[Latencies]) -> str:
     """The latencies as Markdown."""
     lines = [
-        "| chunks bounded by | quiet ITL median, p99 | beside long prompts | p99 ratio | TTFT of long prompts, alone "
+        "| chunks bounded by | quiet ITL median, p99 | with long prompts | p99 ratio | TTFT of long prompts, alone "
         "| of short ones behind them |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     lines += [
-        f"| {'time' if own.bounded else 'tokens alone'} | {own.quiet_median:.1f}, {own.quiet_p99:.1f} ms "
+        f"| {'time' if own.bounded else 'tokens only'} | {own.quiet_median:.1f}, {own.quiet_p99:.1f} ms "
         f"| {own.busy_median:.1f}, {own.busy_p99:.1f} ms | {own.ratio:.2f} "
         f"| {statistics.median(own.long_ttft):,.0f}, {own.alone_ttft:,.0f} ms "
         f"| {statistics.median(own.short_ttft):,.0f} ms |"
@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument(
         "--quiet-steps", type=int, default=200, help="before they arrive, and after [default: %(default)s]"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write all figures as JSON")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write all results as JSON")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="persimmon-long-prompts-") as scratch:
         folder = Path(scratch)

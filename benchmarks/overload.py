@@ -70,7 +70,7 @@ class Figures:
 
 
 def figures(run: Run, offered: float | None, seconds: float, server_cpu_s: Mapping[str, float]) -> Figures:
-    """What came of a load that lasted so long.  Answers count where they ended while it lasted.
+    """The results of a load that lasted `seconds`. Answers count if they ended within that time.
 
     Args:
         run: as it was driven.
@@ -119,7 +119,7 @@ def _took_ms(outcome: Response | RequestFailedError) -> float:
 
 
 def _at(values: Sequence[float], share: float) -> float:
-    """The smallest value that so many of them do not exceed, to a hundredth."""
+    """The smallest value that this share of them does not exceed, rounded to hundredths."""
     ordered = sorted(values)
     return round(ordered[max(0, math.ceil(share * len(ordered)) - 1)], 2)
 

@@ -1,10 +1,10 @@
-"""This server beside vLLM's CPU build: the same checkpoint, the same load, the two servers in turn.
+"""This server next to vLLM's CPU build: the same checkpoint, the same load, the two servers in turn.
 
     python -m benchmarks.peers --vllm VENV/bin/vllm --rounds 3 --streams 1 8 64 --out benchmarks/results/NAME.json
 
 One server runs at a time, started afresh for every round; a warm-up comes before each measurement.  Prints medians
 over the rounds and their ratios, and writes every figure as JSON with the machine's description.  Machines and
-hours differ: read each figure beside the other server's from the same run, and look at how busy other processes
+hours differ: compare each figure with the other server's from the same run, and look at how busy other processes
 kept the machine meanwhile ("cores busy with other work").
 """
 
@@ -248,7 +248,7 @@ def best_of(rates: list[Rates]) -> Rates:
 def floors_of(
     summaries: list[Summary], config: PersimmonConfig, rates: Rates, arguments: argparse.Namespace
 ) -> list[Floor]:
-    """The machine's floor beside each server's output tokens a second."""
+    """The machine's floor next to each server's output tokens per second."""
     floors = []
     for summary in summaries:
         if summary.figure != "output tokens/s":
@@ -361,12 +361,15 @@ def _name_and_value(text: str) -> tuple[str, str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.peers", description="Measure this server beside vLLM's CPU build."
+        prog="python -m benchmarks.peers", description="Measure this server and vLLM's CPU build in turn."
     )
     parser.add_argument(
-        "--vllm", type=Path, metavar="FILE", help="vLLM's command, VENV/bin/vllm; without it, ours alone is measured"
+        "--vllm",
+        type=Path,
+        metavar="FILE",
+        help="vLLM's command, VENV/bin/vllm; without it, only this server is measured",
     )
-    parser.add_argument("--vllm-only", action="store_true", help="measure vLLM alone")
+    parser.add_argument("--vllm-only", action="store_true", help="measure only vLLM")
     for name, server in {"ours": "this server", "vllm": "vLLM"}.items():
         parser.add_argument(
             f"--{name}-env",
@@ -399,7 +402,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--start-timeout", type=float, default=600.0, help="seconds to become healthy [default: %(default)s]"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write all figures as JSON")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write all results as JSON")
     return parser
 
 
@@ -409,7 +412,7 @@ def main() -> int:
     if arguments.vllm_only and not arguments.vllm:
         parser.error("--vllm-only needs --vllm VENV/bin/vllm")
     if arguments.rounds < 1:
-        parser.error(f"--rounds is {arguments.rounds}: it needs at least 1")
+        parser.error(f"--rounds is {arguments.rounds}: expected at least 1")
     try:
         for streams in arguments.streams:
             workload_at(streams, arguments, round_number=0)

@@ -79,7 +79,7 @@ class Family:
 
 
 async def watch(family: Family, interval: float, samples: list[Sample]) -> None:
-    """Adds a sample every so many seconds, until it is cancelled."""
+    """Adds a sample every `interval_s` seconds, until it is cancelled."""
     while True:
         samples.append(family.sample())
         await asyncio.sleep(interval)

@@ -90,7 +90,7 @@ def measure(bench: Bench, kind: str, requests: int, warm_up: int = WARM_UP_REQUE
         warm_up: how many before them.
 
     Raises:
-        ConnectionError: an answer is no 429.
+        ConnectionError: an answer is not a 429.
     """
     asking = message(PROMPT_TOKENS)
     with socket.create_connection(bench.address) as admitted:
@@ -163,7 +163,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.refusals", description="Measure what refusals cost.")
     parser.add_argument("--requests", type=int, default=20_000, help="of each kind [default: %(default)s]")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="[default: all]")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write all figures as JSON")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write all results as JSON")
     arguments = parser.parse_args()
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     if arguments.requests < 1:

@@ -133,7 +133,7 @@ class TinyRequests:
 
 
 async def run_phase(name: str, one: Callable[[int], Awaitable[str]], count: int, at_once: int, family: Family) -> Phase:
-    """Runs `one` so many times, so many at once."""
+    """Runs `one` `count` times, `concurrency` at once."""
     outcomes: Counter[str] = Counter()
     numbers = iter(range(count))
     samples: list[Sample] = []

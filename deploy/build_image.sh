@@ -5,7 +5,7 @@
 #
 # TAG is `persimmon` if not given.  Variables: BUILDER names one of the three; BASE_IMAGE is any Debian with Python 3.11
 # or 3.12; TORCH_INDEX is the address of PyTorch's CPU wheels, for an image without CUDA; PIP_CONFIG_FILE is a pip.conf
-# for the build alone (a mirror), of which the image keeps nothing.
+# only for the build (a mirror); the image keeps nothing of it.
 set -euo pipefail
 
 tag=${1:-persimmon}

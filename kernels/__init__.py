@@ -108,7 +108,7 @@ def for_device(device: torch.device, dtype: torch.dtype = torch.float32) -> Kern
         dtype: that it computes in.
 
     Raises:
-        KernelsUnavailableError: the GPU or what is installed beside it does not do.
+        KernelsUnavailableError: the GPU, or the software installed for it, is not sufficient.
     """
     if device.type == "cuda":
         check_gpu(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))

@@ -19,7 +19,7 @@ SPLIT_TOKENS = 256
 """Tokens of one work item.
 
 Splits begin at multiples of it whatever else runs, so how a sequence's sums are grouped, and with it every bit of its
-output, depends on its own length alone.
+output, depends only on its own length.
 """
 
 LIMITS = {

@@ -2,11 +2,11 @@
 
 Rows are tokens; knows nothing of sequences, layers or caches.
 
-Whoever writes the residual stream also writes, for each row and each tile of `STATISTICS_COLUMNS` columns, the mean
-and the sum of squared deviations of what it stored, so that a LayerNorm of a decode step reads a few numbers a row
+The kernel that writes the residual stream also writes, for each row and each tile of `STATISTICS_COLUMNS` columns, the
+mean and the sum of squared deviations of what it stored, so that a LayerNorm of a decode step reads a few numbers a row
 instead of the row (Chan, Golub, LeVeque: Updating Formulae and a Pairwise Algorithm for Computing Sample Variances,
-1979).  These tiles are always worked on `TILE_ROWS` rows at a time: a row's sums then have one order, however many
-rows run beside it.
+1979).  These tiles are always worked on `TILE_ROWS` rows at a time: a row's sums then have one order, however many rows
+run with it.
 """
 
 from dataclasses import dataclass

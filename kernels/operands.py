@@ -106,7 +106,7 @@ class LayerCache:
 
 @dataclass(slots=True)
 class Residual:
-    """The residual stream of a step's T tokens; what is beside `values` is for the kernels that put it there.
+    """The residual stream of a step's T tokens; everything but `values` is only for the kernels that wrote it.
 
     Attributes:
         values: [T, hidden], changed in place by every block.
@@ -127,7 +127,7 @@ class StepLimits:
     Attributes:
         max_num_seqs: most sequences of a step.
         max_num_batched_tokens: most tokens of a step.
-        max_model_len: most tokens of a sequence.
+        max_model_len: maximum tokens of a sequence.
         num_heads, head_dim, hidden_size, intermediate_size, vocab_size: the network's.
     """
 
@@ -165,7 +165,7 @@ class TruncationInputs:
     """Which rows are drawn anew from their logits, and from how many tokens; static device tensors.
 
     Attributes:
-        active: [R] int32, zero where a row's token is to be left alone.
+        active: [R] int32, zero where a row's token must not change.
         top_k: [R] int32, keeps this many of the most probable tokens; 0 keeps all.
         top_p: [R] float32, keeps the most probable tokens until their probabilities sum to this; 1 keeps all.
         min_p: [R] float32, drops tokens less probable than this share of the most probable one; 0 keeps all.

@@ -32,7 +32,7 @@ from persimmon.kernels.projection_config import ATTENTION_OUT, MLP_DOWN, WIDE, N
 __all__ = ["ATTENTION_OUT", "MLP_DOWN", "WIDE", "Norm", "ProjectionConfig", "Workspace", "project", "project_add_"]
 
 MAX_ROWS = 256
-"""Rows that one launch takes; beyond them a weight read once is no longer what a projection waits for."""
+"""Rows that one launch takes; with more, reading the weight once no longer limits a projection."""
 
 LIMITS = {
     "projection_kernel, 16 rows": Limits(registers=128, shared_bytes=118_000),

@@ -54,7 +54,7 @@ class ProjectionConfig:
         return -(-share // SPLIT_ALIGNMENT) * SPLIT_ALIGNMENT
 
     def iteration(self, block_m: int, element_size: int) -> tuple[int, int]:
-        """Input features of an iteration and tiles in flight for so many rows and bytes a number."""
+        """Input features of an iteration and tiles in flight, for a number of rows and bytes per number."""
         block_k = min(self.block_k, {64: 64, 128: 64, 256: 32}.get(block_m, 128), 128 if element_size == 2 else 32)
         return block_k, min(self.stages, SHARED_BYTES // ((self.block_n + block_m) * block_k * element_size))
 
@@ -99,7 +99,7 @@ class Workspace:
 
     @staticmethod
     def sizes(projections: Iterable[tuple[int, ProjectionConfig]], max_rows: int) -> tuple[int, int]:
-        """Elements of partials and of counters for projections to so many output features."""
+        """Elements of partials and of counters for projections to a number of output features."""
         partials = counters = 0
         for out_features, config in projections:
             partials = max(partials, config.splits * max_rows * out_features)

@@ -256,7 +256,7 @@ def plan_attention(
     def tensor(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(device, non_blocking=True)
 
-    # The sparse products exist for float32 on a CPU alone; elsewhere single tokens are chunks of one.
+    # The sparse products exist only for float32 on a CPU; elsewhere single tokens are chunks of one.
     in_place = device.type == "cpu" and dtype == torch.float32
     num_decodes = next((i for i, count in enumerate(counts) if count != 1), len(counts)) if in_place else 0
     lengths = [start + 1 for start in starts[:num_decodes]]

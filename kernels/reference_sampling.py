@@ -64,7 +64,7 @@ def kept(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min
 
     Args:
         logits: [vocab_size], no NaN.
-        temperature: divides the logits before probabilities are taken of them; 0 leaves the highest alone.
+        temperature: divides the logits before the softmax; 0 keeps only the highest.
         top_k, top_p, min_p: as in `TruncationInputs`.
 
     Returns:
@@ -130,7 +130,7 @@ def apply_penalties(logits: torch.Tensor, penalties: PenaltyInputs) -> None:
     """Lowers, in place, the logits of tokens that a row has seen.
 
     The repetition penalty of CTRL (Keskar et al., arXiv:1909.05858) first, with negative logits multiplied instead of
-    divided; then OpenAI's frequency and presence penalties, which look at the output alone.
+    divided; then OpenAI's frequency and presence penalties, which look only at the output.
 
     Args:
         logits: [R, vocab_size] float32.

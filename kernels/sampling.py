@@ -258,8 +258,8 @@ def merge(
 
     Args:
         workspace: with rows * tiles tiles in it.
-        active: [R] int32, zero where a row's result is to be left alone; None for all rows.
-        live: [1] int32; rows from there on are left alone.
+        active: [R] int32, zero where a row's result must not change; None for all rows.
+        live: [1] int32; rows from there on are not changed.
         rows, tiles: how the tiles lie in the workspace.
         config: launch settings.
         pdl: whether the launch overlaps the end of its predecessor.

@@ -1,4 +1,4 @@
-"""Penalties, and draws from the most probable tokens of a row alone, found without a sort and without a float atomic.
+"""Penalties, and draws from only the most probable tokens of a row, found without a sort and without a float atomic.
 
 Knows nothing of requests.  The rules and their order are those of `reference_sampling`; the threshold of a row is found
 by a radix search in which every program of the row merges what the pass before counted.
@@ -108,7 +108,7 @@ def apply_penalties(logits: torch.Tensor, penalties: PenaltyInputs, live: torch.
     Args:
         logits: [R, vocab_size] float32 contiguous.
         penalties: R rows of it; ids outside the vocabulary are passed over.
-        live: [1] int32; rows from there on are left alone.
+        live: [1] int32; rows from there on are not changed.
         pdl: whether the launch overlaps the end of its predecessor.
     """
     rows, vocab_size = logits.shape
@@ -161,7 +161,7 @@ def sample_truncated(
         logits: [R, vocab_size] float32 contiguous.
         draw: R rows of it; wants_logits does not matter.
         truncation: R rows of it.
-        live: [1] int32; rows from there on are left alone.
+        live: [1] int32; rows from there on are not changed.
         workspace: that of the step's `sample_head` or `sample_logits`.
         search: for R rows or more.
         config: launch settings, those that both workspaces were allocated with; the defaults where None.

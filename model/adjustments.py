@@ -1,7 +1,7 @@
 """What a request changes in the network's logits before a token is drawn from them.
 
-The order is that of vLLM's and Transformers' logits processors: biases, penalties, then what is ruled out, which no
-bias can bring back: banned tokens and those that a grammar does not allow.
+The order is that of vLLM's and Transformers' logits processors: biases, penalties, then banned tokens and tokens that a
+grammar does not allow, which no bias can bring back.
 """
 
 from collections.abc import Callable, Sequence

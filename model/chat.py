@@ -1,6 +1,6 @@
 """How a checkpoint's conversations become prompts: by its own chat template, or in Adept's format.
 
-Finds out at the start what a template does, by rendering a few conversations with it.  Knows nothing of HTTP.
+Determines at start what a template does, by rendering a few conversations with it.  Knows nothing of HTTP.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from persimmon.model.chat_template import ChatTemplate
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-"""Of messages.  A template may name others."""
+"""The usual roles of messages. A template may name others."""
 
-# Characters without a meaning, one of which is in no message.
+# Private-use characters, one of which no message contains.
 _MARKS = range(0xF0000, 0x10FFFE)
 
 _PLAIN_CONVERSATIONS = (
@@ -66,7 +66,7 @@ class ChatPrompt:
         return sum(len(part) for part in self.parts if isinstance(part, str))
 
     def followed_by(self, text: str) -> "ChatPrompt":
-        """The same with a text after it."""
+        """The same conversation with a text after it."""
         *others, last = self.parts
         parts = (*others, last + text) if isinstance(last, str) else (*self.parts, text)
         return replace(self, parts=parts)
@@ -76,7 +76,7 @@ class ChatPrompt:
 
         Args:
             tokenizer: the checkpoint's.
-            add_bos: False leaves out what no template has written.
+            add_bos: False leaves out the ids that no template has written.
         """
         begin = () if add_bos is False else self.begin
         return [*begin, *tokenizer.encode_parts(self.parts, add_bos=False)]
@@ -125,8 +125,8 @@ class Chat:
     def from_folder(cls, folder: Path, tokenizer: Tokenizer, add_bos: bool | None = None) -> Self:
         """The chat format of a checkpoint folder.
 
-        A template that renders plain conversations as Adept's format does is not used, so that what Adept's format
-        has beyond it, like tools, is there too; only whether it writes BOS counts.
+        A template that renders plain conversations like Adept's format is not used, so that features that only Adept's
+        format has, like tools, are available; only whether it writes BOS counts.
 
         Args:
             folder: the checkpoint.
@@ -134,8 +134,7 @@ class Chat:
             add_bos: begin with BOS, or not; None does what the template does.
 
         Raises:
-            CheckpointError: the template is not valid, or does not even render a user's message, or leaves out what it
-                says.
+            CheckpointError: the template is not valid, cannot render a user message, or leaves out its content.
         """
         sources = TemplateSources.from_folder(folder)
         if sources is None:
@@ -149,15 +148,15 @@ class Chat:
             chat._rendered(_messages(_PLAIN_CONVERSATIONS[0]))
         except ChatTemplateError as error:
             raise CheckpointError(
-                f"{folder}: its chat template does not render a message of a user: {error}; repair the template, or "
-                "remove it to have conversations in Adept's format"
+                f"{folder}: its chat template cannot render a user message: {error}; repair the template, or remove "
+                f"it to use Adept's format"
             ) from None
         if not chat._reads_contents():
             chat = replace(chat, takes_parts=True)
             if not chat._reads_contents():
                 raise CheckpointError(
-                    f"{folder}: its chat template renders all messages of a user alike, whatever they say; repair the "
-                    "template, or remove it to have conversations in Adept's format"
+                    f"{folder}: its chat template ignores the content of user messages; repair the template, or "
+                    f"remove it to use Adept's format"
                 )
         written = chat._before_adepts_format()
         if written is None:
@@ -178,9 +177,9 @@ class Chat:
         tools: Sequence[Mapping[str, Any]] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> ChatPrompt:
-        """A conversation as the checkpoint's template has it.
+        """A conversation as the checkpoint's template renders it.
 
-        What messages, tools and options hold stays text, even where it spells a special token.
+        The content of messages, tools and options stays text, even if it spells a special token.
 
         Args:
             messages: in the form of OpenAI's API.
@@ -196,7 +195,7 @@ class Chat:
         return ChatPrompt(tuple(parts[1:] if self.drops_bos else parts))
 
     def allows_role(self, role: str) -> bool:
-        """Whether the template may be shown a role: a usual one, or one that it names."""
+        """Whether the template accepts a role: a usual one, or one that it names."""
         return role in ROLES or (self.template is not None and self.template.names_role(role))
 
     @cached_property
@@ -218,10 +217,10 @@ class Chat:
         held = "".join(_strings([messages, tools, options]))
         mark = next((chr(code) for code in _MARKS if chr(code) not in held), None)
         if mark is None:
-            raise ChatTemplateError("the messages hold every private character of Unicode")
+            raise ChatTemplateError("the messages contain every private-use character of Unicode")
 
         def hidden(value: Any) -> Any:
-            """The same, with a mark in each special token that its strings spell."""
+            """The value with a mark inside each special token that its strings spell."""
             match value:
                 case str():
                     return self._finder.hide(value, mark)
@@ -239,7 +238,7 @@ class Chat:
         return [part for part in parts if part != ""]
 
     def _reads_contents(self) -> bool:
-        """Whether what a user says is in the prompt."""
+        """Whether the prompt contains the content of user messages."""
         try:
             first, second = (self._rendered(_messages([Turn("user", text)])) for text in ("Yes?", _PROBE))
         except ChatTemplateError:
@@ -260,7 +259,7 @@ class Chat:
         return found.pop() if len(found) == 1 else None
 
     def _probed(self) -> Self:
-        """The same, with what a few conversations show of the template."""
+        """This format, with what rendering a few conversations shows about the template."""
         question = Turn("user", "What is a persimmon?")
         begun = self._rendered(_messages([question]))
         end_ids: tuple[int, ...] = ()
@@ -300,7 +299,7 @@ class Chat:
 
 
 def chat_format(folder: Path, config: PersimmonConfig, tokenizer: Tokenizer, add_bos: bool | None) -> Chat:
-    """The chat format of a checkpoint; of one that generates nothing its templates are not read.
+    """The chat format of a checkpoint; templates of a model that does not generate are not read.
 
     Raises:
         CheckpointError: as `Chat.from_folder`.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 STOP = "\n\nhuman:"
-"""Where an answer has ended: the model goes on with the human's next turn."""
+"""Ends an answer: the model is starting the human's next turn."""
 
 _BLANK_LINE = "\n\n"
 _SYSTEM_ROLES = ("system", "developer")
@@ -24,7 +24,7 @@ class Turn:
     """One message of a conversation.
 
     Attributes:
-        role: "system" (or "developer", which is the same), "user", "assistant" or "tool": what a function has given.
+        role: "system" (or "developer", which is the same), "user", "assistant" or "tool": a function's result.
         content: the message's text, rendered as it is.
     """
 
@@ -36,19 +36,19 @@ def render(turns: Sequence[Turn]) -> str:
     r"""The prompt whose continuation is the assistant's next answer.
 
     Turns are joined by blank lines: `human: {prompt}\n\nadept: {answer}\n\nhuman: {follow_up}\n\nadept:`.
-    The format has two speakers who take turns; what else a conversation may hold is mapped onto it:
+    The format has two speakers who take turns; other messages are mapped to it:
 
-    - System messages are gathered in their order, wherever they stand, and put before the first turn, each
-      followed by a blank line.  Empty ones are left out.
-    - What tools have given is for the assistant to read, as what the user says: a turn of the human.
-    - Neighbouring messages of one side become one turn, joined by blank lines.
+    - System messages are collected in order, from any position, and put before the first turn, each followed by a blank
+    line. Empty ones are left out.
+    - Tool results become a turn of the human, because the assistant reads them like user messages.
+    - Consecutive messages of one side become one turn, joined by blank lines.
 
-    The format has no escapes: a message that itself holds a blank line and "human:" reads like two turns.
+    The format has no escapes: a message that contains a blank line and "human:" reads like two turns.
 
     A conversation of system messages only is answered right after them.
 
     Raises:
-        ChatFormatError: no messages, a role the format does not have, or at the end an assistant.
+        ChatFormatError: no messages, a role that the format lacks, or a final message from the assistant.
     """
     for number, turn in enumerate(turns):
         if turn.role not in _LABELS and turn.role not in _SYSTEM_ROLES:
@@ -60,8 +60,8 @@ def render(turns: Sequence[Turn]) -> str:
     if not turns or (spoken and spoken[-1].role == "assistant"):
         found = "the last one is from the assistant" if spoken else "there is none"
         raise ChatFormatError(
-            f"the conversation needs a user or tool message at its end for the model to answer, but {found} "
-            "(system messages aside)"
+            f"the conversation must end with a user or tool message for the model to answer, but {found} (apart from "
+            f"system messages)"
         )
     parts = [turn.content for turn in turns if turn.role in _SYSTEM_ROLES and turn.content]
     for label, neighbours in groupby(spoken, key=lambda turn: _LABELS[turn.role]):
@@ -70,7 +70,7 @@ def render(turns: Sequence[Turn]) -> str:
 
 
 class AnswerText:
-    """Takes the space after `adept:` off an answer that comes in pieces.
+    """Removes the space after `adept:` from an answer that comes in pieces.
 
     `render` ends with the bare label, so the model writes the space itself: one leading space is the
     format's, any further ones are the answer's.  Push one answer's deltas, as the detokenizer gives them, and

@@ -1,6 +1,6 @@
 """A checkpoint's own chat template: Jinja2 as Transformers renders it, in Jinja2's sandbox.
 
-Knows what templates may call.  Knows nothing of files and tokens, and of messages only that they are JSON.
+Knows what templates may call. Knows nothing about files and tokens, and only that messages are JSON.
 """
 
 import json
@@ -19,17 +19,17 @@ from persimmon.model.chat_template_files import DEFAULT, TOOL_USE, ChatTemplateE
 from persimmon.model.errors import CheckpointError
 
 MAX_PROMPT_CHARACTERS = 2**25
-"""Of a rendered conversation.  Far more than a context, and little enough for memory."""
+"""Limit of a rendered conversation: far more than a context holds, but small enough for memory."""
 
 MAX_SECONDS = 20.0
-"""For rendering one conversation.  Looked at whenever the template has written something."""
+"""Time limit for rendering one conversation, checked whenever the template writes something."""
 
 
 _OF_A_CONVERSATION = ("messages", "tools", "documents", "add_generation_prompt")
 
 
 class _RaisedError(TemplateError):
-    """What a template raises itself."""
+    """An error that a template raises itself."""
 
 
 class ChatTemplate:
@@ -102,12 +102,15 @@ class ChatTemplate:
             raise ChatTemplateError(f"it fails with {type(error).__name__}: {reason}") from None
 
     def names_role(self, role: str) -> bool:
-        """Whether a template has a role's name in quotes.  What holds more than letters is part of the format."""
+        """Whether a template contains a role's name in quotes.
+
+        A name with other characters than letters is part of the format.
+        """
         return role.isidentifier() and (f"'{role}'" in self._text or f'"{role}"' in self._text)
 
 
 def _bounded(pieces: Iterable[str], deadline: float) -> str:
-    """The pieces as one text, as long as it is not too long and does not take too long."""
+    """The pieces joined to one text, within the limits on its length and time."""
     written, size = [], 0
     for piece in pieces:
         size += len(piece)
@@ -146,7 +149,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as it is; Jinja2's own filter escapes what is special in HTML."""
+    """Plain JSON; Jinja2's own filter escapes characters that are special in HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

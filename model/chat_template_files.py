@@ -22,7 +22,7 @@ _MAX_SOURCE_BYTES = 2**20
 
 
 class ChatTemplateError(ValueError):
-    """A conversation that the template does not render.  The message is the end of a sentence for the client."""
+    """A conversation that the template cannot render. The message is the end of a sentence for the client."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TemplateSources:
     """The templates of a checkpoint.
 
     Attributes:
-        texts: by their names, among which is DEFAULT; besides it only TOOL_USE counts.
+        texts: by name, always with DEFAULT; of the others only TOOL_USE is used.
         place: the file, for messages.
     """
 
@@ -41,7 +41,7 @@ class TemplateSources:
     def from_folder(cls, folder: Path) -> Self | None:
         """The templates of a checkpoint folder; None where it has none.
 
-        Files of their own go before "chat_template" in tokenizer_config.json, as in Transformers.
+        Separate files take precedence over "chat_template" in tokenizer_config.json, as in Transformers.
 
         Raises:
             CheckpointError: a file cannot be read, or there are templates and none of them is the default.
@@ -57,7 +57,9 @@ class TemplateSources:
                 return None
             place, texts = settings.path, _named_texts(settings)
         if DEFAULT not in texts:
-            raise CheckpointError(f"{place}: of the chat templates ({', '.join(sorted(texts))}) none is the default")
+            raise CheckpointError(
+                f"{place}: none of the chat templates ({', '.join(sorted(texts))}) is named 'default'"
+            )
         return cls({name: text for name, text in texts.items() if name in (DEFAULT, TOOL_USE)}, place)
 
 

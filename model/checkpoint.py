@@ -23,8 +23,8 @@ def expected_shapes(config: PersimmonConfig) -> dict[str, tuple[int, ...]]:
 
     Linear weights are [out, in].  The rows of query_key_value are ordered [head, {query, key, value},
     head_dim]: per head, so that a plain split into three has valid shapes and wrong contents.  With
-    tie_word_embeddings there is no lm_head.weight, nor in a classifier, which has its score instead; files that hold
-    one are `persimmon.model.leftovers`' business.
+    tie_word_embeddings there is no lm_head.weight, nor in a classifier, which has its score instead;
+    `persimmon.model.leftovers` handles files that hold one.
     """
     hidden, intermediate = config.hidden_size, config.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
@@ -124,7 +124,7 @@ class Checkpoint:
             absent = [name for name, shard in index.items() if shard == file.path.name and name not in headers]
             if absent:
                 raise CheckpointError(
-                    f"{file.path}: tensor {absent[0]} is missing here, where {listing.name} says it is"
+                    f"{file.path}: tensor {absent[0]} is missing, although {listing.name} places it here"
                     f"{and_more(absent)}"
                 )
 

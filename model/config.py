@@ -45,7 +45,7 @@ ADEPT_END_OF_TEXT = 71013
 ADAPTER_FILE = "adapter_config.json"
 """What makes a folder a PEFT adapter."""
 
-# What Transformers' PersimmonConfig writes where nobody chose, as in its own conversion of Adept's release.
+# What Transformers' PersimmonConfig writes by default, as in its own conversion of Adept's release.
 _PLACEHOLDER_IDS = {"bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -122,17 +122,18 @@ class PersimmonConfig:
                 f"{self.rotary_dim} rotary dimensions; they turn in pairs; expected a positive even number"
             )
         if self.hidden_act != "relu2":
-            raise ValueError(f"hidden_act is {self.hidden_act!r}, only 'relu2' is supported")
+            raise ValueError(f"hidden_act is {self.hidden_act!r}; only 'relu2' is supported")
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}, supported are {', '.join(DTYPES)}")
+            raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
         if self.generates == bool(self.labels):
             raise ValueError(
-                f"{self.architecture} has {self.num_labels} labels; classifiers have labels, others have none"
+                f"{self.architecture} has {self.num_labels} labels; expected at least one for a classifier, and none "
+                f"for other models"
             )
         if self.problem_type == "single_label_classification" and self.num_labels == 1:
             raise ValueError(
-                "problem_type is 'single_label_classification' of one label; expected two labels or more, "
-                "or 'regression'"
+                "problem_type is 'single_label_classification', but there is only one label; expected two or more, or "
+                "'regression'"
             )
 
     @property
@@ -205,9 +206,9 @@ class PersimmonConfig:
         Keys that do not belong to this network are ignored: the public files carry a stale rms_norm_eps, and
         a hidden_dropout of 0.6 that means nothing when a model is served.
 
-        The end-of-text ids are those of both files.  With Adept's vocabulary, 1 and 2 are no such ids: they
-        are what Transformers writes where nobody chose, and a server that believed them would never stop.
-        There the id is |ENDOFTEXT|'s unless the files name another.
+        The end-of-text ids are those of both files.  With Adept's vocabulary, 1 and 2 are not end-of-text: they are
+        Transformers' defaults, and a server that used them would never stop. There the id is |ENDOFTEXT|'s unless the
+        files name another.
 
         Args:
             folder: a checkpoint in Hugging Face layout.
@@ -279,8 +280,8 @@ def check_vocabulary(folder: Path, config: PersimmonConfig, tokenizer_vocab_size
     if tokenizer_vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{folder}: the tokenizer has {tokenizer_vocab_size} token ids but vocab_size in config.json is "
-            f"{config.vocab_size}: ids from {config.vocab_size} on are token ids beyond the embedding, "
-            "so tokenizer and weights are not of the same model"
+            f"{config.vocab_size}: ids from {config.vocab_size} up have no row in the embedding, so tokenizer and "
+            f"weights do not belong to the same model"
         )
 
 
@@ -299,9 +300,7 @@ def _refuse_adapter(folder: Path, *, merged: bool) -> None:
     merge = "merge it into its base model (PEFT's merge_and_unload), save that, and serve the result"
     if merged:
         merge += f"; if the weights here are merged already, delete {ADAPTER_FILE}"
-    raise CheckpointError(
-        f"{adapter.path}: this is a PEFT adapter{of}; adapters are not applied by this server: {merge}"
-    )
+    raise CheckpointError(f"{adapter.path}: this is a PEFT adapter{of}; this server does not apply adapters: {merge}")
 
 
 def _architecture(file: JsonObject) -> Architecture:
@@ -337,7 +336,7 @@ def _labels(file: JsonObject) -> tuple[str, ...]:
     if not labels or len(labels) < len(names):
         raise file.error("id2label", "a name for each number from 0 on, without gaps")
     if count not in (None, len(labels)):
-        raise file.error("num_labels", f"{len(labels)}, as many as id2label names")
+        raise file.error("num_labels", f"{len(labels)}, the number of labels in id2label")
     return labels
 
 
@@ -365,7 +364,7 @@ def _token_ids(files: Sequence[JsonObject], key: str, vocab_size: int) -> tuple[
     for file in files:
         for token_id in file.token_ids(key):
             if token_id >= vocab_size:
-                raise file.error(key, f"below vocab_size {vocab_size}: these are token ids beyond the embedding")
+                raise file.error(key, f"below vocab_size {vocab_size}: higher ids have no row in the embedding")
             token_ids[token_id] = None
     if vocab_size == ADEPT_VOCAB_SIZE:
         token_ids.pop(_PLACEHOLDER_IDS[key], None)

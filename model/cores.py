@@ -1,4 +1,4 @@
-"""How many processor cores this process may keep busy.  Knows no threads."""
+"""The number of processor cores that this process may keep busy. Knows nothing about threads."""
 
 import math
 import os
@@ -10,7 +10,7 @@ from persimmon.model.control_groups import THIS_PROCESS, control_groups, read_nu
 def usable_cores(proc: Path = THIS_PROCESS) -> int:
     """The cores that the scheduler lets this process run on, or fewer where a control group has a smaller share.
 
-    More threads than that would use the share up in the first part of each period and all stand still for the rest.
+    More threads than that would use up the share early in each period and all stall for the rest of it.
 
     Args:
         proc: the folder that describes this process.

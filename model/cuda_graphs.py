@@ -37,7 +37,7 @@ class DecodeGraphs:
         cache: its keys and values.
         kernels: the operations, with their buffers reserved.
         sizes: batch sizes to capture.
-        max_model_len: most tokens of a sequence.
+        max_model_len: maximum tokens of a sequence.
     """
 
     def __init__(
@@ -80,11 +80,11 @@ class DecodeGraphs:
         return self._replays
 
     def takes(self, rows: int) -> bool:
-        """Whether a step of so many sequences fits."""
+        """Whether a step of `rows` sequences fits."""
         return rows <= self._sizes[-1]
 
     def graph(self, rows: int) -> torch.cuda.CUDAGraph | None:
-        """What runs steps of so many sequences; None where nothing was captured."""
+        """The graph for steps of `rows` sequences; None if nothing was captured."""
         return self._graphs.get(self._size(rows))
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""The error that everything under model/ raises for a checkpoint it cannot serve."""
+"""The error that code under model/ raises for a checkpoint that it cannot serve."""
 
 _MAX_CHARACTERS = 4000
 
@@ -7,7 +7,7 @@ class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or not of this architecture.
 
     The message is a single line for the person who started the server: the file, what was found, what is expected.
-    Names in it come from files that may hold anything, so control characters are escaped and the length is limited.
+    Names in it come from untrusted files, so control characters are escaped and the length is limited.
     """
 
     def __init__(self, message: str) -> None:

@@ -1,7 +1,7 @@
 """Sampling with the GPU's kernels: each row's settings to the device, its token back into the kernels' own buffer.
 
-A draw is the argmax of logit + temperature * Gumbel noise, which is a function of (seed, sample_index, position, token
-id) alone.  The draws are others than those of `persimmon.model.sampler`, which inverts the cumulative distribution.
+A draw is the argmax of logit + temperature * Gumbel noise, which is a function of only (seed, sample_index, position,
+token id). The draws differ from those of `persimmon.model.sampler`, which inverts the cumulative distribution.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class FusedSampler:
         self._head = head
 
     def __call__(self, hidden: torch.Tensor, params: Sequence[RowSampling]) -> Samples:
-        """A token a row: [R, hidden] and R settings to tokens in memory that the next step overwrites."""
+        """Draws one token per row: [R, hidden] and R settings to tokens in memory that the next step overwrites."""
         rows, device = len(params), hidden.device
         host = StepBuffer(rows, 0, torch.device("cpu"), pinned=device.type == "cuda")
         write_draw(host.inputs(rows), params)

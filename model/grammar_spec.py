@@ -24,7 +24,7 @@ class GrammarSpec:
             json_object: any JSON object; `text` says nothing.
             json_schema: JSON that is valid under this JSON Schema, itself written as JSON.
             regex: the whole answer matches this regular expression, in the syntax of Rust's regex crate: without
-                look-around and back-references.  Its Perl classes, like that for digits, are of ASCII alone.
+                look-around and back-references.  Its Perl classes, like that for digits, match only ASCII.
             choice: one of the strings of this JSON array.
             grammar: a context-free grammar, in EBNF as llama.cpp writes it (GBNF, `root ::= …`) or in Lark's form
                 (`start: …`).
@@ -34,7 +34,8 @@ class GrammarSpec:
         additional_properties: whether an object whose JSON Schema lists properties, and does not say whether there may
             be others, may have others.
         leading_space: whether the answer begins with a space that belongs to what stands before it, as in
-            `adept: {"a": 1}`.  It is required then: an answer's own first space could not be told from it.
+            `adept: {"a": 1}`.  It is then required, because an answer's own first space could not be distinguished from
+                it.
     """
 
     kind: GrammarKind

@@ -40,14 +40,14 @@ def resolve(path_or_hub_id: str) -> Path:
     """The folder of a checkpoint; one that is on the Hub is fetched into huggingface_hub's cache first.
 
     A folder that exists wins over a Hub id of the same name.  Pickled weights are fetched only where there
-    are no safetensors.  HF_HUB_OFFLINE, HF_TOKEN, HF_HOME and the library's other variables mean what they
-    always mean.
+    are not safetensors.  HF_HUB_OFFLINE, HF_TOKEN, HF_HOME and the library's other variables mean what they always
+    mean.
 
     Args:
         path_or_hub_id: a folder's path, where ~ is the home folder, or "owner/name".
 
     Raises:
-        CheckpointError: there is no such folder, and no such model that can be fetched.
+        CheckpointError: the folder does not exist, and the Hub has no such model that can be fetched.
     """
     if not path_or_hub_id:
         raise CheckpointError("the model's name is empty; expected a folder or a Hugging Face Hub id")
@@ -64,8 +64,8 @@ def resolve(path_or_hub_id: str) -> Path:
         raise CheckpointError(f"{path_or_hub_id}: no such folder")
     if "/" not in path_or_hub_id:
         raise CheckpointError(
-            f"{path_or_hub_id!r}: no such folder, and no Hugging Face Hub id either: those look like "
-            "owner/name, for example adept/persimmon-8b-chat"
+            f"{path_or_hub_id!r}: no such folder, and not a valid Hugging Face Hub id; those look like owner/name, "
+            f"for example adept/persimmon-8b-chat"
         )
     return _fetch(path_or_hub_id)
 
@@ -93,11 +93,11 @@ def _explanation(hub_id: str, error: Exception) -> str:
         case RepositoryNotFoundError():
             return f"{page} does not exist; if it is private, set HF_TOKEN or run `hf auth login`"
         case HFValidationError():
-            return "it is not a Hugging Face Hub id either: those look like owner/name"
+            return "it is not a valid Hugging Face Hub id; those look like owner/name"
         case LocalEntryNotFoundError() if huggingface_hub.constants.HF_HUB_OFFLINE:
-            return "the Hugging Face Hub's copy is not, or not wholly, in the cache while HF_HUB_OFFLINE is set"
+            return "HF_HUB_OFFLINE is set, and the cache has no complete copy from the Hugging Face Hub"
         case LocalEntryNotFoundError():
-            return f"{page} cannot be reached, and no whole copy is in the cache: check the network"
+            return f"{page} cannot be reached, and the cache has no complete copy: check the network"
         case _:
             reason = next(iter(str(error).splitlines()), "")
             return f"{page} cannot be fetched: {type(error).__name__}: {reason}"

@@ -33,9 +33,9 @@ def change(before: Identity, after: Identity) -> str | None:
     """The first difference between two moments, like 'config.json is gone'; None where there is none."""
     for name in sorted(before.keys() | after.keys()):
         if name not in after:
-            return f"{name} is gone"
+            return f"{name} was deleted"
         if name not in before:
-            return f"{name} is new"
+            return f"{name} was added"
         if before[name] != after[name]:
             return f"{name} was replaced or changed"
     return None

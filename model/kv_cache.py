@@ -50,7 +50,7 @@ class KVCache:
         return [tensor for layer in self.layers for tensor in layer.tensors]
 
     def populate(self, threads: int) -> None:
-        """Asks a CPU's system for all of the memory, in threads beside the caller, the first blocks' first."""
+        """Makes the system allocate all of the memory on a CPU, in background threads, the first blocks first."""
         populate(self.tensors, threads)
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:

@@ -44,24 +44,25 @@ def settle(stored: Collection[str], config: PersimmonConfig, equal: Callable[[],
     notes: list[str] = []
     if buffers:
         more = f" (and {len(buffers) - 1} more)" if len(buffers) > 1 else ""
-        notes.append(f"{buffers[0]}{more} is ignored: rotary frequencies follow from config.json")
+        notes.append(f"{buffers[0]}{more} is ignored: rotary frequencies are computed from config.json")
     if HEAD not in names:
         pass
     elif not config.generates:
         del names[HEAD]
-        notes.append(f"{HEAD} is ignored: {config.architecture} has none")
+        notes.append(f"{HEAD} is ignored: {config.architecture} does not use it")
     elif config.tie_word_embeddings and EMBEDDING not in names:
         names[HEAD] = EMBEDDING
         notes.append(
-            f"{HEAD} is used as the embedding too: config.json says tie_word_embeddings, and there is no other"
+            f"{HEAD} is also used as the embedding: config.json sets tie_word_embeddings, and there is no embedding "
+            f"tensor"
         )
     elif config.tie_word_embeddings and equal():
         del names[HEAD]
-        notes.append(f"{HEAD} is ignored: it equals the embedding, and config.json says tie_word_embeddings")
+        notes.append(f"{HEAD} is ignored: it equals the embedding, and config.json sets tie_word_embeddings")
     elif config.tie_word_embeddings:
         config = replace(config, tie_word_embeddings=False)
         notes.append(
-            f"{HEAD} is used: it differs from the embedding, although config.json says tie_word_embeddings; "
-            "set that to false there"
+            f"{HEAD} is used: it differs from the embedding, although config.json sets tie_word_embeddings; set that "
+            f"to false"
         )
     return Settled(config, names, tuple(notes))

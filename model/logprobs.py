@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens under the network's own logits, and of the most probable tokens beside them.
+"""Log-probabilities of tokens under the network's own logits, and of the most probable tokens at the same positions.
 
 Computed on the device where the logits are; a `LogprobRows` stays there until it is fetched.
 """

@@ -52,7 +52,7 @@ class MemoryPlan:
         available: what the server may use in all.
         weights: the parameters.
         activations: the largest step's intermediate results, an upper estimate.
-        step_buffers: what lives from start to end beside weights and cache: kernels' workspaces, CUDA graphs.
+        step_buffers: what stays allocated in addition to weights and cache: kernels' workspaces, CUDA graphs.
         block_bytes: one KV block over all layers.
         num_blocks: KV blocks.
         block_size: tokens in a block.
@@ -119,7 +119,7 @@ def plan_memory(
     made_for = config.context_length
     if max_model_len is not None and max_model_len > made_for:
         raise MemoryPlanError(
-            f"--max-model-len is {max_model_len} but the model is made for {made_for} tokens: give at most {made_for}"
+            f"--max-model-len is {max_model_len} but the model supports {made_for} tokens: give at most {made_for}"
         )
     weights = _parameter_bytes(config, dtype, weight_bytes)
     step = _Step(max_num_seqs, max_num_batched_tokens, max_model_len or made_for)
@@ -137,7 +137,7 @@ def plan_memory(
 
         advice = _advice(step, needs, available - weights - step_buffers)
         if advice is None:
-            advice = f"the rest takes {readable(taken - activations + per_block)}: give the server more memory"
+            advice = f"everything else takes {readable(taken - activations + per_block)}: give the server more memory"
             square = (config.hidden_size, config.hidden_size)
             if dtype.itemsize == 4 and (weight_bytes is None or weight_bytes(square) >= 4 * math.prod(square)):
                 advice += ", or use a 16-bit --dtype"
@@ -159,7 +159,7 @@ def plan_memory(
     elif cache > left:
         raise MemoryPlanError(
             f"--kv-cache-memory is {readable(cache)}, but of {readable(available)} available ({limited_by}) "
-            f"{readable(left)} are left beside weights and activations: give at most {left}"
+            f"{readable(left)} are left after weights and activations: give at most {left}"
         )
     elif cache < per_block:
         raise MemoryPlanError(

@@ -16,7 +16,7 @@ _MAX_LINE = 64 << 10
 
 
 class PickleError(ValueError):
-    """The bytes are not a pickle, or not one of data alone."""
+    """The bytes are not a pickle, or one that holds more than data."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class _Machine:
             case "BINPERSID":
                 push(self._persistent(pop()))
             case _:
-                raise PickleError(f"the pickle in it uses {name}, which no plain data needs")
+                raise PickleError(f"the pickle in it uses {name}, which plain data never needs")
 
     def _made(self, callee: Any, arguments: Any) -> Any:
         if not isinstance(arguments, tuple):
@@ -236,7 +236,9 @@ def _key(value: Any) -> Hashable:
     """A key or a set's element.  Only flat ones: the hash of nested tuples can take forever."""
     for part in value if isinstance(value, tuple) else (value,):
         if not isinstance(part, str | bytes | int | float | Record | Global | None):
-            raise PickleError(f"a {type(value).__name__} is a key in it; needed are plain ones, as tensors' names are")
+            raise PickleError(
+                f"it has a {type(value).__name__} as a key; expected plain keys, like the names of tensors"
+            )
     return value  # type: ignore[no-any-return]
 
 

@@ -75,6 +75,6 @@ def read_small(path: Path, limit: int = MAX_SMALL_FILE) -> bytes | None:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if len(content) > limit:
         raise CheckpointError(
-            f"{path} has {path.stat().st_size:,} bytes, at most {limit:,} are read: it is not what its name says"
+            f"{path} has {path.stat().st_size:,} bytes; expected at most {limit:,} for a file of that name"
         )
     return content

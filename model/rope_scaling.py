@@ -87,12 +87,12 @@ def read_rope_scaling(file: JsonObject, max_position_embeddings: int, rotary_dim
         return None
     if kind not in get_args(Kind):
         raise CheckpointError(
-            f"{file.path}: {table.prefix.rstrip('.')} asks for a {kind!r} rotary embedding; "
-            f"supported are default, {', '.join(get_args(Kind))}"
+            f"{file.path}: {table.prefix.rstrip('.')} has a {kind!r} rotary embedding; expected one of default, "
+            f"{', '.join(get_args(Kind))}"
         )
     if kind == "dynamic" and rotary_dim < 4:
         raise table.error(
-            "rope_type", f"another one: dynamic scaling needs 4 rotary dimensions, there are {rotary_dim}"
+            "rope_type", f"another type: dynamic scaling needs 4 rotary dimensions, and the model has {rotary_dim}"
         )
     original = max_position_embeddings
     if kind in ("yarn", "longrope", "llama3"):
@@ -103,7 +103,7 @@ def read_rope_scaling(file: JsonObject, max_position_embeddings: int, rotary_dim
     if factor is None and kind in ("yarn", "longrope"):
         factor = max_position_embeddings / original
     if factor is None or (kind == "dynamic" and factor < 1):
-        raise table.error("factor", "a positive number, of dynamic scaling at least 1")
+        raise table.error("factor", "a positive number, for dynamic scaling at least 1")
     if factor > MAX_CONTEXT_LENGTH / original:
         raise table.error("factor", f"at most {MAX_CONTEXT_LENGTH:,} tokens after scaling {original:,}")
     more: dict[str, Any] = {}
@@ -152,7 +152,8 @@ def _factors(table: JsonObject, key: str, count: int) -> tuple[float, ...]:
     numbers = values if isinstance(values, Sequence) and not isinstance(values, str) else ()
     if len(numbers) != count or not all(type(value) in (int, float) and 0 < value < 1e30 for value in numbers):
         raise CheckpointError(
-            f"{table.path}: {table.prefix}{key} is {shown(values)}; expected {count} positive numbers, one a frequency"
+            f"{table.path}: {table.prefix}{key} is {shown(values)}; expected {count} positive numbers, one per "
+            f"frequency"
         )
     return tuple(map(float, numbers))
 

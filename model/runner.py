@@ -29,7 +29,7 @@ class PromptLogprobs:
     Attributes:
         first: the first of the sequence's tokens in this step after which to look.
         next_tokens: the prompt's tokens after that one and after each that follows; may go one beyond the step's.
-        top: how many of the most probable tokens to report beside each.
+        top: number of most probable tokens to report with each.
     """
 
     first: int

@@ -1,7 +1,7 @@
 """Logits to tokens, each row by its own sequence's settings.
 
-A draw depends on (seed, sample_index, position) and the row's own logits alone, never on the row's place in the
-batch: the same request gives the same tokens whatever runs beside it, and again after a preemption.
+A draw depends on (seed, sample_index, position) and the row's own logits, never on the row's place in the batch: the
+same request gives the same tokens whatever else runs, and again after a preemption.
 """
 
 from collections.abc import Callable, Sequence

@@ -123,12 +123,12 @@ def parse_model(content: bytes, place: object) -> Any:
         raise CheckpointError(f"{place}: not a SentencePiece model, or damaged: download it again") from None
     # A file cut between two of its parts still parses, and with a part's defaults the ids would be others.
     if not model.pieces or not model.HasField("trainer_spec") or not model.HasField("normalizer_spec"):
-        raise CheckpointError(f"{place}: not a whole SentencePiece model ({len(content)} bytes): download it again")
+        raise CheckpointError(f"{place}: not a complete SentencePiece model ({len(content)} bytes): download it again")
     return model
 
 
 def read_model(path: Path, settings: TokenizerSettings) -> Any:
-    """SentencePiece's model from a file, with the pieces that are no text marked as control pieces.
+    """SentencePiece's model from a file, with the pieces that are not text marked as control pieces.
 
     Raises:
         CheckpointError: the file cannot be read, is not a SentencePiece model, or is damaged.
@@ -142,7 +142,7 @@ def read_model(path: Path, settings: TokenizerSettings) -> Any:
 
 
 def _make_control(model: Any, settings: TokenizerSettings) -> None:
-    """Makes the pieces that are no text CONTROL, the one type that SentencePiece never finds in a text.
+    """Makes the pieces that are not text CONTROL, the one type that SentencePiece never finds in a text.
 
     Some vocabularies have them as USER_DEFINED (always found) or as NORMAL (found when probable).  Of the
     NORMAL ones only those that begin or end a text are changed: a padding token may be any rare word.

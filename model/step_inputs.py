@@ -11,7 +11,7 @@ from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import SequenceInput
 
 _ALIGNMENT = 4
-"""Every field begins at a multiple of so many words: kernels are compiled for pointers to 16 bytes."""
+"""Every field begins at a multiple of this number of words: kernels are compiled for pointers aligned to 16 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class StepBuffer:
         max_rows: rows of the largest step.
         max_blocks: blocks of the longest sequence.
         device: where the buffer is.
-        pinned: whether this is host memory for transfers that nobody waits for.
+        pinned: whether this is host memory for asynchronous transfers.
     """
 
     def __init__(self, max_rows: int, max_blocks: int, device: torch.device, *, pinned: bool = False) -> None:

@@ -198,7 +198,7 @@ def small_file(region: Region) -> bytes:
         CheckpointError: it cannot be read, or is far too large.
     """
     if region.length > _MAX_SMALL_FILE:
-        raise CheckpointError(f"{region} has {region.length:,} bytes, which is too much to be what its name says")
+        raise CheckpointError(f"{region} has {region.length:,} bytes, too many for a file of that name")
     with region.opened() as file:
         return file.read()
 

@@ -30,7 +30,7 @@ class TokenBackend(Protocol):
     Attributes:
         token_bytes: what each token id adds to a text, in UTF-8; nothing for a special token.
         unknown_ids: tokens that stand for text outside the vocabulary.
-        specials: the special tokens, which are no text, by their spelling.
+        specials: the special tokens, which are not text, by their spelling.
         base_size: ids below it are of the vocabulary that was trained, the others were added to it.
         frame: what the tokenizer's own file puts around a text; None where it says nothing of that.
     """

@@ -77,14 +77,14 @@ class Tokenizer:
         wanted = settings.add_bos if add_bos is None else add_bos
         if add_bos is None and wanted is not None and file is not None and wanted != bool(begin):
             notices.append(
-                f"{SETTINGS_FILE} has add_bos_token {str(wanted).lower()}, the post-processor of {TOKENIZER_JSON} does "
-                f"otherwise: the former is followed (--add-bos {str(not wanted).lower()} for the latter)"
+                f"{SETTINGS_FILE} has add_bos_token {str(wanted).lower()}, but the post-processor of {TOKENIZER_JSON} "
+                f"does the opposite: using the former (give --add-bos {str(not wanted).lower()} for the latter)"
             )
         if wanted and not begin:
             if bos_token_id is None:
                 raise CheckpointError(
-                    f"{place}: texts are to begin with the BOS token {settings.bos_token!r}, which is not in its "
-                    f'vocabulary: name the right one as "bos_token" in {SETTINGS_FILE}, or turn BOS off'
+                    f"{place}: texts begin with the BOS token {settings.bos_token!r}, which is not in its "
+                    f'vocabulary: set "bos_token" in {SETTINGS_FILE} to the right one, or turn BOS off'
                 )
             begin = (bos_token_id,)
         elif wanted is False:
@@ -165,7 +165,7 @@ class Tokenizer:
         the model's normalizer left it, save that U+2581, SentencePiece's mark for a space, comes back as one.
 
         Special tokens, and ids outside the vocabulary (an embedding may have more rows), add nothing.  Bytes
-        that are no UTF-8 become U+FFFD, one for each maximal invalid part, as Unicode recommends.
+        that are not valid UTF-8 become U+FFFD, one for each maximal invalid part, as Unicode recommends.
 
         Args:
             token_ids: ids in order.
@@ -236,8 +236,8 @@ def _backend(
         return SentencePieceBackend.of(path, model, settings.added)
     if file.is_another_form_than(model):
         notices.append(
-            f"{TOKENIZER_JSON} is a BPE made of the vocabulary of {path.name}, which is a Unigram model: tokens are "
-            f"those of {path.name}"
+            f"{TOKENIZER_JSON} is a BPE model made from the vocabulary of {path.name}, which is a Unigram model: "
+            f"using {path.name}"
         )
         return SentencePieceBackend.of(path, model, (*file.added, *settings.added))
     if file.agrees_with(model, settings):

@@ -88,7 +88,7 @@ class TokenizerJson:
         kind, vocab = _vocabulary(model)
         added = _added_tokens(file)
         if not all(0 <= token_id < MAX_TOKEN_ID for token_id in (*vocab.values(), *(each.token_id for each in added))):
-            raise CheckpointError(f"{path}: not all its token ids are below {MAX_TOKEN_ID}")
+            raise CheckpointError(f"{path}: it has token ids that are not valid; expected ids below {MAX_TOKEN_ID}")
         processor = file.table("post_processor")
         return cls(
             path=path,
@@ -190,12 +190,12 @@ def _frame(path: Path, processor: Mapping[str, Any] | None) -> Frame:
         if kind in ("BertProcessing", "RobertaProcessing"):
             return Frame((_integer(processor["cls"][1]),), (_integer(processor["sep"][1]),))
     except (LookupError, TypeError, ValueError):
-        raise CheckpointError(f"{path}: its post_processor of type {kind!r} cannot be understood") from None
+        raise CheckpointError(f"{path}: its post_processor of type {kind!r} is not supported") from None
     if kind == "ByteLevel":
         return Frame()
     raise CheckpointError(
-        f"{path}: its post_processor is {str(kind)[:40]!r}; supported are TemplateProcessing, Sequence, ByteLevel, "
-        "BertProcessing and RobertaProcessing"
+        f"{path}: its post_processor is {str(kind)[:40]!r}; expected one of TemplateProcessing, Sequence, ByteLevel, "
+        f"BertProcessing, RobertaProcessing"
     )
 
 
@@ -210,7 +210,7 @@ def _template_frame(processor: Mapping[str, Any]) -> Frame:
         token = processor["special_tokens"][part["SpecialToken"]["id"]]
         (end if texts else begin).extend(map(_integer, token["ids"]))
     if texts != 1:
-        raise ValueError("a template holds its text once")
+        raise ValueError("a template must contain its text exactly once")
     return Frame(tuple(begin), tuple(end))
 
 
@@ -297,7 +297,7 @@ def spelling(file: TokenizerJson) -> Spelling:
                 kind = step.get("type") if isinstance(step, dict) else None
                 raise CheckpointError(
                     f"{file.path}: its decoder has the step {str(kind)[:40]!r}, which is not supported in this place; "
-                    "supported are Replace of a string, ByteFallback, Fuse, Strip of one space, Metaspace and ByteLevel"
+                    f"only Replace of a string, ByteFallback, Fuse, Strip of one space, Metaspace and ByteLevel are"
                 )
 
     def text(name: str) -> bytes:

@@ -57,7 +57,7 @@ class TokenizerSettings:
         bos_token: the piece that begins a text.
         eos_token: the piece that ends a text.
         boundaries: pieces that begin or end a text.
-        special: other pieces that are no text.
+        special: other pieces that are not text.
         named: the tokens that have a name, like "bos_token", as chat templates see them.
         added: tokens added to the vocabulary, by id.
     """
@@ -157,7 +157,7 @@ def _added_tokens(content: JsonObject, folder: Path, special: frozenset[str]) ->
         ]
     by_id = {token.token_id: token for token in tokens}
     if len(by_id) < len(tokens) or not all(token.content for token in tokens):
-        raise CheckpointError(f"{content.path.parent}: its added tokens have an id twice, or an empty spelling")
+        raise CheckpointError(f"{content.path.parent}: two of its added tokens have the same id, or one is empty")
     return tuple(by_id[token_id] for token_id in sorted(by_id))
 
 

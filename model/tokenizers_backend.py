@@ -129,8 +129,8 @@ def _loaded(file: TokenizerJson, added: Sequence[AddedToken], hidden: Mapping[in
         if tokenizer.token_to_id(entry["content"]) != entry["id"]:
             name = next(token.content for token in added if token.token_id == entry["id"])
             raise CheckpointError(
-                f"{file.path}: the added token {name[:80]!r} has the id {entry['id']}, where the tokenizers library "
-                f"gives it {tokenizer.token_to_id(entry['content'])}; ids of added tokens have to follow one another"
+                f"{file.path}: the added token {name[:80]!r} has the id {entry['id']}, but the tokenizers library "
+                f"gives it {tokenizer.token_to_id(entry['content'])}; ids of added tokens must be consecutive"
             )
     return tokenizer
 

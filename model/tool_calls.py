@@ -1,4 +1,4 @@
-"""Functions that a model may call: how it is told of them, how it calls them, and how calls are found in an answer.
+"""Functions that a model may call: how they are described to it and called, and how calls are found in an answer.
 
 Persimmon was trained without tools, so the form is this server's own: an answer that is a list of calls, in JSON.  It
 is written down here once, for what the model reads and for what it writes.  Knows nothing of tokens, HTTP or grammars.
@@ -50,7 +50,7 @@ class ToolCall:
 
     Attributes:
         name: the function's.
-        arguments: a JSON object, as whoever wrote the call wrote it.
+        arguments: a JSON object, unchanged from the call.
     """
 
     name: str
@@ -58,7 +58,7 @@ class ToolCall:
 
 
 def describe(functions: Iterable[Function]) -> str:
-    """What the model is told of the functions, to be put where a system message is."""
+    """The description of the functions for the model, to be put where a system message is."""
     lines = (
         json.dumps(
             {"name": each.name}
@@ -172,12 +172,12 @@ class CallDelta:
 
 
 class CallReader:
-    """Finds the calls in one answer that comes in pieces, and tells them from its content.
+    """Finds the calls in one answer that comes in pieces, and separates them from its content.
 
     Calls are what `calls_text` writes, from the answer's first character on; white space between JSON's signs does not
     matter.  A text that may still become a call is held back, and is content as soon as it cannot.  It is a call from
-    its arguments' first character on: whether they keep to JSON, and to the function's parameters, is up to whoever
-    writes them, a grammar or the model.  Where the list ends the answer ends.
+    its arguments' first character on: whether they keep to JSON, and to the function's parameters, is up to their
+    writer, a grammar or the model.  Where the list ends the answer ends.
 
     Args:
         form: which calls the answer may make.
@@ -232,7 +232,7 @@ class CallReader:
         return ""
 
     def _no_call(self, rest: str) -> str:
-        # What follows on a call without being one is no content: a client has been told of calls by now.
+        # Text after a call is not content: the client has already received calls.
         if self._calls:
             self.ended = True
         else:

@@ -84,8 +84,8 @@ def named_tensors(path: Path) -> dict[str, StoredTensor]:
 
 def _not_plain(path: Path) -> CheckpointError:
     return CheckpointError(
-        f"{path} is refused: it holds something other than plain tensors, and reading that can run code; expected "
-        "tensors by name, best as safetensors"
+        f"{path} is refused: it contains more than plain tensors, and reading that can run code; expected tensors by "
+        f"name, preferably in safetensors format"
     )
 
 
@@ -122,7 +122,7 @@ class _Reader:
                 None,
             ) if numel >= 0:
                 if name not in _DTYPES:
-                    raise PickleError(f"it has tensors of a type that is not known here, {name}")
+                    raise PickleError(f"it has tensors of the unknown type {name}")
                 storage = Storage(_DTYPES[name], numel)
                 known = self._storages.setdefault(key, storage)
                 if (known.dtype, known.numel) != (storage.dtype, storage.numel):
@@ -130,18 +130,18 @@ class _Reader:
                 return known
             case ("module", *_):
                 return Record(Global("torch.nn", "Module"))
-        raise PickleError("a reference in it is to no storage")
+        raise PickleError("it has a reference that does not name a storage")
 
     def _tensor(self, arguments: tuple[Any, ...]) -> StoredTensor:
         match arguments:
             case (Storage() as storage, int(offset), tuple(shape), tuple(stride), *_):
                 numbers = (offset, *shape, *stride)
                 if len(shape) != len(stride) or not all(isinstance(n, int) and n >= 0 for n in numbers):
-                    raise PickleError("a tensor's shape or stride is wrong")
+                    raise PickleError("a tensor's shape or stride is not valid")
                 if math.prod(shape) and offset + spanned(shape, stride) > storage.numel:
-                    raise PickleError("a tensor reaches beyond its storage")
+                    raise PickleError("a tensor extends beyond its storage")
                 return StoredTensor(region=self._region, shape=shape, stride=stride, offset=offset, storage=storage)
-        raise PickleError("a tensor's description is wrong")
+        raise PickleError("a tensor's description is not valid")
 
     def _tensor_of_bytes(self, arguments: tuple[Any, ...]) -> StoredTensor:
         match arguments:
@@ -154,12 +154,12 @@ class _Reader:
                 dict(),
             ):
                 if name not in _DTYPES_OF_UNTYPED:
-                    raise PickleError(f"it has tensors of a type that is not known here, {name}")
+                    raise PickleError(f"it has tensors of the unknown type {name}")
                 dtype = _DTYPES_OF_UNTYPED[name]
                 typed = Storage(dtype, storage.numel // dtype.itemsize)
                 self._typed.append((storage, typed))
                 return self._tensor((typed, *view))
-        raise PickleError("a tensor's description is wrong")
+        raise PickleError("a tensor's description is not valid")
 
     def _place_typed(self) -> None:
         """Called when it is known where storages begin."""
@@ -175,12 +175,12 @@ class _ZipReader(_Reader):
             self._entries = {entry.filename: entry for entry in archive.infolist()}
             pickles = [name for name in self._entries if name.rpartition("/")[2] == "data.pkl"]
             if len(pickles) != 1:
-                raise PickleError("it is a zip, but not one that torch.save wrote")
+                raise PickleError("it is a zip file that torch.save did not write")
             prefix = pickles[0].removesuffix("data.pkl")
             if f"{prefix}byteorder" in self._entries:
                 self._seek(f"{prefix}byteorder", 1)
                 if self._file.read(6) != b"little":
-                    raise PickleError("its numbers are big-endian, which is not supported")
+                    raise PickleError("it is big-endian, which is not supported")
             size = self._seek(pickles[0], 0)
             contents = self._read_pickle(io.BytesIO(self._file.read(min(size, MAX_BYTES + 1))))
             for key, storage in self._storages.items():
@@ -200,10 +200,10 @@ class _ZipReader(_Reader):
         self._file.seek(entry.header_offset)
         header = self._file.read(30)
         if header[:4] != b"PK\x03\x04":
-            raise PickleError(f"{name[:80]} is not where its directory says")
+            raise PickleError(f"{name[:80]} is not at the place that its directory gives")
         self._file.seek(sum(struct.unpack("<HH", header[26:30])), io.SEEK_CUR)
         if entry.file_size < size or self._file.tell() + entry.file_size > self._region.length:
-            raise PickleError(f"{name[:80]} is cut off")
+            raise PickleError(f"{name[:80]} is truncated")
         return entry.file_size
 
 
@@ -215,7 +215,7 @@ class _LegacyReader(_Reader):
             raise PickleError("torch.save did not write it")
         machine = self._read_pickle(self._file)
         if not isinstance(machine, dict) or machine.get("little_endian") is not True:
-            raise PickleError("its numbers are big-endian, which is not supported")
+            raise PickleError("it is big-endian, which is not supported")
         contents = self._read_pickle(self._file)
         keys = self._read_pickle(self._file)
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
@@ -224,10 +224,10 @@ class _LegacyReader(_Reader):
             storage = self._storages.get(key)
             (count,) = struct.unpack("<q", self._file.read(8))
             if storage is None or count != storage.numel:
-                raise PickleError(f"storage {key[:40]!r} is not as long as it says")
+                raise PickleError(f"storage {key[:40]!r} does not have the stated length")
             storage.start = self._file.tell()
             if storage.start + storage.bytes > self._region.length:
-                raise PickleError(f"storage {key[:40]!r} is cut off")
+                raise PickleError(f"storage {key[:40]!r} is truncated")
             self._file.seek(storage.bytes, io.SEEK_CUR)
         absent = [key for key, storage in self._storages.items() if storage.start < 0]
         if absent:
@@ -243,17 +243,17 @@ def _ordered_dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
         case (list(pairs),) if all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
             if all(isinstance(key, str) for key, _ in pairs):
                 return dict(pairs)  # so Python 2
-    raise PickleError("an OrderedDict in it is wrong")
+    raise PickleError("it has an OrderedDict that is not valid")
 
 
 def _size(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     match arguments:
         case (list() | tuple() as sizes,):
             return tuple(sizes)
-    raise PickleError("a torch.Size in it is wrong")
+    raise PickleError("it has a torch.Size that is not valid")
 
 
 def _first(arguments: tuple[Any, ...]) -> Any:
     if not arguments:
-        raise PickleError("a parameter in it has no tensor")
+        raise PickleError("it has a parameter without a tensor")
     return arguments[0]

@@ -90,7 +90,7 @@ class VocabularyMap:
         """The rows of some ids, in their order.
 
         Raises:
-            ValueError: an id has none; `kept` tells before.
+            ValueError: an id has none; check with `kept` first.
         """
         size = self.vocab_size
         rows = [self._rows[token_id] if 0 <= token_id < size else _NO_ROW for token_id in token_ids]
@@ -115,7 +115,7 @@ class VocabularyMap:
         return _renumbered(config, len(self.ids), self.to_rows)
 
     def original(self, config: PersimmonConfig) -> PersimmonConfig:
-        """The reverse of `trimmed`: a trimmed checkpoint's configuration for whoever speaks in ids.
+        """The reverse of `trimmed`: a trimmed checkpoint's configuration in terms of ids.
 
         Args:
             config: as `PersimmonConfig.from_folder` reads it, with rows for token ids.

@@ -151,7 +151,7 @@ def find_weight_files(folder: Path) -> tuple[Path, tuple[WeightFile, ...], dict[
     shards = [folder / name for name in names]
     missing = [shard.name for shard in shards if not os.path.lexists(shard)]
     if missing:
-        raise CheckpointError(f"{folder / missing[0]} is missing, {listing.name} names it{and_more(missing)}")
+        raise CheckpointError(f"{folder / missing[0]} is missing, although {listing.name} names it{and_more(missing)}")
     for shard in shards:
         check_regular(shard)
     return listing, tuple(map(_weight_file, shards)), index

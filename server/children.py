@@ -151,7 +151,7 @@ class Child:
         try:
             message: object = self.report.recv()
             self.has_served = not isinstance(message, child_process.CannotStart)
-        except EOFError:  # the sentinel tells the rest
+        except EOFError:  # the sentinel shows the rest
             message = None
         self._forget_report()
         return message

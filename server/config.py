@@ -24,7 +24,7 @@ _RULES = {
     "byte_size": "expected a size, for example 4GiB or 800MB",
     "byte_size_unit": "expected a size, for example 4GiB or 800MB",
     "float_parsing": "expected a number",
-    "int_parsing": "expected a whole number",
+    "int_parsing": "expected an integer",
 }
 """What a setting's value has to be, where pydantic's own words would not help: its error types -> ours."""
 

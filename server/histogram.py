@@ -51,7 +51,7 @@ def histogram_family(
     Args:
         name, help: of the metric.
         bounds: the highest value of each bucket but the last.
-        counts: values in each bucket alone.
+        counts: values in each bucket, not cumulative.
         total: the sum of all values.
     """
     labels = [*(str(float(bound)) for bound in bounds), "+Inf"]

@@ -43,7 +43,7 @@ def listen(host: str, port: int, count: int) -> list[socket.socket]:
         except OSError as error:
             reason = error.strerror or str(error)
             raise ListenError(
-                f"cannot listen on {host}:{port}: {reason}; choose another with --host and --port"
+                f"cannot listen on {host}:{port}: {reason}; choose another address with --host and --port"
             ) from None
         stack.pop_all()
     return listeners

@@ -88,7 +88,7 @@ def error_logged() -> Iterator[None]:
     try:
         yield
     except Exception:
-        logging.getLogger(__name__).critical("the process ends with an error", exc_info=True)
+        logging.getLogger(__name__).critical("the process is exiting because of an error", exc_info=True)
         sys.exit(1)
 
 
@@ -103,7 +103,7 @@ def _dropped_notice(lines: int) -> str:
         logging.WARNING,
         __file__,
         0,
-        "%d log line%s dropped here: standard error did not take them",
+        "%d log line%s dropped here: standard error was blocked",
         (lines, " was" if lines == 1 else "s were"),
         None,
     )
@@ -121,7 +121,7 @@ class _StandardError(logging.Handler):
                 _background[0].put(line)
             else:
                 print(line, file=sys.stderr, flush=True)
-        except Exception:  # noqa: BLE001, logging says what becomes of a line that cannot be written
+        except Exception:  # noqa: BLE001, logging handles a line that cannot be written
             self.handleError(record)
 
 

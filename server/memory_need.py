@@ -42,8 +42,8 @@ def check_memory(config: PersimmonConfig, api_workers: int, left: MemoryLeft) ->
     if left.bytes < needed:
         workers = f"{api_workers} API worker{'s' if api_workers != 1 else ''}"
         raise SettingsError(
-            f"not enough memory: an engine and {workers} take about {readable(needed)} before any model is loaded, and "
-            f"{readable(left.bytes)} are {left}: raise that limit, or start on a larger machine"
+            f"not enough memory: an engine and {workers} take about {readable(needed)} before any model is loaded, "
+            f"but only {readable(left.bytes)} are {left}: raise that limit, or use a larger machine"
         )
 
 

@@ -45,8 +45,8 @@ _COUNTERS = {
     ),
     "persimmon_prefix_cache_hit_tokens": ("cached_tokens", "Prompt tokens taken from the prefix cache."),
     "persimmon_preemptions": ("preemptions", "Times a sequence lost its KV blocks to older ones."),
-    "persimmon_recomputed_tokens": ("recomputed_tokens", "Computed tokens that preemptions threw away."),
-    "persimmon_graph_replays": ("graph_replays", "Decode steps that were CUDA graphs."),
+    "persimmon_recomputed_tokens": ("recomputed_tokens", "Computed tokens discarded by preemptions."),
+    "persimmon_graph_replays": ("graph_replays", "Decode steps run as CUDA graphs."),
 }
 """Metric name without the _total that Prometheus adds -> the field of EngineStats, and the help text."""
 
@@ -102,7 +102,7 @@ class Metrics:
             tokens as one output.
         request_latency: from arrival to the last byte, of generation requests that were answered with 200.
         queue_time: from a sequence's arrival at the engine to the first step that computes a part of it.
-        sequences_finished: sequences that ended, by their reason: stop, length, abort (nobody waits any more) or error.
+        sequences_finished: sequences that ended, by their reason: stop, length, abort (the client is gone) or error.
         request_duration: from arrival to the last byte, of every request except probes, by endpoint.
     """
 
@@ -118,7 +118,7 @@ class Metrics:
         ).set_function(lambda: engine.open_streams)
         self.http_requests = Counter(
             "persimmon_http_requests",
-            "HTTP requests answered; status 499 is a client that left before its answer.",
+            "HTTP requests answered; status 499 means that the client disconnected before the answer.",
             ("endpoint", "status"),
             registry=self._registry,
         )
@@ -139,12 +139,12 @@ class Metrics:
         )
         self.queue_time = self._histogram(
             "persimmon_request_queue_time_seconds",
-            "Time that a sequence waited before the first step that computed a part of it.",
+            "Time from a sequence's arrival to the first step that computed a part of it.",
             _QUEUE_SECONDS,
         )
         self.sequences_finished = Counter(
             "persimmon_sequences_finished",
-            "Sequences that ended, by their reason.",
+            "Sequences that ended, by reason.",
             ("finished_reason",),
             registry=self._registry,
         )
@@ -197,7 +197,7 @@ class Metrics:
         self._finished.max_generated_tokens.observe(most_generated)
 
     def families(self) -> Iterator[Metric]:
-        """All metrics of ours, those of this worker as it has counted alone."""
+        """All metrics under our names, with only this worker's own counts."""
         return itertools.chain(self._engine.collect(), self._registry.collect())
 
     def snapshot(self) -> bytes:
@@ -310,7 +310,7 @@ def _gauge(name: str, help: str, value: float) -> GaugeMetricFamily:
 
 
 class _ExampleEngine:
-    """An engine that has just begun, of which every metric can be told."""
+    """A newly started engine, for which every metric has a value."""
 
     ready = True
     stats = EngineStats(

@@ -23,7 +23,7 @@ _LONGEST_NAME = "api-255"
 
 
 class RuntimeFolderError(OSError):
-    """There is no place for such a folder.  One line for the person who can change that."""
+    """The folder cannot be created. One line for the person who can change that."""
 
 
 @contextlib.contextmanager
@@ -36,7 +36,7 @@ def runtime_folder() -> Iterator[Path]:
     try:
         parent = Path(tempfile.gettempdir())
     except OSError as error:
-        raise RuntimeFolderError(f"{error.strerror or error}; set TMPDIR to a folder that can be written") from None
+        raise RuntimeFolderError(f"{error.strerror or error}; set TMPDIR to a writable folder") from None
     _check_length(parent)
     remove_stale(parent)
     folder, lock = _locked_folder(parent)
@@ -61,8 +61,8 @@ def _check_length(parent: Path) -> None:
     if longest > _MAX_SOCKET_BYTES:
         most = len(os.fsencode(parent)) - (longest - _MAX_SOCKET_BYTES)
         raise RuntimeFolderError(
-            f"{parent} is too long for the paths of unix sockets: at most {most} bytes; "
-            "set TMPDIR to a shorter one, for example /tmp"
+            f"the path {parent} is too long for unix sockets (at most {most} bytes); set TMPDIR to a shorter one, for "
+            f"example /tmp"
         )
 
 
@@ -74,8 +74,7 @@ def _locked_folder(parent: Path) -> tuple[Path, int]:
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             raise RuntimeFolderError(
-                f"no folder for sockets can be made in {parent}: {error.strerror}; set TMPDIR to a folder that can be "
-                "written"
+                f"cannot create a folder for sockets in {parent}: {error.strerror}; set TMPDIR to a writable folder"
             ) from None
         # Another server, starting now, may have taken it for a stale one before it was locked.
         with contextlib.suppress(OSError):

@@ -63,9 +63,9 @@ class FinishedHistograms:
             "persimmon_request_max_generated_tokens", "Tokens of the longest of a prompt's samples.", tokens
         )
         self.max_tokens = histogram(
-            "persimmon_request_max_tokens", "Tokens that a sequence might generate at most.", tokens
+            "persimmon_request_max_tokens", "Maximum number of tokens that a sequence may generate.", tokens
         )
-        self.n = histogram("persimmon_request_n", "Samples asked for per prompt.", vllm_metrics.SAMPLES)
+        self.n = histogram("persimmon_request_n", "Requested samples per prompt.", vllm_metrics.SAMPLES)
         self.prefill_time = histogram(
             "persimmon_request_prefill_time_seconds",
             "Time from the first step that computed a part of a sequence to its first token.",
@@ -83,7 +83,7 @@ class FinishedHistograms:
         )
         self.time_per_output_token = histogram(
             "persimmon_request_time_per_output_token_seconds",
-            "Mean time of a sequence's tokens after the first; 0 where there is none.",
+            "Mean time per token after a sequence's first; 0 if there is only one.",
             INTER_TOKEN_SECONDS,
         )
 

@@ -52,7 +52,7 @@ class ServedModel:
         if settings.model is None:
             folder = Path(next(iter(model.__path__)), "demo")
             name = settings.served_model_name or DEMO_NAME
-            what = "the demo checkpoint, which explains common English words; --model serves another"
+            what = "the demo checkpoint, which explains common English words; use --model to serve another"
         else:
             folder = resolve(settings.model)
             name = settings.served_model_name or Path(settings.model).resolve().name
@@ -66,5 +66,5 @@ class ServedModel:
         notices = [f"persimmon {version('persimmon-server')}: {what}"]
         notices += [f"persimmon: {notice}" for notice in tokenizer.notices]
         if chat.template is not None:
-            notices.append("persimmon: conversations are rendered by the checkpoint's own chat template")
+            notices.append("persimmon: conversations use the checkpoint's own chat template")
         return cls(folder, name, USES[config.architecture], tuple(notices))

@@ -5,12 +5,12 @@ import os
 import resource
 
 MAX_OPEN_FILES = 1 << 20
-"""More is not asked for; where there is no limit at all, some programs try to close every possible descriptor."""
+"""Upper bound of the limit that is set; without any limit, some programs try to close every possible descriptor."""
 
 OWN_FILES = 40
 """What an API worker has open besides its clients' connections, rounded up."""
 
-ADVICE = "see the limits on memory, processes and open files (ulimit -a, and the container's or service's limits)"
+ADVICE = "check the limits on memory, processes and open files (ulimit -a, and the container's or service's limits)"
 """What to do; the end of an error's line."""
 
 _NUMBERS = frozenset({errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -60,7 +60,7 @@ def too_few_files(limit: int, sequences: int, workers: int) -> str | None:
     if connections >= sequences:
         return None
     return (
-        f"at most {limit} files may be open in a process (ulimit -n), room for about {connections} connections; "
-        f"--max-num-queued-reqs lets in {sequences} sequences. Connections beyond that are closed: raise the limit "
-        f"or give --max-num-queued-reqs {max(connections, 1)}"
+        f"a process may open at most {limit} files (ulimit -n), enough for about {connections} connections, but "
+        f"--max-num-queued-reqs allows {sequences} sequences. Further connections are closed: raise the limit or give "
+        f"--max-num-queued-reqs {max(connections, 1)}"
     )

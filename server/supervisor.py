@@ -49,7 +49,7 @@ wrapper such as timeout(1) passes the signal on as well."""
 
 
 def supervise(settings: Settings, folder: Path, served_model_name: str, use: ModelUse) -> int:
-    """Runs the server until it is told to stop or cannot go on.
+    """Runs the server until it is asked to stop or cannot continue.
 
     A process that dies is started again, unless it has never served or has died too often.  SIGHUP has the
     files of keys and certificates read again; SIGUSR1 has the stacks of all other processes' threads logged.
@@ -67,7 +67,7 @@ def supervise(settings: Settings, folder: Path, served_model_name: str, use: Mod
     Raises:
         ListenError: the port is taken, or the address is not this machine's.
         SettingsError: the keys cannot be read.
-        RuntimeFolderError: there is no place for the sockets of the server's processes.
+        RuntimeFolderError: the folder for the sockets of the server's processes cannot be created.
     """
     with contextlib.ExitStack() as stack:
         ending = {signal.SIGTERM, signal.SIGINT}
@@ -198,7 +198,7 @@ class _Supervisor:
             if not child.has_served:
                 say(f"persimmon: error: {reason}")
                 return 2
-            say(f"persimmon: error: {reason}. The next attempt is in {child.postpone():g} s")
+            say(f"persimmon: error: {reason}. Next attempt in {child.postpone():g} s")
         if child in self._workers:
             self._worker_watches[self._workers.index(child)].restart()
         return None
@@ -208,7 +208,7 @@ class _Supervisor:
         try:
             return self._checkpoint_changed()
         except OSError as error:  # they were the same when it was started
-            say(f"persimmon: warning: whether {self._folder} has changed cannot be checked: {error.strerror or error}")
+            say(f"persimmon: warning: cannot check whether {self._folder} has changed: {error.strerror or error}")
             return False
 
     def _checkpoint_changed(self) -> bool:
@@ -221,8 +221,9 @@ class _Supervisor:
         if what is None:
             return False
         say(
-            f"persimmon: error: the checkpoint in {self._folder} has changed since the server started ({what}); the "
-            "server ends, because answers would change under the same name: start it again to serve what is there now"
+            f"persimmon: error: the checkpoint in {self._folder} has changed since the server started ({what}). The "
+            f"server exits, because answers would change under the same model name; start it again to serve the new "
+            f"files"
         )
         self._end()
         return True
@@ -233,7 +234,7 @@ class _Supervisor:
             self._ready = message
             self._watch.restart()
             if self._announced:
-                say("The engine serves again")
+                say("The engine is serving again")
         everybody = all(child.has_served for child in self._children)
         if everybody and self._ready is not None and not self._announced:
             self._announced = True
@@ -254,11 +255,11 @@ class _Supervisor:
         if delay is None:
             # What libraries do that cannot start a thread or map memory, after a line of their own.
             advice = f"; {ADVICE}" if exit_code == -signal.SIGABRT else ""
-            say(f"persimmon: error: {child.exit_summary}; the server ends{advice}")
+            say(f"persimmon: error: {child.exit_summary}; the server exits{advice}")
             self._end()
             return 1
         when = f"in {delay:g} s" if delay else "now"
-        say(f"persimmon: error: {child.exit_summary}; its requests end with an error, and it is started again {when}")
+        say(f"persimmon: error: {child.exit_summary}; its requests end with an error; restarting it {when}")
         return None
 
     def _announce(self, ready: Ready) -> None:
@@ -277,7 +278,7 @@ class _Supervisor:
             return
         overdue = self._watch.overdue_seconds()
         if overdue > step_limit(self._settings.step_timeout, self._ready.device):
-            say(f"persimmon: error: the engine has work, but has ended no step for {overdue:.1f} s; it is killed")
+            say(f"persimmon: error: the engine has work but has not finished a step for {overdue:.1f} s; killing it")
             self._ready = None
             self._kill_hung(self._engine)
 
@@ -286,7 +287,7 @@ class _Supervisor:
         for worker, watch in zip(self._workers, self._worker_watches, strict=True):
             hung = watch.hung_seconds()
             if hung is not None and worker.sentinel is not None:
-                say(f"persimmon: error: {worker.title} has been stopped or busy for {hung:.1f} s; it is killed")
+                say(f"persimmon: error: {worker.title} has been unresponsive for {hung:.1f} s; killing it")
                 self._kill_hung(worker)
                 watch.restart()
 
@@ -296,12 +297,12 @@ class _Supervisor:
         self._signal_workers(signal.SIGTERM)
         notify("STOPPING=1")
         self._signals.take_repeats(REPEAT_SECONDS)
-        say("Stopping: open requests may finish (a second signal stops at once)")
+        say("Stopping after open requests have finished (send a second signal to stop immediately)")
         # The workers have their own, and go on accepting with them; connections after their end are refused.
         for listener in self._listeners:
             listener.close()
         if not self._wait_for_workers(self._settings.drain_timeout + FINAL_ERROR_SECONDS + FLUSH_SECONDS):
-            say("Stopping at once: open requests end with an error")
+            say("Stopping immediately: open requests end with an error")
             self._signal_workers(signal.SIGUSR2)
             self._wait_for_workers(FINAL_ERROR_SECONDS + FLUSH_SECONDS)
         return 0
@@ -335,7 +336,7 @@ class _Supervisor:
                 if self._signals.ends(come):
                     return False
                 if signal.SIGHUP in come:
-                    say("Stopping: API keys and certificates are not read again")
+                    say("Stopping: API keys and certificates are not reloaded")
             running.difference_update(happened)
         return True
 

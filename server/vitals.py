@@ -69,7 +69,7 @@ class Vitals:
 
     @classmethod
     def private(cls, workers: int = 1, clock: Callable[[], int] = time.monotonic_ns) -> "Vitals":
-        """Of one process alone."""
+        """Of a single process."""
         return cls(mmap.mmap(-1, _size(workers)), clock)
 
     def beat(self, busy: bool) -> None:
@@ -114,7 +114,7 @@ class Vitals:
 
     @property
     def overdue_seconds(self) -> float:
-        """For how long there has been work and the engine has ended no step; 0 where there is no work."""
+        """How long the engine has had work without finishing a step; 0 if it has no work."""
         since = [when for when in self._cells[_ENGINE_CELLS + 2 :: _WORKER_CELLS] if when]
         if self._cells[1]:
             since.append(self._cells[1])

@@ -63,7 +63,7 @@ def blocks_for(lengths: Ids[int], block_size: int) -> int:
 
 
 @dataclass
-class Told:
+class Reports:
     """What steps have reported of a sequence, in order."""
 
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -72,7 +72,7 @@ class Told:
 
 
 class Harness:
-    """An engine that generates for whoever calls it.
+    """An engine that generates for its caller.
 
     Args:
         model: the network.
@@ -108,7 +108,7 @@ class Harness:
             rope_limit=model.config.rope_limit,
         )
         cache = poisoned_cache(model, num_blocks, block_size)
-        self.told: defaultdict[Sequence, Told] = defaultdict(Told)
+        self.reports: defaultdict[Sequence, Reports] = defaultdict(Reports)
         """What the steps have reported of each sequence."""
         self._run = PlanRunner(runner_of(model, cache, operations), grammars)
         self._overlap = overlap
@@ -180,15 +180,15 @@ class Harness:
         plan, launched = self._under_way.popleft()
         outcome = launched.wait()
         for place, item in enumerate(plan.scheduled):
-            told = self.told[item.sequence]
-            told.prompt_logprobs += outcome.prompt_logprobs.get(place, [])
-            told.pooled += np.frombuffer(outcome.pooled.get(place, b""), dtype="<f4").tolist()
+            reports = self.reports[item.sequence]
+            reports.prompt_logprobs += outcome.prompt_logprobs.get(place, [])
+            reports.pooled += np.frombuffer(outcome.pooled.get(place, b""), dtype="<f4").tolist()
         for advance in self.scheduler.commit(plan, outcome.tokens):
             if advance.row in outcome.failures:
                 self.failures[advance.sequence] = outcome.failures[advance.row]
                 self.scheduler.abort(advance.sequence.key)
             elif advance.row in outcome.logprobs and advance.tokens:
-                self.told[advance.sequence].logprobs.extend(outcome.logprobs[advance.row])
+                self.reports[advance.sequence].logprobs.extend(outcome.logprobs[advance.row])
 
     def outputs(self, prompts: Ids[list[int]], max_tokens: int, arrivals: Ids[int] | None = None) -> list[list[int]]:
         """Greedy continuations."""

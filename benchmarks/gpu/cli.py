@@ -35,7 +35,7 @@ class Section:
 
     Attributes:
         module: of this package; its `run` takes a setting and a report.
-        limit_s: after so many seconds it is ended.
+        limit_s: time after which it is terminated, in seconds.
         is_default: whether it runs unless others are asked for.
     """
 

@@ -20,7 +20,7 @@ class Pages:
     Attributes:
         keys, values: [N, H, S, D].
         tables: blocks of each sequence, no block in two of them, in random order.
-        spare: a block that is nobody's.
+        spare: a block that no sequence uses.
     """
 
     keys: torch.Tensor
@@ -68,7 +68,7 @@ def make_pages(
         block_size: of the cache.
         dtype: of the cache.
         generator: of the values and of the order of blocks.
-        poisoned: whether everything that no sequence has filled is NaN, and one block more is nobody's.
+        poisoned: whether everything that no sequence has filled is NaN, and one extra block belongs to no sequence.
         filled: how many tokens of each sequence hold values, when poisoned.
     """
     needed = [-(-length // block_size) for length in lengths]
@@ -101,7 +101,7 @@ def _poison(pages: Pages, filled: Sequence[int]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class AttentionInputs:
-    """What the attention kernels take beside the cache.
+    """What the attention kernels take in addition to the cache.
 
     Attributes:
         qkv: [T, H, 3, D].

@@ -97,7 +97,7 @@ def seen_zeros() -> Iterator[SeenZeros]:
 
 @contextmanager
 def skipping(kernels: FusedKernels, most_tokens: int) -> Iterator[None]:
-    """Steps of up to so many tokens skip MLP rows; 0 for none."""
+    """Maximum tokens of a step that skips MLP rows; 0 for none."""
     usual, kernels.sparse_step = kernels.sparse_step, most_tokens
     try:
         yield

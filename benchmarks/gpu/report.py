@@ -30,7 +30,7 @@ class ResultFile:
         self.content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
 
     def save(self) -> None:
-        """Writes the file; whoever reads it sees the old one or the new one."""
+        """Writes the file atomically: readers see the old one or the new one."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_name(self.path.name + ".part")
         beside.write_text(json.dumps(self.content, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """How fast is each kernel?  Bytes, microseconds and the share of what the card can do.
 
 Weights and caches take turns over more memory than any cache holds, as they do when the layers of a step follow each
-other; cuBLAS and torch's attention stand beside what they can be compared with.
+other; cuBLAS and torch's attention are listed next to the kernels they compare with.
 """
 
 from collections.abc import Sequence
@@ -155,7 +155,7 @@ class ProjectionCase:
         if self.is_down:
             self.x = planted_activation(generator, rows, width.in_features, zeros, shared=shared, dtype=DTYPE)
         self.alive = (self.x != 0).any(0).to(torch.int8)
-        # Rows that are not read are no help against the cache.
+        # Rows that are not read do not evict the cache.
         read = round(self.weight_bytes * (self.alive.float().mean().item() if self.is_down else 1.0))
         self.weights = rotate(weight, read, setting.suite.rotated_bytes)
         self.out = normal(generator, rows, width.out_features, dtype=DTYPE)
@@ -218,7 +218,7 @@ class ProjectionCase:
         ]
 
     def cublas_calls(self) -> list[Call]:
-        """The matrix product with its bias alone: no norm, activation or residual."""
+        """Only the matrix product with its bias: no norm, activation or residual."""
         return [partial(F.linear, self.x, weight.t() if self.is_down else weight, self.bias) for weight in self.weights]
 
 
@@ -331,7 +331,7 @@ def _elementwise(setting: Setting, report: Report, ceiling: float | None) -> Non
 
 
 def _sampling(setting: Setting, report: Report, ceiling: float | None) -> None:
-    """The output projection with its draw, beside the projection alone; and draws from logits that exist."""
+    """The output projection with and without its draw, and draws from existing logits."""
     config, generator, device = setting.suite.config, setting.generator(), setting.device
     vocab_size = config.vocab_size
     weight = normal(generator, vocab_size, config.hidden_size, dtype=DTYPE, deviation=0.03)

@@ -216,7 +216,7 @@ class _Steps:
         ]
 
     def sampling(self) -> None:
-        """What drawing takes beside the output projection alone, and the steps that do it."""
+        """What drawing takes in addition to the output projection, and the steps that do it."""
         suite, model, kernels = self._setting.suite, self._machine.model, self._machine.kernels
         for batch in sorted({1, 64} & {batch for batch, _ in suite.step_grid}):
             context = min(512, self._machine.max_model_len - 1)
@@ -353,7 +353,7 @@ class _Steps:
     def _times(self, graphs: DecodeGraphs, step: Sequence[SequenceInput]) -> _StepTimes:
         device = self._setting.device
         launch = time_loop(partial(graphs.launch, step), device, self._seconds)
-        # Without a GPU there is no graph to replay, and no figure either.
+        # Without a GPU there is no graph to replay, so there is no figure.
         captured = graphs.graph(len(step))
         return _StepTimes(time_loop(captured.replay, device, self._seconds / 2) if captured else launch, launch)
 
@@ -364,7 +364,7 @@ class _Steps:
         return seen
 
     def _batch(self, batch: int, context: int) -> list[SequenceInput]:
-        """A step of so many sequences, with room for a chain of steps where the model has it."""
+        """A step of `batch` sequences, with room for a chain of steps if the model has it."""
         room = min(context + self._setting.suite.chain_steps, self._machine.max_model_len)
         dice = random.Random(self._setting.seed)
         tokens = [dice.randrange(self._setting.suite.config.vocab_size) for _ in range(batch)]

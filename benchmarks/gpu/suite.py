@@ -30,8 +30,8 @@ class Suite:
         copy_bytes, matmul_size, rotated_bytes: of the ceilings; and how much memory calls take turns in, so that no
             cache holds it.
         seconds_per_figure: how long one variant is timed.
-        check_dtypes: what kernels are checked in; bit for bit in the first alone.  Triton's interpreter truncates to
-            bfloat16 instead of rounding, so the tiny suite has none.
+        check_dtypes: the types that kernels are checked in; bit for bit only in the first.  Triton's interpreter
+            truncates to bfloat16 instead of rounding, so the tiny suite has none.
         check_block_sizes: of decode attention.
         check_lengths: contexts that every attention check holds; random ones are added up to `check_batch`.
         check_batch: rows of the largest step of the checks.

@@ -1,4 +1,4 @@
-"""Would other launch settings be faster?  Each kernel's default beside the best of its neighbours.
+"""Would other launch settings be faster? Each kernel's default next to the best of its neighbours.
 
 The settings that may change a result's bits, the splits, are swept too: they are the network's to choose once.
 """

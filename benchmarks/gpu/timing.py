@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 
 GRAPH_SECONDS = 2e-3
-"""A replay lasts at least so long, beside which its own start does not count."""
+"""Minimum time of a replay; next to it the time to start one is negligible."""
 
 MAX_CALLS = 512
 MAX_ROTATIONS = 256

@@ -3,7 +3,7 @@
  * A head's tokens of a block are one tile of the cache: values [block_size, head_dim] as they come, keys turned,
  * [head_dim, block_size], so that a vector holds one dimension of many keys and scores need no sum across lanes.
  *
- * A query meets its keys segment by segment, whatever queries are beside it, so its bits do not depend on them.
+ * A query meets its keys segment by segment, whatever other queries run with it, so its bits do not depend on them.
  */
 #ifndef PERSIMMON_ATTENTION_H
 #define PERSIMMON_ATTENTION_H
@@ -14,7 +14,7 @@
 
 /* Queries that share the keys and values in registers. */
 #define QUERIES 4
-/* Dimensions of values beside them, in pairs of vectors; and keys whose scores are summed together. */
+/* Dimensions of values next to them, in pairs of vectors; and keys whose scores are summed together. */
 #if LANES == 16
 #define MAX_PAIRS 2
 #define SCORE_WIDTH(queries) (2 * LANES)
@@ -85,7 +85,7 @@ INLINE const char *address(const void *from, int64_t index, const int type) {
     return (const char *)from + index * (type == FLOAT32 ? 4 : 2);
 }
 
-/* Fetches so many numbers into the processor's cache. */
+/* Fetches `count` numbers into the processor's cache. */
 INLINE void fetch(const char *from, const int numbers, const int type) {
     for (int64_t byte = 0; byte < numbers * (type == FLOAT32 ? 4 : 2); byte += 64) __builtin_prefetch(from + byte);
 }

@@ -63,7 +63,7 @@ def library_path(build: str) -> Path:
 
 
 def processor_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """What this processor can do, by the names of /proc/cpuinfo; empty where there is no such file."""
+    """The processor's instruction sets, by their names in /proc/cpuinfo; empty if that file does not exist."""
     try:
         lines = cpuinfo.read_text().splitlines()
     except OSError:
@@ -95,8 +95,8 @@ def load(build: str) -> ctypes.CDLL:
         layout.argtypes, layout.restype = (), integer
     if layout is None or layout() != sizes[0] << 20 | sizes[1] << 10 | sizes[2]:
         raise KernelsUnavailableError(
-            f"{path} was compiled from another version of the C kernels; install the project again (`pip install -e .` "
-            "in a checkout)"
+            f"{path} was compiled from a different version of the C kernels; reinstall the project (`pip install -e "
+            f".` in a checkout)"
         )
     library.persimmon_scratch_bytes.argtypes = (integer, integer)
     library.persimmon_scratch_bytes.restype = integer

@@ -99,7 +99,7 @@ INLINE void multiply_pairs_tile(const uint16_t *inputs, int64_t stride, const ui
 #pragma GCC unroll 4
         for (int v = 0; v < MAX_VECTORS; v++) {
             weights[v] = (__m512bh)_mm512_loadu_si512(slice + (k * PANEL + v * LANES) * 2);
-            /* With few rows memory is what is waited for, and one row alone reads it fast enough as it is. */
+            /* With few rows the time goes to memory, and a single row reads it fast enough as it is. */
             if (rows > 1 && rows <= 4) __builtin_prefetch(slice + ((k + AHEAD) * PANEL + v * LANES) * 2);
         }
 #pragma GCC unroll 6

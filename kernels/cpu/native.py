@@ -89,7 +89,7 @@ class NativeKernels:
         self._rounds = dtype == torch.bfloat16 and bool(self.library.persimmon_multiplies_bfloat16())
 
     def workspace_bytes(self, limits: StepLimits) -> int:
-        """Bytes of the buffers of a recorded program, and of a product's inputs beside them."""
+        """Bytes of the buffers of a recorded program, and of a product's inputs next to them."""
         hidden, inner = limits.hidden_size, limits.intermediate_size
         # x, qkv, what attention makes, the MLP's inner values; then the widest input once more.
         per_token = hidden + 3 * hidden + hidden + inner + max(hidden, inner)

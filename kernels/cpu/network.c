@@ -75,7 +75,7 @@ static int64_t heads_together(const Operation *op, const Run *run) {
 static void attention(const Operation *op, const Run *run, int64_t part) {
     const Step *step = run->step;
     const int64_t width = op->heads * op->head_dim, together = heads_together(op, run);
-    /* The last sequences are the longest: they come first, so that nobody waits for one at the end. */
+    /* The last sequences are the longest: they come first, so that no thread waits for one at the end. */
     const int64_t sequence = step->sequences - 1 - part * together / op->heads, first_head = part * together % op->heads;
     const int64_t first = step->firsts[sequence];
     const int32_t *table = step->tables + step->table_firsts[sequence];

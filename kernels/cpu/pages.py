@@ -36,7 +36,7 @@ def advise_large_pages(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def populate(tensors: Sequence[torch.Tensor], threads: int) -> list[threading.Thread]:
-    """Has the system back tensors with memory now, in threads beside the caller, and leaves what is in them.
+    """Makes the system back tensors with memory now, in background threads; their contents do not change.
 
     Otherwise it does so page by page as they are first written, in the middle of steps, which on a virtual machine can
     take longer than what is computed.
@@ -61,7 +61,7 @@ def populate(tensors: Sequence[torch.Tensor], threads: int) -> list[threading.Th
             with lock:
                 pieces.close()
             if (error := ctypes.get_errno()) != errno.EINVAL:  # which is an older system's answer
-                logger.warning("the system does not give the KV cache its memory: %s", os.strerror(error))
+                logger.warning("cannot populate the memory of the KV cache in advance: %s", os.strerror(error))
             return
 
     started = [threading.Thread(target=work, name=POPULATE, daemon=True) for _ in range(threads)]

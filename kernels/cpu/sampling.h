@@ -1,7 +1,7 @@
 /* One token from a row of logits: temperature, then min-p, top-k and top-p, each on what the one before kept, then a draw.
  *
  * A draw is the inverse of the cumulative distribution, in the order of ids, at a number that depends on the row's seed,
- * sample and position alone: what `model.sampler` does in torch.
+ * sample and position: what `model.sampler` does in torch.
  */
 #ifndef PERSIMMON_SAMPLING_H
 #define PERSIMMON_SAMPLING_H

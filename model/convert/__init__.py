@@ -54,7 +54,7 @@ def convert_checkpoint(
         folder = resolve(source)
         conversion = plan_from_hugging_face(folder, asked, max_shard_bytes)
         if (reason := refusal(folder)) is not None:
-            print_line(f"persimmon serve will refuse the result as it is: {reason}")
+            print_line(f"persimmon serve will refuse the result: {reason}")
     for note in conversion.notes:
         print_line(f"{source}: {note}")
     if trim_vocab or drop_ids is not None:
@@ -64,7 +64,7 @@ def convert_checkpoint(
     if reason is None:
         print_line(f"Done: persimmon serve --model {out}")
     else:
-        print_line(f"Written, but persimmon serve refuses it as it is: {reason}")
+        print_line(f"Written, but persimmon serve refuses it: {reason}")
 
 
 def refusal(folder: Path) -> str | None:

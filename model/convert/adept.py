@@ -81,10 +81,11 @@ def _pieces(region: Region, vocabulary: bytes, vocab_size: int) -> list[str]:
     pieces = [piece.piece for piece in parse_model(vocabulary, region).pieces]
     if len(pieces) > vocab_size:
         raise CheckpointError(
-            f"{region} has {len(pieces)} pieces, but the embedding has {vocab_size} rows: they are not of one model"
+            f"{region} has {len(pieces)} pieces, but the embedding has {vocab_size} rows: they do not belong to the "
+            f"same model"
         )
     if END_OF_TEXT not in pieces:
-        raise CheckpointError(f"{region}: {END_OF_TEXT!r}, which begins and ends Adept's texts, is not in it")
+        raise CheckpointError(f"{region} lacks {END_OF_TEXT!r}, which begins and ends Adept's texts")
     return pieces
 
 
@@ -150,9 +151,9 @@ def _shape(rank: Rank, tensors: Mapping[str, TensorSource], name: str) -> tuple[
         case (int(rows), int(columns)) if rows and columns:
             return rows, columns
         case None:
-            raise CheckpointError(f"{rank.region}: {name}, as Transformers calls it, is missing")
+            raise CheckpointError(f"{rank.region}: the tensor that Transformers calls {name} is missing")
         case shape:
-            raise CheckpointError(f"{rank.region}: {name} has shape {list(shape)}, needed is a matrix")
+            raise CheckpointError(f"{rank.region}: {name} has shape {list(shape)}; expected a matrix")
 
 
 def _number(rank: Rank, key: str, default: float) -> Any:
@@ -160,7 +161,7 @@ def _number(rank: Rank, key: str, default: float) -> Any:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, type(default) | int) or not 0 < value < 1e9:
-        raise _wrong_setting(rank, key, "needed is a positive number")
+        raise _wrong_setting(rank, key, "expected a positive number")
     return value
 
 

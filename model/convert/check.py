@@ -40,12 +40,12 @@ def check_tensors(
         tensor = tensors[name]
         if tensor.shape != shape:
             raise CheckpointError(
-                f"{places[name]}: tensor {name} has shape {list(tensor.shape)}, needed is {list(shape)}"
+                f"{places[name]}: tensor {name} has shape {list(tensor.shape)}; expected {list(shape)}"
             )
         if tensor.dtype not in _FLOATS:
             raise CheckpointError(
-                f"{places[name]}: tensor {name} is {str(tensor.dtype).removeprefix('torch.')}, "
-                "needed is float16, bfloat16 or float32"
+                f"{places[name]}: tensor {name} is {str(tensor.dtype).removeprefix('torch.')}; expected float16, "
+                f"bfloat16 or float32"
             )
     return {name: tensors[name] for name in expected}
 

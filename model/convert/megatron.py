@@ -65,18 +65,18 @@ class Rank:
         contents = read_torch_file(region)
         model = contents.get("model") if isinstance(contents, dict) else None
         if not isinstance(model, dict):
-            raise CheckpointError(f"{region}: no tensors under the key 'model', as Megatron's checkpoints have them")
+            raise CheckpointError(f"{region}: no tensors under the key 'model', where Megatron's checkpoints have them")
         tensors: dict[str, StoredTensor] = {}
         rotary_dim = None
         for key, value in _flattened(region, model):
             if not isinstance(value, StoredTensor):
-                raise CheckpointError(f"{region}: {key} is a {type(value).__name__}, needed is a tensor")
+                raise CheckpointError(f"{region}: {key} is a {type(value).__name__}; expected a tensor")
             if key.endswith("rotary_emb.inv_freq"):
                 rotary_dim = 2 * value.shape[0] if value.shape else None
                 continue
             name = _hugging_face_name(key)
             if name in tensors:
-                raise CheckpointError(f"{region}: {key} is in it twice")
+                raise CheckpointError(f"{region} contains {key} twice")
             tensors[name] = value
         arguments = contents.get("args")
         settings = arguments.attributes if isinstance(arguments, Record) else arguments
@@ -129,17 +129,17 @@ def _check_same_network(ranks: Sequence[Rank]) -> None:
     size = first.settings.get("tensor_model_parallel_size")
     if isinstance(size, int) and size != len(ranks):
         raise CheckpointError(
-            f"{first.region}: it is one of {size} tensor-parallel ranks, found are {len(ranks)}: all are needed"
+            f"{first.region} is one of {size} tensor-parallel ranks, but {len(ranks)} were found: all are needed"
         )
     for rank in ranks[1:]:
         for name in (*first.tensors, *rank.tensors):
             ours, theirs = first.tensors.get(name), rank.tensors.get(name)
             if ours is None or theirs is None:
-                raise CheckpointError(f"{rank.region}: {name} is not in both this rank and the first one")
+                raise CheckpointError(f"{rank.region}: {name} is missing either here or in the first rank")
             if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
                 raise CheckpointError(
-                    f"{rank.region}: {name} is {list(theirs.shape)} {theirs.dtype}, in the first rank "
-                    f"{list(ours.shape)} {ours.dtype}"
+                    f"{rank.region}: {name} is {list(theirs.shape)} {theirs.dtype}, but {list(ours.shape)} "
+                    f"{ours.dtype} in the first rank"
                 )
 
 
@@ -157,13 +157,12 @@ def _merged(name: str, ranks: Sequence[Rank]) -> TensorSource:
         return JoinedTensor(tuple(parts), dim=0)
     if name.endswith(_SPLIT_COLUMNS) and dimensions == 2:
         return JoinedTensor(tuple(parts), dim=1)
-    if dimensions != 1:  # a norm or a bias is no matrix; what is wrong with it is found with the other shapes
+    if dimensions != 1:  # a norm or a bias is not a matrix; the check of the other shapes covers it
         return parts[0]
     rows = parts[0].rows(0, parts[0].shape[0]).view(torch.uint8)
     for rank, part in zip(ranks[1:], parts[1:], strict=True):
         if not torch.equal(rows, part.rows(0, part.shape[0]).view(torch.uint8)):
             raise CheckpointError(
-                f"{rank.region}: {name} is not what it is in the first rank, though it is a tensor that each rank has "
-                "as a whole"
+                f"{rank.region}: {name} differs from the first rank's, although ranks do not split this tensor"
             )
     return parts[0]

@@ -33,7 +33,7 @@ class Release:
 
     @classmethod
     def find(cls, source: Path) -> "Release":
-        """The latest iteration in a tar or a folder, with the vocabulary in it or beside it.
+        """The latest iteration in a tar or a folder, with the vocabulary in it or next to it.
 
         Raises:
             CheckpointError: there is none, or more than one, or a part of it is missing.
@@ -55,14 +55,14 @@ def _regions(source: Path) -> dict[str, Region]:
             members = [member for member in archive if member.isreg() and PurePosixPath(member.name).name in wanted]
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise CheckpointError(
-            f"{source} is no tar, or one that is compressed or damaged ({error}): unpack it with `tar -xf` and name "
-            "the folder"
+            f"{source} is not a tar file, or is compressed or damaged ({error}): unpack it with `tar -xf` and give "
+            f"the folder"
         ) from error
     except OSError as error:
         raise CheckpointError(f"{source} cannot be read: {error.strerror}") from error
     for member in members:
         if member.issparse() or member.offset_data + member.size > size:
-            raise CheckpointError(f"{source}: {member.name} in it is cut off or sparse: download it again")
+            raise CheckpointError(f"{source}: its member {member.name} is truncated or sparse: download it again")
     return {
         PurePosixPath(member.name).as_posix(): Region(
             path=source, offset=member.offset_data, length=member.size, member=member.name
@@ -80,24 +80,23 @@ def _rank_files(source: Path, regions: Mapping[str, Region]) -> list[Region]:
             continue
         if match[2] is not None:
             raise CheckpointError(
-                f"{source}: {path} is of a pipeline-parallel checkpoint; only tensor parallelism can be merged here"
+                f"{source}: {path} belongs to a pipeline-parallel checkpoint; only tensor-parallel checkpoints can be "
+                f"merged"
             )
         ranks = iterations.setdefault(path.parent.parent, {})
         if int(match[1]) not in ranks or path.name == _WEIGHTS[0]:
             ranks[int(match[1])] = regions[str(path)]
     if not iterations:
-        raise CheckpointError(
-            f"{source}: no mp_rank_00/{_WEIGHTS[0]} in it, which is where Adept's release has weights"
-        )
+        raise CheckpointError(f"{source}: no mp_rank_00/{_WEIGHTS[0]} in it, where Adept's release has its weights")
     if len(iterations) > 1:
         latest = {path.parent / _iteration_folder(regions[str(path)]) for path in _named(regions, _LATEST)}
         iterations = {folder: ranks for folder, ranks in iterations.items() if folder in latest} or iterations
     if len(iterations) > 1:
         listed = ", ".join(sorted(map(str, iterations)))
-        raise CheckpointError(f"{source}: several checkpoints in it ({listed}): name the folder of one")
+        raise CheckpointError(f"{source} holds several checkpoints ({listed}): give the folder of one")
     (ranks,) = iterations.values()
     if sorted(ranks) != list(range(len(ranks))):
-        raise CheckpointError(f"{source}: of its tensor-parallel ranks only {sorted(ranks)} are there")
+        raise CheckpointError(f"{source}: tensor-parallel ranks are missing; found only {sorted(ranks)}")
     return [ranks[number] for number in range(len(ranks))]
 
 
@@ -115,8 +114,8 @@ def _iteration_folder(latest: Region) -> str:
 def _vocabulary(source: Path, regions: Mapping[str, Region]) -> Region:
     names = tuple(reversed(MODEL_FILES))
     inside = [regions[str(path)] for name in names for path in _named(regions, name)]
-    beside = [path for name in names if os.path.lexists(path := source.resolve().parent / name)]
-    found = [*inside, *map(Region.of_file, beside)]
+    neighbours = [path for name in names if os.path.lexists(path := source.resolve().parent / name)]
+    found = [*inside, *map(Region.of_file, neighbours)]
     if not found:
-        raise CheckpointError(f"{source}: no {names[0]}, which is the tokenizer, in it or beside it")
+        raise CheckpointError(f"{source}: no {names[0]} (the tokenizer) in it or next to it")
     return found[0]

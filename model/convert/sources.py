@@ -136,7 +136,7 @@ def read_safetensors(path: Path) -> dict[str, TensorSource]:
     tensors: dict[str, TensorSource] = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["dtype"] not in SAFETENSORS_DTYPES:
-            raise CheckpointError(f"{path}: tensor {name} is {entry['dtype']}, needed is F16, BF16 or F32")
+            raise CheckpointError(f"{path}: tensor {name} is {entry['dtype']}; expected F16, BF16 or F32")
         shape = tuple(entry["shape"])
         storage = Storage(SAFETENSORS_DTYPES[entry["dtype"]], math.prod(shape), 8 + size + entry["data_offsets"][0])
         tensors[name] = StoredTensor.contiguous(region, shape, storage)

@@ -5,8 +5,8 @@ Knows which tensors have a row for each id and which files hold ids.  Reads no t
 Adept says that its models have 70,000 unused embeddings (adept.ai/blog/persimmon-8b), not which.  A public tool drops
 ids 3 to 70002 (github.com/phillip-kravtsov/fine-tune-fuyu, scripts/surgery.py), and a model that was cut so has the
 numbers 0, 1, 2 and so on right after (github.com/EleutherAI/lm-evaluation-harness, issue 1297), which texts need.
-Whether the 70,000 are control or user-defined pieces is not known here: the former are found, the latter have to be
-asked for.
+Whether the 70,000 are control or user-defined pieces is not known here: control pieces are found, user-defined ones
+have to be requested.
 """
 
 import itertools
@@ -37,10 +37,10 @@ def trim_vocabulary(
 ) -> Conversion:
     """The conversion with fewer rows in the embedding and in lm_head.
 
-    Ids are dropped 16 at a time, the last of the unused ones, so that the number of rows stays as divisible as it
-    was.  config.json and generation_config.json then hold rows where they held ids.  The tokenizer's files stay as
-    they are, and VOCABULARY_FILE says which ids the rows are; where the ids that are left are their rows, and none
-    of those dropped is the tokenizer's, there is no need for it.
+    Ids are dropped 16 at a time, the last of the unused ones, so that the number of rows stays as divisible as before.
+    config.json and generation_config.json then hold rows where they held ids.  The tokenizer's files stay as they are,
+    and VOCABULARY_FILE says which ids the rows are; it is not written if the remaining ids equal their rows and none of
+    the dropped ids is the tokenizer's.
 
     Args:
         conversion: of a checkpoint.
@@ -53,32 +53,32 @@ def trim_vocabulary(
     """
     source, config = str(conversion.origin["source"]), conversion.config
     if VOCABULARY_FILE in conversion.files:
-        raise CheckpointError(f"{source}: its vocabulary is trimmed already, {VOCABULARY_FILE} says how")
+        raise CheckpointError(f"{source}: its vocabulary is already trimmed; see {VOCABULARY_FILE}")
     vocabulary = Vocabulary(source, conversion.files, config)
     check_vocabulary(Path(source), config, vocabulary.pieces)
     if TOKENIZER_JSON in conversion.files:
         _follow(vocabulary, Path(source))
-    reasons = vocabulary.unused() if drop_ids is None else {"ids as asked for": _ids(drop_ids, vocabulary)}
+    reasons = vocabulary.unused() if drop_ids is None else {"requested ids": _ids(drop_ids, vocabulary)}
     unused = sorted(id for ids in reasons.values() for id in ids)
     dropped = frozenset(unused[len(unused) % _DROPPED_TOGETHER :])
     lines = [f"{len(ids):,} {reason}: {vocabulary.describe(ids)}" for reason, ids in reasons.items()]
     if len(dropped) < len(unused):
-        lines.append(f"{len(unused) - len(dropped)} of these stay: rows are dropped {_DROPPED_TOGETHER} at a time")
+        lines.append(
+            f"{len(unused) - len(dropped)} of these are kept, because rows are dropped {_DROPPED_TOGETHER} at a time"
+        )
     if drop_ids is None and (spelled := vocabulary.spelled()):
         lines.append(
-            f"{len(spelled):,} user-defined pieces stay, for a text gives them by spelling them: "
-            f"{vocabulary.describe(spelled)} (--drop-ids drops what you know to be unused)"
+            f"{len(spelled):,} user-defined pieces are kept, because text that spells them is tokenized to them: "
+            f"{vocabulary.describe(spelled)} (use --drop-ids to drop ids that you know to be unused)"
         )
     if not dropped:
         found = "none" if not unused else "too few"
-        message = f"{source}: of its {config.vocab_size:,} token ids {found} are unused, there is nothing to trim"
+        message = f"{source}: {found} of its {config.vocab_size:,} token ids are unused; there is nothing to trim"
         raise CheckpointError("; ".join([message, *lines]))
     kept = VocabularyMap(config.vocab_size, runs_of(id for id in range(config.vocab_size) if id not in dropped))
     trimmed = _trimmed(conversion, kept, vocabulary.pieces)
     saved = (conversion.total_bytes - trimmed.total_bytes) / 2**30
-    print_line(
-        f"{source}: {len(dropped):,} of {config.vocab_size:,} token ids are dropped, which saves {saved:.2f} GiB"
-    )
+    print_line(f"{source}: dropping {len(dropped):,} of {config.vocab_size:,} token ids saves {saved:.2f} GiB")
     for line in lines:
         print_line(f"  {line}")
     return trimmed

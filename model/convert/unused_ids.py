@@ -1,4 +1,4 @@
-"""Which token ids of a checkpoint are unused, as its small files tell: those that no text gives and no file names.
+"""Which token ids of a checkpoint are unused: by its small files, no text is tokenized to them and nothing names them.
 
 Knows SentencePiece's types of pieces, and where Hugging Face's files name tokens.  Knows nothing of tensors: what an
 untrained row looks like depends on how the others were trained, so rows would prove nothing.
@@ -29,7 +29,7 @@ _Contents = Mapping[str, Mapping[str, Any]]
 
 
 class Vocabulary:
-    """A checkpoint's token ids, and what its small files say of them.
+    """A checkpoint's token ids, and what its small files state about them.
 
     Args:
         source: the checkpoint, for messages.
@@ -43,7 +43,7 @@ class Vocabulary:
     def __init__(self, source: str, files: Mapping[str, bytes], config: PersimmonConfig) -> None:
         name = next((name for name in MODEL_FILES if name in files), None)
         if name is None:
-            raise CheckpointError(f"{source}: no {MODEL_FILES[0]}; it is what tells which token ids are used")
+            raise CheckpointError(f"{source}: no {MODEL_FILES[0]}, which is needed to find the unused token ids")
         model = parse_model(files[name], Path(source, name))
         self._source = source
         self._pieces: Sequence[Any] = model.pieces
@@ -64,7 +64,7 @@ class Vocabulary:
         }
 
     def follow(self, tokenizer: Tokenizer) -> None:
-        """Takes pieces for used that are control pieces to SentencePiece, but text to a tokenizer.json.
+        """Counts pieces as used that are control pieces in SentencePiece's model but text in tokenizer.json.
 
         Args:
             tokenizer: the checkpoint's, whichever of its files decides.
@@ -77,8 +77,9 @@ class Vocabulary:
         names = [piece.piece for piece in self._pieces]
         if tokenizer.pieces(range(len(names))) != names:
             raise CheckpointError(
-                f"{self._source}: tokenizer.json decides which ids texts become, and it has other pieces than "
-                f"{MODEL_FILES[0]}, by which unused ids are found; remove the one that is not the checkpoint's"
+                f"{self._source}: texts are tokenized with tokenizer.json, but unused ids are found in "
+                f"{MODEL_FILES[0]}, and the two have different pieces; remove the one that does not belong to the "
+                f"checkpoint"
             )
         self._named |= {id for id in self._of_types(*_NEVER_IN_TEXT) if tokenizer.token_bytes(id)}
 
@@ -88,24 +89,24 @@ class Vocabulary:
         return len(self._pieces)
 
     def unused(self) -> dict[str, list[int]]:
-        """The ids that no text gives and no file names, in order, by the reason why no text gives them.
+        """The ids that no text is tokenized to and no file names, in order, by the reason.
 
         Pieces that the Unigram model would never choose, because others are always more probable, are not among
         them: whether they are is a matter of rounding.
         """
         candidates = {
-            "control pieces, which no text gives": self._of_types(*_NEVER_IN_TEXT),
+            "control pieces, which no text is tokenized to": self._of_types(*_NEVER_IN_TEXT),
             "ids beyond the tokenizer's": range(self.pieces, self._size),
         }
         unnamed = {reason: [id for id in ids if id not in self._named] for reason, ids in candidates.items()}
         return {reason: ids for reason, ids in unnamed.items() if ids}
 
     def spelled(self) -> list[int]:
-        """The user-defined pieces that no file names.  A text gives one by spelling its name, so they are used."""
+        """The user-defined pieces that no file names.  Text that spells one is tokenized to it, so they are used."""
         return [id for id in self._of_types(_Piece.USER_DEFINED) if id not in self._named]
 
     def check_may_go(self, token_ids: Iterable[int]) -> None:
-        """Raises CheckpointError for an id that may not be dropped, whoever asks for it.
+        """Raises CheckpointError for an id that must not be dropped, even on request.
 
         Those are ids that a file names, and pieces that any text may need: words and their parts, bytes, the
         unknown.
@@ -113,14 +114,14 @@ class Vocabulary:
         needed = {*self._of_types(_Piece.NORMAL, _Piece.BYTE, _Piece.UNKNOWN)}
         for id in token_ids:
             if id >= self._size:
-                raise CheckpointError(f"{self._source}: there is no token id {id}; the last one is {self._size - 1}")
+                raise CheckpointError(f"{self._source}: token id {id} does not exist; the last one is {self._size - 1}")
             if id in needed:
-                raise CheckpointError(f"{self._source}: {self._show(id)} cannot be dropped: texts are made of it")
+                raise CheckpointError(f"{self._source}: {self._show(id)} cannot be dropped: texts are tokenized to it")
             if id in self._named:
                 raise CheckpointError(f"{self._source}: {self._show(id)} cannot be dropped: the files name it")
 
     def describe(self, token_ids: Sequence[int]) -> str:
-        """Some ids for people: the first and the last of each run of neighbours, with their pieces."""
+        """Some ids in readable form: the first and the last of each run of neighbours, with their pieces."""
         runs = [
             self._show(run[0]) if len(run) == 1 else f"{self._show(run[0])} to {self._show(run[-1])}"
             for run in runs_of(token_ids)
@@ -166,7 +167,7 @@ def _added_ids(contents: _Contents) -> Iterator[int]:
 
 
 def _ids_of_named_pieces(pieces: Sequence[Any], contents: _Contents, templates: Sequence[str]) -> Iterator[int]:
-    """The pieces that the tokenizer's settings give a part to play, or that a chat template holds.
+    """The pieces that have a role in the tokenizer's settings, or that a chat template contains.
 
     Those that are only listed among the added tokens are not: Transformers lists every control piece there.
     """

@@ -24,20 +24,20 @@ from persimmon.model.sizes import readable
 from persimmon.progress import progress_bar
 
 MARKER = "conversion-in-progress.json"
-"""Names the conversion that an unfinished folder belongs to.  The last step takes it away."""
+"""Names the conversion that an unfinished folder belongs to. The last step deletes it."""
 
 CHUNK_BYTES = 8 << 20
-"""Of a tensor, as much is in memory at once, once in its stored type and once in the new one."""
+"""Maximum bytes of a tensor in memory at once, both in its stored type and in the new one."""
 
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What is to become of what.
+    """What to write, and from what.
 
     Attributes:
-        origin: the source and the settings, as JSON, told apart from every other conversion's.
+        origin: the source and the settings, as JSON, which identify this conversion.
         config: of the network that is to be written.
         tensors: all of them, by their new names, in their new order.
         dtype: the type to store them in; None keeps each one's.
@@ -130,24 +130,26 @@ def write(conversion: Conversion, out: Path, print_line: Callable[[str], None]) 
 def _claim(conversion: Conversion, out: Path, shards: Mapping[str, list[str]]) -> None:
     """Makes the folder, or finds it left by the same conversion; the disk has to have room for what is missing."""
     if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out} is a file; needed is the folder to write to")
+        raise CheckpointError(f"{out} is a file; expected the folder to write to")
     marker = out / MARKER
     present = {path.name for path in out.iterdir()} if out.exists() else set()
     if MARKER in present:
         if marker.read_bytes() != _json(conversion.origin):
             raise CheckpointError(
-                f"{out} holds an unfinished conversion of something else, or with other settings "
-                f"({MARKER} says which): finish that one, or delete the folder"
+                f"{out} holds an unfinished conversion of another source, or with other settings (see {MARKER}): "
+                f"finish that one, or delete the folder"
             )
     elif present - {f"{MARKER}.partial"}:
-        raise CheckpointError(f"{out} is not empty, and what is in it is no unfinished conversion: name a new folder")
+        raise CheckpointError(f"{out} is not empty and does not hold an unfinished conversion: give a new folder")
     missing = [file for file in shards if file not in present]
     needed = sum(conversion.bytes_of(name) for file in missing for name in shards[file])
     needed += sum(map(len, conversion.files.values()))
     free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
     free += sum(path.stat().st_size for path in out.glob("*.partial"))
     if needed > free:
-        raise CheckpointError(f"{out}: {readable(needed)} will be written, but its disk has only {readable(free)} free")
+        raise CheckpointError(
+            f"{out}: the conversion needs {readable(needed)}, but its disk has only {readable(free)} free"
+        )
     out.mkdir(parents=True, exist_ok=True)
     if MARKER not in present:
         _write_file(marker, _json(conversion.origin))
@@ -164,7 +166,7 @@ def _write_shard(conversion: Conversion, path: Path, names: list[str], advance: 
         dtype = _SAFETENSORS_NAMES[conversion.dtype_of(name)]
         header[name] = {"dtype": dtype, "shape": conversion.tensors[name].shape, "data_offsets": [begin, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # so that tensors are aligned in the file
+    encoded += b" " * (-len(encoded) % 8)  # aligns the tensors in the file
     with _partial(path) as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name in names:
@@ -178,8 +180,8 @@ def _write_shard(conversion: Conversion, path: Path, names: list[str], advance: 
         different = _difference(conversion, Path(file.name), names, advance)
         if different is not None:
             raise CheckpointError(
-                f"{path}: tensor {different} read back is not what was written; is the disk or the memory faulty, "
-                "or did the source change meanwhile?"
+                f"{path}: tensor {different} read back differs from what was written; the disk or memory may be "
+                f"faulty, or the source may have changed meanwhile"
             )
 
 
@@ -256,7 +258,7 @@ def _write_file(path: Path, content: bytes) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Names in a folder reach the disk."""
+    """Waits until the names in a folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,8 @@
 """Objects that list their properties get no others, unless the schema opens them; also unevaluatedProperties.
 
 Pydantic and most people write no `additionalProperties`.  JSON Schema then allows any property, and a model that may
-write any writes one after the other; xgrammar, vLLM's engine, closes such objects too.  All schemas that apply to one
-value are closed together, as `unevaluatedProperties: false` would: those of allOf, $ref, and one of anyOf.
+write any keeps adding them; xgrammar, vLLM's engine, closes such objects too.  All schemas that apply to one value are
+closed together, as `unevaluatedProperties: false` would: those of allOf, $ref, and one of anyOf.
 
 Takes schemas as `one_of` leaves them, and gives formats the expressions that the engine enforces.
 """
@@ -86,7 +86,7 @@ class _Closer:
 
     Args:
         root: the document.
-        usual: what schemas are closed with that stand alone; None leaves them open.
+        usual: what schemas without a combined one are closed with; None leaves them open.
     """
 
     def __init__(self, root: Mapping[str, Any], usual: _Closing | None) -> None:
@@ -151,7 +151,7 @@ class _Closer:
             return {"allOf": [bare, _with_names({}, names, rest)]}
         self._copied += len(names.names)
         if self._copied > MAX_COPIED:
-            raise GrammarError("the JSON schema is too large when the objects in its alternatives are written out")
+            raise GrammarError("the JSON schema is too large after the objects in its alternatives are expanded")
         return _with_names(bare, names, rest)
 
     def _without_reference(self, schema: dict[str, Any]) -> dict[str, Any]:

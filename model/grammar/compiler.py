@@ -93,7 +93,8 @@ class GrammarCompiler:
     def __init__(self, token_bytes: Sequence[bytes], vocab_size: int, end_of_text: Collection[int]) -> None:
         if len(token_bytes) > vocab_size or not all(0 <= token_id < vocab_size for token_id in end_of_text):
             raise ValueError(
-                f"{len(token_bytes)} tokens, end-of-text {sorted(end_of_text)}: more than a vocab_size of {vocab_size}"
+                f"{len(token_bytes)} tokens, end-of-text {sorted(end_of_text)}; expected ids below the vocab_size of "
+                f"{vocab_size}"
             )
         # The engine marks tokens of its own with the byte FF, which is in no UTF-8.
         text = [b"" if word.startswith(b"\xff") else word for word in token_bytes]
@@ -168,21 +169,21 @@ class _Words:
 
     def __call__(self, text: str | bytes) -> list[int]:
         """Tokenizes; never needed, since grammars are compiled with `no_forcing`."""
-        raise RuntimeError(f"{text!r} is left to the model to tokenize")
+        raise RuntimeError(f"{text!r} has no fixed tokenization")
 
 
 def _engine_grammars(spec: GrammarSpec) -> list[dict[str, Any]]:
     """The grammar of an answer, named "answer", in one of the engine's forms, and those that it refers to."""
     if spec.kind not in KINDS:
-        raise GrammarError(f"{spec.kind!r} is no kind of grammar, supported are {', '.join(KINDS)}")
+        raise GrammarError(f"{spec.kind!r} is not a kind of grammar; expected one of {', '.join(KINDS)}")
     name = _NAMES[spec.kind]
     try:
         size = len(spec.text.encode())
     except UnicodeEncodeError:
-        raise GrammarError(f"{name} holds a lone surrogate, which no text can") from None
+        raise GrammarError(f"{name} contains a lone surrogate, which is not valid Unicode") from None
     limit = MAX_SCHEMA_TEXT_BYTES if spec.kind in ("json_schema", "text_or_calls") else MAX_SPEC_BYTES
     if size > limit:
-        raise GrammarError(f"{name} has {size} bytes; at most {limit} are possible")
+        raise GrammarError(f"{name} has {size} bytes; at most {limit} are allowed")
     answer: dict[str, Any]
     parts: list[dict[str, Any]] = []
     match spec.kind:
@@ -211,8 +212,8 @@ def _regex(text: str) -> str:
         raise GrammarError("the regular expression is empty")
     if len(text.encode()) > MAX_REGEX_BYTES:
         raise GrammarError(
-            f"the regular expression has {len(text.encode())} bytes, at most {MAX_REGEX_BYTES} are possible; a list of "
-            "choices may be longer"
+            f"the regular expression has {len(text.encode())} bytes; at most {MAX_REGEX_BYTES} are allowed; a list of "
+            f"choices may be longer"
         )
     if len(re.search(r"\\*$", text)[0]) % 2:  # type: ignore[index]
         raise GrammarError("the regular expression ends in the middle of an escape")
@@ -228,5 +229,5 @@ def _choices(text: str) -> str:
     ):
         raise GrammarError("the list of choices must be a JSON array of one or more strings, none of them empty")
     if len(choices) > MAX_CHOICES:
-        raise GrammarError(f"the list of choices has {len(choices)} of them, at most {MAX_CHOICES} are possible")
+        raise GrammarError(f"the list of choices has {len(choices)} choices; at most {MAX_CHOICES} are allowed")
     return " | ".join(json.dumps(choice) for choice in choices)

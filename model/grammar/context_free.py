@@ -60,9 +60,9 @@ def read_grammar(text: str) -> str:
         GrammarError: it is too large, or has what is not supported.
     """
     if not text.strip():
-        raise GrammarError("the grammar is empty, needed is a rule named root (in EBNF) or start (in Lark's form)")
+        raise GrammarError("the grammar is empty; expected a rule named root (in EBNF) or start (in Lark's form)")
     if len(text.encode()) > MAX_BYTES:
-        raise GrammarError(f"the grammar has {len(text.encode())} bytes, at most {MAX_BYTES} are possible")
+        raise GrammarError(f"the grammar has {len(text.encode())} bytes; at most {MAX_BYTES} are allowed")
     if _EBNF.search(text):
         _check_rules(text.count("::="))
         try:
@@ -86,15 +86,15 @@ def _tokens(text: str) -> Iterator[_Token]:
 
 def _check_rules(count: int) -> None:
     if count > MAX_RULES:
-        raise GrammarError(f"the grammar has {count} rules, at most {MAX_RULES} are possible")
+        raise GrammarError(f"the grammar has {count} rules; at most {MAX_RULES} are allowed")
 
 
 def _check_signs(tokens: Sequence[_Token]) -> None:
     if sum(token.text in ("(", "[") for token in tokens) > MAX_GROUPS:
-        raise GrammarError(f"the grammar has more than {MAX_GROUPS} groups in brackets, which is too many")
+        raise GrammarError(f"the grammar has more than {MAX_GROUPS} groups in brackets; at most that number is allowed")
     for token, following in zip(tokens, [*tokens[1:], _Token("", "")], strict=True):
         if token.kind == "keyword" and not _KEYWORDS.fullmatch(token.text):
-            raise GrammarError(f"the grammar has {token.text}, supported are %import common.… and %ignore")
+            raise GrammarError(f"the grammar has {token.text}; only %import common.… and %ignore are supported")
         sign = token.text + following.text
         for forbidden in (token.text, sign[:2] if token.kind == following.kind == "sign" else ""):
             if token.kind == "sign" and forbidden in _FORBIDDEN:
@@ -129,8 +129,8 @@ def _check_terminals(bodies: dict[str, list[_Token]]) -> None:
             )
             if lengths[name] > MAX_TERMINAL_BYTES:
                 raise GrammarError(
-                    f"the grammar's terminal {name} is too long when the terminals that it uses are written out, "
-                    f"at most {MAX_TERMINAL_BYTES} bytes are possible"
+                    f"the grammar's terminal {name} is too long after the terminals that it uses are substituted; at "
+                    f"most {MAX_TERMINAL_BYTES} bytes are allowed"
                 )
         return lengths[name]
 

@@ -37,7 +37,7 @@ def read_schema(text: str, additional_properties: bool = False) -> dict[str, Any
         size = len(json.dumps(reduced, ensure_ascii=False, separators=(",", ":")).encode())
         if size > MAX_SCHEMA_BYTES:
             raise GrammarError(
-                f"the JSON schema has {size} bytes without its descriptions; at most {MAX_SCHEMA_BYTES} are possible"
+                f"the JSON schema has {size} bytes without its descriptions; at most {MAX_SCHEMA_BYTES} are allowed"
             )
         reduced = close_objects(separate_alternatives(reduced), additional_properties)
         check_size(reduced)

@@ -26,11 +26,11 @@ def read_json(text: str, what: str) -> Any:
     except RecursionError:
         deep = True
     except UnicodeEncodeError:
-        raise GrammarError(f"{what} holds a lone surrogate, which no text can") from None
+        raise GrammarError(f"{what} contains a lone surrogate, which is not valid Unicode") from None
     except ValueError as error:
         raise GrammarError(f"{what} is not valid JSON: {error}") from None
     if deep:
-        raise GrammarError(f"{what} is nested in more than {MAX_DEPTH} levels, which is too deep")
+        raise GrammarError(f"{what} is nested more than {MAX_DEPTH} levels deep")
     return value
 
 

@@ -53,7 +53,7 @@ class Matcher:
     def mask(self) -> Words:
         """The tokens that may come next, [ceil(vocab_size / 32)] words of bits; see `Words`.
 
-        End-of-text is among them where the answer is complete, and alone where it has ended.  Any other token is
+        End-of-text is among them if the answer is complete, and is the only one if it has ended.  Any other token is
         one whose text the grammar allows to follow, so that `consume` takes it.
 
         Raises:
@@ -66,7 +66,9 @@ class Matcher:
         if self.is_complete:
             words |= self._vocabulary.end_of_text
         elif not words.any():
-            raise GrammarError(f"{self._name} cannot be followed: no token of this model's vocabulary can come next")
+            raise GrammarError(
+                f"{self._name} cannot be followed: this model's vocabulary has no token that can come next"
+            )
         return words
 
     def consume(self, token_id: int) -> None:
@@ -93,14 +95,14 @@ class Matcher:
 
 
 _REASONS = (
-    (r"NoExtension", "no text fits it"),
+    (r"NoExtension", "no text matches it"),
     (r"too many|Too many|Current row has|fuel|too big|Unable to determine|can't determine", "it is too complex"),
-    (r"^panic", "the grammar engine fails on it"),
-    (r"Regex is empty", "no string fits it"),
-    (r"^Unsatisfiable schema: anyOf is empty", "no value fits it"),
-    (r"^oneOf", "several schemas of its oneOf may fit one value, which is not supported; use anyOf"),
-    (r"^circular references", "it refers to itself in a schema that has other constraints beside that reference"),
-    (r"^min/maxProperties", "minProperties and maxProperties are supported where all listed properties are required"),
+    (r"^panic", "the grammar engine does not accept it"),
+    (r"Regex is empty", "no string matches it"),
+    (r"^Unsatisfiable schema: anyOf is empty", "no value matches it"),
+    (r"^oneOf", "one value may match several schemas of its oneOf, which is not supported; use anyOf"),
+    (r"^circular references", "it refers to itself in a schema that has other constraints next to that reference"),
+    (r"^min/maxProperties", "minProperties and maxProperties are only supported if all listed properties are required"),
     (r"lookarounds not supported", "anchors and word boundaries within it are not supported"),
 )
 
@@ -117,7 +119,7 @@ def reason(message: str) -> str:
     # Regular expressions are shown with a mark below them, and the reason after that.
     detail = re.search(r"^error: (.+)$", message, re.MULTILINE)
     text = detail[1] if detail else message.strip().split("\n")[0]
-    text = text.replace("Unsatisfiable schema", "no value fits it")
+    text = text.replace("Unsatisfiable schema", "no value matches it")
     return text if len(text) <= 300 else f"{text[:300]}…"
 
 

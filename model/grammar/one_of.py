@@ -12,7 +12,7 @@ from persimmon.model.grammar.schema_reader import OneOf
 from persimmon.model.grammar.value_shapes import Shape, Shapes
 from persimmon.model.grammar_spec import GrammarError
 
-_MAX_TAGS = 8  # properties that are tried as the one that tells alternatives apart
+_MAX_TAGS = 8  # properties that are tried as the one that distinguishes alternatives
 _OF_LITERALS = {"const", "enum", "type"}
 _NAMED = ("properties", "patternProperties", "$defs")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
@@ -72,8 +72,8 @@ def _separate(node: dict[str, Any], shapes: Shapes) -> list[Any]:
             name = _only_in(each[other], each[one])
             if name is None:
                 raise GrammarError(
-                    f"the JSON schema at {one_of.place[:200]} is not supported: one value may fit its schemas "
-                    f"{first} and {second}; give both a required property with a const of its own, or use anyOf"
+                    f"the JSON schema at {one_of.place[:200]} is not supported: one value may match both its schemas "
+                    f"{first} and {second}; give each a required property with a different const, or use anyOf"
                 )
             absent[one][name] = False
     return [

@@ -137,7 +137,7 @@ def _plain_properties(plain: dict[str, Any]) -> None:
 
 
 def _with_discriminator(plain: dict[str, Any]) -> None:
-    """Requires the property that tells alternatives apart, which OpenAPI wants and Pydantic needs to read an answer.
+    """Requires the property that distinguishes alternatives, as OpenAPI does; Pydantic needs it to read an answer.
 
     Pydantic does not list it as required where it has a default.
     """

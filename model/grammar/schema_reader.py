@@ -44,7 +44,7 @@ TYPES = ("null", "boolean", "number", "integer", "string", "array", "object")
 
 _LEAVE_OUT = "leave it out and check the answer"
 UNSUPPORTED = {
-    "not": "list what is allowed instead",
+    "not": "list the allowed values instead",
     "if": "write the cases as anyOf",
     "then": "write the cases as anyOf",
     "else": "write the cases as anyOf",
@@ -55,7 +55,8 @@ UNSUPPORTED = {
     "contains": _LEAVE_OUT,
     "minContains": _LEAVE_OUT,
     "maxContains": _LEAVE_OUT,
-    "propertyNames": "supported are listed names, and a pattern, a format or lengths without properties next to them",
+    "propertyNames": "only listed names are supported, or a pattern, a format or lengths without properties next to "
+    "them",
     "unevaluatedItems": "use items",
     "$dynamicRef": "use $ref",
     "$recursiveRef": "use $ref",
@@ -155,7 +156,7 @@ class SchemaReader:
         if (bound := narrow_bounds(reduced)) is not None:
             _refuse(
                 f"{path}/{bound}",
-                f"leaves only numbers beyond ±{MAX_NUMBER}, or ±{MAX_INTEGER} for integers, which are not supported",
+                f"allows only numbers beyond ±{MAX_NUMBER}, or ±{MAX_INTEGER} for integers, which are not supported",
             )
         self._check_object(reduced, path)
         return reduced
@@ -164,7 +165,7 @@ class SchemaReader:
         required = {*schema.get("required", ())}
         count = len(required.union(schema.get("properties", ())))
         if count > MAX_PROPERTIES:
-            _refuse(path, f"has {count} properties, at most {MAX_PROPERTIES} are possible")
+            _refuse(path, f"has {count} properties; at most {MAX_PROPERTIES} are allowed")
         if len(schema.get("patternProperties", ())) > MAX_PATTERN_PROPERTIES:
             _refuse(path, f"has more than {MAX_PATTERN_PROPERTIES} patternProperties")
         if "minProperties" not in schema and "maxProperties" not in schema:
@@ -206,7 +207,9 @@ class SchemaReader:
             _refuse(path, f"is {shown(reference)}; expected a string")
         target = self._references.find(reference, self._base)
         if target is None and not reference.startswith("#"):
-            _refuse(path, f"is {shown(reference)}; supported are references within the schema, like '#/$defs/name'")
+            _refuse(
+                path, f"is {shown(reference)}; only references within the schema are supported, like '#/$defs/name'"
+            )
         if target is None:
             raise GrammarError(f"the JSON schema refers to {shown(reference)}, which is not in it")
         reduced: str = self._definition(target, reference)["$ref"]
@@ -244,9 +247,9 @@ class SchemaReader:
             if isinstance(part, str):
                 control = next((char for char in part if _is_control(char)), None)
                 if control is not None:
-                    _refuse(path, f"holds the control character U+{ord(control):04X}, which answers never have")
+                    _refuse(path, f"contains the control character U+{ord(control):04X}, which answers never contain")
             elif isinstance(part, dict) and len(part) > MAX_PROPERTIES:
-                _refuse(path, f"holds an object with {len(part)} properties, at most {MAX_PROPERTIES} are possible")
+                _refuse(path, f"contains an object with {len(part)} properties; at most {MAX_PROPERTIES} are allowed")
             elif isinstance(part, (int, float)) and not isinstance(part, bool):
                 _check_number(part, path)
         return value
@@ -261,7 +264,7 @@ class SchemaReader:
         digits = Decimal(repr(value)).normalize().as_tuple().digits
         if value <= 0 or int("".join(map(str, digits))) > MAX_DIVISOR or int(value) > MAX_DIVISOR:
             _refuse(
-                path, f"is {shown(value)}; its digits must be a number from 1 to {MAX_DIVISOR}, like 5, 250 or 0.01"
+                path, f"is {shown(value)}; its digits must form a number from 1 to {MAX_DIVISOR}, like 5, 250 or 0.01"
             )
         return value
 
@@ -290,7 +293,7 @@ class SchemaReader:
 
     def _format(self, name: Any, path: str) -> Any:
         if name == "regex":
-            _refuse(path, f"is {name!r}; enforced are {', '.join(FORMATS)}")
+            _refuse(path, f"is {name!r}; expected one of {', '.join(FORMATS)}")
         # Others are not JSON Schema's, and so say nothing of a value.
         return name if isinstance(name, str) and name in FORMATS else _SAYS_NOTHING
 

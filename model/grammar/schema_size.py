@@ -47,7 +47,7 @@ class _Tree:
 
     Attributes:
         kind: a type of JSON, or how others are combined.
-        weight: what this node alone costs, in nodes.
+        weight: the cost of this node without its children, in nodes.
         options: of a union.
         exclusive: whether a union is a oneOf, whose options are compared, each with each.
         target: of a reference.
@@ -123,13 +123,13 @@ class _Count:
     def _add(self, nodes: int) -> None:
         self._nodes += nodes
         if self._nodes > MAX_NODES:
-            raise GrammarError("the JSON schema is too large when its references and alternatives are written out")
+            raise GrammarError("the JSON schema is too large after its references and alternatives are expanded")
 
     def _schema(self, schema: Mapping[str, Any] | bool, level: int) -> _Tree:
         self._add(1)
         if level > MAX_LEVELS:
             raise GrammarError(
-                f"the JSON schema is nested in more than {MAX_LEVELS} levels when its references are followed"
+                f"the JSON schema is nested more than {MAX_LEVELS} levels deep after its references are followed"
             )
         if isinstance(schema, bool):
             return _ANY if schema else _NEVER
@@ -171,8 +171,8 @@ class _Count:
         tree = self._definitions[reference]
         if tree is None:
             raise GrammarError(
-                "the JSON schema refers to itself in a schema that has other constraints beside that reference, which "
-                "is not supported"
+                "the JSON schema refers to itself in a schema that has other constraints next to that reference, "
+                "which is not supported"
             )
         self._add(tree.size)
         return tree

@@ -34,14 +34,16 @@ def read_text_or_calls(text: str, additional_properties: bool) -> tuple[str, dic
     if not isinstance(functions, dict) or not functions or type(most) is not int or not 1 <= most <= 1000:
         raise GrammarError('the description of functions must be like {"functions": {name: schema}, "max_calls": 9}')
     if not all(re.fullmatch(r"[\w-]+", name, re.ASCII) for name in functions):
-        raise GrammarError("the description of functions has names of other signs than letters, digits, _ and -")
+        raise GrammarError(
+            "the description of functions has a name with characters other than letters, digits, _ and -"
+        )
     schemas = {
         f"arguments{index}": read_schema(json.dumps(each), additional_properties)
         for index, each in enumerate(functions.values())
     }
     size = sum(len(json.dumps(schema)) for schema in schemas.values())
     if size > MAX_TOTAL_BYTES:
-        raise GrammarError(f"the parameters of all functions have {size} bytes; at most {MAX_TOTAL_BYTES} are possible")
+        raise GrammarError(f"the parameters of all functions have {size} bytes; at most {MAX_TOTAL_BYTES} are allowed")
     return _lark(list(functions), most), schemas
 
 

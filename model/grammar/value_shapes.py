@@ -120,7 +120,7 @@ class Shapes:
     def _count(self) -> None:
         self._steps += 1
         if self._steps > MAX_STEPS:
-            raise GrammarError("the JSON schema has too many alternatives in oneOf to be compared; use anyOf")
+            raise GrammarError("the JSON schema has too many alternatives in oneOf to compare; use anyOf")
 
     def _disjoint(self, left: Shape, right: Shape, level: int) -> bool:
         self._count()

@@ -73,7 +73,7 @@ def read_answer(response: Response, expected_tokens: int | None) -> Answer:
         expected_tokens: how many tokens it must have; None for any number, and then it may have no text.
 
     Raises:
-        RequestFailedError: an error response, an error in the stream, something that is no such stream, no usage, no
+        RequestFailedError: an error response, an error in the stream, an answer that is not such a stream, no usage, no
             text, or another number of tokens than expected.
     """
     if response.status != 200:
@@ -100,7 +100,7 @@ def read_answer(response: Response, expected_tokens: int | None) -> Answer:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise RequestFailedError("not a stream of OpenAI's chunks", f"{type(error).__name__}: {error}") from None
     if expected_tokens is not None and completion_tokens != expected_tokens:
-        raise RequestFailedError(f"{completion_tokens} tokens instead of the {expected_tokens} asked for")
+        raise RequestFailedError(f"{completion_tokens} tokens instead of the requested {expected_tokens}")
     if expected_tokens is not None and not arrivals:
         raise RequestFailedError("no text in the stream")
     return Answer(

@@ -33,16 +33,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument(
         "--base-url", default="http://127.0.0.1:8000", metavar="URL", help="with or without /v1. Default: %(default)s"
     )
-    server.add_argument("--model", metavar="NAME", help="name in requests. Default: the first of /v1/models")
+    server.add_argument(
+        "--model", metavar="NAME", help="model name to send. Default: the first one that /v1/models lists"
+    )
     server.add_argument(
         "--api-key",
         metavar="KEY",
-        help="bearer token; never written anywhere. Default: the environment's OPENAI_API_KEY",
+        help="API key, sent as a bearer token and never stored. Default: the environment variable OPENAI_API_KEY",
     )
     server.add_argument(
         "--endpoint",
         choices=("completions", "chat"),
-        help="Default: completions; with --prompts, what each line's field is of",
+        help="Default: completions; with --prompts, the one that each line's field belongs to",
     )
     load = parser.add_argument_group("load")
     loop = load.add_mutually_exclusive_group()
@@ -50,74 +52,84 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--streams",
         type=_numbers,
         metavar="N,N,…",
-        help="closed loop: so many requests in flight, one number after the other. Default: 8",
+        help="closed loop: number of requests in flight; several numbers are measured in turn. Default: 8",
     )
     loop.add_argument(
         "--rates",
         "--rate",
         type=_rates,
         metavar="R,R,…",
-        help="open loop: so many requests a second at random (Poisson) times, one rate after the other",
+        help="open loop: requests per second, sent at Poisson arrival times; several rates are measured in turn",
     )
     load.add_argument(
         "--num-requests",
         type=int,
         metavar="N",
-        help="requests of each load. Default: the file's prompts, or 128; without end if there is a --duration",
+        help="requests per load. Default: the file's prompts, or 128; unlimited with --duration",
     )
-    load.add_argument("--duration", type=float, metavar="S", help="seconds in which each load sends requests")
+    load.add_argument("--duration", type=float, metavar="S", help="seconds during which each load sends requests")
     load.add_argument(
         "--warm-up",
         type=int,
         metavar="N",
-        help="requests sent before and not measured, with prompts of their own. Default: one a stream, or 8",
+        help="warm-up requests, with other prompts and not measured. Default: one per stream, or 8",
     )
     load.add_argument(
-        "--timeout", type=float, default=600.0, metavar="S", help="a longer answer has failed. Default: %(default)g"
+        "--timeout",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="seconds after which a request counts as failed. Default: %(default)g",
     )
-    load.add_argument("--seed", type=int, default=0, help="of prompts and arrivals. Default: %(default)s")
+    load.add_argument("--seed", type=int, default=0, help="seed of prompts and arrival times. Default: %(default)s")
     workload = parser.add_argument_group("workload")
     workload.add_argument(
         "--input-len",
         type=number_range,
         default=(64, 64),
         metavar="N[:M]",
-        help="tokens of a prompt, fixed or mixed: uniform from a range. Default: 64",
+        help="tokens per prompt: a number, or a range to draw from uniformly. Default: 64",
     )
     workload.add_argument(
         "--output-len",
         type=number_range,
         default=(128, 128),
         metavar="N[:M]",
-        help='tokens of an answer; with --prompts the most, where a line has no "max_tokens". Default: 128',
+        help='tokens per answer; with --prompts, the maximum for lines without "max_tokens". Default: 128',
     )
     workload.add_argument(
-        "--prefix-len", type=int, default=0, metavar="N", help="tokens that prompts share before their own. Default: 0"
+        "--prefix-len",
+        type=int,
+        default=0,
+        metavar="N",
+        help="length of the prefix that prompts share, in tokens. Default: 0",
     )
     workload.add_argument(
-        "--prefixes", type=int, default=1, metavar="N", help="how many such beginnings there are. Default: 1"
+        "--prefixes", type=int, default=1, metavar="N", help="number of different shared prefixes. Default: 1"
     )
     workload.add_argument(
         "--token-ids",
         type=number_range,
         default=(300, 4000),
         metavar="FIRST:END",
-        help="ids that prompts are made of; where the server takes none, common words are sent. Default: 300:4000",
+        help="range of token ids that prompts consist of; servers that do not accept token ids get common words. "
+        "Default: 300:4000",
     )
     workload.add_argument(
         "--prompts",
         type=Path,
         metavar="FILE",
-        help='send these instead: JSON lines with "prompt" or "messages", and perhaps "max_tokens"',
+        help='send the prompts of this file instead: JSON lines with "prompt" or "messages", and optionally '
+        '"max_tokens"',
     )
     workload.add_argument(
         "--ignore-eos",
         action=argparse.BooleanOptionalAction,
-        help="ask for answers of exactly the length (a field of vLLM's and this server's). "
+        help="ask for answers of exactly the given length (ignore_eos, which vLLM and this server have). "
         "Default: on; off with --prompts",
     )
     results = parser.add_argument_group("results")
-    results.add_argument("--out", type=Path, metavar="FILE", help="write all figures as JSON")
+    results.add_argument("--out", type=Path, metavar="FILE", help="write all results as JSON")
     results.add_argument(
-        "--plot", type=Path, metavar="FILE", help="write latency against load as PNG; for several --rates or --streams"
+        "--plot", type=Path, metavar="FILE", help="plot latency against load as PNG; needs several --rates or --streams"
     )

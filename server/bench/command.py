@@ -113,12 +113,12 @@ def read_plan(arguments: Namespace) -> Plan:
     except ValueError as error:
         raise BenchError(str(error)) from None
     if plan.warm_up is not None and plan.warm_up < 0:
-        raise BenchError(f"--warm-up is {plan.warm_up}: it needs at least 0")
+        raise BenchError(f"--warm-up is {plan.warm_up}; expected at least 0")
     for path in (plan.out, plan.plot):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise BenchError(f"{path} cannot be written: it is a folder, or would be in one that does not exist")
+            raise BenchError(f"{path} cannot be written: it is a folder, or its folder does not exist")
     if plan.plot is not None and len(plan.loads) < 2:
-        raise BenchError("--plot draws latency against load: it needs several, like --rates 1,2,4,8")
+        raise BenchError("--plot draws latency against load and needs several loads, for example --rates 1,2,4,8")
     if plan.plot is not None and not can_plot():
         raise BenchError(MISSING)
     return plan
@@ -156,7 +156,7 @@ def bench(arguments: Namespace, say: Callable[[str], None]) -> int:
 
     Args:
         arguments: as `persimmon.server.bench.arguments` reads them.
-        say: prints a line for the person at the console that is no result.
+        say: prints a line on the console that is not a result.
 
     Returns:
         The exit code: 0, 1 when a request failed, 2 when nothing could be measured, 130 when interrupted.
@@ -176,11 +176,14 @@ async def _bench(plan: Plan, say: Callable[[str], None]) -> int:
     started = _now()
     model, refusal = await _first_contact(plan)
     if refusal is not None and isinstance(plan.workload, RandomWorkload):
-        say(f"Prompts are words, because the server takes no such token ids: {refusal}")
+        say(f"Prompts are words, because the server does not accept these token ids: {refusal}")
         plan = replace(plan, workload=replace(plan.workload, form="text"))
     print(f"{model} at {plan.endpoint.url}: {plan.workload}", flush=True)
     if plan.sends_twice:
-        say("Prompts of the file are sent more than once; a server that caches prefixes is faster at that.")
+        say(
+            "Prompts of the file are sent more than once, so prefix caching makes the server faster than new prompts "
+            "would."
+        )
     warm_up = plan.warm_up_streams if plan.warm_up is None else plan.warm_up
     if warm_up:
         limits = Limits(requests=warm_up, timeout_s=plan.limits.timeout_s)
@@ -222,9 +225,9 @@ async def _first_contact(plan: Plan) -> tuple[str, str | None]:
         async with asyncio.timeout(plan.limits.timeout_s):
             return model, await refusal_of_token_ids(endpoint, model, workload.token_ids)
     except TimeoutError:
-        raise BenchError(f"{endpoint.url}: no answer to a first prompt within {plan.limits.timeout_s:g} s") from None
+        raise BenchError(f"{endpoint.url}: no answer to the first prompt within {plan.limits.timeout_s:g} s") from None
     except OSError as error:
-        raise BenchError(f"{endpoint.url}: a first prompt was not answered: {error}") from None
+        raise BenchError(f"{endpoint.url}: the first prompt failed: {error}") from None
 
 
 async def _drive_watched(plan: Plan, requests: Iterable[Request], load: Load) -> Run:

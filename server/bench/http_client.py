@@ -32,7 +32,9 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         if not (self.api_key.isascii() and self.api_key.isprintable()):
-            raise ValueError("the API key has characters that no HTTP header may have: it needs printable ASCII")
+            raise ValueError(
+                "the API key has characters that are not allowed in an HTTP header; expected printable ASCII"
+            )
 
     @classmethod
     def from_url(cls, url: str, api_key: str = "") -> "Endpoint":
@@ -45,9 +47,9 @@ class Endpoint:
             parts = urlsplit(url)
             port = parts.port
         except ValueError:
-            raise ValueError(f"{url!r} is no server's URL; it looks like http://127.0.0.1:8000") from None
+            raise ValueError(f"{url!r} is not a server URL; expected one like http://127.0.0.1:8000") from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{url!r} is no server's URL; it looks like http://127.0.0.1:8000")
+            raise ValueError(f"{url!r} is not a server URL; expected one like http://127.0.0.1:8000")
         encrypted = parts.scheme == "https"
         path = parts.path.rstrip("/").removesuffix("/v1")
         return cls(
@@ -139,10 +141,10 @@ class _ResponseReader(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
-            self._fail(ConnectionError(f"the server sent no HTTP: {error}"))
+            self._fail(ConnectionError(f"the server's answer is not HTTP: {error}"))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._fail(ConnectionError(f"the server closed the connection in the middle of an answer ({exc or 'EOF'})"))
+        self._fail(ConnectionError(f"the server closed the connection during an answer ({exc or 'EOF'})"))
 
     def on_body(self, body: bytes) -> None:
         self._response.pieces.append((self._read_at, body))

@@ -44,7 +44,7 @@ class Exchange:
 
 
 Watch = Callable[[Exchange], None]
-"""Is told of every exchange as it ends."""
+"""Receives every exchange as it ends."""
 
 
 def ignore(_: Exchange) -> None:
@@ -85,7 +85,7 @@ async def closed_loop(
         send: sends one.
         duration_s: no request is sent later than this after the start; None sends all.
         clock: the time in seconds.
-        watch: is told of every exchange.
+        watch: receives every exchange.
 
     Returns:
         The exchanges in the order of the requests.
@@ -125,7 +125,7 @@ async def open_loop(
         send: sends one.
         clock: the time in seconds.
         sleep: waits for a number of seconds; 0 lets what was sent begin.
-        watch: is told of every exchange.
+        watch: receives every exchange.
 
     Returns:
         The exchanges in the order of the requests.
@@ -154,13 +154,13 @@ async def _exchange(request: Request, scheduled: float | None, send: Send) -> Ex
 
 @dataclass(frozen=True)
 class ClosedLoop:
-    """A load of so many requests in flight at any time."""
+    """A load with a constant number of requests in flight."""
 
     streams: int
 
     def __post_init__(self) -> None:
         if self.streams < 1:
-            raise ValueError(f"{self.streams} streams: it needs at least 1")
+            raise ValueError(f"{self.streams} streams; expected at least 1")
 
     @property
     def offered(self) -> float:
@@ -175,7 +175,7 @@ class ClosedLoop:
 
 @dataclass(frozen=True)
 class OpenLoop:
-    """A load of so many requests a second, at Poisson arrivals, whether earlier ones are answered or not.
+    """A load with a rate of requests per second at Poisson arrival times, whether earlier ones are answered or not.
 
     Attributes:
         rate: requests a second.
@@ -187,7 +187,7 @@ class OpenLoop:
 
     def __post_init__(self) -> None:
         if not 0 < self.rate <= 1e6:
-            raise ValueError(f"a rate of {self.rate:g} requests a second: it needs more than 0 and at most 1000000")
+            raise ValueError(f"a rate of {self.rate:g} requests a second; expected more than 0 and at most 1000000")
 
     @property
     def offered(self) -> float:
@@ -219,12 +219,12 @@ class Limits:
 
     def __post_init__(self) -> None:
         if self.requests is None and self.duration_s is None:
-            raise ValueError("a load without end: it needs a number of requests or a duration")
+            raise ValueError("the load has no end; give a number of requests or a duration")
         if self.requests is not None and self.requests < 1:
-            raise ValueError(f"{self.requests} requests: it needs at least 1")
+            raise ValueError(f"{self.requests} requests; expected at least 1")
         for name, seconds in {"duration": self.duration_s, "timeout": self.timeout_s}.items():
             if seconds is not None and not 0 < seconds < float("inf"):
-                raise ValueError(f"a {name} of {seconds:g} seconds: it needs more than 0")
+                raise ValueError(f"a {name} of {seconds:g} seconds; expected more than 0")
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ async def drive(
         requests: what to send; may be endless.
         load: when.
         limits: for how long.
-        watch: is told of every exchange as it ends.
+        watch: receives every exchange as it ends.
     """
     # Times and bodies are made before the clock starts, where their number is known.
     arrivals: list[float] = []
@@ -272,7 +272,7 @@ async def drive(
                     return await pool.post(request.path, request.body)
             except OSError as error:  # TimeoutError among them, and connecting has one of its own
                 if timer.expired():
-                    raise RequestFailedError(f"no whole answer within {limits.timeout_s:g} s") from None
+                    raise RequestFailedError(f"no complete answer within {limits.timeout_s:g} s") from None
                 raise RequestFailedError("connection failed", str(error)) from None
 
         started, cpu_started = time.perf_counter(), time.process_time()

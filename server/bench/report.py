@@ -168,15 +168,17 @@ def remarks(report: Report[LoadFacts]) -> list[str]:
     ]
     delay = report.schedule_delay_ms
     if delay is not None:
-        lines.append(f"requests were sent {delay.median:.1f} ms after their time (p50), {delay.p99:.1f} ms (p99)")
+        lines.append(f"requests were sent {delay.median:.1f} ms late (p50), {delay.p99:.1f} ms (p99)")
         if delay.p99 > LATE_MS:
-            lines.append("this client cannot keep up: the server saw another load, and the row says little")
+            lines.append(
+                "this client cannot keep up: the server got a different load than the row states, so do not rely on it"
+            )
     if report.client_cpu_s > BUSY_SHARE * report.duration_s:
         share = report.client_cpu_s / report.duration_s
-        lines.append(f"this client's one core was {share:.0%} busy: the server may be faster than the row says")
+        lines.append(f"this client's only core was {share:.0%} busy: the server may be faster than this row shows")
     if 0 < report.chunks_per_token < 0.9 and report.tpot_ms is not None:
         lines.append(
-            f"{1 / report.chunks_per_token:.1f} tokens to a chunk, ITL is between chunks; "
+            f"{1 / report.chunks_per_token:.1f} tokens per chunk, and ITL is the time between chunks; "
             f"time per output token {report.tpot_ms.median:.1f} ms (p50), {report.tpot_ms.p99:.1f} ms (p99)"
         )
     return lines

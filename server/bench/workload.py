@@ -80,7 +80,7 @@ def request(model: str, prompt: Prompt, ignore_eos: bool) -> Request:
 
 @dataclass(frozen=True)
 class RandomWorkload:
-    """Prompts of random tokens: of one length or mixed lengths, with or without a shared beginning.
+    """Prompts of random tokens: of one length or mixed lengths, with or without a shared prefix.
 
     Attributes:
         input_len: (least, most) tokens of a prompt, drawn uniformly, after the shared beginning.
@@ -101,13 +101,13 @@ class RandomWorkload:
     def __post_init__(self) -> None:
         for name, (least, most) in {"prompt": self.input_len, "answer": self.output_len}.items():
             if not 1 <= least <= most:
-                raise WorkloadError(f"{name} lengths {least}:{most}: it needs 1 <= least <= most")
+                raise WorkloadError(f"{name} lengths {least}:{most}; expected 1 <= least <= most")
         if self.prefix_len < 0:
-            raise WorkloadError(f"a shared prefix of {self.prefix_len} tokens: it needs at least 0")
+            raise WorkloadError(f"a shared prefix of {self.prefix_len} tokens; expected at least 0")
         if self.prefixes < 1:
-            raise WorkloadError(f"{self.prefixes} shared prefixes: it needs at least 1")
+            raise WorkloadError(f"{self.prefixes} shared prefixes; expected at least 1")
         if not 0 <= self.token_ids[0] < self.token_ids[1]:
-            raise WorkloadError(f"token ids {self.token_ids[0]}:{self.token_ids[1]}: it needs 0 <= first < end")
+            raise WorkloadError(f"token ids {self.token_ids[0]}:{self.token_ids[1]}; expected 0 <= first < end")
 
     def prompts(self, seed: int | str) -> Iterator[Prompt]:
         """Prompts without end, the same for the same seed."""
@@ -125,7 +125,7 @@ class RandomWorkload:
         unit = "token ids" if self.form == "ids" else "words"
         shared = ""
         if self.prefix_len:
-            beginnings = f"one of {self.prefixes} shared beginnings" if self.prefixes > 1 else "a shared beginning"
+            beginnings = f"one of {self.prefixes} shared prefixes" if self.prefixes > 1 else "a shared prefix"
             shared = f" after {beginnings} of {self.prefix_len}"
         return f"prompts of {_range(self.input_len)} {unit}{shared}, answers of {_range(self.output_len)} tokens"
 
@@ -210,17 +210,17 @@ def _line(row: str, where: str, output_len: int, endpoint: str | None) -> Prompt
     try:
         line = json.loads(row)
     except ValueError as error:
-        raise WorkloadError(f"{where}: no JSON: {error}") from None
+        raise WorkloadError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(line, dict) or ("prompt" in line) == ("messages" in line):
-        raise WorkloadError(f'{where}: needed is an object with either "prompt" or "messages"')
+        raise WorkloadError(f'{where}: expected an object with either "prompt" or "messages"')
     field = "prompt" if "prompt" in line else "messages"
     value, max_tokens = line[field], line.get("max_tokens", output_len)
     if type(max_tokens) is not int or max_tokens < 1:
-        raise WorkloadError(f'{where}: "max_tokens" is {max_tokens!r}, needed is a whole number of at least 1')
+        raise WorkloadError(f'{where}: "max_tokens" is {max_tokens!r}; expected an integer of at least 1')
     if field == "prompt":
         is_ids = isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
         if not (isinstance(value, str) or is_ids):
-            raise WorkloadError(f'{where}: "prompt" is neither a text nor a list of token ids')
+            raise WorkloadError(f'{where}: "prompt" is not valid; expected a string or a list of token ids')
         if endpoint == "chat":
             if not isinstance(value, str):
                 raise WorkloadError(f"{where}: token ids cannot be sent to --endpoint chat")
@@ -228,5 +228,5 @@ def _line(row: str, where: str, output_len: int, endpoint: str | None) -> Prompt
     elif endpoint == "completions":
         raise WorkloadError(f'{where}: "messages" cannot be sent to --endpoint completions')
     elif not (isinstance(value, list) and value and all(isinstance(message, dict) for message in value)):
-        raise WorkloadError(f'{where}: "messages" is no list of messages')
+        raise WorkloadError(f'{where}: "messages" is not valid; expected a list of messages')
     return Prompt(field, value, max_tokens)

@@ -24,26 +24,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="IN is Adept's own release: the tar, or the folder it unpacks to",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="the type to store tensors in. Default: as they are")
+    parser.add_argument("--dtype", choices=DTYPES, help="the type to store tensors in. Default: unchanged")
     parser.add_argument(
         "--max-shard-size",
         type=_size,
         default="5GB",
         metavar="SIZE",
-        help="tensors are spread over files of at most this size. Default: %(default)s",
+        help="maximum size of each weight file. Default: %(default)s",
     )
     trimming = parser.add_mutually_exclusive_group()
     trimming.add_argument(
         "--trim-vocab",
         action="store_true",
-        help="drop the embedding's and lm_head's rows of token ids that no text gives and no file of the checkpoint "
-        "names. Token ids stay what they are, for this server keeps the map",
+        help="drop the embedding and lm_head rows of token ids that no text is tokenized to and no file of the "
+        "checkpoint names. Token ids do not change: the server maps them to the remaining rows",
     )
     trimming.add_argument(
         "--drop-ids",
         type=_token_ids,
         metavar="IDS",
-        help="drop the rows of these ids, like 3-70002,71020, which you know to be unused",
+        help="drop the rows of these ids, which you know to be unused, for example 3-70002,71020",
     )
 
 
@@ -60,7 +60,7 @@ def run(given: dict[str, Any]) -> int:
         with interruptible():
             convert_checkpoint(source, out, max_shard_bytes=largest, print_line=say, **given)
     except KeyboardInterrupt:
-        say("persimmon: stopped; the same command goes on from here")
+        say("persimmon: stopped; run the same command again to continue")
         return 130
     return 0
 

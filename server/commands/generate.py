@@ -15,13 +15,13 @@ ERRORS: tuple[type[Exception], ...] = (SettingsError, CheckpointError, RuntimeFo
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the files, and a flag for every setting of a server that does not listen."""
-    parser.add_argument("batch_source", metavar="IN.jsonl", type=Path, help="the requests, one a line")
-    parser.add_argument("batch_out", metavar="OUT.jsonl", type=Path, help="the answers, one a line")
+    parser.add_argument("batch_source", metavar="IN.jsonl", type=Path, help="the requests, one per line")
+    parser.add_argument("batch_out", metavar="OUT.jsonl", type=Path, help="the answers, one per line")
     parser.add_argument(
         "--any-model",
         action="store_true",
-        help="answer lines whichever model they name, such as gpt-4o-mini in a file that was written for OpenAI. "
-        "Default: a line that names another model fails",
+        help="answer lines whatever model they name, such as gpt-4o-mini in a file written for OpenAI. Default: a "
+        "line that names another model fails",
     )
     config.add_arguments(parser, config.EMBEDDED_GROUPS)
 

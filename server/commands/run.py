@@ -76,23 +76,23 @@ COMMANDS = {
     ),
     "bench": Command(
         "measure a server with OpenAI's API",
-        "Measure the speed and latency of any server with OpenAI's API. Every request is streamed, at "
-        "temperature 0; tokens are counted by the server's usage, times from sending a request. The exit code is "
-        "1 when a request failed.",
+        "Measure the speed and latency of any server with OpenAI's API. Every request is streamed, at temperature 0. "
+        "Token counts come from the server's usage; times start when a request is sent. The exit code is 1 if a "
+        "request failed.",
         _bench,
     ),
     "generate": Command(
         "answer a batch file without a server",
-        "Answer the lines of a batch file in OpenAI's format. Answers are added to OUT as they come, in "
-        "any order; lines that have one there are left out, so a run that was stopped goes on when the same command "
-        "runs again. The exit code is 0 when every line has what it asked for, 1 when some failed.",
+        "Answer the lines of a batch file in OpenAI's format. Answers are appended to OUT as they finish, in any "
+        "order. Lines that already have an answer there are skipped, so running the same command again continues a "
+        "stopped run. The exit code is 0 if every line succeeded, 1 if some failed.",
         _generate,
     ),
     "convert": Command(
         "convert a checkpoint to safetensors",
-        "Convert a Persimmon checkpoint to safetensors in Hugging Face layout. Nothing in its files is "
-        "executed. The result is compared with the source, number by number. A conversion that was stopped goes on "
-        "where it was when the same command runs again.",
+        "Convert a Persimmon checkpoint to safetensors in Hugging Face layout. No code in its files is executed. The "
+        "result is compared with the source, number by number. Running the same command again continues a stopped "
+        "conversion.",
         _convert,
     ),
 }

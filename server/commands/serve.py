@@ -21,13 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: dict[str, Any]) -> int:
-    """Serves until told to stop; see `persimmon.server.supervisor.supervise` for the exit code.
+    """Serves until asked to stop; see `persimmon.server.supervisor.supervise` for the exit code.
 
     Raises:
         SettingsError: a setting is invalid, keys or certificates cannot be read, or a package is missing.
         CheckpointError: the checkpoint cannot be found, or is not one that this server serves.
         ListenError: the address cannot be listened on.
-        RuntimeFolderError: there is no place for the sockets of the server's processes.
+        RuntimeFolderError: the folder for the sockets of the server's processes cannot be created.
     """
     # Not for a help text.
     from persimmon.server.http.middleware.access import check as check_access

@@ -59,7 +59,7 @@ class AnswerLengths:
         self._sums_from = None
 
     def remaining(self, so_far: int) -> int:
-        """How many tokens more an answer of so many may be expected to get, at least 1.
+        """The expected number of further tokens of an answer that has `generated` ones, at least 1.
 
         The mean of what answers got that went on from there; where none did, half as many again.
         """
@@ -92,7 +92,7 @@ class Admission:
         self._last_step = 0
 
     def step(self, computed: int) -> None:
-        """Takes notice of a step that has computed so many tokens."""
+        """Records a step and the number of tokens it computed."""
         self._steps += 1
         self._computed += computed
 
@@ -117,7 +117,7 @@ class Admission:
         return Growing(expected, blocks, max(0, self._blocks(prompt_length + output_length + expected) - blocks))
 
     def fits(self, running: list[Growing], one: Growing, count: int, free: int) -> int:
-        """How many equal sequences may begin beside those that run.
+        """How many equal sequences may begin in addition to those that run.
 
         Args:
             running: those.
@@ -128,7 +128,7 @@ class Admission:
         if free < 0:
             return 0
         if not running:
-            # Nobody else grows; alone it fits in any case.
+            # No other sequence grows; on its own it always fits.
             return min(count, max(1, free))
         own_blocks = (count - 1) + count * one.more  # each but the first may copy the block that its prompt ends in
         if sum([own.more for own in running]) + own_blocks <= free:

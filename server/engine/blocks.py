@@ -1,6 +1,6 @@
 """The KV block pool: which blocks are free, who holds the others, and which prompt prefixes they still contain.
 
-Knows block numbers and hashes, not tensors: what is in a block is the runner's affair.
+Knows block numbers and hashes, not tensors: the runner handles the content of a block.
 """
 
 from array import array
@@ -38,7 +38,7 @@ def salted_with_length(salt: bytes, length: int) -> bytes:
 class BlockPool:
     """Reference-counted blocks with a prefix index over the full ones.
 
-    A block that nobody holds is free.  A free block keeps its content, and its place in the prefix index, until it
+    A block that no sequence holds is free.  A free block keeps its content, and its place in the prefix index, until it
     is allocated again; the block freed longest ago goes first.
 
     Args:
@@ -49,7 +49,7 @@ class BlockPool:
 
     def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
         if num_blocks < 1 or block_size < 1:
-            raise ValueError(f"a pool needs blocks and tokens in them, not {num_blocks} blocks of {block_size}")
+            raise ValueError(f"a pool of {num_blocks} blocks of {block_size} tokens; both must be at least 1")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
@@ -61,15 +61,15 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds."""
+        """Blocks that no sequence holds."""
         return len(self._free)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that so many tokens fill or begin."""
+        """The number of blocks that `tokens` tokens fill or begin."""
         return -(-num_tokens // self.block_size)
 
     def is_free(self, block: int) -> bool:
-        """Whether nobody holds this block."""
+        """Whether no sequence holds this block."""
         return self._references[block] == 0
 
     def references(self, block: int) -> int:
@@ -87,7 +87,7 @@ class BlockPool:
             ValueError: fewer are free.  Callers look at `num_free` first.
         """
         if count > len(self._free):
-            raise ValueError(f"{count} blocks were asked for and {len(self._free)} are free")
+            raise ValueError(f"{count} blocks requested, but only {len(self._free)} are free")
         blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
         for block in blocks:
             self._references[block] = 1

@@ -11,13 +11,13 @@ from persimmon.server.engine.shares import Share
 from persimmon.server.engine.step_cost import StepCosts, StepWork
 
 MIN_CHUNK = 16
-"""So many tokens of a prompt are computed in a step though there is no time for them: few more are dearer than none."""
+"""Tokens of a prompt that a step computes even if there is no time for them: a few more cost little more than none."""
 
 
 def share_chunks(
     prompts: Ordered[Sequence], tokens: int, work: StepWork, costs: StepCosts | None
 ) -> dict[Sequence, int]:
-    """How many tokens of each prompt run beside a step's decodes.
+    """How many tokens of each prompt run in a step together with its decodes.
 
     Half of the room is for the oldest prompt, whatever its length and priority.  The rest goes to the most urgent
     priority, there to the client that has least left to compute for its share, and there to the shortest prompt.  So
@@ -73,7 +73,7 @@ class _ChunkShare:
         Args:
             sequence: whose prompt.
             taken: tokens that it has in this step already.
-            least: so many tokens it gets though there is no time for them.
+            least: tokens it gets even if there is no time for them.
             part: how much of what is left it may take.
         """
         wanted = sequence.num_uncomputed - taken

@@ -69,7 +69,8 @@ class SequenceStream:
     Args:
         sequence_id: the sequence's.
         abort: ends it in the engine, if it has not ended there.
-        prompt_tokens: how many tokens the engine has to read before its first output; of one sample of a prompt alone.
+        prompt_tokens: number of tokens that the engine has to read before its first output; counted for only one sample
+            of a prompt.
         owner: the client that asked for it.
 
     Attributes:
@@ -87,7 +88,7 @@ class SequenceStream:
         self._failure: Exception | None = None
 
     def put(self, output: SequenceOutput) -> None:
-        """Takes the engine's next output; called by the client alone."""
+        """Takes the engine's next output; only the client calls it."""
         self._arrived.append(output)
         if len(self._arrived) >= _KEPT_APART:
             # Its reader waits for a client that reads slowly.
@@ -95,7 +96,7 @@ class SequenceStream:
         self._wakeup.set()
 
     def fail(self, error: Exception) -> None:
-        """Ends the stream with an error; called by the client alone."""
+        """Ends the stream with an error; only the client calls it."""
         self._failure = error
         self._wakeup.set()
 
@@ -166,7 +167,7 @@ class _Connection:
     def send(self, message: bytes) -> None:
         """Sends a message, which an unbounded socket always takes at once."""
         self._socket.send(message, zmq.NOBLOCK)
-        # The descriptor tells of changes, not of messages, and sending may have taken such news from it.
+        # The descriptor signals changes, not messages, and sending may have consumed such a signal.
         self._loop.call_soon(self._receive)
 
     def close(self) -> None:
@@ -189,7 +190,7 @@ class _Connection:
 
     def _watch(self) -> None:
         if not self._monitor.closed and self._monitor.poll(0):
-            self._monitor.recv_multipart()  # it tells of one kind of event alone
+            self._monitor.recv_multipart()  # it reports only one kind of event
             self._lost()
 
 
@@ -203,7 +204,7 @@ class EngineClient:
         warm_up: what each engine must do, from here and back, before it is ready.
 
     Attributes:
-        info: the engine's news of itself; None while it loads, and after its end until the next one is ready.
+        info: the engine's description of itself; None while it loads, and after it ended until the next one is ready.
         stats: its last report.
         dead: whether there is none: it has ended and the next one is not ready.
     """
@@ -288,7 +289,7 @@ class EngineClient:
             self._abort(*submit.sequence_ids)
 
     def check_ready(self) -> Ready:
-        """The engine's news of itself.
+        """The engine's description of itself.
 
         Raises:
             EngineNotReadyError: the model is still loading.
@@ -352,7 +353,7 @@ class EngineClient:
         """Makes an engine the one that serves, when it has finished its warm-up."""
         for output in step.outputs:
             if output.finish_reason in ("error", "expired"):
-                logger.error("the engine failed its warm-up and serves nothing: %s", output.error)
+                logger.error("the engine failed its warm-up and is not serving: %s", output.error)
                 self._candidate = None
             elif output.finish_reason is not None:
                 self._candidate = None

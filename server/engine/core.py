@@ -1,8 +1,7 @@
 """The engine loop: inbox -> plan -> launch -> wait -> commit -> outbox, one turn after the other.
 
-On a device that computes beside the host the next step is launched before the last one is waited for.  Knows API
-workers by their ZeroMQ identity, never by what is on their other side, and the model as a function from a
-plan to tokens.
+On a device that computes asynchronously, the next step is launched before waiting for the last one.  Knows API workers
+by their ZeroMQ identity, never by what is on their other side, and the model as a function from a plan to tokens.
 """
 
 import logging
@@ -43,7 +42,7 @@ from persimmon.server.logs import with_fields
 logger = logging.getLogger(__name__)
 
 MAX_FAILED_STEPS = 3
-"""After so many failed steps in a row the engine ends: it is not the requests that are bad."""
+"""Consecutive failed steps after which the engine exits: by then the requests are unlikely to be the cause."""
 
 PREPARING_MS = 1000
 """While only threads work, for sequences that may not run yet, the heart beats so often."""
@@ -53,14 +52,14 @@ SequenceKey = tuple[bytes, int]
 
 
 Outputs = dict[bytes, list[SequenceOutput]]
-"""What workers are to be told, by their identity."""
+"""Outputs for the workers, by their identity."""
 
 _NO_REPORT: tuple[list[TokenLogprobs], bytes] = ([], b"")
 
 
 @dataclass(frozen=True, slots=True)
 class _Preparing:
-    """A sequence, with its forks, that may not run yet; `aborted` are those of them that are wanted no more."""
+    """A sequence, with its forks, that may not run yet; `aborted` are those of them that were aborted."""
 
     first: Sequence
     prepared: "Future[Any]"
@@ -142,13 +141,13 @@ class Engine:
         socket: a bound ROUTER socket; the engine owns it from now on.
         scheduler: decides what runs.
         run: runs it.
-        limits: the news of this engine for workers that say hello; its stats are replaced by current ones.
+        limits: this engine's description for workers that connect; its stats are replaced by current ones.
         costs: learns what steps take, so that prompts leave those who decode their pace.
         overlap: whether a step is planned and launched while the one before it runs.  That pays where a device computes
-            beside the host; where the host itself computes, it would tell of every token a step late.
+            asynchronously; on a device where the host itself computes, it would report every token one step late.
         queue_timeout: seconds after which a sequence that has not been begun ends with "expired"; 0 for never.
         graph_replays: how many steps were CUDA graphs so far.
-        beat: told before and after each step that the engine is well, and whether it has work.
+        beat: called before and after each step as a sign of life, with whether the engine has work.
         clock: seconds, for `queue_timeout`.
     """
 
@@ -190,7 +189,7 @@ class Engine:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
         self._failed_steps = 0
-        # Sequences that wait for something to be prepared; whoever has prepared it counts the event up.
+        # Sequences that wait for something to be prepared; the thread that prepared it increments the event.
         self._preparing: list[_Preparing] = []
         self._prepared = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poller = zmq.Poller()
@@ -216,15 +215,15 @@ class Engine:
         outputs: Outputs = {}
         if not self.has_work:
             self._wait()
-        news = self._drain_inbox(outputs)
+        changed = self._drain_inbox(outputs)
         if self._preparing:
-            news |= self._admit_prepared(outputs)
-        news |= self._expire(outputs)
+            changed |= self._admit_prepared(outputs)
+        changed |= self._expire(outputs)
         if self.has_work:
             self._beat(True)
             self._step(outputs)
-            news = True
-        if news:
+            changed = True
+        if changed:
             self._publish(outputs)
         self._beat(self.has_work)
 
@@ -246,7 +245,7 @@ class Engine:
             try:
                 message = self._decoder.decode(b"".join(frames))
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                logger.error("a message from an API worker cannot be read and is ignored: %s", error)
+                logger.error("ignored an unreadable message from an API worker: %s", error)
                 continue
             self._handle(worker, message, outputs)
 
@@ -257,7 +256,7 @@ class Engine:
                 self._send(worker, msgspec.structs.replace(self._limits, stats=self._stats()))
             case _ if worker not in self._workers:
                 # It does not keep to the protocol, or sent this before it went and that was noticed first.
-                logger.warning("ignored a message from an API worker that has disconnected or has not said hello")
+                logger.warning("ignored a message from an API worker that is not connected")
             case Submit():
                 self._submit(worker, message, outputs)
             case Abort(sequence_ids):
@@ -313,7 +312,7 @@ class Engine:
             self._deadlines.popleft()
         for key in expired:
             self._abort(key)
-        reason = f"The request has waited for {self._queue_timeout:g} s and was not begun."
+        reason = f"The request waited in the queue for {self._queue_timeout:g} s without being started."
         self._refuse(expired, reason, outputs, "expired")
         return bool(expired)
 
@@ -337,7 +336,7 @@ class Engine:
             self._end_oldest(outputs)
 
     def _launch(self, plan: StepPlan) -> bool:
-        """Starts a step; False where there is nothing in it, or it failed at once and waits for being told of."""
+        """Starts a step; False if it is empty, or failed at once and its failure is still to be reported."""
         if not plan.scheduled:
             return False
         started = time.perf_counter()
@@ -356,7 +355,7 @@ class Engine:
         return True
 
     def _end_oldest(self, outputs: Outputs) -> None:
-        """Waits for the oldest step under way, applies what came of it, and tells the workers of its sequences."""
+        """Waits for the oldest running step, applies its results, and reports them to the workers."""
         step = self._under_way.popleft()
         plan = step.plan
         try:

@@ -20,7 +20,7 @@ class Load:
     """A worker's load, which the others see as soon as it changes.
 
     Args:
-        vitals: where it is told.
+        vitals: where it is published.
         worker: its number among the workers.
         clock: seconds.
     """

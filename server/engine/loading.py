@@ -1,6 +1,6 @@
 """Start of the engine: checkpoint, memory plan, weights, KV cache, warm-up, each shown on the console with its seconds.
 
-With core.py the only part of the server that imports torch, and like it runs in the engine process alone.
+With core.py the only part of the server that imports torch, and like it runs only in the engine process.
 """
 
 import logging
@@ -176,7 +176,7 @@ def warm_up_steps(
 ) -> Iterator[list[SequenceInput]]:
     """Steps that do once what serving does: prompts, decodes, draws, reports, and several of them together.
 
-    All sequences of a batch share the first blocks, which nobody holds yet, since nobody reads what they say.
+    All sequences of a batch share the first blocks, which no sequence holds yet, since their content is not read.
 
     Args:
         plan: of the memory.
@@ -280,8 +280,8 @@ def _print_plan(plan: MemoryPlan, config: PersimmonConfig, print_line: Callable[
     )
     if plan.max_model_len < config.context_length:
         print_line(
-            f"               a sequence may have {plan.max_model_len:,} tokens "
-            f"(the model is made for {config.context_length:,})"
+            f"               sequences are limited to {plan.max_model_len:,} tokens "
+            f"(the model supports {config.context_length:,})"
         )
 
 

@@ -43,12 +43,12 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag="su
         samples: how many continuations.
         sequence_id: of the first sample, the others' follow it.  `EngineClient` chooses it, so that they are unique
             among the worker's live sequences.
-        prompt_logprobs: report the log-probability of each prompt token but the first, and those of so many most
+        prompt_logprobs: report the log-probability of each prompt token but the first, and those of this number of most
             probable tokens in its place, to the first sample; None for none.
         pooling: report the prompt's pooled states to the first sample; None for none.
         scores: the states to pool are a classifier's scores of its final hidden states.
         priority: a lower one goes first, and gives its blocks up last.
-        cache_salt: prompts share their prefixes in the cache with those of the same salt alone.
+        cache_salt: prompts share their prefixes in the cache only with those of the same salt.
         request_id: what logs call the request that it belongs to.
         owner: the client that asks, which shares the engine with the others: the name of its API key.
         weight: of that client's share; one of weight 2 gets twice as much as one of weight 1.
@@ -77,7 +77,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag="su
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
-    """These sequences are wanted no more.  Unknown and finished ids are ignored: an abort may race a finish."""
+    """Aborts these sequences. Unknown and finished ids are ignored: an abort may race a finish."""
 
     sequence_ids: list[int]
 
@@ -163,7 +163,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepOutput(msgspec.Struct, frozen=True, array_like=True, tag="step"):
-    """All that a step did for one worker's sequences; with no outputs, news of the engine's state alone."""
+    """The results of a step for one worker's sequences; without outputs, only the engine's state."""
 
     outputs: list[SequenceOutput]
     stats: EngineStats

@@ -72,7 +72,7 @@ class PlanRunner:
 
     def _compile(self, grammar: GrammarSpec) -> Matcher:
         if self._compiler is None:
-            raise GrammarError("this model follows no grammars")
+            raise GrammarError("this model does not support grammars")
         return self._compiler.compile(grammar)
 
     def _input(self, item: ScheduledSequence) -> SequenceInput:
@@ -90,7 +90,7 @@ class PlanRunner:
         )
 
     def _long_prompt(self, sequence: Sequence) -> int:
-        """The length of a prompt that is so long that its rotary frequencies depend on it, else 0."""
+        """The length of a prompt if its rotary frequencies depend on it, because it exceeds a limit; else 0."""
         limit = self._runner.rope_limit
         return sequence.prompt_length if limit is not None and sequence.prompt_length > limit else 0
 
@@ -120,10 +120,10 @@ class PlanRunner:
         state = _state(sequence)
         if state.progress is None:
             if state.matcher is None:
-                raise ValueError("a sequence with a grammar was not prepared")
+                raise ValueError("the grammar of a sequence was not prepared")
             state.progress = GrammarProgress(state.matcher.result().copy())
-        news = sequence.token_ids[sequence.prompt_length + state.progress.num_tokens :]
-        return self._masking.submit(partial(state.progress.advance, news)).result
+        new_ids = sequence.token_ids[sequence.prompt_length + state.progress.num_tokens :]
+        return self._masking.submit(partial(state.progress.advance, new_ids)).result
 
     def failures(self, plan: StepPlan) -> dict[int, str]:
         """By the place of a sample among all of a step: why its sequence cannot go on."""
@@ -179,7 +179,7 @@ class _SequenceState:
         sequence: it.
 
     Attributes:
-        is_plain: whether each of its draws differs from the one before in its position alone.
+        is_plain: whether each of its draws differs from the one before only in its position.
         matcher: at the beginning of its grammar, when that is compiled; shared.
         counts: the tokens that penalties look at.
         progress: where it stands in its grammar.

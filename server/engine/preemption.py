@@ -37,7 +37,7 @@ def owed_to(newcomer: Sequence, needed: int, running: Ordered[Sequence], whole: 
 
     Without it that client still holds no less, for its weight, than the newcomer's would with the newcomer: neither can
     put off the other in turn.  It is of the client that holds most, of its least urgent priority, and has computed
-    least.  Sequences more urgent than the newcomer, and each client's oldest, are left alone.
+    least.  Sequences more urgent than the newcomer, and each client's oldest, are not preempted.
 
     Args:
         newcomer: waits.

@@ -93,7 +93,7 @@ def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Pat
     gc.collect()
     gc.freeze()
     gc.set_threshold(*COLLECTOR_THRESHOLDS)
-    # A CPU is the host itself: nothing would run beside it.
+    # A CPU is the host itself: nothing would run at the same time.
     overlap = {"on": True, "off": False, "auto": loaded.executor.overlaps}[settings.async_scheduling]
     costs = StepCostModel(None if settings.max_itl_ms is None else settings.max_itl_ms / 1000)
     Engine(

@@ -60,7 +60,7 @@ class Scheduler:
     ) -> None:
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
-                f"a step of {max_num_batched_tokens} tokens cannot advance {max_num_seqs} running sequences"
+                f"max_num_batched_tokens is {max_num_batched_tokens}, fewer than max_num_seqs, which is {max_num_seqs}"
             )
         if pool.blocks_for(max_model_len) > pool.num_blocks:
             raise ValueError(
@@ -133,16 +133,16 @@ class Scheduler:
         """
         if sequence.prompt_length < 1 or sequence.max_tokens < 0:
             raise ValueError(
-                f"a sequence needs a prompt, not {sequence.prompt_length} prompt tokens "
-                f"and {sequence.max_tokens} new ones"
+                f"{sequence.prompt_length} prompt tokens and {sequence.max_tokens} new ones; expected at least one "
+                f"prompt token"
             )
         if sequence.prompt_length + sequence.max_tokens > self._max_model_len:
             raise ValueError(
                 f"{sequence.prompt_length} prompt tokens and {sequence.max_tokens} new ones "
-                f"are more than the {self._max_model_len} that a sequence may have"
+                f"exceed the maximum length of a sequence, {self._max_model_len}"
             )
         if sequence.forks and sequence.max_tokens == 0:
-            raise ValueError(f"{len(sequence.family)} samples of no new tokens are not to be told apart")
+            raise ValueError(f"{len(sequence.family)} samples with no new tokens; only one is allowed")
         begin = 0
         for span in sequence.spans:
             if span.start < begin or span.length < 1 or span.start + span.length > sequence.prompt_length:
@@ -202,14 +202,14 @@ class Scheduler:
         Reserves the blocks that the step writes, preempting sequences when there are too few; no step is under way.
 
         Args:
-            costs: what a step costs, for chunks that leave those who decode their pace; without it they take what the
-                token budget leaves.
+            costs: what a step costs, for chunks that leave those who decode their pace; without it they take what
+                the token budget leaves.
 
         Raises:
             ValueError: a step is under way.
         """
         if self._under_way:
-            raise ValueError("a step is under way: what comes after it is planned with plan_ahead()")
+            raise ValueError("a step is running; use plan_ahead() to plan the next one")
         while self._missing_blocks() > 0:
             self._preempt(lost_least(self._running))
         yielding = self._yielding()
@@ -218,7 +218,7 @@ class Scheduler:
         return self._fill_step(costs)
 
     def plan_ahead(self, costs: StepCosts | None = None) -> StepPlan | None:
-        """Fills the step after the one under way, whose tokens nobody knows yet.
+        """Fills the step after the running one, whose tokens are not known yet.
 
         It may turn out to compute a token too many for a sequence that ends before it; that token is dropped.
 
@@ -370,7 +370,7 @@ class Scheduler:
                     needed += 1
                 else:
                     writers[sequence.block_table[index]] += 1
-        # Whoever writes into a block that others hold copies it, until the last holder is alone with it.
+        # A sequence that writes into a block that others hold copies it, until only the last holder is left.
         needed += sum(min(count, self._pool.references(block) - 1) for block, count in writers.items())
         return needed - free
 
@@ -452,7 +452,7 @@ class Scheduler:
         plan.scheduled.append(item)
 
     def _begin_forks(self, sequence: Sequence, end: int) -> list[Sequence]:
-        """Makes a sequence's forks run beside it, in its blocks, as if their prompt were computed up to `end`."""
+        """Makes a sequence's forks run with it, in its blocks, as if their prompt were computed up to `end`."""
         forks = sequence.forks
         place = self._running.index(sequence) + 1
         self._running[place:place] = forks
@@ -546,7 +546,7 @@ class Scheduler:
         return self._admission.growing(sequence.prompt_length, sequence.num_output_tokens, sequence.max_tokens, blocks)
 
     def _split(self, sequence: Sequence, most_forks: int) -> None:
-        """Leaves a sequence so many forks; the others wait, and one of them leads them."""
+        """Leaves a sequence `count` forks; the others wait, and one of them leads them."""
         rest = sequence.forks[most_forks:]
         if not rest:
             return
@@ -559,19 +559,19 @@ class Scheduler:
             fork.leader = first
         self._waiting.add(first)
 
-    def _replace(self, sequence: Sequence, heir: Sequence) -> None:
+    def _replace(self, sequence: Sequence, successor: Sequence) -> None:
         """Puts a fork in the place of its leader."""
-        self._withdraw_promises(sequence, heir)
-        sequence.hand_over(heir)
-        if heir.block_table:
-            self._running[self._running.index(sequence)] = heir
+        self._withdraw_promises(sequence, successor)
+        sequence.hand_over(successor)
+        if successor.block_table:
+            self._running[self._running.index(sequence)] = successor
             self._pending_forks -= 1
-            # What steps under way compute of the prompt is the heir's.
+            # What running steps compute of the prompt belongs to the successor.
             for item in (item for plan in self._under_way for item in plan.scheduled):
                 if item.sequence is sequence:
-                    item.sequence = heir
+                    item.sequence = successor
         else:
-            self._waiting.replace(sequence, heir)
+            self._waiting.replace(sequence, successor)
 
     def _reusable_hashes(self, sequence: Sequence) -> Ids[bytes]:
         """The hashes of the blocks that it would take from the prefix cache, if they were there."""
@@ -591,17 +591,17 @@ class Scheduler:
             for block_hash in sequence.block_hashes(sequence.num_tokens // size, size)[first:]:
                 self._promised.setdefault(block_hash, sequence)
 
-    def _withdraw_promises(self, sequence: Sequence, heir: Sequence | None = None) -> None:
-        """Withdraws the blocks that a sequence promised to compute, or hands the promise to `heir`."""
+    def _withdraw_promises(self, sequence: Sequence, successor: Sequence | None = None) -> None:
+        """Withdraws the blocks that a sequence promised to compute, or hands the promise to `successor`."""
         if not self._promised:
             return
         size = self._pool.block_size
         for block_hash in sequence.block_hashes(sequence.num_tokens // size, size):
             if self._promised.get(block_hash) is sequence:
-                if heir is None:
+                if successor is None:
                     del self._promised[block_hash]
                 else:
-                    self._promised[block_hash] = heir
+                    self._promised[block_hash] = successor
 
     def _count_admission(self, sequence: Sequence) -> None:
         self._queried_tokens += sequence.num_tokens

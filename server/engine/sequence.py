@@ -30,27 +30,27 @@ class Sequence:
         weight: of that client's share.
         share: the client's share; set by the scheduler.
         arrival: how many came before it; the scheduler counts.
-        prompt_logprobs: most probable tokens to report beside each prompt token; None for no report.
+        prompt_logprobs: most probable tokens to report with each prompt token; None for no report.
         pooling: what to report of the prompt's final states; None for no report.
         scores: whether to report a classifier's scores instead of the states.
         forks: further samples of the same prompt, which begin where this one's prompt ends and cost nothing before.
         leader: the sequence among whose forks it is.
-        num_reported: so many prompt tokens are reported or need no report; those that steps under way report count.
-        num_computed: the first so many tokens have their keys and values in the blocks, or get them from the steps
+        num_reported: prompt tokens that are reported or need no report, including those that running steps report.
+        num_computed: the number of first tokens whose keys and values are in the blocks, or are written by the steps
             under way.
         num_pending: tokens that the steps under way will draw, not known yet; of those at guesses some may not count.
         guesses: tokens that may follow the last known one.  The next step computes them with it, if there is room, and
             draws a token at each, so that the sequence gets several in one step where they are right.  Set between two
             steps; whatever token comes next, they are gone.
         row: of such a token, the place among all that its step samples.
-        steps_under_way: so many steps under way may write its blocks.
+        steps_under_way: number of running steps that may write its blocks.
         block_table: the blocks that hold its tokens, in order.
         cached_tokens: prompt tokens found in the prefix cache at the first admission; None before it.
         finish_reason: None while it lives, else "stop", "length" or "abort".
         draws_from_output: whether each draw needs the tokens before it, which no step under way may be about to sample.
-        runner_state: what its runner keeps with it; read by nobody else.
-        cache_salt: stands before its first block in the prefix cache, so that it shares blocks with those of the same
-            salt alone.
+        runner_state: what its runner keeps with it; only the runner reads it.
+        cache_salt: stands before its first block in the prefix cache, so that it shares blocks only with those of the
+            same salt.
         request_id: what logs call the request that it belongs to.
         submitted: when it came, on a clock of the engine's.
         queue_seconds: how long it waited for its first step; None before that.
@@ -113,7 +113,7 @@ class Sequence:
 
     @property
     def wants_report(self) -> bool:
-        """Whether something is to be told of its prompt."""
+        """Whether its prompt has to be reported on."""
         return self.prompt_logprobs is not None or self.pooling is not None
 
     @property
@@ -151,15 +151,15 @@ class Sequence:
         """Whether it will get no more tokens."""
         return self.finish_reason is not None
 
-    def hand_over(self, heir: "Sequence") -> None:
+    def hand_over(self, successor: "Sequence") -> None:
         """Gives its blocks and forks to a sequence of the same prompt; neither has output yet."""
-        heir.forks, self.forks = self.forks, []
-        heir.leader = None
-        for fork in heir.forks:
-            fork.leader = heir
-        heir.block_table, self.block_table = self.block_table, []
-        heir.steps_under_way, self.steps_under_way = self.steps_under_way, 0
-        heir.continue_from(self)
+        successor.forks, self.forks = self.forks, []
+        successor.leader = None
+        for fork in successor.forks:
+            fork.leader = successor
+        successor.block_table, self.block_table = self.block_table, []
+        successor.steps_under_way, self.steps_under_way = self.steps_under_way, 0
+        successor.continue_from(self)
 
     def continue_from(self, other: Self) -> None:
         """Takes over what is known of another sequence's prompt."""

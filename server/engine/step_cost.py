@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from math import inf, sqrt
 
 MEMORY = 100
-"""An observation counts by 1/e of what it did after so many others of its kind."""
+"""Further observations of the same kind after which one counts 1/e of what it did."""
 
 ENOUGH = 8
 """So many steps of a kind are seen before anything is said of it."""
 
 FIRST_CHUNK = 64
-"""Tokens of chunks beside decodes while nothing is known; then they at most double from step to step."""
+"""Tokens of chunks that run with decodes while nothing is known; then they at most double from step to step."""
 
 OUTLIER = 4.0
-"""A step that took longer than so many times the expected counts as one that took just that: something else ran."""
+"""A step's time counts up to this multiple of the expected time: if it took longer, something else was running."""
 
 QUIET_SHARE = 0.75
 """Prompt chunks may make a step longer by this share of what it takes without them."""
@@ -57,9 +57,9 @@ class StepCosts:
         chunk_token: of a token of a chunk.
         chunk_context: of a token that one of those attends to.
         chunk_reach: of a token before a chunk.
-        longest: a step with decodes may take so long for the sake of prompts; None leaves it to QUIET_SHARE.
-        most_tokens: chunks beside decodes have no more tokens than this: more than twice what was tried lately would be
-            a guess.
+        longest: limit on the time of a step that runs prompts with decodes; None leaves it to QUIET_SHARE.
+        most_tokens: maximum tokens of chunks that run with decodes: more than twice what was tried lately would be a
+            guess.
     """
 
     step: float
@@ -98,11 +98,11 @@ class StepCosts:
         return self.chunk_reach * start
 
     def chunk(self, tokens: float, start: int) -> float:
-        """Seconds that so many tokens of a chunk after `start` others take beside that."""
+        """Seconds that `tokens` tokens of a chunk after `start` others take in addition to that."""
         return tokens * (self.chunk_token + self.chunk_context * (start + tokens / 2))
 
     def affordable(self, seconds: float, start: int) -> float:
-        """How many tokens after `start` others take no longer than this, beside what `reach` tells."""
+        """How many tokens after `start` others take no longer than this, in addition to `reach`."""
         if self.chunk_token == 0 and self.chunk_context == 0:
             return inf
         if seconds <= 0:
@@ -118,8 +118,8 @@ class StepCostModel:
     """Learns `StepCosts` as the server runs.
 
     Steps without chunks teach what steps and decodes cost; steps with chunks teach, by what they take beyond that, what
-    chunks cost.  Two small fits instead of one, because while nobody sends a prompt the second learns nothing and must
-    not forget.
+    chunks cost.  Two small fits instead of one, because while no prompts come the second learns nothing and must not
+    forget.
 
     Args:
         longest: see `StepCosts`.
@@ -224,7 +224,7 @@ class LinearFit:
 
 
 def _solve(matrix: list[list[float]], targets: list[float]) -> list[float]:
-    """Solves symmetric equations, with a little added to the diagonal for features that nothing tells apart."""
+    """Solves symmetric equations, with a little added to the diagonal for features that cannot be distinguished."""
     size = len(targets)
     rows = [[*row, target] for row, target in zip(matrix, targets, strict=True)]
     for index in range(size):

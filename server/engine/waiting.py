@@ -80,10 +80,10 @@ class WaitingQueue:
             del self._by_rank[share], self._by_age[share]
         self._count -= 1
 
-    def replace(self, sequence: Sequence, heir: Sequence) -> None:
+    def replace(self, sequence: Sequence, successor: Sequence) -> None:
         """Puts a fork in the place of its leader."""
         self.remove(sequence)
-        self.add(heir)
+        self.add(successor)
 
     def admit(self, sequence: Sequence, tokens: int) -> None:
         """Takes a sequence out that has got blocks, and charges its client.

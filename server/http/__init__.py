@@ -1,1 +1,1 @@
-"""The HTTP side: validates, tokenizes, streams.  Reaches the engine through its client alone."""
+"""The HTTP side: validates, tokenizes, streams.  Reaches the engine only through its client."""

@@ -58,7 +58,7 @@ def application(
         folder: the checkpoint, of which config.json and the tokenizer are read.
         served_model_name: the model's name in the API.
         engine_address: the engine's ZeroMQ endpoint.
-        place: the worker's among others; None for one alone.
+        place: the worker's among others; None for a single one.
         gate: who is let in; None for everybody.
         access: what is asked of clients; None for nothing.
         tracing: where requests become spans; None for nowhere.
@@ -119,7 +119,7 @@ def create_app(
         served_model_name: its name in the API.
         seed: of the seeds that requests without one get.
         vocabulary: of a trimmed checkpoint, else None.
-        place: the worker's among others; None for one alone.
+        place: the worker's among others; None for a single one.
         gate: who is let in; None for everybody.
         access: what is asked of clients; None for nothing.
         tracing: where requests become spans; None for nowhere.

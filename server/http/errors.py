@@ -17,15 +17,15 @@ from persimmon.server.engine.client import EngineDeadError, EngineNotReadyError
 from persimmon.server.http.request_record import attached_record
 
 CLIENT_CLOSED_REQUEST = 499
-"""The status of a request whose client left before the answer; nobody reads it but the metrics."""
+"""The status of a request whose client left before the answer, for metrics and logs."""
 
 _RETRY_AFTER_LOADING = 5
 _RETRY_AFTER_DEATH = 5
-# The queue is longer than its time-out, and that is the most that clients are told.
+# The queue is longer than its timeout, and this is the longest Retry-After.
 _RETRY_AFTER_EXPIRY = 30
-# A load balancer that retries takes another server, and one alone takes some seconds to start again.
+# A load balancer that retries takes another server, and a single server takes some seconds to restart.
 _RETRY_AFTER_SHUTDOWN = 5
-# What a client sent may be megabytes, and an error that quotes all of it helps nobody.
+# What a client sent may be megabytes, and an error that quotes all of it helps no one.
 _MAX_ERROR_CHARACTERS = 1000
 
 
@@ -140,7 +140,7 @@ def context_length_exceeded(prompt_tokens: int, max_tokens: int, limit: int, par
 
 
 def given_up(finish_reason: str | None, reason: str | None) -> ApiError:
-    """What becomes of a sequence that the engine has ended without an answer: of it alone.
+    """The error for one sequence that the engine has ended without an answer.
 
     Args:
         finish_reason: "error", or "expired" for one that has waited too long.
@@ -150,19 +150,19 @@ def given_up(finish_reason: str | None, reason: str | None) -> ApiError:
         return generation_failed(reason)
     return _server_error(
         HTTPStatus.TOO_MANY_REQUESTS,
-        reason or "The request has waited too long.",
+        reason or "The request waited in the queue for too long.",
         "queue_timeout",
         _RETRY_AFTER_EXPIRY,
     )
 
 
 def generation_failed(reason: str | None) -> ApiError:
-    """A 500 for a sequence that the engine gave up, it alone."""
+    """A 500 for one sequence that the engine gave up."""
     return _server_error(HTTPStatus.INTERNAL_SERVER_ERROR, reason or "The generation failed.", "generation_failed")
 
 
 def overloaded(reason: str, retry_after: int) -> ApiError:
-    """A 429 for work that there is no room for now."""
+    """A 429 for work that the server has no room for now."""
     return _server_error(
         HTTPStatus.TOO_MANY_REQUESTS,
         f"{reason}. Please try again in {retry_after} s.",
@@ -175,14 +175,14 @@ def shutting_down() -> ApiError:
     """A 503 for work that comes when the server stops."""
     return _server_error(
         HTTPStatus.SERVICE_UNAVAILABLE,
-        "The server is shutting down and takes no new requests.",
+        "The server is shutting down and does not accept new requests.",
         "shutting_down",
         _RETRY_AFTER_SHUTDOWN,
     )
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What the client is told of an exception; one that nobody expected becomes a bare 500."""
+    """The client's error for an exception; an unexpected one becomes a bare 500."""
     match error:
         case ApiError():
             return error
@@ -203,7 +203,7 @@ def as_api_error(error: Exception) -> ApiError:
         case _:
             return _server_error(
                 HTTPStatus.INTERNAL_SERVER_ERROR,
-                "The server had an error while it worked on your request; its log says more.",
+                "Internal server error; see the server's log for details.",
                 "internal_error",
             )
 
@@ -242,7 +242,8 @@ def install(app: FastAPI, paths: Collection[str] = ()) -> None:
         elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             allowed = (error.headers or {}).get("Allow", "").replace("GET", "GET, HEAD")
             error.headers = {"Allow": allowed}
-            message, code = f"{method} is not allowed on {path}; use {allowed}.", "method_not_allowed"
+            methods = allowed.replace(", ", " or ")
+            message, code = f"{method} is not allowed on {path}; use {methods}.", "method_not_allowed"
         else:
             message, code = str(error.detail), None
         response = ApiError(error.status_code, message, code=code).response()

@@ -52,7 +52,7 @@ class DescriptorWatch:
                 self._logged = now
                 limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
                 logger.error(
-                    "%s: new connections are closed; this process may have %d files and connections open: raise the "
+                    "%s: closing new connections; this process is limited to %d open files and connections: raise the "
                     "limit (ulimit -n, LimitNOFILE=), start more --api-workers or let clients reuse connections",
                     error.strerror,
                     limit,

@@ -1,6 +1,6 @@
 """What is known of one HTTP request while it is answered: who asked, what came of it and when.
 
-Knows nothing of how that is told: metrics, the access log and traces read it when the answer has ended.
+Knows nothing about how that is reported: metrics, the access log and traces read it when the answer has ended.
 """
 
 import re
@@ -40,7 +40,7 @@ class RequestRecord:
         queue_seconds: how long its first sequence waited to be computed; None before that.
         first_token: when its first token came; None before that.
         finish_reasons: how many of its sequences ended how.
-        prompts: what it asked, where the server was told to log that; else None.
+        prompts: its prompts, if the server is to log them; else None.
         error: why it was refused or failed; None otherwise.
         error_param: the field of the request that was at fault, if one was.
     """

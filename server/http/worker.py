@@ -170,7 +170,7 @@ async def _report_ready(server: HttpServer, engine: EngineClient, report: Connec
 
 
 def _settle_garbage_collector() -> None:
-    """Lets the collector look at what is new and leave the rest alone.
+    """Makes the garbage collector look only at new objects.
 
     With Python's own settings and 1,000 open streams it stopped them all for 130 to 200 ms, twice a second, to look at
     every object of the process, and found no garbage: requests leave no reference cycles behind.  So what lives now is
@@ -190,7 +190,7 @@ async def _serve(
     drain_seconds: float,
     report: Connection,
 ) -> None:
-    # Whoever takes another worker's place finds the engine ready at once, and has nobody to send away.
+    # A worker that replaces another finds the engine ready at once, and has no clients to refuse.
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(engine.wait_until_ready(), ENGINE_HEAD_START_SECONDS)
     # libuv accepts one connection a turn from each: with one, thousands of connections wait for as many turns.

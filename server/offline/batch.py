@@ -29,10 +29,10 @@ class EngineLostError(RuntimeError):
 
 
 class Progress(Protocol):
-    """Is told of each line as its answer is in the file."""
+    """Counts each line when its answer is in the file."""
 
     def advance(self, tokens: int) -> None:
-        """One more line, for which the engine has read and written so many tokens."""
+        """Counts one more line, for which the engine has read and written `tokens` tokens."""
 
 
 class _Usage(msgspec.Struct):
@@ -54,7 +54,7 @@ class Batch:
         app: answers the requests.
         source: of the lines.
         output: of the answers, and which lines have one already.
-        progress: is told of each answer.
+        progress: counts each answer.
         any_model: whether lines are answered whichever model they name.
         stopping: once true, no further line is begun.
     """

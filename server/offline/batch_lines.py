@@ -169,18 +169,21 @@ def read_request(text: bytes, line: int) -> BatchRequest:
     except msgspec.ValidationError as error:
         message = f"The line is not a batch request: {error}."
         raise LineError(line=line, custom_id=custom_id(text), code="invalid_line", message=message) from None
+    except UnicodeDecodeError as error:
+        message = f"The line is not valid UTF-8 ({error.reason}); save the file as UTF-8."
+        raise LineError(line=line, custom_id=None, code="invalid_json", message=message) from None
     except _UNREADABLE as error:
         raise LineError(
             line=line, custom_id=None, code="invalid_json", message=f"The line is not valid JSON: {error}."
         ) from None
     if request.url not in URLS:
-        message = f"Unknown url {request.url!r}; a line may ask for {', '.join(URLS)}."
+        message = f"Unknown url {request.url!r}; use one of {', '.join(URLS)}."
         raise LineError(line=line, custom_id=request.custom_id, code="invalid_url", message=message)
     if request.method != "POST":
         message = f"Unknown method {request.method!r}; send 'POST'."
         raise LineError(line=line, custom_id=request.custom_id, code="invalid_method", message=message)
     if _streamed(request.body):
-        message = "A line's answer cannot be streamed; leave 'stream' out."
+        message = "A batch line's answer cannot be streamed; leave 'stream' out."
         raise LineError(line=line, custom_id=request.custom_id, code="stream_not_supported", message=message)
     return request
 
@@ -224,7 +227,7 @@ def read_answer(text: bytes) -> BatchAnswer:
     except _UNREADABLE as error:
         raise ValueError(str(error)) from None
     if answer.custom_id is None and (answer.error is None or answer.error.line is None):
-        raise ValueError("it has neither a custom_id nor the number of a line")
+        raise ValueError("it has neither a custom_id nor a line number")
     return answer
 
 

@@ -33,7 +33,7 @@ DRAIN_SECONDS = 10.0
 ENGINE_EXIT_SECONDS = 5.0
 """Time for an engine whose connection is lost to exit."""
 
-GOES_ON = "the same command goes on from here"
+GOES_ON = "run the same command again to continue"
 
 
 def concurrency(settings: Settings) -> int:
@@ -90,7 +90,7 @@ def _answer(server: EmbeddedServer, source: BatchInput, out: Path, any_model: bo
 async def _generate(
     server: EmbeddedServer, source: BatchInput, output: BatchOutput, missing: int, any_model: bool
 ) -> int | None:
-    """Runs a batch of so many lines; the exit code where it did not come to its end."""
+    """Runs a batch of lines; returns the exit code if it did not finish."""
     logs.configure("generate", log_level=server.settings.log_level)
     with _Signals() as signals:
         try:
@@ -124,7 +124,7 @@ async def _run(
         running = tasks.start(batch.run(min(concurrency(server.settings), missing)))
         await asyncio.wait((running, failed, stop), return_when=asyncio.FIRST_COMPLETED)
         if stop.done() and not running.done():
-            bar.say("Stopping: lines that run may finish (a second signal stops at once)")
+            bar.say("Stopping after the running lines have finished (send a second signal to stop immediately)")
             batch.stopping = True
             again = tasks.start(signals.second.wait())
             await asyncio.wait((running, failed, again), timeout=DRAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
@@ -188,7 +188,7 @@ class _Tasks:
         self._tasks: list[asyncio.Task[Any]] = []
 
     def start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Runs `work` beside the block."""
+        """Runs `work` during the block."""
         self._tasks.append(asyncio.create_task(work))
         return self._tasks[-1]
 
@@ -204,7 +204,7 @@ class _Tasks:
 
 
 class _Bar:
-    """A progress bar of lines, with the tokens of this run beside it.
+    """A progress bar of lines, with the tokens of this run next to it.
 
     Args:
         total: lines in all.
@@ -232,7 +232,7 @@ class _Bar:
         sys.stderr.flush()
 
     def advance(self, tokens: int) -> None:
-        """One more line, for which the engine has read and written so many tokens."""
+        """Counts one more line, for which the engine has read and written `tokens` tokens."""
         self.lines += 1
         self._tokens += tokens
         rate = self._tokens / max(time.perf_counter() - self._started, 1e-9)

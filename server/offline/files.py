@@ -84,7 +84,7 @@ class BatchInput:
                 first = next(each.number for each in self if each.custom_id == name)
                 raise BatchFileError(
                     f"{path}: lines {first} and {line.number} have the same custom_id {name!r}; "
-                    "give each line one of its own"
+                    "give each line a different one"
                 )
             seen.add(digest)
 
@@ -121,7 +121,7 @@ class BatchInput:
 class BatchOutput:
     """A file of answers that is added to.  What it held before is kept, up to a line that was not written whole.
 
-    Holds the file alone as long as it is open.
+    Locks the file exclusively while it is open.
 
     Args:
         path: of the file; where there is none it is made.
@@ -199,14 +199,14 @@ class BatchOutput:
 
     def _not_written(self, error: OSError) -> BatchFileError:
         return BatchFileError(
-            f"cannot write {self.path}: {error.strerror or error}; the same command goes on from here"
+            f"cannot write {self.path}: {error.strerror or error}; run the same command again to continue"
         )
 
     def _lock(self) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BatchFileError(f"{self.path} is being written by another persimmon generate") from None
+            raise BatchFileError(f"another `persimmon generate` is writing to {self.path}") from None
 
     def _read(self) -> None:
         whole = 0
@@ -216,7 +216,7 @@ class BatchOutput:
                 begin = text.partition(b"\0")[0]
                 is_own = begin.startswith(ANSWER_START) or ANSWER_START.startswith(begin)
                 if not is_own or (number == 1 and not begin and text.strip(b"\0")):
-                    raise self._another_format(number, "it has no end")
+                    raise self._another_format(number, "it has no line break at its end")
                 break
             try:
                 answer = read_answer(text)
@@ -229,9 +229,7 @@ class BatchOutput:
         self._file.truncate()
 
     def _another_format(self, number: int, reason: str) -> BatchFileError:
-        return BatchFileError(
-            f"{self.path} holds something else than a batch's answers (line {number}: {reason}); name another file"
-        )
+        return BatchFileError(f"{self.path} does not hold batch answers (line {number}: {reason}); name another file")
 
     def _count(self, answer: BatchAnswer) -> None:
         if answer.failed:
@@ -260,7 +258,7 @@ class Failures:
         most = self._counts.most_common(SHOWN_REASONS)
         others = self._others + self._counts.total() - sum(count for _, count in most)
         lines = [f"{count:,} x {_one_line(reason)}" for reason, count in most]
-        return lines + ([f"{others:,} x other reasons, which the file has"] if others else [])
+        return lines + ([f"{others:,} x other reasons; see the file"] if others else [])
 
 
 def _one_line(reason: str) -> str:
@@ -283,10 +281,10 @@ def open_regular(path: Path, flags: int, mode: str) -> BinaryIO:
     """Opens a file that can be read twice and cut, which a pipe cannot.
 
     Raises:
-        OSError: it cannot be opened, or is no regular file.
+        OSError: it cannot be opened, or is not a regular file.
     """
     descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError("it is no regular file")
+        raise OSError("it is not a regular file")
     return os.fdopen(descriptor, mode)  # type: ignore[return-value]

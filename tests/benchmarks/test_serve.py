@@ -67,7 +67,7 @@ def test_a_connection_that_breaks_in_the_middle_of_an_answer_is_an_error() -> No
         report = (await measure(endpoint, "fake", replace(SMALL, prompts=2))).report
         assert report.answered == 0
         assert sum(report.errors.values()) == 2
-        assert "in the middle of an answer" in next(iter(report.errors))
+        assert "during an answer" in next(iter(report.errors))
         server.close()
 
     asyncio.run(run())
@@ -82,7 +82,7 @@ def test_a_server_that_never_answers_is_an_error_after_the_timeout() -> None:
         server = await asyncio.start_server(silent, "127.0.0.1", 0)
         endpoint = Endpoint("127.0.0.1", server.sockets[0].getsockname()[1])
         report = (await measure(endpoint, "fake", replace(SMALL, prompts=2), timeout_s=0.05)).report
-        assert report.errors == {"no whole answer within 0.05 s": 2}
+        assert report.errors == {"no complete answer within 0.05 s": 2}
         server.close()
 
     asyncio.run(run())

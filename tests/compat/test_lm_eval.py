@@ -89,6 +89,6 @@ def test_perplexities_of_whole_texts_are_transformers(demo: Server, transformers
 
 def test_greedy_texts_are_transformers(demo: Server, transformers: Any) -> None:
     ours = served(demo, DEFINITIONS, num_concurrent=8)
-    # Transformers decodes the new tokens alone, and so without the space that they begin with.
+    # Transformers decodes only the new tokens, and so without the space that they begin with.
     assert answers(ours, DEFINITIONS) == [f" {text}" for text in answers(transformers, DEFINITIONS)]
     assert ours["results"][DEFINITIONS]["exact_match,none"] > 0.5

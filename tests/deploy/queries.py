@@ -13,7 +13,7 @@ from promql_parser import MatchOp
 from tests.deploy.files import DEPLOY, KUBERNETES, read_json, read_yaml
 
 SCRAPER_LABELS = frozenset({"instance", "job", "namespace", "pod", "service"})
-"""Labels that whoever scrapes puts on series; the server knows nothing of them."""
+"""Labels that the scraper puts on series; the server does not know them."""
 
 Labels = Mapping[str, str]
 

@@ -1,4 +1,4 @@
-"""What builds the image gets all that it needs, and the image's own check of its health tells the truth."""
+"""What builds the image gets all that it needs, and the image's health check is correct."""
 
 import json
 import os
@@ -58,12 +58,12 @@ def test_the_builder_is_told_what_the_variables_say(tmp_path: Path):
         PIP_CONFIG_FILE=str(tmp_path / "pip.conf"),
     )
     assert ended.returncode == 0, ended.stderr
-    told = ended.stdout.splitlines()
-    assert told[:4] == ["build", "--tag", "name:1", "--no-cache"]
-    assert told[-1] == "."
-    assert {"BASE_IMAGE=debian:13", "TORCH_INDEX=https://wheels.example/cpu", "VERSION=0.1.0"} <= set(told)
-    assert f"id=pip.conf,src={tmp_path}/pip.conf" in told
-    assert told[told.index("--format") + 1] == "docker"
+    reported = ended.stdout.splitlines()
+    assert reported[:4] == ["build", "--tag", "name:1", "--no-cache"]
+    assert reported[-1] == "."
+    assert {"BASE_IMAGE=debian:13", "TORCH_INDEX=https://wheels.example/cpu", "VERSION=0.1.0"} <= set(reported)
+    assert f"id=pip.conf,src={tmp_path}/pip.conf" in reported
+    assert reported[reported.index("--format") + 1] == "docker"
 
 
 def test_an_argument_that_the_script_passes_is_one_of_the_dockerfile():

@@ -116,7 +116,7 @@ def test_the_parts_put_together_have_the_form_that_kubernetes_wants(tmp_path: Pa
         "containers"
     ]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
-    # What the component adds stands beside what the Deployment says, not in its place.
+    # What the component adds is in addition to what the Deployment has, not in its place.
     assert {each["mountPath"] for each in container["volumeMounts"]} == {"/tmp", "/model"}
     assert {"PERSIMMON_MODEL", "PERSIMMON_DRAIN_TIMEOUT"} <= {each["name"] for each in container["env"]}
 
@@ -146,7 +146,7 @@ def test_the_pod_may_do_nothing_that_it_need_not(pod: Any, container: Any):
 
 
 def test_services_do_not_set_the_servers_port(pod: Any, monkeypatch: pytest.MonkeyPatch):
-    # What Kubernetes puts into a pod beside a Service named persimmon, unless it is told not to.
+    # What Kubernetes puts into a pod next to a Service named persimmon, unless that is turned off.
     monkeypatch.setenv("PERSIMMON_PORT", "tcp://10.0.0.1:80")
     with pytest.raises(ValueError, match="--port"):
         read_settings({})

@@ -65,6 +65,6 @@ class Canary:
 
 
 def _compare(answer: dict[str, Any], expected: dict[str, Any]) -> None:
-    told, wanted = answer["logprobs"], expected["logprobs"]
-    assert told["token_logprobs"] == pytest.approx(wanted["token_logprobs"], abs=LOGPROB_ERROR)
-    assert answer | {"logprobs": told["tokens"]} == expected | {"logprobs": wanted["tokens"]}
+    reported, wanted = answer["logprobs"], expected["logprobs"]
+    assert reported["token_logprobs"] == pytest.approx(wanted["token_logprobs"], abs=LOGPROB_ERROR)
+    assert answer | {"logprobs": reported["tokens"]} == expected | {"logprobs": wanted["tokens"]}

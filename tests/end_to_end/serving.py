@@ -62,7 +62,7 @@ class Start:
         os.killpg(self.process.pid, number)
 
     def processes(self) -> set[int]:
-        """Process ids of all that have not ended, whoever their parent is."""
+        """Process ids of all that have not ended, whatever their parent is."""
         return {int(entry) for entry in os.listdir("/proc") if entry.isdigit() and self._is_ours(int(entry))}
 
     def _is_ours(self, pid: int) -> bool:
@@ -96,7 +96,8 @@ class Server(Start):
         self.url, self.name = serving["url"], serving["name"]
 
     def children(self) -> dict[str, int]:
-        """Process ids of the engine and the API workers ("api", "api-1" …), told apart by what they have loaded."""
+        """Process ids of the engine and the API workers ("api", "api-1" …), distinguished by the modules they have
+        loaded."""
         ids = self._spawned()
         (engine,) = (pid for pid in ids if _has_torch(pid))
         first, *others = sorted(pid for pid in ids if pid != engine)

@@ -14,7 +14,7 @@ def test_the_demo_server_is_measured(demo: Server, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "persimmon.server.cli", "bench", "--base-url", demo.url, "--out", str(out), *sizes]
     ended = subprocess.run([*command, "--rates", "50"], capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 0, ended.stderr + ended.stdout
-    assert ended.stdout.startswith(f"{demo.name} at {demo.url}: prompts of 8 to 16 token ids after a shared beginning")
+    assert ended.stdout.startswith(f"{demo.name} at {demo.url}: prompts of 8 to 16 token ids after a shared prefix")
     (load,) = json.loads(out.read_text())["loads"]
     assert (load["answered"], load["errors"], load["output_tokens"]) == (4, {}, 24)
     assert 4 * 40 <= load["prompt_tokens"] <= 4 * 48

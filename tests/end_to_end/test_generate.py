@@ -84,7 +84,7 @@ def test_an_interrupted_batch_goes_on_and_its_answers_are_a_live_servers(source,
     process.send_signal(signal.SIGINT)
     code, console = finish(process)
     assert code == 130
-    assert "the same command goes on from here" in console
+    assert "run the same command again to continue" in console
     first = read_answers(out)
     assert 0 < len(first) < 60
     with out.open("a") as file:
@@ -116,7 +116,7 @@ def test_a_killed_engine_is_exit_code_1_and_leaves_whole_answers(source, tmp_pat
     engine.kill()
     code, console = finish(process)
     assert code == 1
-    assert "the engine process ended with code -9; the same command goes on from here" in console
+    assert "the engine process ended with code -9; run the same command again to continue" in console
     assert all(answer["response"]["status_code"] == 200 for answer in read_answers(out))
 
 

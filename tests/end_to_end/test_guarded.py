@@ -52,12 +52,12 @@ class Collector:
 
     def spans(self, name: str, part: str) -> dict[str, dict[str, Any]]:
         """The attributes of the spans that come, by their names, when some of that name have this in an attribute."""
-        told: dict[str, dict[str, Any]] = {}
-        while part not in str(told.get(name)):
+        reported: dict[str, dict[str, Any]] = {}
+        while part not in str(reported.get(name)):
             for resource in ExportTraceServiceRequest.FromString(self.received.get(timeout=60)).resource_spans:
                 for span in (own for scope in resource.scope_spans for own in scope.spans):
-                    told[span.name] = {own.key: own.value for own in span.attributes}
-        return told
+                    reported[span.name] = {own.key: own.value for own in span.attributes}
+        return reported
 
 
 @dataclass
@@ -229,8 +229,8 @@ def test_every_line_of_every_process_is_json_and_none_tells_a_key_or_a_prompt(gu
 def test_requests_are_exported_as_spans(guarded, collector):
     with guarded.client("bob") as client:
         client.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 3}, headers={"X-Request-Id": "traced"})
-    told = collector.spans("POST /v1/completions", "traced")
-    assert {"POST /v1/completions", "queue", "prefill", "decode"} <= told.keys()
+    reported = collector.spans("POST /v1/completions", "traced")
+    assert {"POST /v1/completions", "queue", "prefill", "decode"} <= reported.keys()
 
 
 @pytest.fixture
@@ -282,8 +282,8 @@ def test_sighup_changes_keys_in_both_workers_and_streams_of_a_key_that_goes_run_
 def test_a_file_of_keys_that_cannot_be_used_changes_nothing_and_the_console_says_why(guarded, keys):
     keys.write_text(f"dave:{KEYS['dave']}\n{KEYS['alice']}\n")
     guarded.server.process.send_signal(signal.SIGHUP)
-    told = f"--api-key-file {keys}, line 2: expected name:key.*; API keys and certificates are unchanged"
-    guarded.server.wait_for_line(re.compile(told), 30)
+    reported = f"--api-key-file {keys}, line 2: expected name:key.*; API keys and certificates are unchanged"
+    guarded.server.wait_for_line(re.compile(reported), 30)
     with clients(guarded.server, guarded.client) as workers:
         for worker in workers:
             assert [status(worker, name) for name in ("alice", "bob", "dave")] == [200, 200, 401]
@@ -306,8 +306,8 @@ def test_sighup_changes_the_certificate_of_new_connections_and_with_unusable_fil
     with clients(guarded.server, lambda: guarded.client("alice")) as workers:
         renewed.private_key_pem.write_to_path(guarded.key)  # which does not belong to the certificate yet
         guarded.server.process.send_signal(signal.SIGHUP)
-        told = "--ssl-certfile .* cannot be used: .*MISMATCH.*; API keys and certificates are unchanged"
-        guarded.server.wait_for_line(re.compile(told), 30)
+        reported = "--ssl-certfile .* cannot be used: .*MISMATCH.*; API keys and certificates are unchanged"
+        guarded.server.wait_for_line(re.compile(reported), 30)
         assert serial_number(guarded) == before
         guarded.chain.write_bytes(b"".join(part.bytes() for part in renewed.cert_chain_pems))
         guarded.server.process.send_signal(signal.SIGHUP)

@@ -114,7 +114,7 @@ def test_a_long_prompt_and_idleness_are_no_reason_to_worry(sturdy):
     assert [each.result().status_code for each in asked] == [200] * 4
     before = sturdy.wait_until_idle()
     assert is_healthy(sturdy)
-    assert sturdy.metrics()["persimmon_steps_total"] == before["persimmon_steps_total"]  # probes are no work
+    assert sturdy.metrics()["persimmon_steps_total"] == before["persimmon_steps_total"]  # probes are not work
 
 
 def test_a_start_that_the_system_does_not_allow_is_tried_again(sturdy):

@@ -21,11 +21,11 @@ def test_a_child_is_not_started_again_on_other_files(child: str, tmp_path: Path)
         copy = tmp_path / "model.safetensors"
         shutil.copyfile(folder / "model.safetensors", copy)
         os.replace(copy, folder / "model.safetensors")
-        # Replacing alone changes nothing: everything was read at the start.
+        # Replacing a file changes nothing by itself: everything was read at the start.
         assert httpx.post(f"{server.url}/v1/completions", json=asked, timeout=60).status_code == 200
         os.kill(server.children()[child], signal.SIGKILL)
         assert server.wait() == 1
     (line,) = [line for line in server.lines if "has changed since the server started" in line]
     assert line.startswith(f"persimmon: error: the checkpoint in {folder} ")
     assert "(model.safetensors was replaced or changed)" in line
-    assert "The engine serves again" not in server.lines
+    assert "The engine is serving again" not in server.lines

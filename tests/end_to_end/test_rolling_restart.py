@@ -25,7 +25,7 @@ def anyio_backend() -> str:
 
 
 class Proxy:
-    """Passes each request on to one of its servers: to the next where it cannot connect, or is told 503.
+    """Passes each request on to one of its servers: to the next if it cannot connect, or gets a 503.
 
     A server that has given a byte of another answer is the one that answers.
     """

@@ -45,7 +45,7 @@ def test_a_second_signal_ends_open_streams_with_an_error(fresh):
         lines = response.iter_lines()
         assert next(lines).startswith("data: ")
         fresh.signal_all(signal.SIGTERM)
-        fresh.wait_for_line(re.compile("Stopping: open requests may finish"), 30)
+        fresh.wait_for_line(re.compile("Stopping after open requests have finished"), 30)
         fresh.signal_all(signal.SIGTERM)
         events = [line for line in lines if line.startswith("data: ")]
     assert "the server is shutting down" in events[-1]
@@ -67,7 +67,7 @@ def test_sighup_while_the_server_stops_is_no_second_signal(tmp_path):
             server.process.send_signal(signal.SIGTERM)
             server.wait_for_line(re.compile("open requests may finish"), 30)
             server.process.send_signal(signal.SIGHUP)
-            server.wait_for_line(re.compile("are not read again"), 30)
+            server.wait_for_line(re.compile("are not reloaded"), 30)
         events = [line for line in lines if line.startswith("data: ")]
         assert events[-1] == "data: [DONE]"
         assert server.wait() == 0

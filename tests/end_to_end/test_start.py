@@ -188,8 +188,8 @@ def test_a_server_without_c_kernels_says_so_and_answers_the_same(demo, tmp_path)
         answers = [
             httpx.post(f"{each.url}/v1/chat/completions", json=asked, timeout=60).json() for each in (demo, server)
         ]
-    told = r"^Serving .* \(float32, cpu \(\d+ threads, plain torch, no C kernels\)\)"
-    assert re.search(told, "\n".join(server.lines), re.MULTILINE)
+    reported = r"^Serving .* \(float32, cpu \(\d+ threads, plain torch, no C kernels\)\)"
+    assert re.search(reported, "\n".join(server.lines), re.MULTILINE)
     assert answers[0]["choices"] == answers[1]["choices"]
 
 
@@ -258,7 +258,7 @@ def test_a_place_for_temporary_files_that_cannot_hold_sockets_is_one_line(comman
     ended = run(command, *arguments[command])
     assert ended.returncode == 2
     (error,) = [line for line in ended.stderr.splitlines() if "error" in line]
-    assert error.startswith(f"persimmon: error: {long} is too long for the paths of unix sockets")
+    assert error.startswith(f"persimmon: error: the path {long} is too long for unix sockets")
 
 
 @pytest.mark.parametrize(

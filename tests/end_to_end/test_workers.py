@@ -1,4 +1,4 @@
-"""A server of two API workers: whoever answers, the client cannot tell."""
+"""A server of two API workers: clients cannot see which one answers."""
 
 import contextlib
 import json

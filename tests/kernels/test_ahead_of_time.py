@@ -55,7 +55,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory, triton_cache: Path) -> It
 
 
 def bounds(module: str, call: str, kernel: str, capability: int) -> Limits | None:
-    """The most specific that are written beside the kernel; None where the kernel is another module's."""
+    """The most specific ones written next to the kernel; None if the kernel belongs to another module."""
     table: dict[str, Limits] = importlib.import_module(MODULES[module]).LIMITS
     kind = getattr(importlib.import_module(module), "KINDS", {}).get(call)
     names = [f"{kernel}, {kind}", kernel] if kind else [kernel]

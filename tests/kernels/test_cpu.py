@@ -47,7 +47,7 @@ def plan_of(tables: list[list[int]], starts: list[int], counts: list[int]) -> Na
 
 
 def rows_plan(rows: int) -> NativePlan:
-    """A step of so many tokens, for operations that look at nothing else."""
+    """A step of `tokens` tokens, for operations that look at nothing else."""
     return plan_of([[0]], [0], [rows])
 
 
@@ -273,7 +273,7 @@ class TestALibrary:
     def test_of_other_sources_is_refused(self, build: str, monkeypatch: pytest.MonkeyPatch) -> None:
         longer = type("Step", (ctypes.Structure,), {"_fields_": (*library.Step._fields_, ("new", ctypes.c_int64))})
         monkeypatch.setattr(library, "Step", longer)
-        with pytest.raises(KernelsUnavailableError, match="another version of the C kernels"):
+        with pytest.raises(KernelsUnavailableError, match="a different version of the C kernels"):
             library.load.__wrapped__(build)
 
 

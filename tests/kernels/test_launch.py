@@ -1,4 +1,4 @@
-"""What a GPU and the machine around it must have, told in one line when they do not."""
+"""What a GPU and the machine around it must have, and the one-line errors if they do not."""
 
 import shutil
 import sysconfig

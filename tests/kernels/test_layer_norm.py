@@ -85,7 +85,7 @@ class TestEmbed:
     def test_a_table_may_have_more_than_2_to_the_31_numbers(self, tmp_path: Path) -> None:
         hidden = 1024
         vocabulary = 2**31 // hidden + 4
-        # A file with holes: pages that nobody writes take no space.
+        # A sparse file: pages that are never written take no space.
         file = np.memmap(tmp_path / "table", dtype=np.float16, mode="w+", shape=(vocabulary, hidden))
         table = torch.from_numpy(file)
         table[-6:] = normal(6, hidden, dtype=torch.float16)
@@ -219,7 +219,7 @@ class TestBiasReluSquared:
     def test_rows_may_lie_beyond_2_to_the_31_numbers(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         width = 1024
         rows = 2**31 // width + 2
-        # A file with holes: pages that nobody writes take no space.
+        # A sparse file: pages that are never written take no space.
         x = torch.from_numpy(np.memmap(tmp_path / "x", dtype=np.float16, mode="w+", shape=(rows, width)))
         x[-1] = normal(width, dtype=torch.float16)
         expected = reference.bias_relu_squared_(x[-1:].clone(), None)

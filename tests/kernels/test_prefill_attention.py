@@ -151,7 +151,7 @@ class TestQkNormRotaryStore:
         weight = rounded(generator.uniform(0.5, 1.5, (2, dim)), dtype) if normed else None
         bias = rounded(generator.normal(0, 0.5, (2, dim)), dtype) if normed else None
         angles = np.arange(80)[:, None] * self.THETA ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
-        # Positions of nobody are NaN in the tables.
+        # Unused positions are NaN in the tables.
         angles[np.setdiff1d(np.arange(80), positions)] = NAN
         cos, sin = (rounded(table, torch.float32) for table in (np.cos(angles), np.sin(angles)))
         shape = (layout.num_blocks, heads, block_size, dim)

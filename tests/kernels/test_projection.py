@@ -352,7 +352,7 @@ class TestOffsets:
         in_features = 1024
         out_features = 2**31 // in_features + 64
         last_tile = out_features // 64 - 1
-        # A file with holes: pages that nobody writes take no space.
+        # A sparse file: pages that are never written take no space.
         file = np.memmap(tmp_path / "weight", dtype=np.float16, mode="w+", shape=(out_features, in_features))
         weight = torch.from_numpy(file)
         weight[-64:] = normal(64, in_features, dtype=torch.float16, seed=1, scale=0.03)

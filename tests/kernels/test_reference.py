@@ -172,7 +172,8 @@ class Layout:
 
     @classmethod
     def make(cls, spans: Sequence[Span], block_size: int, seed: int, spare_in_table: int = 0) -> "Layout":
-        """Every sequence has the blocks it needs, and `spare_in_table` beyond them; three blocks are nobody's."""
+        """Every sequence has the blocks it needs, and `spare_in_table` beyond them; three blocks belong to no
+        sequence."""
         needs = [-(-span.length // block_size) + spare_in_table for span in spans]
         num_blocks = sum(needs) + 3
         blocks = list(range(num_blocks))

@@ -40,7 +40,7 @@ def make_checkpoint(
     those of queries and keys are twice that.  Matrices keep the scale of what passes through, but attention's
     output is doubled, and each token's embedding stands out from the biases.  So a head looks at few
     positions, a token depends on where and after what it stands, and greedy output goes on changing.  (Not
-    with tie_word_embeddings: there a token's likeliest successor is itself.)  The demo's tokenizer lies beside
+    with tie_word_embeddings: there a token's likeliest successor is itself.) The demo's tokenizer lies next to
     it where its ids fit.
 
     Args:

@@ -87,7 +87,7 @@ def test_penalties_follow_their_definition() -> None:
         repetition_penalty=2.0, frequency_penalty=0.25, presence_penalty=0.5, seen=counts([0, 1], [2, 3, 3])
     )
     adjust_(logits, [params], penalize)
-    # In the prompt alone: only repetition; in the output: a quarter for each time and half for the first.
+    # Only in the prompt: only repetition; in the output: a quarter for each time and half for the first.
     assert logits.tolist() == [[1.0, -4.0, 1.0 - 0.75, -4.0 - 1.0, 1.0]]
 
 

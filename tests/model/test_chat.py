@@ -165,7 +165,7 @@ def test_a_template_that_reads_only_lists_of_parts_gets_those(folder: Folder) ->
 
 @pytest.mark.parametrize("template", ["### assistant:", "{% for m in messages %}{{ m.role }}{% endfor %}", ""])
 def test_a_template_that_leaves_out_what_users_say_is_no_start(folder: Folder, template: str) -> None:
-    with pytest.raises(CheckpointError, match="renders all messages of a user alike, whatever they say; repair"):
+    with pytest.raises(CheckpointError, match="ignores the content of user messages; repair"):
         chat_of(folder(template))
 
 
@@ -324,7 +324,7 @@ def test_what_a_template_cannot_do_is_a_reason_and_no_start_if_it_never_can(
     with pytest.raises(ChatTemplateError, match=reason):
         chat.of_messages([{"role": "user", "content": "bad"}])
     assert chat.of_messages([USER]).parts == ("### What is a persimmon?",)
-    with pytest.raises(CheckpointError, match=f"does not render a message of a user: {reason.strip('^$')}"):
+    with pytest.raises(CheckpointError, match=f"cannot render a user message: {reason.strip('^$')}"):
         chat_of(folder(template))
 
 
@@ -351,7 +351,7 @@ def test_a_template_of_no_use_is_one_line_at_the_start(folder: Folder, template:
     [
         (5, "chat_template is 5"),
         ([{"name": "default"}], "chat_template is "),
-        ([{"name": "rag", "template": "x"}], r"of the chat templates \(rag\) none is the default"),
+        ([{"name": "rag", "template": "x"}], r"none of the chat templates \(rag\) is named 'default'"),
     ],
     ids=str,
 )

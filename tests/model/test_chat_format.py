@@ -123,7 +123,7 @@ def test_other_roles_are_refused_by_name(role: str) -> None:
     ],
 )
 def test_a_conversation_that_leaves_the_assistant_nothing_to_answer_is_refused(turns: list[Turn], found: str) -> None:
-    with pytest.raises(ChatFormatError, match=f"needs a user or tool message at its end .* but {found}"):
+    with pytest.raises(ChatFormatError, match=f"must end with a user or tool message .* but {found}"):
         render(turns)
 
 

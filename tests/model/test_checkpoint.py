@@ -39,7 +39,7 @@ def random_tensors(config: PersimmonConfig = CONFIG, dtype: torch.dtype = torch.
 
 
 def halves(tensors: Tensors, ending: str) -> dict[str, Tensors]:
-    """Two shards, by file name.  Neighbours go to different ones, as nobody promises any order."""
+    """Two shards, by file name.  Neighbours go to different ones, because the order is not guaranteed."""
     names = list(tensors)
     return {
         f"{ending.partition('.')[0]}-{number + 1:05}-of-00002.{ending.partition('.')[2]}": {
@@ -330,7 +330,7 @@ def test_missing_shard_is_named(tmp_path: Path, write: Writer) -> None:
     write(tmp_path, random_tensors())
     shard = next(tmp_path.glob("*-00002-of-00002.*"))
     shard.unlink()
-    assert error(tmp_path) == f"{shard} is missing, {listing(tmp_path).name} names it"
+    assert error(tmp_path) == f"{shard} is missing, although {listing(tmp_path).name} names it"
 
 
 @pytest.mark.parametrize("write", [write_sharded_safetensors, write_sharded_pickled])
@@ -350,7 +350,7 @@ def test_tensor_that_its_shard_lacks_is_named(tmp_path: Path, write: Writer) -> 
     wrong = next(shard for shard in content["weight_map"].values() if shard != right)
     content["weight_map"][QKV] = wrong
     index.write_text(json.dumps(content))
-    assert error(tmp_path) == f"{tmp_path / wrong}: tensor {QKV} is missing here, where {index.name} says it is"
+    assert error(tmp_path) == f"{tmp_path / wrong}: tensor {QKV} is missing, although {index.name} places it here"
 
 
 def test_tensor_in_two_shards_is_named(tmp_path: Path) -> None:
@@ -432,7 +432,7 @@ def test_pickled_code_is_refused_and_does_not_run(tmp_path: Path, new_format: bo
     contents = random_tensors() | {"evil": CreatesFile(proof)}
     path = tmp_path / "pytorch_model.bin"
     torch.save(contents, path, _use_new_zipfile_serialization=new_format)
-    assert f"{path} is refused: it holds something other than plain tensors" in error(tmp_path)
+    assert f"{path} is refused: it contains more than plain tensors" in error(tmp_path)
     assert not proof.exists()
     torch.load(path, weights_only=False)
     assert proof.exists(), "the payload has to be one that works"

@@ -203,7 +203,7 @@ def held_bytes(held: Any) -> int:
 
 class TestTokens:
     def test_are_those_of_the_reference_and_of_transformers(self, checkpoint: Path) -> None:
-        # Chunks of every kind beside decodes: one tile, several, longer than a split of the decode kernel.
+        # Chunks of every kind together with decodes: one tile, several, longer than a split of the decode kernel.
         asked = prompts(5, 20, 17, 260)
         fused = Fused(checkpoint).generate(asked)
         model = load(checkpoint, reference, torch.float32)

@@ -124,8 +124,8 @@ def test_an_answer_matches_a_regular_expression_as_a_whole(
         ("(?=a)b", "look-around, .* not supported"),
         (r"(a)\1", "backreferences are not supported"),
         (r"\bfoo\b", "word boundaries .* not supported"),
-        ("[^\\s\\S]", "no text fits it"),
-        ("a" * 1025, "has 1025 bytes, at most 1024"),
+        ("[^\\s\\S]", "no text matches it"),
+        ("a" * 1025, "has 1025 bytes; at most 1024"),
     ],
 )
 def test_a_regular_expression_that_cannot_be_used_is_refused(pattern: str, complaint: str) -> None:
@@ -176,7 +176,7 @@ def test_a_grammar_may_be_larks() -> None:
         ('%llguidance {"allow_invalid_utf8": true}\nstart: /a/', "%llguidance"),
         ('start: %json {"type": "object"}', "%json"),
         ('start: A\nA: %regex {"substring_chars": "abc"}', "%regex"),
-        ("start: start", "no text fits it"),
+        ("start: start", "no text matches it"),
     ],
 )
 def test_a_grammar_that_cannot_be_used_is_refused(text: str, complaint: str) -> None:
@@ -373,5 +373,5 @@ def test_a_compiler_for_checking_agrees_with_that_of_a_model() -> None:
     checker.check(GrammarSpec("grammar", CALCULATOR))
     with pytest.raises(GrammarError, match="unclosed group"):
         checker.check(regex("("))
-    with pytest.raises(GrammarError, match="no text fits it"):
+    with pytest.raises(GrammarError, match="no text matches it"):
         checker.check(GrammarSpec("json_schema", '{"$ref": "#"}'))

@@ -1,4 +1,4 @@
-"""Free texts beside calls whose arguments fit: what is followed, and what is refused."""
+"""Free texts or calls whose arguments match: what is enforced, and what is refused."""
 
 import json
 from typing import Any

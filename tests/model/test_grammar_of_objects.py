@@ -256,5 +256,7 @@ def test_an_answer_fits_exactly_one_schema_of_a_oneof(
     ],
 )
 def test_a_oneof_whose_schemas_overlap_is_refused_with_what_to_do(schema: dict[str, Any], place: str) -> None:
-    with pytest.raises(GrammarError, match=f"at {place} is not supported: one value may fit its schemas 0 and 1; give"):
+    with pytest.raises(
+        GrammarError, match=f"at {place} is not supported: one value may match both its schemas 0 and 1; give"
+    ):
         compile_json(json.dumps(schema))

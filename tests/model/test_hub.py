@@ -149,7 +149,11 @@ def test_path_that_does_not_exist_is_no_hub_id(name: str) -> None:
 
 def test_single_word_may_have_been_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=r"'persimmon': no such folder, and no Hugging Face Hub id.*owner/name"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"'persimmon': no such folder, and not a valid Hugging Face Hub "
+        r"id.*owner/name",
+    ):
         resolve("persimmon")
 
 
@@ -220,7 +224,7 @@ def test_hub_that_cannot_be_reached(resolve_elsewhere: Resolve) -> None:
 
 def test_name_that_is_no_hub_id(resolve_elsewhere: Resolve) -> None:
     _, error = resolve_elsewhere("my models/persimmon")
-    assert error.startswith("my models/persimmon: no such folder, and it is not a Hugging Face Hub id either")
+    assert error.startswith("my models/persimmon: no such folder, and it is not a valid Hugging Face Hub id")
 
 
 def test_cache_that_cannot_be_written_is_one_line_too(resolve_elsewhere: Resolve, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint whose files were replaced is told from one that is as it was."""
+"""A checkpoint whose files were replaced is distinguished from an unchanged one."""
 
 import os
 import shutil

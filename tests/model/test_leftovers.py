@@ -41,7 +41,7 @@ def rotary_buffers(tensors: Tensors) -> None:
 CHANGES: dict[Change, str] = {
     equal_head: "lm_head.weight is ignored: it equals the embedding",
     other_head: "lm_head.weight is used: it differs from the embedding",
-    head_only: "lm_head.weight is used as the embedding too",
+    head_only: "lm_head.weight is also used as the embedding",
     rotary_buffers: "rotary_emb.inv_freq (and 1 more) is ignored",
 }
 

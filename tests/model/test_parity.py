@@ -80,7 +80,7 @@ def random_prompts() -> Iterator[list[int]]:
 
 
 def dialogues() -> Iterator[list[int]]:
-    """What people ask the demo, in one turn and in many, and text that is no dialogue at all."""
+    """What people ask the demo, in one turn and in many, and text that is not a dialogue."""
     tokenizer = Tokenizer.from_folder(DEMO)
     for number, word in enumerate(WORDS):
         turns = [Turn("user", QUESTIONS[number % len(QUESTIONS)].format(word))]

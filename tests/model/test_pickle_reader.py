@@ -179,7 +179,7 @@ def test_a_module_is_not_imported(tmp_path, monkeypatch):
         b"\x8d" + struct.pack("<Q", 1 << 40) + b"x.",  # BINUNICODE8
         b"\x8b" + struct.pack("<i", (1 << 31) - 1) + b"x.",  # LONG4
         b"\x80\x04\x95" + struct.pack("<Q", 1 << 60) + b".",  # FRAME
-        b"Nr" + struct.pack("<I", (1 << 32) - 1) + b"",  # LONG_BINPUT, which is no reason for a large table
+        b"Nr" + struct.pack("<I", (1 << 32) - 1) + b"",  # LONG_BINPUT, which must not lead to a large table
         b"I" + b"9" * 100_000 + b"\n.",
     ],
 )

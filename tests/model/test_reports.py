@@ -82,9 +82,9 @@ def test_logprobs_of_prompts_and_answers_are_transformers(
     if way == "preempted":
         assert harness.stats.preemptions > 0
     for prompt, sequence in zip(case.prompts, sequences, strict=True):
-        told, expected = harness.told[sequence], case.logprobs(sequence.token_ids)
-        check(told.prompt_logprobs, prompt[1:], expected[: len(prompt) - 1])
-        check(told.logprobs, sequence.token_ids[len(prompt) :], expected[len(prompt) - 1 : -1])
+        reported, expected = harness.reports[sequence], case.logprobs(sequence.token_ids)
+        check(reported.prompt_logprobs, prompt[1:], expected[: len(prompt) - 1])
+        check(reported.logprobs, sequence.token_ids[len(prompt) :], expected[len(prompt) - 1 : -1])
 
 
 def test_all_probabilities_of_a_place_sum_to_one(case: Case) -> None:
@@ -92,8 +92,8 @@ def test_all_probabilities_of_a_place_sum_to_one(case: Case) -> None:
     size = case.model.config.vocab_size
     sequence = Sequence(0, case.prompts[3][:3], 1, sampling=SamplingParams(logprobs=size), prompt_logprobs=size)
     harness.run([sequence])
-    told = harness.told[sequence]
-    for entry in (*told.prompt_logprobs, *told.logprobs):
+    reported = harness.reports[sequence]
+    for entry in (*reported.prompt_logprobs, *reported.logprobs):
         assert len(set(entry.top_ids)) == size
         assert sum(torch.tensor(entry.top_logprobs).double().exp()) == pytest.approx(1, abs=1e-4)
 
@@ -104,7 +104,7 @@ def test_pooled_states_are_transformers(case: Case, way: str, pooling: Pooling) 
     harness = Harness(case.model, **WAYS[way])
     if way == "on prefix hits":
         harness.generate(case.prompts, 1)
-    # Beside others that generate, which may take their blocks.
+    # Together with others that generate, which may take their blocks.
     others = [Sequence(100 + key, list(prompt), 20, sampling=GREEDY) for key, prompt in enumerate(case.prompts)]
     sequences = [Sequence(key, list(prompt), 0, pooling=pooling) for key, prompt in enumerate(case.prompts)]
     harness.run([own for pair in zip(others, sequences, strict=True) for own in pair])
@@ -112,7 +112,7 @@ def test_pooled_states_are_transformers(case: Case, way: str, pooling: Pooling) 
     for prompt, sequence in zip(case.prompts, sequences, strict=True):
         with torch.inference_mode():
             states = body(torch.tensor([prompt])).last_hidden_state[0]
-        rows = torch.tensor(harness.told[sequence].pooled).view(-1, states.shape[1])
+        rows = torch.tensor(harness.reports[sequence].pooled).view(-1, states.shape[1])
         expected = {"last": states[-1:], "sum": states.sum(0, keepdim=True), "all": states}[pooling]
         # A sum comes in parts, one for each chunk.
         torch.testing.assert_close(
@@ -136,13 +136,13 @@ def test_each_sample_of_a_prompt_is_what_it_would_be_alone(case: Case, way: str,
         harness = Harness(case.model, num_blocks=40)
         sequence = sample(index)
         harness.run([sequence])
-        alone.append((sequence.token_ids, [entry.token_id for entry in harness.told[sequence].logprobs]))
+        alone.append((sequence.token_ids, [entry.token_id for entry in harness.reports[sequence].logprobs]))
     harness = Harness(case.model, **WAYS[way] | {"prefix_caching": prefix_caching})
     leader = sample(0, forks=[sample(index) for index in range(1, samples)])
     family = leader.family
     harness.run([Sequence("other", list(case.prompts[4]), 9, sampling=GREEDY), leader])
     together = [
-        (sequence.token_ids, [entry.token_id for entry in harness.told[sequence].logprobs]) for sequence in family
+        (sequence.token_ids, [entry.token_id for entry in harness.reports[sequence].logprobs]) for sequence in family
     ]
     assert together == alone
     assert len({tuple(token_ids) for token_ids, _ in alone}) > 1

@@ -133,7 +133,7 @@ def test_the_original_length_at_the_top_counts_first(plain: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"rope_type": "proportional"}, "asks for a 'proportional' rotary embedding; supported are default, linear, "),
+        ({"rope_type": "proportional"}, "has a 'proportional' rotary embedding; expected one of default, linear, "),
         ({"rope_type": "linear"}, "rope_parameters.factor is None; expected a positive number"),
         ({"rope_type": "linear", "factor": -1}, "rope_parameters.factor is -1; expected a positive number"),
         (
@@ -152,7 +152,7 @@ def test_the_original_length_at_the_top_counts_first(plain: Path, tmp_path: Path
         ),
         (
             {"rope_type": "dynamic", "factor": 2.0, "partial_rotary_factor": 0.0625},
-            "dynamic scaling needs 4 rotary dimensions, there are 2",
+            "dynamic scaling needs 4 rotary dimensions, and the model has 2",
         ),
     ],
 )
@@ -238,7 +238,7 @@ def test_states_of_a_long_prompt_are_those_of_one_pass(
     harness = Harness(model, operations=cpu_kernels, num_blocks=20, max_num_batched_tokens=37)
     sequence = Sequence("it", list(prompt), 0, pooling="all")
     harness.run([sequence])
-    actual = torch.tensor(harness.told[sequence].pooled).view(len(prompt), -1)
+    actual = torch.tensor(harness.reports[sequence].pooled).view(len(prompt), -1)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""The runner: what a sequence gets depends on itself alone, however it is batched, ordered or cut into chunks."""
+"""The runner: a sequence's results depend only on itself, however it is batched, ordered or cut into chunks."""
 
 import random
 from collections.abc import Iterator

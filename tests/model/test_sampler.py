@@ -303,7 +303,7 @@ class TestExtremes:
 
 
 class TestIndependence:
-    """A row's token depends on its own logits and settings alone."""
+    """A row's token depends only on its own logits and settings."""
 
     @staticmethod
     def mixed_batch() -> tuple[torch.Tensor, list[RowSampling]]:

@@ -1,4 +1,4 @@
-"""Calls read out of answers, told to the model and put into schemas: one form everywhere."""
+"""Calls read from answers, described to the model and put into schemas: one form everywhere."""
 
 import itertools
 import json

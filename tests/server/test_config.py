@@ -34,7 +34,7 @@ def test_sizes_are_read_with_their_unit():
         ("seed", "-1", "0"),
         ("kv_cache_memory", "lots", "800MB"),
         ("max_body_size", "5 parsecs", "4GiB"),
-        ("port", "http", "a whole number"),
+        ("port", "http", "an integer"),
         ("read_timeout", "soon", "a number"),
         ("access_log", "perhaps", "true or false"),
     ],

@@ -27,7 +27,7 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 
 def read_lines(descriptor: int, count: int) -> list[str]:
-    """Exactly so many lines."""
+    """Exactly `count` lines."""
     with os.fdopen(os.dup(descriptor), "rb", buffering=0) as file:
         text = b""
         while text.count(b"\n") < count:

@@ -34,17 +34,17 @@ def test_the_workers_counts_are_added_up_and_the_engines_figures_are_told_once()
     one.inter_token_latency.observe(0.012)
     other.inter_token_latency.observe(0.5)
     snapshots = [one.snapshot(), other.snapshot()]
-    told = read(one.exposition(snapshots))
-    assert told["persimmon_http_requests_total /v1/completions 200"] == 3
-    assert told["persimmon_http_requests_total /v1/completions 400"] == 1
-    assert told["persimmon_inter_token_latency_seconds_count"] == 2
-    assert told["persimmon_inter_token_latency_seconds_sum"] == 0.512
-    assert told["persimmon_inter_token_latency_seconds_bucket 0.01"] == 0
-    assert told["persimmon_inter_token_latency_seconds_bucket 0.015"] == 1
-    assert told["persimmon_inter_token_latency_seconds_bucket +Inf"] == 2
-    assert told["persimmon_open_streams"] == 7
-    assert told["persimmon_requests_running"] == STATS.running
-    assert told["persimmon_steps_total"] == STATS.steps
+    reported = read(one.exposition(snapshots))
+    assert reported["persimmon_http_requests_total /v1/completions 200"] == 3
+    assert reported["persimmon_http_requests_total /v1/completions 400"] == 1
+    assert reported["persimmon_inter_token_latency_seconds_count"] == 2
+    assert reported["persimmon_inter_token_latency_seconds_sum"] == 0.512
+    assert reported["persimmon_inter_token_latency_seconds_bucket 0.01"] == 0
+    assert reported["persimmon_inter_token_latency_seconds_bucket 0.015"] == 1
+    assert reported["persimmon_inter_token_latency_seconds_bucket +Inf"] == 2
+    assert reported["persimmon_open_streams"] == 7
+    assert reported["persimmon_requests_running"] == STATS.running
+    assert reported["persimmon_steps_total"] == STATS.steps
     assert other.exposition(snapshots) == one.exposition(snapshots)
 
 
@@ -68,19 +68,21 @@ def test_a_snapshot_is_of_its_moment():
 
 def test_steps_are_a_histogram_of_the_time_they_took():
     metrics = Metrics(Engine(0), "demo")
-    told = read(metrics.exposition([metrics.snapshot()]))
-    buckets = [told[f"persimmon_step_seconds_bucket {bound}"] for bound in ("0.001", "0.002", "15.0", "60.0", "+Inf")]
+    reported = read(metrics.exposition([metrics.snapshot()]))
+    buckets = [
+        reported[f"persimmon_step_seconds_bucket {bound}"] for bound in ("0.001", "0.002", "15.0", "60.0", "+Inf")
+    ]
     assert buckets == [0, 3, 3, 7, 7]
-    assert (told["persimmon_step_seconds_count"], told["persimmon_step_seconds_sum"]) == (7, 3.5)
-    assert told["persimmon_graph_replays_total"] == 31
+    assert (reported["persimmon_step_seconds_count"], reported["persimmon_step_seconds_sum"]) == (7, 3.5)
+    assert reported["persimmon_graph_replays_total"] == 31
 
 
 def test_steps_are_a_histogram_of_the_tokens_they_computed():
     metrics = Metrics(Engine(0), "demo")
-    told = read(metrics.exposition([metrics.snapshot()]))
-    buckets = [told[f"persimmon_step_tokens_bucket {bound}"] for bound in ("1.0", "8.0", "16384.0", "+Inf")]
+    reported = read(metrics.exposition([metrics.snapshot()]))
+    buckets = [reported[f"persimmon_step_tokens_bucket {bound}"] for bound in ("1.0", "8.0", "16384.0", "+Inf")]
     assert buckets == [2, 5, 5, 7]
-    assert (told["persimmon_step_tokens_count"], told["persimmon_step_tokens_sum"]) == (7, 40_000)
+    assert (reported["persimmon_step_tokens_count"], reported["persimmon_step_tokens_sum"]) == (7, 40_000)
 
 
 def test_names_follow_prometheus_rules():

@@ -64,12 +64,12 @@ def test_what_only_looks_like_such_a_folder_stays(temporary):
 
 def test_a_path_that_is_too_long_for_sockets_is_an_error_with_the_numbers(temporary, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(temporary / ("long" * 25)))
-    with pytest.raises(RuntimeFolderError, match=r"at most 7\d bytes; set TMPDIR to a shorter one"), runtime_folder():
+    with pytest.raises(RuntimeFolderError, match=r"at most 7\d bytes\); set TMPDIR to a shorter one"), runtime_folder():
         pass
 
 
 def test_a_place_that_cannot_be_written_is_an_error_that_says_what_to_do(temporary, monkeypatch):
     (temporary / "file").touch()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary / "file"))
-    with pytest.raises(RuntimeFolderError, match="Not a directory; set TMPDIR to a folder"), runtime_folder():
+    with pytest.raises(RuntimeFolderError, match="Not a directory; set TMPDIR to a writable folder"), runtime_folder():
         pass

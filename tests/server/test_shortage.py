@@ -42,11 +42,11 @@ def test_a_limit_on_open_files_that_is_too_low_is_a_warning_with_the_numbers():
 def test_the_limit_on_open_files_is_raised_as_far_as_it_may():
     program = "from persimmon.server.shortage import raise_open_files; print(raise_open_files())"
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    told = subprocess.run(
+    reported = subprocess.run(
         ["sh", "-c", f'ulimit -S -n 64; exec {sys.executable} -c "{program}"'],
         env=os.environ,
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
-    assert int(told.stdout) == (MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES))
+    assert int(reported.stdout) == (MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES))

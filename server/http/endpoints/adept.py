@@ -52,7 +52,7 @@ async def _answer(
     tokenizer = service.tokenizer
     begin = token_text(tokenizer, generation.prompts[0].token_ids[0]).name if request.add_bos else ""
     ends = [_end(tokenizer, answer) for answer in answers]
-    # What stands before a text's first space is no part of the text, unless something is written before it.
+    # What comes before a text's first space is not part of the text, unless something is written before it.
     texts = [
         begin + tokenizer.decode([*prompt.token_ids, *answer.token_ids], from_start=not begin) + end
         for prompt, answer, end in zip(generation.prompts, answers, ends, strict=True)

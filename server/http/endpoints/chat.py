@@ -90,7 +90,7 @@ async def _whole(service: Service, request: ChatCompletionRequest, generation: G
 
 def _message(answer: Answer, form: CallForm | None) -> ChatMessage:
     if not answer.calls:
-        # Calls of which nothing has come, since the answer was too short for them, are no content either.
+        # Calls that never began, because the answer was too short, are not content either.
         return ChatMessage(None if form is not None and form.forced else answer.text)
     calls = [ChatToolCall(_call_id(), CalledFunction(call.name, call.arguments)) for call in answer.calls]
     return ChatMessage(None, tool_calls=calls)
@@ -113,7 +113,7 @@ async def _stream(
         return event(ChatCompletionChunk(*identity, choices, usage, tier, prompt))
 
     def piece_chunks(piece: Piece) -> bytes:
-        """What a piece adds; of its tokens the first chunk tells."""
+        """What a piece adds; the first chunk reports its tokens."""
         deltas = [ChatDelta(tool_calls=[_call_delta(call)]) for call in piece.calls]
         if piece.text or not (deltas or forced):
             deltas.insert(0, ChatDelta(content=piece.text))

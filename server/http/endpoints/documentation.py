@@ -28,15 +28,16 @@ _PARAMETER = re.compile(r"{(\w+)")
 _BODY = "#/components/schemas/request.{model}"
 _ANSWER = "#/components/schemas/answer.{name}"
 _ERRORS = {
-    HTTPStatus.BAD_REQUEST: "The request is wrong; the error says what and where.",
-    HTTPStatus.UNAUTHORIZED: "The server asks for an API key, and the request brings none that it knows.",
+    HTTPStatus.BAD_REQUEST: "The request is invalid; the error names the field and the reason.",
+    HTTPStatus.UNAUTHORIZED: "The server requires an API key, and the request has no valid one.",
     HTTPStatus.FORBIDDEN: "The request comes from a web page whose origin is not allowed.",
     HTTPStatus.NOT_FOUND: "The request names a model that this server does not serve.",
-    HTTPStatus.REQUEST_TIMEOUT: "The body did not come in time.",
+    HTTPStatus.REQUEST_TIMEOUT: "The body arrived too slowly.",
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "The body is too long.",
-    HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "The body is not said to be JSON, or is packed with something else than gzip.",
-    HTTPStatus.TOO_MANY_REQUESTS: "The server is full, or the key is at a limit; Retry-After says when to come again.",
-    HTTPStatus.INTERNAL_SERVER_ERROR: "The generation failed, or the server has a fault.",
+    HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "The Content-Type is not JSON, or the Content-Encoding is not gzip.",
+    HTTPStatus.TOO_MANY_REQUESTS: "The server is full, or the key has reached a limit; retry after the time in "
+    "Retry-After.",
+    HTTPStatus.INTERNAL_SERVER_ERROR: "The generation failed, or the server has a bug.",
     HTTPStatus.SERVICE_UNAVAILABLE: "The model is still loading, the engine has ended, or the server is stopping.",
 }
 

@@ -22,8 +22,8 @@ async def create_embeddings(service: Service, call: Call[EmbeddingRequest]) -> J
     width = service.config.hidden_size
     if request.dimensions not in (None, width):
         raise bad_request(
-            f"dimensions is {request.dimensions}, but this model's embeddings have {width}, and a part of one stands "
-            f"for nothing; leave it out or send {width}.",
+            f"dimensions is {request.dimensions}, but this model's embeddings have {width} and cannot be shortened; "
+            f"leave it out or send {width}.",
             "dimensions",
         )
     inputs = await prepare(service, request, call.record)

@@ -1,4 +1,4 @@
-"""What a served model is for: which endpoints can use which architecture.  Knows names alone."""
+"""What a served model is for: which endpoints can use which architecture. Knows only names."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from persimmon.model.config import Architecture
 
 @dataclass(frozen=True, slots=True)
 class ModelUse:
-    """What can be done with a model, beside embeddings, which all give.
+    """What can be done with a model, in addition to embeddings, which all give.
 
     Attributes:
         task: a word for programs, as vLLM calls it.

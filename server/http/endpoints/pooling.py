@@ -63,7 +63,7 @@ async def prepare(service: Service, request: PoolingRequest, record: RequestReco
     service.check_model(request.model)
     limit = service.max_model_len
     if len(request.input) > MAX_CHOICES:
-        raise bad_request(f"input has {len(request.input)} entries; one request may have {MAX_CHOICES}.", "input")
+        raise bad_request(f"input has {len(request.input)} entries; at most {MAX_CHOICES} are allowed.", "input")
 
     def fit(name: str, prompt: PromptInput, token_ids: list[int]) -> list[int]:
         token_ids = request.shortened(token_ids, limit, "right")
@@ -161,5 +161,5 @@ async def _rows(stream: SequenceStream, width: int) -> np.ndarray:
         parts.append(output.pooled)
     rows = np.frombuffer(b"".join(parts), "<f4").reshape(-1, width)
     if not np.isfinite(rows).all():
-        raise generation_failed("The model's result for this input is not finite.")
+        raise generation_failed("The model returned NaN or infinity for this input.")
     return rows

@@ -56,8 +56,8 @@ async def prepare(
     field, samples = request.samples
     if len(prompts) * samples > MAX_CHOICES:
         raise bad_request(
-            f"{len(prompts)} prompts with {field} = {samples} are {len(prompts) * samples} answers; "
-            f"one request may ask for {MAX_CHOICES}.",
+            f"{len(prompts)} prompts with {field} = {samples} make {len(prompts) * samples} answers; one request may "
+            f"ask for at most {MAX_CHOICES}.",
             field,
         )
     _check_priority(service, request.priority, record)
@@ -116,9 +116,8 @@ def _check_priority(service: Service, priority: int, record: RequestRecord) -> N
     most = service.max_priority if record.max_priority is None else record.max_priority
     if most is not None and priority < -most:
         raise bad_request(
-            f"priority is {priority}, but the most urgent one that you may send is {-most}; send that or a larger "
-            "number. The operator of the server sets the limit with --max-priority, or for one key with "
-            "max-priority=N in its line of --api-key-file.",
+            f"priority is {priority}, but the lowest one that you may send is {-most}. The server's operator sets "
+            f"this limit with --max-priority, or for one key with max-priority=N in its line of --api-key-file.",
             "priority",
         )
 
@@ -177,16 +176,16 @@ def _top_k(service: Service, asked: int) -> int:
 
 
 def _check_echo(request: GenerationRequest, prompt_tokens: int) -> None:
-    """Raises the ApiError where every answer would tell more of its prompt than memory is for."""
+    """Raises the ApiError if the answers would report more log-probabilities of the prompts than memory allows."""
     top = request.reported_logprobs
     if not request.echoes or top is None:
         return
     field, samples = request.samples
-    told = prompt_tokens * samples * (1 + top)
-    if told > MAX_ECHOED:
+    reported = prompt_tokens * samples * (1 + top)
+    if reported > MAX_ECHOED:
         raise bad_request(
-            f"echo with logprobs = {top} would tell {told} log-probabilities of {prompt_tokens} prompt tokens for "
-            f"{field} = {samples}; one request may ask for {MAX_ECHOED}.",
+            f"echo with logprobs = {top} would report {reported} log-probabilities of {prompt_tokens} prompt tokens "
+            f"for {field} = {samples}; one request may ask for at most {MAX_ECHOED}.",
             "echo",
         )
 

@@ -135,7 +135,7 @@ class Service:
         for name, token_ids in encoded:
             self._check_kept(name, token_ids)
             if not token_ids:
-                raise bad_request(f"{name} is empty, and no token is put before its text; give it some.", name)
+                raise bad_request(f"{name} is empty; send at least one character.", name)
         return encoded
 
     def check_token_ids(self, name: str, token_ids: Iterable[int]) -> None:
@@ -143,7 +143,9 @@ class Service:
         size = self.config.vocab_size
         wrong = next((token_id for token_id in token_ids if not 0 <= token_id < size), None)
         if wrong is not None:
-            raise bad_request(f"{name} holds the token id {wrong}, but this model's are 0 to {size - 1}.", name)
+            raise bad_request(
+                f"{name} contains the token id {wrong}; this model's token ids are 0 to {size - 1}.", name
+            )
         self._check_kept(name, token_ids)
 
     def _check_kept(self, name: str, token_ids: Iterable[int]) -> None:
@@ -152,8 +154,8 @@ class Service:
         dropped = next((token_id for token_id in token_ids if not self.vocabulary.kept(token_id)), None)
         if dropped is not None:
             raise bad_request(
-                f"{name} holds the token id {dropped} ({self.tokenizer.pieces([dropped])[0]!r}), which this "
-                "checkpoint's trimmed vocabulary lacks; leave it out.",
+                f"{name} contains the token id {dropped} ({self.tokenizer.pieces([dropped])[0]!r}), which is not in "
+                "this checkpoint's trimmed vocabulary; leave it out.",
                 name,
             )
 

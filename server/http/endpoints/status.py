@@ -74,7 +74,7 @@ def _health(service: Service) -> Health:
         return Health("dead", str(error))
     overdue = gate.load.overdue_seconds
     if overdue > step_limit(gate.limits.step_timeout, engine.device):
-        return Health("hung", f"the engine has work, but has ended no step for {overdue:.0f} s")
+        return Health("hung", f"the engine has work but has not finished a step for {overdue:.0f} s")
     return Health("ready")
 
 

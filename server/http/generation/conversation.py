@@ -26,7 +26,7 @@ async def chat_prompt(
     Args:
         chat: the served model's chat format.
         messages: at least one.
-        tools: that the model is told of.
+            tools: those described to the model.
         options: variables for the checkpoint's template.
 
     Raises:
@@ -91,7 +91,7 @@ def _turns(messages: Sequence[ChatMessage]) -> list[Turn]:
             name = called.get(message.tool_call_id)
             if name is None:
                 field = f"messages[{number}].tool_call_id"
-                raise bad_request(f"Invalid '{field}': no message before this one makes a call of this id.", field)
+                raise bad_request(f"Invalid '{field}': no earlier message makes a call with this id.", field)
             text = result_text(name, text)
         turns.append(Turn(message.role, text))
     return turns
@@ -160,7 +160,7 @@ def _as_json(tool: Tool) -> dict[str, Any]:
 
 def _unknown_role(number: int, role: str) -> ApiError:
     return bad_request(
-        f"Invalid 'messages': messages[{number}] has the role {role[:40]!r}, which this model's chat template does not "
-        f"name; use {', '.join(ROLES)}.",
+        f"Invalid 'messages': messages[{number}] has the role {role[:40]!r}, which this model's chat template does "
+        f"not support; use {', '.join(ROLES)}.",
         "messages",
     )

@@ -16,7 +16,7 @@ class Prompt:
     Attributes:
         token_ids: at least one.
         max_tokens: new tokens per sample, at most.
-        sampling: of the prompt's first sample; the others differ in their sample_index alone.
+        sampling: of the prompt's first sample; the others differ only in their sample_index.
     """
 
     token_ids: list[int]
@@ -32,13 +32,13 @@ class Generation:
         prompts: at least one.
         n: answers to each prompt.
         samples: of each prompt, of which the n most probable are the answers; n of them or more.
-        stop_token_ids: tokens that end a sample and are no part of its text.
-        stop_strings: strings that end a sample and are no part of its text.
+        stop_token_ids: tokens that end a sample and are not part of its text.
+        stop_strings: strings that end a sample and are not part of its text.
         is_chat: whether the text is an answer in a conversation.
         echo: whether a sample's text begins with its prompt's.
-        logprobs: how many of the most probable tokens to report beside each token; None reports no tokens.
+        logprobs: number of most probable tokens to report with each token; None reports no tokens.
         record: of the request; what its sequences come to is written into it.
-        calls: which tools an answer may call; None where its text is no call whatever it says.
+        calls: the tools that an answer may call; None if its text is never read as calls.
         priority: requests of a lower one go first.
         begins_with_space: whether a chat's answer begins with a space that belongs to the format.
     """

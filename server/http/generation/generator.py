@@ -57,7 +57,7 @@ class _PromptReport:
 
 @dataclass(slots=True)
 class _Ending:
-    """Why a sequence ends: until it is known, because nobody wants the rest."""
+    """Why a sequence ends: "abort" until it is known."""
 
     reason: str = "abort"
 

@@ -61,7 +61,7 @@ class GrammarChecker:
             if len(self._waiting) >= MAX_WAITING:
                 raise ApiError(
                     HTTPStatus.SERVICE_UNAVAILABLE,
-                    f"{MAX_WAITING} grammars wait to be checked. Please try again shortly.",
+                    f"The server is checking grammars, and {MAX_WAITING} more are waiting. Please try again shortly.",
                     type="server_error",
                     code="too_many_grammars",
                     retry_after=_RETRY_AFTER,

@@ -21,7 +21,7 @@ class Piece(msgspec.Struct, frozen=True):
         finish_reason: "stop", "length" or "tool_calls" with the last piece, else None.
         cached_tokens: prompt tokens that came from the prefix cache.
         reports: tokens, one after the other, whose text is certain now, where the request asked for reports.  In a
-            completion all of them come in the end; in a chat those that are no part of the text do not.
+            completion all of them come in the end; in a chat those that are not part of the text do not.
         logprob: the sum of the new tokens' log-probabilities, where the engine reported them.
         calls: what is added to the calls of tools.
     """

@@ -104,7 +104,7 @@ class PromptEncoder:
         if not isinstance(prompt, list) and len(prompt) > self._max_characters:
             raise bad_request(
                 f"Invalid '{name}': its text has {len(prompt):,} characters; at most {self._max_characters:,} are "
-                "tokenized. Please shorten it.",
+                f"allowed. Please shorten it.",
                 name,
                 "context_length_exceeded",
             )

@@ -23,7 +23,7 @@ class SampleText:
         choice: the sample's index among the request's choices.
         tokenizer: of the served model.
         generation: the request.
-        min_tokens: stop strings are looked for in what comes after so many tokens.
+        min_tokens: stop strings are looked for only after this number of tokens.
     """
 
     def __init__(self, choice: int, tokenizer: Tokenizer, generation: Generation, min_tokens: int = 0) -> None:
@@ -65,7 +65,7 @@ class SampleText:
         self._begin = "".join(texts)
 
     def push(self, output: SequenceOutput) -> Piece:
-        """Takes the engine's next output, which is no error."""
+        """Takes the engine's next output, which is not an error."""
         ended = output.finish_reason
         readable = output.token_ids[:-1] if ended == "stop" else output.token_ids
         text, self._begin = self._begin, ""

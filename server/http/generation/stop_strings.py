@@ -24,7 +24,7 @@ class StopStrings:
 
     def __init__(self, strings: Sequence[str]) -> None:
         if not all(strings):
-            raise ValueError("a stop string is empty, so it would end every text before its beginning")
+            raise ValueError("a stop string is empty and would end every answer before its first character")
         self._next: list[dict[str, int]] = [{}]
         self._fallbacks = [0]
         self.depths = [0]

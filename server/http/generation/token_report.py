@@ -20,8 +20,8 @@ class TokenText:
     r"""What a token adds to a text.
 
     Attributes:
-        name: its text; of bytes that are no whole characters "bytes:\xe2"; of a token that is no text its piece.
-        utf8: its bytes; None for a token that is no text.
+        name: its text; for bytes that are not whole characters "bytes:\xe2"; for a token that is not text its piece.
+        utf8: its bytes; None for a token that is not text.
     """
 
     name: str
@@ -90,7 +90,7 @@ def read_prompt(
 ) -> Iterator[tuple[int, str, str]]:
     """Each token of a prompt, the text that is certain now and was not before, and what stood before that.
 
-    The last is the space that SentencePiece puts before a text: it comes with the text's first token, and is no part
+    The last is the space that SentencePiece puts before a text: it comes with the text's first token, and is not part
     of it.
 
     Args:
@@ -109,7 +109,7 @@ def read_prompt(
 class ReportQueue:
     """Holds the reports of an answer's tokens back until something of their text is out.
 
-    So a stream never tells of text that turns out to belong to a stop string.
+    So a stream never reports text that turns out to belong to a stop string.
     """
 
     def __init__(self) -> None:

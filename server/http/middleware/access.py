@@ -1,6 +1,6 @@
 """Who may ask what of the HTTP server, as the settings say; and whether what they name can be used at all.
 
-Knows settings and files; what is done with them is others' affair.
+Knows settings and files. It does not apply them.
 """
 
 from dataclasses import dataclass, field
@@ -23,11 +23,11 @@ class Access:
         keys: one of these, where there are any.
         limits: of each key.
         max_priority: how urgent requests may be whose key has no number of its own; None for any urgency.
-        metrics_need_key: whether metrics are told to those with a key alone.
+        metrics_need_key: whether metrics require a key.
         allowed_origins: of web pages that may ask from a browser.
         max_body_bytes: of a request.
         read_timeout: seconds that a client may take to send its headers, and pause in its body.
-        log_prompts: whether the access log tells what was asked.
+        log_prompts: whether the access log contains prompts.
     """
 
     keys: KeyRing = field(default_factory=KeyRing)

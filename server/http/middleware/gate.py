@@ -19,7 +19,7 @@ from persimmon.server.http.errors import ApiError, overloaded, shutting_down
 from persimmon.server.http.request_record import record_of
 
 MAX_RETRY_SECONDS = 30
-"""The latest that a refused client is told to come back after."""
+"""Maximum Retry-After of a refused request."""
 
 CHARACTERS_PER_TOKEN = 4
 """Of English text, about; it stands for a prompt's length until its tokens are counted."""
@@ -80,7 +80,7 @@ class Gate:
         self._empty.set()
 
     def check(self, sequences: int = 1, prompt_tokens: int = 0, owner: str = "") -> None:
-        """Raises the ApiError of work that there is no room for.
+        """Raises the ApiError for work that the server has no room for.
 
         Work that is larger than all the room there is has some while nearly nothing waits: it would never have any
         otherwise.  A server that others have filled takes a little more from each key: half of the room again, divided
@@ -112,7 +112,7 @@ class Gate:
         ):
             raise overloaded(
                 f"The server is full: {total.prompt_tokens} prompt tokens of at most {limits.prompt_tokens} are "
-                f"waiting, and this request brings about {prompt_tokens}",
+                f"waiting, and this request adds about {prompt_tokens}",
                 self.retry_after,
             )
 

@@ -49,12 +49,12 @@ class KeyLimits:
 class _Ledger:
     """For each key when its allowance is full again, and how many requests each worker answers for it.
 
-    Workers that know the same keys share a file; one alone has memory of its own.
+    Workers that know the same keys share a file; a single worker uses its own memory.
 
     Args:
         keys: their digests.
         workers: how many.
-        folder: of the file, of this server alone; None for one worker.
+        folder: of the file, private to this server; None for one worker.
 
     Raises:
         OSError: the file cannot be written.
@@ -176,7 +176,7 @@ class KeyLimiter:
             ledger = _Ledger(keys, self._workers, self._folder)
         except OSError as error:
             logger.error(
-                "%s: %s; the limits of API keys are counted by each API worker alone, until the keys are read again",
+                "%s: %s; each API worker now counts the limits of API keys separately, until the keys are reloaded",
                 self._folder,
                 error.strerror,
             )
@@ -211,14 +211,14 @@ class KeyLimiter:
     def _count(self, key: bytes, change: int) -> None:
         self._running[key] += change
         if key in self._ledger:  # else it has been taken away meanwhile
-            self._ledger.set_running(key, self._worker, self._running[key])  # nobody else writes this number
+            self._ledger.set_running(key, self._worker, self._running[key])  # no other worker writes this number
         if not self._running[key]:
             del self._running[key]
 
     def _check_concurrent(self, key: bytes) -> None:
         most = self._limits.concurrent
         if most is not None and self._ledger.running(key) >= most:
-            raise _too_many(f"This API key has {most} requests running, and may have no more at once.", 1)
+            raise _too_many(f"This API key has reached its limit of {most} concurrent requests.", 1)
 
     def _take(self, key: bytes) -> None:
         rate = self._limits.per_minute
@@ -228,7 +228,9 @@ class KeyLimiter:
         full_at = max(self._ledger.full_at(key), now) + _MINUTE / rate
         wait = full_at - now - _MINUTE
         if wait > 1e-9:
-            raise _too_many(f"This API key may send {rate} requests a minute, and has.", max(1, math.ceil(wait)))
+            raise _too_many(
+                f"This API key has reached its limit of {rate} requests per minute.", max(1, math.ceil(wait))
+            )
         self._ledger.set_full_at(key, full_at)
 
 

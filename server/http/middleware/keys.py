@@ -1,6 +1,6 @@
 """API keys: where they come from, and whose key a request brings.
 
-A key is kept as its digest alone, so nothing here can put one into a log, an error or a traceback.
+Only a key's digest is kept, so nothing here can put a key into a log, an error or a traceback.
 """
 
 import hmac
@@ -49,7 +49,7 @@ class ApiKey:
 
     @property
     def cache_salt(self) -> bytes:
-        """Keeps what this key has asked apart from what others have; tells nothing of the key."""
+        """Separates this key's cached prompts from those of others; does not reveal the key."""
         return blake2b(self.digest, digest_size=_SALT_BYTES, person=b"prefix cache").digest()
 
 
@@ -74,7 +74,7 @@ class KeyRing:
             bare: the header that holds nothing but a key, which counts where the other one holds none.
 
         Raises:
-            ApiError: a 401: there is no key, or it is not one of these.
+            ApiError: a 401: the key is missing, or not one of these.
         """
         if not self.keys:
             return None
@@ -90,7 +90,7 @@ class KeyRing:
             if hmac.compare_digest(key.digest, given):
                 found = key
         if found is None:
-            raise _unauthorized("The API key is not one that this server knows.")
+            raise _unauthorized("The API key is not valid for this server.")
         return found
 
 
@@ -98,7 +98,7 @@ def key_ring(settings: Settings) -> KeyRing:
     """The keys of --api-key and --api-key-file.
 
     Raises:
-        SettingsError: the file cannot be read, a line of it is no key with a name, or a key or a name is there twice.
+        SettingsError: the file cannot be read, a line is not a name with a key, or a key or a name occurs twice.
     """
     keys = [
         _checked(ApiKey.of(f"key-{number}", secret.get_secret_value()), secret.get_secret_value(), "--api-key")
@@ -108,7 +108,9 @@ def key_ring(settings: Settings) -> KeyRing:
         keys += _read(settings.api_key_file)
     for what, own in (("name", [key.name for key in keys]), ("key", [key.digest for key in keys])):
         if len(set(own)) < len(own):
-            raise SettingsError(f"--api-key and --api-key-file have one {what} twice; each must be of one client")
+            raise SettingsError(
+                f"--api-key and --api-key-file have the same {what} twice; each must belong to one client"
+            )
     return KeyRing(tuple(keys))
 
 
@@ -137,7 +139,7 @@ def _read(path: Path) -> list[ApiKey]:
         where = f"--api-key-file {path}, line {number}"
         name, separator, rest = (part.strip() for part in line.partition(":"))
         if not separator or not _NAME.fullmatch(name):
-            raise SettingsError(f"{where}: expected name:key, the name of up to 64 letters, digits, ._@-")
+            raise SettingsError(f"{where}: expected name:key, with a name of up to 64 letters, digits and ._@-")
         key, *options = rest.split() or [""]
         max_priority, share = _options(options, where)
         keys.append(_checked(ApiKey.of(name, key, max_priority, share), key, where))
@@ -154,8 +156,8 @@ def _options(texts: Sequence[str], where: str) -> tuple[int | None, int]:
         if option is None or option[1] in options or (option[1] == "share" and not 1 <= int(option[2]) <= MAX_SHARE):
             # What it is does not appear in the message: it may be a part of a key.
             raise SettingsError(
-                f"{where}: a key must be printable ASCII without spaces; after it only max-priority=N and share=N, "
-                f"from 1 to {MAX_SHARE}, may stand, each once"
+                f"{where}: a key must be printable ASCII without spaces; only max-priority=N and share=N (from 1 to "
+                f"{MAX_SHARE}) may follow it, each once"
             )
         options[option[1]] = int(option[2])
     return options.get("max-priority"), options.get("share", 1)

@@ -69,9 +69,10 @@ def _belongs_to_this_machine(host: str) -> bool:
 
 def _refusal(origin: str) -> ApiError:
     given = repr(origin)[1:-1]
-    return ApiError(
-        HTTPStatus.FORBIDDEN,
-        f"Web pages of the origin {given} may not use this server. To allow it, start the server with "
-        f"--allowed-origins {given}.",
-        code="origin_not_allowed",
+    message = (
+        f"The origin {given} is not allowed to use this server. To allow it, start the server with "
+        f"--allowed-origins {given}."
+        if given
+        else "The Origin header is empty; expected an origin like https://chat.example.com, or no Origin header."
     )
+    return ApiError(HTTPStatus.FORBIDDEN, message, code="origin_not_allowed")

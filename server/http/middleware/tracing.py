@@ -52,7 +52,8 @@ def check_installed() -> None:
             found = False
         if not found:
             raise SettingsError(
-                f"--tracing needs the Python package {name}, which is missing: pip install 'persimmon-server[tracing]'"
+                f"--tracing needs the Python package {name}, which is not installed: pip install "
+                f"'persimmon-server[tracing]'"
             )
 
 

@@ -13,7 +13,7 @@ from persimmon.server.http.schemas.request_object import Refusal, Refused, Reque
 
 MAX_PROMPTS = 128
 
-_MEGATRONS = "it is Megatron's, and has no effect in Adept's server either"
+_MEGATRONS = "it belongs to Megatron and has no effect in Adept's server either"
 
 # Adept's server refuses the first two with the same advice.
 REFUSED_IN_ADEPTS_API: Refused = {
@@ -54,20 +54,26 @@ class AdeptRequest(RequestObject):
     refused = REFUSED_IN_ADEPTS_API
 
     prompts: Annotated[list[str], PlainValidator(_texts), WithJsonSchema(_PROMPTS_SCHEMA)] = Field(
-        description="One or more texts to continue, taken as they are."
+        description="One or more texts to continue, used unchanged."
     )
     tokens_to_generate: int = Field(
-        64, ge=0, description="At most this many new tokens, and no more than the context leaves. 0 needs logprobs."
+        64, ge=0, description="Maximum number of new tokens; the context length limits it further. 0 requires logprobs."
     )
     logprobs: bool = Field(False, description="Report the log-probability of every token but the first.")
-    temperature: float = Field(1.0, gt=0, le=100, description="Without effect where top_k is 1.")
-    top_k: int = Field(0, ge=0, le=1000, description="Draw from so many most probable tokens; 1 draws nothing; 0: all.")
-    top_p: float = Field(0.0, ge=0, le=1, description="Draw from the most probable tokens of this share; 0: from all.")
-    add_bos: bool = Field(False, alias="add_BOS", description="Put the beginning-of-sequence token before each prompt.")
-    random_seed: int | None = Field(
-        None, ge=0, description="The same seed, prompt and parameters draw the same tokens, but not those of Adept's."
+    temperature: float = Field(1.0, gt=0, le=100, description="No effect if top_k is 1.")
+    top_k: int = Field(
+        0, ge=0, le=1000, description="Sample from this number of most probable tokens; 1 is greedy; 0 means all."
     )
-    no_log: bool = Field(False, description="This server writes no request into its log, whatever this says.")
+    top_p: float = Field(
+        0.0, ge=0, le=1, description="Sample from the most probable tokens with this total probability; 0 means all."
+    )
+    add_bos: bool = Field(False, alias="add_BOS", description="Begin each prompt with the beginning-of-sequence token.")
+    random_seed: int | None = Field(
+        None,
+        ge=0,
+        description="The same seed, prompt and parameters give the same tokens, though not those of Adept's server.",
+    )
+    no_log: bool = Field(False, description="No effect: this server never logs the content of such requests.")
 
     @model_validator(mode="after")
     def _one_way_to_draw(self) -> Self:
@@ -111,7 +117,7 @@ class AdeptCompletion(CompletionRequest):
 class AdeptAnswer(Struct, frozen=True):
     """The answer of PUT /api; each list has an entry for a prompt, in their order.
 
-    `text` is prompts with their continuations, `generations` the continuations alone; end-of-text is written out where
+    `text` is prompts with their continuations, `generations` only the continuations; end-of-text is written out where
     it ended one.  `human_readable_tokens` are the tokens of the continuation's text.  `logprobs` are natural
     log-probabilities under the network's own logits, of each token of prompt and continuation but the first.  Without
     new tokens the second and third are empty.

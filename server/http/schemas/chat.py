@@ -26,32 +26,39 @@ class ChatCompletionRequest(GenerationRequest):
     prompt_field = "messages"
     default_max_tokens = None
 
-    messages: Messages = Field(min_length=1, description="The conversation; a user message or a tool's result ends it.")
+    messages: Messages = Field(
+        min_length=1, description="The conversation; it must end with a user message or a tool result."
+    )
     max_tokens: int | None = Field(None, ge=0, description="The older name of max_completion_tokens.")
     max_completion_tokens: int | None = Field(
         None,
         ge=0,
-        description="At most this many tokens. Default: what the context leaves. 0 only computes the prompt.",
+        description="Maximum number of new tokens. Default: what the context leaves. 0 only computes the prompt.",
     )
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), FailFast()] = Field(
-        default=[], description="Functions that the model may call; docs/guides/tools.md says how it learns of them."
+        default=[],
+        description="Functions that the model may call; docs/guides/tools.md describes how the model sees them.",
     )
     tool_choice: ToolChoiceField | None = Field(
         None,
-        description="Whether the answer is calls: never, if the model writes some, always, or one of this function; or "
-        'of these functions only. Default: "auto" where there are tools.',
+        description='Whether the answer consists of calls: never ("none"), if the model decides so ("auto"), always '
+        '("required"), or one call of the named function; or only calls of the allowed functions. Default: "auto" if '
+        "there are tools.",
     )
     chat_template_kwargs: ChatTemplateOptions = None
     parallel_tool_calls: bool = Field(True, description="Whether an answer may make several calls.")
-    service_tier: str | None = Field(None, description='There is one tier; the answer to any names "default".')
+    service_tier: str | None = Field(None, description='There is only one tier; answers always report "default".')
 
     logprobs: bool = Field(
         False,
-        description="Report the log-probability of each token of the answer: the network's own, before temperature, "
+        description="Report the log-probability of each token of the answer: the model's own, before temperature, "
         "penalties and biases.",
     )
     top_logprobs: int = Field(
-        0, ge=0, le=20, description="Report so many most probable tokens in each one's place. Only with logprobs."
+        0,
+        ge=0,
+        le=20,
+        description="Number of most probable tokens to report at each position. Only allowed with logprobs.",
     )
 
     @model_validator(mode="after")
@@ -109,7 +116,7 @@ class ChatCompletionRequest(GenerationRequest):
 
     @property
     def reported_logprobs(self) -> int | None:
-        """How many of the most probable tokens to report beside each; None reports no tokens."""
+        """Number of most probable tokens to report with each token; None reports no tokens."""
         return self.top_logprobs if self.logprobs else None
 
     @field_validator("max_completion_tokens")

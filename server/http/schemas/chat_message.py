@@ -45,7 +45,7 @@ def _part_text(number: int, part: object) -> str:
     if kind in REFUSED_PARTS:
         raise unsupported((number, "type"), REFUSED_PARTS[kind])
     if kind not in _TEXT_PARTS:
-        raise invalid((number, "type"), f"{kind[:40]!r} is not a type of content that is known; send 'text'")
+        raise invalid((number, "type"), f"{kind[:40]!r} is not a supported content type; send 'text'")
     field = _TEXT_PARTS[kind]
     for name, given in part.items():
         if given is not None and name not in ("type", field) and name not in WITHOUT_EFFECT_IN_PARTS:
@@ -118,24 +118,22 @@ class ChatMessage(RequestObject):
 
     role: str = Field(description='"system" (or "developer"), "user", "assistant" or "tool".')
     content: Annotated[str | None, PlainValidator(_message_text), WithJsonSchema(_CONTENT_SCHEMA)] = Field(
-        None, description="A text, or text parts, which become one text with a line for each."
+        None, description="A string, or text parts, which are joined with newlines."
     )
-    refusal: str | None = Field(None, description="Of an assistant: what it said in place of an answer.")
-    name: str | None = Field(None, description="Of the speaker, or of the function; the chat format has no names.")
+    refusal: str | None = Field(None, description="Assistant only: the refusal that stands in place of an answer.")
+    name: str | None = Field(None, description="Name of the speaker or the function; the chat format does not use it.")
     tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_CALLS_OF_A_MESSAGE), FailFast()] = Field(
-        default=[], description="Of an assistant: the calls of its answer."
+        default=[], description="Assistant only: the calls of its answer."
     )
-    tool_call_id: str | None = Field(None, description="Of a tool: the call whose result this is.")
+    tool_call_id: str | None = Field(None, description="Tool only: the id of the call whose result this is.")
 
     @model_validator(mode="after")
     def _what_its_role_needs(self) -> Self:
         for field in ("tool_calls", "refusal"):
             if getattr(self, field) and self.role != "assistant":
-                raise invalid(
-                    field, f"only an assistant's message may have it, and this message's role is {self.role[:40]!r}"
-                )
+                raise invalid(field, f"only assistant messages may have it; this message's role is {self.role[:40]!r}")
         if self.tool_call_id is not None and self.role != "tool":
-            raise invalid("tool_call_id", f"only a tool's message may have one, and this role is {self.role[:40]!r}")
+            raise invalid("tool_call_id", f"only tool messages may have it; this message's role is {self.role[:40]!r}")
         if self.role == "tool" and self.tool_call_id is None:
             raise missing("tool_call_id")
         if self.content is None and self.role != "assistant":

@@ -10,7 +10,7 @@ class ClassifyRequest(PoolingRequest):
     """The body of POST /classify and POST /classify/tokens."""
 
     use_activation: bool = Field(
-        True, description="Give probabilities, or a regression's values; false gives the model's own logits."
+        True, description="Return probabilities (a regression: its values); false returns the model's logits."
     )
 
 
@@ -51,7 +51,7 @@ class Classifications(_Answer, frozen=True, tag="list"):
 class TokenClassification(Struct, frozen=True):
     r"""What one token is: its most probable label, and each label's probability in the order of the model's labels.
 
-    A token that is no whole characters has a name like "bytes:\xe2".  `text_offset` counts characters of the input's
+    A token that is not whole characters has a name like "bytes:\xe2".  `text_offset` counts characters of the input's
     text before it.
     """
 

@@ -26,27 +26,27 @@ class CompletionRequest(GenerationRequest):
     max_tokens: int | None = Field(
         None,
         ge=0,
-        description="At most this many tokens. Default: 16, or what the context leaves if that is less. "
-        "0 only computes the prompt.",
+        description="Maximum number of new tokens. Default: 16, or what the context leaves if that is less. 0 only "
+        "computes the prompt.",
     )
     add_special_tokens: bool = Field(
         True,
-        description="Begin texts with the beginning-of-sequence token where the checkpoint does; false never does.",
+        description="Begin texts with the beginning-of-sequence token if the checkpoint does; false never adds it.",
     )
-    echo: bool = Field(False, description="Begin the answer's text with the prompt's.")
+    echo: bool = Field(False, description="Begin the answer's text with the prompt.")
     logprobs: int | None = Field(
         None,
         ge=0,
         le=5,
-        description="Report the log-probability of each token, the prompt's too with echo, and of so many most "
-        "probable ones in its place: the network's own, before temperature, penalties and biases.",
+        description="Report the log-probability of each token, with echo also of the prompt's, and of this number of "
+        "most probable tokens at its position. They are the model's own, before temperature, penalties and biases.",
     )
     best_of: int | None = Field(
         None,
         ge=1,
         le=MAX_SAMPLES,
-        description="Make so many answers and return the n whose tokens have the highest mean log-probability. "
-        "Not in a stream.",
+        description="Generate this number of answers and return the n with the highest mean log-probability per "
+        "token. Not in a stream.",
     )
 
     @model_validator(mode="after")
@@ -54,7 +54,7 @@ class CompletionRequest(GenerationRequest):
         if self.best_of is not None and self.best_of < self.n:
             raise invalid("best_of", f"it is {self.best_of} but n is {self.n}; it must be at least n")
         if self.best_of is not None and self.best_of > self.n and self.stream:
-            raise invalid("best_of", "in a stream it must equal n: the best answers are known at the end")
+            raise invalid("best_of", "in a stream it must equal n, because the best answers are known only at the end")
         return self
 
     @property
@@ -74,14 +74,14 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def reported_logprobs(self) -> int | None:
-        """How many of the most probable tokens to report beside each; None reports no tokens."""
+        """Number of most probable tokens to report with each token; None reports no tokens."""
         return self.logprobs
 
 
 class CompletionLogprobs(Struct, frozen=True):
     r"""A completion's tokens: lists of one entry for each, natural log-probabilities under the network's own logits.
 
-    A token's text is "bytes:\xe2" where its bytes are no whole characters.  The first token of a prompt has no
+    A token's text is "bytes:\xe2" if its bytes are not whole characters.  The first token of a prompt has no
     log-probability, and so null in both lists.  `text_offset` counts characters from the beginning of the answer.
     """
 

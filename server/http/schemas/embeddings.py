@@ -18,23 +18,25 @@ class EmbeddingRequest(PoolingRequest):
     refused = REFUSED_IN_EMBEDDINGS
 
     encoding_format: Literal["float", "base64"] = Field(
-        "float", description="Numbers, or the base64 of little-endian float32 numbers."
+        "float", description="A list of numbers, or little-endian float32 numbers in base64."
     )
     dimensions: int | None = Field(
         None,
         ge=1,
-        description="The model's hidden size or nothing: a part of a final hidden state stands for nothing.",
+        description="Only the model's hidden size is allowed: embeddings cannot be shortened.",
     )
     pooling: Literal["last", "mean"] = Field(
         "last", description="Whether an embedding is the final hidden state of the last token, or the mean of all."
     )
-    normalize: bool = Field(True, description="Scale each embedding to length 1; false leaves it as the model made it.")
+    normalize: bool = Field(
+        True, description="Scale each embedding to length 1; false returns it as the model computed it."
+    )
     use_activation: bool | None = Field(None, description="vLLM's name for normalize.")
 
     @model_validator(mode="after")
     def _one_wish(self) -> Self:
         if "normalize" in self.model_fields_set and self.use_activation not in (None, self.normalize):
-            raise invalid("use_activation", "it is another name for normalize, which says otherwise")
+            raise invalid("use_activation", "it is another name for normalize, which has a different value")
         return self
 
     @property

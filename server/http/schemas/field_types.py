@@ -33,7 +33,7 @@ def _prompts(value: object) -> list[str | list[int]]:
 def _logit_bias(value: object) -> dict[int, float]:
     """Token ids, which JSON can only write as strings, with their biases."""
     if not isinstance(value, dict):
-        raise ValueError('it must be an object like {"71013": -100}, of token ids and biases')
+        raise ValueError('it must be an object of token ids and biases, like {"71013": -100}')
     if len(value) > MAX_BIASED_TOKENS:
         raise ValueError(f"it has {len(value)} tokens; at most {MAX_BIASED_TOKENS} may have a bias")
     biases: dict[int, float] = {}
@@ -69,8 +69,8 @@ CacheSalt = Annotated[
     Field(
         min_length=1,
         max_length=MAX_SALT_LENGTH,
-        description="Share cached prefixes only with requests of the same salt, so that other clients cannot tell from "
-        "the time what was asked. Each API key has a salt of its own already.",
+        description="Share cached prefixes only with requests that have the same salt, so that other clients cannot "
+        "infer prompts from response times. Each API key already has its own salt.",
     ),
 ]
 """A field of vLLM's."""

@@ -24,18 +24,20 @@ class JsonSchemaFormat(RequestObject):
     """A JSON Schema, with a name that means nothing to the model."""
 
     name: str = Field(pattern=NAME_PATTERN)
-    description: str | None = Field(None, description="For people; the model does not see it.")
+    description: str | None = Field(None, description="For readers; the model does not see it.")
     definition: dict[str, Any] = Field(
-        alias="schema", description="Answers that end are valid under it, with their properties in its order."
+        alias="schema", description="Complete answers match it, with properties in the schema's order."
     )
-    strict: bool = Field(True, description="The schema is followed exactly in either case.")
+    strict: bool = Field(True, description="No effect: the schema is always enforced exactly.")
 
 
 class ResponseFormat(RequestObject):
     """What an answer must look like, in OpenAI's words."""
 
     type: Literal["text", "json_object", "json_schema"] = Field(description='"text" is any text.')
-    json_schema: JsonSchemaFormat | None = Field(None, description='With the type "json_schema", and only then.')
+    json_schema: JsonSchemaFormat | None = Field(
+        None, description='Required with the type "json_schema", and only allowed with it.'
+    )
 
     @model_validator(mode="after")
     def _schema_where_it_belongs(self) -> Self:
@@ -86,8 +88,8 @@ class StructuredOutputs(RequestObject):
     json_object: Literal[True] | None = Field(None, description="The answer is any JSON object.")
     disable_additional_properties: bool | None = Field(
         None,
-        description="Whether objects whose JSON Schema lists properties have no others, where the schema does not say. "
-        "Default: true, unless the server is started with --additional-properties.",
+        description="Whether objects may have only the properties that their JSON Schema lists, if the schema does "
+        "not set additionalProperties. Default: true, unless the server is started with --additional-properties.",
     )
 
     @model_validator(mode="after")

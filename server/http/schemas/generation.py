@@ -26,7 +26,7 @@ class StreamOptions(RequestObject):
 
     refused = REFUSED_STREAM_OPTIONS
 
-    include_usage: bool = Field(False, description="Send a last chunk with the usage and no choices.")
+    include_usage: bool = Field(False, description="Send a final chunk with the usage and no choices.")
     continuous_usage_stats: bool = Field(False, description="Add the usage so far to each chunk.")
 
 
@@ -45,40 +45,45 @@ class GenerationRequest(TruncatingRequest):
     refused = REFUSED
     without_effect = WITHOUT_EFFECT
 
-    model: str | None = Field(None, description="The served model's name, which is also the default.")
+    model: str | None = Field(None, description="The served model's name. Default: that name.")
     temperature: float = Field(1.0, ge=0, le=2, description="0 takes the most probable token.")
     top_p: float = Field(
         1.0,
         ge=0,
         le=1,
-        description="Draw from the most probable tokens of this total share; 0 takes the most probable one.",
+        description="Sample from the most probable tokens with this total probability; 0 takes the most probable one.",
     )
-    top_k: int = Field(0, ge=-1, description="Draw from this many most probable tokens; 0 or -1: from all.")
-    min_p: float = Field(0.0, ge=0, le=1, description="Drop tokens below this share of the best one's probability.")
-    seed: int | None = Field(None, description="The same seed, prompt and parameters draw the same tokens.")
+    top_k: int = Field(0, ge=-1, description="Sample from this number of most probable tokens; 0 or -1 means all.")
+    min_p: float = Field(
+        0.0, ge=0, le=1, description="Drop tokens less probable than this share of the most probable one."
+    )
+    seed: int | None = Field(None, description="The same seed, prompt and parameters give the same tokens.")
     stop: StopStrings = Field(
         default=[],
-        description="Strings that end the answer and are not part of it. Ignored inside JSON, choices and calls that "
-        "are enforced.",
+        description="Strings that end the answer and are not part of it. Ignored inside enforced JSON, choices and "
+        "calls.",
     )
     stop_token_ids: StopTokens = Field(
         default=[],
-        description="Tokens that end the answer and are not part of its text, with ignore_eos too. Ignored where JSON, "
-        "choices or calls are enforced.",
+        description="Tokens that end the answer and are not part of its text, even with ignore_eos. Ignored inside "
+        "enforced JSON, choices and calls.",
     )
     ignore_eos: bool = Field(
         False,
-        description="Go on past the answer's own end: end-of-text, and in chat the next human turn. Ignored where the "
+        description="Continue past the answer's end: end-of-text, and in chat the next human turn. Ignored if the "
         "answer follows a grammar.",
     )
     presence_penalty: float = Field(
-        0.0, ge=-2, le=2, description="Taken off the logit of each token that is in the answer already."
+        0.0, ge=-2, le=2, description="Subtracted from the logit of each token that is already in the answer."
     )
     frequency_penalty: float = Field(
-        0.0, ge=-2, le=2, description="Taken off a token's logit for each time that it is in the answer already."
+        0.0,
+        ge=-2,
+        le=2,
+        description="Subtracted from a token's logit once for each time that the answer already contains it.",
     )
     repetition_penalty: float = Field(
-        1.0, gt=0, le=10, description="Divides the positive, multiplies the negative logits of tokens seen before."
+        1.0, gt=0, le=10, description="Divides positive logits of tokens seen before, and multiplies negative ones."
     )
     logit_bias: LogitBias = Field(
         default={}, description="Added to the logits of these token ids, before the penalties."
@@ -86,26 +91,26 @@ class GenerationRequest(TruncatingRequest):
     min_tokens: int = Field(
         0,
         ge=0,
-        description="The answer has at least this many tokens. Ignored where it follows a grammar; calls end it too.",
+        description="Minimum number of tokens in the answer. Ignored if it follows a grammar; calls end it too.",
     )
     response_format: ResponseFormat | None = Field(
-        None, description='What an answer must look like. One whose finish_reason is not "length" does.'
+        None, description='The required form of the answer. Every answer has it unless its finish_reason is "length".'
     )
     structured_outputs: StructuredOutputs | None = Field(
-        None, description="The same in other words; together with response_format only where that is any text."
+        None, description="Another way to set the form of the answer; with response_format only if that is any text."
     )
-    n: int = Field(1, ge=1, le=MAX_SAMPLES, description="Answers to each prompt.")
+    n: int = Field(1, ge=1, le=MAX_SAMPLES, description="Number of answers to each prompt.")
     priority: int = Field(
         0,
         ge=-(2**31),
         lt=2**31,
-        description="Requests of a lower one go first, and are the last to be put off. Below 0 only as far as the "
-        "server allows.",
+        description="Requests with lower numbers run first and are preempted last. The server limits how far below 0 "
+        "it may be.",
     )
-    stream: bool = Field(False, description="Send the answer in pieces, as server-sent events.")
-    stream_options: StreamOptions | None = Field(None, description="Only with stream.")
+    stream: bool = Field(False, description="Stream the answer as server-sent events.")
+    stream_options: StreamOptions | None = Field(None, description="Only allowed with stream.")
     return_token_ids: bool = Field(False, description="Add the token ids of prompts and answers.")
-    max_tokens: int | None = Field(None, ge=0, description="At most this many new tokens.")
+    max_tokens: int | None = Field(None, ge=0, description="Maximum number of new tokens.")
     cache_salt: CacheSalt = None
 
     @field_validator("stream_options")
@@ -125,7 +130,7 @@ class GenerationRequest(TruncatingRequest):
     @model_validator(mode="after")
     def _one_grammar(self) -> Self:
         if self.format_constraint is not None and self.structured_outputs is not None:
-            raise invalid("structured_outputs", "response_format already says what the answer must look like")
+            raise invalid("structured_outputs", "response_format already sets the form of the answer")
         return self
 
     @property
@@ -155,7 +160,7 @@ class GenerationRequest(TruncatingRequest):
 
     @property
     def reported_logprobs(self) -> int | None:
-        """How many of the most probable tokens to report beside each; None reports no tokens."""
+        """Number of most probable tokens to report with each token; None reports no tokens."""
         return None
 
     @property

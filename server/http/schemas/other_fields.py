@@ -9,7 +9,7 @@ from persimmon.server.http.schemas.request_object import Refusal, Refused, Witho
 
 _NO_REASONING = "the model does not reason before it answers"
 _TEXT_ONLY = "the model reads and writes text only"
-_NO_TRANSFER = "the KV cache is not shared between servers"
+_NO_TRANSFER = "servers do not share their KV caches"
 _STRUCTURED_OUTPUTS = "vLLM replaced it in version 0.12"
 
 WITHOUT_EFFECT: WithoutEffect = {
@@ -20,7 +20,7 @@ WITHOUT_EFFECT: WithoutEffect = {
     "return_mm_kwargs": _TEXT_ONLY,
     "safety_identifier": "it names the end user",
     "session_id": "requests of a conversation share cached prefixes without it",
-    "spaces_between_special_tokens": "special tokens are no part of an answer's text",
+    "spaces_between_special_tokens": "an answer's text never contains special tokens",
     "store": "nothing is stored",
     "thinking_token_budget": _NO_REASONING,
     "user": "it names the end user",
@@ -29,15 +29,15 @@ WITHOUT_EFFECT: WithoutEffect = {
 
 WITHOUT_EFFECT_IN_CHAT: WithoutEffect = {
     **WITHOUT_EFFECT,
-    "add_special_tokens": "the chat format has its own",
+    "add_special_tokens": "the chat format sets them",
     "include_reasoning": _NO_REASONING,
-    "prediction": "it only speeds answers up",
+    "prediction": "it only affects speed",
     "reasoning_effort": _NO_REASONING,
     "verbosity": "the model has not been trained to vary it",
 }
 
 WITHOUT_EFFECT_IN_MESSAGES: WithoutEffect = {
-    "annotations": "they are about an answer's text",
+    "annotations": "they annotate an answer's text",
     "cache_control": "the prefix cache needs no hints",
     "parsed": "OpenAI's client makes it from the content",
     "provider_specific_fields": "LiteLLM adds it to answers",
@@ -48,7 +48,7 @@ WITHOUT_EFFECT_IN_MESSAGES: WithoutEffect = {
 }
 
 WITHOUT_EFFECT_IN_PARTS: WithoutEffect = {
-    "annotations": "they are about an answer's text",
+    "annotations": "they annotate an answer's text",
     "cache_control": "the prefix cache needs no hints",
     "prompt_cache_breakpoint": "the prefix cache needs no hints",
 }
@@ -65,7 +65,7 @@ WITHOUT_EFFECT_IN_POOLING: WithoutEffect = {"user": "it names the end user"}
 
 REFUSED: Refused = {
     "allowed_token_ids": Refusal(
-        "it is not implemented", instead="use structured_outputs, or logit_bias of -100 for what must not come"
+        "it is not implemented", instead="use structured_outputs, or a logit_bias of -100 for forbidden tokens"
     ),
     "bad_words": Refusal("it is not implemented", ([],), "give their token ids a logit_bias of -100"),
     "ec_transfer_params": Refusal("the model has no encoder"),
@@ -79,7 +79,7 @@ REFUSED: Refused = {
     "include_stop_str_in_output": Refusal("answers end before a stop string", (False,)),
     "kv_transfer_params": Refusal(_NO_TRANSFER),
     "length_penalty": Refusal("it belongs to beam search, which is not implemented", (1,)),
-    "logprob_token_ids": Refusal("it is not implemented", instead="use logprobs with the most probable tokens"),
+    "logprob_token_ids": Refusal("it is not implemented", instead="use logprobs, which gives the most probable tokens"),
     "media_io_kwargs": Refusal(_TEXT_ONLY, ({},)),
     "mm_payload": Refusal(_TEXT_ONLY),
     "mm_processor_kwargs": Refusal(_TEXT_ONLY, ({},)),
@@ -91,9 +91,9 @@ REFUSED: Refused = {
     "return_tokens_as_token_ids": Refusal("it is not implemented", (False,), "use return_token_ids"),
     "routed_experts_prompt_start": Refusal("the model has no experts", (0,)),
     "skip_special_tokens": Refusal(
-        "special tokens are no part of an answer's text", (True,), "use return_token_ids and /detokenize"
+        "an answer's text never contains special tokens", (True,), "use return_token_ids and /detokenize"
     ),
-    "stream_interval": Refusal("chunks are sent as soon as tokens come", (1,)),
+    "stream_interval": Refusal("chunks are sent as soon as tokens are generated", (1,)),
     "use_beam_search": Refusal("it is not implemented", (False,), "use best_of of completions"),
     "vllm_xargs": Refusal("they are for extensions of vLLM", ({},)),
     "watermarking": Refusal("it is not implemented", (False,)),
@@ -111,12 +111,14 @@ REFUSED_IN_CHAT: Refused = {
     "add_generation_prompt": Refusal("the answer is a new turn of the assistant", (True,), "use completions"),
     "audio": Refusal(_TEXT_ONLY),
     "best_of": Refusal("it is not implemented for chat", (1,), "use completions"),
-    "chat_template": Refusal("the server uses the checkpoint's", instead="use completions with a rendered prompt"),
+    "chat_template": Refusal(
+        "the server uses the checkpoint's template", instead="use completions with a rendered prompt"
+    ),
     "continue_final_message": Refusal(
         "the answer is a new turn of the assistant", (False,), "use completions with the conversation as its prompt"
     ),
-    "documents": Refusal("the chat format has no place for them", ([],), "put them into a message"),
-    "echo": Refusal("an answer is a message of its own", (False,)),
+    "documents": Refusal("the chat format has no place for them", ([],), "include them in a message"),
+    "echo": Refusal("an answer is always a new message", (False,)),
     "function_call": Refusal("OpenAI replaced it", ("none", "auto"), "use tool_choice"),
     "functions": Refusal("OpenAI replaced it", ([],), "use tools"),
     "modalities": Refusal(_TEXT_ONLY, (["text"],)),
@@ -141,7 +143,7 @@ REFUSED_PARTS: Refused = dict.fromkeys(
 )
 """Types of content parts."""
 
-REFUSED_IN_TOOLS: Refused = {"defer_loading": Refusal("the model is shown every tool", (False,))}
+REFUSED_IN_TOOLS: Refused = {"defer_loading": Refusal("the model sees every tool", (False,))}
 
 REFUSED_IN_TOKENIZE: Refused = {
     name: REFUSED_IN_CHAT[name]
@@ -156,8 +158,8 @@ REFUSED_IN_TOKENIZE: Refused = {
 
 REFUSED_IN_POOLING: Refused = {
     "mm_processor_kwargs": REFUSED["mm_processor_kwargs"],
-    "padding": Refusal("inputs are computed at their own length", ("do_not_pad",)),
-    "priority": Refusal("inputs of embeddings and classification have none", (0,)),
+    "padding": Refusal("inputs are not padded", ("do_not_pad",)),
+    "priority": Refusal("inputs of embeddings and classification have no such tokens", (0,)),
     "request_id": REFUSED["request_id"],
 }
 """Of embeddings and classification."""

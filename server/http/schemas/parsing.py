@@ -4,8 +4,8 @@ Knows pydantic's errors and no field by name.
 """
 
 import re
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 from pydantic import BaseModel, ValidationError
@@ -41,7 +41,7 @@ def _check_size(body: bytes) -> None:
     for count, most, what in ((_objects, MAX_OBJECTS, "objects and lists"), (_values, MAX_VALUES, "values")):
         if count(body) <= most:
             continue
-        # Most of them may stand in texts, such as prompts of code.  Without texts, what is left tells.
+        # Most of them may be inside strings, such as prompts of code, so count again without strings.
         if _strings(body) > MAX_VALUES or count(_STRING.sub(b"", body)) > most:
             raise bad_request(f"The body has more than {most:,} JSON {what}; send less at a time.", None)
 
@@ -80,11 +80,21 @@ def _bad_request(error: ErrorDetails) -> ApiError:
             return bad_request(f"Invalid request: {context['error']}.", None)
         case "value_error":
             return bad_request(f"Invalid '{path}': {context['error']}.", path)
+        case "too_short":
+            return bad_request(f"Invalid '{path}': {_items('at least', context['min_length'], context)}.", path)
+        case "too_long":
+            return bad_request(f"Invalid '{path}': {_items('at most', context['max_length'], context)}.", path)
         case _:
             requirement, quotation = error["msg"][0].lower() + error["msg"][1:], _quotation(error["input"])
             # A text may be a prompt, sent in the wrong place.
             private = quotation if isinstance(error["input"], str) else ""
             return bad_request(f"Invalid '{path}': {requirement}{quotation}.", path, quotation=private)
+
+
+def _items(bound: str, limit: int, context: Mapping[str, Any]) -> str:
+    """What a list's length has to be, and is."""
+    found = "more" if context["actual_length"] is None else context["actual_length"]
+    return f"expected {bound} {limit} {'item' if limit == 1 else 'items'}, not {found}"
 
 
 def _remedy(refusal: Refusal) -> str:

@@ -19,10 +19,10 @@ class PoolingRequest(TruncatingRequest):
     refused = REFUSED_IN_POOLING
     without_effect = WITHOUT_EFFECT_IN_POOLING
 
-    model: str | None = Field(None, description="The served model's name, which is also the default.")
+    model: str | None = Field(None, description="The served model's name. Default: that name.")
     input: Prompts = Field(description="One or more texts, or lists of token ids.")
     add_special_tokens: bool = Field(
-        True, description="Begin texts with the beginning-of-sequence token where completions do; false never does."
+        True, description="Begin texts with the beginning-of-sequence token if completions do; false never adds it."
     )
     cache_salt: CacheSalt = None
 

@@ -26,7 +26,7 @@ class Version(Struct, frozen=True):
 class Model(Struct, frozen=True, tag_field="object", tag="model"):
     """A model that the server serves.
 
-    `task` says what it is for, beside embeddings: "generate", "classify" or "token_classify".  The labels are a
+    `task` is its use, in addition to embeddings: "generate", "classify" or "token_classify".  The labels are a
     classifier's, in the order of its probabilities.
     """
 

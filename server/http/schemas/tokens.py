@@ -18,19 +18,19 @@ class TokenizeRequest(RequestObject):
 
     refused = REFUSED_IN_TOKENIZE
 
-    model: str | None = Field(None, description="The served model's name, which is also the default.")
+    model: str | None = Field(None, description="The served model's name. Default: that name.")
     prompt: str | None = Field(None, description="A text.")
-    messages: Messages = Field(default=[], description="A conversation, in place of prompt.")
+    messages: Messages = Field(default=[], description="A conversation, instead of prompt.")
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), FailFast()] = Field(
         default=[], description="Functions that the model may call in it; only with messages."
     )
     chat_template_kwargs: ChatTemplateOptions = None
     add_special_tokens: bool = Field(
         True,
-        description="Begin a prompt with the beginning-of-sequence token where completions do; false never does. "
-        "The chat format has its own.",
+        description="Begin a prompt with the beginning-of-sequence token if completions do; false never adds it. The "
+        "chat format adds its own.",
     )
-    return_token_strs: bool = Field(False, description="Add each token's piece of the vocabulary.")
+    return_token_strs: bool = Field(False, description="Add the text of each token in the vocabulary.")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -46,7 +46,7 @@ class TokenizeRequest(RequestObject):
 class DetokenizeRequest(RequestObject):
     """The body of POST /detokenize."""
 
-    model: str | None = Field(None, description="The served model's name, which is also the default.")
+    model: str | None = Field(None, description="The served model's name. Default: that name.")
     tokens: TokenIds = Field(description="Token ids.")
 
 

@@ -1,6 +1,6 @@
 """The fields about tools, under OpenAI's names: which functions there are, which must be called, which were.
 
-Knows what is well-formed; nothing of how a model is told of functions.
+Knows what is well-formed; nothing about how functions are described to the model.
 """
 
 from dataclasses import dataclass
@@ -27,11 +27,15 @@ class FunctionDefinition(RequestObject):
     without_effect = WITHOUT_EFFECT_IN_TOOLS
 
     name: str = Field(pattern=NAME_PATTERN)
-    description: str | None = Field(None, description="What it is good for; the model reads this.")
+    description: str | None = Field(None, description="What the function does; the model reads this.")
     parameters: dict[str, Any] | None = Field(
-        None, description="A JSON Schema of the arguments, which are an object. Without it there are none."
+        None,
+        description="A JSON Schema of the arguments, which are an object. Without it the function has no arguments.",
     )
-    strict: bool = Field(False, description="Whether calls always follow the parameters, as forced ones do.")
+    strict: bool = Field(
+        False,
+        description="Whether calls the model chooses to make must match the parameters too, as forced calls always do.",
+    )
 
     @field_validator("parameters")
     @classmethod
@@ -162,8 +166,8 @@ class CalledFunction(RequestObject):
     """Which function was called, and with what."""
 
     name: str = Field(pattern=NAME_PATTERN)
-    arguments: str = Field(description="A JSON object, as the answer had it.")
-    parsed_arguments: Any = Field(None, description="What OpenAI's client makes of them; not read.")
+    arguments: str = Field(description="The arguments as a JSON object, unchanged from the answer.")
+    parsed_arguments: Any = Field(None, description="Added by OpenAI's client; ignored.")
 
 
 class MessageToolCall(RequestObject):
@@ -171,7 +175,7 @@ class MessageToolCall(RequestObject):
 
     without_effect = WITHOUT_EFFECT_IN_CALLS
 
-    index: int | None = Field(None, description="As a stream has it; the call's place in the list is what counts.")
+    index: int | None = Field(None, description="Its index in a stream; ignored, because the order of the list counts.")
     id: str = Field(min_length=1)
     type: Literal["function"] = "function"
     function: CalledFunction

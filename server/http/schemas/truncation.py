@@ -20,13 +20,13 @@ class TruncatingRequest(RequestObject):
     truncate_prompt_tokens: int | None = Field(
         None,
         ge=-1,
-        description="Keep this many tokens of each prompt; -1 keeps as many as the model reads, less max_tokens (or "
-        "one token, where it is not given). Default: a prompt that is too long is an error.",
+        description="Truncate each prompt to this number of tokens; -1 keeps as many as fit next to max_tokens (or "
+        "one token, if that is not given). Default: a prompt that is too long is an error.",
     )
     truncation_side: Side | None = Field(
         None,
-        description="Where tokens are cut off: left keeps the last ones, right the first ones. Default: left, after "
-        "the beginning-of-sequence token of a text; of embeddings and classification right.",
+        description="Which side to truncate: left keeps the last tokens, right the first ones. Default: left, after a "
+        "text's beginning-of-sequence token; for embeddings and classification right.",
     )
 
     def shortened(self, token_ids: list[int], most: int, default: Side, begin: int = 0) -> list[int]:

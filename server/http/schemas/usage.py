@@ -15,7 +15,7 @@ class PromptTokensDetails(Struct, frozen=True):
 
 
 class CompletionTokensDetails(Struct, frozen=True):
-    """What the answers' tokens are, beside text: nothing.  Clients of models that reason read it unasked."""
+    """Tokens of an answer other than text: none. Clients of reasoning models always read this field."""
 
     reasoning_tokens: int = 0
     audio_tokens: int = 0

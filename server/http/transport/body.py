@@ -54,8 +54,8 @@ class BodyReader:
 
         Raises:
             ApiError: a 415 for one that is not JSON or is packed in an unknown way; a 413 for one that is too long, or
-                a 429 where there is no room for it now, both before the rest of it is read; a 408 for one that does not
-                come; a 400 for one that is not packed as it says.
+                a 429 if the server has no room for it now, both before the rest of it is read; a 408 for one that does
+                not come; a 400 for one that is not packed as it says.
             ClientDisconnect: the client went away.
         """
         check_is_json(request.headers)
@@ -91,8 +91,8 @@ class BodyReader:
         except TimeoutError:
             raise ApiError(
                 HTTPStatus.REQUEST_TIMEOUT,
-                f"The body did not come in time: {received} bytes in {loop.time() - started:.0f} s. Expected "
-                f"{MIN_BYTES_PER_SECOND} bytes a second, and no pause longer than {self._max_pause:g} s.",
+                f"The body arrived too slowly: {received} bytes in {loop.time() - started:.0f} s. Expected at least "
+                f"{MIN_BYTES_PER_SECOND} bytes per second and no pause longer than {self._max_pause:g} s.",
                 code="request_timeout",
                 headers={"Connection": "close"},
             ) from None
@@ -126,7 +126,7 @@ class BodyReader:
         )
 
     def _no_room(self) -> ApiError:
-        return overloaded("The server is receiving as many long bodies as it has memory for", _RETRY_SECONDS)
+        return overloaded("The server has no memory for another long body", _RETRY_SECONDS)
 
 
 def _counted(length: int) -> int:

@@ -300,14 +300,14 @@ class Connection(asyncio.Protocol):
             error=error.body.error.message,
             client=client[0] if client else None,
         )
-        logger.debug("refused before it was a request", extra=fields)
+        logger.debug("rejected before it could be parsed", extra=fields)
         self._finish(rest_expected=True)
 
     def _finish(self, *, rest_expected: bool = False) -> None:
         """Ends the connection.
 
-        Closed while there are bytes to read, it would be reset, and the client might lose what it was told.  So what
-        still comes is thrown away first, for a time.
+        Closed while there are bytes to read, it would be reset, and the client might lose the answer.  So what still
+        comes is thrown away first, for a time.
         """
         self._deaf = True
         if not rest_expected and self._incoming is None:
@@ -336,7 +336,7 @@ class Connection(asyncio.Protocol):
         """The last request that came."""
         last = self._waiting[-1] if self._waiting else self._current
         if last is None:
-            raise RuntimeError("no request has come")
+            raise RuntimeError("no request received")
         return last
 
     @property

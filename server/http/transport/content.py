@@ -95,4 +95,6 @@ class Gunzip:
 
 
 def _not_gzip(reason: str) -> ApiError:
-    return bad_request(f"The body is not gzip, as its Content-Encoding says: {reason}.", None, "invalid_encoding")
+    return bad_request(
+        f"The Content-Encoding is gzip, but the body is not valid gzip: {reason}.", None, "invalid_encoding"
+    )

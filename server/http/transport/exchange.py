@@ -183,7 +183,7 @@ class Exchange:
             raise
         except Exception:
             # The application answers every error that it can; what comes here is a fault of its outermost layer.
-            logger.exception("an answer broke off")
+            logger.exception("an answer ended early")
             self._wire.break_off()
         else:
             if not self.complete and not self.disconnected:

@@ -35,16 +35,16 @@ class WorkerPlace:
     vitals: Path | None = None
 
     def socket(self, index: int) -> Path:
-        """The unix socket on which a worker tells its snapshot."""
+        """The unix socket on which a worker serves its snapshot."""
         return self.folder / f"api-{index}"
 
 
 class Siblings:
     """Gathers a snapshot of each API worker, for answers that must not depend on who gives them.
 
-    A worker writes its snapshot to whoever connects.  So counting costs nothing but when somebody asks, and nothing is
-    lost or counted twice.  The alternative, prometheus_client's files in shared memory, makes each observation three
-    times as slow, and one is made for every token.
+    A worker writes its snapshot to every process that connects. So counting costs nothing except on request, and
+    nothing is lost or counted twice.  The alternative, prometheus_client's files in shared memory, makes each
+    observation three times as slow, and one is made for every token.
 
     Args:
         place: this worker's.
@@ -92,7 +92,7 @@ class Siblings:
         except (OSError, TimeoutError):
             raise ApiError(
                 HTTPStatus.SERVICE_UNAVAILABLE,
-                f"API worker {index} of {self._place.count} does not tell its metrics; please try again.",
+                f"API worker {index} of {self._place.count} did not send its metrics; please try again.",
                 type="server_error",
                 code="metrics_incomplete",
             ) from None

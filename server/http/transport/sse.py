@@ -22,7 +22,7 @@ DONE = b"data: [DONE]\n\n"
 """The last event of a stream that ended well."""
 
 PING = b": ping\n\n"
-"""A comment, which clients skip: it tells proxies that a quiet stream lives."""
+"""A comment, which clients skip: it shows proxies that a quiet stream is alive."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -56,7 +56,7 @@ class EventStream(Response, Generic[_Chunk]):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Writes the stream until it ends or the client goes away."""
         start: Message = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-        with contextlib.suppress(ClientDisconnect):  # nobody is left to be told
+        with contextlib.suppress(ClientDisconnect):  # the client is gone
             await until_disconnect(receive, self._write(_Wire(send, start), scope))
 
     async def _write(self, wire: "_Wire", scope: Scope) -> None:
@@ -109,7 +109,7 @@ class _Wire:
 
     @contextlib.contextmanager
     def pinged(self, interval: float) -> Iterator[None]:
-        """Sends a ping whenever nothing has been written for so many seconds, for the length of a block."""
+        """Sends a ping whenever nothing has been written for `interval` seconds, for the duration of a block."""
         self._written = self._loop.time()
         if interval:
             self._pings = True

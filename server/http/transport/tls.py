@@ -131,7 +131,7 @@ class TlsListener:
             try:
                 client, _ = await self._loop.sock_accept(self._listener)
             except OSError as error:
-                logger.error("a connection cannot be accepted: %s", error.strerror or error)
+                logger.error("cannot accept a connection: %s", error.strerror or error)
                 await asyncio.sleep(_ACCEPT_AGAIN_SECONDS)
                 continue
             task = self._loop.create_task(self._secure(client))
@@ -180,7 +180,7 @@ class _PlainRefusal(asyncio.Protocol):
         """Called when it has connected."""
         error = ApiError(
             HTTPStatus.BAD_REQUEST,
-            "This port speaks HTTPS, and the request came in plain HTTP. Use https:// in the address.",
+            "This port speaks HTTPS, but the request was sent in plain HTTP. Use https:// in the address.",
             code="https_required",
         )
         transport.write(refusal(error))

@@ -27,7 +27,7 @@ FINAL_ERROR_SECONDS = 2
 class HttpServer(uvicorn.Server):
     """Serves an application; `serve` runs until `should_exit` is set.
 
-    Signals are left alone: uvicorn would raise SIGTERM again at the end, and a drained worker has ended well.
+    Signals are not handled: uvicorn would raise SIGTERM again at the end, and a drained worker has ended well.
 
     Args:
         app: the application.

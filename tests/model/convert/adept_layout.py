@@ -21,7 +21,7 @@ WEIGHTS = "model_optim_rng.pt"
 
 
 def settings(config: PersimmonConfig, ranks: int, **changes: Any) -> argparse.Namespace:
-    """Megatron's arguments, as far as the network follows from them; and one of a class that nobody else has."""
+    """Megatron's arguments, those that determine the network; and one of a class that exists nowhere else."""
     values = {
         "num_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
@@ -126,7 +126,7 @@ def make_release(
 
 
 def as_tar(folder: Path, mode: str = "w") -> Path:
-    """The folder in a tar beside it."""
+    """The folder in a tar next to it."""
     path = folder.with_suffix(".tar")
     with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
         archive.add(folder, arcname=folder.name)

@@ -224,9 +224,9 @@ def change_shape(contents: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (set_norm, r"self_attn\.q_layernorm\.bias is not what it is in the first rank"),
-        (set_row_parallel_bias, r"dense_4h_to_h\.bias is not what it is in the first rank"),
-        (drop_tensor, r"dense_h_to_4h\.bias is not in both"),
+        (set_norm, r"self_attn\.q_layernorm\.bias differs from the first rank's"),
+        (set_row_parallel_bias, r"dense_4h_to_h\.bias differs from the first rank's"),
+        (drop_tensor, r"dense_h_to_4h\.bias is missing either here or in the first rank"),
         (change_shape, r"dense_h_to_4h\.bias is \[7\]"),
     ],
 )
@@ -267,7 +267,7 @@ def no_model(contents: Any) -> None:
         (drop_embedding, r"model\.embed_tokens\.weight.* is missing"),
         (drop_layer, r"model\.layers\.0\..* is missing"),
         (drop_tensor, r"model\.layers\.1\.mlp\.dense_h_to_4h\.bias is missing"),
-        (not_a_tensor, r"layers\.0\.extra is a str, needed is a tensor"),
+        (not_a_tensor, r"layers\.0\.extra is a str; expected a tensor"),
         (no_model, r"no tensors under the key 'model'"),
     ],
 )
@@ -354,7 +354,7 @@ def several(release: Path) -> Path:
     ("damage", "named"),
     [
         (pipeline, "pipeline"),
-        (missing_rank, r"ranks only \[1\]"),
+        (missing_rank, r"ranks are missing; found only \[1\]"),
         (no_vocabulary, r"no adept_vocab\.model"),
         (damaged_vocabulary, r"adept_vocab\.model.*not a SentencePiece model"),
         (empty, "mp_rank_00/model_optim_rng.pt"),

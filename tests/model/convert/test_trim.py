@@ -146,8 +146,8 @@ def test_the_tokenizer_stays_as_it_is(original, tmp_path):
 
 def test_what_is_dropped_is_said_with_the_reason(original, tmp_path):
     lines = trim(original, tmp_path / "out")
-    assert f"{original}: 48 of 4,144 token ids are dropped" in lines[0]
-    assert lines[1] == "  48 control pieces, which no text gives: 1 '|0|' to 48 '|47|'"
+    assert f"{original}: dropping 48 of 4,144 token ids saves" in lines[0]
+    assert lines[1] == "  48 control pieces, which no text is tokenized to: 1 '|0|' to 48 '|47|'"
 
 
 def test_ids_beyond_the_tokenizer_go_and_the_others_are_their_rows_so_no_map_is_needed(tmp_path):
@@ -160,7 +160,7 @@ def test_ids_beyond_the_tokenizer_go_and_the_others_are_their_rows_so_no_map_is_
     assert "96 of 4,196" in lines[0]
     assert lines[1:3] == [
         "  100 ids beyond the tokenizer's: 4096 to 4195",
-        "  4 of these stay: rows are dropped 16 at a time",
+        "  4 of these are kept, because rows are dropped 16 at a time",
     ]
     assert not (tmp_path / "out" / VOCABULARY_FILE).exists()
     whole, trimmed = map(PersimmonForCausalLM.from_pretrained, (original, tmp_path / "out"))
@@ -296,7 +296,11 @@ def test_what_is_unused_follows_the_file_that_decides_on_tokens(tmp_path):
     assert Tokenizer.from_folder(tmp_path / "out").encode("<|im_end|>")[-1] == DEMO_VOCAB_SIZE
     content["model"]["vocab"][3000][0] = "other"
     (original / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json decides .* has other pieces than tokenizer\.model"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"tokenized with tokenizer\.json, .* found in tokenizer\.model, and the "
+        r"two have different pieces",
+    ):
         trim(original, tmp_path / "other")
 
 
@@ -312,7 +316,8 @@ def test_user_defined_pieces_stay_unless_they_are_asked_for(tmp_path):
     assert 8 in Tokenizer.from_folder(original).encode("|7|")
     lines = trim(original, tmp_path / "out")
     assert "16 ids beyond the tokenizer's" in lines[1]
-    assert "112 user-defined pieces stay, for a text gives them by spelling them: 1 '|0|' to 112 '1063'" in lines[2]
+    kept = "112 user-defined pieces are kept, because text that spells them is tokenized to them: 1 '|0|' to 112 '1063'"
+    assert kept in lines[2]
     trim(original, tmp_path / "asked", drop_ids=[UNUSED])
     assert map_of(tmp_path / "asked").kept_ids == (range(1), range(49, 4224))
 
@@ -320,12 +325,15 @@ def test_user_defined_pieces_stay_unless_they_are_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("ids", "named"),
     [
-        (range(4144, 4160), "there is no token id 4144; the last one is 4143"),
-        (range(1), "0 '<unk>' cannot be dropped: texts are made of it"),
+        (range(4144, 4160), "token id 4144 does not exist; the last one is 4143"),
+        (range(1), "0 '<unk>' cannot be dropped: texts are tokenized to it"),
         (range(40, 60), "49 '|ENDOFTEXT|' cannot be dropped: the files name it"),
-        (range(51, 52), "51 '<0x01>' cannot be dropped: texts are made of it"),
-        (range(4143, 4144), "4143 'u' cannot be dropped: texts are made of it"),
-        (range(1, 9), "too few are unused, there is nothing to trim; 8 ids as asked for: 1 '|0|' to 8 '|7|'"),
+        (range(51, 52), "51 '<0x01>' cannot be dropped: texts are tokenized to it"),
+        (range(4143, 4144), "4143 'u' cannot be dropped: texts are tokenized to it"),
+        (
+            range(1, 9),
+            "too few of its 4,144 token ids are unused; there is nothing to trim; 8 requested ids: 1 '|0|' to 8 '|7|'",
+        ),
     ],
 )
 def test_ids_that_cannot_go_are_refused_before_anything_is_written(original, ids, named, tmp_path):
@@ -337,20 +345,20 @@ def test_ids_that_cannot_go_are_refused_before_anything_is_written(original, ids
 
 
 def test_a_vocabulary_of_which_all_is_used_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(CheckpointError, match="of its 4,096 token ids none are unused, there is nothing to trim"):
+    with pytest.raises(CheckpointError, match="none of its 4,096 token ids are unused; there is nothing to trim"):
         trim(DEMO, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_without_a_tokenizer_nothing_is_known_to_be_unused(original, tmp_path):
     (original / "tokenizer.model").unlink()
-    with pytest.raises(CheckpointError, match=r"no tokenizer\.model; it is what tells which token ids are used"):
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.model, which is needed to find the unused token ids"):
         trim(original, tmp_path / "out")
 
 
 def test_a_trimmed_checkpoint_is_not_trimmed_again_but_converted_with_its_map(original, tmp_path):
     trim(original, tmp_path / "out")
-    with pytest.raises(CheckpointError, match="trimmed already"):
+    with pytest.raises(CheckpointError, match="already trimmed"):
         trim(tmp_path / "out", tmp_path / "again")
     convert_checkpoint(
         str(tmp_path / "out"),
@@ -406,13 +414,13 @@ def test_trimming_that_was_cut_off_goes_on_with_the_same_ids_alone(original, tmp
 
 def test_a_row_that_was_written_wrongly_is_found(original, tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "_bytes", lambda rows: torch.zeros_like(rows).view(torch.uint8).numpy().data)
-    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight read back is not what was written"):
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight read back differs from what was written"):
         trim(original, tmp_path / "out")
 
 
 @dataclass(frozen=True)
 class Unread:
-    """A tensor that nobody reads."""
+    """A tensor that is never read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.bfloat16
@@ -465,7 +473,7 @@ def test_of_adepts_vocabulary_the_70000_placeholders_go_and_its_placeholder_ends
         origin={"source": "8b"}, config=CONFIG_8B, tensors=tensors, dtype=None, max_shard_bytes=10**9, files=files
     )
     trimmed = trim_vocabulary(conversion, drop_ids, lines.append)
-    assert lines[0] == "8b: 70,000 of 262,144 token ids are dropped, which saves 1.07 GiB"
+    assert lines[0] == "8b: dropping 70,000 of 262,144 token ids saves 1.07 GiB"
     assert trimmed.config.vocab_size == 192144
     assert [tensor.shape for tensor in trimmed.tensors.values()] == [(192144, 4096)] * 2
     assert json.loads(trimmed.files["config.json"]) == {

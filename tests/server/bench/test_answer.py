@@ -17,7 +17,7 @@ def test_chunks_without_text_are_no_arrivals() -> None:
         (sse(text_chunk("a"), {"error": {"message": "died"}}), 200, "died"),
         (sse(text_chunk("a"), "[DONE]"), 200, "no usage"),
         (sse(text_chunk("a"), usage_chunk(4)), 200, r"without \[DONE\]"),
-        (sse(text_chunk("a"), usage_chunk(3), "[DONE]"), 200, "3 tokens instead of the 4"),
+        (sse(text_chunk("a"), usage_chunk(3), "[DONE]"), 200, "3 tokens instead of the requested 4"),
         (sse(usage_chunk(4), "[DONE]"), 200, "no text"),
         (b"data: <html>\n\n", 200, "not a stream of OpenAI's chunks"),
         (sse({"choices": [{}]}, "[DONE]"), 200, "not a stream of OpenAI's chunks"),

@@ -31,11 +31,11 @@ def test_carriage_returns_and_comments_are_no_part_of_an_event() -> None:
 def test_base_urls_are_read() -> None:
     assert Endpoint.from_url("http://127.0.0.1:8000") == Endpoint("127.0.0.1", 8000)
     assert Endpoint.from_url("https://example.org/api/") == Endpoint("example.org", 443, "/api", encrypted=True)
-    with pytest.raises(ValueError, match="no server's URL"):
+    with pytest.raises(ValueError, match="not a server URL"):
         Endpoint.from_url("localhost:8000")
     assert Endpoint.from_url("http://127.0.0.1:8000/v1") == Endpoint("127.0.0.1", 8000)
     assert Endpoint.from_url("http://[::1]:80/api/v1").url == "http://[::1]:80/api"
-    with pytest.raises(ValueError, match="no server's URL"):
+    with pytest.raises(ValueError, match="not a server URL"):
         Endpoint.from_url("http://host:no_port")
 
 

@@ -71,18 +71,18 @@ def test_responses_are_read_as_their_requests_expect() -> None:
     ]
     exchanges.append(Exchange(REQUEST, RequestFailedError("connection failed")))
     kinds = [each.kind if isinstance(each, RequestFailedError) else "" for each in read_exchanges(exchanges)]
-    assert kinds == ["", "", "3 tokens instead of the 4 asked for", "connection failed"]
+    assert kinds == ["", "", "3 tokens instead of the requested 4", "connection failed"]
 
 
 def test_a_late_client_is_said_to_be_late() -> None:
     on_time, late = report(answer(0.1, 0.01), delays=(0.0, 0.002)), report(answer(0.1, 0.01), delays=(0.0, 0.3))
-    assert remarks(on_time) == ["requests were sent 1.0 ms after their time (p50), 2.0 ms (p99)"]
+    assert remarks(on_time) == ["requests were sent 1.0 ms late (p50), 2.0 ms (p99)"]
     assert "cannot keep up" in remarks(late)[1]
 
 
 def test_a_client_that_may_be_the_slow_part_is_said_to_be() -> None:
     busy = replace(report(answer(0.1, 0.01)), client_cpu_s=1.9)
-    assert remarks(busy) == ["this client's one core was 95% busy: the server may be faster than the row says"]
+    assert remarks(busy) == ["this client's only core was 95% busy: the server may be faster than this row shows"]
 
 
 def test_chunks_of_several_tokens_are_remarked_on() -> None:
@@ -93,7 +93,7 @@ def test_chunks_of_several_tokens_are_remarked_on() -> None:
             )
         )
     )
-    assert line.startswith("2.5 tokens to a chunk")
+    assert line.startswith("2.5 tokens per chunk")
     assert "25.0 ms (p50)" in line
 
 

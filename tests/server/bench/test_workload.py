@@ -94,13 +94,13 @@ def test_a_text_becomes_a_message_for_chat(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "endpoint", "reason"),
     [
-        ("{", None, "no JSON"),
+        ("{", None, "not valid JSON"),
         ("[" * 100_000, None, "nested too deeply"),
         ("[]", None, 'either "prompt" or "messages"'),
         ('{"prompt": "a", "messages": []}', None, 'either "prompt" or "messages"'),
-        ('{"prompt": 3}', None, "neither a text nor"),
-        ('{"prompt": []}', None, "neither a text nor"),
-        ('{"messages": []}', None, "no list of messages"),
+        ('{"prompt": 3}', None, "expected a string or a list of token ids"),
+        ('{"prompt": []}', None, "expected a string or a list of token ids"),
+        ('{"messages": []}', None, "expected a list of messages"),
         ('{"prompt": "a", "max_tokens": true}', None, "at least 1"),
         ('{"prompt": [1]}', "chat", "token ids cannot"),
         ('{"messages": [{}]}', "completions", "cannot be sent to --endpoint completions"),

@@ -37,7 +37,7 @@ def next_token(token_ids: Ids[int], sample_index: int = 0) -> int:
 def generate_alone(
     prompt: Ids[int], max_tokens: int, stop_token_ids: Iterable[int] = (), sample_index: int = 0
 ) -> tuple[list[int], str]:
-    """The answer and finish reason of a sequence that shares the machine with nobody."""
+    """The answer and finish reason of a sequence that has the machine to itself."""
     token_ids, stops = list(prompt), set(stop_token_ids)
     for _ in range(max_tokens):
         token_ids.append(next_token(token_ids, sample_index))
@@ -165,7 +165,7 @@ class FakeModel:
 
     def _read(self, part: LaunchedPart, end: int) -> None:
         if all(own.finished for own in part.item.members):
-            return  # nobody looks at what comes of it
+            return  # its results are not used
         token_ids = part.tokens(self._sampled)
         for position in range(end):
             held = self._slots[self._slot(part, position)]
@@ -289,7 +289,7 @@ class Simulation:
         owner: str = "",
         weight: int = 1,
     ) -> Sequence:
-        """A prompt with so many samples, the first of which is returned; the keys of the others follow its own."""
+        """A prompt with `samples` samples, the first of which is returned; the keys of the others follow its own."""
         stops = frozenset(stop_token_ids)
         sampling = SamplingParams(presence_penalty=1.0 if penalized else 0.0)
 
@@ -509,8 +509,8 @@ class Simulation:
             for kind in {(sequence.owner, sequence.priority) for sequence in self.live.values()}:
                 of_it = [own for own in self.live.values() if (own.owner, own.priority) == kind]
                 waits = [own for own in of_it if own in waiting]
-                news = [own for own in started if own in of_it and own not in self._started_before]
-                assert not waits or all(own.rank < waits[0].rank for own in news)
+                new = [own for own in started if own in of_it and own not in self._started_before]
+                assert not waits or all(own.rank < waits[0].rank for own in new)
         self._started_before = started
         self._expected = msgspec.structs.replace(
             self._expected,

@@ -51,7 +51,7 @@ class PoolMachine(RuleBasedStateMachine):
     def create(self, num_blocks: int, block_size: int, prefix_caching: bool, arrivals: list[list[int]]) -> None:
         self.pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching)
         self.free = list(range(num_blocks))
-        """Blocks that nobody holds, the one freed longest ago first."""
+        """Blocks that no sequence holds, the one freed longest ago first."""
         self.found_as: dict[Prefix, int] = {}
         """Which block each prefix that is full and computed is found in, as lookup should see it."""
         self.content: dict[int, Prefix] = {}

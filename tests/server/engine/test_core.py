@@ -70,7 +70,7 @@ class Worker:
 
 
 class House:
-    """An engine whose turns the test takes, with a model that may be told to fail."""
+    """An engine whose turns the test takes, with a model that can be made to fail."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class House:
         self.preparations: dict[int, Future[None]] = {}
         """What sequences with prompts of such lengths wait for."""
         self.fails_after = -1
-        """Sequences with so many output tokens cannot go on."""
+        """Sequences with this number of output tokens cannot continue."""
         ready = Ready(
             max_model_len=max_model_len,
             block_size=4,
@@ -548,7 +548,7 @@ def test_the_other_workers_hear_of_blocks_that_a_gone_one_leaves(reachable_house
     gone.socket.close()
     house.turn_until(house.is_empty)
     while stays.receive().stats.free_blocks != house.scheduler.stats().free_blocks:
-        pass  # news from before
+        pass  # earlier outputs
 
 
 def test_a_worker_that_goes_after_submitting_leaves_nothing(reachable_house: House) -> None:
@@ -611,7 +611,7 @@ def test_a_worker_that_has_not_said_hello_is_not_served(
     assert tokens_of(polite.outputs(), 1) == generate_alone([2], 3)[0]
     assert rude.received() == []
     assert house.is_empty()
-    assert "has not said hello" in caplog.text
+    assert "that is not connected" in caplog.text
 
 
 def test_a_second_hello_keeps_the_sequences(house: House) -> None:
@@ -673,19 +673,19 @@ def test_what_a_step_reports_goes_to_the_sequence_that_asked(house: House) -> No
     house.turn()
     house.finish()
     outputs = worker.outputs()
-    told = {
+    reported = {
         sequence_id: [output for output in outputs if output.sequence_id == sequence_id] for sequence_id in range(1, 5)
     }
-    assert not any(output.logprobs or output.prompt_logprobs or output.pooled for output in told[1])
+    assert not any(output.logprobs or output.prompt_logprobs or output.pooled for output in reported[1])
     for sequence_id in (2, 3):
-        entries = [entry.token_id for output in told[sequence_id] for entry in output.logprobs]
+        entries = [entry.token_id for output in reported[sequence_id] for entry in output.logprobs]
         assert entries == tokens_of(outputs, sequence_id)
-    assert [entry.token_id for output in told[2] for entry in output.prompt_logprobs] == prompt
-    assert not any(output.prompt_logprobs for output in told[3])
+    assert [entry.token_id for output in reported[2] for entry in output.prompt_logprobs] == prompt
+    assert not any(output.prompt_logprobs for output in reported[3])
     # In the order of the prompt, chunk by chunk, and all of it before the end.
-    assert len(told[4]) > 1
-    assert b"".join(output.pooled for output in told[4]) == bytes(prompt)
-    assert [output.finish_reason for output in told[4]] == [None] * (len(told[4]) - 1) + ["length"]
+    assert len(reported[4]) > 1
+    assert b"".join(output.pooled for output in reported[4]) == bytes(prompt)
+    assert [output.finish_reason for output in reported[4]] == [None] * (len(reported[4]) - 1) + ["length"]
     assert tokens_of(outputs, 4) == []
 
 

@@ -82,7 +82,7 @@ def test_what_waits_too_long_to_be_begun_expires_and_what_was_begun_does_not(hou
     house.turn()
     ended = [output for output in worker.outputs() if output.finish_reason is not None]
     assert [(output.sequence_id, output.finish_reason) for output in ended] == [(n, "expired") for n in (3, 4, 5)]
-    assert all(output.error == "The request has waited for 60 s and was not begun." for output in ended)
+    assert all(output.error == "The request waited in the queue for 60 s without being started." for output in ended)
     assert house.scheduler.num_waiting == 0
     assert house.scheduler.num_running == 2
 

@@ -1,4 +1,4 @@
-"""Plans in the model's words: what sequences carry from token to token is theirs alone, whatever runs beside them."""
+"""Plans in the model's words: what sequences carry from token to token is only theirs, whatever runs with them."""
 
 import gc
 import json
@@ -217,7 +217,7 @@ def test_nothing_of_a_sequence_is_kept_after_its_end(
     sequence = constrained(tokenizer, config, 1, GrammarSpec("regex", "a{4}"), forks=2, frequency_penalty=0.1)
     left = [weakref.ref(own) for own in sequence.family]
     harness.run([sequence])
-    harness.told.clear()
+    harness.reports.clear()
     del sequence
     gc.collect()
     assert [reference() for reference in left] == [None] * 3

@@ -18,7 +18,7 @@ REQUESTS = 160
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for, and how long the answer will be, which nobody knows before."""
+    """What is requested, and how long the answer will be, which is not known beforehand."""
 
     prompt_length: int
     max_tokens: int

@@ -1,4 +1,4 @@
-"""The scheduler: whatever comes, in whatever order, everybody finishes with the tokens they would get alone."""
+"""The scheduler: whatever arrives, in any order, every sequence gets the tokens that it would get alone."""
 
 import random
 from dataclasses import replace
@@ -701,7 +701,7 @@ def test_a_key_can_be_used_again_once_its_sequence_has_ended() -> None:
 
 
 class TestOverlap:
-    """A step is planned while the one before it runs, and nobody knows the tokens of that one."""
+    """A step is planned while the one before it runs, and the tokens of that one are not known yet."""
 
     @staticmethod
     def simulation(num_blocks: int = 40) -> Simulation:
@@ -750,7 +750,7 @@ class TestOverlap:
         simulation.step()
         simulation.step()
         assert penalized.finished
-        assert simulation.try_plan() is not None, "with nobody else who depends on it steps overlap again"
+        assert simulation.try_plan() is not None, "steps overlap again when no other sequence depends on it"
         simulation.drain()
 
     def test_nobody_is_preempted_while_a_step_may_write_their_blocks(self) -> None:
@@ -783,7 +783,7 @@ class TestOverlap:
         simulation = self.simulation()
         simulation.add([0, 1], 5)
         simulation.plan()
-        with pytest.raises(ValueError, match="a step is under way"):
+        with pytest.raises(ValueError, match="a step is running"):
             simulation.scheduler.plan()
 
 
@@ -881,7 +881,7 @@ def test_an_idle_scheduler_plans_nothing() -> None:
 
 
 def test_a_budget_below_one_token_per_sequence_is_refused() -> None:
-    with pytest.raises(ValueError, match="a step of 7 tokens cannot advance 8 running sequences"):
+    with pytest.raises(ValueError, match="max_num_batched_tokens is 7, fewer than max_num_seqs, which is 8"):
         Scheduler(BlockPool(8, 4), max_num_seqs=8, max_num_batched_tokens=7, max_model_len=16)
 
 
@@ -902,8 +902,8 @@ def test_one_sequence_can_fill_the_whole_pool() -> None:
     [
         ([], 4, "0 prompt tokens and 4 new ones"),
         ([1], -1, "1 prompt tokens and -1 new ones"),
-        ([1] * 10, 7, "10 prompt tokens and 7 new ones are more than the 16"),
-        ([1] * 17, 1, "17 prompt tokens and 1 new ones are more than the 16"),
+        ([1] * 10, 7, "10 prompt tokens and 7 new ones exceed the maximum length of a sequence, 16"),
+        ([1] * 17, 1, "17 prompt tokens and 1 new ones exceed the maximum length of a sequence, 16"),
     ],
 )
 def test_a_sequence_that_could_never_run_is_refused(prompt: list[int], max_tokens: int, message: str) -> None:

@@ -1,4 +1,4 @@
-"""An engine without a model: a real ROUTER socket that speaks the engine's messages and says what it is told to."""
+"""An engine without a model: a real ROUTER socket that speaks the engine's messages and sends what the test sets."""
 
 import asyncio
 from collections.abc import Callable, Sequence

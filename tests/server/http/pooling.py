@@ -18,7 +18,7 @@ LABELS = ("calm", "glad", "sad")
 
 
 def chunked(sample: Sample, rows: np.ndarray, pieces: int = 2) -> list[SequenceOutput]:
-    """A sequence's rows in so many outputs, as an engine reports them chunk by chunk."""
+    """A sequence's rows in several outputs, as an engine reports them chunk by chunk."""
     *parts, last = [part.astype("<f4").tobytes() for part in np.array_split(rows, pieces)]
     ids = sample.sequence_id
     return [SequenceOutput(ids, [], pooled=part) for part in parts] + [SequenceOutput(ids, [], "length", pooled=last)]
@@ -30,7 +30,7 @@ def gives(rows: Sequence[Sequence[float]] | np.ndarray) -> Script:
 
 
 def states(token_id: int, width: int) -> np.ndarray:
-    """[width] float32 that tells the token, in place of a network's."""
+    """[width] float32 that identifies the token, in place of a network's."""
     return np.random.default_rng(token_id).standard_normal(width).astype(np.float32)
 
 

@@ -66,7 +66,7 @@ class RawClient:
     writer: asyncio.StreamWriter
 
     async def send(self, data: bytes) -> None:
-        """Writes bytes, unless the server has hung up."""
+        """Writes bytes, unless the server has closed the connection."""
         self.writer.write(data)
         with contextlib.suppress(ConnectionError):
             await self.writer.drain()

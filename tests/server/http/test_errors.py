@@ -42,14 +42,14 @@ BAD_REQUESTS: list[tuple[str, dict[str, Any], str, str | None, str | None]] = [
     (
         COMPLETIONS,
         {"prompt": [4096]},
-        "prompt holds the token id 4096, but this model's are 0 to 4095.",
+        "prompt contains the token id 4096; this model's token ids are 0 to 4095.",
         "prompt",
         None,
     ),
     (
         COMPLETIONS,
         {"prompt": [[5], [-1]]},
-        "prompt[1] holds the token id -1, but this model's are 0 to 4095.",
+        "prompt[1] contains the token id -1; this model's token ids are 0 to 4095.",
         "prompt[1]",
         None,
     ),
@@ -85,7 +85,7 @@ BAD_REQUESTS: list[tuple[str, dict[str, Any], str, str | None, str | None]] = [
     *(
         (COMPLETIONS, HELLO | {"logit_bias": biases}, f"Invalid 'logit_bias': {reason}.", "logit_bias", None)
         for biases, reason in (
-            ([5], 'it must be an object like {"71013": -100}, of token ids and biases'),
+            ([5], 'it must be an object of token ids and biases, like {"71013": -100}'),
             ({"a": 1}, "'a' is not a token id"),
             ({"-1": 1}, "'-1' is not a token id"),
             ({"5": 101}, "the bias of token 5 must be a number from -100 to 100"),
@@ -98,7 +98,7 @@ BAD_REQUESTS: list[tuple[str, dict[str, Any], str, str | None, str | None]] = [
     (
         COMPLETIONS,
         HELLO | {"logit_bias": {"4096": 1}},
-        "logit_bias holds the token id 4096, but this model's are 0 to 4095.",
+        "logit_bias contains the token id 4096; this model's token ids are 0 to 4095.",
         "logit_bias",
         None,
     ),
@@ -198,7 +198,7 @@ BAD_REQUESTS: list[tuple[str, dict[str, Any], str, str | None, str | None]] = [
     (
         COMPLETIONS,
         HELLO | {"stop": ["a"] * 17},
-        "Invalid 'stop': list should have at most 16 items after validation, not 17.",
+        "Invalid 'stop': expected at most 16 items, not 17.",
         "stop",
         None,
     ),
@@ -233,7 +233,7 @@ BAD_REQUESTS: list[tuple[str, dict[str, Any], str, str | None, str | None]] = [
     (
         COMPLETIONS,
         {"prompt": ["a"] * 17, "n": 128},
-        "17 prompts with n = 128 are 2176 answers; one request may ask for 2048.",
+        "17 prompts with n = 128 make 2176 answers; one request may ask for at most 2048.",
         "n",
         None,
     ),
@@ -277,22 +277,22 @@ BAD_REQUESTS: list[tuple[str, dict[str, Any], str, str | None, str | None]] = [
     (
         COMPLETIONS,
         HELLO | {"best_of": 2, "stream": True},
-        "Invalid 'best_of': in a stream it must equal n: the best answers are known at the end.",
+        "Invalid 'best_of': in a stream it must equal n, because the best answers are known only at the end.",
         "best_of",
         None,
     ),
     (
         COMPLETIONS,
         {"prompt": [[5] * 2000] * 3, "echo": True, "logprobs": 5, "n": 128, "max_tokens": 1},
-        "echo with logprobs = 5 would tell 4608000 log-probabilities of 6000 prompt tokens for n = 128; "
-        "one request may ask for 1048576.",
+        "echo with logprobs = 5 would report 4608000 log-probabilities of 6000 prompt tokens for n = 128; "
+        "one request may ask for at most 1048576.",
         "echo",
         None,
     ),
     (
         COMPLETIONS,
         {"prompt": ["a"] * 17, "best_of": 128},
-        "17 prompts with best_of = 128 are 2176 answers; one request may ask for 2048.",
+        "17 prompts with best_of = 128 make 2176 answers; one request may ask for at most 2048.",
         "best_of",
         None,
     ),
@@ -306,7 +306,7 @@ BAD_REQUESTS: list[tuple[str, dict[str, Any], str, str | None, str | None]] = [
     (
         CHAT,
         {"messages": []},
-        "Invalid 'messages': list should have at least 1 item after validation, not 0.",
+        "Invalid 'messages': expected at least 1 item, not 0.",
         "messages",
         None,
     ),
@@ -338,7 +338,7 @@ BAD_REQUESTS: list[tuple[str, dict[str, Any], str, str | None, str | None]] = [
             (
                 {"type": "poem", "text": "a"},
                 ".type",
-                "Invalid 'messages[0].content[1].type': 'poem' is not a type of content that is known; send 'text'.",
+                "Invalid 'messages[0].content[1].type': 'poem' is not a supported content type; send 'text'.",
                 None,
             ),
             (
@@ -360,7 +360,7 @@ BAD_REQUESTS: list[tuple[str, dict[str, Any], str, str | None, str | None]] = [
     (
         CHAT,
         {"messages": [{"role": "user", "content": "a", "refusal": "b"}]},
-        "Invalid 'messages[0].refusal': only an assistant's message may have it, and this message's role is 'user'.",
+        "Invalid 'messages[0].refusal': only assistant messages may have it; this message's role is 'user'.",
         "messages[0].refusal",
         None,
     ),
@@ -502,7 +502,7 @@ async def test_a_bug_is_a_500_that_shows_no_insides(
     assert response.status_code == 500
     assert response.json() == {
         "error": {
-            "message": "The server had an error while it worked on your request; its log says more.",
+            "message": "Internal server error; see the server's log for details.",
             "type": "server_error",
             "param": None,
             "code": "internal_error",

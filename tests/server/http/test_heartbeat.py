@@ -19,7 +19,7 @@ def test_a_lack_of_descriptors_is_logged_once_in_a_while(caplog):
         for now[0] in (0.0, 1.0, REPEAT_SECONDS - 1):
             watch.look()
         assert len(caplog.records) == 1
-        assert f"may have {lowest} files and connections open" in caplog.text
+        assert f"limited to {lowest} open files and connections" in caplog.text
         now[0] = REPEAT_SECONDS
         watch.look()
         assert len(caplog.records) == 2

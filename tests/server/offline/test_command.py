@@ -44,7 +44,7 @@ def test_a_custom_id_that_is_there_twice_is_one_line(tmp_path, capsys):
 def test_an_output_that_is_the_input_is_refused_and_left_alone(source, capsys):
     before = source.read_bytes()
     assert main(["generate", str(source), str(source)]) == 2
-    assert "something else than a batch's answers" in capsys.readouterr().err
+    assert "does not hold batch answers" in capsys.readouterr().err
     assert source.read_bytes() == before
 
 

@@ -1,4 +1,4 @@
-"""Which files a batch takes, and what becomes of what is in them."""
+"""Which files a batch accepts, and what happens to their content."""
 
 import codecs
 import gzip
@@ -103,7 +103,7 @@ def test_a_file_of_something_else_is_refused_and_left_alone(text, tmp_path):
     path = tmp_path / "out"
     before = answer("a") + text.encode()
     path.write_bytes(before)
-    with pytest.raises(BatchFileError, match=r"something else than a batch's answers \(line 2: "):
+    with pytest.raises(BatchFileError, match=r"does not hold batch answers \(line 2: "):
         BatchOutput(path)
     assert path.read_bytes() == before
 
@@ -139,7 +139,7 @@ def test_a_file_of_nothing_but_zeros_is_begun_anew(tmp_path):
 def test_another_file_that_begins_with_zeros_is_left_alone(begin, tmp_path):
     path = tmp_path / "out"
     path.write_bytes(begin)
-    with pytest.raises(BatchFileError, match="something else than a batch's answers"):
+    with pytest.raises(BatchFileError, match="does not hold batch answers"):
         BatchOutput(path)
     assert path.read_bytes() == begin
 
@@ -175,12 +175,12 @@ def test_reasons_of_failures_are_counted_and_bounded():
     first, *others, last = failures.lines()
     assert first == f"{3 * MAX_REASONS:,} x It is wrong."
     assert len(others) == SHOWN_REASONS - 1
-    assert last == f"{3 * MAX_REASONS - SHOWN_REASONS + 1:,} x other reasons, which the file has"
+    assert last == f"{3 * MAX_REASONS - SHOWN_REASONS + 1:,} x other reasons; see the file"
 
 
 def test_a_file_that_is_being_written_is_not_written_by_a_second_run(tmp_path):
     path = tmp_path / "out"
-    with BatchOutput(path), pytest.raises(BatchFileError, match="another persimmon generate"):
+    with BatchOutput(path), pytest.raises(BatchFileError, match="another `persimmon generate` is writing"):
         BatchOutput(path)
     with BatchOutput(path) as output:
         assert output.lines == 0

@@ -11,7 +11,7 @@ from persimmon.model.tokenizer import Tokenizer
 from persimmon.server.engine.client import EngineClient
 from persimmon.server.http.app import create_app
 from tests.server.http.fake_engine import MAX_MODEL_LEN, FakeEngine, says
-from tests.server.http.generation.test_logprobs import tells
+from tests.server.http.generation.test_logprobs import reporting
 
 pytestmark = pytest.mark.anyio
 
@@ -133,7 +133,7 @@ async def test_a_vocabulary_without_a_beginning_token_has_none_to_add(
 async def test_logprobs_are_of_every_token_but_the_first(
     http: httpx.AsyncClient, engine: FakeEngine, tokenizer: Tokenizer
 ) -> None:
-    engine.script = tells([*tokenizer.encode(ANSWER, add_bos=False), EOS], "stop")
+    engine.script = reporting([*tokenizer.encode(ANSWER, add_bos=False), EOS], "stop")
     answer = await put(http, (PROMPT, "Hi there"), logprobs=True)
     for sample, own in zip(engine.submitted, answer["logprobs"], strict=True):
         ids = tokenizer.encode(ANSWER, add_bos=False)
@@ -150,7 +150,7 @@ def _figures(ids: list[int]) -> list[float]:
 async def test_no_new_tokens_only_score_the_prompts(
     http: httpx.AsyncClient, engine: FakeEngine, tokenizer: Tokenizer
 ) -> None:
-    engine.script = tells([])
+    engine.script = reporting([])
     answer = await put(http, (PROMPT,), tokens_to_generate=0, logprobs=True)
     ids = tokenizer.encode(PROMPT, add_bos=False)
     assert answer == {

@@ -58,7 +58,7 @@ async def echo(service: Service, call: Call[EchoRequest]) -> JsonResponse[Echo]:
     return JsonResponse(Echo(call.request.text, call.record.key))
 
 
-async def told(service: Service, call: Call[None]) -> JsonResponse[Echo]:
+async def reported(service: Service, call: Call[None]) -> JsonResponse[Echo]:
     """Repeats a word of the path."""
     return JsonResponse(Echo(call.path_params["word"], None), 203)
 
@@ -78,7 +78,7 @@ ECHO = Endpoint(
     in_batch_files=True,
 )
 PLAIN_ECHO = replace(ECHO, path="/v1/plain-echo", uses_engine=False, generates=False, in_batch_files=False)
-TOLD = Endpoint(method="GET", path="/told/{word}", request=None, handler=told, statuses=(203,))
+TOLD = Endpoint(method="GET", path="/reported/{word}", request=None, handler=reported, statuses=(203,))
 PROBE = Endpoint(method="GET", path="/probe", request=None, handler=probed, open_without_key=True, polled=True)
 ROWS: tuple[Endpoint[Any], ...] = (*ENDPOINTS, ECHO, PLAIN_ECHO, TOLD, PROBE)
 
@@ -109,7 +109,7 @@ async def test_an_endpoint_is_served_at_its_addresses_and_reads_its_body_strictl
     for body, param in (({}, "text"), ({"text": 1}, "text"), (TEXT | {"loud": True}, "loud")):
         response = await http.post("/v1/echo", json=body)
         assert (response.status_code, response.json()["error"]["param"]) == (400, param)
-    assert (await http.get("/told/twice")).json()["text"] == "twice"
+    assert (await http.get("/reported/twice")).json()["text"] == "twice"
     assert (await http.get("/v1/echo")).headers["allow"] == "POST"
     assert "Did you mean /v1/echo?" in (await http.post("/v1/ecco", json=TEXT)).json()["error"]["message"]
 
@@ -123,9 +123,9 @@ async def test_it_is_documented_by_its_declared_types(http: httpx.AsyncClient) -
     assert operation["responses"]["200"]["content"]["application/json"]["schema"] == {"$ref": answer}
     assert {"400", "401", "429", "503"} <= operation["responses"].keys()
     assert {"request.EchoRequest", "answer.Echo"} <= document["components"]["schemas"].keys()
-    told, probe = document["paths"]["/told/{word}"]["get"], document["paths"]["/probe"]["get"]
-    assert [(each["name"], each["in"]) for each in told["parameters"]] == [("word", "path")]
-    assert told["responses"].keys() == {"203", "401", "404"}
+    reported, probe = document["paths"]["/reported/{word}"]["get"], document["paths"]["/probe"]["get"]
+    assert [(each["name"], each["in"]) for each in reported["parameters"]] == [("word", "path")]
+    assert reported["responses"].keys() == {"203", "401", "404"}
     assert probe["responses"].keys() == {"200"}
     assert "| `volume` | `/v1/echo`, `/v1/plain-echo` | it is a text |" in field_table(ROWS)
 
@@ -135,7 +135,7 @@ async def test_it_needs_a_key_unless_its_row_says_otherwise(
 ) -> None:
     async with client(engine_client, tokenizer, config, access=ACCESS) as http:
         assert (await http.post("/v1/echo", json=TEXT)).status_code == 401
-        assert (await http.get("/told/twice")).status_code == 401
+        assert (await http.get("/reported/twice")).status_code == 401
         assert (await http.get("/probe")).status_code == 200
         assert (await http.post("/v1/echo", json=TEXT, headers=ALICE)).json()["key"] == "alice"
 
@@ -157,10 +157,10 @@ async def test_a_full_server_refuses_it_where_its_row_says_that_it_uses_the_engi
 
 async def test_it_is_measured_as_its_row_says(http: httpx.AsyncClient) -> None:
     await asyncio.gather(*(http.post(path, json=TEXT) for path in ("/v1/echo", "/v1/plain-echo")))
-    for path in ("/told/twice", "/probe"):
+    for path in ("/reported/twice", "/probe"):
         await http.get(path)
     lines = (await http.get("/metrics")).text.splitlines()
-    for path, status in (("/v1/echo", 200), ("/v1/plain-echo", 200), ("/told/{word}", 203), ("/probe", 200)):
+    for path, status in (("/v1/echo", 200), ("/v1/plain-echo", 200), ("/reported/{word}", 203), ("/probe", 200)):
         assert f'persimmon_http_requests_total{{endpoint="{path}",status="{status}"}} 1.0' in lines
         counted = path != "/probe"
         assert (f'persimmon_http_request_duration_seconds_count{{endpoint="{path}"}} 1.0' in lines) is counted
@@ -172,10 +172,10 @@ async def test_the_access_log_has_a_line_for_it_unless_it_is_polled_and_well(
     http: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, observer.__name__)
-    for path in ("/told/twice", "/probe", "/told/twice", "/probe"):
+    for path in ("/reported/twice", "/probe", "/reported/twice", "/probe"):
         await http.get(path)
     paths = [vars(each)["fields"]["path"] for each in caplog.records if each.getMessage() == "request"]
-    assert paths == ["/told/twice", "/told/twice"]
+    assert paths == ["/reported/twice", "/reported/twice"]
 
 
 async def test_a_line_of_a_batch_file_may_ask_for_it_where_its_row_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,8 +72,12 @@ async def test_the_first_token_is_begun_with_where_the_checkpoint_says_so(config
         ),
         ("/tokenize", {"messages": [{"role": "assistant", "content": "a"}]}, "Invalid 'messages'"),
         ("/detokenize", {}, "Missing required parameter: 'tokens'."),
-        ("/detokenize", {"tokens": [5, 4096]}, "tokens holds the token id 4096, but this model's are 0 to 4095."),
-        ("/detokenize", {"tokens": [-1]}, "tokens holds the token id -1, but this model's are 0 to 4095."),
+        (
+            "/detokenize",
+            {"tokens": [5, 4096]},
+            "tokens contains the token id 4096; this model's token ids are 0 to 4095.",
+        ),
+        ("/detokenize", {"tokens": [-1]}, "tokens contains the token id -1; this model's token ids are 0 to 4095."),
         ("/detokenize", {"tokens": "5"}, "Invalid 'tokens'"),
     ],
 )

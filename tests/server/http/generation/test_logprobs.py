@@ -36,7 +36,7 @@ def _figure(token_id: int, place: int) -> float:
     return -(token_id + place / 100)
 
 
-def tells(token_ids: Sequence[int], reason: str = "length", top: Sequence[int] = ()) -> Callable[..., Any]:
+def reporting(token_ids: Sequence[int], reason: str = "length", top: Sequence[int] = ()) -> Callable[..., Any]:
     """A script: these tokens one a step, with their figures; the prompt's in two parts before that."""
 
     def script(submit: Sample) -> list[SequenceOutput]:
@@ -81,54 +81,54 @@ async def test_a_completion_tells_of_each_token_and_of_what_might_have_come(
     http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens, tokenizer: Tokenizer
 ) -> None:
     ids, yes, no = tokens("a sweet fruit"), *tokens("of is")
-    engine.script = tells([*ids, EOS], "stop", top=[yes, no])
+    engine.script = reporting([*ids, EOS], "stop", top=[yes, no])
     answer = await complete(http, logprobs=2)
     assert engine.submitted[0].sampling.logprobs == 2
     assert engine.submitted[0].whole.prompt_logprobs is None
     choice = answer["choices"][0]
-    told = choice["logprobs"]
-    assert told["tokens"] == [*(tokenizer.decode([token_id]) for token_id in ids), "|ENDOFTEXT|"]
-    assert "".join(told["tokens"][:-1]) == choice["text"]
-    assert told["token_logprobs"] == [_figure(token_id, place) for place, token_id in enumerate([*ids, EOS])]
+    reported = choice["logprobs"]
+    assert reported["tokens"] == [*(tokenizer.decode([token_id]) for token_id in ids), "|ENDOFTEXT|"]
+    assert "".join(reported["tokens"][:-1]) == choice["text"]
+    assert reported["token_logprobs"] == [_figure(token_id, place) for place, token_id in enumerate([*ids, EOS])]
     # The token itself is always among them.
-    assert told["top_logprobs"][1] == {
-        told["tokens"][1]: _figure(ids[1], 1),
+    assert reported["top_logprobs"][1] == {
+        reported["tokens"][1]: _figure(ids[1], 1),
         " of": _figure(yes, 1),
         " is": _figure(no, 1),
     }
-    lengths = [len(token) for token in told["tokens"]]
-    assert told["text_offset"] == [sum(lengths[:place]) for place in range(len(lengths))]
+    lengths = [len(token) for token in reported["tokens"]]
+    assert reported["text_offset"] == [sum(lengths[:place]) for place in range(len(lengths))]
 
 
 async def test_logprobs_of_zero_tell_of_the_tokens_alone(
     http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens
 ) -> None:
-    engine.script = tells(tokens("of is"))
-    told = (await complete(http, logprobs=0))["choices"][0]["logprobs"]
-    assert told["top_logprobs"] == [{" of": told["token_logprobs"][0]}, {" is": told["token_logprobs"][1]}]
+    engine.script = reporting(tokens("of is"))
+    reported = (await complete(http, logprobs=0))["choices"][0]["logprobs"]
+    assert reported["top_logprobs"] == [{" of": reported["token_logprobs"][0]}, {" is": reported["token_logprobs"][1]}]
 
 
 async def test_an_echo_tells_of_the_prompt_too(
     http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens, tokenizer: Tokenizer
 ) -> None:
     prompt, ids = tokens("What is it?"), tokens("a fruit")
-    engine.script = tells(ids, top=[5])
+    engine.script = reporting(ids, top=[5])
     answer = await complete(http, prompt="What is it?", echo=True, logprobs=1)
     assert engine.submitted[0].whole.prompt_logprobs == 1
     choice = answer["choices"][0]
     assert choice["text"] == "What is it? a fruit"
-    told = choice["logprobs"]
+    reported = choice["logprobs"]
     bos, *before = engine.submitted[0].token_ids
     assert (bos, before) == (tokenizer.bos_token_id, prompt)
-    assert told["tokens"][0] == "|ENDOFTEXT|"
-    assert "".join(told["tokens"][1:]) == choice["text"]
-    assert told["token_logprobs"][0] is None
-    assert told["top_logprobs"][0] is None
-    assert told["token_logprobs"][1:] == [
+    assert reported["tokens"][0] == "|ENDOFTEXT|"
+    assert "".join(reported["tokens"][1:]) == choice["text"]
+    assert reported["token_logprobs"][0] is None
+    assert reported["top_logprobs"][0] is None
+    assert reported["token_logprobs"][1:] == [
         *(_figure(token_id, 0) for token_id in prompt),
         *(_figure(token_id, place) for place, token_id in enumerate(ids)),
     ]
-    for offset, token in zip(told["text_offset"][1:], told["tokens"][1:], strict=True):
+    for offset, token in zip(reported["text_offset"][1:], reported["tokens"][1:], strict=True):
         assert choice["text"][offset:].startswith(token)
     assert answer["usage"]["completion_tokens"] == len(ids)
 
@@ -136,7 +136,7 @@ async def test_an_echo_tells_of_the_prompt_too(
 async def test_an_echo_without_new_tokens_is_the_prompt_alone(
     http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens
 ) -> None:
-    engine.script = tells([])
+    engine.script = reporting([])
     answer = await complete(http, prompt="What is it?", echo=True, logprobs=0, max_tokens=0)
     (choice,) = answer["choices"]
     assert (choice["text"], choice["finish_reason"]) == ("What is it?", "length")
@@ -145,7 +145,7 @@ async def test_an_echo_without_new_tokens_is_the_prompt_alone(
 
 
 async def test_an_echo_needs_no_logprobs(http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens) -> None:
-    engine.script = tells(tokens("a fruit"))
+    engine.script = reporting(tokens("a fruit"))
     answer = await complete(http, prompt=["What?", "Who?"], echo=True)
     assert [choice["text"] for choice in answer["choices"]] == ["What? a fruit", "Who? a fruit"]
     assert all(choice["logprobs"] is None for choice in answer["choices"])
@@ -155,15 +155,15 @@ async def test_an_echo_needs_no_logprobs(http: httpx.AsyncClient, engine: FakeEn
 async def test_every_sample_of_a_prompt_tells_of_it(
     http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens
 ) -> None:
-    engine.script = tells(tokens("a fruit"))
+    engine.script = reporting(tokens("a fruit"))
     whole = await complete(http, prompt="What is it?", echo=True, logprobs=0, n=3)
-    told = [choice["logprobs"] for choice in whole["choices"]]
-    assert told == [told[0]] * 3
+    reported = [choice["logprobs"] for choice in whole["choices"]]
+    assert reported == [reported[0]] * 3
     pieces: list[list[str]] = [[], [], []]
     for chunk in await stream(http, prompt="What is it?", echo=True, logprobs=0, n=3):
         for choice in chunk["choices"]:
             pieces[choice["index"]] += choice["logprobs"]["tokens"] if choice["logprobs"] else []
-    assert pieces == [told[0]["tokens"]] * 3
+    assert pieces == [reported[0]["tokens"]] * 3
 
 
 @pytest.mark.parametrize("stop", [None, ["fru"], ["t i", "zzz"]])
@@ -172,21 +172,21 @@ async def test_a_stream_tells_what_the_whole_answer_does(
     http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens, path: str, stop: list[str] | None
 ) -> None:
     ids = tokens("a sweet 🙂 fruit it is")
-    engine.script = tells([*ids, EOS], "stop", top=ids[:2])
+    engine.script = reporting([*ids, EOS], "stop", top=ids[:2])
     asked: dict[str, Any] = {"logprobs": True, "top_logprobs": 2} if path == CHAT else {"logprobs": 2}
     whole = (await complete(http, path, stop=stop, **asked))["choices"][0]
     chunks = [chunk["choices"][0] for chunk in await stream(http, path, stop=stop, **asked)]
-    told = [chunk["logprobs"] for chunk in chunks if chunk["logprobs"]]
+    reported = [chunk["logprobs"] for chunk in chunks if chunk["logprobs"]]
     if path == CHAT:
-        assert [each for part in told for each in part["content"]] == whole["logprobs"]["content"]
+        assert [each for part in reported for each in part["content"]] == whole["logprobs"]["content"]
         text = whole["message"]["content"]
         said = b"".join(bytes(each["bytes"]) for each in whole["logprobs"]["content"]).decode()
         assert said == text if stop is None else said.startswith(text)
         assert all(len(each["top_logprobs"]) == 2 for each in whole["logprobs"]["content"])
     else:
         for field in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
-            assert [each for part in told for each in part[field]] == whole["logprobs"][field]
-    # Nothing is told of a token before its text has begun to come.
+            assert [each for part in reported for each in part[field]] == whole["logprobs"][field]
+    # A token is not reported before its text has begun.
     shown = ""
     for chunk in chunks[:-1]:
         shown += chunk["text"] if path == COMPLETIONS else chunk["delta"].get("content", "")
@@ -197,7 +197,7 @@ async def test_a_stream_tells_what_the_whole_answer_does(
 async def test_bytes_of_a_character_are_told_one_by_one(
     http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens
 ) -> None:
-    engine.script = tells(tokens("🙂"))
+    engine.script = reporting(tokens("🙂"))
     completion = (await complete(http, logprobs=0))["choices"][0]
     assert completion["logprobs"]["tokens"] == [" ", "bytes:\\xf0", "bytes:\\x9f", "bytes:\\x99", "bytes:\\x82"]
     assert completion["logprobs"]["text_offset"] == [0, 1, 1, 1, 1]
@@ -209,7 +209,7 @@ async def test_bytes_of_a_character_are_told_one_by_one(
 async def test_a_chat_does_not_tell_of_what_ended_it(
     http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens
 ) -> None:
-    engine.script = tells([*tokens("of it."), EOS], "stop")
+    engine.script = reporting([*tokens("of it."), EOS], "stop")
     (choice,) = (await complete(http, CHAT, logprobs=True))["choices"]
     assert [each["token"] for each in choice["logprobs"]["content"]] == ["of", " it", "."]
     assert choice["logprobs"]["refusal"] is None
@@ -218,8 +218,8 @@ async def test_a_chat_does_not_tell_of_what_ended_it(
 async def test_a_probability_of_zero_can_be_written(http: httpx.AsyncClient, engine: FakeEngine) -> None:
     nothing = TokenLogprobs(token_id=5, logprob=-math.inf, top_ids=[5], top_logprobs=[-math.inf])
     engine.script = lambda submit: [SequenceOutput(submit.sequence_id, [5], "length", logprobs=[nothing])]
-    told = (await complete(http, logprobs=1))["choices"][0]["logprobs"]
-    assert told["token_logprobs"] == [-9999.0]
+    reported = (await complete(http, logprobs=1))["choices"][0]["logprobs"]
+    assert reported["token_logprobs"] == [-9999.0]
 
 
 async def test_the_best_of_several_samples_are_those_whose_tokens_are_most_probable(
@@ -230,11 +230,11 @@ async def test_the_best_of_several_samples_are_those_whose_tokens_are_most_proba
 
     def script(submit: Sample) -> list[SequenceOutput]:
         ids = tokens(texts[submit.index])
-        told = [
+        reported = [
             TokenLogprobs(token_id=token_id, logprob=figures[submit.index], top_ids=[], top_logprobs=[])
             for token_id in ids
         ]
-        return [SequenceOutput(submit.sequence_id, ids, "length", logprobs=told)]
+        return [SequenceOutput(submit.sequence_id, ids, "length", logprobs=reported)]
 
     engine.script = script
     answer = await complete(http, best_of=4, n=3)
@@ -251,14 +251,14 @@ async def test_the_best_of_several_samples_are_those_whose_tokens_are_most_proba
 
 
 async def test_best_of_n_is_nothing_special(http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens) -> None:
-    engine.script = tells(tokens("yes"))
+    engine.script = reporting(tokens("yes"))
     chunks = await stream(http, best_of=2, n=2)
     assert {choice["index"] for chunk in chunks for choice in chunk["choices"]} == {0, 1}
     assert engine.submitted[0].sampling.logprobs is None
 
 
 async def test_what_changes_logits_reaches_the_engine(http: httpx.AsyncClient, engine: FakeEngine) -> None:
-    engine.script = tells([5])
+    engine.script = reporting([5])
     await complete(
         http,
         presence_penalty=-0.5,
@@ -281,7 +281,7 @@ async def test_what_changes_logits_reaches_the_engine(http: httpx.AsyncClient, e
 async def test_the_fingerprint_is_the_same_in_every_answer(
     http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens
 ) -> None:
-    engine.script = tells(tokens("yes"))
+    engine.script = reporting(tokens("yes"))
     answers = [await complete(http), await complete(http, CHAT), *await stream(http), *await stream(http, CHAT)]
     assert len({answer["system_fingerprint"] for answer in answers}) == 1
 
@@ -290,7 +290,7 @@ async def test_a_long_prompt_is_told_whole_and_in_order(
     http: httpx.AsyncClient, engine: FakeEngine, tokenizer: Tokenizer
 ) -> None:
     prompt = [5 + place % 4000 for place in range(1500)]
-    engine.script = tells([5])
+    engine.script = reporting([5])
     (choice,) = (await complete(http, prompt=prompt, echo=True, logprobs=0, max_tokens=1))["choices"]
     assert choice["text"] == tokenizer.decode([*prompt, 5], from_start=True)
     assert choice["logprobs"]["token_logprobs"] == [None, *(_figure(token_id, 0) for token_id in [*prompt[1:], 5])]

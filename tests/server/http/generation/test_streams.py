@@ -171,7 +171,7 @@ async def test_an_error_before_the_first_token_is_an_ordinary_error(
 
 
 class OpenStream:
-    """A stream over TCP, read event by event while the engine is told what to say next."""
+    """A stream over TCP, read event by event while the test decides what the engine sends next."""
 
     def __init__(self, response: httpx.Response) -> None:
         self._lines = response.aiter_lines()
@@ -307,7 +307,7 @@ def test_the_pieces_of_a_text_join_to_the_same_text_however_its_tokens_come(
     checker = StopChecker(StopStrings(stop))
     assert answer.text == checker.push(tokenizer.decode(token_ids)) + checker.finish()
     assert answer.finish_reason == ("stop" if checker.matched else "length")
-    # Each token is told of once, at the place where its text begins.
+    # Each token is reported once, where its text begins.
     ids = answer.token_ids
     assert [report.text for report in answer.reports] == [token_text(tokenizer, token_id) for token_id in ids]
     whole = tokenizer.decode(ids)
@@ -336,7 +336,7 @@ def generation(stop: Sequence[str], *, is_chat: bool = False, echo: bool = False
 def read(
     tokenizer: Tokenizer, request: Generation, steps: Iterable[SequenceOutput], sample: SampleText | None = None
 ) -> Answer:
-    """What a sample's outputs become; nothing is told of a token before some of its text is out."""
+    """What a sample's outputs become; a token is not reported before some of its text is sent."""
     sample = sample or SampleText(0, tokenizer, request)
     answer = Answer()
     for output in steps:
@@ -357,8 +357,8 @@ def test_the_tokens_of_a_chats_answer_are_those_of_its_text(
     tokenizer: Tokenizer, token_ids: list[int], stop: list[str]
 ) -> None:
     answer = read(tokenizer, generation(stop, is_chat=True), outputs(1, [[token_id] for token_id in token_ids]))
-    told = b"".join(report.text.utf8 or b"" for report in answer.reports).decode(errors="replace")
-    assert told.startswith(answer.text) if answer.finish_reason == "stop" else told == answer.text
+    reported = b"".join(report.text.utf8 or b"" for report in answer.reports).decode(errors="replace")
+    assert reported.startswith(answer.text) if answer.finish_reason == "stop" else reported == answer.text
     assert all(report.offset < len(answer.text) for report in answer.reports)
 
 

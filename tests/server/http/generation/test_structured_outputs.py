@@ -26,7 +26,7 @@ Tokens = Callable[[str], list[int]]
 
 
 async def grammar(http: httpx.AsyncClient, engine: FakeEngine, path: str, **body: object) -> GrammarSpec | None:
-    """What the engine is told that the answer must look like."""
+    """The form of the answer that the engine receives."""
     engine.script = says([9], EOS)
     response = await http.post(path, json=(HELLO if path == COMPLETIONS else ASK) | body)
     assert response.status_code == 200, response.text
@@ -152,7 +152,7 @@ ONE = "give exactly one of json, regex, choice, grammar and json_object, not"
         (
             {"structured_outputs": {"regex": "a"}, "response_format": JSON_SCHEMA},
             "structured_outputs",
-            "Invalid 'structured_outputs': response_format already says what the answer must look like.",
+            "Invalid 'structured_outputs': response_format already sets the form of the answer.",
         ),
         (
             {"guided_json": SCHEMA},

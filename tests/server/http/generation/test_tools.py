@@ -22,7 +22,7 @@ TOOLS = [
     {"type": "function", "function": {"name": "find", "description": "Finds a word.", "parameters": PARAMETERS}},
     {"type": "function", "function": {"name": "now"}},
 ]
-UNSUPPORTED = "is not supported; list what is allowed instead"
+UNSUPPORTED = "is not supported; list the allowed values instead"
 NOT = {"not": {"required": ["a"]}}
 NAMED = {"type": "function", "function": {"name": "find"}}
 
@@ -99,8 +99,8 @@ async def test_the_model_is_told_of_tools_before_the_conversation(
     engine.script = says(tokens("Hello!"), EOS)
     messages = [{"role": "system", "content": "Be brief."}, *ASK["messages"]]
     await answer(http, messages=messages)
-    told = f"Be brief.\n\n{describe([FIND, NOW])}\n\nhuman: Hi\n\nadept:"
-    assert engine.submitted[-1].token_ids == [1, *tokens(told)]
+    reported = f"Be brief.\n\n{describe([FIND, NOW])}\n\nhuman: Hi\n\nadept:"
+    assert engine.submitted[-1].token_ids == [1, *tokens(reported)]
     assert engine.submitted[-1].sampling.grammar is None
     counted = (await http.post("/tokenize", json={"messages": messages, "tools": TOOLS})).json()
     assert counted["tokens"] == engine.submitted[-1].token_ids
@@ -471,7 +471,7 @@ CHOICES = (
         (
             {"messages": [*ASK["messages"], {"role": "tool", "content": "a", "tool_call_id": "x"}]},
             "messages[1].tool_call_id",
-            "Invalid 'messages[1].tool_call_id': no message before this one makes a call of this id.",
+            "Invalid 'messages[1].tool_call_id': no earlier message makes a call with this id.",
         ),
         ({"messages": [{"role": "user", "content": "a", "tool_call_id": "x"}]}, "messages[0].tool_call_id", None),
         ({"messages": [assistant(("x", "find", "{}")) | {"role": "user"}]}, "messages[0].tool_calls", None),

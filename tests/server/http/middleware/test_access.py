@@ -61,7 +61,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     return caplog
 
 
-def told(lines: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+def reported(lines: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
     """The fields of the access log so far."""
     return [vars(record)["fields"] for record in lines.records if record.getMessage() == "request"]
 
@@ -224,7 +224,7 @@ async def test_streams_bugs_and_the_engine_have_the_id_too(
     assert (bug.status_code, bug.headers["x-request-id"]) == (500, "bug")
     (logged,) = [record for record in lines.records if record.exc_info]
     assert vars(logged)["fields"] == {"request_id": "bug"}
-    assert told(lines)[-1]["status"] == 500
+    assert reported(lines)[-1]["status"] == 500
 
 
 async def test_a_request_is_one_line_that_says_who_what_and_how_long(
@@ -233,7 +233,7 @@ async def test_a_request_is_one_line_that_says_who_what_and_how_long(
     engine.script = says([9, 8], cached_tokens=1)
     async with client(engine_client, Access(RING)) as http:
         response = await http.post(f"{COMPLETIONS}?token=secret", headers=ALICE, json=HELLO | {"n": 2})
-    (line,) = told(lines)
+    (line,) = reported(lines)
     assert line.pop("duration") >= line.pop("ttft") > 0
     usage = response.json()["usage"]
     assert line == {
@@ -260,7 +260,7 @@ async def test_prompts_are_logged_where_that_is_asked(
         await http.post(COMPLETIONS, json=HELLO | {"prompt": ["Hello", "World"]})
         await http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hi"}]})
         await http.get("/v1/models")
-    completion, chat, models = told(lines)
+    completion, chat, models = reported(lines)
     assert completion["prompts"] == ["Hello", "World"]
     assert "Hi" in chat["prompts"][0]
     assert "prompts" not in models
@@ -271,9 +271,9 @@ async def test_probes_and_scrapes_are_lines_only_when_they_fail(
 ) -> None:
     for path in ("/health", "/livez", "/readyz", "/healthz", "/metrics"):
         await http.get(path)
-    assert told(lines) == []
+    assert reported(lines) == []
     await http.get("/nowhere")
-    assert [line["path"] for line in told(lines)] == ["/nowhere"]
+    assert [line["path"] for line in reported(lines)] == ["/nowhere"]
 
 
 async def test_a_line_tells_of_a_client_that_left(
@@ -283,7 +283,7 @@ async def test_a_line_tells_of_a_client_that_left(
     [sample] = await engine.submissions(1)
     asking.cancel()
     assert await engine.aborts(1) == [sample.sequence_id]
-    (line,) = told(lines)
+    (line,) = reported(lines)
     assert (line["status"], line["finish_reason"], line["complete"]) == (499, "abort", False)
     metrics = (await http.get("/metrics")).text
     assert (

@@ -82,7 +82,7 @@ async def test_what_comes_to_a_full_server_is_refused_before_it_is_read(
         async with asyncio.TaskGroup() as tasks:
             inside = [tasks.create_task(http.post(COMPLETIONS, json={"prompt": "a", "n": n})) for n in (1, 2)]
             submits = await engine.submissions(3)
-            # No JSON at all, and yet it is the server's state that is told.
+            # Not JSON at all, and yet the error states the server's condition.
             refused = await http.post(COMPLETIONS, content=b"{")
             assert "it has 3 of at most 3 sequences" in error_of(refused, "overloaded")
             error_of(await http.post(CHAT, json={"messages": [], "stream": stream}), "overloaded")
@@ -223,7 +223,7 @@ async def test_health_is_false_when_the_engine_hangs_and_true_when_it_is_busy(
                 assert (await http.get(path)).status_code == 503
             assert (await http.get("/health")).json() == {
                 "status": "hung",
-                "reason": "the engine has work, but has ended no step for 31 s",
+                "reason": "the engine has work but has not finished a step for 31 s",
             }
             assert (await http.get("/livez")).status_code == 200
             vitals.beat(True)
@@ -250,7 +250,7 @@ def test_a_server_that_others_have_filled_has_room_for_a_key_that_has_little() -
             gate.check(1, 40, "newcomer")
             with pytest.raises(ApiError, match="asks for 2"):
                 gate.check(2, 0, "newcomer")
-            with pytest.raises(ApiError, match="brings about 41"):
+            with pytest.raises(ApiError, match="adds about 41"):
                 gate.check(1, 41, "newcomer")
         gate.check(4, 640, "newcomer")
 
@@ -261,7 +261,7 @@ def test_of_many_keys_each_has_room_for_one_sequence_and_a_steps_tokens() -> Non
         gate.check(1, 8, "newcomer")
         with pytest.raises(ApiError, match="asks for 2"):
             gate.check(2, 8, "newcomer")
-        with pytest.raises(ApiError, match="brings about 9"):
+        with pytest.raises(ApiError, match="adds about 9"):
             gate.check(1, 9, "newcomer")
 
 

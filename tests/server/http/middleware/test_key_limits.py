@@ -164,7 +164,7 @@ def test_where_no_file_can_be_written_new_keys_hold_and_each_worker_counts_alone
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert len(caplog.records) == 2
-    assert "File too large; the limits of API keys are counted by each API worker alone" in caplog.text
+    assert "File too large; each API worker now counts the limits of API keys separately" in caplog.text
     with workers[0].request(OTHER), workers[1].request(OTHER):
         assert [ask(worker, OTHER) for worker in workers] == [1, 1]
     for worker in workers:

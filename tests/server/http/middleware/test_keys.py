@@ -37,7 +37,7 @@ def test_a_key_may_stand_in_a_header_of_its_own() -> None:
     assert RING.owner(None, "correct-horse") == ALICE
     assert RING.owner("Basic of-a-proxy", " correct-horse ") == ALICE
     assert RING.owner("Bearer battery-staple", "correct-horse") == BOB
-    with pytest.raises(ApiError, match="not one that this server knows"):
+    with pytest.raises(ApiError, match="not valid for this server"):
         RING.owner(None, "")
 
 
@@ -77,14 +77,14 @@ def test_a_key_may_have_an_urgency_and_a_share_of_its_own(tmp_path: Path) -> Non
         ("# a comment\nal ice:secret-1", "line 2: expected name:key"),
         ("alice:", "line 1: a key must be printable ASCII"),
         ("alice:sec ret-1", "line 1: a key must be printable ASCII"),
-        ("alice:secret-1 share=0", "line 1: .* share=N, from 1 to 1000"),
+        ("alice:secret-1 share=0", "line 1: .* share=N .from 1 to 1000"),
         ("alice:secret-1 share=2 share=2", "line 1: .* each once"),
         ("alice:secret-1 max-priority=-5", "line 1: .* max-priority=N"),
         ("alice:secret-1 max-priority", "line 1: .* max-priority=N"),
         ("alice: share=2 secret-1", "line 1: a key must be printable ASCII"),
         ("", "has no key"),
-        ("alice:secret-1\nbob:secret-1", "one key twice"),
-        ("alice:secret-1\nalice:secret-2", "one name twice"),
+        ("alice:secret-1\nbob:secret-1", "the same key twice"),
+        ("alice:secret-1\nalice:secret-2", "the same name twice"),
     ],
 )
 def test_a_file_that_cannot_be_meant_is_refused_without_telling_a_key(tmp_path: Path, text: str, reason: str) -> None:

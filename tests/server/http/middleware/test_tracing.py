@@ -52,17 +52,17 @@ def seconds(span: ReadableSpan) -> float:
 
 def test_a_request_is_a_span_with_the_times_it_queued_read_and_generated():
     before = time.time_ns()
-    told = spans(finished(generated()))
-    whole = told.pop("POST /v1/completions")
+    reported = spans(finished(generated()))
+    whole = reported.pop("POST /v1/completions")
     assert whole.kind is SpanKind.SERVER
     assert whole.start_time is not None
     assert abs(whole.start_time - before) < 60e9
-    assert {name: round(seconds(span), 3) for name, span in told.items()} == {
+    assert {name: round(seconds(span), 3) for name, span in reported.items()} == {
         "queue": 0.25,
         "prefill": 0.5,
         "decode": 1.25,
     }
-    assert all(span.parent is not None and span.parent == whole.context for span in told.values())
+    assert all(span.parent is not None and span.parent == whole.context for span in reported.values())
     assert whole.attributes is not None
     assert dict(whole.attributes) == {
         "http.request.method": "POST",

@@ -28,7 +28,7 @@ OK = b"HTTP/1.1 200 OK"
 
 
 class App:
-    """Answers lengths of bodies at once, and others when it is told to.
+    """Answers lengths of bodies at once, and others when the test releases them.
 
     Attributes:
         api: the application.
@@ -79,7 +79,7 @@ class App:
             raise
 
     def go_on(self, times: int) -> None:
-        """Lets so many answers or parts be sent."""
+        """Releases a number of answers or parts."""
         for _ in range(times):
             self.more.release()
 

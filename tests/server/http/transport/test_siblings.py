@@ -46,7 +46,7 @@ async def test_figures_without_those_of_a_worker_that_has_ended_are_not_told(tmp
         gone.bind(str(second.socket(1)))
     worker = Siblings(first, lambda: b"own")
     async with worker.listening():
-        with pytest.raises(ApiError, match="API worker 1 of 2 does not tell its metrics"):
+        with pytest.raises(ApiError, match="API worker 1 of 2 did not send its metrics"):
             await worker.snapshots()
 
 
@@ -109,11 +109,11 @@ async def test_metrics_and_models_are_the_same_whichever_worker_answers(
     async with apps(engine_client, tokenizer, config, tmp_path, 2) as (first, second):
         for client in (first, first, second):
             await client.post("/v1/completions", json={"prompt": "Hello"})
-        told = [(await client.get("/metrics")).text for client in (first, second)]
-        assert 'persimmon_http_requests_total{endpoint="/v1/completions",status="200"} 3.0' in told[0].splitlines()
-        assert "persimmon_time_to_first_token_seconds_count 3.0" in told[0].splitlines()
+        reported = [(await client.get("/metrics")).text for client in (first, second)]
+        assert 'persimmon_http_requests_total{endpoint="/v1/completions",status="200"} 3.0' in reported[0].splitlines()
+        assert "persimmon_time_to_first_token_seconds_count 3.0" in reported[0].splitlines()
         scrapes = 'endpoint="/metrics"'
-        lines = [[line for line in text.splitlines() if scrapes not in line] for text in told]
+        lines = [[line for line in text.splitlines() if scrapes not in line] for text in reported]
         assert lines[0] == lines[1]
         listed = [(await client.get("/v1/models")).json() for client in (first, second)]
         assert listed[0] == listed[1]
