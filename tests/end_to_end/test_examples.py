@@ -78,7 +78,8 @@ def test_an_example_prints_what_pages_say(demo: Server, example: Path, tmp_path:
             assert ran.stdout == output
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+# test_embedded.py runs the code of embedding.md.
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "embedding.md"], ids=lambda page: page.name)
 def test_code_in_guides_is_an_example(page: Path) -> None:
     text = page.read_text()
     assert text.count("```python\n") + text.count("```sh\n") == len(docs.EXAMPLE.findall(text))
