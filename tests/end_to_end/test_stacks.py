@@ -92,9 +92,9 @@ def test_stacks_of_an_engine_that_hangs_are_in_the_log_before_it_is_killed(serve
     refused = httpx.post(f"{server.url}/v1/completions", json={"prompt": "Hi", "max_tokens": 3}, timeout=60)
     assert refused.json()["error"]["code"] == "engine_dead"
     wait_until(lambda: is_healthy(server))
-    (hung,) = stacks(server, "the engine process")[before:]
+    # Those that an earlier signal asked for may still come.
+    (hung,) = [each for each in stacks(server, "the engine process")[before:] if "in stuck_in_c" in each]
     assert f"(pid {engine})" in hung
-    assert "in stuck_in_c" in hung
     messages = [json.loads(line)["message"] for line in server.lines]
     (noticed,) = [place for place, message in enumerate(messages) if "has ended no step" in message]
     (ended,) = [place for place, message in enumerate(messages) if "the engine process ended with code -9" in message]
