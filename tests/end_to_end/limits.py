@@ -141,7 +141,7 @@ RANGES = (
     Range(COMPLETIONS, "frequency_penalty", (-2, 2), ((-2.0000001, "equal to -2"), (2.0000001, "equal to 2"))),
     Range(COMPLETIONS, "repetition_penalty", (TINY, 10), ((0, "greater than 0"), (10.0000001, "equal to 10"))),
     Range(COMPLETIONS, "seed", (-(2**63), -1, 2**64, 10**30), ()),
-    Range(COMPLETIONS, "priority", (0, 2**31 - 1), ((-1, "send that or a larger number"), (2**31, f"{2**31}"))),
+    Range(COMPLETIONS, "priority", (0, 2**31 - 1), ((-1, "lowest one that you may send is 0"), (2**31, f"{2**31}"))),
     Range(COMPLETIONS, "n", (1, MAX_SAMPLES), ((0, "equal to 1"), (MAX_SAMPLES + 1, f"equal to {MAX_SAMPLES}"))),
     Range(COMPLETIONS, "best_of", (2, MAX_SAMPLES), ((1, "at least n"), (MAX_SAMPLES + 1, f"{MAX_SAMPLES}")), {"n": 2}),
     Range(COMPLETIONS, "logprobs", (0, 5), ((-1, "equal to 0"), (6, "equal to 5"))),

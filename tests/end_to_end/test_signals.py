@@ -65,7 +65,7 @@ def test_sighup_while_the_server_stops_is_no_second_signal(tmp_path):
         assert next(lines).startswith("data: ")
         with stopped(server.children()["engine"]):
             server.process.send_signal(signal.SIGTERM)
-            server.wait_for_line(re.compile("open requests may finish"), 30)
+            server.wait_for_line(re.compile("after open requests have finished"), 30)
             server.process.send_signal(signal.SIGHUP)
             server.wait_for_line(re.compile("are not reloaded"), 30)
         events = [line for line in lines if line.startswith("data: ")]

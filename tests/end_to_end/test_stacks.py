@@ -96,7 +96,7 @@ def test_stacks_of_an_engine_that_hangs_are_in_the_log_before_it_is_killed(serve
     (hung,) = [each for each in stacks(server, "the engine process")[before:] if "in stuck_in_c" in each]
     assert f"(pid {engine})" in hung
     messages = [json.loads(line)["message"] for line in server.lines]
-    (noticed,) = [place for place, message in enumerate(messages) if "has ended no step" in message]
+    (noticed,) = [place for place, message in enumerate(messages) if "has not finished a step" in message]
     (ended,) = [place for place, message in enumerate(messages) if "the engine process ended with code -9" in message]
     assert noticed < messages.index(hung) < ended
     assert answers(server)
