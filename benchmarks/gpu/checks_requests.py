@@ -118,9 +118,9 @@ def _changed(setting: Setting, report: Report, dtype: torch.dtype) -> None:
     for row, entry in zip(samples.reported, entries, strict=True):
         own = exact[row]
         best = own.topk(len(entry.top_ids)).values
-        told = torch.tensor([entry.logprob, *entry.top_logprobs], dtype=torch.float64)
+        seen = torch.tensor([entry.logprob, *entry.top_logprobs], dtype=torch.float64)
         ids = torch.tensor([entry.token_id, *entry.top_ids])
-        off = max(off, float((told - own[ids]).abs().max()), float((told[1:] - best).abs().max()) if len(best) else 0.0)
+        off = max(off, float((seen - own[ids]).abs().max()), float((seen[1:] - best).abs().max()) if len(best) else 0.0)
     report.check(f"{title}: log-probabilities of unchanged logits", off <= LOGPROB_ERROR, off_by=off)
 
 

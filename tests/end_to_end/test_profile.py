@@ -18,11 +18,11 @@ def test_a_profile_has_the_first_steps_with_their_parts(tmp_path: Path, more: tu
         "--kv-cache-memory", "26MB", "--log-format", "json", "--profile-steps", "3", "--profile-dir", str(folder), *more
     ) as server:
         assert answers(server)
-        told = server.wait_for_line(re.compile(r"first steps are recorded in (\S+\.json\.gz),"), 60)
+        recorded = server.wait_for_line(re.compile(r"first steps are recorded in (\S+\.json\.gz),"), 60)
         assert answers(server)
         assert all(json.loads(line) for line in server.lines)
     (path,) = folder.iterdir()
-    assert path == Path(told[1])
+    assert path == Path(recorded[1])
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     ranges = [
         (event["name"], event["ts"], event["ts"] + event["dur"])

@@ -1,4 +1,4 @@
-"""/v1/embeddings on a fake engine: what is asked of it, and what becomes of its numbers."""
+"""/v1/embeddings on a fake engine: what is asked of it, and what happens to its numbers."""
 
 import base64
 from typing import Any
