@@ -30,13 +30,14 @@ from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.step_inputs import StepBuffer, write_step
 from persimmon.model.step_outcome import StepOutcome
 from persimmon.server.engine.blocks import BlockPool
-from persimmon.server.engine.core import Engine, LaunchedStep
+from persimmon.server.engine.core import Engine
 from persimmon.server.engine.messages import EngineStats, FromEngine, Hello, Ready, StepOutput, Submit
 from persimmon.server.engine.plan_runner import PlanRunner
 from persimmon.server.engine.process import COLLECTOR_THRESHOLDS
 from persimmon.server.engine.scheduler import Scheduler
 from persimmon.server.engine.step_cost import StepCostModel
 from persimmon.server.engine.step_plan import Advance, StepPlan
+from persimmon.server.engine.step_runner import LaunchedStep
 
 BLOCK_SIZE = 32
 VOCABULARY = 8192

@@ -24,12 +24,12 @@ from persimmon.model.runner import Runner
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.server.engine.blocks import BlockPool
-from persimmon.server.engine.core import LaunchedStep
 from persimmon.server.engine.messages import EngineStats
 from persimmon.server.engine.plan_runner import PlanRunner
 from persimmon.server.engine.scheduler import Scheduler
 from persimmon.server.engine.sequence import Sequence
 from persimmon.server.engine.step_plan import StepPlan
+from persimmon.server.engine.step_runner import LaunchedStep
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParams(temperature=0.0)

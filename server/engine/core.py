@@ -8,12 +8,11 @@ import logging
 import os
 import time
 import weakref
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import zmq
@@ -21,8 +20,6 @@ import zmq
 from persimmon.model.step_outcome import StepOutcome
 from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.server.engine.messages import (
-    STEP_SECONDS,
-    STEP_TOKENS,
     Abort,
     EngineStats,
     FromEngine,
@@ -36,7 +33,10 @@ from persimmon.server.engine.messages import (
 from persimmon.server.engine.scheduler import Scheduler
 from persimmon.server.engine.sequence import Sequence
 from persimmon.server.engine.step_cost import StepCostModel
+from persimmon.server.engine.step_counts import StepCounts
 from persimmon.server.engine.step_plan import Advance, StepPlan
+from persimmon.server.engine.step_runner import LaunchedStep, StepRunner
+from persimmon.server.engine.submitted import SequenceKey, key_of, sequence_of
 from persimmon.server.logs import with_fields
 
 logger = logging.getLogger(__name__)
@@ -46,10 +46,6 @@ MAX_FAILED_STEPS = 3
 
 PREPARING_MS = 1000
 """While only threads work, for sequences that may not run yet, the heart beats so often."""
-
-SequenceKey = tuple[bytes, int]
-"""A worker's identity and its own number for the sequence."""
-
 
 Outputs = dict[bytes, list[SequenceOutput]]
 """Outputs for the workers, by their identity."""
@@ -64,30 +60,6 @@ class _Preparing:
     first: Sequence
     prepared: "Future[Any]"
     aborted: set[SequenceKey] = field(default_factory=set)
-
-
-class LaunchedStep(Protocol):
-    """A step that has been started."""
-
-    def wait(self) -> StepOutcome:
-        """What came of it, as soon as it has ended; an exception where it failed."""
-        ...
-
-
-class StepRunner(Protocol):
-    """What the engine needs of a model."""
-
-    def launch(self, plan: StepPlan) -> LaunchedStep:
-        """Starts a step; the one before it may still be under way."""
-        ...
-
-    def prepare(self, sequence: Sequence) -> "Future[Any] | None":
-        """Starts what a sequence and its forks need before they may run; None when that is nothing.
-
-        Returns:
-            Done when they may run; fails with a ValueError, a sentence for the client, when they cannot.
-        """
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,30 +80,6 @@ class _Step:
     launched: LaunchedStep
     started: float
     graph: bool = False
-
-
-class _StepCounts:
-    """How long steps took and how many tokens they computed.
-
-    Attributes:
-        seconds: of all steps together.
-        by_seconds: as `EngineStats.step_counts` has them.
-        tokens: of all steps together.
-        by_tokens: as `EngineStats.step_token_counts` has them.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.by_seconds = [0] * (len(STEP_SECONDS) + 1)
-        self.tokens = 0
-        self.by_tokens = [0] * (len(STEP_TOKENS) + 1)
-
-    def add(self, seconds: float, tokens: int) -> None:
-        """Counts one more step."""
-        self.seconds += seconds
-        self.by_seconds[bisect_left(STEP_SECONDS, seconds)] += 1
-        self.tokens += tokens
-        self.by_tokens[bisect_left(STEP_TOKENS, tokens)] += 1
 
 
 class Engine:
@@ -180,7 +128,7 @@ class Engine:
         # may have ended, and are not kept alive by it.
         self._deadlines: deque[tuple[float, weakref.ref[Sequence]]] = deque()
         self._graph_replays = graph_replays
-        self._step_counts = _StepCounts()
+        self._step_counts = StepCounts()
         self._last_end = 0.0
         # The older first; while a turn begins there is one at most, and none where steps do not overlap.
         self._under_way: deque[_Step] = deque()
@@ -265,7 +213,7 @@ class Engine:
                     self._workers[worker].discard(sequence_id)
 
     def _submit(self, worker: bytes, submit: Submit, outputs: Outputs) -> None:
-        first = _sequence(worker, submit)
+        first = sequence_of(worker, submit)
         try:
             self._scheduler.check(first)
             prepared = self._run.prepare(first)
@@ -295,7 +243,7 @@ class Engine:
                 continue
             if not isinstance(failure, ValueError):
                 raise failure
-            keys = [_key(sequence) for sequence in waiting.first.family]
+            keys = [key_of(sequence) for sequence in waiting.first.family]
             self._refuse([key for key in keys if key not in waiting.aborted], str(failure), outputs)
         return bool(ended)
 
@@ -308,7 +256,7 @@ class Engine:
             if sequence is not None and not sequence.finished and not sequence.begun:
                 if deadline > self._clock():
                     break
-                expired.append(_key(sequence))
+                expired.append(key_of(sequence))
             self._deadlines.popleft()
         for key in expired:
             self._abort(key)
@@ -370,7 +318,7 @@ class Engine:
                 len(plan.scheduled),
                 extra=with_fields(request_ids=failed_requests),
             )
-            failed = map(_key, self._scheduler.fail(plan))
+            failed = map(key_of, self._scheduler.fail(plan))
             self._refuse(failed, "the model failed on this request; see the log", outputs)
             return
         self._failed_steps = 0
@@ -388,8 +336,8 @@ class Engine:
         }
         for advance in self._scheduler.commit(plan, outcome.tokens):
             if (reason := outcome.failures.get(advance.row)) is not None and advance.tokens:
-                self._abort(_key(advance.sequence))
-                self._refuse([_key(advance.sequence)], reason, outputs)
+                self._abort(key_of(advance.sequence))
+                self._refuse([key_of(advance.sequence)], reason, outputs)
             else:
                 self._report(advance.sequence, advance, outcome, reports.pop(advance.sequence, _NO_REPORT), outputs)
         for sequence, report in reports.items():
@@ -425,7 +373,7 @@ class Engine:
         outputs: Outputs,
     ) -> None:
         """Tells a sequence's worker what the step did for it."""
-        worker, sequence_id = _key(sequence)
+        worker, sequence_id = key_of(sequence)
         token_ids: list[int] = []
         logprobs: list[TokenLogprobs] = []
         if advance is not None and advance.tokens:
@@ -485,38 +433,3 @@ class Engine:
                 self._abort((worker, sequence_id))
             return False
         return True
-
-
-def _sequence(worker: bytes, submit: Submit) -> Sequence:
-    """A submission's first sample, with the others as its forks."""
-    now = time.perf_counter()
-
-    def sample(index: int, forks: Iterable[Sequence] = (), **reports: Any) -> Sequence:
-        return Sequence(
-            key=(worker, submit.sequence_id + index),
-            token_ids=list(submit.token_ids),
-            max_tokens=submit.max_tokens,
-            stop_token_ids=frozenset(submit.stop_token_ids),
-            sampling=submit.sampling,
-            sample_index=index,
-            spans=submit.spans,
-            priority=submit.priority,
-            owner=submit.owner,
-            weight=submit.weight,
-            cache_salt=submit.cache_salt,
-            request_id=submit.request_id,
-            submitted=now,
-            forks=list(forks),
-            **reports,
-        )
-
-    forks = map(sample, range(1, submit.samples))
-    reports = {"prompt_logprobs": submit.prompt_logprobs, "pooling": submit.pooling, "scores": submit.scores}
-    return sample(0, forks, **reports)
-
-
-def _key(sequence: Sequence) -> SequenceKey:
-    key = sequence.key
-    if not isinstance(key, tuple):
-        raise TypeError(f"the engine's sequences are keyed by worker and number, not {key!r}")
-    return key

@@ -16,9 +16,9 @@ from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import PendingStep, PooledStates, PromptLogprobs, Report, Runner, SequenceInput
 from persimmon.model.step_outcome import StepOutcome
 from persimmon.model.token_counts import TokenCounts
-from persimmon.server.engine.core import LaunchedStep
 from persimmon.server.engine.sequence import Sequence
 from persimmon.server.engine.step_plan import ScheduledSequence, StepPlan
+from persimmon.server.engine.step_runner import LaunchedStep
 
 COMPILED_GRAMMARS = 16
 """So many grammars are kept compiled, the latest used ones.  One may come to hold 25 MB of what is known of it."""

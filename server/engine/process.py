@@ -22,13 +22,14 @@ from persimmon.model.vocabulary import VocabularyMap
 from persimmon.server import logs
 from persimmon.server.child_process import CannotStart, follow_supervisor, ignore
 from persimmon.server.engine.blocks import BlockPool
-from persimmon.server.engine.core import Engine, StepRunner
+from persimmon.server.engine.core import Engine
 from persimmon.server.engine.loading import load_model
 from persimmon.server.engine.messages import Ready
 from persimmon.server.engine.plan_runner import PlanRunner
 from persimmon.server.engine.profiling import ProfiledRunner
 from persimmon.server.engine.scheduler import Scheduler
 from persimmon.server.engine.step_cost import StepCostModel
+from persimmon.server.engine.step_runner import StepRunner
 from persimmon.server.settings.engine import EngineSettings
 from persimmon.server.vitals import Vitals
 

@@ -16,9 +16,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from persimmon.model.runner import Runner
 from persimmon.model.step_outcome import StepOutcome
-from persimmon.server.engine.core import LaunchedStep, StepRunner
 from persimmon.server.engine.sequence import Sequence
 from persimmon.server.engine.step_plan import StepPlan
+from persimmon.server.engine.step_runner import LaunchedStep, StepRunner
 from persimmon.server.logs import say
 
 logger = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ from persimmon.server.engine.blocks import BlockPool, salted_with_length
 from persimmon.server.engine.chunks import share_chunks
 from persimmon.server.engine.messages import EngineStats
 from persimmon.server.engine.preemption import lost_least, owed_to
+from persimmon.server.engine.promises import Promises
 from persimmon.server.engine.sequence import Sequence
 from persimmon.server.engine.shares import Holdings
 from persimmon.server.engine.step_cost import StepCosts, StepWork
@@ -79,8 +80,7 @@ class Scheduler:
         # Forks of running sequences whose prompts are not computed yet.  Each will run, so it counts as running.
         self._pending_forks = 0
         self._by_key: dict[Hashable, Sequence] = {}
-        # Full blocks that running sequences are about to compute, by their hashes.
-        self._promised: dict[bytes, Sequence] = {}
+        self._promised = Promises(pool.block_size)
         # Planned and not committed, the older first.
         self._under_way: list[StepPlan] = []
         self._whole = Holdings(max_num_seqs, pool.num_blocks)
@@ -503,7 +503,8 @@ class Scheduler:
         sequence.block_table = [*hits, *self._pool.allocate(needed)]
         sequence.num_computed = num_cached
         insort(self._running, sequence, key=_rank)
-        self._promise(sequence, len(hits))
+        if self._pool.prefix_caching:
+            self._promised.make(sequence, len(hits))
         self._pending_forks += len(sequence.forks)
         self._count_admission(sequence)
 
@@ -561,7 +562,7 @@ class Scheduler:
 
     def _replace(self, sequence: Sequence, successor: Sequence) -> None:
         """Puts a fork in the place of its leader."""
-        self._withdraw_promises(sequence, successor)
+        self._promised.withdraw(sequence, successor)
         sequence.hand_over(successor)
         if successor.block_table:
             self._running[self._running.index(sequence)] = successor
@@ -583,25 +584,6 @@ class Scheduler:
         if sequence.num_reported < sequence.prompt_length:
             reusable = sequence.num_reported
         return sequence.block_hashes(reusable // self._pool.block_size, self._pool.block_size)
-
-    def _promise(self, sequence: Sequence, first: int) -> None:
-        """Announces the full blocks that a sequence will compute, from its block number `first` on."""
-        if self._pool.prefix_caching:
-            size = self._pool.block_size
-            for block_hash in sequence.block_hashes(sequence.num_tokens // size, size)[first:]:
-                self._promised.setdefault(block_hash, sequence)
-
-    def _withdraw_promises(self, sequence: Sequence, successor: Sequence | None = None) -> None:
-        """Withdraws the blocks that a sequence promised to compute, or hands the promise to `successor`."""
-        if not self._promised:
-            return
-        size = self._pool.block_size
-        for block_hash in sequence.block_hashes(sequence.num_tokens // size, size):
-            if self._promised.get(block_hash) is sequence:
-                if successor is None:
-                    del self._promised[block_hash]
-                else:
-                    self._promised[block_hash] = successor
 
     def _count_admission(self, sequence: Sequence) -> None:
         self._queried_tokens += sequence.num_tokens
@@ -633,7 +615,7 @@ class Scheduler:
 
     def _retire(self, sequence: Sequence) -> None:
         """Gives a sequence's blocks back, unless a step under way may write them: then its end does."""
-        self._withdraw_promises(sequence)
+        self._promised.withdraw(sequence)
         if sequence.steps_under_way == 0:
             self._pool.release(sequence.block_table)
             sequence.block_table = []
@@ -646,4 +628,4 @@ class Scheduler:
             hashes = sequence.block_hashes(count, size)
             for number in range(first, count):
                 self._pool.index(sequence.block_table[number], hashes[number])
-                self._promised.pop(hashes[number], None)
+                self._promised.keep(hashes[number])
