@@ -19,8 +19,8 @@
 #define ROWS_AT_ONCE 96
 /* Rows that share the weights in registers. */
 #define TILE_ROWS 6
-/* Vectors of outputs beside so many rows: as many sums as registers hold, and enough of them that additions need not wait
- * for one another. */
+/* Vectors of outputs that a tile of this many rows computes: as many sums as fit in the registers, and enough of them
+ * that additions need not wait for one another. */
 #if LANES == 16
 #define MAX_VECTORS 4
 #define TILE_VECTORS(rows) 4
@@ -30,7 +30,7 @@
 #endif
 /* How many pairs ahead weights are fetched: 4 KiB. */
 #define AHEAD 16
-/* Inputs that are zero in all rows are left out where there are at most so many rows, and at least a quarter of zeros. */
+/* With at most this many rows, inputs that are zero in all rows are skipped if they are at least a quarter of all. */
 #define SPARSE_ROWS 4
 
 /* What is fetched while something else is multiplied: from `at` on, `stride` bytes for each input, up to two lines. */
@@ -237,7 +237,7 @@ static void multiply_panel(const Operation *op, const void *inputs, int64_t rows
     for (int64_t start = 0; start < in; start += DEPTH) {
         const int64_t depth = in - start < DEPTH ? in - start : DEPTH;
         const void *slice = weights + start * width * item_bytes;
-        /* A tile takes an input, or a pair of them, at a time, for so many vectors of outputs at a time. */
+        /* A tile takes one input or one pair of inputs at a time, for TILE_VECTORS vectors of outputs. */
         const int64_t turns = (op->rounds ? depth / 2 : depth * (PANEL / (TILE_VECTORS(TILE_ROWS) * LANES))) * tiles;
         const Fetch fetch = {
             .at = start + DEPTH < in ? (const char *)slice + depth * width * item_bytes : next_weights,

@@ -81,8 +81,8 @@ typedef struct {
     const float *cosine, *sine;  /* [T, rotary / 2], each token's angles; or null for those of its position */
 } Step;
 
-/* Bytes of scratch memory that `persimmon_run` needs for programs whose projections have at most so many inputs in all
- * rows together. */
+/* Bytes of scratch memory that `persimmon_run` needs for programs whose projections have at most `inputs` inputs, summed
+ * over all rows. */
 int64_t persimmon_scratch_bytes(int64_t inputs, int64_t threads);
 
 /* Runs a program in scratch memory made for it.  Returns 0, or 1 plus the index of an operation that it does not know. */

@@ -22,16 +22,16 @@
 #define MAX_PHASES 4096
 /* How often an idle thread looks for work before it sleeps: some tens of microseconds. */
 #define IDLE_SPINS 2000
-/* How often a thread looks whether a phase has ended before it sleeps, for each thread up to some: of two, the core of one
- * that looks is half the machine; of many it is little, and on their machine the part that is missing is soon done, sooner
- * than they would wake.  And how long it sleeps at most. */
+/* Checks of whether a phase has ended before a waiting thread sleeps, for each thread of the team up to a limit: of two
+ * threads, one that spins takes half of the machine; of many it takes little, and the missing part is usually done sooner
+ * than they would wake.  PHASE_SLEEP_NS is the longest sleep. */
 #define PHASE_SPINS 1000
-#define PHASE_SPINS_MOST_THREADS 16
+#define MAX_SPINNING_THREADS 16
 #define PHASE_SLEEP_NS 1000000
 
 typedef struct {
     /* Which part is up, and in the upper half of which piece of work: a late thread takes nothing of another.  An even
-     * number is nobody's: the phase is being written. */
+     * number belongs to no work: the phase is being written. */
     _Atomic uint64_t next;
     _Atomic uint32_t parts;
     _Atomic uint32_t done;
@@ -65,9 +65,9 @@ static struct {
 
 /* Makes a piece of work known, its number last; one caller at a time.
  *
- * Two orders matter to late threads.  Whoever sees a field of the new work sees after it that `number` is not the last
- * work's any more.  And a phase is nobody's before its parts change: a late thread of the last work that read the new
- * `parts` beside the old `next` would take a part that no work has.  So each store is a release and each load an acquire,
+ * Two orders matter to late threads.  A thread that sees a field of the new work also sees that `number` is no longer the
+ * last work's.  And a phase belongs to no work before its parts change: a late thread of the last work that read the new
+ * `parts` with the old `next` would take a part that no work has.  So each store is a release and each load an acquire,
  * which on x86 are plain moves.  ThreadSanitizer understands these, and would not understand fences. */
 static void write_work(const Work *work, uint32_t number, const uint32_t *parts) {
     atomic_store(&team.number, number - 1);
@@ -112,7 +112,7 @@ static void part_is_done(Phase *phase, uint32_t parts) {
 /* Waits until a phase has ended; false if the work is another one by now.  A thread that only let others run would keep
  * its core from the one that it waits for: the system moves that to a core that has nothing to do. */
 static int wait_for(Phase *phase, uint32_t number, uint32_t parts, int64_t threads) {
-    const int64_t most = PHASE_SPINS * (threads < PHASE_SPINS_MOST_THREADS ? threads : PHASE_SPINS_MOST_THREADS);
+    const int64_t most = PHASE_SPINS * (threads < MAX_SPINNING_THREADS ? threads : MAX_SPINNING_THREADS);
     for (int64_t spins = 0;; spins++) {
         const uint32_t done = atomic_load_explicit(&phase->done, memory_order_acquire);
         if (atomic_load_explicit(&team.number, memory_order_acquire) != number) return 0;
@@ -182,7 +182,7 @@ static int64_t start_team(int64_t threads) {
     return team.started < threads ? team.started : threads;
 }
 
-/* Does a piece of work of so many parts in each phase, on up to `work.threads` threads, of which the caller is one.
+/* Does a piece of work with `parts[i]` parts in phase i, on up to `work.threads` threads, of which the caller is one.
  * Returns when all of it is done. */
 static void work_together(Work work, const uint32_t *parts) {
     pthread_mutex_lock(&team.in_use);

@@ -13,14 +13,14 @@
 #include "team.h"
 
 #define CALLERS 2
-#define MOST_PHASES 5
-#define MOST_PARTS 9
-#define MOST_THREADS 7
+#define WORK_PHASES 5
+#define WORK_PARTS 9
+#define WORK_THREADS 7
 
 typedef struct {
     int64_t phases;
-    uint32_t parts[MOST_PHASES];
-    int done[MOST_PHASES][MOST_PARTS];
+    uint32_t parts[WORK_PHASES];
+    int done[WORK_PHASES][WORK_PARTS];
 } Piece;
 
 static void fail(const char *what) {
@@ -31,7 +31,7 @@ static void fail(const char *what) {
 static void run_part(const void *context, int64_t phase, int64_t part, int64_t thread) {
     Piece *piece = *(Piece *const *)context;
     if (phase >= piece->phases || part >= piece->parts[phase]) fail("a part that the work does not have");
-    if (thread < 0 || thread >= MOST_THREADS) fail("a thread that the work does not have");
+    if (thread < 0 || thread >= WORK_THREADS) fail("a thread that the work does not have");
     if (piece->done[phase][part]++) fail("a part was done twice");
     for (int64_t before = 0; before < phase; before++)
         for (uint32_t each = 0; each < piece->parts[before]; each++)
@@ -49,10 +49,10 @@ static void *caller(void *argument) {
     uint32_t state = (uint32_t)(intptr_t)argument + 1;
     for (int64_t i = 0; i < pieces; i++) {
         Piece *piece = calloc(1, sizeof(Piece));
-        piece->phases = 1 + draw(&state, MOST_PHASES);
-        for (int64_t phase = 0; phase < piece->phases; phase++) piece->parts[phase] = draw(&state, MOST_PARTS + 1);
+        piece->phases = 1 + draw(&state, WORK_PHASES);
+        for (int64_t phase = 0; phase < piece->phases; phase++) piece->parts[phase] = draw(&state, WORK_PARTS + 1);
         Piece *const context = piece; /* on the stack, as in network.c */
-        work_together((Work){run_part, &context, piece->phases, 1 + draw(&state, MOST_THREADS)}, piece->parts);
+        work_together((Work){run_part, &context, piece->phases, 1 + draw(&state, WORK_THREADS)}, piece->parts);
         for (int64_t phase = 0; phase < piece->phases; phase++)
             for (uint32_t part = 0; part < piece->parts[phase]; part++)
                 if (piece->done[phase][part] != 1) fail("work ended before its parts were done");
