@@ -119,7 +119,7 @@ def test_a_prompt_with_parts_that_are_not_text_is_refused(model: Persimmon) -> N
 
 
 def test_a_server_without_a_compiler_refuses_grammars(model: Persimmon) -> None:
-    with pytest.raises(GrammarError, match="follows no grammars"):
+    with pytest.raises(GrammarError, match="does not support grammars"):
         Harness(model, num_blocks=9).run(
             [Sequence(1, [5], 4, sampling=SamplingParams(grammar=GrammarSpec("regex", "a")))]
         )

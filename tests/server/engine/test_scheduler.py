@@ -144,7 +144,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         key = data.draw(st.sampled_from(sorted(self.simulation.live)))
         with pytest.raises(ValueError, match="exists already"):
             self.simulation.scheduler.add(Sequence(key, [0], 1))
-        with pytest.raises(ValueError, match="more than"):
+        with pytest.raises(ValueError, match="exceed the maximum length of a sequence"):
             self.simulation.scheduler.add(Sequence("new", [0], self.simulation.max_model_len))
 
     def teardown(self) -> None:
