@@ -1,7 +1,8 @@
 """What a request changes in the network's logits before a token is drawn from them.
 
-The order is that of vLLM's and Transformers' logits processors: biases, penalties, then banned tokens and tokens that a
-grammar does not allow, which no bias can bring back.
+Biases come first, then penalties, then banned tokens and tokens that a grammar does not allow, which no bias can bring
+back. vLLM bans first; the logits are the same, because a ban is minus infinity, which biases and penalties do not
+change.
 """
 
 from collections.abc import Callable, Sequence

@@ -134,7 +134,7 @@ class EmbeddedServer:
         """Refuses new requests with status 503 from here on, and waits for the open ones.
 
         Args:
-            seconds: to wait at most; None for the setting drain_timeout.
+            seconds: to wait at most; None for the setting drain_timeout, which only the environment changes here.
 
         Returns:
             Whether all have ended.

@@ -135,7 +135,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
         generated_tokens: tokens sampled.
         cached_tokens: tokens taken from the prefix cache at admission instead of being computed.
         queried_tokens: tokens looked up in the prefix cache at admission.
-        preemptions: times a sequence lost its blocks to older ones.
+        preemptions: times a sequence lost its blocks to others and was queued again.
         recomputed_tokens: computed tokens that preemptions threw away.
         graph_replays: decode steps that were CUDA graphs.
         step_seconds: what all steps took together.

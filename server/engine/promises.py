@@ -7,7 +7,7 @@ from persimmon.server.engine.sequence import Sequence
 
 
 class Promises:
-    """Blocks that will be computed, by tsuccessor hashes, and by which sequence.
+    """Blocks that will be computed, by their hashes, and the sequence that will compute each.
 
     Args:
         block_size: tokens in a block.

@@ -39,8 +39,8 @@ class EngineSettings(LogSettings):
 
     max_body_size: ByteSize = setting(
         ByteSize(MAX_BODY_BYTES),
-        "Maximum size of a request body, after decompression; larger ones get a 413. All bodies that an API worker is "
-        "receiving may take four times this; beyond that requests get a 429.",
+        "Maximum size of a request body, before and after decompression; larger ones get a 413. All bodies that an API "
+        "worker is receiving may take four times this; beyond that requests get a 429.",
         "http",
         "SIZE",
         gt=0,
@@ -80,8 +80,9 @@ class EngineSettings(LogSettings):
     )
     max_itl_ms: float | None = setting(
         None,
-        "Limit on the time of a step that runs prompt chunks next to decoding sequences. When more sequences wait for "
-        "their first token than decode, it grows by that ratio. Default: 1.75 times the time without prompts.",
+        "Limit on the time of a step that runs prompt chunks next to decoding sequences. While more prompts are being "
+        "computed than sequences decode, it grows by that ratio; prompts that wait for a place do not count. "
+        "Default: 1.75 times the time without prompts.",
         "engine",
         "MILLISECONDS",
         gt=0,
