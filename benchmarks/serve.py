@@ -53,7 +53,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         if not 1 <= self.streams <= self.prompts:
-            raise ValueError(f"{self.streams} streams for {self.prompts} prompts: it needs 1 <= streams <= prompts")
+            raise ValueError(f"{self.streams} streams for {self.prompts} prompts; expected 1 <= streams <= prompts")
         _ = self.random_workload  # refuses lengths and ids that make no sense
 
     @property

@@ -442,7 +442,7 @@ BODIES = [
     _raw("a text", b'{"prompt": "a"}', 415, "application/json", content_type="text/plain"),
     _raw("an empty type", b'{"prompt": "a"}', 415, "application/json", content_type=""),
     _raw("another packing", b'{"prompt": "a"}', 415, "gzip", content_encoding="deflate"),
-    _raw("packed in name only", b'{"prompt": "a"}', 400, "not gzip", content_encoding="gzip"),
+    _raw("packed in name only", b'{"prompt": "a"}', 400, "not valid gzip", content_encoding="gzip"),
     _raw("packed and cut off", gzip.compress(b'{"prompt": "a"}')[:-4], 400, "ends too early", content_encoding="gzip"),
 ]
 

@@ -138,7 +138,7 @@ def test_an_engine_that_dies_again_and_again_ends_the_server(fresh):
         (engine,) = fresh.engines()
         os.kill(engine, signal.SIGKILL)
     assert fresh.wait() == 1
-    (last,) = [line for line in fresh.lines if "the server ends" in line]
+    (last,) = [line for line in fresh.lines if "the server exits" in line]
     assert f"death {MAX_DEATHS} in 10 minutes" in last
 
 
