@@ -388,9 +388,10 @@ class Scheduler:
         """The guesses that a sequence, whose next token has its block, computes in this step.
 
         As many as its limit on tokens, the step's room and the free blocks allow; of these, each running sequence can
-        still have one.  None where a draw depends on the tokens before it, whose effect would be needed row by row.
+        still have one.  None where a draw depends on the tokens before it, whose effect would be needed row by row, nor
+        where forks begin, each of which draws at the last known token.
         """
-        if sequence.draws_from_output or sequence.num_pending:
+        if sequence.draws_from_output or sequence.num_pending or sequence.forks:
             return ()
         count = min(
             len(sequence.guesses),

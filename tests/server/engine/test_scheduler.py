@@ -273,6 +273,14 @@ def test_a_draw_that_depends_on_the_tokens_before_it_is_made_without_guesses() -
     assert simulation.step().num_tokens == 1
 
 
+def test_samples_of_one_prompt_begin_without_guesses() -> None:
+    simulation = Simulation(num_blocks=20, block_size=4, max_model_len=40)
+    simulation.add([0], 8, samples=3)  # its whole prompt is one token, as a decoding sequence computes it
+    simulation.guess(0, 4)
+    assert simulation.step().num_tokens == 1
+    assert [own.num_output_tokens for own in simulation.live.values()] == [1, 1, 1]
+
+
 def test_the_step_after_guesses_is_planned_when_it_is_known_which_were_right() -> None:
     simulation = Simulation(num_blocks=20, block_size=4, max_model_len=40, overlap=True)
     simulation.add([0, 1], 8)
