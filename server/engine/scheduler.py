@@ -387,16 +387,17 @@ class Scheduler:
     def _usable_guesses(self, plan: StepPlan, sequence: Sequence) -> Ids[int]:
         """The guesses that a sequence, whose next token has its block, computes in this step.
 
-        As many as its limit on tokens, the step's room and the free blocks allow; of these, each running sequence can
-        still have one.  None where a draw depends on the tokens before it, whose effect would be needed row by row, nor
-        where forks begin, each of which draws at the last known token.
+        As many as its limit on tokens, the step's room and the free blocks allow.  Each sequence that may run can still
+        have a token, since the oldest may be admitted in this step, and each that runs a block.  None where a draw
+        depends on the tokens before it, whose effect would be needed row by row, nor where forks begin, each of which
+        draws at the last known token.
         """
         if sequence.draws_from_output or sequence.num_pending or sequence.forks:
             return ()
         count = min(
             len(sequence.guesses),
             sequence.max_tokens - sequence.num_output_tokens - 1,
-            self._max_num_batched_tokens - len(self._running) - plan.num_guesses,
+            self._max_num_batched_tokens - self._max_num_seqs - plan.num_guesses,
         )
         table, free = sequence.block_table, max(0, self._pool.num_free - len(self._running))
         count = max(0, min(count, (len(table) + free) * self._pool.block_size - sequence.num_tokens))

@@ -54,12 +54,14 @@ class Preemption:
         victim: the sequence that lost its blocks.
         blocks: how many it had.
         others: those that ran with it, with their blocks.
+        samples: of each of them and of the victim, how many it had: itself and its forks, which may begin in this plan.
         for_blocks: whether blocks were missing; else it made room for another client.
     """
 
     victim: Sequence
     blocks: int
     others: list[tuple[Sequence, int]]
+    samples: dict[Sequence, int]
     for_blocks: bool
 
 
@@ -76,7 +78,11 @@ class WatchedScheduler(Scheduler):
         others = [(own, len(own.block_table)) for own in self._running if own is not victim]
         self.preempted.append(
             Preemption(
-                victim=victim, blocks=len(victim.block_table), others=others, for_blocks=self._missing_blocks() > 0
+                victim=victim,
+                blocks=len(victim.block_table),
+                others=others,
+                samples={own: len(own.family) for own in self._running},
+                for_blocks=self._missing_blocks() > 0,
             )
         )
         super()._preempt(victim)
@@ -379,7 +385,7 @@ class Simulation:
         everybody = [(victim, preemption.blocks), *preemption.others]
         slots, blocks = Counter[str](), Counter[str]()
         for own, count in everybody:
-            slots[own.owner] += 1 + len(own.forks)
+            slots[own.owner] += preemption.samples[own]
             blocks[own.owner] += count
         weights = {own.owner: own.weight for own in self.live.values()}
         equals = [own for own, _ in preemption.others if (own.owner, own.priority) == (victim.owner, victim.priority)]
@@ -394,7 +400,11 @@ class Simulation:
             return
         oldest = min([own for own, _ in everybody if own.owner == victim.owner], key=_age)
         assert victim is not oldest, "the oldest of a client is preempted for another client"
-        assert all(done[victim] <= done[own] for own in equals if own is not oldest), "it had not computed least"
+        # Without one that holds more the client might hold less than the newcomer's, so it is no candidate.
+        held_by = dict(preemption.others)
+        for own in equals:
+            as_small = preemption.samples[own] <= preemption.samples[victim] and held_by[own] <= preemption.blocks
+            assert own is oldest or not as_small or done[victim] <= done[own], "it had not computed least"
 
         def part(owner: str, more_slots: int, more_blocks: int) -> float:
             of_slots = (slots[owner] + more_slots) / self._max_num_seqs
@@ -403,7 +413,7 @@ class Simulation:
         newcomers = {
             own.owner for own in self.live.values() if own.owner != victim.owner and own.priority <= victim.priority
         }
-        left = part(victim.owner, -1 - len(victim.forks), -preemption.blocks)
+        left = part(victim.owner, -preemption.samples[victim], -preemption.blocks)
         assert any(part(owner, 1, 0) <= left for owner in newcomers), "no other client has less than its share"
 
     def fail(self) -> None:

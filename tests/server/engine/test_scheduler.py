@@ -273,6 +273,14 @@ def test_a_draw_that_depends_on_the_tokens_before_it_is_made_without_guesses() -
     assert simulation.step().num_tokens == 1
 
 
+def test_guesses_leave_a_token_for_each_sequence_that_may_run() -> None:
+    simulation = Simulation(num_blocks=20, block_size=4, max_model_len=40, max_num_seqs=3, max_num_batched_tokens=5)
+    simulation.add([0], 8)
+    simulation.step()
+    simulation.guess(0, 4)
+    assert simulation.step().num_tokens == 1 + 2
+
+
 def test_samples_of_one_prompt_begin_without_guesses() -> None:
     simulation = Simulation(num_blocks=20, block_size=4, max_model_len=40)
     simulation.add([0], 8, samples=3)  # its whole prompt is one token, as a decoding sequence computes it
