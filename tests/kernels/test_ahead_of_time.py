@@ -16,7 +16,7 @@ from persimmon.kernels.launch import Limits
 
 CAPABILITIES = (80, 90, 100)
 MODULES = {
-    f"tests.kernels.production_calls_{name}": f"kernels.{name}"
+    f"tests.kernels.production_calls_{name}": f"persimmon.kernels.{name}"
     for name in ("decode_attention", "prefill_attention", "projection", "layer_norm", "sampling", "truncation")
 }
 CALLS = [(module, call) for module in MODULES for call in importlib.import_module(module).CALLS]
