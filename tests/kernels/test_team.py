@@ -25,12 +25,12 @@ SLOW_WRITER = {
 }
 """Takes threads off their cores where it is most dangerous: one that writes a phase, and late ones that come to it."""
 
-FAULTS: Mapping[str, tuple[Mapping[str, str], int]] = {
+FAULTS: Mapping[str, tuple[Mapping[str, str], set[int]]] = {
     "a part is done without release": (
         {
             "atomic_fetch_add(&phase->done, 1)": ("atomic_fetch_add_explicit(&phase->done, 1, memory_order_relaxed)"),
         },
-        FOUND_BY_SANITIZER,
+        {FOUND_BY_SANITIZER},
     ),
     "the end of a phase is seen without acquire": (
         {
@@ -38,7 +38,7 @@ FAULTS: Mapping[str, tuple[Mapping[str, str], int]] = {
                 "done = atomic_load_explicit(&phase->done, memory_order_relaxed)"
             ),
         },
-        FOUND_BY_SANITIZER,
+        {FOUND_BY_SANITIZER},
     ),
     "a field of the work is plain": (
         {
@@ -46,14 +46,15 @@ FAULTS: Mapping[str, tuple[Mapping[str, str], int]] = {
                 "*(const void **)&team.context = work->context"
             ),
         },
-        FOUND_BY_SANITIZER,
+        {FOUND_BY_SANITIZER},
     ),
     "parts change while the phase is still the last work's": (
         {
             **SLOW_WRITER,
             "atomic_store_explicit(&phase->next, (uint64_t)(number - 1) << 32, memory_order_release);": "",
         },
-        FOUND_BY_PROGRAM,
+        # A part that is done twice is also a race on what it writes.
+        {FOUND_BY_PROGRAM, FOUND_BY_SANITIZER},
     ),
 }
 
@@ -115,5 +116,6 @@ def test_every_part_is_done_once_and_in_order_whoever_is_late(changes: Mapping[s
 def test_a_planted_fault_is_found(fault: str, tmp_path: Path) -> None:
     changes, found = FAULTS[fault]
     ran = stress(tmp_path, changes, runs=50)  # which threads are late is up to the system
-    assert ran.returncode == found, ran.stderr
-    assert ("data race" if found == FOUND_BY_SANITIZER else "a part") in ran.stderr
+    reports = {FOUND_BY_SANITIZER: "data race", FOUND_BY_PROGRAM: "a part"}
+    assert ran.returncode in found, ran.stderr
+    assert reports[ran.returncode] in ran.stderr

@@ -280,7 +280,7 @@ def test_classifier_has_a_score_and_no_output_projection(tmp_path: Path) -> None
     assert error(tmp_path, CLASSIFIER) == f"{path}: tensor score.weight is missing"
     write_safetensors(tmp_path, random_tensors() | {"score.weight": torch.ones(3, 16)})
     checkpoint = Checkpoint.open(tmp_path, CLASSIFIER)
-    assert checkpoint.notes == ("lm_head.weight is ignored: PersimmonForSequenceClassification has none",)
+    assert checkpoint.notes == ("lm_head.weight is ignored: PersimmonForSequenceClassification does not use it",)
     assert checkpoint.names.keys() == expected_shapes(CLASSIFIER).keys()
     write_safetensors(tmp_path, random_tensors(CLASSIFIER))
     assert Checkpoint.open(tmp_path, CLASSIFIER).names.keys() == expected_shapes(CLASSIFIER).keys()
