@@ -103,7 +103,7 @@ def test_a_tokenizer_that_is_not_a_regular_file_is_named(tmp_path: Path, make: C
 def test_a_huge_tokenizer_is_not_read(tmp_path: Path) -> None:
     folder = shutil.copytree(DEMO, tmp_path / "demo", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     os.truncate(folder / "tokenizer.model", TEBIBYTE)
-    with pytest.raises(CheckpointError, match=f"tokenizer.model has {TEBIBYTE:,} bytes, at most"):
+    with pytest.raises(CheckpointError, match=f"tokenizer.model has {TEBIBYTE:,} bytes; expected at most"):
         Tokenizer.from_folder(folder)
 
 
@@ -170,14 +170,14 @@ def test_a_huge_json_file_is_not_read(folder: Path, name: str) -> None:
     (folder / "model.safetensors").unlink()
     (folder / name).touch()
     os.truncate(folder / name, TEBIBYTE)
-    assert error(folder).startswith(f"{folder / name} has {TEBIBYTE:,} bytes, at most ")
+    assert error(folder).startswith(f"{folder / name} has {TEBIBYTE:,} bytes; expected at most ")
 
 
 def test_the_limit_of_a_small_file_is_its_last_byte(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"12345")
     assert read_small(path, 5) == b"12345"
-    with pytest.raises(CheckpointError, match="has 5 bytes, at most 4 are read"):
+    with pytest.raises(CheckpointError, match="has 5 bytes; expected at most 4"):
         read_small(path, 4)
     assert read_small(tmp_path / "nothing") is None
 
