@@ -156,5 +156,5 @@ def test_a_classifier_has_no_use_for_a_head(tmp_path: Path) -> None:
         architecture="PersimmonForSequenceClassification",
     )
     folder = changed(classifier, tmp_path / "changed", equal_head, "safetensors")
-    assert opened(folder).notes == ("lm_head.weight is ignored: PersimmonForSequenceClassification has none",)
+    assert opened(folder).notes == ("lm_head.weight is ignored: PersimmonForSequenceClassification does not use it",)
     assert opened(folder).names.keys() == opened(classifier).names.keys()
