@@ -28,7 +28,7 @@ def test_a_file_that_is_replaced_added_or_removed_is_named(folder: Path, name: s
     replace_with_a_copy(folder / name)
     assert change(before, identity(folder)) == f"{name} was replaced or changed"
     (folder / name).unlink()
-    assert change(before, identity(folder)) == f"{name} is gone"
+    assert change(before, identity(folder)) == f"{name} was deleted"
     assert change(identity(folder), before) == f"{name} is new"
 
 
@@ -60,4 +60,4 @@ def test_files_that_no_server_reads_may_change(folder: Path) -> None:
 def test_a_folder_that_is_gone_has_lost_its_files(folder: Path) -> None:
     before = identity(folder)
     shutil.rmtree(folder)
-    assert change(before, identity(folder)) == f"{min(before)} is gone"
+    assert change(before, identity(folder)) == f"{min(before)} was deleted"
