@@ -30,7 +30,7 @@ def identity(folder: Path) -> Identity:
 
 
 def change(before: Identity, after: Identity) -> str | None:
-    """The first difference between two moments, like 'config.json is gone'; None where there is none."""
+    """The first difference between two moments, like 'config.json was deleted'; None where there is none."""
     for name in sorted(before.keys() | after.keys()):
         if name not in after:
             return f"{name} was deleted"

@@ -29,7 +29,7 @@ def test_a_file_that_is_replaced_added_or_removed_is_named(folder: Path, name: s
     assert change(before, identity(folder)) == f"{name} was replaced or changed"
     (folder / name).unlink()
     assert change(before, identity(folder)) == f"{name} was deleted"
-    assert change(identity(folder), before) == f"{name} is new"
+    assert change(identity(folder), before) == f"{name} was added"
 
 
 def test_a_file_that_is_written_in_place_is_named(folder: Path) -> None:
