@@ -1,7 +1,7 @@
 #!/bin/sh
 # llguidance 1.9.1 allows \u escapes in a JSON string for control characters only: "\u00e9" is refused where "é" is allowed.
 #
-# Guess, before running it: in {"type": "string"} with a length, the escaped pair "\ud834\udd1e" is allowed and counts as one
+# Guess, before running it: in {"type": "string"} with a length, an escaped surrogate pair is allowed and counts as one
 # character, as the character itself does.
 # RFC 8259, 7: any character may be escaped.
 #
