@@ -96,7 +96,7 @@ class Engine:
         queue_timeout: seconds after which a sequence that has not been begun ends with "expired"; 0 for never.
         graph_replays: how many steps were CUDA graphs so far.
         beat: called before and after each step as a sign of life, with whether the engine has work.
-        clock: seconds, for `queue_timeout`.
+        clock: seconds, for everything the engine times.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Engine:
         queue_timeout: float = 0.0,
         beat: Callable[[bool], None] = lambda busy: None,
         graph_replays: Callable[[], int] = lambda: 0,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._socket = socket
         # A message to a worker that has gone is an error here instead of silence, so that its sequences can end.
@@ -213,7 +213,7 @@ class Engine:
                     self._workers[worker].discard(sequence_id)
 
     def _submit(self, worker: bytes, submit: Submit, outputs: Outputs) -> None:
-        first = sequence_of(worker, submit)
+        first = sequence_of(worker, submit, self._clock())
         try:
             self._scheduler.check(first)
             prepared = self._run.prepare(first)
@@ -287,7 +287,7 @@ class Engine:
         """Starts a step; False if it is empty, or failed at once and its failure is still to be reported."""
         if not plan.scheduled:
             return False
-        started = time.perf_counter()
+        started = self._clock()
         # Whose first step it is, is among the chunks.
         for item in plan.scheduled[plan.work.decodes :]:
             if item.sequence.queue_seconds is None:
@@ -322,7 +322,7 @@ class Engine:
             self._refuse(failed, "the model failed on this request; see the log", outputs)
             return
         self._failed_steps = 0
-        now = time.perf_counter()
+        now = self._clock()
         # A device begins a step when the one before it has ended.
         seconds = now - max(step.started, self._last_end)
         self._step_counts.add(seconds, plan.work.decodes + plan.work.chunk_tokens)

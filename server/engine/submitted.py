@@ -1,6 +1,5 @@
 """What a worker submits as the engine's sequences, and which worker a sequence belongs to."""
 
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,9 +10,8 @@ SequenceKey = tuple[bytes, int]
 """A worker's identity and its own number for the sequence."""
 
 
-def sequence_of(worker: bytes, submit: Submit) -> Sequence:
-    """A submission's first sample, with the others as its forks."""
-    now = time.perf_counter()
+def sequence_of(worker: bytes, submit: Submit, now: float) -> Sequence:
+    """A submission's first sample, with the others as its forks; `now` is the time on the engine's clock."""
 
     def sample(index: int, forks: Iterable[Sequence] = (), **reports: Any) -> Sequence:
         return Sequence(
