@@ -337,7 +337,7 @@ class Bench:
     step_tokens: int = 1
 
     async def connect(self, streams: int) -> list[StreamReader]:
-        """So many open connections."""
+        """Connections to the server, at least `streams` of them open."""
         loop = asyncio.get_running_loop()
         while len(self.connections) < streams:
             _, reader = await loop.create_connection(lambda: StreamReader(self.word, self._took), *self.address)

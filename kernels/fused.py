@@ -103,7 +103,7 @@ class FusedKernels:
         device: a GPU; or a CPU, where Triton interprets.
         pdl: whether a kernel may start while the one before it ends (programmatic dependent launch, sm_90 and later).
             Not yet run on a GPU, and so not the default.
-        sparse_step: most tokens of a step that skips MLP rows.
+        sparse_step: maximum tokens of a step that skips MLP rows.
     """
 
     def __init__(self, device: torch.device, *, pdl: bool = False, sparse_step: int = SPARSE_STEP) -> None:

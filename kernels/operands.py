@@ -125,8 +125,8 @@ class StepLimits:
     """The largest step there will be, and the network's widths: what buffers are made for.
 
     Attributes:
-        max_num_seqs: most sequences of a step.
-        max_num_batched_tokens: most tokens of a step.
+        max_num_seqs: maximum sequences of a step.
+        max_num_batched_tokens: maximum tokens of a step.
         max_model_len: maximum tokens of a sequence.
         num_heads, head_dim, hidden_size, intermediate_size, vocab_size: the network's.
     """

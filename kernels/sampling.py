@@ -38,7 +38,7 @@ class SamplingConfig:
     Attributes:
         head_tokens: token ids of one tile of the output projection.
         head_depth_bytes: bytes of a weight row that one step of the projection's loop takes.
-        head_rows: most rows of one tile.
+        head_rows: maximum rows of one tile.
         head_stages: steps of the loop that are in flight.
         head_warps: of a program of the projection with up to 32 rows; one with more has twice as many.
         slice_tokens: token ids of one program that reads logits.

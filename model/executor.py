@@ -150,14 +150,14 @@ class NativeExecutor(Executor):
     def start(
         self, model: Persimmon, cache: KVCache, progress: Callable[[Sequence[int]], Iterable[int]] = iter
     ) -> Self:
-        """Records the network."""
-        self._network = RecordedNetwork(model, cache, self.kernels)
+        """Records the network, unless it sums over ranks between operations: then each operation is a call."""
+        self._recorded = None if model.sums_over_ranks else RecordedNetwork(model, cache, self.kernels)
         self._draw = NativeDraw(self.kernels)
         return super().start(model, cache, progress)
 
     def forward(self, step: Step) -> torch.Tensor:
-        """The program."""
-        return self._network.forward(step)
+        """The program, or operation by operation."""
+        return self.model.forward(step, self.cache) if self._recorded is None else self._recorded.forward(step)
 
     def sample(self, hidden: torch.Tensor, params: Sequence[RowSampling]) -> Samples:
         """From the logits, in C."""

@@ -56,7 +56,7 @@ class MemoryPlan:
         block_bytes: one KV block over all layers.
         num_blocks: KV blocks.
         block_size: tokens in a block.
-        max_model_len: most tokens of one sequence.
+        max_model_len: maximum tokens of one sequence.
     """
 
     available: int

@@ -75,7 +75,7 @@ class Persimmon:
         dtype: parameters and activations, see `parameter_dtype`.
         device: where they live.
         kernels: the operations.
-        max_model_len: most tokens of a sequence; the network's own by default.
+        max_model_len: maximum tokens of a sequence; the network's own by default.
         sum_over_ranks: makes of what this rank has of a product, [T, hidden], the sum over all that share the network;
             None where there are no others, and kernels add a product to the residual stream in one launch.
     """
@@ -179,6 +179,11 @@ class Persimmon:
             inner = kernels.norm_linear_relu_squared(x, layer.mlp_norm, layer.mlp_up, plan)
             self._add_product_(kernels, x, inner, layer.mlp_down, plan)
         return kernels.norm_rows(x, self._final_norm, step.logits_rows)
+
+    @property
+    def sums_over_ranks(self) -> bool:
+        """Whether the products are sums over ranks, which are made between one operation and the next."""
+        return self._sum_over_ranks is not None
 
     def _add_product_(
         self, kernels: Kernels[Any, Any], x: Residual, inputs: Activation, linear: Linear[Any], plan: Any

@@ -20,9 +20,17 @@ class RecordedNetwork:
         cache: its keys and values.
         kernels: record it.
         max_tokens: of a step; a larger one makes the buffers grow.
+
+    Raises:
+        ValueError: the network sums over ranks, which cannot happen in the middle of a call.
     """
 
     def __init__(self, model: Persimmon, cache: KVCache, kernels: NativeKernels, max_tokens: int = 64) -> None:
+        if model.sums_over_ranks:
+            raise ValueError(
+                "this network sums over ranks between operations, and a recorded program runs them all in one call; "
+                "use Persimmon.forward"
+            )
         self._model = model
         self._cache = cache
         self._kernels = kernels

@@ -186,15 +186,15 @@ class Metrics:
         """Records the sizes and times of a sequence that ended by itself."""
         self._finished.observe_sequence(sequence)
 
-    def observe_samples(self, count: int, most_generated: int) -> None:
+    def observe_samples(self, count: int, max_generated: int) -> None:
         """Records a prompt whose samples have all ended by themselves.
 
         Args:
             count: how many samples it had.
-            most_generated: the tokens of the longest one.
+            max_generated: the tokens of the longest one.
         """
         self._finished.n.observe(count)
-        self._finished.max_generated_tokens.observe(most_generated)
+        self._finished.max_generated_tokens.observe(max_generated)
 
     def families(self) -> Iterator[Metric]:
         """All metrics under our names, with only this worker's own counts."""

@@ -235,8 +235,8 @@ class _Supervisor:
             self._watch.restart()
             if self._announced:
                 say("The engine is serving again")
-        everybody = all(child.has_served for child in self._children)
-        if everybody and self._ready is not None and not self._announced:
+        all_serve = all(child.has_served for child in self._children)
+        if all_serve and self._ready is not None and not self._announced:
             self._announced = True
             self._announce(self._ready)
             notify("READY=1")

@@ -298,7 +298,8 @@ class NativeKernels:
         Args:
             max_tokens: of the steps that the program is for.
             forward: one pass of the network through the kernels it is given.  It gets a plan that stands for all, and
-                returns nothing that means anything.
+                returns nothing that means anything.  Only what the kernels do becomes part of the program, so it calls
+                no `add_` and computes nothing by itself.
         """
         program = Program(self.library, max_tokens)
         nothing = np.zeros(1, dtype=np.int32)
@@ -323,13 +324,6 @@ class _Recorder(NativeKernels):
     def __init__(self, kernels: NativeKernels, program: Program) -> None:
         super().__init__(kernels.build, kernels.dtype)
         self._program = program
-
-    def add_(self, x: Residual, update: torch.Tensor, plan: NativePlan) -> None:
-        """Refuses: only `add_product_` is an operation of a program."""
-        raise NotImplementedError(
-            "a recorded program adds a product to the residual stream in one operation, so nothing can sum over ranks "
-            "in between; run `Persimmon.forward` with the kernels themselves"
-        )
 
     def _buffer(self, name: str, rows: int, width: int) -> torch.Tensor:
         del rows

@@ -33,7 +33,7 @@ class Prompt:
     Attributes:
         field: "prompt" or "messages", which decides the endpoint.
         value: of that field.
-        max_tokens: most tokens of the answer.
+        max_tokens: maximum tokens of the answer.
     """
 
     field: str
@@ -150,7 +150,7 @@ class FileWorkload:
     Attributes:
         source: the file's name, for reports.
         lines: its prompts.
-        output_len: most tokens of a warm-up's answer.
+        output_len: maximum tokens of a warm-up's answer.
     """
 
     source: str
@@ -163,7 +163,7 @@ class FileWorkload:
 
         Args:
             path: the file.
-            output_len: most tokens of an answer where the line does not say.
+            output_len: maximum tokens of an answer whose line sets none.
             endpoint: "completions", "chat", or None to let each line's field decide.  For chat a "prompt" of text
                 becomes a user's message.
 

@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 REMEMBERED = 128
-"""So many ended answers are looked at."""
+"""How many of the last finished answers the estimate uses."""
 
 MIN_CAUTION = 0.5
 """This share of the blocks that are expected to be needed at one time is enough while hardly anything is lost."""

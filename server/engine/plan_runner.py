@@ -21,7 +21,7 @@ from persimmon.server.engine.step_plan import ScheduledSequence, StepPlan
 from persimmon.server.engine.step_runner import LaunchedStep
 
 COMPILED_GRAMMARS = 16
-"""So many grammars are kept compiled, the latest used ones.  One may come to hold 25 MB of what is known of it."""
+"""Compiled grammars that are kept, the most recently used ones.  The caches of one can grow to 25 MB."""
 
 
 class PlanRunner:

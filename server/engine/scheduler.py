@@ -30,7 +30,7 @@ TYPICAL_OUTPUT = 512
 """Output tokens that a sequence is expected to get before any has finished."""
 
 MAX_OVERTAKEN = 8
-"""So many waiting sequences may be overtaken by others because they wait for a prefix that is being computed."""
+"""Maximum number of waiting sequences, waiting for a prefix that is being computed, that others may overtake."""
 
 
 class Scheduler:
@@ -38,9 +38,9 @@ class Scheduler:
 
     Args:
         pool: the KV blocks.
-        max_num_seqs: most sequences that hold blocks at once.
+        max_num_seqs: maximum sequences that hold blocks at once.
         max_num_batched_tokens: token budget of a step, at least max_num_seqs, so that every running sequence advances.
-        max_model_len: most tokens of one sequence; the pool holds at least one such sequence.
+        max_model_len: maximum tokens of one sequence; the pool holds at least one such sequence.
         typical_output: output tokens that a sequence may be expected to get, until some have finished.
         rope_limit: prompts longer than this have keys that depend on their length, so they share blocks only with
             prompts of the same length; None where there are none.
@@ -548,12 +548,12 @@ class Scheduler:
         blocks = len(sequence.block_table) or self._pool.blocks_for(sequence.num_tokens)
         return self._admission.growing(sequence.prompt_length, sequence.num_output_tokens, sequence.max_tokens, blocks)
 
-    def _split(self, sequence: Sequence, most_forks: int) -> None:
-        """Leaves a sequence `count` forks; the others wait, and one of them leads them."""
-        rest = sequence.forks[most_forks:]
+    def _split(self, sequence: Sequence, max_forks: int) -> None:
+        """Leaves a sequence at most `max_forks` forks; the others wait, and one of them leads them."""
+        rest = sequence.forks[max_forks:]
         if not rest:
             return
-        del sequence.forks[most_forks:]
+        del sequence.forks[max_forks:]
         first, *others = rest
         first.leader = None
         first.forks = others

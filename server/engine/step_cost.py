@@ -11,7 +11,7 @@ MEMORY = 100
 """Further observations of the same kind after which one counts 1/e of what it did."""
 
 ENOUGH = 8
-"""So many steps of a kind are seen before anything is said of it."""
+"""Steps of a kind that must be observed before its cost is estimated."""
 
 FIRST_CHUNK = 64
 """Tokens of chunks that run with decodes while nothing is known; then they at most double from step to step."""

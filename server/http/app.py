@@ -59,7 +59,7 @@ def application(
         served_model_name: the model's name in the API.
         engine_address: the engine's ZeroMQ endpoint.
         place: the worker's among others; None for a single one.
-        gate: who is let in; None for everybody.
+        gate: which requests are admitted; None for all.
         access: what is asked of clients; None for nothing.
         tracing: where requests become spans; None for nowhere.
         key_check: the keys, if they may change; None for those of `access`.
@@ -120,7 +120,7 @@ def create_app(
         seed: of the seeds that requests without one get.
         vocabulary: of a trimmed checkpoint, else None.
         place: the worker's among others; None for a single one.
-        gate: who is let in; None for everybody.
+        gate: which requests are admitted; None for all.
         access: what is asked of clients; None for nothing.
         tracing: where requests become spans; None for nowhere.
         key_check: the keys, if they may change; None for those of `access`.

@@ -31,7 +31,7 @@ class RequestRecord:
         request_id: the client's own, or one made for it.
         arrival: when it came.
         key: the name of the API key that it came with; None where the server asks for none.
-        max_priority: how urgent its key may be; None for what the server allows everybody.
+        max_priority: how urgent its key may be; None for the server-wide limit.
         share: of the engine, relative to other keys'.
         cache_salt: keeps the prefixes of this client apart from others' in the prefix cache; empty shares them.
         prompt_tokens: of all its prompts.

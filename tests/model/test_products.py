@@ -15,6 +15,7 @@ from persimmon.model.checkpoint import Checkpoint
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.executor import NativeExecutor, TorchExecutor
 from persimmon.model.persimmon import Persimmon
+from persimmon.model.recorded_network import RecordedNetwork
 from persimmon.model.runner import Runner, SequenceInput
 from tests.engine_harness import CPU, poisoned_cache
 from tests.model.checkpoints import make_checkpoint
@@ -125,8 +126,14 @@ def test_ranks_with_half_of_the_columns_each_sum_to_the_product(operations: Kern
 
 
 @pytest.mark.skipif(not library.builds(), reason="no build of the C kernels for this processor")
-def test_a_recorded_program_refuses_to_reduce(checkpoint: Path) -> None:
+def test_a_network_that_sums_over_ranks_runs_operation_by_operation(checkpoint: Path) -> None:
     native = NativeKernels(library.builds()[0])
-    model = load(checkpoint, native, lambda product: product)
-    with pytest.raises(NotImplementedError, match="nothing can sum over ranks in between"):
-        NativeExecutor(native).start(model, poisoned_cache(model, 2, 16))
+    model = load(checkpoint, native, lambda product: 2 * product)
+    cache = poisoned_cache(model, 2, 16)
+    with pytest.raises(ValueError, match="sums over ranks between operations"):
+        RecordedNetwork(model, cache, native)
+    part = SequenceInput(range(2, 20), 0, [1, 0], (row_with(),))
+    ours = Runner(NativeExecutor(native).start(model, cache)).logits([part])
+    torch.testing.assert_close(ours, Runner(TorchExecutor(native).start(model, cache)).logits([part]))
+    once = load(checkpoint, native, None)
+    assert not torch.allclose(ours, Runner(NativeExecutor(native).start(once, cache)).logits([part]), atol=1e-2)

@@ -33,7 +33,7 @@ class ApiKey:
     Attributes:
         name: what it is called in logs, which may be read by more people than the key.
         digest: SHA-256 of the key.
-        max_priority: how urgent its requests may be; None for what the server allows everybody.
+        max_priority: how urgent its requests may be; None for the server-wide limit.
         share: of the engine while others want it too, relative to other keys'.
     """
 
@@ -55,7 +55,7 @@ class ApiKey:
 
 @dataclass(frozen=True, slots=True)
 class KeyRing:
-    """All keys that are let in; without any, everybody is."""
+    """All accepted keys; without any, every request is accepted."""
 
     keys: Sequence[ApiKey] = ()
 

@@ -382,15 +382,15 @@ class Simulation:
 
     def _check_preemption(self, preemption: Preemption, done: dict[Sequence, int]) -> None:
         victim = preemption.victim
-        everybody = [(victim, preemption.blocks), *preemption.others]
+        everyone = [(victim, preemption.blocks), *preemption.others]
         slots, blocks = Counter[str](), Counter[str]()
-        for own, count in everybody:
+        for own, count in everyone:
             slots[own.owner] += preemption.samples[own]
             blocks[own.owner] += count
         weights = {own.owner: own.weight for own in self.live.values()}
         equals = [own for own, _ in preemption.others if (own.owner, own.priority) == (victim.owner, victim.priority)]
         if preemption.for_blocks:
-            oldest, *others = sorted([own for own, _ in everybody], key=_age)
+            oldest, *others = sorted([own for own, _ in everyone], key=_age)
             assert victim is not oldest, "the oldest is preempted"
             assert all(victim.priority >= own.priority for own in others), "a lower priority is preempted first"
             rivals = [own.owner for own in others if own.priority == victim.priority]
@@ -398,7 +398,7 @@ class Simulation:
             assert held[victim.owner] == max(held.values()), "the client that holds most is preempted first"
             assert all(done[victim] <= done[own] for own in equals if own is not oldest), "it had not computed least"
             return
-        oldest = min([own for own, _ in everybody if own.owner == victim.owner], key=_age)
+        oldest = min([own for own, _ in everyone if own.owner == victim.owner], key=_age)
         assert victim is not oldest, "the oldest of a client is preempted for another client"
         # Without one that holds more the client might hold less than the newcomer's, so it is no candidate.
         held_by = dict(preemption.others)
@@ -502,8 +502,8 @@ class Simulation:
         self._leaving = [sequence for sequence in self._leaving if sequence.block_table]
         held = {own for plan in self.under_way for item in plan.scheduled for own in item.members}
         assert all(sequence in held for sequence in self._leaving), "blocks are held for a step that is not under way"
-        everybody = [*self.live.values(), *self._leaving]
-        references = Counter(block for sequence in everybody for block in sequence.block_table)
+        everyone = [*self.live.values(), *self._leaving]
+        references = Counter(block for sequence in everyone for block in sequence.block_table)
         assert all(references[block] for block in self._model.blocks_to_write()), "a step under way writes a free block"
         for block in range(self.pool.num_blocks):
             assert self.pool._references[block] == references[block], f"references of block {block}"

@@ -1,4 +1,4 @@
-"""The engine's turns over a real socket: everybody gets their own tokens, and no one's end is another's."""
+"""The engine's turns over a real socket: each worker gets its own tokens, and one worker's end affects no other."""
 
 import itertools
 import logging

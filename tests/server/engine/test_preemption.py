@@ -1,4 +1,4 @@
-"""With too few KV blocks for all who are there, hardly anything is computed twice, and everybody finishes."""
+"""With too few KV blocks for all sequences, little is computed twice, and every sequence finishes."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass

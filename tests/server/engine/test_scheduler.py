@@ -676,7 +676,7 @@ def test_abort_between_plan_and_commit_frees_blocks_when_the_step_has_ended() ->
     assert [advance.sequence for advance in simulation.commit()] == [stays]
     assert simulation.pool.num_free == free + 3
     assert gone.num_output_tokens == 0
-    # What the step computed for it is not findable: its blocks may be somebody else's by now.
+    # What the step computed for it is not findable: its blocks may belong to another sequence by now.
     third = simulation.add([0] * 9, 1)
     simulation.step()
     assert third.cached_tokens == 0
