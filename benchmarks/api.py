@@ -57,7 +57,19 @@ MODEL = "bench"
 MAX_MODEL_LEN = 2**20
 PATIENCE_SECONDS = 60.0
 ENDPOINTS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
-STATS = EngineStats(1, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0)
+STATS = EngineStats(
+    running=1,
+    waiting=0,
+    free_blocks=1,
+    total_blocks=1,
+    steps=1,
+    prompt_tokens=1,
+    generated_tokens=1,
+    cached_tokens=1,
+    queried_tokens=1,
+    preemptions=0,
+    recomputed_tokens=0,
+)
 
 
 class News(msgspec.Struct, array_like=True, frozen=True):
@@ -119,7 +131,17 @@ class ScriptedEngine:
             live = self._live.setdefault(worker, {})
             match self._decode(body):
                 case Hello():
-                    self._send(worker, Ready(MAX_MODEL_LEN, 32, 1, "cpu", "float32", STATS))
+                    self._send(
+                        worker,
+                        Ready(
+                            max_model_len=MAX_MODEL_LEN,
+                            block_size=32,
+                            total_blocks=1,
+                            device="cpu",
+                            dtype="float32",
+                            stats=STATS,
+                        ),
+                    )
                 case Submit() as submit if submit.sequence_id == WARM_UP_ID:
                     self._send(worker, StepOutput([SequenceOutput(WARM_UP_ID, self._token_ids, "length")], STATS))
                 case Submit() as submit:
@@ -368,7 +390,16 @@ class Bench:
             raise ConnectionError(f"{self.tokens} tokens came of {streams * max_tokens}")
         await self._news()  # of the first step
         self._grant(-1)
-        return Throughput(endpoint, len(self.workers), streams, self.tokens, self.events, wall, cpu, own)
+        return Throughput(
+            endpoint=endpoint,
+            workers=len(self.workers),
+            streams=streams,
+            tokens=self.tokens,
+            events=self.events,
+            wall_s=wall,
+            worker_cpu_s=cpu,
+            client_cpu_s=own,
+        )
 
     async def first_token(self, endpoint: str, prompt_tokens: int, requests: int) -> FirstToken:
         """Asks for one token again and again, of a server that has nothing else to do.
@@ -395,7 +426,7 @@ class Bench:
         distribution = Distribution.of(added)
         if distribution is None:
             raise ValueError("it needs at least one request")
-        return FirstToken(endpoint, prompt_tokens, requests, distribution)
+        return FirstToken(endpoint=endpoint, prompt_tokens=prompt_tokens, requests=requests, added_ms=distribution)
 
     def _took(self, tokens: int, events: int) -> None:
         steps = self.tokens // self.step_tokens
@@ -466,7 +497,7 @@ def serving(workers: int, settings: Settings | None = None) -> Iterator[Bench]:
                 if not report.poll(PATIENCE_SECONDS):
                     raise ConnectionError("an API worker has not started")
             host, port = listeners[0].getsockname()
-            yield Bench((host, port), control, processes[1:], word)
+            yield Bench(address=(host, port), control=control, workers=processes[1:], word=word)
         finally:
             os.sched_setaffinity(0, {*cores, own_core})
             for listener in listeners:

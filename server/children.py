@@ -98,7 +98,7 @@ class Child:
         name: of the process, for tools that list processes.
         title: for people.
         main: what it runs.
-        arguments: for that; behind them comes the end of a connection, on which it sends one message when it is ready.
+        arguments: of `main`; after them, it gets the end of a connection on which it sends one message when ready.
 
     Attributes:
         title: for people.
@@ -110,7 +110,7 @@ class Child:
         has_served: whether one of them has been ready.
     """
 
-    def __init__(self, name: str, title: str, main: Callable[..., None], *arguments: object) -> None:
+    def __init__(self, *, name: str, title: str, main: Callable[..., None], arguments: tuple[object, ...]) -> None:
         self._name = name
         self._main = main
         self._arguments = arguments

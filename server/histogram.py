@@ -56,4 +56,4 @@ def histogram_family(
     """
     labels = [*(str(float(bound)) for bound in bounds), "+Inf"]
     buckets = list(zip(labels, map(float, itertools.accumulate(counts)), strict=True))
-    return HistogramMetricFamily(name, help, buckets, total)
+    return HistogramMetricFamily(name=name, documentation=help, buckets=buckets, sum_value=total)

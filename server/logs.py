@@ -99,13 +99,13 @@ def with_fields(**fields: Any) -> Mapping[str, Any]:
 
 def _dropped_notice(lines: int) -> str:
     record = logging.LogRecord(
-        __name__,
-        logging.WARNING,
-        __file__,
-        0,
-        "%d log line%s dropped here: standard error was blocked",
-        (lines, " was" if lines == 1 else "s were"),
-        None,
+        name=__name__,
+        level=logging.WARNING,
+        pathname=__file__,
+        lineno=0,
+        msg="%d log line%s dropped here: standard error was blocked",
+        args=(lines, " was" if lines == 1 else "s were"),
+        exc_info=None,
     )
     handlers = logging.getLogger().handlers or _console.handlers
     return handlers[0].format(record)

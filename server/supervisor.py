@@ -113,21 +113,26 @@ class _Supervisor:
         # A worker that takes another's place gets what this holds then: its siblings', whatever the files have.
         self._credentials = Credentials.read(settings)
         self._engine = Child(
-            "persimmon-engine", "the engine process", engine_main, settings.of_engine(), folder, address, vitals
+            name="persimmon-engine",
+            title="the engine process",
+            main=engine_main,
+            arguments=(settings.of_engine(), folder, address, vitals),
         )
         started = int(time.time())
         self._workers = [
             Child(
-                f"persimmon-api-{index}",
-                "the API process" if count == 1 else f"API process {index}",
-                worker_main,
-                self._credentials,
-                settings,
-                folder,
-                served_model_name,
-                address,
-                listener,
-                WorkerPlace(index, count, runtime, started, vitals),
+                name=f"persimmon-api-{index}",
+                title="the API process" if count == 1 else f"API process {index}",
+                main=worker_main,
+                arguments=(
+                    self._credentials,
+                    settings,
+                    folder,
+                    served_model_name,
+                    address,
+                    listener,
+                    WorkerPlace(index=index, count=count, folder=runtime, started=started, vitals=vitals),
+                ),
             )
             for index, listener in enumerate(listeners)
         ]

@@ -88,7 +88,9 @@ def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Pat
     # At the start, because with a large vocabulary it takes a second in which no step could run.
     runner: StepRunner = PlanRunner(loaded.runner, _grammar_compiler(folder))
     if settings.profile_steps is not None:
-        runner = ProfiledRunner(runner, loaded.runner, settings.profile_steps, settings.profile_dir)
+        runner = ProfiledRunner(
+            run=runner, parts=loaded.runner, steps=settings.profile_steps, folder=settings.profile_dir
+        )
     report.send(ready)
     # What lives now lives as long as the process: the collector need not look at it again.
     gc.collect()
@@ -98,10 +100,10 @@ def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Pat
     overlap = {"on": True, "off": False, "auto": loaded.executor.overlaps}[settings.async_scheduling]
     costs = StepCostModel(None if settings.max_itl_ms is None else settings.max_itl_ms / 1000)
     Engine(
-        socket,
-        scheduler,
-        runner,
-        ready,
+        socket=socket,
+        scheduler=scheduler,
+        run=runner,
+        limits=ready,
         costs=costs,
         overlap=overlap,
         queue_timeout=settings.queue_timeout,

@@ -120,7 +120,7 @@ async def _run(
     if failed.done() or ready.exception() is not None:
         return await _engine_failed(failed)
     with _Bar(source.lines, source.lines - missing) as bar:
-        batch = Batch(server.app, source, output, bar, any_model)
+        batch = Batch(app=server.app, source=source, output=output, progress=bar, any_model=any_model)
         running = tasks.start(batch.run(min(concurrency(server.settings), missing)))
         await asyncio.wait((running, failed, stop), return_when=asyncio.FIRST_COMPLETED)
         if stop.done() and not running.done():

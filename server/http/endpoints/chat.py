@@ -68,21 +68,21 @@ async def _whole(service: Service, request: ChatCompletionRequest, generation: G
     answers, usage = await service.generator.answers(generation)
     choices = [
         ChatChoice(
-            index,
-            _message(answer, generation.calls),
-            answer.finish_reason,
-            _logprobs(answer.reports) if request.logprobs else None,
+            index=index,
+            message=_message(answer, generation.calls),
+            finish_reason=answer.finish_reason,
+            logprobs=_logprobs(answer.reports) if request.logprobs else None,
             token_ids=answer.token_ids if request.return_token_ids else UNSET,
         )
         for index, answer in enumerate(answers)
     ]
     return ChatCompletion(
-        _new_id(),
-        created,
-        service.served_model_name,
-        service.system_fingerprint,
-        choices,
-        usage,
+        id=_new_id(),
+        created=created,
+        model=service.served_model_name,
+        system_fingerprint=service.system_fingerprint,
+        choices=choices,
+        usage=usage,
         service_tier=_tier(request),
         prompt_token_ids=generation.prompt_token_ids(0) if request.return_token_ids else UNSET,
     )
@@ -110,7 +110,9 @@ async def _stream(
     def role_chunk(choice: int) -> bytes:
         choices = [ChatChunkChoice(choice, ChatDelta("assistant", None if forced else ""))]
         prompt = generation.prompt_token_ids(0) if with_ids and choice == 0 else UNSET
-        return event(ChatCompletionChunk(*identity, choices, usage, tier, prompt))
+        return event(
+            ChatCompletionChunk(*identity, choices=choices, usage=usage, service_tier=tier, prompt_token_ids=prompt)
+        )
 
     def piece_chunks(piece: Piece) -> bytes:
         """What a piece adds; the first chunk reports its tokens."""
@@ -122,13 +124,13 @@ async def _stream(
         frames = b""
         for delta in deltas or [ChatDelta()]:
             choice = ChatChunkChoice(piece.choice, delta, logprobs=logprobs, token_ids=token_ids)
-            frames += event(ChatCompletionChunk(*identity, [choice], usage, tier))
+            frames += event(ChatCompletionChunk(*identity, choices=[choice], usage=usage, service_tier=tier))
             logprobs, token_ids = None, UNSET
         return frames
 
     def finish_chunk(piece: Piece) -> bytes:
         choice = ChatChunkChoice(piece.choice, ChatDelta(), piece.finish_reason)
-        return event(ChatCompletionChunk(*identity, [choice], usage, tier))
+        return event(ChatCompletionChunk(*identity, choices=[choice], usage=usage, service_tier=tier))
 
     def chunks(piece: Piece) -> bytes:
         frames = b""
@@ -154,7 +156,7 @@ async def _stream(
             if frames:
                 yield frames
     if request.include_usage:
-        yield event(ChatCompletionChunk(*identity, [], count.usage, tier)) + DONE
+        yield event(ChatCompletionChunk(*identity, choices=[], usage=count.usage, service_tier=tier)) + DONE
     else:
         yield DONE
 
@@ -174,10 +176,10 @@ def _logprobs(reports: Sequence[TokenReport]) -> ChatLogprobs:
     return ChatLogprobs(
         [
             ChatTokenLogprob(
-                own.text.name,
-                0.0 if own.logprob is None else own.logprob,
-                _utf8(own.text),
-                [TopLogprob(text.name, logprob, _utf8(text)) for text, logprob in own.top],
+                token=own.text.name,
+                logprob=0.0 if own.logprob is None else own.logprob,
+                bytes=_utf8(own.text),
+                top_logprobs=[TopLogprob(text.name, logprob, _utf8(text)) for text, logprob in own.top],
             )
             for own in reports
         ]

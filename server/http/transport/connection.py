@@ -242,7 +242,7 @@ class Connection(asyncio.Protocol):
             "headers": head.headers,
             "state": self._app_state.copy(),
         }
-        exchange = Exchange(self, scope, head, self._state.default_headers)
+        exchange = Exchange(wire=self, scope=scope, head=head, default_headers=self._state.default_headers)
         self._incoming = exchange
         if self._current is None:
             self._start(exchange)

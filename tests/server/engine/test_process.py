@@ -50,8 +50,8 @@ def test_the_engine_process_is_given_no_key_and_no_path_of_a_file_of_keys(tmp_pa
     given: dict[object, tuple[object, ...]] = {}
 
     class Recorded(Child):
-        def __init__(self, name, title, main, *arguments):
-            super().__init__(name, title, main, *arguments)
+        def __init__(self, *, name, title, main, arguments):
+            super().__init__(name=name, title=title, main=main, arguments=arguments)
             given[main] = arguments
 
     monkeypatch.setattr(supervisor, "Child", Recorded)
