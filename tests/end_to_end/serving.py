@@ -124,7 +124,8 @@ class Server(Start):
         deadline = time.monotonic() + seconds
         while True:
             metrics = self.metrics()
-            if (
+            # A worker that has just started has none of the engine's series until the engine has answered it.
+            if "persimmon_requests_running" in metrics and (
                 metrics["persimmon_requests_running"] == metrics["persimmon_requests_waiting"] == 0
                 and metrics["persimmon_open_streams"] == 0
                 and metrics["persimmon_kv_blocks_free"] == metrics["persimmon_kv_blocks"]
