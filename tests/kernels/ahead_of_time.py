@@ -4,11 +4,10 @@
 as in a real call: same constants, same divisibility of pointers and sizes.  Needs a process of its own, with
 TRITON_INTERPRET=0, because it leaves Triton believing in that GPU.  As a program it prints what it found:
 
-    TRITON_INTERPRET=0 python -m tests.kernels.ahead_of_time tests.kernels.production_calls_NAME... --capability 90
+    TRITON_INTERPRET=0 python -m tests.kernels.ahead_of_time 80 90 100 [--whole] [--json FILE]
 """
 
 import argparse
-import importlib
 import json
 import os
 import re
@@ -16,11 +15,13 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import accumulate
+from math import prod
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import triton
@@ -28,21 +29,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from tests.kernels.machine_code.compiled import Compiled
+from tests.kernels.production import MODULES, selected
+
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTION_BYTES = 16
 
-
-@dataclass(frozen=True, slots=True)
-class Compiled:
-    """One kernel as it would be launched."""
-
-    kernel: str
-    registers: int
-    stack: int
-    shared_bytes: int
-    num_warps: int
-    sass: str
-    ptx: str
+Call = TypeVar("Call", bound=Hashable)
 
 
 class _Target:
@@ -66,14 +59,14 @@ class _Target:
 
 
 @contextmanager
-def launches_compile(capability: int) -> Iterator[list]:
-    compiled: list = []
+def launches_compile(capability: int) -> Iterator[dict]:
+    """Every launch compiles; yields what was compiled, in order, with the programs of its first launch."""
+    compiled: dict = {}
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        if kernel not in compiled:
-            compiled.append(kernel)
+        compiled.setdefault(kernel, prod(grid))
         return kernel
 
     driver.set_active(_Target(capability))
@@ -84,7 +77,7 @@ def launches_compile(capability: int) -> Iterator[list]:
         JITFunction.run = run
 
 
-def compile_calls(calls: Mapping[str, Callable[[], None]], capability: int) -> dict[str, list[Compiled]]:
+def compile_calls(calls: Mapping[Call, Callable[[], None]], capability: int) -> dict[Call, list[Compiled]]:
     """Every different kernel that each of the calls launches, compiled for sm_{capability} instead."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("Triton interprets kernels in this process: set TRITON_INTERPRET=0 before it starts")
@@ -94,25 +87,33 @@ def compile_calls(calls: Mapping[str, Callable[[], None]], capability: int) -> d
             call()
         launched[name] = kernels
     different = list(dict.fromkeys(kernel for kernels in launched.values() for kernel in kernels))
-    read = dict(zip(different, _read(different), strict=True))
-    return {name: [read[kernel] for kernel in kernels] for name, kernels in launched.items()}
+    code = dict(zip(different, zip(_disassemble(different), _resources(different), strict=True), strict=True))
+    return {
+        name: [_read(kernel, programs, *code[kernel]) for kernel, programs in kernels.items()]
+        for name, kernels in launched.items()
+    }
 
 
-def _read(kernels: Sequence) -> Iterator[Compiled]:
-    """What the machine code of kernels for the same GPU says."""
-    for kernel, sass in zip(kernels, _disassemble(kernels), strict=True):
+def _read(kernel, programs: int, sass: str, used: Mapping[str, str]) -> Compiled:
+    return Compiled(
+        kernel=kernel.name,
+        registers=int(used["REG"]),
+        stack=int(used["STACK"]),
+        shared_bytes=kernel.metadata.shared,
+        num_warps=kernel.metadata.num_warps,
+        programs=programs,
+        ttgir=kernel.asm["ttgir"],
+        ptx=kernel.asm["ptx"],
+        sass=sass,
+    )
+
+
+def _resources(kernels: Sequence) -> Iterator[dict[str, str]]:
+    """Registers and stack of each, as the assembler allotted them."""
+    for kernel in kernels:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
             Path(cubin.name).write_bytes(kernel.asm["cubin"])
-            used = dict(re.findall(r"(REG|STACK):(\d+)", _tool("cuobjdump", "-res-usage", cubin.name)))
-        yield Compiled(
-            kernel=kernel.name,
-            registers=int(used["REG"]),
-            stack=int(used["STACK"]),
-            shared_bytes=kernel.metadata.shared,
-            num_warps=kernel.metadata.num_warps,
-            sass=sass,
-            ptx=kernel.asm["ptx"],
-        )
+            yield dict(re.findall(r"(REG|STACK):(\d+)", _tool("cuobjdump", "-res-usage", cubin.name)))
 
 
 def _disassemble(kernels: Sequence) -> Iterator[str]:
@@ -147,18 +148,22 @@ def _tool(name: str, *arguments: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("modules", nargs="+")
-    parser.add_argument("--capability", type=int, required=True)
+    parser.add_argument("capabilities", nargs="+", type=int)
+    parser.add_argument("--whole", action="store_true", help="all calls, not only those that `make test` compiles")
     parser.add_argument("--json", type=Path, help="write everything here, machine code included")
     arguments = parser.parse_args()
     found = []
-    for module in arguments.modules:
-        calls = compile_calls(importlib.import_module(module).CALLS, arguments.capability)
-        for call, kernels in calls.items():
+    for capability in arguments.capabilities:
+        wanted = {
+            (module, call): launch
+            for module in MODULES
+            for call, launch in selected(module, capability, whole=arguments.whole).items()
+        }
+        for (module, call), kernels in compile_calls(wanted, capability).items():
             for compiled in kernels:
-                found.append({"module": module, "call": call, **asdict(compiled)})
+                found.append({"capability": capability, "module": module, "call": call, **asdict(compiled)})
                 print(
-                    f"sm_{arguments.capability} {call}: {compiled.kernel} registers {compiled.registers} "
+                    f"sm_{capability} {call}: {compiled.kernel} registers {compiled.registers} "
                     f"stack {compiled.stack} shared {compiled.shared_bytes} warps {compiled.num_warps}",
                     file=sys.stderr,
                 )

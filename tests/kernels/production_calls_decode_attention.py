@@ -53,3 +53,5 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     for name in CALLS
     if "decode" in name
 }
+COMPAT_ONLY = {"decode, blocks of 64", "decode, bfloat16", "decode, float32"}
+EVERY_GENERATION = {"decode, blocks of 32"}

@@ -51,3 +51,5 @@ CALLS: dict[str, Callable[[], None]] = {
 
 _LOADS = (r"LDG\.E\.128", r"STG\.E\.128")
 EXPECTED: dict[str, tuple[str, ...]] = dict.fromkeys(CALLS, _LOADS)
+COMPAT_ONLY = {name for name in CALLS if not name.endswith("fp16")}
+EVERY_GENERATION: set[str] = set()

@@ -49,3 +49,5 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     name: (r"LDG\.E\.128", PIPELINED, *(() if "float32" in name else (ON_TENSOR_CORES[name.split()[0]],)))
     for name in CALLS
 }
+COMPAT_ONLY = set(CALLS) - {"prompts", "drafts", "prompts in blocks of 16"}
+EVERY_GENERATION = {"prompts", "drafts"}

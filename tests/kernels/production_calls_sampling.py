@@ -58,3 +58,5 @@ _PIPELINED = (r"HGMMA", r"LDGSTS\.E\.BYPASS\.128")
 EXPECTED: dict[str, tuple[str, ...]] = {
     name: _PIPELINED if name.startswith("head") else (r"LDG\.E\.128",) for name in CALLS
 }
+COMPAT_ONLY = {"head, 16 rows, bfloat16", "logits, float16"}
+EVERY_GENERATION = {"head, 64 rows"}

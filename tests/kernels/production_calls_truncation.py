@@ -41,3 +41,5 @@ CALLS: dict[str, Callable[[], None]] = {
     "penalised": partial(penalised, 64, 2**17),
 }
 EXPECTED: dict[str, tuple[str, ...]] = {"truncated": (r"LDG\.E\.128",)}
+COMPAT_ONLY: set[str] = set()
+EVERY_GENERATION: set[str] = set()

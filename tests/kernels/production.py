@@ -1,0 +1,35 @@
+"""The launches of the 8B model whose machine code is read, and which of them `make test` compiles.
+
+A cold compilation takes half a second to a second of CPU, so `make test` compiles for sm_90 what a server launches in
+float16, and for older and newer GPUs only the kernels that multiply matrices, whose code differs there in more than
+registers.  `make compat` compiles the whole matrix: tests/compat/test_machine_code.py.
+
+Each module of calls has:
+    CALLS: what to launch, by name.
+    EXPECTED: patterns that the machine code for sm_90 must contain, by name of the call.
+    COMPAT_ONLY: names of calls that only `make compat` compiles.
+    EVERY_GENERATION: names of calls that `make test` compiles for sm_80 and sm_100 too.
+    KINDS: optionally, by name, the kind of call that the kernel's bounds distinguish.
+"""
+
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+
+CAPABILITIES = (80, 90, 100)
+MODULES = ("decode_attention", "prefill_attention", "projection", "layer_norm", "sampling", "truncation")
+"""Modules of persimmon.kernels that have calls."""
+
+
+def calls_of(module: str) -> ModuleType:
+    """The module of calls that belongs to a module of kernels."""
+    return importlib.import_module(f"tests.kernels.production_calls_{module}")
+
+
+def selected(module: str, capability: int, *, whole: bool) -> dict[str, Callable[[], None]]:
+    """A module's calls that are compiled for a compute capability, all of them or those of `make test`, by name."""
+    calls = calls_of(module)
+    if whole:
+        return dict(calls.CALLS)
+    names = set(calls.CALLS) - calls.COMPAT_ONLY if capability == 90 else calls.EVERY_GENERATION
+    return {name: call for name, call in calls.CALLS.items() if name in names}
