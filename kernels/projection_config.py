@@ -13,8 +13,11 @@ from persimmon.kernels.layer_norm import STATISTICS_COLUMNS
 SPLIT_ALIGNMENT = 128
 """Splits begin at multiples of this many input features, whatever block_k is."""
 
-SHARED_BYTES = 160 * 1024
-"""What a program's tiles may take: an A100 has 163 KiB for it, later ones more."""
+SHARED_BYTES = 112 * 1024
+"""What a program's tiles may take: two programs then share a multiprocessor of sm_90 or sm_100, which has 227 KiB.
+
+Each tile but the one in use is on its way from memory, so this is also what a program has in flight.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,7 @@ class ProjectionConfig:
         splits: ranges of input features that are summed apart; part of the result's rounding, so never chosen by the
             number of rows.
         warps: of a program.
-        stages: tiles in flight, the one in use included; fewer where shared memory ends.
+        stages: tiles in flight, the one in use included; None for as many as fit into `SHARED_BYTES`.
         norm_in_prologue: whether up to 16 rows are normalised by every program on the way in instead of by a kernel
             of their own; the bits are the same.
     """
@@ -37,7 +40,7 @@ class ProjectionConfig:
     block_k: int = 128
     splits: int = 1
     warps: int = 4
-    stages: int = 4
+    stages: int | None = None
     norm_in_prologue: bool = True
 
     def __post_init__(self) -> None:
@@ -56,7 +59,8 @@ class ProjectionConfig:
     def iteration(self, block_m: int, element_size: int) -> tuple[int, int]:
         """Input features of an iteration and tiles in flight, for a number of rows and bytes per number."""
         block_k = min(self.block_k, {64: 64, 128: 64, 256: 32}.get(block_m, 128), 128 if element_size == 2 else 32)
-        return block_k, min(self.stages, SHARED_BYTES // ((self.block_n + block_m) * block_k * element_size))
+        fit = SHARED_BYTES // ((self.block_n + block_m) * block_k * element_size)
+        return block_k, fit if self.stages is None else min(self.stages, fit)
 
 
 WIDE = ProjectionConfig()
@@ -65,7 +69,7 @@ WIDE = ProjectionConfig()
 ATTENTION_OUT = ProjectionConfig(splits=4)
 """For 4096 to 4096 features."""
 
-MLP_DOWN = ProjectionConfig(splits=4, stages=5)
+MLP_DOWN = ProjectionConfig(splits=4)
 """For 16,384 to 4096 features."""
 
 
