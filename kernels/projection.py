@@ -46,6 +46,10 @@ LIMITS = {
 """What the kernel's machine code may take."""
 
 
+_MERGED_BLOCKS = tl.constexpr(4)
+"""Row blocks of `TILE_ROWS` whose partial sums the last program of a tile reads at once."""
+
+
 @triton.jit
 def sum_splits(partials, rows, columns, mask, num_rows, OUT_FEATURES: tl.constexpr, SPLITS: tl.constexpr):
     """The splits' sums of [rows, columns], added in ascending order; read from the L2 cache, where others put them."""
@@ -57,10 +61,21 @@ def sum_splits(partials, rows, columns, mask, num_rows, OUT_FEATURES: tl.constex
 
 
 @triton.jit
+def add_terms(total, out, bias, rows, columns, mask, OUT_FEATURES: tl.constexpr, RESIDUAL: tl.constexpr):
+    """Bias and residual on top of total [rows, columns] float32."""
+    if bias is not None:
+        # Read once for each row, from the L1 cache, because that is 16 bytes at a time.
+        total += tl.load(tl.broadcast_to(bias + columns[None, :], total.shape), mask=mask, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        places = out + rows.to(tl.int64)[:, None] * OUT_FEATURES + columns[None, :]
+        total += tl.load(places, mask=mask, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
 def finish_tile(
     total,
     out,
-    bias,
     statistics,
     rows,
     columns,
@@ -72,18 +87,13 @@ def finish_tile(
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
-    """Bias, then residual and statistics or activation, of total [rows, columns] float32; returns the live columns.
+    """Stores total [rows, columns] float32, activated or with its statistics; returns which columns are not zero.
 
     `tile` is the place of the columns' statistics.
     """
     mask = is_live[:, None] if EVEN_N else is_live[:, None] & (columns < OUT_FEATURES)[None, :]
     places = out + rows.to(tl.int64)[:, None] * OUT_FEATURES + columns[None, :]
     dtype: tl.constexpr = out.dtype.element_ty
-    if bias is not None:
-        # Read once for each row, from the L1 cache, because that is 16 bytes at a time.
-        total += tl.load(tl.broadcast_to(bias + columns[None, :], total.shape), mask=mask, other=0.0).to(tl.float32)
-    if RESIDUAL:
-        total += tl.load(places, mask=mask, other=0.0).to(tl.float32)
     if ACTIVATION == "relu_squared":
         total = relu_squared(total, dtype)
     stored = total.to(dtype)
@@ -192,10 +202,11 @@ def projection_kernel(
     total = accumulator if ROWS_FIRST else tl.trans(accumulator)
 
     if not MERGE:
+        mask = is_live[:, None] & known[None, :]
+        total = add_terms(total, out, bias, rows, columns, mask, OUT_FEATURES, RESIDUAL)
         alive = finish_tile(
-            total, out, bias, statistics, rows, columns, 0, is_live, num_rows,
-            OUT_FEATURES, EVEN_N, ACTIVATION, RESIDUAL,
-        )  # fmt: skip
+            total, out, statistics, rows, columns, 0, is_live, num_rows, OUT_FEATURES, EVEN_N, ACTIVATION, RESIDUAL
+        )
         if alive_out is not None:
             tl.store(alive_out + columns, alive.to(tl.int8), mask=known)
     else:
@@ -205,24 +216,35 @@ def projection_kernel(
         tl.debug_barrier()
         arrived = tl.atomic_add(counters + column_tile, 1, sem="acq_rel", scope="gpu")
         if arrived == SPLITS - 1:
+            GROUP: tl.constexpr = min(BLOCK_M // ROWS, _MERGED_BLOCKS)
             for part in tl.static_range(BLOCK_N // COLUMNS):
                 tile = column_tile * (BLOCK_N // COLUMNS) + part
                 if tile * COLUMNS < OUT_FEATURES:
                     tile_columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+                    inside = (tile_columns < OUT_FEATURES)[None, :]
                     alive = tl.zeros((COLUMNS,), tl.int32)
-                    for first_row in range(0, BLOCK_M, ROWS):
-                        if first_row < live_rows:
-                            tile_rows = first_row + tl.arange(0, ROWS)
-                            tile_live = tile_rows < live_rows
-                            mask = tile_live[:, None] & (tile_columns < OUT_FEATURES)[None, :]
-                            tile_total = sum_splits(
-                                partials, tile_rows, tile_columns, mask, num_rows, OUT_FEATURES, SPLITS
-                            )
-                            tile_alive = finish_tile(
-                                tile_total, out, bias, statistics, tile_rows, tile_columns, tile, tile_live, num_rows,
-                                OUT_FEATURES, EVEN_N, ACTIVATION, RESIDUAL,
-                            )  # fmt: skip
-                            alive = tl.maximum(alive, tile_alive)
+                    for group in range(0, BLOCK_M, GROUP * ROWS):
+                        if group < live_rows:
+                            # The loads of all row blocks are issued before the first is finished: one wait, not GROUP.
+                            totals = ()
+                            for block in tl.static_range(GROUP):
+                                tile_rows = group + block * ROWS + tl.arange(0, ROWS)
+                                mask = (tile_rows < live_rows)[:, None] & inside
+                                merged = sum_splits(
+                                    partials, tile_rows, tile_columns, mask, num_rows, OUT_FEATURES, SPLITS
+                                )
+                                merged = add_terms(
+                                    merged, out, bias, tile_rows, tile_columns, mask, OUT_FEATURES, RESIDUAL
+                                )
+                                totals = totals + (merged,)
+                            for block in tl.static_range(GROUP):
+                                if group + block * ROWS < live_rows:
+                                    tile_rows = group + block * ROWS + tl.arange(0, ROWS)
+                                    tile_alive = finish_tile(
+                                        totals[block], out, statistics, tile_rows, tile_columns, tile,
+                                        tile_rows < live_rows, num_rows, OUT_FEATURES, EVEN_N, ACTIVATION, RESIDUAL,
+                                    )  # fmt: skip
+                                    alive = tl.maximum(alive, tile_alive)
                     if alive_out is not None:
                         tl.store(alive_out + tile_columns, alive.to(tl.int8), mask=tile_columns < OUT_FEATURES)
             tl.store(counters + column_tile, 0)
