@@ -387,7 +387,9 @@ def _launch(
 ) -> None:
     (rows, in_features), out_features = x.shape, out.shape[1]
     residual = statistics is not None
-    tiles = triton.cdiv(out_features, config.block_n)
+    block_m = max(16, next_power_of_2(rows))
+    tiling = config.tiling(block_m, x.element_size())
+    tiles = triton.cdiv(out_features, tiling.block_n)
     splits = config.splits
     if splits > 1 or residual:
         needed = splits * rows * out_features
@@ -396,8 +398,6 @@ def _launch(
                 f"the workspace has {workspace.partials.numel()} partials and {workspace.counters.numel()} counters, "
                 f"{splits} splits of [{rows}, {out_features}] need {needed} and {tiles}"
             )
-    block_m = max(16, next_power_of_2(rows))
-    block_k, stages = config.iteration(block_m, x.element_size())
     projection_kernel[(tiles, splits)](
         out,
         x,
@@ -423,9 +423,9 @@ def _launch(
         SPLIT_FEATURES=config.split_features(in_features),
         NORM_TILES=next_power_of_2(norm.statistics.shape[1]) if norm else 1,
         BLOCK_M=block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=block_k,
-        STAGES=stages,
+        BLOCK_N=tiling.block_n,
+        BLOCK_K=tiling.block_k,
+        STAGES=tiling.stages,
         PDL=pdl,
         num_warps=config.warps,
         **exact_launch_options(pdl),

@@ -19,6 +19,21 @@ SHARED_BYTES = 112 * 1024
 Each tile but the one in use is on its way from memory, so this is also what a program has in flight.
 """
 
+SHARED_BYTES_ALONE = 160 * 1024
+"""The same where a multiprocessor has only one program: an A100 has 163 KiB for it, later ones more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """What a program does: `block_n` output features, `block_k` input features an iteration, `stages` of them in flight.
+
+    None of it changes a bit of the result.
+    """
+
+    block_n: int
+    block_k: int
+    stages: int
+
 
 @dataclass(frozen=True, slots=True)
 class ProjectionConfig:
@@ -26,7 +41,9 @@ class ProjectionConfig:
 
     Attributes:
         block_n: output features of a program, a multiple of 64.
-        block_k: input features of an iteration, 16 to 128; at most 64 from 33 rows on, 32 from 129 rows on, where
+        block_n_many: the same with 17 to 64 rows.  Every program reads the rows from the L2 cache, so there are fewer
+            and wider ones: with 64 rows, programs of 64 features would read as many bytes of rows as of weights.
+        block_k: input features of an iteration, 16 to 128; at most 64 from 17 rows on, 32 from 129 rows on, where
             the rows' tile grows, and 32 in float32.
         splits: ranges of input features that are summed apart; part of the result's rounding, so never chosen by the
             number of rows.
@@ -37,6 +54,7 @@ class ProjectionConfig:
     """
 
     block_n: int = 64
+    block_n_many: int = 128
     block_k: int = 128
     splits: int = 1
     warps: int = 4
@@ -44,8 +62,10 @@ class ProjectionConfig:
     norm_in_prologue: bool = True
 
     def __post_init__(self) -> None:
-        if self.block_n % STATISTICS_COLUMNS or self.block_n & (self.block_n - 1):
-            raise ValueError(f"block_n must be 64, 128 or 256, not {self.block_n}")
+        for name in ("block_n", "block_n_many"):
+            block_n = getattr(self, name)
+            if block_n % STATISTICS_COLUMNS or block_n & (block_n - 1):
+                raise ValueError(f"{name} must be 64, 128 or 256, not {block_n}")
         if self.block_k not in (16, 32, 64, 128):
             raise ValueError(f"block_k must be 16, 32, 64 or 128, not {self.block_k}")
         if self.splits < 1:
@@ -56,11 +76,13 @@ class ProjectionConfig:
         share = -(-in_features // self.splits)
         return -(-share // SPLIT_ALIGNMENT) * SPLIT_ALIGNMENT
 
-    def iteration(self, block_m: int, element_size: int) -> tuple[int, int]:
-        """Input features of an iteration and tiles in flight, for a number of rows and bytes per number."""
-        block_k = min(self.block_k, {64: 64, 128: 64, 256: 32}.get(block_m, 128), 128 if element_size == 2 else 32)
-        fit = SHARED_BYTES // ((self.block_n + block_m) * block_k * element_size)
-        return block_k, fit if self.stages is None else min(self.stages, fit)
+    def tiling(self, block_m: int, element_size: int) -> Tiling:
+        """How a program works on `block_m` rows (16, 32, 64, 128 or 256) of numbers of `element_size` bytes."""
+        many = block_m in (32, 64)
+        block_n, shared = (self.block_n_many, SHARED_BYTES_ALONE) if many else (self.block_n, SHARED_BYTES)
+        block_k = min(self.block_k, {16: 128, 256: 32}.get(block_m, 64), 128 if element_size == 2 else 32)
+        fit = shared // ((block_n + block_m) * block_k * element_size)
+        return Tiling(block_n, block_k, fit if self.stages is None else min(self.stages, fit))
 
 
 WIDE = ProjectionConfig()
@@ -107,7 +129,7 @@ class Workspace:
         partials = counters = 0
         for out_features, config in projections:
             partials = max(partials, config.splits * max_rows * out_features)
-            counters = max(counters, -(-out_features // config.block_n))
+            counters = max(counters, -(-out_features // min(config.block_n, config.block_n_many)))
         return partials, counters
 
     @classmethod
