@@ -147,13 +147,14 @@ def projection_kernel(
     ROWS_FIRST: tl.constexpr = TRANSPOSED and is_cuda() and not cuda_capability_geq(9, 0)
     column_tile = tl.program_id(0)
     split = tl.program_id(1)
+    # Needed only at the end: rows behind the live ones are read, and stay in their own column of the product.
     live_rows = tl.minimum(tl.load(live), num_rows)
     rows = tl.arange(0, BLOCK_M)
-    is_live = rows < live_rows
+    exists = rows < num_rows
     columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     known = columns < OUT_FEATURES
     if norm_statistics is not None:
-        mean, scale = merge_statistics(norm_statistics, rows, is_live, num_rows, eps, IN_FEATURES, NORM_TILES)
+        mean, scale = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
 
     accumulator = tl.zeros((BLOCK_M, BLOCK_N) if ROWS_FIRST else (BLOCK_N, BLOCK_M), tl.float32)
     first = split * SPLIT_FEATURES
@@ -162,16 +163,6 @@ def projection_kernel(
         flags = tl.load(alive_in + features, mask=features < IN_FEATURES, other=0)
     for start in tl.range(0, SPLIT_FEATURES, BLOCK_K, num_stages=STAGES):
         features = first + start + tl.arange(0, BLOCK_K)
-        x_mask = is_live[:, None] if EVEN_K else is_live[:, None] & (features < IN_FEATURES)[None, :]
-        x_tile = tl.load(x + rows[:, None] * IN_FEATURES + features[None, :], mask=x_mask, other=0.0)
-        if norm_statistics is not None:
-            if EVEN_K:
-                gamma, beta = tl.load(norm_weight + features), tl.load(norm_bias + features)
-            else:
-                gamma = tl.load(norm_weight + features, mask=features < IN_FEATURES, other=0.0)
-                beta = tl.load(norm_bias + features, mask=features < IN_FEATURES, other=0.0)
-            normed = normalise(x_tile, mean[:, None], scale[:, None], gamma[None, :], beta[None, :])
-            x_tile = normed.to(x.dtype.element_ty)
         if TRANSPOSED:
             read = features < IN_FEATURES
             if alive_in is not None:
@@ -193,6 +184,19 @@ def projection_kernel(
                 w_tile = tl.load(places)
             else:
                 w_tile = tl.load(places, mask=known[:, None] & (features < IN_FEATURES)[None, :], other=0.0)
+        x_mask = exists[:, None] if EVEN_K else exists[:, None] & (features < IN_FEATURES)[None, :]
+        x_tile = tl.load(x + rows[:, None] * IN_FEATURES + features[None, :], mask=x_mask, other=0.0)
+        if norm_statistics is not None:
+            if EVEN_K:
+                gamma, beta = tl.load(norm_weight + features), tl.load(norm_bias + features)
+            else:
+                gamma = tl.load(norm_weight + features, mask=features < IN_FEATURES, other=0.0)
+                beta = tl.load(norm_bias + features, mask=features < IN_FEATURES, other=0.0)
+            if start == 0:
+                # Not before the loop: the weights of its first iterations are on their way by now.
+                mean, scale = merge_statistics(norm_statistics, rows, exists, num_rows, eps, IN_FEATURES, NORM_TILES)
+            normed = normalise(x_tile, mean[:, None], scale[:, None], gamma[None, :], beta[None, :])
+            x_tile = normed.to(x.dtype.element_ty)
         if ROWS_FIRST:
             accumulator = tl.dot(x_tile, w_tile, accumulator, input_precision="ieee")
         else:
@@ -200,6 +204,7 @@ def projection_kernel(
                 tl.trans(w_tile) if TRANSPOSED else w_tile, tl.trans(x_tile), accumulator, input_precision="ieee"
             )
     total = accumulator if ROWS_FIRST else tl.trans(accumulator)
+    is_live = rows < live_rows
 
     if not MERGE:
         mask = is_live[:, None] & known[None, :]
