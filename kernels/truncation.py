@@ -263,8 +263,8 @@ def _penalty_kernel(
         count = tl.load(output_counts + entry, mask=entry < end, other=0)
         known = (id_ >= 0) & (id_ < vocab_size)
         place = logits + row.to(tl.int64) * vocab_size + id_
-        x = tl.load(place, mask=known, other=0.0)
-        x = tl.where(x > 0, x / repeated, x * repeated)
+        x = tl.load(place, mask=known, other=0.0).to(tl.float32)
+        x = tl.where(x > 0, tl.div_rn(x, repeated), x * repeated)
         x -= per_count * count.to(tl.float32) + tl.where(count > 0, once, 0.0)
         tl.store(place, x, mask=known)
         first += PROGRAMS * BLOCK
@@ -294,7 +294,8 @@ def _row_maximum(maxima, row, slices, SLICES: tl.constexpr):
 @triton.jit
 def _gap(x, maximum, temperature):
     """How far a logit, tempered, lies below the highest: as it is, and as a whole number that ends at _GAP_END."""
-    gap = tl.where(x == maximum, 0.0, (maximum - x) / temperature)
+    # Rounded to nearest, as the reference's: Triton's `/` may be 2 ulp off, enough to change sides of a cut.
+    gap = tl.where(x == maximum, 0.0, tl.div_rn(maximum - x, temperature))
     return gap, (tl.minimum(gap, _GAP_END / _GAP_ONE) * _GAP_ONE).to(tl.int32)
 
 
