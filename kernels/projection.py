@@ -61,6 +61,18 @@ def sum_splits(partials, rows, columns, mask, num_rows, OUT_FEATURES: tl.constex
 
 
 @triton.jit
+def alive_iterations(alive, first, IN_FEATURES: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[BLOCK_K, 1] int32: bit t is the flag of input feature first + t * BLOCK_K + k.
+
+    The loop over features then needs no load, and no exchange between threads, to know which rows of a tile to read.
+    """
+    turns = tl.arange(0, 32)[:, None]
+    features = first + turns * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    flags = tl.load(alive + features, mask=features < IN_FEATURES, other=0)
+    return tl.sum((flags != 0).to(tl.int32) << turns, 0)[:, None]
+
+
+@triton.jit
 def add_terms(total, out, bias, rows, columns, mask, OUT_FEATURES: tl.constexpr, RESIDUAL: tl.constexpr):
     """Bias and residual on top of total [rows, columns] float32."""
     if bias is not None:
@@ -158,51 +170,52 @@ def projection_kernel(
 
     accumulator = tl.zeros((BLOCK_M, BLOCK_N) if ROWS_FIRST else (BLOCK_N, BLOCK_M), tl.float32)
     first = split * SPLIT_FEATURES
-    if alive_in is not None:
-        features = first + tl.arange(0, BLOCK_K)
-        flags = tl.load(alive_in + features, mask=features < IN_FEATURES, other=0)
-    for start in tl.range(0, SPLIT_FEATURES, BLOCK_K, num_stages=STAGES):
-        features = first + start + tl.arange(0, BLOCK_K)
-        if TRANSPOSED:
-            read = features < IN_FEATURES
-            if alive_in is not None:
-                # Fetched an iteration ahead: a load waits for its mask.
-                read = flags != 0
-                ahead = features + BLOCK_K
-                flags = tl.load(alive_in + ahead, mask=ahead < IN_FEATURES, other=0)
-            places = weight + features.to(tl.int64)[:, None] * OUT_FEATURES + columns[None, :]
-            if alive_in is not None or not EVEN_K:
-                w_mask = read[:, None] if EVEN_N else read[:, None] & known[None, :]
-                w_tile = tl.load(places, mask=w_mask, other=0.0)
-            elif EVEN_N:
-                w_tile = tl.load(places)
+    # With flags, a part is as many iterations as a word has bits.
+    TURNS: tl.constexpr = 32 if alive_in is not None else SPLIT_FEATURES // BLOCK_K
+    for part in tl.static_range(0, SPLIT_FEATURES, TURNS * BLOCK_K):
+        if alive_in is not None:
+            alive_turns = alive_iterations(alive_in, first + part, IN_FEATURES, BLOCK_K)
+        for start in tl.range(part, min(part + TURNS * BLOCK_K, SPLIT_FEATURES), BLOCK_K, num_stages=STAGES):
+            features = first + start + tl.arange(0, BLOCK_K)
+            if TRANSPOSED:
+                read = (features < IN_FEATURES)[:, None]
+                if alive_in is not None:
+                    read = (alive_turns >> ((start - part) // BLOCK_K)) & 1 != 0
+                places = weight + features.to(tl.int64)[:, None] * OUT_FEATURES + columns[None, :]
+                if alive_in is not None or not EVEN_K:
+                    w_mask = read if EVEN_N else read & known[None, :]
+                    w_tile = tl.load(places, mask=w_mask, other=0.0)
+                elif EVEN_N:
+                    w_tile = tl.load(places)
+                else:
+                    w_tile = tl.load(places, mask=known[None, :], other=0.0)
             else:
-                w_tile = tl.load(places, mask=known[None, :], other=0.0)
-        else:
-            places = weight + columns.to(tl.int64)[:, None] * IN_FEATURES + features[None, :]
-            if EVEN_N and EVEN_K:
-                w_tile = tl.load(places)
+                places = weight + columns.to(tl.int64)[:, None] * IN_FEATURES + features[None, :]
+                if EVEN_N and EVEN_K:
+                    w_tile = tl.load(places)
+                else:
+                    w_tile = tl.load(places, mask=known[:, None] & (features < IN_FEATURES)[None, :], other=0.0)
+            x_mask = exists[:, None] if EVEN_K else exists[:, None] & (features < IN_FEATURES)[None, :]
+            x_tile = tl.load(x + rows[:, None] * IN_FEATURES + features[None, :], mask=x_mask, other=0.0)
+            if norm_statistics is not None:
+                if EVEN_K:
+                    gamma, beta = tl.load(norm_weight + features), tl.load(norm_bias + features)
+                else:
+                    gamma = tl.load(norm_weight + features, mask=features < IN_FEATURES, other=0.0)
+                    beta = tl.load(norm_bias + features, mask=features < IN_FEATURES, other=0.0)
+                if start == 0:
+                    # Not before the loop: the weights of its first iterations are on their way by now.
+                    mean, scale = merge_statistics(
+                        norm_statistics, rows, exists, num_rows, eps, IN_FEATURES, NORM_TILES
+                    )
+                normed = normalise(x_tile, mean[:, None], scale[:, None], gamma[None, :], beta[None, :])
+                x_tile = normed.to(x.dtype.element_ty)
+            if ROWS_FIRST:
+                accumulator = tl.dot(x_tile, w_tile, accumulator, input_precision="ieee")
             else:
-                w_tile = tl.load(places, mask=known[:, None] & (features < IN_FEATURES)[None, :], other=0.0)
-        x_mask = exists[:, None] if EVEN_K else exists[:, None] & (features < IN_FEATURES)[None, :]
-        x_tile = tl.load(x + rows[:, None] * IN_FEATURES + features[None, :], mask=x_mask, other=0.0)
-        if norm_statistics is not None:
-            if EVEN_K:
-                gamma, beta = tl.load(norm_weight + features), tl.load(norm_bias + features)
-            else:
-                gamma = tl.load(norm_weight + features, mask=features < IN_FEATURES, other=0.0)
-                beta = tl.load(norm_bias + features, mask=features < IN_FEATURES, other=0.0)
-            if start == 0:
-                # Not before the loop: the weights of its first iterations are on their way by now.
-                mean, scale = merge_statistics(norm_statistics, rows, exists, num_rows, eps, IN_FEATURES, NORM_TILES)
-            normed = normalise(x_tile, mean[:, None], scale[:, None], gamma[None, :], beta[None, :])
-            x_tile = normed.to(x.dtype.element_ty)
-        if ROWS_FIRST:
-            accumulator = tl.dot(x_tile, w_tile, accumulator, input_precision="ieee")
-        else:
-            accumulator = tl.dot(
-                tl.trans(w_tile) if TRANSPOSED else w_tile, tl.trans(x_tile), accumulator, input_precision="ieee"
-            )
+                accumulator = tl.dot(
+                    tl.trans(w_tile) if TRANSPOSED else w_tile, tl.trans(x_tile), accumulator, input_precision="ieee"
+                )
     total = accumulator if ROWS_FIRST else tl.trans(accumulator)
     is_live = rows < live_rows
 
@@ -241,7 +254,7 @@ def projection_kernel(
                                 merged = add_terms(
                                     merged, out, bias, tile_rows, tile_columns, mask, OUT_FEATURES, RESIDUAL
                                 )
-                                totals = totals + (merged,)
+                                totals += (merged,)
                             for block in tl.static_range(GROUP):
                                 if group + block * ROWS < live_rows:
                                     tile_rows = group + block * ROWS + tl.arange(0, ROWS)

@@ -25,9 +25,12 @@ SHARED_BYTES_ALONE = 160 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """What a program does: `block_n` output features, `block_k` input features an iteration, `stages` of them in flight.
+    """What a program works on.  None of it changes a bit of the result.
 
-    None of it changes a bit of the result.
+    Attributes:
+        block_n: output features of a program.
+        block_k: input features of an iteration.
+        stages: iterations' tiles in flight, the ones in use included.
     """
 
     block_n: int
