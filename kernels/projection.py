@@ -181,7 +181,8 @@ def projection_kernel(
                 read = (features < IN_FEATURES)[:, None]
                 if alive_in is not None:
                     read = (alive_turns >> ((start - part) // BLOCK_K)) & 1 != 0
-                places = weight + features.to(tl.int64)[:, None] * OUT_FEATURES + columns[None, :]
+                corner = weight + (first + start).to(tl.int64) * OUT_FEATURES + column_tile * BLOCK_N
+                places = corner + tl.arange(0, BLOCK_K)[:, None] * OUT_FEATURES + tl.arange(0, BLOCK_N)[None, :]
                 if alive_in is not None or not EVEN_K:
                     w_mask = read if EVEN_N else read & known[None, :]
                     w_tile = tl.load(places, mask=w_mask, other=0.0)
@@ -190,7 +191,8 @@ def projection_kernel(
                 else:
                     w_tile = tl.load(places, mask=known[None, :], other=0.0)
             else:
-                places = weight + columns.to(tl.int64)[:, None] * IN_FEATURES + features[None, :]
+                corner = weight + (column_tile * BLOCK_N).to(tl.int64) * IN_FEATURES + first + start
+                places = corner + tl.arange(0, BLOCK_N)[:, None] * IN_FEATURES + tl.arange(0, BLOCK_K)[None, :]
                 if EVEN_N and EVEN_K:
                     w_tile = tl.load(places)
                 else:
