@@ -87,7 +87,8 @@ def _projection_configs(setting: Setting, default: ProjectionConfig) -> Iterable
         return [default, replace(default, splits=default.splits + 1)]
     changed = [replace(default, splits=splits) for splits in (1, 2, 4, 8)]
     changed += [replace(default, block_k=block_k, stages=stages) for block_k, stages in ((64, 6), (128, 3), (128, 6))]
-    changed += [replace(default, block_n=128), replace(default, warps=8), replace(default, norm_in_prologue=False)]
+    changed += [replace(default, block_n=128), replace(default, block_n_many=64)]
+    changed += [replace(default, warps=8), replace(default, norm_in_prologue=False)]
     return list(dict.fromkeys([default, *changed]))
 
 
