@@ -78,7 +78,7 @@ def _shortage_explained() -> Iterator[None]:
         reason = shortage(error)
         if reason is None:
             raise
-        logs.say(f"persimmon: error: {current_process().name} cannot go on: {reason}; {ADVICE}")
+        logs.print_line(f"persimmon: error: {current_process().name} cannot go on: {reason}; {ADVICE}")
         logs.flush()
         os._exit(2)  # an orderly exit may fail for the same reason
 

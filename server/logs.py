@@ -48,7 +48,7 @@ def configure(process: str, log_format: LogFormat = "text", log_level: LogLevel 
         own.setFormatter(_Json(process) if log_format == "json" else None)
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """One line for the person at the console; without a time, unless the log is JSON."""
     _console.info("%s", line)
     if _background and os.isatty(2):

@@ -22,7 +22,7 @@ from persimmon.server.http.endpoints.model_use import ModelUse
 from persimmon.server.http.middleware.credentials import Credentials, reads_files_again
 from persimmon.server.http.transport.siblings import WorkerPlace
 from persimmon.server.listening import listen
-from persimmon.server.logs import say
+from persimmon.server.logs import print_line
 from persimmon.server.runtime_folder import runtime_folder
 from persimmon.server.service_manager import notify
 from persimmon.server.settings.section import SettingsError
@@ -181,7 +181,7 @@ class _Supervisor:
     def _log_stacks(self, child: Child) -> None:
         pid = child.process.pid if child.process is not None else None
         if stacks := child.read_stacks().rstrip():
-            say(f"persimmon: stacks of {child.title} (pid {pid}):\n{stacks}")
+            print_line(f"persimmon: stacks of {child.title} (pid {pid}):\n{stacks}")
 
     def _kill_hung(self, child: Child) -> None:
         """Kills a process, after it has had the time to write what its threads are doing."""
@@ -189,7 +189,9 @@ class _Supervisor:
         if child.stacks is not None and connection.wait([child.stacks], STACKS_SECONDS):
             self._log_stacks(child)
         else:
-            say(f"persimmon: warning: {child.title} wrote no stacks in {STACKS_SECONDS:g} s: it is stopped or starved")
+            print_line(
+                f"persimmon: warning: {child.title} wrote no stacks in {STACKS_SECONDS:g} s: it is stopped or starved"
+            )
         child.send(signal.SIGKILL)
 
     def _start(self, child: Child) -> int | None:
@@ -201,9 +203,9 @@ class _Supervisor:
         except OSError as error:
             reason = f"{child.title} cannot be started: {error.strerror or error}; {ADVICE}"
             if not child.has_served:
-                say(f"persimmon: error: {reason}")
+                print_line(f"persimmon: error: {reason}")
                 return 2
-            say(f"persimmon: error: {reason}. Next attempt in {child.postpone():g} s")
+            print_line(f"persimmon: error: {reason}. Next attempt in {child.postpone():g} s")
         if child in self._workers:
             self._worker_watches[self._workers.index(child)].restart()
         return None
@@ -213,7 +215,9 @@ class _Supervisor:
         try:
             return self._checkpoint_changed()
         except OSError as error:  # they were the same when it was started
-            say(f"persimmon: warning: cannot check whether {self._folder} has changed: {error.strerror or error}")
+            print_line(
+                f"persimmon: warning: cannot check whether {self._folder} has changed: {error.strerror or error}"
+            )
             return False
 
     def _checkpoint_changed(self) -> bool:
@@ -225,7 +229,7 @@ class _Supervisor:
         what = change(self._files, identity(self._folder))
         if what is None:
             return False
-        say(
+        print_line(
             f"persimmon: error: the checkpoint in {self._folder} has changed since the server started ({what}). The "
             f"server exits, because answers would change under the same model name; start it again to serve the new "
             f"files"
@@ -239,7 +243,7 @@ class _Supervisor:
             self._ready = message
             self._watch.restart()
             if self._announced:
-                say("The engine is serving again")
+                print_line("The engine is serving again")
         all_serve = all(child.has_served for child in self._children)
         if all_serve and self._ready is not None and not self._announced:
             self._announced = True
@@ -260,22 +264,22 @@ class _Supervisor:
         if delay is None:
             # What libraries do that cannot start a thread or map memory, after a line of their own.
             advice = f"; {ADVICE}" if exit_code == -signal.SIGABRT else ""
-            say(f"persimmon: error: {child.exit_summary}; the server exits{advice}")
+            print_line(f"persimmon: error: {child.exit_summary}; the server exits{advice}")
             self._end()
             return 1
         when = f"in {delay:g} s" if delay else "now"
-        say(f"persimmon: error: {child.exit_summary}; its requests end with an error; restarting it {when}")
+        print_line(f"persimmon: error: {child.exit_summary}; its requests end with an error; restarting it {when}")
         return None
 
     def _announce(self, ready: Ready) -> None:
         host, port = self._listeners[0].getsockname()[:2]
         shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
         url = f"{'http' if self._settings.ssl_certfile is None else 'https'}://{shown}:{port}"
-        say(f"Serving {self._served_model_name} on {url} ({ready.dtype}, {ready.device}). Try:")
+        print_line(f"Serving {self._served_model_name} on {url} ({ready.dtype}, {ready.device}). Try:")
         endpoint, body = self._use.example
         keys = self._settings.api_key or self._settings.api_key_file
         key = " -H 'Authorization: Bearer KEY'" if keys else ""
-        say(f"  curl {url}{endpoint}{key} -H 'Content-Type: application/json' -d '{body}'")
+        print_line(f"  curl {url}{endpoint}{key} -H 'Content-Type: application/json' -d '{body}'")
 
     def _look_at_engine(self) -> None:
         """Kills an engine that hangs, so that it is started again."""
@@ -283,7 +287,9 @@ class _Supervisor:
             return
         overdue = self._watch.overdue_seconds()
         if overdue > step_limit(self._settings.step_timeout, self._ready.device):
-            say(f"persimmon: error: the engine has work but has not finished a step for {overdue:.1f} s; killing it")
+            print_line(
+                f"persimmon: error: the engine has work but has not finished a step for {overdue:.1f} s; killing it"
+            )
             self._ready = None
             self._kill_hung(self._engine)
 
@@ -292,7 +298,7 @@ class _Supervisor:
         for worker, watch in zip(self._workers, self._worker_watches, strict=True):
             hung = watch.hung_seconds()
             if hung is not None and worker.sentinel is not None:
-                say(f"persimmon: error: {worker.title} has been unresponsive for {hung:.1f} s; killing it")
+                print_line(f"persimmon: error: {worker.title} has been unresponsive for {hung:.1f} s; killing it")
                 self._kill_hung(worker)
                 watch.restart()
 
@@ -302,12 +308,12 @@ class _Supervisor:
         self._signal_workers(signal.SIGTERM)
         notify("STOPPING=1")
         self._signals.take_repeats(REPEAT_SECONDS)
-        say("Stopping after open requests have finished (send a second signal to stop immediately)")
+        print_line("Stopping after open requests have finished (send a second signal to stop immediately)")
         # The workers have their own, and go on accepting with them; connections after their end are refused.
         for listener in self._listeners:
             listener.close()
         if not self._wait_for_workers(self._settings.drain_timeout + FINAL_ERROR_SECONDS + FLUSH_SECONDS):
-            say("Stopping immediately: open requests end with an error")
+            print_line("Stopping immediately: open requests end with an error")
             self._signal_workers(signal.SIGUSR2)
             self._wait_for_workers(FINAL_ERROR_SECONDS + FLUSH_SECONDS)
         return 0
@@ -341,7 +347,7 @@ class _Supervisor:
                 if self._signals.ends(come):
                     return False
                 if signal.SIGHUP in come:
-                    say("Stopping: API keys and certificates are not reloaded")
+                    print_line("Stopping: API keys and certificates are not reloaded")
             running.difference_update(happened)
         return True
 
@@ -350,15 +356,15 @@ class _Supervisor:
         try:
             self._credentials.read_again(self._settings)
         except SettingsError as error:
-            say(f"persimmon: error: {error}; API keys and certificates are unchanged")
+            print_line(f"persimmon: error: {error}; API keys and certificates are unchanged")
             return
         for worker in self._workers:
             worker.send(signal.SIGHUP)
         if self._settings.api_key_file is not None:
             count = len(self._credentials.keys.keys)
-            say(f"reloaded {self._settings.api_key_file}: {count} API key{'s' if count > 1 else ''}")
+            print_line(f"reloaded {self._settings.api_key_file}: {count} API key{'s' if count > 1 else ''}")
         if self._credentials.certificate is not None:
-            say(f"reloaded {self._settings.ssl_certfile}: new connections get this certificate")
+            print_line(f"reloaded {self._settings.ssl_certfile}: new connections get this certificate")
 
 
 class _Signals:

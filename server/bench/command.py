@@ -151,36 +151,36 @@ def _workload(arguments: Namespace) -> Workload:
     return FileWorkload.read(arguments.prompts, arguments.output_len[1], arguments.endpoint)
 
 
-def bench(arguments: Namespace, say: Callable[[str], None]) -> int:
+def bench(arguments: Namespace, print_line: Callable[[str], None]) -> int:
     """Runs one command line and prints its table.
 
     Args:
         arguments: as `persimmon.server.bench.arguments` reads them.
-        say: prints a line on the console that is not a result.
+        print_line: prints a line on the console that is not a result.
 
     Returns:
         The exit code: 0, 1 when a request failed, 2 when nothing could be measured, 130 when interrupted.
     """
     try:
         with interruptible():
-            return uvloop.run(_bench(read_plan(arguments), say))
+            return uvloop.run(_bench(read_plan(arguments), print_line))
     except (BenchError, OSError) as error:
-        say(f"persimmon: error: {error}")
+        print_line(f"persimmon: error: {error}")
         return 2
     except KeyboardInterrupt:
-        say("persimmon: stopped; no file was written")
+        print_line("persimmon: stopped; no file was written")
         return 130
 
 
-async def _bench(plan: Plan, say: Callable[[str], None]) -> int:
+async def _bench(plan: Plan, print_line: Callable[[str], None]) -> int:
     started = _now()
     model, refusal = await _first_contact(plan)
     if refusal is not None and isinstance(plan.workload, RandomWorkload):
-        say(f"Prompts are words, because the server does not accept these token ids: {refusal}")
+        print_line(f"Prompts are words, because the server does not accept these token ids: {refusal}")
         plan = replace(plan, workload=replace(plan.workload, form="text"))
     print(f"{model} at {plan.endpoint.url}: {plan.workload}", flush=True)
     if plan.sends_twice:
-        say(
+        print_line(
             "Prompts of the file are sent more than once, so prefix caching makes the server faster than new prompts "
             "would."
         )

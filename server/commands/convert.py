@@ -10,7 +10,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from persimmon.model.config import DTYPES
 from persimmon.model.errors import CheckpointError
 from persimmon.server.console import interruptible
-from persimmon.server.logs import say
+from persimmon.server.logs import print_line
 
 ERRORS: tuple[type[Exception], ...] = (CheckpointError,)
 
@@ -58,9 +58,9 @@ def run(given: dict[str, Any]) -> int:
     source, out, largest = given.pop("source"), given.pop("out"), given.pop("max_shard_size")
     try:
         with interruptible():
-            convert_checkpoint(source, out, max_shard_bytes=largest, print_line=say, **given)
+            convert_checkpoint(source, out, max_shard_bytes=largest, print_line=print_line, **given)
     except KeyboardInterrupt:
-        say("persimmon: stopped; run the same command again to continue")
+        print_line("persimmon: stopped; run the same command again to continue")
         return 130
     return 0
 

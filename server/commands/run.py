@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from persimmon.server.logs import in_background, say
+from persimmon.server.logs import in_background, print_line
 
 
 class Module(Protocol):
@@ -111,7 +111,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         try:
             return command.run(given)
         except command.ERRORS as error:
-            say(f"persimmon: error: {error}")
+            print_line(f"persimmon: error: {error}")
             return 2
 
 

@@ -7,7 +7,7 @@ from persimmon.model.errors import CheckpointError
 from persimmon.server import config
 from persimmon.server.listening import ListenError
 from persimmon.server.logs import configure as configure_log
-from persimmon.server.logs import say
+from persimmon.server.logs import print_line
 from persimmon.server.runtime_folder import RuntimeFolderError
 from persimmon.server.settings.section import SettingsError
 from persimmon.server.shortage import raise_open_files, too_few_files
@@ -41,8 +41,8 @@ def run(given: dict[str, Any]) -> int:
     sequences = Limits.of(settings).sequences
     warning = too_few_files(raise_open_files(), sequences or 0, settings.api_workers)
     if warning is not None:
-        say(f"persimmon: warning: {warning}")
+        print_line(f"persimmon: warning: {warning}")
     served = ServedModel.find(settings, settings.api_workers)
     for line in served.notices:
-        say(line)
+        print_line(line)
     return supervise(settings, served.folder, served.name, served.use)

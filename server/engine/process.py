@@ -65,7 +65,7 @@ def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Pat
         except OSError as error:
             _cannot_start(f"--profile-dir {settings.profile_dir} is not a folder: {error.strerror}", report)
     try:
-        loaded = load_model(settings, folder, logs.say)
+        loaded = load_model(settings, folder, logs.print_line)
     except (CheckpointError, KernelsUnavailableError, MemoryPlanError) as error:
         _cannot_start(str(error), report)
     plan = loaded.plan
@@ -113,7 +113,7 @@ def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Pat
 
 
 def _cannot_start(reason: str, report: Connection) -> NoReturn:
-    logs.say(f"persimmon: error: {reason}")
+    logs.print_line(f"persimmon: error: {reason}")
     report.send(CannotStart(reason))
     sys.exit(2)
 

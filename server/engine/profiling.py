@@ -19,7 +19,7 @@ from persimmon.model.step_outcome import StepOutcome
 from persimmon.server.engine.sequence import Sequence
 from persimmon.server.engine.step_plan import StepPlan
 from persimmon.server.engine.step_runner import LaunchedStep, StepRunner
-from persimmon.server.logs import say
+from persimmon.server.logs import print_line
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class ProfiledRunner:
         except OSError as error:
             logger.error("the profile cannot be written to %s: %s", path, error.strerror or error)
             return
-        say(f"persimmon: the first steps are recorded in {path}, which https://ui.perfetto.dev opens")
+        print_line(f"persimmon: the first steps are recorded in {path}, which https://ui.perfetto.dev opens")
 
 
 class _Recording:

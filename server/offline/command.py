@@ -20,7 +20,7 @@ from persimmon.server import logs
 from persimmon.server.config import Settings
 from persimmon.server.console import interruptible
 from persimmon.server.embedded import EmbeddedServer, EngineFailedError
-from persimmon.server.logs import say
+from persimmon.server.logs import print_line
 from persimmon.server.offline.batch import Batch, EngineLostError
 from persimmon.server.offline.files import BatchInput, BatchOutput
 
@@ -62,12 +62,12 @@ def generate(source: Path, out: Path, any_model: bool, settings: Mapping[str, An
     """
     server = EmbeddedServer(**settings)
     for line in server.served.notices:
-        say(line)
+        print_line(line)
     try:
         with interruptible():
             return _answer(server, BatchInput(source), out, any_model)
     except KeyboardInterrupt:  # while the files were read
-        say(f"persimmon: stopped; {GOES_ON}")
+        print_line(f"persimmon: stopped; {GOES_ON}")
         return STOPPED
 
 
@@ -75,15 +75,17 @@ def _answer(server: EmbeddedServer, source: BatchInput, out: Path, any_model: bo
     with BatchOutput(out) as output:
         missing = output.missing(source)
         if output.lines:
-            say(f"{out} already has the answers of {source.lines - missing:,} of {source.lines:,} lines")
+            print_line(f"{out} already has the answers of {source.lines - missing:,} of {source.lines:,} lines")
         if missing:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 code = runner.run(_generate(server, source, output, missing, any_model))
             if code is not None:
                 return code
-        say(f"{out}: {output.answered:,} line{'' if output.answered == 1 else 's'} answered, {output.failed:,} failed")
+        print_line(
+            f"{out}: {output.answered:,} line{'' if output.answered == 1 else 's'} answered, {output.failed:,} failed"
+        )
         for line in output.failures.lines():
-            say(f"  {line}")
+            print_line(f"  {line}")
         return SOME_FAILED if output.failed else ANSWERED
 
 
@@ -115,7 +117,7 @@ async def _run(
     stop = tasks.start(signals.first.wait())
     await asyncio.wait((ready, failed, stop), return_when=asyncio.FIRST_COMPLETED)
     if stop.done():
-        say(f"persimmon: stopped; {GOES_ON}")
+        print_line(f"persimmon: stopped; {GOES_ON}")
         return STOPPED
     if failed.done() or ready.exception() is not None:
         return await _engine_failed(failed)
@@ -124,7 +126,7 @@ async def _run(
         running = tasks.start(batch.run(min(concurrency(server.settings), missing)))
         await asyncio.wait((running, failed, stop), return_when=asyncio.FIRST_COMPLETED)
         if stop.done() and not running.done():
-            bar.say("Stopping after the running lines have finished (send a second signal to stop immediately)")
+            bar.print_line("Stopping after the running lines have finished (send a second signal to stop immediately)")
             batch.stopping = True
             again = tasks.start(signals.second.wait())
             await asyncio.wait((running, failed, again), timeout=DRAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
@@ -136,7 +138,7 @@ async def _run(
     if failed.done() and bar.lines < source.lines:
         return await _engine_failed(failed)
     if stop.done() and bar.lines < source.lines:
-        say(f"persimmon: stopped with {bar.lines:,} of {source.lines:,} lines done; {GOES_ON}")
+        print_line(f"persimmon: stopped with {bar.lines:,} of {source.lines:,} lines done; {GOES_ON}")
         return STOPPED
     return None
 
@@ -152,7 +154,7 @@ async def _engine_failed(failed: asyncio.Task[EngineFailedError]) -> int:
     error = failed.result() if failed.done() else None
     if error is not None and error.exit_code == 2:  # it could not start, and has said why
         return 2
-    say(f"persimmon: error: {error or 'the engine process is lost'}; {GOES_ON}")
+    print_line(f"persimmon: error: {error or 'the engine process is lost'}; {GOES_ON}")
     return SOME_FAILED
 
 
@@ -226,7 +228,7 @@ class _Bar:
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """One line for the person at the console, above the bar."""
         self._bar.write(line, file=sys.stderr)
         sys.stderr.flush()

@@ -34,15 +34,15 @@ def test_a_line_for_people_has_its_fields_behind_its_message(capsys):
 
 
 def test_what_is_said_to_people_has_no_time_and_no_level(capsys):
-    logs.say("Serving demo")
+    logs.print_line("Serving demo")
     logs.configure("supervisor")
-    logs.say("100% of it")
+    logs.print_line("100% of it")
     assert lines(capsys) == ["Serving demo", "100% of it"]
 
 
 def test_every_line_is_a_json_object_where_that_is_asked(capsys):
     logs.configure("engine", "json")
-    logs.say("Serving demo")
+    logs.print_line("Serving demo")
     logger.warning("two\nlines", extra=logs.with_fields(status=200))
     try:
         raise ZeroDivisionError("oh")
@@ -76,7 +76,7 @@ def test_what_is_less_than_the_level_is_not_written_and_of_libraries_nothing_les
     capsys, level: logs.LogLevel, own: list[str], others: list[str], log_format: logs.LogFormat
 ):
     logs.configure("engine", log_format, level)
-    logs.say("is always written")
+    logs.print_line("is always written")
     for each in (logger, library):
         each.debug("DEBUG from %s", each.name)
         each.info("INFO from %s", each.name)
