@@ -58,9 +58,7 @@ def _device_facts(device: torch.device) -> tuple[int, int]:
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """The array on the device; on a GPU by way of pinned memory, so that the host need not wait for the transfer."""
     tensor = torch.from_numpy(array)
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def launch_options(pdl: bool) -> dict[str, bool]:

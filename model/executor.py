@@ -115,9 +115,17 @@ class Executor(ABC):
         """Leaves a step's tokens where the next finds them."""
         self._sampled = tokens
 
-    def fetch(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """The tokens on the host, and the event after which they are there; None where they are there already."""
-        return tokens.clone(), None
+    def fetch(self, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
+        """What a step has made, copied to the host without waiting for the step.
+
+        Args:
+            tensors: contiguous, on the device, with elements of 4 or 8 bytes; the next step may overwrite them.
+
+        Returns:
+            The tensors in host memory, and the event after which their numbers are there; None where they are there
+            already.
+        """
+        return [tensor.clone() for tensor in tensors], None
 
 
 class TorchExecutor(Executor):

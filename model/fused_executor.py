@@ -12,6 +12,7 @@ from persimmon.model.cuda_graphs import DecodeGraphs
 from persimmon.model.executor import Executor
 from persimmon.model.fused_sampler import FusedSampler
 from persimmon.model.graph_sizes import graph_bytes
+from persimmon.model.host_copy import pack, unpack
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.persimmon import Persimmon, Step
 from persimmon.model.row_sampling import RowSampling
@@ -115,12 +116,18 @@ class FusedExecutor(Executor):
         else:
             self.graphs.sampled[: len(tokens)] = tokens
 
-    def fetch(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """A copy into pinned memory, under way."""
-        if tokens.device.type == "cpu":
-            return super().fetch(tokens)
-        on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        on_host.copy_(tokens, non_blocking=True)
+    def fetch(self, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
+        """One copy of all of them into pinned memory, under way."""
+        if tensors[0].device.type == "cpu":
+            return super().fetch(tensors)
+        on_host, copied = self._send(pack(tensors))
+        return unpack(on_host, tensors), copied
+
+    def _send(self, words: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        on_host = torch.empty(words.shape, dtype=words.dtype, pin_memory=True)
+        if not len(words):
+            return on_host, None
+        on_host.copy_(words, non_blocking=True)
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record()
         return on_host, copied

@@ -1,6 +1,6 @@
 """Log-probabilities of tokens under the network's own logits, and of the most probable tokens at the same positions.
 
-Computed on the device where the logits are; a `LogprobRows` stays there until it is fetched.
+Computed on the device where the logits are; a `LogprobRows` stays there until the runner copies it to the host.
 """
 
 from collections.abc import Sequence
@@ -65,11 +65,11 @@ class LogprobRows:
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """All of it, to be moved."""
+        """All of it, to be moved: `LogprobRows(*tensors)` is the same rows."""
         return self.token_ids, self.logprobs, self.top_ids, self.top_logprobs
 
     def fetch(self, tops: Sequence[int]) -> list[TokenLogprobs]:
-        """The rows for people, of each as many tokens as it wants; waits for the device."""
+        """The rows as plain data, each with as many tokens as it asked for; those on a device are waited for."""
         token_ids, logprobs = self.token_ids.tolist(), self.logprobs.tolist()
         ids, values = self.top_ids.tolist(), self.top_logprobs.tolist()
         return [

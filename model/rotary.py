@@ -8,6 +8,7 @@ import math
 import torch
 
 from persimmon.kernels import Rotary
+from persimmon.kernels.launch import upload
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.rope_scaling import RopeScaling
 
@@ -53,7 +54,8 @@ def _rotary(
         frequencies = _frequencies(config, scaling)
     angles = positions.float()[:, None] * frequencies
     scale = 1.0 if scaling is None else scaling.attention_factor
-    return Rotary((angles.cos() * scale).to(device), (angles.sin() * scale).to(device), by_token)
+    cos, sin = ((turned * scale).numpy() for turned in (angles.cos(), angles.sin()))
+    return Rotary(upload(cos, device), upload(sin, device), by_token)
 
 
 def _exponents(config: PersimmonConfig) -> torch.Tensor:

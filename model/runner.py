@@ -91,18 +91,18 @@ class PendingStep:
     """A step that has been started; the device may still be computing it.
 
     Args:
-        tokens: [R] int64 on the host, in the order of the result; on a GPU pinned memory that a copy is on its way to.
-        copied: the event after that copy; None when nothing is to be waited for.
-        samples: what was drawn, in the order of the device.
+        copied: the event after which the memory below holds its numbers; None when nothing is to be waited for.
+        samples: what was drawn; its tokens in the order of the result, its log-probabilities in that of the device.
         places: where each of those rows stands in the result.
         params: how each of those rows was drawn.
-        prompt_logprobs: by the place of a sequence in the batch.
-        pooled: by the place of a sequence in the batch.
+        prompt_logprobs: by the place of a sequence in the batch, with the number of most probable tokens asked for.
+        pooled: by the place of a sequence in the batch, float32.
+
+    All tensors are in host memory; on a GPU in pinned memory that a copy is on its way to.
     """
 
     def __init__(
         self,
-        tokens: torch.Tensor,
         copied: torch.cuda.Event | None,
         samples: Samples,
         places: Sequence[int],
@@ -110,7 +110,6 @@ class PendingStep:
         prompt_logprobs: dict[int, tuple[LogprobRows, int]],
         pooled: dict[int, torch.Tensor],
     ) -> None:
-        self._tokens = tokens
         self._copied = copied
         self._samples = samples
         self._places = places
@@ -119,7 +118,10 @@ class PendingStep:
         self._pooled = pooled
 
     def wait(self) -> StepOutcome:
-        """What came of it, as soon as it is there."""
+        """What came of it, as soon as it is there.
+
+        Touches no device: on the stream, anything would come behind the step that has been launched since.
+        """
         if self._copied is not None:
             self._copied.synchronize()
         logprobs: dict[int, list[TokenLogprobs]] = {}
@@ -129,12 +131,12 @@ class PendingStep:
             for row, entry in zip(reported, entries, strict=True):
                 logprobs[self._places[row]] = [entry]
         return StepOutcome(
-            tokens=[[token] for token in self._tokens.tolist()],
+            tokens=[[token] for token in self._samples.tokens.tolist()],
             logprobs=logprobs,
             prompt_logprobs={
                 place: rows.fetch([top] * len(rows.token_ids)) for place, (rows, top) in self._prompt_logprobs.items()
             },
-            pooled={place: states.cpu().numpy().astype("<f4").tobytes() for place, states in self._pooled.items()},
+            pooled={place: states.numpy().astype("<f4").tobytes() for place, states in self._pooled.items()},
         )
 
 
@@ -198,7 +200,7 @@ class Runner:
         drawn = self._executor.decode(batch)
         if drawn is not None:
             params = [own for item in batch for own in item.samplings]
-            return PendingStep(*self._executor.fetch(drawn.tokens), drawn, range(len(batch)), params, {}, {})
+            return self._pending(drawn, range(len(batch)), params, {}, {})
         # Single tokens first and by length, as `plan_attention` wants them.
         order = sorted(range(len(batch)), key=lambda i: (len(batch[i].token_ids) != 1, batch[i].start))
         inputs = [batch[i] for i in order]
@@ -217,15 +219,16 @@ class Runner:
             else:
                 pooled[place] = self._pooled(own, report)
         if not sampling_rows:
-            nothing = Samples(torch.empty(0, dtype=torch.int64))
-            return PendingStep(nothing.tokens, None, nothing, (), (), prompt_logprobs, pooled)
+            nothing = Samples(torch.empty(0, dtype=torch.int64, device=hidden.device))
+            return self._pending(nothing, (), (), prompt_logprobs, pooled)
         params = [own for item in inputs for own in item.samplings]
         samples = self._sampler(hidden[: len(sampling_rows)], params)
-        places, tokens = _places(batch, order), samples.tokens
+        places = _places(batch, order)
         if places != list(range(len(places))):
-            tokens = tokens[upload(np.argsort(places), tokens.device)]
-        self._executor.keep(tokens)
-        return PendingStep(*self._executor.fetch(tokens), samples, places, params, prompt_logprobs, pooled)
+            tokens = samples.tokens
+            samples = replace(samples, tokens=tokens[upload(np.argsort(places), tokens.device)])
+        self._executor.keep(samples.tokens)
+        return self._pending(samples, places, params, prompt_logprobs, pooled)
 
     @torch.inference_mode()
     def logits(self, batch: Sequence[SequenceInput]) -> torch.Tensor:
@@ -236,6 +239,31 @@ class Runner:
         """
         step = self._step(batch, _wanted_rows(batch)[0])
         return self._model.logits(self._forward(step))
+
+    def _pending(
+        self,
+        samples: Samples,
+        places: Sequence[int],
+        params: Sequence[RowSampling],
+        prompt_logprobs: dict[int, tuple[LogprobRows, int]],
+        pooled: dict[int, torch.Tensor],
+    ) -> PendingStep:
+        """Everything that a step reports is copied to the host behind the step itself, before the next is launched."""
+        reported = [] if samples.logprobs is None else [samples.logprobs]
+        reported += [rows for rows, _ in prompt_logprobs.values()]
+        made = [samples.tokens, *(tensor for rows in reported for tensor in rows.tensors), *pooled.values()]
+        on_host, copied = self._executor.fetch(made)
+        parts = iter(on_host)
+        tokens = next(parts)
+        rows_on_host = iter([LogprobRows(*(next(parts) for _ in rows.tensors)) for rows in reported])
+        return PendingStep(
+            copied,
+            Samples(tokens, samples.reported, None if samples.logprobs is None else next(rows_on_host)),
+            places,
+            params,
+            {place: (next(rows_on_host), top) for place, (_, top) in prompt_logprobs.items()},
+            dict(zip(pooled, parts, strict=True)),
+        )
 
     def _logprobs(self, states: torch.Tensor, report: PromptLogprobs) -> LogprobRows:
         """Log-probabilities of prompt tokens; a few rows at a time, because one of 262,144 logits is 1 MiB."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from persimmon.kernels.launch import upload
 from persimmon.kernels.reference_sampling import philox
 from persimmon.model.adjustments import adjust_, penalize
 from persimmon.model.logprobs import LogprobRows
@@ -51,7 +52,7 @@ def draw(logits: torch.Tensor, params: Sequence[RowSampling]) -> torch.Tensor:
     at_once = rows_at_once(logits.shape[1])
     for begin in range(0, len(drawing), at_once):
         some = drawing[begin : begin + at_once]
-        rows = torch.tensor(some, device=logits.device)
+        rows = upload(np.array(some), logits.device)
         tokens[rows] = _draw(logits.index_select(0, rows), [params[row] for row in some])
     return tokens
 
@@ -71,7 +72,7 @@ def sample(logits: torch.Tensor, params: Sequence[RowSampling], draw: Draw = dra
     at_once = rows_at_once(logits.shape[1])
     for begin in range(0, len(adjusted), at_once):
         some = adjusted[begin : begin + at_once]
-        rows = torch.tensor(some, device=logits.device)
+        rows = upload(np.array(some), logits.device)
         own_logits, own_params = logits.index_select(0, rows), [params[row] for row in some]
         adjust_(own_logits, own_params, penalize)
         tokens[rows] = draw(own_logits, own_params)
@@ -94,7 +95,7 @@ def row_logprobs(
     at_once = rows_at_once(logits.shape[1])
     parts = []
     for begin in range(0, len(reported), at_once):
-        rows = torch.tensor(list(reported[begin : begin + at_once]), device=logits.device)
+        rows = upload(np.array(reported[begin : begin + at_once]), logits.device)
         parts.append(LogprobRows.of(logits.index_select(0, rows), tokens.index_select(0, rows), top))
     return LogprobRows.concatenate(parts)
 

@@ -53,10 +53,10 @@ class MetaRunner(Runner):
 
 
 class MetaExecutor(FusedExecutor):
-    """Has nothing to fetch."""
+    """Has nothing to send to the host."""
 
-    def fetch(self, tokens: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return torch.zeros(tokens.shape, dtype=torch.int64), None
+    def _send(self, words: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.zeros(words.shape, dtype=words.dtype), None
 
 
 def make_runner(settings: Settings, config: PersimmonConfig) -> MetaRunner:

@@ -81,9 +81,9 @@ class TwoWays(TorchExecutor):
         self.forwarded += 1
         return super().forward(step)
 
-    def fetch(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    def fetch(self, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
         self.fetched += 1
-        return super().fetch(tokens)
+        return super().fetch(tensors)
 
 
 def test_the_runner_asks_the_executor_for_a_faster_way_first(model: Persimmon) -> None:
