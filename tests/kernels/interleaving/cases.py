@@ -102,6 +102,8 @@ def decode_attention(dice: random.Random) -> Outcome:
                 for _ in range(2)
             ]
             build_work_list(layers[0].lengths, workspace)
+            items = int(workspace.num_items)
+            results += [each[:items].clone() for each in (workspace.item_sequences, workspace.item_splits)]
             for layer in layers * 2:
                 results += [layer.run(workspace, config), *(cache.clone() for cache in layer.caches)]
     return Outcome(results, [workspace.arrivals])
@@ -172,6 +174,22 @@ def sampling(dice: random.Random) -> Outcome:
     return Outcome(results, [])
 
 
+def head(dice: random.Random) -> Outcome:
+    """The output projection over several blocks of rows, with and without its logits."""
+    rows, vocab_size = dice.randint(1, 40), dice.randint(1, 150)
+    config = replace(test_sampling.SMALL, head_rows=16)
+    hidden, weight = test_sampling.random_head(rows, vocab_size, dice.randint(1, 80), dice.choice(DTYPES))
+    draw = test_sampling.draws([dice.choice([0.0, 0.7]) for _ in range(rows)], seed=dice.randrange(1000))
+    wanted = torch.tensor([dice.randint(0, 1) for _ in range(rows)], dtype=torch.int32)
+    logits = torch.zeros(rows, vocab_size) if dice.random() < 0.5 else None
+    workspace = SamplingWorkspace.allocate(rows, vocab_size, CPU, config)
+    # More live rows than there are count as all of them.
+    live = torch.tensor([dice.choice([rows + 5, dice.randint(0, rows)])], dtype=torch.int32)
+    draw = replace(draw, wants_logits=wanted)
+    results = list(sample_head(hidden, weight, draw, live, workspace, logits=logits, config=config))
+    return Outcome(results if logits is None else [*results, logits], [])
+
+
 def _numbers(dice: random.Random, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(dice.randrange(2**31))).to(dtype)
 
@@ -184,4 +202,5 @@ CASES: dict[str, Case] = MERGES | {
     "prefill": prefill,
     "elementwise": elementwise,
     "sampling": sampling,
+    "head": head,
 }

@@ -89,6 +89,38 @@ class TestWeakMemory:
         assert any(sums(seed, **fault) != RIGHT for seed in SEEDS)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def take_numbers(numbers, taken, next_number, lock, BARRIER: tl.constexpr, SEM: tl.constexpr):
+    """Every program takes the next number, one after the other, because a lock keeps out the others."""
+    while tl.atomic_cas(lock, 0, 1, sem=SEM, scope="gpu") != 0:
+        pass
+    number = tl.load(next_number)
+    tl.store(next_number, number + 1)
+    tl.store(numbers + tl.program_id(0), number)
+    tl.store(taken + number, 1)
+    if BARRIER:
+        tl.debug_barrier()
+    tl.atomic_xchg(lock, 0, sem="release", scope="gpu")
+
+
+class TestLocks:
+    def numbers(self, seed: int, *, barrier: bool = True, sem: str = "acquire", find_races: bool = False) -> list[int]:
+        buffers = [torch.zeros(size, dtype=torch.int32) for size in (PROGRAMS, PROGRAMS, 1, 1)]
+        with interleaved(seed, find_races=find_races):
+            take_numbers[(PROGRAMS,)](*buffers, barrier, sem)
+        return sorted(buffers[0].tolist())
+
+    def test_let_programs_change_memory_one_after_the_other(self) -> None:
+        for seed in SEEDS:
+            assert self.numbers(seed, find_races=True) == list(range(PROGRAMS))
+
+    @pytest.mark.parametrize("fault", [{"barrier": False}, {"sem": "relaxed"}], ids=str)
+    def test_are_in_vain_without_barrier_or_acquire(self, fault: dict) -> None:
+        assert any(self.numbers(seed, **fault) != list(range(PROGRAMS)) for seed in SEEDS)
+        with pytest.raises(DataRaceError):
+            self.numbers(0, find_races=True, **fault)
+
+
 class TestHappensBefore:
     @pytest.mark.parametrize(
         "fault",
