@@ -137,6 +137,18 @@ class Fused:
         self.caches = cache.tensors
         self.tables = scattered_tables(cache)
 
+    def decode(self, lengths: Sequence[int], others: int = 0) -> list[int]:
+        """A token for each sequence, from a cache of random keys and values, next to some of one token each."""
+        values = torch.Generator().manual_seed(3)
+        for tensor in self.caches:
+            for length, table in zip(lengths, self.tables, strict=False):
+                rows = torch.randn(length, *tensor.shape[1::2], generator=values).to(self.dtype)
+                for position, row in enumerate(rows):
+                    tensor[table[position // BLOCK_SIZE], :, position % BLOCK_SIZE] = row
+        batch = [SequenceInput([3], 0, [self.tables[-1][row]], (GREEDY,)) for row in range(others)]
+        batch += [SequenceInput([9], n, t, (GREEDY,)) for n, t in zip(lengths, self.tables, strict=False)]
+        return self.runner.run(batch)[others:]
+
     def generate(self, prompts: Sequence[list[int]], params: Sequence[RowSampling] | None = None) -> list[list[int]]:
         return generate(self.runner, self.tables, prompts, params or [GREEDY] * len(prompts))
 
@@ -145,6 +157,12 @@ def reference_runner(folder: Path) -> Runner:
     """The same network in plain torch, with a cache of its own."""
     model = load(folder, reference, torch.float32)
     return runner_of(model, poisoned_cache(model, 8 * MAX_MODEL_LEN // BLOCK_SIZE, BLOCK_SIZE), reference)
+
+
+def greedily(folder: Path, asked: Sequence[list[int]]) -> list[list[int]]:
+    """What the network in plain torch makes of prompts, greedily."""
+    runner = reference_runner(folder)
+    return generate(runner, scattered_tables(runner._cache), asked, [GREEDY] * len(asked))
 
 
 def scattered_tables(cache: KVCache) -> list[list[int]]:
@@ -206,16 +224,13 @@ class TestTokens:
         # Chunks of every kind together with decodes: one tile, several, longer than a split of the decode kernel.
         asked = prompts(5, 20, 17, 260)
         fused = Fused(checkpoint).generate(asked)
-        model = load(checkpoint, reference, torch.float32)
-        cache = poisoned_cache(model, 8 * MAX_MODEL_LEN // BLOCK_SIZE, BLOCK_SIZE)
-        runner = runner_of(model, cache, reference)
-        assert fused == generate(runner, scattered_tables(cache), asked, [GREEDY] * len(asked))
+        assert fused == greedily(checkpoint, asked)
         transformers = transformers_reference.load(checkpoint)
         assert fused == transformers_reference.continue_greedily(transformers, asked, NEW_TOKENS).outputs
 
     def test_of_a_prompt_in_chunks_beside_decodes_are_those_of_the_whole_prompt(self, shallow: Path) -> None:
         long, short = prompts(70, 4)
-        expected = [Fused(shallow).generate([prompt])[0] for prompt in (long, short)]
+        expected = greedily(shallow, [long, short])
         fused = Fused(shallow)
         outputs: list[list[int]] = [[], []]
         for start, end in ((0, 33), (33, 40), (40, 70)):  # of several tiles, of one, with most of the context cached
@@ -274,11 +289,11 @@ class TestTokens:
         self, checkpoint: Path, dtype: torch.dtype, largest_error: float
     ) -> None:
         (prompt,) = prompts(40)
-        fused, exact = Fused(checkpoint, dtype), Fused(checkpoint)
+        fused, exact = Fused(checkpoint, dtype), reference_runner(checkpoint)
         # The prompt, then a single token.
         for tokens, start in ((prompt, 0), ([11], 40)):
             batch = [SequenceInput(tokens, start, fused.tables[0], (GREEDY,))]
-            expected, actual = exact.runner.logits(batch), fused.runner.logits(batch)
+            expected, actual = exact.logits(batch), fused.runner.logits(batch)
             assert (actual - expected).abs().max() < largest_error * expected.abs().max()
 
 
@@ -287,16 +302,14 @@ class TestLaunches:
         self, shallow: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         launched = [0]
-        call = GridExecutor.__call__
 
         def counted(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
             launched[0] += 1
-            call(self, *args, **kwargs)
 
         def launches(folder: Path, rows: int) -> int:
             fused = Fused(folder, sizes=[rows])
             launched[0] = 0
-            fused.runner.run([SequenceInput([3], 0, [row], (GREEDY,)) for row in range(rows)])
+            fused.runner.launch([SequenceInput([3], 0, [row], (GREEDY,)) for row in range(rows)])
             return launched[0]
 
         monkeypatch.setattr(GridExecutor, "__call__", counted)
@@ -319,12 +332,14 @@ def test_mlp_rows_that_meet_only_zeros_are_not_read(shallow: Path) -> None:
 
 
 class TestPadding:
-    @pytest.mark.parametrize("size", [4, 24])
-    def test_changes_no_bit_of_a_live_row(self, shallow: Path, size: int) -> None:
-        exact, padded = Fused(shallow, torch.float16, [3]), Fused(shallow, torch.float16, [size])
-        asked = prompts(3, 20, 30)
-        assert exact.generate(asked) == padded.generate(asked)
-        assert_same_bits(exact, padded)
+    def test_changes_no_bit_of_a_live_row(self, shallow: Path) -> None:
+        lengths = (3, 20, 30)
+        exact = Fused(shallow, torch.float16, [3])
+        expected = exact.decode(lengths)
+        for size in (4, 24):
+            padded = Fused(shallow, torch.float16, [size])
+            assert padded.decode(lengths) == expected
+            assert_same_bits(exact, padded)
 
     def test_writes_to_no_block_of_a_sequence_that_has_left(self, shallow: Path) -> None:
         fused = Fused(shallow, sizes=[2])
@@ -349,17 +364,8 @@ class TestPadding:
 
 def test_a_row_has_the_same_bits_alone_and_among_others(shallow: Path) -> None:
     """As many others as make a different tile of the kernels, too."""
-    asked = prompts(20)
     alone, among = Fused(shallow, torch.float16, [1]), Fused(shallow, torch.float16, [20])
-    (prompt_output,) = alone.generate(asked)
-    among.runner.run([SequenceInput(asked[0], 0, among.tables[0], (GREEDY,))])
-    others = [SequenceInput([3], 0, [among.tables[1][i]], (GREEDY,)) for i in range(19)]
-    output = [prompt_output[0]]
-    for position in range(1, NEW_TOKENS):
-        own = SequenceInput([output[-1]], 20 + position - 1, among.tables[0], (GREEDY,))
-        *_, token = among.runner.run([*others, own])
-        output.append(token)
-    assert output == prompt_output
+    assert alone.decode([20]) == among.decode([20], others=19)
     for own_cache, shared_cache in zip(alone.caches, among.caches, strict=True):
         torch.testing.assert_close(
             own_cache[alone.tables[0]], shared_cache[among.tables[0]], rtol=0, atol=0, equal_nan=True
@@ -370,7 +376,7 @@ class TestTokensThatTheHostHasNotSeen:
     @pytest.mark.parametrize("sizes", [[1, 4], []], ids=["fixed buffers", "eager"])
     def test_feed_the_next_steps(self, shallow: Path, sizes: list[int]) -> None:
         asked = prompts(3, 20, 1)
-        expected = Fused(shallow, sizes=sizes).generate(asked)
+        expected = greedily(shallow, asked)
         fused = Fused(shallow, sizes=sizes)
         pending = [
             fused.runner.launch([SequenceInput(p, 0, t, (GREEDY,)) for p, t in zip(asked, fused.tables, strict=False)])
@@ -393,7 +399,7 @@ class TestTokensThatTheHostHasNotSeen:
 
     def test_may_come_from_prompts_and_feed_a_step_with_prompts(self, shallow: Path) -> None:
         asked = prompts(18, 25)
-        expected = Fused(shallow).generate(asked[:1])[0][:2]
+        expected = greedily(shallow, asked[:1])[0][:2]
         fused = Fused(shallow)
         first = fused.runner.launch([SequenceInput(asked[0], 0, fused.tables[0], (GREEDY,))])
         both = fused.runner.launch(
@@ -415,9 +421,9 @@ class TestDraws:
             row_with(temperature=3.0, seed=4, position=1, min_p=0.95),
         ]
         fused = Fused(shallow, sizes=sizes)
-        # Other settings before these, in both of the buffers that take turns on the host.
+        # Other settings before these, in the buffers that take turns on the host.
         others = [row_with(temperature=0.5, seed=9, top_k=7, top_p=0.5, min_p=0.1, position=8)] * 4
-        for own in (others, others, params):
+        for own in (*[others] * (2 if sizes else 0), params):
             batch = [SequenceInput([9 + i], 0, fused.tables[i], (row,)) for i, row in enumerate(own)]
             tokens = fused.runner.run(batch)
         assert tokens == reference_tokens(fused.runner.logits(batch), params)
@@ -493,11 +499,12 @@ class TestDraws:
         prompt = [7, 8, 9]
         batch = [SequenceInput(prompt, 0, fused.tables[0], samples), SequenceInput([3], 0, fused.tables[1], (GREEDY,))]
         result = fused.runner.launch(batch).wait()
-        alone = [fused.runner.run([SequenceInput(prompt, 0, fused.tables[0], (own,))])[0] for own in samples]
-        assert [token for (token,) in result.tokens[:5]] == alone
-        assert len(set(alone)) > 1
+        tokens = [token for (token,) in result.tokens[:5]]
+        for row in (0, 4):
+            assert fused.runner.run([SequenceInput(prompt, 0, fused.tables[0], (samples[row],))]) == [tokens[row]]
+        assert len(set(tokens)) > 1
         assert sorted(result.logprobs) == [0, 1, 2, 3, 4]
-        assert [result.logprobs[row][0].token_id for row in range(5)] == alone
+        assert [result.logprobs[row][0].token_id for row in range(5)] == tokens
 
     def test_of_more_rows_than_were_reserved_are_refused(self, shallow: Path) -> None:
         kernels = FusedKernels(CPU)
@@ -516,10 +523,10 @@ class TestDraws:
     def test_from_one_token_are_greedy_beside_others_that_are_free(self, shallow: Path) -> None:
         asked = prompts(4, 9, 6)
         one = [row_with(temperature=1.0, top_k=1), row_with(temperature=1.0, top_p=1e-9)]
-        greedy = Fused(shallow).generate(asked)
+        greedy = greedily(shallow, asked)
         drawn = Fused(shallow).generate(asked, [*one, DRAWN])
         assert drawn[:2] == greedy[:2]
-        assert drawn[2] == Fused(shallow).generate(asked, [GREEDY, GREEDY, DRAWN])[2] != greedy[2]
+        assert drawn[2] != greedy[2]
 
 
 class TestSizes:
@@ -567,4 +574,4 @@ class TestSizes:
         fused = Fused(shallow, sizes=[1])
         assert fused.graphs is not None
         assert not fused.graphs.takes(3)
-        assert fused.generate(asked) == Fused(shallow, sizes=[4]).generate(asked)
+        assert fused.generate(asked) == greedily(shallow, asked)

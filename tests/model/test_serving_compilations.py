@@ -10,12 +10,12 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def compiled(triton_cache: Path) -> dict[str, dict[str, list[str]]]:
+def compiled() -> dict[str, dict[str, list[str]]]:
     """By the kind of server, the kernels of its warm-up, and those that steps after it compiled."""
     found = subprocess.run(
         [sys.executable, "-m", "tests.model.serving_compilations"],
         cwd=Path(__file__).parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(triton_cache)},
+        env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
     )
