@@ -5,11 +5,14 @@ programmatic dependent launch.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
 from benchmarks.gpu.checks_attention import check_decode_attention, check_prompt_attention
+from benchmarks.gpu.checks_requests import check_changed_logits
+from benchmarks.gpu.checks_sampling import check_sampling
 from benchmarks.gpu.compare import (
     FLOAT32_UNIT,
     check_launches,
@@ -23,6 +26,7 @@ from benchmarks.gpu.inputs import (
     Width,
     normal,
     planted_activation,
+    row_statistics,
     widths,
 )
 from benchmarks.gpu.report import Report
@@ -33,25 +37,38 @@ from persimmon.kernels.projection_config import ATTENTION_OUT, MLP_DOWN, WIDE, N
 
 
 def run(setting: Setting, report: Report) -> None:
-    """The checks of single kernels."""
+    """In float16; what the smoke has not gone through by itself comes first."""
     report.note(f"seed {setting.seed}")
-    for dtype in setting.suite.check_dtypes:
+    check_types(setting, report, (torch.float16,))
+
+
+def check_types(setting: Setting, report: Report, dtypes: Sequence[torch.dtype]) -> None:
+    """The checks of single kernels; bit for bit only in float16."""
+    for dtype in dtypes:
         name = type_name(dtype)
-        with report.attempt(f"elementwise, {name}"):
-            _elementwise(setting, report, dtype, name)
-        with report.attempt(f"projections, {name}"):
-            _projections(setting, report, dtype, name)
-        with report.attempt(f"prompt attention, {name}"):
-            check_prompt_attention(setting, report, dtype, name)
+        with_name = {
+            "prompt attention": partial(check_prompt_attention, setting, report, dtype, name),
+            "projections": partial(_projections, setting, report, dtype, name),
+            "elementwise": partial(_elementwise, setting, report, dtype, name),
+        }
+        if dtype.itemsize == 2:
+            with_name["sampling"] = partial(check_sampling, setting, report, dtype, name)
+            with_name["changed logits"] = partial(check_changed_logits, setting, report, dtype, name)
+        for what, call in with_name.items():
+            report.attempt(f"{what}, {name}", call, seconds=6)
         for block_size in setting.suite.check_block_sizes if dtype == torch.float16 else (setting.suite.block_size,):
-            with report.attempt(f"decode attention, {name}, blocks of {block_size}"):
-                check_decode_attention(setting, report, dtype, f"{name}, blocks of {block_size}", block_size)
+            title = f"{name}, blocks of {block_size}"
+            report.attempt(
+                f"decode attention, {title}",
+                partial(check_decode_attention, setting, report, dtype, title, block_size),
+                seconds=6,
+            )
 
 
 def _elementwise(setting: Setting, report: Report, dtype: torch.dtype, name: str) -> None:
     config, generator = setting.suite.config, setting.generator()
     hidden, rows = config.hidden_size, 3 * setting.suite.check_batch
-    table = normal(generator, min(config.vocab_size, 50_000), hidden, dtype=dtype)
+    table = normal(generator, config.vocab_size, hidden, dtype=dtype)
     ids = torch.randint(len(table), (rows,), device=setting.device, generator=generator)
     sampled = torch.randint(len(table), (rows,), device=setting.device, generator=generator)
     by_place = torch.where(torch.arange(rows, device=setting.device) % 2 == 0, ids, -1 - ids % rows)
@@ -89,7 +106,7 @@ def _elementwise(setting: Setting, report: Report, dtype: torch.dtype, name: str
 
 def _projections(setting: Setting, report: Report, dtype: torch.dtype, name: str) -> None:
     generator, suite = setting.generator(), setting.suite
-    bit_for_bit = dtype == suite.check_dtypes[0]
+    bit_for_bit = dtype == torch.float16
     counts = suite.check_rows if bit_for_bit else suite.check_rows[1:2]
     for width in widths(suite.config):
         check = _ProjectionCheck(setting=setting, width=width, dtype=dtype, generator=generator, most=max(counts))
@@ -117,8 +134,7 @@ class _ProjectionCheck:
         x = normal(generator, most, width.in_features, dtype=dtype, mean=0.3)
         if self._is_down:
             x = planted_activation(generator, most, width.in_features, 0.9, shared=False, dtype=dtype)
-        # As rows of a table, so that `embed` makes their statistics.
-        self.x = x
+        self.x, self._statistics = x, row_statistics(x)
         self.residual = normal(generator, most, width.out_features, dtype=dtype)
         self.live = torch.tensor([most], dtype=torch.int32, device=setting.device)
         self.config = {"attention_out": ATTENTION_OUT, "mlp_down": MLP_DOWN}.get(width.name, WIDE)
@@ -143,9 +159,8 @@ class _ProjectionCheck:
                 pdl=pdl,
             )
             return out, statistics
-        ids = torch.arange(rows, device=given.device)
-        _, statistics = embed(ids, None, given)
-        norm = Norm(statistics=statistics, weight=self.gamma, bias=self.beta, eps=1e-5)
+        own = self._statistics[:, :, first : first + rows].contiguous()
+        norm = Norm(statistics=own, weight=self.gamma, bias=self.beta, eps=1e-5)
         out, flags = project(
             given,
             self._stored,

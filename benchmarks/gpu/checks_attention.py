@@ -40,7 +40,11 @@ class _Decode:
         filled = [length - 1 for length in self.lengths]
         self.pages: Pages = make_pages(config, self.lengths, block_size, dtype, generator, poisoned=True, filled=filled)
         self.workspace = DecodeWorkspace.allocate(
-            len(self.lengths), max(self.lengths), config.num_attention_heads, config.head_dim, setting.device
+            setting.suite.max_num_seqs,
+            setting.suite.max_model_len,
+            config.num_attention_heads,
+            config.head_dim,
+            setting.device,
         )
 
     def tensors(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -125,7 +129,7 @@ def check_decode_attention(setting: Setting, report: Report, dtype: torch.dtype,
         report, f"{title}: rows in another order", [decode.run(order)], [out[torch.tensor(order, device=out.device)]]
     )
     check_same(report, f"{title}: items in another order", [decode.run(shuffled=True)], [out])
-    if block_size == setting.suite.block_size and dtype == setting.suite.check_dtypes[0]:
+    if block_size == setting.suite.block_size and dtype == torch.float16:
         few = DecodeConfig(programs_per_sm=1)
         check_same(report, f"{title}: fewer programs", [decode.run(config=few)], [out])
         # A captured call holds no transfer from the host, so its inputs are made before.
@@ -191,7 +195,7 @@ def check_prompt_attention(setting: Setting, report: Report, dtype: torch.dtype,
         part = slice(first, first + count)
         _check_chunk(report, f"{title}, {count} after {start}", inputs, pages, pages.tables[index], q, out, part, start)
         first += count
-    if dtype == setting.suite.check_dtypes[0]:
+    if dtype == torch.float16:
         check_launches(setting, report, title, call, repeats=max(2, setting.suite.check_repeats // 10))
     longest = max(range(len(counts)), key=lambda index: counts[index])
     at = sum(counts[:longest])

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.gpu.compare import type_name
 from benchmarks.gpu.inputs import normal
+from benchmarks.gpu.model import limits
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.suite import Setting
-from persimmon.kernels import StepLimits, reference_sampling
+from persimmon.kernels import reference_sampling
 from persimmon.kernels.fused import FusedKernels, FusedWeight
 from persimmon.kernels.operands import DrawInputs, TruncationInputs
 from persimmon.model.adjustments import adjust_, penalize
@@ -25,13 +25,6 @@ KINDS = 6
 
 LOGPROB_ERROR = 1e-3
 """Sums over 262,144 terms in float32, and logits of 16-bit products."""
-
-
-def run(setting: Setting, report: Report) -> None:
-    """One step of rows that ask for everything in turn, by the sampler that the server uses."""
-    for dtype in [dtype for dtype in setting.suite.check_dtypes if dtype.itemsize == 2]:
-        with report.attempt(f"changed logits, {type_name(dtype)}"):
-            _changed(setting, report, dtype)
 
 
 def _params(rows: int, vocab_size: int, dice: random.Random) -> list[RowSampling]:
@@ -68,26 +61,16 @@ def _params(rows: int, vocab_size: int, dice: random.Random) -> list[RowSampling
     return params
 
 
-def _changed(setting: Setting, report: Report, dtype: torch.dtype) -> None:
+def check_changed_logits(setting: Setting, report: Report, dtype: torch.dtype, name: str) -> None:
+    """One step of rows that ask for everything in turn, by the sampler that the server uses."""
     config, device = setting.suite.config, setting.device
-    rows = max(setting.suite.check_batch, 2 * KINDS)
-    title, vocab_size = f"changed logits, {type_name(dtype)}", config.vocab_size
+    rows = min(max(setting.suite.check_batch, 2 * KINDS), setting.suite.max_num_seqs)
+    title, vocab_size = f"changed logits, {name}", config.vocab_size
     generator = setting.generator()
     weight = FusedWeight(normal(generator, vocab_size, config.hidden_size, dtype=dtype, deviation=0.03))
     hidden = normal(generator, rows, config.hidden_size, dtype=dtype)
     kernels = FusedKernels(device)
-    kernels.reserve(
-        StepLimits(
-            max_num_seqs=rows,
-            max_num_batched_tokens=rows,
-            max_model_len=config.max_position_embeddings,
-            num_heads=config.num_attention_heads,
-            head_dim=config.head_dim,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            vocab_size=vocab_size,
-        )
-    )
+    kernels.reserve(limits(setting.suite))
     params = _params(rows, vocab_size, random.Random(setting.seed))
     samples = FusedSampler(kernels, weight)(hidden, params)
     tokens = samples.tokens.cpu().clone()  # the kernels use their memory again

@@ -1,105 +1,104 @@
 """Everything that only a GPU can tell, in one command: are the kernels right, how fast are they, and whole steps.
 
-    python -m benchmarks.gpu [--sections checks,steps] [--out FILE]
+    python -m benchmarks.gpu [--budget SECONDS] [--sections smoke,steps] [--out FILE]
 
-Prints as it goes, and keeps a JSON file that holds what has been found so far.  Each section runs in a process of its
-own, within a time limit: a kernel that hangs or breaks the device costs its section and no other.  Sections that are
-not asked for stay in the file as they were, if it is of the same device and software.
+The first minute tells most; what follows is in order of value, and nothing starts that would not fit the budget.  The
+table of targets comes last.  Prints as it goes, and keeps a JSON file that holds what has been found so far.  A kernel
+that hangs or breaks the device costs its own part and no other.  Sections that are not asked for stay in the file as
+they were, if it is of the same device and software.
 
 --device cpu --shape tiny takes the same way through the code in Triton's interpreter; its times mean nothing.
 """
 
 import argparse
-import importlib
-import multiprocessing
+import math
 import os
-import platform
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.report import Report, ResultFile, now
+from benchmarks.gpu import targets
+from benchmarks.gpu.compile_pool import CompilePool
+from benchmarks.gpu.machine import NoDeviceError, clocks, description
+from benchmarks.gpu.report import ResultFile, now
+from benchmarks.gpu.sections import BUDGET_S, RESERVE_S, SECTIONS, START_S
+from benchmarks.gpu.supervisor import run_sections
+from benchmarks.gpu.worker import Job, StartMethod
 
 RESULTS = Path(__file__).parents[1] / "results"
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
-    """A part of the suite.
+class Options:
+    """What the command line asks for; see `_parser`."""
 
-    Attributes:
-        module: of this package; its `run` takes a setting and a report.
-        limit_s: time after which it is terminated, in seconds.
-        is_default: whether it runs unless others are asked for.
+    sections: Sequence[str]
+    device: str
+    shape: str
+    seed: int
+    budget_s: float
+    out: Path
+
+
+def run(options: Options, described: dict[str, Any], start_method: StartMethod = "spawn") -> bool:
+    """Runs sections, each when those before it have ended.
+
+    Args:
+        options: of the command line.
+        described: the device and the software.
+        start_method: of processes.
+
+    Returns:
+        Whether every check passed and nothing went wrong.
     """
-
-    module: str
-    limit_s: float
-    is_default: bool = True
-
-
-SECTIONS = {
-    "ceilings": Section("ceilings", 40),
-    "checks": Section("checks", 180),
-    "steps": Section("steps", 180),
-    "kernels": Section("speed", 130),
-    "step-checks": Section("checks_steps", 100),
-    "request-checks": Section("checks_requests", 40),
-    "peer": Section("peer", 80),
-    "sweep": Section("sweep", 300, is_default=False),
-}
-"""In the order they run."""
-
-LIMIT_S = 475.0
-"""Of a run on a GPU, whatever its sections may take: just under eight minutes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What a figure has to reach, on an H100."""
-
-    figure: str
-    bound: float
-    at_least: bool = True
-
-    def reached(self, measured: float | None) -> bool | None:
-        """None where nothing was measured."""
-        if measured is None:
-            return None
-        return measured >= self.bound if self.at_least else measured <= self.bound
+    began = time.monotonic()
+    on_gpu = options.device == "cuda"
+    file = ResultFile(options.out)
+    if file.content.get("description") != described:
+        file.content = {"description": described}
+    for name in options.sections:
+        file.content.get("sections", {}).pop(name, None)
+    file.content |= {"started": now(), "seed": options.seed, "budget_s": options.budget_s, "clocks_before": clocks()}
+    file.save()
+    print("\n".join(f"{key}: {value}" for key, value in described.items()), flush=True)
+    print(f"clocks: {file.content['clocks_before']}", flush=True)
+    job = Job(
+        sections={name: section for name, section in SECTIONS.items() if name in options.sections},
+        shape=options.shape,
+        device=options.device,
+        seed=options.seed,
+        out=options.out,
+        start_method=start_method,
+        # The interpreter takes its time, and holds no card that others wait for.
+        ends_at=began + options.budget_s - RESERVE_S if on_gpu else math.inf,
+        **({} if on_gpu else {"limit_s": None}),
+    )
+    pool = CompilePool(described["compute_capability"], options.shape, options.sections) if on_gpu else None
+    with pool or nullcontext():
+        run_sections(job if pool is None else pool.told_to(job))
+    file = ResultFile(options.out)
+    file.content |= {"ended": now(), "clocks_after": clocks(), "targets": _targets(file, on_gpu)}
+    file.save()
+    return _summary(file, options.sections)
 
 
-TARGETS = (
-    Target("batch 1 dense, tokens/s", 165),
-    Target("batch 1 at 90% zeros, tokens/s", 225),
-    Target("decode attention at 64 x 512, share of the copy rate", 0.88),
-    Target("step at 64 x 512, ms", 14, at_least=False),
-    Target("prefill at 2k, share of the matmul rate", 0.6),
-    Target("sampling, share of a step at 64 x 512", 0.03, at_least=False),
-)
-
-
-def judged(figures: dict[str, float]) -> list[dict[str, Any]]:
-    """The targets with what was measured; `reached` is None where nothing was."""
-    return [
-        {
-            "figure": target.figure,
-            "target": f"{'at least' if target.at_least else 'at most'} {target.bound:g}",
-            "measured": figures.get(target.figure),
-            "reached": target.reached(figures.get(target.figure)),
-        }
-        for target in TARGETS
-    ]
+def _targets(file: ResultFile, on_gpu: bool) -> list[dict[str, Any]]:
+    figures = file.figures if on_gpu else {}
+    about: dict[str, str] = {}
+    for section in file.content.get("sections", {}).values():
+        about |= section.get("about", {})
+    if (nominal := targets.nominal_bytes(file.content["description"]["device"])) and targets.COPY in figures:
+        figures[targets.COPY_OF_NOMINAL] = figures[targets.COPY] / nominal
+    return targets.judged(figures, about)
 
 
 def failures(sections: dict[str, Any]) -> list[str]:
-    """What is wrong, by section: checks that failed, and errors."""
+    """What is wrong, by section: checks that failed, errors, and what was not reached."""
     found = []
     for name, section in sections.items():
         found += [f"{name}: {check['name']}" for check in section["checks"] if not check["passed"]]
@@ -107,151 +106,46 @@ def failures(sections: dict[str, Any]) -> list[str]:
     return found
 
 
-def run_section(name: str, shape: str, device: str, seed: int, out: Path) -> None:
-    """Runs one section in this process and writes what it finds into the file."""
-    report = Report(ResultFile(out), name)
-    with report.attempt(name):
-        import torch
-
-        from benchmarks.gpu.suite import SUITES, Setting
-
-        # As the server has it: split products are added up in float32.
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-
-        setting = Setting(SUITES[shape], torch.device(device), seed)
-        importlib.import_module(f"benchmarks.gpu.{SECTIONS[name].module}").run(setting, report)
-    report.end()
-
-
-def _in_own_process(name: str, shape: str, device: str, seed: int, out: Path, limit_s: float) -> None:
-    """Runs a section; writes down how its process ended if it did not end well."""
-    process = multiprocessing.get_context("spawn").Process(target=_child, args=(name, shape, device, seed, out))
-    process.start()
-    process.join(limit_s)
-    ended = None
-    if process.is_alive():
-        process.kill()
-        process.join()
-        ended = f"ended after its limit of {limit_s:.0f} s"
-    elif process.exitcode:
-        ended = f"its process ended with code {process.exitcode}"
-    if ended is None:
-        return
-    print(f"ERROR {name}: {ended}", flush=True)
-    file = ResultFile(out)
-    found = {"started": now(), "figures": {}, "rows": [], "checks": [], "errors": []} | file.section(name)
-    found["errors"].append({"in": name, "traceback": ended})
-    file.content["sections"][name] = found
-    file.save()
-
-
-def _child(name: str, shape: str, device: str, seed: int, out: Path) -> None:
-    if device == "cpu":
-        # The interpreter's products depend on their shapes and know no bfloat16; the tests have some that do not.
-        import pytest
-
-        from tests.interpreter import multiply_as_matrix_units
-
-        multiply_as_matrix_units(pytest.MonkeyPatch())
-    run_section(name, shape, device, seed, out)
-
-
-def description(device: str, shape: str) -> dict[str, Any]:
-    """The device and the software; what a file must agree on to keep older sections."""
-    import torch
-
-    found: dict[str, Any] = {"device": "cpu (interpreter): times are not figures", "shape": shape}
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        found |= {
-            "device": properties.name,
-            "compute_capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "memory_gib": round(properties.total_memory / 2**30, 1),
-            "driver": _nvidia_smi("driver_version"),
-            "cuda": torch.version.cuda,
-        }
-    packages = {name: _version(name) for name in ("triton", "transformers")}
-    return found | {"python": platform.python_version(), "torch": torch.__version__} | packages
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def clocks() -> dict[str, str | None]:
-    """What the card says of its clocks, power and heat, now."""
-    names = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
-    return {name: _nvidia_smi(name) for name in names}
-
-
-def _nvidia_smi(query: str) -> str | None:
-    """One value of the first card; None where the tool cannot tell."""
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer[0].strip() if answer else None
-
-
-def run(sections: Sequence[str], shape: str, device: str, seed: int, out: Path) -> bool:
-    """Runs sections one after the other.
-
-    Returns:
-        Whether every check passed and nothing went wrong.
-    """
-    described = description(device, shape)
-    file = ResultFile(out)
-    if file.content.get("description") != described:
-        file.content = {"description": described}
-    file.content |= {"started": now(), "seed": seed, "clocks_before": clocks()}
-    file.save()
-    print("\n".join(f"{key}: {value}" for key, value in described.items()), flush=True)
-    begin = time.monotonic()
-    for name, section in SECTIONS.items():
-        if name not in sections:
-            continue
-        # The interpreter takes its time, and holds no card that others wait for.
-        limit = 600.0 if device == "cpu" else min(section.limit_s, LIMIT_S - (time.monotonic() - begin))
-        _in_own_process(name, shape, device, seed, out, max(1.0, limit))
-    file = ResultFile(out)
-    file.content |= {
-        "ended": now(),
-        "clocks_after": clocks(),
-        "targets": judged(file.figures if device == "cuda" else {}),
-    }
-    file.save()
-    return _summary(file, sections)
-
-
 def _summary(file: ResultFile, sections: Sequence[str]) -> bool:
-    print("\n== targets, on an H100")
-    for target in file.content["targets"]:
-        reached = {None: "not measured", True: "reached", False: "missed"}[target["reached"]]
-        print(f"{reached:<12}  {target['figure']}: {target['measured']} ({target['target']})")
-    wrong = failures({name: file.section(name) for name in sections})
-    checks = sum(len(file.section(name)["checks"]) for name in sections)
-    print(f"\n{checks} checks, {len(wrong)} failures; {file.path}")
-    print("\n".join(wrong))
+    found = {name: file.section(name) for name in sections}
+    wrong = failures(found)
+    checks = sum(len(section["checks"]) for section in found.values())
+    print(f"\n{checks} checks, {len(wrong)} failures", *wrong, sep="\n")
+    for name, section in found.items():
+        if "started" not in section:
+            print(f"{name}: not started, the time was over")
+        elif left_out := section.get("left_out"):
+            print(f"{name}: left out for lack of time: {', '.join(left_out)}")
+    print(f"\n{targets.table(file.content['targets'], file.content['description']['device'])}\n{file.path}", flush=True)
     return not wrong
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Check and measure the GPU kernels.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description="Check and measure the GPU kernels, what tells most first.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="sections, in the order in which they run:\n"
+        + "\n".join(f"  {name:<9} {section.about}" for name, section in SECTIONS.items()),
+    )
     default = ",".join(name for name, section in SECTIONS.items() if section.is_default)
+    parser.add_argument("--sections", default=default, help="separated by commas [default: %(default)s]")
     parser.add_argument(
-        "--sections", default=default, help=f"of {', '.join(SECTIONS)}, separated by commas [default: %(default)s]"
+        "--budget",
+        type=float,
+        default=BUDGET_S,
+        metavar="SECONDS",
+        help="of the whole run, shared between the sections; what does not fit is left out [default: %(default)g]",
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="[default: %(default)s]")
     parser.add_argument("--shape", choices=("8b", "tiny"), default="8b", help="[default: %(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="of all random inputs [default: %(default)s]")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="the JSON file [default: benchmarks/results/gpu_DEVICE.json]"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the JSON file of results; on a borrowed machine, a path that you keep "
+        "[default: benchmarks/results/gpu_DEVICE.json]",
     )
     return parser
 
@@ -264,14 +158,23 @@ def main() -> int:
         parser.error(f"--sections: there is no {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
     if arguments.device == "cpu" and arguments.shape != "tiny":
         parser.error("--device cpu interprets every kernel, which the 8B shape would take days for: add --shape tiny")
+    if arguments.budget < START_S + RESERVE_S:
+        parser.error(f"--budget {arguments.budget:g}: a run takes at least {START_S + RESERVE_S:g} seconds to start")
     if arguments.device == "cpu":
-        # Read when kernels are defined, here and in the sections' processes.
+        # Read when kernels are defined, in the sections' processes.
         os.environ["TRITON_INTERPRET"] = "1"
     try:
-        name = str(description(arguments.device, arguments.shape)["device"]).partition(" (")[0]
-    except (RuntimeError, AssertionError) as error:
+        described = description(arguments.device, arguments.shape)
+    except NoDeviceError as error:
         print(f"no CUDA device: {error}", file=sys.stderr)
         return 1
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    out = arguments.out or RESULTS / f"gpu_{slug}.json"
-    return 0 if run(sections, arguments.shape, arguments.device, arguments.seed, out) else 1
+    slug = re.sub(r"[^a-z0-9]+", "-", str(described["device"]).partition(" (")[0].lower()).strip("-")
+    options = Options(
+        sections=sections,
+        device=arguments.device,
+        shape=arguments.shape,
+        seed=arguments.seed,
+        budget_s=arguments.budget,
+        out=arguments.out or RESULTS / f"gpu_{slug}.json",
+    )
+    return 0 if run(options, described) else 1

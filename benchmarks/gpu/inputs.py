@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from persimmon.kernels.layer_norm import STATISTICS_COLUMNS
 from persimmon.kernels.operands import LayerCache, Rotary
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.rotary import rotary_table
@@ -178,3 +179,11 @@ def planted_activation(
     places = torch.rand((1 if shared else rows, width), device=generator.device, generator=generator) < zeros
     values = normal(generator, rows, width, dtype=torch.float32).square().add_(2.0**-6)
     return values.masked_fill_(places, 0.0).to(dtype)
+
+
+def row_statistics(x: torch.Tensor) -> torch.Tensor:
+    """[M, hidden] to [2, tiles, M] float32: mean and squared deviations of every 64 columns, as `embed` leaves them."""
+    tiles = x.float().view(len(x), -1, STATISTICS_COLUMNS)
+    means = tiles.mean(2)
+    squares = (tiles - means[:, :, None]).square().sum(2)
+    return torch.stack((means.t(), squares.t())).contiguous()

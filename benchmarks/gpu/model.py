@@ -3,19 +3,20 @@
 Knows how the parts of a server fit together without a server; measures nothing.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 from unittest import mock
 
 import torch
 
-from benchmarks.gpu.suite import Setting
+from benchmarks.gpu.suite import Setting, Suite
 from persimmon.kernels import Kernels, StepLimits, projection
 from persimmon.kernels.fused import FusedKernels
-from persimmon.model.checkpoint import dummy_tensors
+from persimmon.model.checkpoint import dummy_tensors, expected_shapes
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.cuda_graphs import DecodeGraphs
 from persimmon.model.fused_executor import FusedExecutor
@@ -34,9 +35,31 @@ GREEDY = RowSampling(asked=SamplingParams(temperature=0.0))
 def random_model(
     setting: Setting, config: PersimmonConfig, dtype: torch.dtype, kernels: Kernels[Any, Any], *, stored: torch.dtype
 ) -> Persimmon:
-    """The network with weights drawn on the device in the type `stored`; the same seed makes the same ones."""
+    """The network with weights drawn on the device in the type `stored`; the same seed makes the same ones.
+
+    On the meta device, where nothing can be drawn, they have shapes only.
+    """
     tensors = dummy_tensors(config, stored, setting.device, setting.seed)
+    if setting.device.type == "meta":
+        tensors = (
+            (name, torch.empty(shape, dtype=stored, device="meta")) for name, shape in expected_shapes(config).items()
+        )
     return Persimmon(config, tensors, dtype, setting.device, kernels)
+
+
+def limits(suite: Suite) -> StepLimits:
+    """What buffers are made for, in all sections the same: some kernels are compiled for them."""
+    config = suite.config
+    return StepLimits(
+        max_num_seqs=suite.max_num_seqs,
+        max_num_batched_tokens=suite.chunk + suite.max_num_seqs,
+        max_model_len=suite.max_model_len,
+        num_heads=config.num_attention_heads,
+        head_dim=config.head_dim,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+    )
 
 
 def plant_zeros(model: Persimmon, zeros: float, *, shared: bool = False) -> None:
@@ -113,46 +136,59 @@ class Machine:
         model: the network.
         cache: filled with random keys and values, so that any context exists already.
         kernels: the model's.
-        max_num_seqs, max_model_len: what buffers are made for.
+        limits: what buffers are made for.
     """
 
     model: Persimmon
     cache: KVCache
     kernels: FusedKernels
-    max_num_seqs: int
-    max_model_len: int
+    limits: StepLimits
 
     @classmethod
     def build(
         cls,
         setting: Setting,
-        config: PersimmonConfig,
         dtype: torch.dtype,
         *,
-        max_num_seqs: int,
-        max_model_len: int,
         num_blocks: int,
+        layers: int | None = None,
+        block_size: int | None = None,
     ) -> "Machine":
-        """With random weights; dependent launch is off until `kernels.pdl` says otherwise."""
+        """With random weights; dependent launch is off until `kernels.pdl` is set.
+
+        Args:
+            setting: the suite, whose network it is.
+            dtype: of weights and cache.
+            num_blocks: of the cache.
+            layers: of the network, if not all.
+            block_size: tokens of a block, if not the suite's.
+        """
+        suite = setting.suite
+        config = replace(suite.config, num_hidden_layers=layers or suite.config.num_hidden_layers)
         kernels = FusedKernels(setting.device)
         model = random_model(setting, config, dtype, kernels, stored=dtype)
-        kernels.reserve(
-            StepLimits(
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_seqs,
-                max_model_len=max_model_len,
-                num_heads=config.num_attention_heads,
-                head_dim=config.head_dim,
-                hidden_size=config.hidden_size,
-                intermediate_size=config.intermediate_size,
-                vocab_size=config.vocab_size,
-            )
-        )
-        cache = KVCache.allocate(config, num_blocks, setting.suite.block_size, dtype, setting.device)
-        generator = setting.generator()
-        for layer in cache.tensors:
-            layer.normal_(generator=generator)
-        return cls(model, cache, kernels, max_num_seqs, max_model_len)
+        kernels.reserve(limits(suite))
+        cache = KVCache.allocate(config, num_blocks, block_size or suite.block_size, dtype, setting.device)
+        if setting.device.type != "meta":
+            generator = setting.generator()
+            for layer in cache.tensors:
+                layer.normal_(generator=generator)
+        return cls(model, cache, kernels, limits(suite))
+
+    def shallow(self, layers: int) -> "Machine":
+        """The same with its first layers only, on the same weights, cache and buffers."""
+        model = copy.copy(self.model)
+        model.layers = model.layers[:layers]
+        return replace(self, model=model, cache=KVCache(self.cache.layers[:layers]))
+
+    def counters(self) -> list[torch.Tensor]:
+        """What programs of one launch count their arrivals with; zero between launches."""
+        workspaces = self.kernels._workspaces
+        return [workspaces.decode.arrivals, workspaces.projection.counters]
+
+    def logprobs(self, rows: int) -> torch.Tensor:
+        """[rows] float32, of the tokens drawn last: they tell hidden states apart where tokens do not."""
+        return self.kernels._workspaces.sampling.logprobs[:rows]
 
     def tables(self, lengths: Sequence[int]) -> list[list[int]]:
         """Blocks for sequences of these lengths, none in two of them."""
@@ -169,7 +205,9 @@ class Machine:
 
     def graphs(self, sizes: Sequence[int]) -> DecodeGraphs:
         """Decode steps of these batch sizes: captured on a GPU, made anew each time elsewhere."""
-        graphs = DecodeGraphs(self.model, self.cache, self.kernels, sizes=sizes, max_model_len=self.max_model_len)
+        graphs = DecodeGraphs(
+            self.model, self.cache, self.kernels, sizes=sizes, max_model_len=self.limits.max_model_len
+        )
         if self.cache.device.type == "cuda":
             graphs.capture()
         return graphs

@@ -28,20 +28,23 @@ def run(setting: Setting, report: Report) -> None:
 
     report.note(f"transformers {transformers.__version__}")
     suite = setting.suite
-    with report.attempt("transformers"), torch.inference_mode():
-        model = _model(suite.config, setting.device)
-        for batch in suite.peer_batches:
-            with report.attempt(f"batch {batch}"):
-                _decode(setting, report, model, batch)
-        with report.attempt("prompt"):
-            ids = torch.randint(suite.config.vocab_size, (1, suite.peer_prefill), device=setting.device)
-            timing = time_loop(partial(model, ids, logits_to_keep=1), setting.device, 4 * suite.seconds_per_figure)
-            report.row(
-                "Hugging Face, prompts",
-                tokens=suite.peer_prefill,
-                ms=timing.median / 1e3,
-                tokens_s=suite.peer_prefill / timing.seconds,
-            )
+    model = report.prepare("transformers", partial(_model, suite.config, setting.device))
+    for batch in suite.peer_batches:
+        report.attempt(f"batch {batch}", partial(_decode, setting, report, model, batch), seconds=6)
+    report.attempt("prompt", partial(_prompt, setting, report, model), seconds=2)
+
+
+@torch.inference_mode()
+def _prompt(setting: Setting, report: Report, model: Any) -> None:
+    suite = setting.suite
+    ids = torch.randint(suite.config.vocab_size, (1, suite.peer_prefill), device=setting.device)
+    timing = time_loop(partial(model, ids, logits_to_keep=1), setting.device, 4 * suite.seconds_per_figure)
+    report.row(
+        "Hugging Face, prompts",
+        tokens=suite.peer_prefill,
+        ms=timing.median / 1e3,
+        tokens_s=suite.peer_prefill / timing.seconds,
+    )
 
 
 def _model(config: PersimmonConfig, device: torch.device) -> Any:
@@ -79,6 +82,7 @@ def _model(config: PersimmonConfig, device: torch.device) -> Any:
         torch.set_default_dtype(default)
 
 
+@torch.inference_mode()
 def _decode(setting: Setting, report: Report, model: Any, batch: int) -> None:
     """The time of some tokens more, so that neither the prompt nor generate()'s beginning counts."""
     suite = setting.suite

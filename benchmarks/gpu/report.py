@@ -1,20 +1,27 @@
 """What the GPU suite found: rows and checks, printed as they come and kept in a JSON file that is always whole.
 
-Knows nothing of kernels or GPUs.
+Also how a section's attempts are run: only while there is time, watched, and with the device's errors reported where
+they happened.  Knows nothing of kernels or GPUs.
 """
 
 import datetime
+import faulthandler
 import json
 import math
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 SAVE_INTERVAL_S = 2.0
+DEVICE_LOST = 70
+"""Exit code of a process whose device answers every call with an error."""
+
+Result = TypeVar("Result")
 
 
 def now() -> str:
@@ -39,6 +46,8 @@ class ResultFile:
     def section(self, name: str) -> dict[str, Any]:
         """What a section has found; made when there is none."""
         found: dict[str, Any] = self.content.setdefault("sections", {}).setdefault(name, {})
+        for key, kind in {"attempts": dict, "figures": dict, "rows": list, "checks": list, "errors": list}.items():
+            found.setdefault(key, kind())
         return found
 
     @property
@@ -50,23 +59,85 @@ class ResultFile:
         return merged
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How a process runs attempts.
+
+    Attributes:
+        ends_at: on `time.monotonic`; no attempt starts that would not fit before it.
+        limit_s: seconds after which an attempt that has not ended ends the process; None for never.
+        killed_at: on `time.monotonic`; an attempt under way ends the process then, too.
+        stacks: file descriptor that gets the stacks of all threads then.
+        synchronize: waits for the device; raises the errors of what ran on it.
+        only: the one attempt to run; None for all.
+    """
+
+    ends_at: float = math.inf
+    limit_s: float | None = None
+    killed_at: float = math.inf
+    stacks: int = 2
+    synchronize: Callable[[], None] = lambda: None
+    only: str | None = None
+
+
+class PreparationFailed(Exception):  # noqa: N818 - it ends a section and is not an error of its own
+    """What the attempts of a section need could not be made; it has been written down."""
+
+
 class Report:
     """A section's findings.
 
     Args:
-        file: where they go.
-        name: the section's; what the file has under it is replaced.
+        file: where they go.  What it already holds of this section stays: attempts listed there do not run again.
+        name: the section's.
+        terms: how attempts are run.
     """
 
-    def __init__(self, file: ResultFile, name: str) -> None:
+    def __init__(self, file: ResultFile, name: str, terms: Terms = Terms()) -> None:
         self._file = file
+        self._terms = terms
         self._columns: tuple[str, ...] = ()
         self._started = self._saved = time.monotonic()
         self._section = file.section(name)
-        self._section.clear()
-        self._section |= {"started": now(), "figures": {}, "rows": [], "checks": [], "errors": []}
+        self._section.setdefault("started", now())
         print(f"\n== {name}", flush=True)
         file.save()
+
+    def attempt(self, what: str, call: Callable[[], Result], *, seconds: float = 1.0) -> Result | None:
+        """Runs one part of the section, waits for the device, and goes on after an error, once that is written down.
+
+        Args:
+            what: the part's name, unique in the section.
+            call: does it.  It must not make attempts of its own.
+            seconds: about what it takes; where less is left it is not started.
+
+        Returns:
+            What the call returned; None where it did not run or failed.
+        """
+        if what in self._section["attempts"] or self._terms.only not in (None, what):
+            return None
+        if time.monotonic() + seconds > self._terms.ends_at:
+            self._section.setdefault("left_out", []).append(what)
+            self.note(f"{what}: left out, {seconds:g} s do not fit")
+            return None
+        result, failed = self._run(what, call)
+        return None if failed else result
+
+    def prepare(self, what: str, call: Callable[[], Result]) -> Result:
+        """Makes what the attempts after it need; runs again in a process that continues the section.
+
+        Raises:
+            PreparationFailed: it failed, or there is no time left.
+        """
+        if time.monotonic() > self._terms.ends_at:
+            self.note(f"{what}: left out, no time is left")
+            raise PreparationFailed(what)
+        self._section["preparing"] = True
+        result, failed = self._run(what, call)
+        del self._section["preparing"]
+        if failed or result is None:
+            raise PreparationFailed(what)
+        return result
 
     def row(self, table: str, **values: Any) -> None:
         """A line of a table."""
@@ -85,9 +156,17 @@ class Report:
         print(f"{'ok  ' if passed else 'FAIL'} {name}{': ' if shown else ''}{shown}", flush=True)
         self._save_now_and_then()
 
-    def figure(self, name: str, value: float) -> None:
-        """A figure that later sections or the targets ask for by name."""
+    def figure(self, name: str, value: float, about: str = "") -> None:
+        """A figure that later sections or the targets ask for by name.
+
+        Args:
+            name: one of the constants of `benchmarks.gpu.targets`.
+            value: the figure.
+            about: what it was computed from, for people.
+        """
         self._section["figures"][name] = _short(value)
+        if about:
+            self._section.setdefault("about", {})[name] = about
         self._save_now_and_then()
 
     def figures(self) -> dict[str, float]:
@@ -100,22 +179,57 @@ class Report:
         self._section.setdefault("notes", []).append(text)
         print(f"     {text}", flush=True)
 
-    @contextmanager
-    def attempt(self, what: str) -> Iterator[None]:
-        """Goes on after an error in what it encloses, once that is written down."""
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001 - whatever it is belongs in the report
-            self._columns = ()
-            self._section["errors"].append({"in": what, "traceback": traceback.format_exc()})
-            print(f"ERROR in {what}: {type(error).__name__}: {str(error).splitlines()[:1]}", flush=True)
-            self._file.save()
+    def error(self, what: str, error: Exception) -> None:
+        """Something went wrong in a part of the section."""
+        self._columns = ()
+        trace = "".join(traceback.format_exception(error))
+        self._section["errors"].append({"in": what, "traceback": trace})
+        print(f"ERROR in {what}: {type(error).__name__}: {str(error).splitlines()[:1]}", flush=True)
 
     def end(self) -> None:
         """Closes the section."""
         self._section["seconds"] = round(time.monotonic() - self._started, 1)
         print(f"     {self._section['seconds']} s", flush=True)
         self._file.save()
+
+    def _run(self, what: str, call: Callable[[], Result]) -> tuple[Result | None, bool]:
+        """What a call returned, and whether it failed; leaves the process where the device no longer works."""
+        self._section["under_way"] = what
+        self._file.save()
+        began, result, failed = time.monotonic(), None, False
+        with self._watched():
+            try:
+                result = call()
+                self._terms.synchronize()
+            except Exception as error:  # noqa: BLE001 - whatever it is belongs in the report
+                failed = True
+                self.error(what, error)
+                self._leave_a_lost_device()
+        del self._section["under_way"]
+        self._section["attempts"][what] = round(time.monotonic() - began, 2)
+        self._file.save()
+        return result, failed
+
+    def _leave_a_lost_device(self) -> None:
+        """A CUDA error such as an illegal address stays: every later call of the process fails with it."""
+        try:
+            self._terms.synchronize()
+        except Exception:  # noqa: BLE001 - the same error again
+            self._file.save()
+            os._exit(DEVICE_LOST)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Ends the process if what it encloses takes too long; works while another thread holds the interpreter."""
+        if self._terms.limit_s is None:
+            yield
+            return
+        limit = max(1.0, min(self._terms.limit_s, self._terms.killed_at - time.monotonic()))
+        faulthandler.dump_traceback_later(limit, exit=True, file=self._terms.stacks)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
     def _save_now_and_then(self) -> None:
         if time.monotonic() - self._saved > SAVE_INTERVAL_S:

@@ -1,95 +1,156 @@
-"""Would other launch settings be faster? Each kernel's default next to the best of its neighbours.
+"""Would other launch settings be faster?  Each kernel's default next to its neighbours.
 
-The settings that may change a result's bits, the splits, are swept too: they are the network's to choose once.
+The settings are those of the kernels' own configurations, one changed at a time, and a few changed together.  Splits,
+which may change a result's bits, are swept too: they are the network's to choose once.
 """
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from itertools import product
+from typing import Any
 
+from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
+from benchmarks.gpu.cases import DTYPE, DecodeCase, ProjectionCase
 from benchmarks.gpu.inputs import make_attention_inputs, make_pages, widths
 from benchmarks.gpu.report import Report
-from benchmarks.gpu.speed import DTYPE, DecodeCase, ProjectionCase
-from benchmarks.gpu.suite import Setting
+from benchmarks.gpu.suite import Setting, Suite
 from benchmarks.gpu.timing import Call, time_variants
 from persimmon.kernels.chunk_plan import CONFIGS, PrefillConfig, plan_chunks
 from persimmon.kernels.decode_attention import DecodeConfig
+from persimmon.kernels.fused import SPARSE_STEP
 from persimmon.kernels.prefill_attention import prefill_attention
-from persimmon.kernels.projection_config import ProjectionConfig
+from persimmon.kernels.projection_config import ATTENTION_OUT, MLP_DOWN, WIDE, ProjectionConfig
 
 SHOWN = 4
 """How many of the best settings are listed."""
 
+TRIED: dict[str, tuple[Any, ...]] = {
+    "block_n": (64, 128),
+    "block_n_many": (64, 128),
+    "block_k": (64, 128),
+    "block_queries": (64, 128),
+    "block_keys": (64, 128),
+    "splits": (1, 2, 4, 8),
+    "stages": (3, 4, 5, 6, 7),
+    "warps": (4, 8),
+}
+"""Values of a configuration's fields; a field that is not here and is either true or false is tried both ways."""
+
+TOGETHER: tuple[dict[str, Any], ...] = (
+    {"block_n": 128, "splits": 2},
+    {"block_n": 128, "splits": 2, "block_k": 64, "stages": 6},
+    {"splits": 8, "stages": 3},
+)
+"""Fields that are changed together: wider tiles halve the reads of rows, more splits keep all multiprocessors busy."""
+
+
+def neighbours(default: Any, together: Sequence[Mapping[str, Any]] = ()) -> list[Any]:
+    """A configuration, and those that differ from it in one field or in one of the given groups of fields.
+
+    Args:
+        default: a frozen dataclass.
+        together: fields to change together; groups with a field that it does not have are left out.
+
+    Returns:
+        Different configurations, the default first; those that it refuses are left out.
+    """
+    names = [field.name for field in fields(default)]
+    changes: list[Mapping[str, Any]] = [own for own in together if set(own) <= set(names)]
+    for name in names:
+        value = getattr(default, name)
+        changes += [{name: other} for other in ((not value,) if isinstance(value, bool) else TRIED.get(name, ()))]
+    return list(dict.fromkeys([default, *_made(default, changes)]))
+
+
+def _made(default: Any, changes: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
+    for change in changes:
+        try:
+            yield replace(default, **change)
+        except ValueError:
+            continue
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectionSweep:
+    """One projection whose settings are tried.
+
+    Attributes:
+        name: of the projection.
+        rows: tokens.
+        default: how the network launches it.
+        skipping: whether rows of its weight that meet only zeros are not read.
+    """
+
+    name: str
+    rows: int
+    default: ProjectionConfig
+    skipping: bool
+
+    @property
+    def configs(self) -> list[ProjectionConfig]:
+        """What is tried."""
+        return neighbours(self.default, TOGETHER)
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.rows} rows{', 90% zeros' if self.skipping else ''}"
+
+
+def projection_sweeps(suite: Suite) -> list[ProjectionSweep]:
+    """The projections whose defaults were chosen by arithmetic, the ones furthest from their roofline first."""
+    defaults = {"attention_out": ATTENTION_OUT, "mlp_down": MLP_DOWN}
+    sweeps = []
+    for rows in suite.sweep_rows:
+        for width in widths(suite.config):
+            skipping = width.name == "mlp_down" and rows <= SPARSE_STEP
+            sweeps.append(ProjectionSweep(width.name, rows, defaults.get(width.name, WIDE), skipping))
+    return sorted(sweeps, key=lambda sweep: not sweep.skipping)
+
 
 def run(setting: Setting, report: Report) -> None:
-    """Every kernel whose launch can be set."""
-    for block_size in (16, 32, 64) if setting.on_gpu else (setting.suite.block_size,):
-        for batch, context in ((64, 512), (1, 8192)) if setting.on_gpu else setting.suite.decode_grid[:1]:
-            with report.attempt(f"decode attention, blocks of {block_size}, {batch} x {context}"):
-                case = DecodeCase(setting, batch, context, block_size)
-                _try(
-                    setting,
-                    report,
-                    f"decode attention, blocks of {block_size}, {batch} x {context}",
-                    {str(config): case.calls(config) for config in _decode_configs(setting)},
-                    str(DecodeConfig()),
-                )
-    for width in widths(setting.suite.config):
-        for rows in setting.suite.sweep_rows:
-            with report.attempt(f"{width.name}, {rows} rows"):
-                projection = ProjectionCase(setting, width, rows, zeros=0.9)
-                configs = _projection_configs(setting, projection.default)
-                skipping = projection.is_down and rows <= 16
-                _try(
-                    setting,
-                    report,
-                    f"{width.name}, {rows} rows",
-                    {str(config): projection.calls(config, skipping=skipping) for config in configs},
-                    str(projection.default),
-                )
-    with report.attempt("prompt attention"):
-        _prompt_attention(setting, report)
+    """Projections, then attention."""
+    suite = setting.suite
+    for sweep in projection_sweeps(suite):
+        report.attempt(str(sweep), partial(_projection, setting, report, sweep), seconds=5)
+    for batch, context in suite.decode_grid[:2]:
+        what = f"decode attention, {batch} x {context}"
+        report.attempt(what, partial(_decode_attention, setting, report, batch, context), seconds=5)
+    report.attempt("prompt attention", partial(_prompt_attention, setting, report), seconds=5)
 
 
-def _try(setting: Setting, report: Report, kernel: str, variants: dict[str, list[Call]], default: str) -> None:
-    """Times all settings; some want more of a multiprocessor than it has."""
+def _projection(setting: Setting, report: Report, sweep: ProjectionSweep) -> None:
+    width = next(width for width in widths(setting.suite.config) if width.name == sweep.name)
+    case = ProjectionCase(setting, width, sweep.rows, zeros=0.9)
+    # The interpreter compares nothing: two show that the way there works.
+    configs = sweep.configs if setting.on_gpu else sweep.configs[:2]
+    variants = {str(config): case.calls(config, skipping=sweep.skipping) for config in configs}
+    _try(setting, report, str(sweep), variants)
+
+
+def _try(setting: Setting, report: Report, kernel: str, variants: dict[str, list[Call]]) -> None:
+    """Times all settings, the default first; some want more of a multiprocessor than it has."""
     times: dict[str, float] = {}
     for name, calls in variants.items():
-        with report.attempt(f"{kernel}: {name}"):
-            try:
-                timed = time_variants({name: calls}, setting.device, setting.suite.seconds_per_figure / 4)
-            except OutOfResources as error:
-                report.note(f"{kernel}: {name}: {error}")
-                continue
-            times[name] = timed[name].median
-    best = sorted(times, key=times.__getitem__)[:SHOWN]
-    for name in dict.fromkeys([default, *best]):
+        try:
+            timed = time_variants({name: calls}, setting.device, setting.suite.seconds_per_figure / 4)
+        except (OutOfResources, CompilationError) as error:
+            report.note(f"{kernel}: {name}: {str(error).splitlines()[0]}")
+            continue
+        times[name] = timed[name].median
+    default = next(iter(variants))
+    for name in dict.fromkeys([default, *sorted(times, key=times.__getitem__)[:SHOWN]]):
         if name in times:
-            report.row(
-                "settings", kernel=kernel, us=times[name], gain=times.get(default, 0.0) / times[name], setting=name
-            )
+            gain = times[default] / times[name] if default in times else None
+            report.row("settings", kernel=kernel, us=times[name], gain=gain, setting=name)
 
 
-def _decode_configs(setting: Setting) -> Iterable[DecodeConfig]:
-    default = DecodeConfig()
-    if not setting.on_gpu:
-        return [default, replace(default, programs_per_sm=1)]
-    grid = product((1, 2, 4), (3, 4, 5), (4, 8, 16))
-    return [DecodeConfig(warps=warps, stages=stages, programs_per_sm=programs) for warps, stages, programs in grid]
-
-
-def _projection_configs(setting: Setting, default: ProjectionConfig) -> Iterable[ProjectionConfig]:
-    """The default and its neighbours; few, because each is compiled."""
-    if not setting.on_gpu:
-        return [default, replace(default, splits=default.splits + 1)]
-    changed = [replace(default, splits=splits) for splits in (1, 2, 4, 8)]
-    changed += [replace(default, block_k=block_k, stages=stages) for block_k, stages in ((64, 6), (128, 3), (128, 6))]
-    changed += [replace(default, block_n=128), replace(default, block_n_many=64)]
-    changed += [replace(default, warps=8), replace(default, norm_in_prologue=False)]
-    return list(dict.fromkeys([default, *changed]))
+def _decode_attention(setting: Setting, report: Report, batch: int, context: int) -> None:
+    case = DecodeCase(setting, batch, context, setting.suite.block_size)
+    together = [{"programs_per_sm": programs} for programs in (1, 4, 8, 16)]
+    configs = neighbours(DecodeConfig(), together)
+    variants = {str(config): case.calls(config) for config in (configs if setting.on_gpu else configs[:2])}
+    _try(setting, report, f"decode attention, {batch} x {context}", variants)
 
 
 def _prompt_attention(setting: Setting, report: Report) -> None:
@@ -98,15 +159,11 @@ def _prompt_attention(setting: Setting, report: Report) -> None:
     inputs = make_attention_inputs(config, count, DTYPE, generator)
     pages = make_pages(config, [2 * count], suite.block_size, DTYPE, generator)
     q = inputs.qkv[:, :, 0].clone()
-    default = CONFIGS[-1]
-    tried = [default]
-    if setting.on_gpu:
-        grid = product((64, 128), (64, 128), (4, 8), (2, 3))
-        tried += [PrefillConfig(*sizes) for sizes in grid if PrefillConfig(*sizes) != default]
+    tried: list[PrefillConfig] = neighbours(CONFIGS[-1], [{"block_queries": 64, "warps": 4}])
     variants: dict[str, list[Call]] = {}
-    for candidate in tried:
+    for candidate in tried if setting.on_gpu else tried[:1]:
         plan = plan_chunks(
             pages.tables, [count], [count], block_size=suite.block_size, device=setting.device, configs=[candidate]
         )
         variants[str(candidate)] = [partial(prefill_attention, q, pages.cache, plan)]
-    _try(setting, report, f"prompt attention, {count} after {count}", variants, str(default))
+    _try(setting, report, f"prompt attention, {count} after {count}", variants)

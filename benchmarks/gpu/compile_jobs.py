@@ -1,0 +1,159 @@
+"""What the suite launches, section by section, as calls on tensors without memory: for the processes that compile it.
+
+A kernel that is not here is compiled when it is launched.  Where launches are not replaced by compilations, running a
+job fails.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from benchmarks.gpu.inputs import widths
+from benchmarks.gpu.model import GREEDY, Machine, skipping
+from benchmarks.gpu.suite import SUITES, Setting
+from benchmarks.gpu.sweep import ProjectionSweep, projection_sweeps
+from persimmon.kernels.layer_norm import statistics_shape
+from persimmon.kernels.projection import project, project_add_
+from persimmon.kernels.projection_config import Norm, ProjectionConfig, Workspace
+from persimmon.model.fused_executor import FusedExecutor
+from persimmon.model.row_sampling import RowSampling
+from persimmon.model.runner import Runner, SequenceInput
+from persimmon.model.sampling_params import SamplingParams
+from persimmon.model.token_counts import TokenCounts
+
+META = torch.device("meta")
+
+TRUNCATED = RowSampling(asked=SamplingParams(temperature=0.8, top_p=0.9, top_k=50, seed=1))
+ADJUSTED = RowSampling(asked=SamplingParams(presence_penalty=0.5, logprobs=2), seen=TokenCounts([1, 2]))
+
+
+class CompileJob(Protocol):
+    """Launches that are compiled together, by one process."""
+
+    def run(self, shape: str) -> None:
+        """Makes the launches, for a suite by its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepJob:
+    """The kernels of one kind of step of the network.
+
+    Attributes:
+        decodes: sequences with one token.
+        chunk: tokens of a prompt beside them; 0 for none, and then it is a step that a graph would hold.
+        dtype: of the network.
+        block_size: tokens of a block, if not the suite's.
+        pdl: whether launches are dependent.
+        reads_zeros: whether what meets only zeros is read all the same.
+        samplings: how rows are drawn, in turn.
+    """
+
+    decodes: int = 0
+    chunk: int = 0
+    dtype: torch.dtype = torch.float16
+    block_size: int | None = None
+    pdl: bool = False
+    reads_zeros: bool = False
+    samplings: tuple[RowSampling, ...] = (GREEDY,)
+
+    def run(self, shape: str) -> None:
+        """Runs one step of one layer."""
+        setting = Setting(SUITES[shape], META, 0)
+        machine = Machine.build(setting, self.dtype, num_blocks=64, layers=1, block_size=self.block_size)
+        machine.kernels.pdl = self.pdl
+        decodes = [
+            SequenceInput([0], 0, [0], [self.samplings[row % len(self.samplings)]]) for row in range(self.decodes)
+        ]
+        most = 0 if self.reads_zeros else machine.kernels.sparse_step
+        with skipping(machine.kernels, most), torch.inference_mode():
+            if not self.chunk:
+                machine.graphs([self.decodes]).launch(decodes)
+                return
+            table = range(-(-self.chunk // machine.cache.block_size))
+            prompt = SequenceInput([0] * self.chunk, 0, table, [self.samplings[0]])
+            Runner(_MetaExecutor(machine.kernels).start(machine.model, machine.cache)).launch([*decodes, prompt])
+
+
+class _MetaExecutor(FusedExecutor):
+    """Has nothing to fetch."""
+
+    def fetch(self, tokens: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Zeros."""
+        return torch.zeros(tokens.shape, dtype=torch.int64), None
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectionJob:
+    """A projection with one of the settings of the sweep."""
+
+    sweep: ProjectionSweep
+    config: ProjectionConfig
+
+    def run(self, shape: str) -> None:
+        """Launches it once."""
+        width = next(width for width in widths(SUITES[shape].config) if width.name == self.sweep.name)
+        rows, into, out_of = self.sweep.rows, width.in_features, width.out_features
+
+        def empty(*sizes: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+            return torch.empty(sizes, dtype=dtype, device=META)
+
+        workspace = Workspace.allocate([(out_of, self.config)], rows, META)
+        live, bias = empty(1, dtype=torch.int32), empty(out_of)
+        if self.sweep.name in ("query_key_value", "mlp_up"):
+            norm = Norm(
+                empty(*statistics_shape(rows, into), dtype=torch.float32),
+                empty(into, dtype=torch.float32),
+                empty(into, dtype=torch.float32),
+                1e-5,
+            )
+            project(
+                empty(rows, into),
+                empty(out_of, into),
+                bias,
+                norm=norm,
+                live=live,
+                workspace=workspace,
+                config=self.config,
+                activation="relu_squared" if self.sweep.name == "mlp_up" else "none",
+            )
+            return
+        columns = self.sweep.name == "mlp_down"
+        project_add_(
+            empty(rows, out_of),
+            empty(rows, into),
+            empty(into, out_of) if columns else empty(out_of, into),
+            bias,
+            transposed=columns,
+            alive=empty(into, dtype=torch.int8) if self.sweep.skipping else None,
+            live=live,
+            workspace=workspace,
+            config=self.config,
+        )
+
+
+def jobs_of(shape: str, section: str) -> Sequence[CompileJob]:
+    """What a section launches in addition to the sections before it; empty where that is little."""
+    suite = SUITES[shape]
+    buckets = sorted({min(suite.check_batch, rows) for rows in (1, 17, 33)})
+    if section == "smoke":
+        plain = [StepJob(rows) for rows in reversed(buckets)]
+        prompts = [StepJob(chunk=suite.smoke_prompt), StepJob(min(suite.check_batch, 8), reads_zeros=True)]
+        return [*plain, *prompts, *(replace(job, pdl=True) for job in plain)]
+    if section == "steps":
+        draws = [StepJob(rows, samplings=(TRUNCATED,)) for rows in buckets]
+        return [*draws, StepJob(max(batch for batch, _ in suite.step_grid)), StepJob(chunk=suite.prompts[0])]
+    if section == "engine":
+        mixed = (GREEDY, TRUNCATED, ADJUSTED)
+        return [StepJob(rows, chunk=chunk, samplings=mixed) for rows in buckets[:2] for chunk in (5, 100)]
+    if section == "checks":
+        return [StepJob(suite.check_batch, block_size=size) for size in suite.check_block_sizes]
+    if section == "types":
+        types = suite.other_dtypes
+        return [StepJob(rows, dtype=dtype) for dtype in types for rows in buckets] + [
+            StepJob(chunk=20, dtype=dtype) for dtype in types
+        ]
+    if section == "sweep":
+        return [ProjectionJob(sweep, config) for sweep in projection_sweeps(suite) for config in sweep.configs]
+    return []

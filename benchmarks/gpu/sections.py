@@ -1,0 +1,66 @@
+"""The parts of the GPU suite, in the order in which they run: what tells most comes first.
+
+Data, and how a run's time is shared between them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of the suite.
+
+    Attributes:
+        module: its `run` takes a setting and a report.
+        share: seconds of a run with the default budget; another budget is shared in the same proportions.
+        limit_s: seconds that it never takes more than, however large the budget is.
+        is_default: whether it runs unless others are asked for.
+        about: what it finds out, for people.
+    """
+
+    module: str
+    share: float
+    limit_s: float = float("inf")
+    is_default: bool = True
+    about: str = ""
+
+
+SECTIONS = {
+    "ceilings": Section(
+        "benchmarks.gpu.ceilings", 12, limit_s=15, about="copy, read, L2 and matmul rates; kernels compile meanwhile"
+    ),
+    "smoke": Section(
+        "benchmarks.gpu.smoke", 40, limit_s=40, about="two layers and the head: right, repeatable, how fast a step is"
+    ),
+    "steps": Section("benchmarks.gpu.steps", 75, about="whole decode steps, prompts, sampling, gaps between steps"),
+    "kernels": Section("benchmarks.gpu.speed", 45, about="each kernel by itself, next to cuBLAS and torch"),
+    "checks": Section("benchmarks.gpu.checks", 60, about="each kernel in float16 against exact arithmetic"),
+    "sweep": Section("benchmarks.gpu.sweep", 70, about="the launch settings that were chosen without a GPU"),
+    "types": Section("benchmarks.gpu.checks_types", 60, is_default=False, about="the checks in bfloat16 and float32"),
+    "peer": Section("benchmarks.gpu.peer", 60, is_default=False, about="Hugging Face's Persimmon on the same card"),
+}
+
+BUDGET_S = 360.0
+"""Of a run, unless --budget gives another."""
+
+START_S = 8.0
+"""About what a process takes until it can compute: imports and the CUDA context."""
+
+RESERVE_S = 4.0
+"""Of the budget, for the end of the last process and the summary."""
+
+ATTEMPT_LIMIT_S = 20.0
+"""No part of a section takes this long; one that does hangs."""
+
+
+def section_end(section: Section, following: Sequence[Section], now: float, end: float) -> float:
+    """When a section has used its share of the time that is left.
+
+    Args:
+        section: that starts now.
+        following: the sections after it.
+        now, end: of the run, on the same clock; what earlier sections left over is shared as well.
+    """
+    share = section.share / (section.share + sum(other.share for other in following))
+    return now + min(section.limit_s, max(0.0, end - now) * share)
