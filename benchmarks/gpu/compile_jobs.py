@@ -79,9 +79,9 @@ class StepJob:
 class _MetaExecutor(FusedExecutor):
     """Has nothing to fetch."""
 
-    def fetch(self, tokens: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def fetch(self, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], None]:
         """Zeros."""
-        return torch.zeros(tokens.shape, dtype=torch.int64), None
+        return [torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in tensors], None
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,8 @@ def _total(futures: Sequence["Future[int]"]) -> int:
 
 
 _for_good = ExitStack()
-_compiled: list[Any] = []
+_compiled: dict[Any, Any] = {}
+"""What this process has compiled, in order."""
 
 
 def _start(capability: int) -> None:
@@ -108,7 +109,7 @@ def _compile(shape: str, job: "CompileJob") -> int:
     """Runs a job; how many kernels were new to this process."""
     before = len(_compiled)
     job.run(shape)
-    for kernel in _compiled[before:]:
+    for kernel in list(_compiled)[before:]:
         _compile_launcher(kernel)
     return len(_compiled) - before
 

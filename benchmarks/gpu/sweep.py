@@ -20,6 +20,7 @@ from benchmarks.gpu.timing import Call, time_variants
 from persimmon.kernels.chunk_plan import CONFIGS, PrefillConfig, plan_chunks
 from persimmon.kernels.decode_attention import DecodeConfig
 from persimmon.kernels.fused import SPARSE_STEP
+from persimmon.kernels.launch import next_power_of_2
 from persimmon.kernels.prefill_attention import prefill_attention
 from persimmon.kernels.projection_config import ATTENTION_OUT, MLP_DOWN, WIDE, ProjectionConfig
 
@@ -40,7 +41,8 @@ TRIED: dict[str, tuple[Any, ...]] = {
 
 TOGETHER: tuple[dict[str, Any], ...] = (
     {"block_n": 128, "splits": 2},
-    {"block_n": 128, "splits": 2, "block_k": 64, "stages": 6},
+    {"block_n": 128, "splits": 2, "block_k": 64},
+    {"block_n_many": 64, "stages": 6},
     {"splits": 8, "stages": 3},
 )
 """Fields that are changed together: wider tiles halve the reads of rows, more splits keep all multiprocessors busy."""
@@ -90,8 +92,14 @@ class ProjectionSweep:
 
     @property
     def configs(self) -> list[ProjectionConfig]:
-        """What is tried."""
-        return neighbours(self.default, TOGETHER)
+        """What is tried: the default first, and of those that come to the same with this many rows only one."""
+        block_m = max(16, next_power_of_2(self.rows))
+        different: dict[tuple[object, ...], ProjectionConfig] = {}
+        for config in neighbours(self.default, TOGETHER):
+            prologue = config.norm_in_prologue and block_m == 16
+            same = (config.tiling(block_m, DTYPE.itemsize), config.splits, config.warps, prologue)
+            different.setdefault(same, config)
+        return list(different.values())
 
     def __str__(self) -> str:
         return f"{self.name}, {self.rows} rows{', 90% zeros' if self.skipping else ''}"
