@@ -5,7 +5,7 @@ float16, and for older and newer GPUs only the kernels that multiply matrices, w
 registers.  `make compat` compiles the whole matrix: tests/compat/test_machine_code.py.
 
 Each module of calls has:
-    CALLS: what to launch, by name.
+    CALLS: what to launch, by name; "dependent" ones may start while their predecessor ends, which takes sm_90.
     EXPECTED: patterns that the machine code for sm_90 must contain, by name of the call.
     COMPAT_ONLY: names of calls that only `make compat` compiles.
     EVERY_GENERATION: names of calls that `make test` compiles for sm_80 and sm_100 too.
@@ -30,6 +30,7 @@ def selected(module: str, capability: int, *, whole: bool) -> dict[str, Callable
     """A module's calls that are compiled for a compute capability, all of them or those of `make test`, by name."""
     calls = calls_of(module)
     if whole:
-        return dict(calls.CALLS)
-    names = set(calls.CALLS) - calls.COMPAT_ONLY if capability == 90 else calls.EVERY_GENERATION
+        names = {name for name in calls.CALLS if capability >= 90 or "dependent" not in name}
+    else:
+        names = set(calls.CALLS) - calls.COMPAT_ONLY if capability == 90 else calls.EVERY_GENERATION
     return {name: call for name, call in calls.CALLS.items() if name in names}

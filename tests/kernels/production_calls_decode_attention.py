@@ -46,6 +46,8 @@ CALLS: dict[str, Callable[[], None]] = {
     "decode, blocks of 64": partial(decode, 64, torch.float16),
     "decode, bfloat16": partial(decode, 32, torch.bfloat16),
     "decode, float32": partial(decode, 32, torch.float32),
+    "work list, dependent": partial(work_list, pdl=True),
+    "decode, dependent": partial(decode, 32, torch.float16, pdl=True),
 }
 # Pages arrive in 16-byte asynchronous copies; partial results are read where other multiprocessors put them.
 EXPECTED: dict[str, tuple[str, ...]] = {
@@ -53,5 +55,5 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     for name in CALLS
     if "decode" in name
 }
-COMPAT_ONLY = {"decode, blocks of 64", "decode, bfloat16", "decode, float32"}
+COMPAT_ONLY = {"work list, dependent", "decode, blocks of 64", "decode, bfloat16", "decode, float32"}
 EVERY_GENERATION = {"decode, blocks of 32"}

@@ -14,16 +14,17 @@ def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def _embed(rows: int, dtype: torch.dtype) -> None:
+def _embed(rows: int, dtype: torch.dtype, *, pdl: bool = False) -> None:
     embed(
         _empty(rows, dtype=torch.int64),
         _empty(rows, dtype=torch.int64),
         _empty(VOCABULARY, HIDDEN, dtype=dtype),
         _empty(1, dtype=torch.int32),
+        pdl=pdl,
     )
 
 
-def _norm(rows: int, dtype: torch.dtype, *, merged: bool) -> None:
+def _norm(rows: int, dtype: torch.dtype, *, merged: bool, pdl: bool = False) -> None:
     layer_norm(
         _empty(rows, HIDDEN, dtype=dtype),
         _empty(*statistics_shape(rows, HIDDEN), dtype=torch.float32) if merged else None,
@@ -31,23 +32,26 @@ def _norm(rows: int, dtype: torch.dtype, *, merged: bool) -> None:
         _empty(HIDDEN, dtype=torch.float32),
         1e-5,
         residual=None if merged else _empty(rows, HIDDEN, dtype=dtype),
+        pdl=pdl,
     )
 
 
-def _activation(rows: int, dtype: torch.dtype) -> None:
-    bias_relu_squared_(_empty(rows, INTERMEDIATE, dtype=dtype), _empty(INTERMEDIATE, dtype=dtype))
+def _activation(rows: int, dtype: torch.dtype, *, pdl: bool = False) -> None:
+    bias_relu_squared_(_empty(rows, INTERMEDIATE, dtype=dtype), _empty(INTERMEDIATE, dtype=dtype), pdl=pdl)
 
 
+_KINDS: dict[str, Callable[..., None]] = {
+    "embed": partial(_embed, 16),
+    "merged_norm": partial(_norm, 64, merged=True),
+    "row_norm": partial(_norm, 2048, merged=False),
+    "bias_relu_squared": partial(_activation, 2048),
+}
 CALLS: dict[str, Callable[[], None]] = {
     f"{name}_{dtype_name}": partial(call, dtype=dtype)
     for dtype_name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32))
-    for name, call in {
-        "embed": partial(_embed, 16),
-        "merged_norm": partial(_norm, 64, merged=True),
-        "row_norm": partial(_norm, 2048, merged=False),
-        "bias_relu_squared": partial(_activation, 2048),
-    }.items()
+    for name, call in _KINDS.items()
 }
+CALLS |= {f"{name}_dependent": partial(call, dtype=torch.float16, pdl=True) for name, call in _KINDS.items()}
 
 _LOADS = (r"LDG\.E\.128", r"STG\.E\.128")
 EXPECTED: dict[str, tuple[str, ...]] = dict.fromkeys(CALLS, _LOADS)

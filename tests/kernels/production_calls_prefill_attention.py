@@ -12,7 +12,7 @@ HEADS, HEAD_DIM, ROTARY_DIM, MAX_POSITION = 64, 64, 32, 16384
 
 
 def _call(
-    counts: list[int], *, block_size: int = 32, dtype: torch.dtype = torch.float16, norm: bool = True
+    counts: list[int], *, block_size: int = 32, dtype: torch.dtype = torch.float16, norm: bool = True, pdl: bool = False
 ) -> Callable[[], None]:
     """A step of chunks of these lengths, each after a context of 1,000 tokens."""
 
@@ -25,8 +25,8 @@ def _call(
         angles = torch.empty(MAX_POSITION, ROTARY_DIM // 2, device=META)
         pages = torch.empty(4096, HEADS, block_size, HEAD_DIM, dtype=dtype, device=META)
         cache = LayerCache(pages, pages)
-        q = qk_norm_rotary_store(qkv, parameters, parameters, 1e-5, angles, angles, cache, plan)
-        prefill_attention(q, cache, plan)
+        q = qk_norm_rotary_store(qkv, parameters, parameters, 1e-5, angles, angles, cache, plan, pdl=pdl)
+        prefill_attention(q, cache, plan, pdl=pdl)
 
     return call
 
@@ -41,12 +41,13 @@ CALLS: dict[str, Callable[[], None]] = {
     "drafts": _call([5, 2, 8]),
     "drafts in blocks of 16": _call([5, 2, 8], block_size=16),
     "drafts in float32": _call([5, 2, 8], dtype=torch.float32),
+    "prompts, dependent": _call([2048], pdl=True),
 }
 
 PIPELINED = r"LDGSTS\.E\.BYPASS\.128"
 ON_TENSOR_CORES = {"prompts": r"HGMMA", "drafts": r"HMMA"}
 EXPECTED: dict[str, tuple[str, ...]] = {
-    name: (r"LDG\.E\.128", PIPELINED, *(() if "float32" in name else (ON_TENSOR_CORES[name.split()[0]],)))
+    name: (r"LDG\.E\.128", PIPELINED, *(() if "float32" in name else (ON_TENSOR_CORES[name.split()[0].strip(",")],)))
     for name in CALLS
 }
 COMPAT_ONLY = set(CALLS) - {"prompts", "drafts", "prompts in blocks of 16"}

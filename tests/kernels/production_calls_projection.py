@@ -67,13 +67,13 @@ def _down(rows: int, dtype: torch.dtype, *, masked: bool, pdl: bool = False) -> 
     )
 
 
-def _calls(rows: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
-    masked = {"mlp_down_masked": partial(_down, rows, dtype, masked=True)} if rows <= 16 else {}
+def _calls(rows: int, dtype: torch.dtype, *, pdl: bool = False) -> dict[str, Callable[[], None]]:
+    masked = {"mlp_down_masked": partial(_down, rows, dtype, masked=True, pdl=pdl)} if rows <= 16 else {}
     return {
-        "query_key_value": partial(_wide, 3 * HIDDEN, rows, dtype, relu=False),
-        "mlp_up": partial(_wide, INTERMEDIATE, rows, dtype, relu=True),
-        "attention_out": partial(_attention_out, rows, dtype),
-        "mlp_down": partial(_down, rows, dtype, masked=False),
+        "query_key_value": partial(_wide, 3 * HIDDEN, rows, dtype, relu=False, pdl=pdl),
+        "mlp_up": partial(_wide, INTERMEDIATE, rows, dtype, relu=True, pdl=pdl),
+        "attention_out": partial(_attention_out, rows, dtype, pdl=pdl),
+        "mlp_down": partial(_down, rows, dtype, masked=False, pdl=pdl),
         **masked,
     }
 
@@ -88,6 +88,7 @@ CALLS: dict[str, Callable[[], None]] = {
     for rows in buckets
     for name, call in _calls(rows, dtype).items()
 }
+CALLS |= {f"{name}_dependent_fp16_16": call for name, call in _calls(16, torch.float16, pdl=True).items()}
 
 KINDS = {name: "float32" if "fp32" in name else f"{name.rpartition('_')[2]} rows" for name in CALLS}
 """The kind of call that the kernel's bounds distinguish."""
@@ -97,5 +98,11 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     name: (r"LDGSTS\.E\.BYPASS\.128",) if "fp32" in name else (r"LDGSTS\.E\.BYPASS\.128", r"HGMMA\.64x\d+x16\.F32")
     for name in CALLS
 }
-COMPAT_ONLY = {name for name in CALLS if name.endswith("_256") or ("fp16" not in name and "mlp_up" not in name)}
+COMPAT_ONLY = {
+    name
+    for name in CALLS
+    if name.endswith("_256")
+    or ("fp16" not in name and "mlp_up" not in name)
+    or ("dependent" in name and "attention_out" not in name and "query_key_value" not in name)
+}
 EVERY_GENERATION = {"query_key_value_fp16_16", "mlp_down_masked_fp16_16", "mlp_up_fp16_64", "mlp_up_fp32_16"}

@@ -3,13 +3,18 @@
 tests/compat/test_machine_code.py reads the whole matrix.
 """
 
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.kernels.machine_code.compiled import Matrix, compile_apart
+from tests.kernels.machine_code import latency, lint
+from tests.kernels.machine_code.compiled import Compiled, Matrix, compile_apart
 from tests.kernels.machine_code.figures import bounds, faults
+from tests.kernels.machine_code.latency import MULTIPROCESSORS
 from tests.kernels.production import CAPABILITIES, MODULES, calls_of, selected
 
 PLACES = [(c, module, call) for c in CAPABILITIES for module in MODULES for call in selected(module, c, whole=False)]
@@ -49,3 +54,79 @@ def test_a_bound_that_is_missed_is_a_fault(matrix: Matrix) -> None:
     assert faults(*place, [replace(kernel, kernel="another")]) == [
         "none of another has a bound in persimmon.kernels.projection.LIMITS"
     ]
+
+
+@pytest.mark.parametrize("rule", lint.RULES)
+def test_machine_code_keeps_the_rule(matrix: Matrix, rule: str) -> None:
+    assert lint.violations(matrix, rule) == {}
+
+
+def without(pattern: str, instead: str) -> Callable[[str], str]:
+    return lambda code: re.sub(pattern, instead, code)
+
+
+# A kernel as Triton made it, and one change to its PTX or to its SASS.
+BROKEN: dict[str, tuple[tuple[str, str], str, Callable[[str], str]]] = {
+    "merge_protocol": (("projection", "attention_out_fp16_16"), "ptx", without(r"ld\.global\.cg", "ld.global")),
+    "no_non_coherent_load": (("layer_norm", "merged_norm_fp16"), "sass", without(r"LDG\.E\.128", "LDG.E.128.CONSTANT")),
+    "proxy_fence": (("projection", "mlp_down_fp16_64"), "ptx", without(r"fence\.proxy\.async\S*;", "")),
+    "barrier_before_shared_stores": (("sampling", "head, 64 rows"), "sass", without(r"BAR\.SYNC\S*", "NOP")),
+    "nothing_before_grid_wait": (
+        ("decode_attention", "decode, dependent"),
+        "ptx",
+        without(r"griddepcontrol\.wait;", "@%p1 griddepcontrol.wait;"),
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", lint.RULES)
+def test_one_change_to_a_real_kernel_breaks_the_rule(matrix: Matrix, rule: str) -> None:
+    place, code, change = BROKEN[rule]
+    kernel = matrix[90, *place][0]
+    assert lint.RULES[rule](kernel) == []
+    changed: dict[str, Any] = {code: change(getattr(kernel, code))}
+    assert lint.RULES[rule](replace(kernel, **changed)) != []
+
+
+def test_statistics_are_summed_in_one_order_for_every_number_of_rows(matrix: Matrix) -> None:
+    assert lint.reduction_layouts(matrix) == []
+    [kernel] = matrix[90, "projection", "attention_out_fp16_64"]
+    other = replace(kernel, ttgir=kernel.ttgir.replace("threadsPerWarp = [4, 8]", "threadsPerWarp = [2, 16]"))
+    assert lint.reduction_layouts({**matrix, (90, "projection", "attention_out_fp16_64"): [other]}) != []
+
+
+PROJECTIONS = [
+    (projection, rows)
+    for projection in ("query_key_value", "mlp_up", "attention_out", "mlp_down")
+    for rows in (16, 32, 64)
+]
+MIN_BYTES_IN_FLIGHT = 40 * 1024
+"""Of weights, for each multiprocessor: 4.3 TB/s, an H200's copy rate, times a latency of 0.8 to 1 us is 26 to 33 KB."""
+MAX_INSTRUCTIONS = 60
+"""Before the first request of a weight: a longer prologue leaves memory idle in each of a step's 144 projections."""
+LATER = {("query_key_value", 16): 75, ("mlp_up", 16): 75, ("mlp_up", 64): 65, ("mlp_down", 32): 90}
+"""Projections that are not that early yet, and what they keep to."""
+
+
+def projection_kernel(matrix: Matrix, projection: str, rows: int) -> Compiled:
+    return matrix[90, "projection", f"{projection}_fp16_{rows}"][-1]
+
+
+@pytest.mark.parametrize(("projection", "rows"), PROJECTIONS)
+def test_enough_bytes_of_a_weight_are_in_flight(matrix: Matrix, projection: str, rows: int) -> None:
+    assert latency.bytes_in_flight(projection_kernel(matrix, projection, rows)) >= MIN_BYTES_IN_FLIGHT
+
+
+@pytest.mark.parametrize(("projection", "rows"), PROJECTIONS)
+def test_weights_are_asked_for_at_once(matrix: Matrix, projection: str, rows: int) -> None:
+    before = latency.instructions_before(projection_kernel(matrix, projection, rows))
+    assert before is not None
+    assert before <= LATER.get((projection, rows), MAX_INSTRUCTIONS)
+
+
+def test_fewer_programs_and_a_longer_prologue_are_seen(matrix: Matrix) -> None:
+    kernel = projection_kernel(matrix, "mlp_down", 16)
+    assert latency.bytes_in_flight(replace(kernel, programs=MULTIPROCESSORS // 3)) < MIN_BYTES_IN_FLIGHT
+    before = latency.instructions_before(kernel)
+    assert before is not None
+    assert latency.instructions_before(replace(kernel, sass=f"/*0000*/ NOP ;\n{kernel.sass}")) == before + 1

@@ -6,7 +6,7 @@ Knows labels, predicates and jumps; no kernel and no rule.
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 ENTRY = -1
 """The place before the first instruction, where a path may begin."""
@@ -39,6 +39,7 @@ class Code:
     labels: dict[str, list[int]]
 
     @classmethod
+    @lru_cache(maxsize=512)  # every rule reads the same codes
     def of_ptx(cls, ptx: str) -> "Code":
         """The body of the one kernel in a module of PTX."""
         body = _PTX_COMMENT.sub("", ptx[ptx.index(".entry") :])
@@ -58,6 +59,7 @@ class Code:
         return cls(tuple(instructions), labels)
 
     @classmethod
+    @lru_cache(maxsize=512)
     def of_sass(cls, sass: str) -> "Code":
         """Lines of nvdisasm; instructions that are never executed (@!PT) are left out."""
         instructions: list[Instruction] = []

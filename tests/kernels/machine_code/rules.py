@@ -93,9 +93,10 @@ def nothing_before_grid_wait(kernel: Compiled, except_for: Sequence[str] = ()) -
             brought into a cache, before the wait.
     """
     code, sass = Code.of_ptx(kernel.ptx), Code.of_sass(kernel.sass)
-    if not (waits := code.find(r"griddepcontrol\.wait")):
+    if not code.find(r"griddepcontrol\.wait"):
         return []
     tensors = Tensors(code, argument_names(kernel.ttgir))
+    waits = _always(code, r"griddepcontrol\.wait")
     reached = code.reached([ENTRY], waits) & set(code.find(_GLOBAL_ACCESS))
     writes = code.find(r"st\.|atom\.|red\.")
     early = {
@@ -103,7 +104,7 @@ def nothing_before_grid_wait(kernel: Compiled, except_for: Sequence[str] = ()) -
     }
     found = [f"before the grid wait: {text}" for text in _shown(code, reached - early)]
     # The assembler must not have moved others up.
-    compiled = sass.reached([ENTRY], sass.find("ACQBULK")) & set(sass.find(r"LDG|STG|ATOM|RED\b|CCTL|UBLK"))
+    compiled = sass.reached([ENTRY], _always(sass, "ACQBULK")) & set(sass.find(r"LDG|STG|ATOM(?!S)|RED\b|CCTL|UBLK"))
     if len(compiled) > len(early):
         found += [f"before the grid wait: {text}" for text in _shown(sass, compiled)]
     return found

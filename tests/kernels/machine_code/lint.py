@@ -1,0 +1,43 @@
+"""All rules over all kernels that were compiled."""
+
+from collections.abc import Callable
+
+from tests.kernels.machine_code import rules
+from tests.kernels.machine_code.compiled import Compiled, Matrix
+
+RULES: dict[str, Callable[[Compiled], list[str]]] = {
+    rule.__name__: rule
+    for rule in (
+        rules.merge_protocol,
+        rules.no_non_coherent_load,
+        rules.proxy_fence,
+        rules.barrier_before_shared_stores,
+        rules.nothing_before_grid_wait,
+    )
+}
+"""Rules over one kernel."""
+
+
+def violations(matrix: Matrix, rule: str) -> dict[str, list[str]]:
+    """What a rule finds, by the place of the kernel that breaks it."""
+    return {
+        f"sm_{capability} {module}, {call}: {kernel.kernel}": found
+        for (capability, module, call), kernels in matrix.items()
+        for kernel in kernels
+        if (found := RULES[rule](kernel))
+    }
+
+
+def reduction_layouts(matrix: Matrix) -> list[str]:
+    """`rules.reduction_layouts` of all kernels that write or merge a decode step's statistics, for sm_90."""
+    found = []
+    for wide in (False, True):  # float32 has a layout of its own
+        kernels = [
+            kernel
+            for (capability, module, call), launched in matrix.items()
+            if capability == 90 and module in ("projection", "layer_norm") and ("fp32" in call) == wide
+            for kernel in launched
+            if kernel.kernel != "row_layer_norm_kernel"
+        ]
+        found += rules.reduction_layouts(kernels)
+    return found
