@@ -100,18 +100,22 @@ def cpu_multiplies_bfloat16() -> bool:
     return "avx512_bf16" in library.builds()
 
 
-def for_device(device: torch.device, dtype: torch.dtype = torch.float32) -> Kernels[Any, Any]:
+def for_device(
+    device: torch.device, dtype: torch.dtype = torch.float32, *, allow_old_triton: bool = False
+) -> Kernels[Any, Any]:
     """The implementation that runs on this device: fused Triton kernels on a GPU, on a CPU C or else plain torch.
 
     Args:
         device: where the network runs.
         dtype: that it computes in.
+        allow_old_triton: whether a GPU may be used with a Triton that can make results wrong on it.
 
     Raises:
         KernelsUnavailableError: the GPU, or the software installed for it, is not sufficient.
     """
     if device.type == "cuda":
-        check_gpu(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+        name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        check_gpu(name, capability, allow_old_triton=allow_old_triton)
         from persimmon.kernels.fused import FusedKernels  # brings Triton, which a CPU has no use for
 
         return FusedKernels(device)

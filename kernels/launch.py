@@ -3,7 +3,9 @@
 Knows no kernel.
 """
 
+import logging
 import os
+import re
 import shutil
 import sysconfig
 from dataclasses import dataclass
@@ -19,6 +21,12 @@ _MULTIPROCESSORS_WITHOUT_A_GPU = 132
 
 MIN_CAPABILITY = (8, 0)
 """Compute capability from which on the kernels are compiled and tested."""
+
+MIN_TRITON = "3.7.1"
+"""Oldest release for compute capability 9.0 and later: the first with a proxy fence between asynchronous copies into
+shared memory and the matrix products that read it by themselves, wgmma and tcgen05 (triton-lang/triton#9610)."""
+
+logger = logging.getLogger(__name__)
 
 
 class KernelsUnavailableError(RuntimeError):
@@ -71,7 +79,7 @@ def next_power_of_2(value: int) -> int:
     return 1 << (value - 1).bit_length()
 
 
-def check_gpu(name: str, capability: tuple[int, int]) -> None:
+def check_gpu(name: str, capability: tuple[int, int], *, allow_old_triton: bool = False) -> None:
     """Makes sure that kernels can be compiled for a GPU, before anything is loaded onto it.
 
     Triton compiles a small C program for each kernel that it launches.
@@ -79,9 +87,10 @@ def check_gpu(name: str, capability: tuple[int, int]) -> None:
     Args:
         name: the GPU's, for the message.
         capability: its compute capability.
+        allow_old_triton: log a warning instead of an error where Triton is older than MIN_TRITON.
 
     Raises:
-        KernelsUnavailableError: the GPU is too old, or there is no C compiler or no Python.h.
+        KernelsUnavailableError: the GPU or Triton is too old, or there is no C compiler or no Python.h.
     """
     if capability < MIN_CAPABILITY:
         raise KernelsUnavailableError(
@@ -89,6 +98,8 @@ def check_gpu(name: str, capability: tuple[int, int]) -> None:
             f"{MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or later (A100, H100 and their like): use another "
             "GPU, or hide this one with CUDA_VISIBLE_DEVICES= to run on the CPU"
         )
+    if capability >= (9, 0):
+        _check_triton(name, allow_old=allow_old_triton)
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         raise KernelsUnavailableError(
             "there is no C compiler, which Triton needs for its kernels: install gcc, or name one in the variable CC"
@@ -100,3 +111,24 @@ def check_gpu(name: str, capability: tuple[int, int]) -> None:
             f"{headers / 'Python.h'} is missing, which Triton needs for its kernels: install Python's headers "
             "(python3-dev on Debian and Ubuntu)"
         )
+
+
+def _check_triton(name: str, *, allow_old: bool) -> None:
+    import triton  # a CPU has no use for it
+
+    if _release(triton.__version__) >= _release(MIN_TRITON):
+        return
+    problem = (
+        f"results on {name} could be wrong: Triton {triton.__version__} leaves out the fence between asynchronous "
+        f"copies and the matrix products that read them, which {MIN_TRITON} and later have"
+    )
+    if not allow_old:
+        raise KernelsUnavailableError(
+            f"{problem}; install triton>={MIN_TRITON} with the PyTorch that brings it, or give --allow-old-triton to "
+            "start nevertheless"
+        )
+    logger.warning("%s", problem)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:3]))

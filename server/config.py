@@ -48,7 +48,7 @@ GROUPS = {
     "access": "API keys",
     "log": "logs and traces",
     "engine": "scheduling and answers",
-    "gpu": "CUDA graphs",
+    "gpu": "GPU",
     "load": "overload, health, shutdown",
     "memory": "KV cache",
     "debug": "profiling",

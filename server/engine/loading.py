@@ -66,7 +66,7 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     config = PersimmonConfig.from_folder(folder)
     dtype = choose_dtype(settings.dtype, config.dtype, device, cpu_bfloat16=kernels.cpu_multiplies_bfloat16())
-    operations = kernels.for_device(device, dtype)
+    operations = kernels.for_device(device, dtype, allow_old_triton=settings.allow_old_triton)
     executor = executor_for(operations, device, _graph_sizes(settings, config))
     longest = settings.max_model_len or config.context_length
     with _phase("checkpoint", print_line):

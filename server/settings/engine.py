@@ -108,6 +108,12 @@ class EngineSettings(LogSettings):
     enforce_eager: bool = setting(
         False, "Do not capture CUDA graphs: faster start and less memory, but slower decoding.", "gpu"
     )
+    allow_old_triton: bool = setting(
+        False,
+        "Start with a Triton before 3.7.1 on a GPU of compute capability 9.0 or later (H100), where its code can give "
+        "wrong results, with a warning instead of an error.",
+        "gpu",
+    )
 
     profile_steps: int | None = setting(
         None,

@@ -1,5 +1,6 @@
 """What the start decides before there is a GPU to decide it on."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from persimmon.model.executor import executor_for
 from persimmon.model.rope_scaling import RopeScaling
 from persimmon.model.runner import PooledStates
 from persimmon.server.config import read_settings
-from persimmon.server.engine.loading import _graph_sizes, _limits, warm_up_steps
+from persimmon.server.engine.loading import _graph_sizes, _limits, load_model, warm_up_steps
 
 CPU = torch.device("cpu")
 SHAPE = {
@@ -49,6 +50,25 @@ def test_graphs_are_those_asked_for_and_only_on_a_gpu(asked: dict[str, str], siz
     assert with_sizes.step_buffers(GENERATOR, torch.float16, limits) == without.step_buffers(
         GENERATOR, torch.float16, limits
     )
+
+
+def test_the_allowance_for_an_old_triton_is_the_settings(
+    monkeypatch: pytest.MonkeyPatch, demo_checkpoint: Path
+) -> None:
+    asked = []
+
+    class AskedError(Exception):
+        pass
+
+    def for_device(device: torch.device, dtype: torch.dtype, *, allow_old_triton: bool) -> None:
+        asked.append(allow_old_triton)
+        raise AskedError
+
+    monkeypatch.setattr(kernels, "for_device", for_device)
+    for settings in ({}, {"allow_old_triton": "true"}):
+        with pytest.raises(AskedError):
+            load_model(read_settings(settings), demo_checkpoint, print)
+    assert asked == [False, True]
 
 
 def test_a_classifier_has_no_buffers_for_draws() -> None:
