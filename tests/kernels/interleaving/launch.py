@@ -37,10 +37,10 @@ class Launch:
         schedule: the program of each memory operation.
     """
 
-    def __init__(self, grid: Place, space: AddressSpace, dice: np.random.Generator, *, find_races: bool) -> None:
+    def __init__(self, grid: Place, space: AddressSpace, rng: np.random.Generator, *, find_races: bool) -> None:
         self.schedule: list[int] = []
-        self._space, self._dice = space, dice
-        self._memory = WeakMemory(dice)
+        self._space, self._rng = space, rng
+        self._memory = WeakMemory(rng)
         places: list[Place] = [(x, y, z) for x in range(grid[0]) for y in range(grid[1]) for z in range(grid[2])]
         self._order = HappensBefore(len(places)) if find_races else None
         self._programs = [_Program(number, place) for number, place in enumerate(places)]
@@ -48,8 +48,8 @@ class Launch:
         self._current = self._programs[0]
         self._ended = threading.Event()
         self._error: BaseException | None = None
-        # From launch to launch, programs run alone for long, or take turns.
-        self._restlessness = float(dice.choice([0.02, 0.3, 1.0]))
+        # By launch, programs run alone for long, or take turns.
+        self._switch_probability = float(rng.choice([0.02, 0.3, 1.0]))
 
     def run(self, kernel: Callable[[], object], resume: Callable[[Place], None]) -> None:
         """Runs every program to its end.
@@ -73,63 +73,63 @@ class Launch:
 
     def load(self, addresses: np.ndarray, dtype: np.dtype, *, fresh: bool) -> np.ndarray:
         """[n] values at addresses [n]."""
-        me = self._take_turn()
+        program = self._take_turn()
         values = np.empty(len(addresses), dtype)
         for which, elements in self._space.find(addresses, dtype.itemsize):
             if self._order:
-                self._order.load(me.number, elements)
-            values[which] = self._memory.load(me.agent, elements, fresh=fresh).view(dtype)
+                self._order.load(program.number, elements)
+            values[which] = self._memory.load(program.agent, elements, fresh=fresh).view(dtype)
         return values
 
     def store(self, addresses: np.ndarray, values: np.ndarray) -> None:
         """Values [n] to addresses [n]."""
-        me = self._take_turn()
+        program = self._take_turn()
         raw = values.view(f"u{values.itemsize}")
         for which, elements in self._space.find(addresses, values.itemsize):
             if self._order:
-                self._order.store(me.number, elements)
-            self._memory.store(me.agent, elements, raw[which])
+                self._order.store(program.number, elements)
+            self._memory.store(program.agent, elements, raw[which])
 
     def atomic(
         self, addresses: np.ndarray, size: int, act: Callable[[np.ndarray], np.ndarray], *, release: bool, acquire: bool
     ) -> np.ndarray:
         """`act` on the addresses [n] that the elements have in the machine's own memory, and what it returns."""
-        me = self._take_turn()
+        program = self._take_turn()
         parts = [elements for _, elements in self._space.find(addresses, size)]
         if len(parts) > 1:
             raise NotImplementedError(f"one atomic operation on {len(parts)} tensors: one is supported")
         for elements in parts:
             if self._order:
-                self._order.atomic(me.number, elements, release=release, acquire=acquire)
-            self._memory.before_atomic(me.agent, elements, release=release)
+                self._order.atomic(program.number, elements, release=release, acquire=acquire)
+            self._memory.before_atomic(program.agent, elements, release=release)
         result = act(self._space.real(addresses))
-        self._memory.after_atomic(me.agent, acquire=acquire)
+        self._memory.after_atomic(program.agent, acquire=acquire)
         return result
 
     def barrier(self) -> None:
         """The program's threads wait for each other."""
-        me = self._take_turn()
+        program = self._take_turn()
         if self._order:
-            self._order.barrier(me.number)
-        self._memory.barrier(me.agent)
+            self._order.barrier(program.number)
+        self._memory.barrier(program.agent)
 
     def _take_turn(self) -> _Program:
-        """Before each memory operation: time passes, and other programs may go on first."""
-        me = self._current
-        self._memory.settle()
-        if len(self._unfinished) > 1 and self._dice.random() < self._restlessness:
+        """The program that runs, once other programs have done what they do before its memory operation."""
+        program = self._current
+        self._memory.drain()
+        if len(self._unfinished) > 1 and self._rng.random() < self._switch_probability:
             other = self._any()
-            if other is not me:
+            if other is not program:
                 self._hand_over(other)
-                me.turn.acquire()
+                program.turn.acquire()
                 if self._error is not None:
                     raise _Abandoned
-                self._resume(me.place)
-        self.schedule.append(me.number)
-        return me
+                self._resume(program.place)
+        self.schedule.append(program.number)
+        return program
 
     def _any(self) -> _Program:
-        return self._unfinished[int(self._dice.integers(len(self._unfinished)))]
+        return self._unfinished[int(self._rng.integers(len(self._unfinished)))]
 
     def _hand_over(self, program: _Program) -> None:
         self._current = program

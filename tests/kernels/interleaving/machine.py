@@ -37,7 +37,7 @@ class Machine:
     def __init__(self, seed: int, *, find_races: bool) -> None:
         self.kernels: set[str] = set()
         self.schedules: list[list[int]] = []
-        self._dice, self._find_races = np.random.default_rng(seed), find_races
+        self._rng, self._find_races = np.random.default_rng(seed), find_races
         self._launch: Launch | None = None
 
     @property
@@ -63,7 +63,7 @@ class Machine:
             self.kernels.add(kernel.__name__)
             if x * y * z:
                 builder.set_grid_dim(x, y, z)
-                self._launch = Launch((x, y, z), space, self._dice, find_races=self._find_races)
+                self._launch = Launch((x, y, z), space, self._rng, find_races=self._find_races)
                 self.schedules.append(self._launch.schedule)
                 self._launch.run(lambda: kernel(**arguments), lambda place: builder.set_grid_idx(*place))
         except Exception as error:
@@ -94,7 +94,9 @@ def _convert(space: AddressSpace, name: str, value: Any) -> Any:
 
 
 def _mask(mask: Any, shape: tuple[int, ...]) -> np.ndarray:
-    return np.broadcast_to(getattr(mask, "data", mask), shape)
+    """Booleans, which the interpreter's int1 need not be."""
+    switches = mask.data if isinstance(mask, TensorHandle) else mask
+    return np.broadcast_to(switches, shape).astype(bool)
 
 
 def _hooks(machine: Machine) -> dict[str, Callable[..., Any]]:
@@ -131,7 +133,7 @@ def _hooks(machine: Machine) -> dict[str, Callable[..., Any]]:
             moved = pointers.data.copy()
             moved[on] = real
             handle = TensorHandle(moved, pointers.dtype)
-            return rmw(builder, operation, handle, value, TensorHandle(on.copy(), mask.dtype), sem, scope).data
+            return rmw(builder, operation, handle, value, TensorHandle(on, mask.dtype), sem, scope).data
 
         size = interpreter._get_np_dtype(pointers.get_element_ty()).itemsize
         return TensorHandle(

@@ -138,7 +138,7 @@ def copy(target, source, count, FIRST: tl.constexpr, MASKED: tl.constexpr, BLOCK
     """Elements FIRST, FIRST + 1 and so on; with a mask only the first `count` of them."""
     lane = tl.arange(0, BLOCK)
     place = tl.program_id(0) * BLOCK + lane
-    inside = place < (count if MASKED else tl.num_programs(0) * BLOCK)
+    inside = (place < (count if MASKED else tl.num_programs(0) * BLOCK)) & (count > 0)
     tl.store(target + place, tl.load(source + FIRST + place, mask=inside, other=7))
 
 

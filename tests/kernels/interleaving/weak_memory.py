@@ -109,15 +109,15 @@ class _Change:
 
 
 class WeakMemory:
-    """The memory of one launch; a single random generator decides everything that is not certain."""
+    """The memory of one launch; where a GPU leaves the outcome open, the generator decides."""
 
-    def __init__(self, dice: np.random.Generator) -> None:
-        self._dice = dice
+    def __init__(self, rng: np.random.Generator) -> None:
+        self._rng = rng
         self._changes: list[_Change] = []
         self._busy: list[Agent] = []
-        # From launch to launch, stores leave at once, now and then, or only when they must; all at once or one by one.
-        self._eagerness = float(dice.choice([0.0, 0.05, 0.5]))
-        self._share = float(dice.choice([0.1, 0.5, 1.0]))
+        # By launch, stores become visible soon, at times, or only when they must; together or one by one.
+        self._drain_probability = float(rng.choice([0.0, 0.05, 0.5]))
+        self._drain_share = float(rng.choice([0.1, 0.5, 1.0]))
 
     def load(self, agent: Agent, elements: Elements, *, fresh: bool) -> np.ndarray:
         """[n] unsigned: a value for each element that the program may find there."""
@@ -168,30 +168,30 @@ class WeakMemory:
         if acquire:
             agent.acquired = len(self._changes)
 
-    def settle(self) -> None:
-        """Time passes: some of some program's stores become visible."""
-        if self._busy and self._dice.random() < self._eagerness:
-            agent = self._busy[self._dice.integers(len(self._busy))]
-            stored = agent.stored[self._dice.integers(len(agent.stored))]
-            self._publish(agent, stored, stored.waiting & (self._dice.random(len(stored.waiting)) < self._share))
+    def drain(self) -> None:
+        """Makes some stores of a program visible, at times."""
+        if self._busy and self._rng.random() < self._drain_probability:
+            agent = self._busy[self._rng.integers(len(self._busy))]
+            stored = agent.stored[self._rng.integers(len(agent.stored))]
+            self._publish(agent, stored, stored.waiting & (self._rng.random(len(stored.waiting)) < self._drain_share))
 
     def finish(self) -> None:
         """The end of the launch, at which all stores become visible."""
         while self._busy:
-            agent = self._busy[self._dice.integers(len(self._busy))]
+            agent = self._busy[self._rng.integers(len(self._busy))]
             self._publish(agent, agent.stored[0], agent.stored[0].waiting.copy())
 
     def _read_stale(self, agent: Agent, elements: Elements, values: np.ndarray) -> None:
         """Takes values back to versions that may still be in L1: as old as possible, or any."""
         undecided = np.ones(len(values), bool)
-        oldest = self._dice.random() < 0.5
+        oldest = self._rng.random() < 0.5
         for change in reversed(self._changes[agent.acquired :]):
             place, hit = change.elements.find(elements)
             hit &= undecided
             if not hit.any():
                 continue
             if change.agent is not agent:
-                back = hit if oldest else hit & (self._dice.random(len(hit)) < 0.5)
+                back = hit if oldest else hit & (self._rng.random(len(hit)) < 0.5)
                 values[back] = change.old[place[back]]
                 hit &= ~back
             undecided &= ~hit
@@ -202,7 +202,7 @@ class WeakMemory:
             hit &= stored.waiting[place]
             if not stored.covered:
                 # One of the program's threads stored it; whether that is the one that loads is not known here.
-                hit &= self._dice.random(len(hit)) < 0.5
+                hit &= self._rng.random(len(hit)) < 0.5
             values[hit] = stored.values[place[hit]]
 
     def _publish_own(self, agent: Agent, elements: Elements) -> None:
