@@ -29,7 +29,7 @@ from persimmon.server.engine.plan_runner import PlanRunner
 from persimmon.server.engine.scheduler import Scheduler
 from persimmon.server.engine.sequence import Sequence
 from persimmon.server.engine.step_plan import StepPlan
-from persimmon.server.engine.step_runner import LaunchedStep
+from persimmon.server.engine.step_runner import LaunchedStep, StepRunner
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParams(temperature=0.0)
@@ -84,6 +84,7 @@ class Harness:
         grammars: compiles the sequences' grammars.
         overlap: whether a step is planned and launched before the one before it is looked at, as on a GPU.
         operations: those that the model was loaded with; what serves a CPU by default.
+        runner: runs the steps, with as many blocks; one on the CPU by default.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Harness:
         grammars: GrammarCompiler | None = None,
         overlap: bool = False,
         operations: Kernels[Any, Any] | None = None,
+        runner: Runner | None = None,
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching)
         self.scheduler = Scheduler(
@@ -107,10 +109,11 @@ class Harness:
             max_model_len=min(num_blocks * block_size, model.config.context_length),
             rope_limit=model.config.rope_limit,
         )
-        cache = poisoned_cache(model, num_blocks, block_size)
+        if runner is None:
+            runner = runner_of(model, poisoned_cache(model, num_blocks, block_size), operations)
         self.reports: defaultdict[Sequence, Reports] = defaultdict(Reports)
         """What the steps have reported of each sequence."""
-        self._run = PlanRunner(runner_of(model, cache, operations), grammars)
+        self._run: StepRunner = PlanRunner(runner, grammars)
         self._overlap = overlap
         self._under_way: deque[tuple[StepPlan, LaunchedStep]] = deque()
         self.failures: dict[Sequence, str] = {}

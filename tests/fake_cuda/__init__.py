@@ -35,7 +35,11 @@ __all__ = ["FakeDevice", "fake_cuda"]
 
 @contextmanager
 def fake_cuda(
-    *, total_memory: int = H200_BYTES, blocking: bool = False, repeats_replays: bool = True
+    *,
+    total_memory: int = H200_BYTES,
+    blocking: bool = False,
+    repeats_replays: bool = True,
+    interprets_kernels: bool = True,
 ) -> Iterator[FakeDevice]:
     """Puts the device into torch and Triton, for this thread and for threads that start within the block.
 
@@ -44,7 +48,11 @@ def fake_cuda(
         blocking: whether launches run at once, as with CUDA_LAUNCH_BLOCKING=1: errors then show where they were made.
         repeats_replays: False makes a replay of the same graph compute nothing where nothing was launched since the one
             before but other replays, which is how code takes times; it only moves the clock.
+        interprets_kernels: False makes Triton's kernels only take their time, and new memory hold zeros: enough to see
+            that measurements run through, in a hundredth of the time.
     """
-    device = FakeDevice(total_memory, blocking=blocking, repeats_replays=repeats_replays)
+    device = FakeDevice(
+        total_memory, blocking=blocking, repeats_replays=repeats_replays, interprets_kernels=interprets_kernels
+    )
     with patched(device):
         yield device

@@ -238,7 +238,7 @@ class Graph:
 
     def _run(self, lost: Sequence[torch.UntypedStorage]) -> None:
         # Others have used what no tensor holds.
-        for storage in lost:
+        for storage in lost if self._device.interprets_kernels else ():
             _fill(storage, 0xFF)
         began = self._device.seconds - COMMAND_SECONDS * len(self._nodes)
         for number, node in enumerate(self._nodes):
@@ -255,6 +255,7 @@ class FakeDevice:
         blocking: whether each command is done when it is launched, so that an error shows where it was made.
         repeats_replays: whether a graph that is replayed again, though nothing has been launched in between, computes
             the same again, or only takes its time.
+        interprets_kernels: whether Triton's kernels compute; new memory holds zeros where they do not.
 
     Attributes:
         allocated, peak: bytes in use, and the most there were.
@@ -265,10 +266,13 @@ class FakeDevice:
         eager_commands: how many have been queued outside of graphs, events not counted.
     """
 
-    def __init__(self, total_memory: int, *, blocking: bool, repeats_replays: bool) -> None:
+    def __init__(
+        self, total_memory: int, *, blocking: bool, repeats_replays: bool, interprets_kernels: bool = True
+    ) -> None:
         self.name = H200
         self.total_memory = total_memory
         self.repeats_replays = repeats_replays
+        self.interprets_kernels = interprets_kernels
         self.allocated = self.peak = 0
         self.seconds = 0.0
         self.waits: list[str] = []
@@ -282,7 +286,10 @@ class FakeDevice:
     def allocate(self, host: torch.Tensor) -> Memory:
         """Memory for a new tensor, which is full of what nothing should read."""
         storage = host.untyped_storage()
-        poison(storage, host.dtype)
+        if self.interprets_kernels:
+            poison(storage, host.dtype)
+        else:
+            _fill(storage, 0)
         if self.capturing is not None:
             return self.capturing.own(storage, storage.nbytes())
         return Memory(self, storage.nbytes())

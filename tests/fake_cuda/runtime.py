@@ -13,7 +13,7 @@ import torch
 import triton.language as tl
 from torch._C._autograd import DeviceType
 from torch.autograd.profiler_util import Interval
-from torch.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 from triton.runtime import driver
 from triton.runtime.interpreter import GridExecutor
 
@@ -166,7 +166,12 @@ def _launch(dispatcher: Dispatcher, interpret: Callable[..., None], executor: An
     inspect.getcallargs(
         executor.fn, *args, **{name: each for name, each in kwargs.items() if name in executor.arg_names}
     )
-    dispatcher.enqueue(executor.fn.__name__, lambda: interpret(executor, *host_args, **host_kwargs), tensors)
+
+    def run() -> None:
+        if dispatcher.device.interprets_kernels:
+            interpret(executor, *host_args, **host_kwargs)
+
+    dispatcher.enqueue(executor.fn.__name__, run, tensors)
 
 
 def _pin_memory(dispatcher: Dispatcher, tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
@@ -177,31 +182,39 @@ def _pin_memory(dispatcher: Dispatcher, tensor: torch.Tensor, device: Any = None
     return tensor if dispatcher.is_pinned(tensor) else dispatcher.pin(tensor.clone())
 
 
+def _with_index(each: Any) -> Any:
+    """A device as CUDA's runtime would complete it."""
+    return CUDA if each == "cuda" or (isinstance(each, torch.device) and each.type == "cuda") else each
+
+
 def _from_data(make: Callable[..., torch.Tensor], data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
     """`torch.tensor`, which asks CUDA's runtime for the device before it asks anyone else."""
     made = make(data, **options)
     return made if device is None else made.to(device)
 
 
-def _profiled(device: FakeDevice, start: Callable[..., None], events: Callable[..., Any]) -> dict[str, Any]:
-    """Methods of `torch.profiler.profile`, which report the device's work as well."""
+def _profiled(device: FakeDevice) -> dict[str, Any]:
+    """Methods of `torch.profiler.profile`, which report the device's work instead of looking for CUDA's."""
+    init, start, events = profile.__init__, profile.start, profile.events
 
-    def start_here(profile: Any) -> None:
-        profile.first_on_device = len(device.traced)
-        start(profile)
+    def init_on_host(own: Any, *, activities: Any = None, **options: Any) -> None:
+        del activities
+        init(own, activities=[ProfilerActivity.CPU], **options)
 
-    def events_of_both(profile: Any) -> list[Any]:
+    def start_here(own: Any) -> None:
+        own.first_on_device = len(device.traced)
+        start(own)
+
+    def events_of_both(own: Any) -> list[Any]:
         on_device = [
             SimpleNamespace(
-                name=ran.name,
-                device_type=DeviceType.CUDA,
-                time_range=Interval(ran.begin * 1e6, ran.end * 1e6),
+                name=ran.name, device_type=DeviceType.CUDA, time_range=Interval(ran.begin * 1e6, ran.end * 1e6)
             )
-            for ran in device.traced[profile.first_on_device :]
+            for ran in device.traced[own.first_on_device :]
         ]
-        return [*(events(profile) or ()), *on_device]
+        return [*(events(own) or ()), *on_device]
 
-    return {"start": start_here, "events": events_of_both}
+    return {"__init__": init_on_host, "start": start_here, "events": events_of_both}
 
 
 @contextmanager
@@ -219,6 +232,11 @@ def patched(device: FakeDevice) -> Iterator[Dispatcher]:
     def launch(executor: GridExecutor, *args: Any, **kwargs: Any) -> None:
         _launch(dispatcher, interpret, executor, *args, **kwargs)
 
+    move = torch.Tensor.to
+
+    def to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return move(tensor, *map(_with_index, args), **{name: _with_index(each) for name, each in kwargs.items()})
+
     with ExitStack() as stack:
         for name, function in _functions(device).items():
             stack.enter_context(mock.patch.object(torch.cuda, name, function))
@@ -228,6 +246,12 @@ def patched(device: FakeDevice) -> Iterator[Dispatcher]:
             (torch, "tensor", partial(_from_data, torch.tensor)),
             (torch, "as_tensor", partial(_from_data, torch.as_tensor)),
             (torch.Tensor, "pin_memory", lambda own, device=None: _pin_memory(dispatcher, own, device)),
+            (torch.Tensor, "to", to),
+            (
+                torch.Tensor,
+                "cuda",
+                lambda own, device=None, non_blocking=False: to(own, CUDA, non_blocking=non_blocking),
+            ),
             (torch.Tensor, "is_pinned", lambda own, device=None: dispatcher.is_pinned(own)),
             (CudaTensor, "dispatcher", dispatcher),
             (GridExecutor, "__call__", launch),
@@ -238,7 +262,7 @@ def patched(device: FakeDevice) -> Iterator[Dispatcher]:
             (tl.extra.cuda, "gdc_wait", lambda *_args, **_options: None),
             (tl.extra.cuda, "gdc_launch_dependents", lambda *_args, **_options: None),
         ]
-        patches += [(profile, *method) for method in _profiled(device, profile.start, profile.events).items()]
+        patches += [(profile, *method) for method in _profiled(device).items()]
         for owner, name, value in patches:
             stack.enter_context(mock.patch.object(owner, name, value, create=True))
         stack.enter_context(CudaMode(dispatcher))

@@ -22,8 +22,6 @@ META = torch.device("meta")
 
 _VIEWS = {aten._unsafe_view.default, aten._reshape_alias.default}
 _MOVES = {aten._to_copy.default, aten.to.device, aten.to.dtype, aten.to.dtype_layout, aten.to.other}
-# C++ code makes these on a tensor's device, outside of any decomposition.
-_OF_A_TENSOR = _MOVES | {aten.scalar_tensor.default}
 _EMPTY = {
     aten.empty.memory_format,
     aten.empty_strided.default,
@@ -96,16 +94,14 @@ class CudaMode(TorchDispatchMode):
 
     Args:
         dispatcher: gets them.
-        decomposing: whether they are parts of an operation on the device.
     """
 
-    def __init__(self, dispatcher: "Dispatcher", *, decomposing: bool = False) -> None:
+    def __init__(self, dispatcher: "Dispatcher") -> None:
         super().__init__()
         self._dispatcher = dispatcher
-        self._decomposing = decomposing
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return self._dispatcher.dispatch(func, args, kwargs or {}, decomposing=self._decomposing)
+        return self._dispatcher.dispatch(func, args, kwargs or {})
 
 
 class Dispatcher:
@@ -127,14 +123,14 @@ class Dispatcher:
             aten.mm.dtype_out: self._mm,
         }
 
-    def dispatch(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], *, decomposing: bool = False) -> Any:
+    def dispatch(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Does, or queues, one operation."""
         flat = pytree.tree_leaves((args, kwargs))
         has_device_tensor = any(isinstance(each, CudaTensor) for each in flat)
         ours = has_device_tensor
         for each in flat:
-            if isinstance(each, torch.device):
-                ours |= each.type == "cuda" or (each == META and (decomposing or func in _OF_A_TENSOR))
+            # What C++ code makes on the device of one of these tensors is one of them.
+            ours |= isinstance(each, torch.device) and each.type in ("cuda", "meta")
         if not ours:
             pinned = kwargs.get("pin_memory")
             made = func(*args, **({**kwargs, "pin_memory": False} if pinned else kwargs))
@@ -144,7 +140,7 @@ class Dispatcher:
         if func in self._special:
             return self._special[func](*args, **kwargs)
         if func._can_decompose():
-            with CudaMode(self, decomposing=True):
+            with CudaMode(self):
                 done = func.decompose(*args, **kwargs)
             if done is not NotImplemented:
                 return done
@@ -231,7 +227,7 @@ class Dispatcher:
                 return own.host
             if isinstance(own, torch.device):
                 return HOST
-            if not isinstance(own, torch.Tensor) or own.device == META:
+            if not isinstance(own, torch.Tensor):
                 return own
             if own.dim() and func not in _INDEXING:
                 raise _two_devices(func)
@@ -395,4 +391,5 @@ def _two_devices(func: Any) -> RuntimeError:
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
+    # Of a new one, because a contiguous tensor of one number may have any stride.
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor).view(-1).view(torch.uint8)

@@ -63,6 +63,29 @@ def test_computes_what_a_cpu_does(gpu: FakeDevice) -> None:
     assert torch.mm(half, half, out_dtype=torch.float32).tolist() == [[2.0, 2.0], [2.0, 2.0]]
 
 
+def test_attention_of_torch_computes_what_a_cpu_does() -> None:
+    """Its parts make tensors of their own, in C++."""
+    with fake_cuda():
+        q = torch.arange(24.0).view(1, 2, 3, 4) / 24
+        attend = torch.nn.functional.scaled_dot_product_attention
+        moved = q.to("cuda")
+        on_gpu = attend(moved, moved, moved, is_causal=True)
+        torch.testing.assert_close(on_gpu.cpu(), attend(q, q, q, is_causal=True))
+
+
+def test_devices_need_no_index() -> None:
+    with fake_cuda():
+        assert torch.ones(2, device="cuda").to(device="cuda", dtype=torch.float16, copy=True).device == GPU
+
+
+def test_kernels_may_be_left_out() -> None:
+    with fake_cuda(interprets_kernels=False) as gpu:
+        made = torch.empty(4, device=GPU)
+        _double[(1,)](made, made, 4, BLOCK=4)
+        assert made.tolist() == [0.0] * 4
+        assert [ran.name for ran in gpu.traced] == ["_double"]
+
+
 def test_threads_see_it_too(gpu: FakeDevice) -> None:
     found: list[list[float]] = []
     thread = threading.Thread(target=lambda: found.append(torch.ones(2, device="cuda").tolist()))
@@ -97,7 +120,8 @@ class TestTheHost:
             move()
             assert gpu.waits == ["copy from pageable memory"]
         gpu.waits.clear()
-        torch.ones(2).pin_memory().to(GPU, non_blocking=True)
+        for size in (2, 1):
+            torch.ones(1).expand(size).pin_memory().to(GPU, non_blocking=True)
         assert gpu.waits == []
 
     def test_must_not_write_pinned_memory_that_is_still_to_be_read(self, gpu: FakeDevice) -> None:
