@@ -5,7 +5,7 @@ For an H100 or H200 (sm_90).  What the memory then delivers only a GPU can show.
 
 import re
 
-from tests.kernels.machine_code.compiled import Compiled
+from tests.kernels.machine_code.compiled import Compiled, Matrix
 from tests.kernels.machine_code.instructions import Code
 from tests.kernels.machine_code.tensors import Tensors, argument_names
 
@@ -18,6 +18,20 @@ _SCHEDULERS, _REGISTERS_OF_A_SCHEDULER, _MAX_WARPS = 4, 16384, 64
 _COPY = re.compile(r"cp\.async\.c[ag]\.\S+ \[[^\]]*\], \[[^\]]*\], (0x[0-9a-f]+|\d+)")
 _PTX_REQUEST = r"cp\.async\.c[ag]\.|prefetch\.global"
 _SASS_REQUEST = r"LDGSTS|CCTL\.E\.PF"
+
+
+PROJECTIONS = [
+    (projection, rows)
+    for projection in ("query_key_value", "mlp_up", "attention_out", "mlp_down")
+    for rows in (16, 32, 64)
+]
+MIN_BYTES_IN_FLIGHT = 40 * 1024
+"""Of weights, for each multiprocessor: 4.3 TB/s, an H200's copy rate, times a latency of 0.8 to 1 us is 26 to 33 KB."""
+
+
+def projection_kernel(matrix: Matrix, projection: str, rows: int) -> Compiled:
+    """The kernel of a projection of that many rows in float16, without the norm before it."""
+    return matrix[90, "projection", f"{projection}_fp16_{rows}"][-1]
 
 
 def programs_per_sm(kernel: Compiled) -> float:
