@@ -57,16 +57,16 @@ def compile_apart(
         whole: all calls, not only those of `make test`.
         packages: a folder of packages that hide the installed ones, for another version of Triton.
     """
-    hiding = {"PYTHONPATH": os.pathsep.join(filter(None, (str(packages), os.environ.get("PYTHONPATH"))))}
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
+    if packages is not None:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(packages), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         [
             *(sys.executable, "-m", "tests.kernels.ahead_of_time", *map(str, capabilities)),
             *(f"--json={out}", *(["--whole"] if whole else [])),
         ],
         cwd=REPOSITORY,
-        env=os.environ
-        | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
-        | (hiding if packages is not None else {}),
+        env=environment,
         capture_output=True,
         text=True,
         check=False,

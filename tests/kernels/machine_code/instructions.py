@@ -14,6 +14,7 @@ ENTRY = -1
 # SASS has conditional jumps without a predicate, whose condition is an operand: BRA.U UP0, 0x120.
 _JUMP = re.compile(r"(?:bra|BRA|CALL\.REL)\S*\s+(?:(?P<condition>\S+),\s*)?(?P<target>\$?\w+)$")
 _END = re.compile(r"(?:ret|RET|exit|EXIT|trap)\b")
+_OTHER_JUMP = re.compile(r"(?:brx|BRX|JMP|JMX|call)\b")
 _PTX_COMMENT = re.compile(r"//[^\n]*")
 _PTX_LABEL = re.compile(r"(\$?\w+):(?!:)\s*(.*)", re.DOTALL)
 _PTX_INSTRUCTION = re.compile(r"(?:(@!?%?\w+)\s+)?([a-z].*)", re.DOTALL)
@@ -48,9 +49,8 @@ class Code:
         labels: dict[str, list[int]] = {}
         for statement in body.split(";"):
             # Inline assembly may have a block of its own; directives have lines of their own.
-            text = "\n".join(line for line in statement.splitlines() if not line.lstrip().startswith(".")).strip(
-                "{} \t\n"
-            )
+            lines = [line for line in statement.splitlines() if not line.lstrip().startswith(".")]
+            text = "\n".join(lines).strip("{} \t\n")
             while label := _PTX_LABEL.match(text):
                 labels.setdefault(label[1], []).append(len(instructions))
                 text = label[2]
@@ -75,6 +75,8 @@ class Code:
         """Of each instruction, the places of those that may be executed next."""
         following = []
         for place, instruction in enumerate(self.instructions):
+            if _OTHER_JUMP.match(instruction.text):
+                raise ValueError(f"a jump to an unknown place: {instruction.text}")
             jump = _JUMP.match(instruction.text)
             always = not instruction.predicate and (
                 _END.match(instruction.text) or (jump and not jump["condition"] and "CALL" not in instruction.text)

@@ -111,9 +111,9 @@ def nothing_before_grid_wait(kernel: Compiled, except_for: Sequence[str] = ()) -
 
 
 _LAYOUT = re.compile(r"^(#\w+) = #ttg\.(.*)$", re.MULTILINE)
-_SUM = re.compile(
-    r'"tt\.reduce"\(.*?\) <\{axis = (\d+) : i32.*?arith\.addf.*?'
-    r"\}\) : \(tensor<([0-9x]+)xf32, (#\w+)>\)",
+_REDUCTION = re.compile(
+    r'"tt\.reduce"\(\S+\) <\{axis = (?P<axis>\d+) : i32.*?\(\{(?P<body>(?:(?!\}\)).)*)\}\) : '
+    r"\(tensor<(?P<shape>[0-9x]+)xf32, (?P<layout>#\w+)>\)",
     re.DOTALL,
 )
 
@@ -123,9 +123,11 @@ def reduction_layouts(kernels: Iterable[Compiled]) -> list[str]:
     layouts: dict[tuple[str, int], dict[str, set[str]]] = {}
     for kernel in kernels:
         defined = dict(_LAYOUT.findall(kernel.ttgir))
-        for axis, shape, name in _SUM.findall(kernel.ttgir):
-            along = layouts.setdefault((shape, int(axis)), {})
-            along.setdefault(_along(defined[name], int(axis)), set()).add(kernel.kernel)
+        for reduction in _REDUCTION.finditer(kernel.ttgir):
+            if "arith.addf" in reduction["body"]:
+                axis = int(reduction["axis"])
+                found = layouts.setdefault((reduction["shape"], axis), {})
+                found.setdefault(_along(defined[reduction["layout"]], axis), set()).add(kernel.kernel)
     return [
         f"sums of [{shape}] along axis {axis} have {len(found)} layouts: {found}"
         for (shape, axis), found in layouts.items()

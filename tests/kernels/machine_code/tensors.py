@@ -12,7 +12,7 @@ from functools import cached_property
 from tests.kernels.machine_code.instructions import Code
 
 _ARGUMENT = re.compile(r"%(\w+): (?:!tt\.ptr<|[if]\d)")
-_REGISTER = re.compile(r"%r[sdh]?\d+|%rd\d+")
+_REGISTER = re.compile(r"%r[sd]?\d+")
 _ADDRESS = re.compile(r"\[\s*(%rd\d+)[^\]]*\]")
 _PARAMETER = re.compile(r"ld\.param\S*\s+(%rd\d+), \[\w+_param_(\d+)\]")
 # What is computed from what was read from memory is an offset.

@@ -66,6 +66,10 @@ class TestPaths:
             *("BRA.U UP0, 0x30", "EXIT", "BRA 0x50", "EXIT"),
         ]  # fmt: skip
 
+    def test_with_jumps_to_unknown_places_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="a jump to an unknown place: brx"):
+            Code.of_ptx(fragment(["brx.idx %r1, targets;"]).ptx).reached([ENTRY])
+
     def test_of_inline_assembly_jump_within_its_block(self) -> None:
         block = ["{", ".reg .pred done;", "again:", "mbarrier.try_wait.b64 done, [%r1], %r2;", "@!done bra again;", "}"]
         code = Code.of_ptx(fragment([*block, *block]).ptx)
@@ -186,6 +190,12 @@ class TestReductionLayouts:
             f"}}) : (tensor<{shape}xf32, #blocked1>) -> tensor<16xf32, #ttg.slice<{{dim = 1, parent = #blocked1}}>>",
         ]
         return fragment(ttgir=f"\n#blocked1 = #ttg.blocked<{{{layout}}}>\n" + "\n".join(reduction))
+
+    def test_of_a_maximum_are_not_taken_for_the_sum_behind_it(self) -> None:
+        maximum = self.kernel(16, operation="maxnumf")
+        both = replace(maximum, ttgir=maximum.ttgir + self.kernel(8).ttgir.replace("#blocked1", "#blocked2"))
+        assert rules.reduction_layouts([both, self.kernel(8)]) == []
+        assert rules.reduction_layouts([both, self.kernel(16)]) != []
 
     def test_differ(self) -> None:
         [fault] = rules.reduction_layouts([self.kernel(8), self.kernel(8), self.kernel(16)])
