@@ -77,7 +77,14 @@ class Kernels(Protocol[Plan, W]):
     def norm_linear(self, x: Residual, norm: Norm, linear: Linear[W], plan: Plan) -> torch.Tensor: ...  # noqa: D102
 
     def attention(  # noqa: D102
-        self, qkv: torch.Tensor, qk_norm: Norm | None, rotary: Rotary, cache: LayerCache, plan: Plan
+        self,
+        qkv: torch.Tensor,
+        qk_norm: Norm | None,
+        rotary: Rotary,
+        cache: LayerCache,
+        plan: Plan,
+        *,
+        ahead: Linear[W] | None = None,
     ) -> torch.Tensor: ...
 
     def norm_linear_relu_squared(  # noqa: D102

@@ -233,6 +233,8 @@ class FusedKernels:
         rotary: Rotary,
         cache: LayerCache,
         plan: FusedPlan,
+        *,
+        ahead: Linear[FusedWeight] | None = None,
     ) -> torch.Tensor:
         """As `reference.attention`."""
         tokens, heads, _, dim = qkv.shape
@@ -252,6 +254,7 @@ class FusedKernels:
                 self._workspaces.decode,
                 out=out[:decodes],
                 angles_by_row=rotary.by_token,
+                ahead=None if ahead is None or plan.chunks is not None else ahead.weight.matrix,
                 pdl=self.pdl,
             )
         if plan.chunks is not None:

@@ -364,6 +364,8 @@ def attention(
     rotary: Rotary,
     cache: LayerCache,
     plan: AttentionPlan,
+    *,
+    ahead: Linear[ReferenceWeight] | None = None,
 ) -> torch.Tensor:
     """QK-norm, rotary embedding, keys and values into the cache, and attention over it.
 
@@ -373,10 +375,12 @@ def attention(
         rotary: what `rotary_at` made for this step.
         cache: the layer's; the step's keys and values are written to it.
         plan: the step's.
+        ahead: the projection that comes next, for kernels that can begin to fetch its weight.
 
     Returns:
         [T, H * D].
     """
+    del ahead
     weight, bias, eps = (qk_norm.weight, qk_norm.bias, qk_norm.eps) if qk_norm else (None, None, 0.0)
     cos, sin = rotary.cos[:, None, None], rotary.sin[:, None, None]
     q = qk_norm_rotary_store(qkv, weight, bias, eps, cos, sin, cache, plan)

@@ -174,7 +174,7 @@ class Persimmon:
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             qkv = kernels.norm_linear(x, layer.attention_norm, layer.query_key_value, plan)
             qkv = qkv.view(-1, heads, 3, head_dim)
-            attended = kernels.attention(qkv, layer.qk_norm, rotary, layer_cache, plan)
+            attended = kernels.attention(qkv, layer.qk_norm, rotary, layer_cache, plan, ahead=layer.attention_out)
             self._add_product_(kernels, x, Activation(attended), layer.attention_out, plan)
             inner = kernels.norm_linear_relu_squared(x, layer.mlp_norm, layer.mlp_up, plan)
             self._add_product_(kernels, x, inner, layer.mlp_down, plan)

@@ -175,8 +175,11 @@ class NativeKernels:
         rotary: Rotary,
         cache: LayerCache,
         plan: NativePlan,
+        *,
+        ahead: Linear[NativeWeight] | None = None,
     ) -> torch.Tensor:
         """As `reference.attention`."""
+        del ahead
         _, heads, _, head_dim = qkv.shape
         out = self._buffer("attended", plan.num_tokens, heads * head_dim)
         operation = library.Operation(

@@ -24,6 +24,7 @@ def decode(block_size: int, dtype: torch.dtype, normed: bool = True, pdl: bool =
     pages = torch.empty(4096, HEADS, block_size, DIM, dtype=dtype, device=META)
     norm = torch.empty(2, DIM, dtype=torch.float32, device=META) if normed else None
     table = torch.empty(MAX_LENGTH, DIM // 4, device=META)
+    width = HEADS * DIM
     decode_attention(
         torch.empty(SEQUENCES, HEADS, 3, DIM, dtype=dtype, device=META),
         norm,
@@ -35,6 +36,7 @@ def decode(block_size: int, dtype: torch.dtype, normed: bool = True, pdl: bool =
         torch.empty(SEQUENCES, dtype=torch.int32, device=META),
         torch.empty(SEQUENCES, MAX_LENGTH // block_size, dtype=torch.int32, device=META),
         workspace(),
+        ahead=torch.empty(width, width, dtype=dtype, device=META),
         pdl=pdl,
     )
 
