@@ -27,6 +27,7 @@ from persimmon.kernels.layer_norm import (
     statistics_shape,
     store_statistics,
 )
+from persimmon.kernels.prefetch import LINE_BYTES, prefetch
 from persimmon.kernels.projection_config import ATTENTION_OUT, MLP_DOWN, WIDE, Norm, ProjectionConfig, Workspace
 
 __all__ = ["ATTENTION_OUT", "MLP_DOWN", "WIDE", "Norm", "ProjectionConfig", "Workspace", "project", "project_add_"]
@@ -48,6 +49,34 @@ LIMITS = {
 
 _MERGED_BLOCKS = tl.constexpr(4)
 """Row blocks of `TILE_ROWS` whose partial sums the last program of a tile reads at once."""
+
+
+_AHEAD_FEATURES = tl.constexpr(512)
+"""Input features of a program's weights that a dependent launch asks for while the launch before it ends."""
+
+
+@triton.jit
+def prefetch_weight(
+    weight,
+    first,
+    column,
+    IN_FEATURES: tl.constexpr,
+    OUT_FEATURES: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LINE_BYTES: tl.constexpr = LINE_BYTES,
+):
+    """Brings the weights from `first` input features on and BLOCK_N output features from `column` on into the cache."""
+    LINE: tl.constexpr = 8 * LINE_BYTES // weight.dtype.element_ty.primitive_bitwidth
+    if TRANSPOSED:
+        features = first + tl.arange(0, _AHEAD_FEATURES)[:, None]
+        columns = column + tl.arange(0, BLOCK_N // LINE)[None, :] * LINE
+    else:
+        features = first + tl.arange(0, _AHEAD_FEATURES // LINE)[None, :] * LINE
+        columns = column + tl.arange(0, BLOCK_N)[:, None]
+    features = tl.minimum(features, IN_FEATURES - 1).to(tl.int64)
+    columns = tl.minimum(columns, OUT_FEATURES - 1).to(tl.int64)
+    prefetch(weight + (features * OUT_FEATURES + columns if TRANSPOSED else columns * IN_FEATURES + features))
 
 
 @triton.jit
@@ -150,6 +179,10 @@ def projection_kernel(
 ):
     """BLOCK_N output features over one split of the input features, for all rows; see `project`, `project_add_`."""
     if PDL:
+        if alive_in is None:
+            # Weights depend on no launch.  With flags, it is the launch before that decides which of them are read.
+            first, column = tl.program_id(1) * SPLIT_FEATURES, tl.program_id(0) * BLOCK_N
+            prefetch_weight(weight, first, column, IN_FEATURES, OUT_FEATURES, TRANSPOSED, BLOCK_N)
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     EVEN_N: tl.constexpr = OUT_FEATURES % BLOCK_N == 0

@@ -1,21 +1,19 @@
 """All rules over all kernels that were compiled."""
 
 from collections.abc import Callable
+from functools import partial
 
 from tests.kernels.machine_code import rules
 from tests.kernels.machine_code.compiled import Compiled, Matrix
 
 RULES: dict[str, Callable[[Compiled], list[str]]] = {
-    rule.__name__: rule
-    for rule in (
-        rules.merge_protocol,
-        rules.no_non_coherent_load,
-        rules.proxy_fence,
-        rules.barrier_before_shared_stores,
-        rules.nothing_before_grid_wait,
-    )
+    "merge_protocol": rules.merge_protocol,
+    "no_non_coherent_load": rules.no_non_coherent_load,
+    "proxy_fence": rules.proxy_fence,
+    "barrier_before_shared_stores": rules.barrier_before_shared_stores,
+    "nothing_before_grid_wait": partial(rules.nothing_before_grid_wait, except_for=("weight",)),
 }
-"""Rules over one kernel."""
+"""Rules over one kernel.  No launch of a step writes a weight, so a dependent launch may prefetch it."""
 
 
 def violations(matrix: Matrix, rule: str) -> dict[str, list[str]]:
