@@ -5,6 +5,7 @@ written by hand.
 """
 
 import ast
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -63,11 +64,26 @@ def _purpose(path: Path) -> str:
     return " ".join(docstring.strip().partition("\n\n")[0].split()).replace("|", "\\|")
 
 
+def roofline_table() -> str:
+    """Predicted times of a decode step's launches, as `python -m benchmarks.roofline` wrote them."""
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "roofline_8b.json").read_text())
+    cells: dict[str, dict[tuple[str, int], str]] = {}
+    for row in recorded["predicted"]:
+        times = " → ".join(f"{row[key]:,.1f}" for key in ("before_us", "us") if key in row)
+        cells.setdefault(row["launch"], {})[row["card"], row["batch"]] = f"{times}, {row['share']:.0%}"
+    places = sorted({place for launch in cells.values() for place in launch})
+    heading = " | ".join(f"{card}, batch {batch}" for card, batch in places)
+    lines = [f"| µs | {heading} |", f"| --- |{' ---: |' * len(places)}"]
+    lines += [f"| {name} | {' | '.join(at.get(place, '') for place in places)} |" for name, at in cells.items()]
+    return "\n".join(lines)
+
+
 GENERATED: Mapping[str, Callable[[], str]] = {
     "reference/settings.md": settings_tables,
     "reference/metrics.md": metrics_table,
     "reference/fields.md": field_table,
     "design/files.md": file_list,
+    "design/gpu-kernels.md": roofline_table,
 }
 """Pages under docs/, and what makes their generated part."""
 
