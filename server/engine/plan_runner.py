@@ -8,10 +8,11 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from persimmon.model.grammar import GrammarCompiler, GrammarError, GrammarSpec, Matcher
+from persimmon.model.grammar_spec import GrammarError, GrammarSpec
 from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import PendingStep, PooledStates, PromptLogprobs, Report, Runner, SequenceInput
 from persimmon.model.step_outcome import StepOutcome
@@ -19,6 +20,10 @@ from persimmon.model.token_counts import TokenCounts
 from persimmon.server.engine.sequence import Sequence
 from persimmon.server.engine.step_plan import ScheduledSequence, StepPlan
 from persimmon.server.engine.step_runner import LaunchedStep
+
+if TYPE_CHECKING:
+    # Brings llguidance, which an engine that is given no compiler does without.
+    from persimmon.model.grammar import GrammarCompiler, Matcher
 
 COMPILED_GRAMMARS = 16
 """Compiled grammars that are kept, the most recently used ones.  The caches of one can grow to 25 MB."""
@@ -32,7 +37,7 @@ class PlanRunner:
         compiler: compiles grammars; None where no sequence has one.
     """
 
-    def __init__(self, runner: Runner, compiler: GrammarCompiler | None = None) -> None:
+    def __init__(self, runner: Runner, compiler: "GrammarCompiler | None" = None) -> None:
         self._runner = runner
         self._compiler = compiler
         # A thread for each, because masks are wanted in every step and a compilation may take long.
@@ -40,7 +45,7 @@ class PlanRunner:
         self._masking = ThreadPoolExecutor(1, thread_name_prefix="grammar-masks")
         self._compiled: OrderedDict[GrammarSpec, Future[Matcher]] = OrderedDict()
 
-    def prepare(self, sequence: Sequence) -> Future[Matcher] | None:
+    def prepare(self, sequence: Sequence) -> "Future[Matcher] | None":
         """Starts what a sequence and its forks need before they run; None when that is nothing.
 
         Returns:
@@ -70,7 +75,7 @@ class PlanRunner:
             self._runner.copy_blocks(plan.copies)
         return _Launched(self, plan, self._runner.launch([self._input(item) for item in plan.scheduled]))
 
-    def _compile(self, grammar: GrammarSpec) -> Matcher:
+    def _compile(self, grammar: GrammarSpec) -> "Matcher":
         if self._compiler is None:
             raise GrammarError("this model does not support grammars")
         return self._compiler.compile(grammar)
@@ -150,7 +155,7 @@ class GrammarProgress:
         error: why it cannot go on, if so.
     """
 
-    def __init__(self, matcher: Matcher) -> None:
+    def __init__(self, matcher: "Matcher") -> None:
         self._matcher = matcher
         self._mask = matcher.mask()
         self.num_tokens = 0
