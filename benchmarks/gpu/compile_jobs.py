@@ -145,8 +145,11 @@ def jobs_of(shape: str, section: str) -> Sequence[CompileJob]:
         draws = [StepJob(rows, samplings=(TRUNCATED,)) for rows in buckets]
         return [*draws, StepJob(max(batch for batch, _ in suite.step_grid)), StepJob(chunk=suite.prompts[0])]
     if section == "engine":
-        mixed = (GREEDY, TRUNCATED, ADJUSTED)
-        return [StepJob(rows, chunk=chunk, samplings=mixed) for rows in buckets[:2] for chunk in (5, 100)]
+        size = suite.engine_block_size
+        mixed = [
+            StepJob(3, chunk, block_size=size, samplings=(GREEDY, TRUNCATED, ADJUSTED)) for chunk in (5, 20, 40, 100)
+        ]
+        return [*mixed, *(StepJob(rows, block_size=size, samplings=(ADJUSTED, TRUNCATED)) for rows in buckets)]
     if section == "checks":
         return [StepJob(suite.check_batch, block_size=size) for size in suite.check_block_sizes]
     if section == "types":

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from threading import Thread
+from threading import Event, Thread
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -39,6 +39,7 @@ class CompilePool:
         self._sections = list(sections)
         context = multiprocessing.get_context("spawn")
         self._compiled = context.Event()
+        self._ended = Event()
         # One core is left to the process that measures.
         cores = max(1, len(os.sched_getaffinity(0)) - 1)
         self._executor = ProcessPoolExecutor(cores, context, initializer=_start, initargs=(self._capability,))
@@ -54,6 +55,7 @@ class CompilePool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended.set()
         processes: dict[int, Any] = dict(self._executor._processes or {})
         self._executor.shutdown(wait=False, cancel_futures=True)
         for process in processes.values():
@@ -70,19 +72,26 @@ class CompilePool:
             for name in self._sections:
                 futures = waited if name in FIRST_SECTIONS else others
                 futures += [self._executor.submit(_compile, self._shape, own) for own in jobs_of(self._shape, name)]
-            count = _total(waited)
+            count = _total(waited, self._ended)
         finally:
             self._compiled.set()
         print(f"     compiled for the first sections: {count} kernels, {time.monotonic() - began:.1f} s", flush=True)
-        count = _total(others)
+        count = _total(others, self._ended)
+        if self._ended.is_set():
+            return
         print(f"     compiled for the others: {count} kernels, {time.monotonic() - began:.1f} s", flush=True)
 
 
-def _total(futures: Sequence["Future[int]"]) -> int:
-    """Kernels that jobs have compiled; a job that fails compiles none, and its launch will show why."""
+def _total(futures: Sequence["Future[int]"], ended: Event) -> int:
+    """Kernels that jobs have compiled; a job that fails compiles none, and its launch will show why.
+
+    Args:
+        futures: of the jobs.
+        ended: set once what is left of them no longer matters.
+    """
     count = 0
     for future in as_completed(futures):
-        if future.cancelled():
+        if future.cancelled() or ended.is_set():
             continue
         if (error := future.exception()) is not None:
             print(f"     could not be compiled ahead: {error!r}", flush=True)

@@ -23,9 +23,6 @@ from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import SequenceInput
 from persimmon.model.sampling_params import SamplingParams
 
-CHAIN_STEPS = 4
-"""Steps that follow each other."""
-
 STEP_ERROR = {torch.float16: 1e-2, torch.bfloat16: 8e-2, torch.float32: 1e-4}
 """Norm of a step's error over that of its result: each layer rounds a dozen times."""
 
@@ -44,12 +41,13 @@ class StepCheck:
         self._setting, self._report, self._dtype = setting, report, dtype
         self._title = f"decode step, {str(dtype).removeprefix('torch.')}"
         lengths = check_lengths(setting)
-        blocks = sum(-(-(length + CHAIN_STEPS) // suite.block_size) for length in lengths)
+        chain = suite.smoke_chain
+        blocks = sum(-(-(length + chain) // suite.block_size) for length in lengths)
         # The grid of predicted steps uses the same cache.
         blocks = max(blocks, *(batch * -(-context // suite.block_size) for batch, context in suite.smoke_grid))
         self.machine = Machine.build(setting, dtype, num_blocks=blocks, layers=suite.smoke_layers)
         plant_zeros(self.machine.model, 0.9)
-        tables = self.machine.tables([length + CHAIN_STEPS for length in lengths])
+        tables = self.machine.tables([length + chain for length in lengths])
         dice = random.Random(setting.seed)
         self._batch = decode_batch(lengths, tables, [dice.randrange(suite.config.vocab_size) for _ in lengths])
         self._before = _copy_of(self.machine.cache)
@@ -178,11 +176,11 @@ class StepCheck:
             tensor.copy_(own)
 
     def _chain(self, graphs: DecodeGraphs, *, waits: bool) -> torch.Tensor:
-        """[CHAIN_STEPS, R] tokens of steps that are fed by the one before: on the device, or through the host."""
+        """[steps, R] tokens of steps that are fed by the one before: on the device, or through the host."""
         runner, batch = self.machine.runner(graphs), self._hot()
         pending = []
         fed: Sequence[int] = [item.token_ids[0] for item in batch]
-        for step in range(CHAIN_STEPS):
+        for step in range(self._setting.suite.smoke_chain):
             moved = [
                 SequenceInput(
                     [token],

@@ -83,7 +83,7 @@ def _both(first: Call, second: Call) -> None:
 def chains(bench: StepBench, batch: int) -> None:
     """Steps that feed each other on the device, and steps that wait for the tokens of the one before."""
     suite, graphs = bench.setting.suite, bench.graphs[False]
-    context = min(512, suite.max_model_len - suite.chain_steps)
+    context = min(512, max(context for _, context in suite.step_grid))
     if not bench.fits(batch, context):
         return
     plant_zeros(bench.machine.model, 0.0)

@@ -42,6 +42,7 @@ class Suite:
         check_chunks: (context, new tokens) of the prompt checks.
         smoke_layers: of the network in the checks of whole steps.
         smoke_replays: replays of a step that must all give the same bits.
+        smoke_chain: steps that feed each other.
         smoke_grid: (batch, context) of the steps whose time is predicted.
         smoke_prompt: its length.
         rows: batch sizes of the projections.
@@ -58,6 +59,7 @@ class Suite:
         prompts: lengths.
         chunk: most tokens of a prompt that run in one step.
         engine_layers: of the engine's network.
+        engine_block_size: tokens of its blocks.
         engine_requests: of the mixed load.
         engine_prompt, engine_answer: the longest of each.
         engine_running: most sequences that run at once.
@@ -82,6 +84,7 @@ class Suite:
     check_chunks: tuple[tuple[int, int], ...]
     smoke_layers: int
     smoke_replays: int
+    smoke_chain: int
     smoke_grid: tuple[tuple[int, int], ...]
     smoke_prompt: int
     rows: tuple[int, ...]
@@ -99,6 +102,7 @@ class Suite:
     prompts: tuple[int, ...]
     chunk: int
     engine_layers: int
+    engine_block_size: int
     engine_requests: int
     engine_prompt: int
     engine_answer: int
@@ -133,6 +137,7 @@ SUITES = {
         check_chunks=((0, 2048), (0, 1), (1000, 5), (777, 130), (4090, 640), (0, 77)),
         smoke_layers=2,
         smoke_replays=300,
+        smoke_chain=4,
         smoke_grid=((1, 128), (8, 512), (64, 512)),
         smoke_prompt=2048,
         rows=(1, 16, 64, 8, 32, 128),
@@ -150,6 +155,7 @@ SUITES = {
         prompts=(2048, 512, 8192),
         chunk=2048,
         engine_layers=4,
+        engine_block_size=32,
         engine_requests=200,
         engine_prompt=600,
         engine_answer=32,
@@ -177,6 +183,7 @@ SUITES = {
         check_chunks=((0, 20), (10, 3)),
         smoke_layers=2,
         smoke_replays=2,
+        smoke_chain=2,
         smoke_grid=((1, 20),),
         smoke_prompt=20,
         rows=(1, 17),
@@ -194,8 +201,9 @@ SUITES = {
         prompts=(20,),
         chunk=16,
         engine_layers=1,
+        engine_block_size=16,
         engine_requests=4,
-        engine_prompt=36,
+        engine_prompt=32,
         engine_answer=3,
         engine_running=3,
         peer_batches=(1,),

@@ -4,18 +4,26 @@ import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpretedFunction
 
 from benchmarks.gpu.cli import failures, main
 from benchmarks.gpu.compare import check_repeats, check_same, compare, rounded
+from benchmarks.gpu.compile_jobs import jobs_of
+from benchmarks.gpu.engine_bench import TIE, EngineBench
 from benchmarks.gpu.report import Report, ResultFile
 from benchmarks.gpu.sections import SECTIONS
 from benchmarks.gpu.suite import SUITES, Setting
 from benchmarks.gpu.targets import TARGETS
 from tests.interpreter import multiply_as_matrix_units
+
+COMPILED_AHEAD = ("smoke", "steps", "engine")
+"""Sections all of whose kernels are compiled before they run."""
 
 ABSENT_ON_A_GPU_MACHINE = ("fastapi", "msgspec", "psutil", "pydantic", "uvicorn", "uvloop", "zmq")
 
@@ -30,15 +38,51 @@ def section_of(report: Report) -> dict:
     return report._section
 
 
+@contextmanager
+def launches_recorded(*, runs: bool = True) -> Iterator[set[tuple]]:
+    """What Triton would compile: kernels with their constants, and the types of their pointers."""
+    launched: set[tuple] = set()
+    run = InterpretedFunction.run
+
+    def record(self, *args, grid, warmup, **options):
+        types = tuple(str(arg.dtype) if isinstance(arg, torch.Tensor) else arg is None for arg in args)
+        launched.add((self.__name__, types, tuple(sorted(options.items()))))
+        return run(self, *args, grid=grid, warmup=warmup or not runs, **options)
+
+    InterpretedFunction.run = record
+    try:
+        yield launched
+    finally:
+        InterpretedFunction.run = run
+
+
 @pytest.mark.parametrize("name", SECTIONS)
-def test_every_section_runs_without_errors_on_the_tiny_network(name: str, tmp_path: Path, monkeypatch) -> None:
+def test_every_section_runs_on_the_tiny_network_with_kernels_that_were_compiled_ahead(
+    name: str, tmp_path: Path, monkeypatch
+) -> None:
     multiply_as_matrix_units(monkeypatch)
-    file = ResultFile(tmp_path / "found.json")
-    report = Report(file, name)
-    importlib.import_module(SECTIONS[name].module).run(Setting(SUITES["tiny"], torch.device("cpu"), 0), report)
+    report = Report(ResultFile(tmp_path / "found.json"), name)
+    setting = Setting(SUITES["tiny"], torch.device("cpu"), 0)
+    with launches_recorded() as launched:
+        importlib.import_module(SECTIONS[name].module).run(setting, report)
     section = section_of(report)
     assert failures({name: section}) == []
     assert section["checks"] or section["rows"] or name == "types"
+    with launches_recorded(runs=False) as compiled:
+        for earlier in list(SECTIONS)[: list(SECTIONS).index(name) + 1]:
+            for job in jobs_of("tiny", earlier):
+                job.run("tiny")
+    if name in COMPILED_AHEAD:
+        assert not launched - compiled
+
+
+def test_a_wrong_token_of_the_engine_is_no_tie() -> None:
+    bench = EngineBench(Setting(SUITES["tiny"], torch.device("cpu"), 0))
+    logits = bench.logits(0, [])
+    best, second = logits.topk(2).indices.tolist()
+    worst = int(logits.argmin())
+    assert not bench.is_tie(0, [best], [worst])
+    assert bench.is_tie(0, [best], [second]) == bool(logits[best] - logits[second] <= TIE * logits.std())
 
 
 def test_the_command_leaves_a_file_that_describes_the_run_and_keeps_older_sections(tmp_path: Path) -> None:

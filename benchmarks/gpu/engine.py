@@ -1,0 +1,87 @@
+"""Does the engine give the same tokens whatever it does to be fast?  And what does its own work cost a step?
+
+Scheduler, engine loop and runner, as the server wires them, on a few layers of the network: mixed requests with each
+feature on, then with one off at a time.  Greedy tokens must be equal, or differ first where two tokens are tied within
+rounding: prompts and steps of more than 64 tokens go through cuBLAS, whose sums depend on how many tokens there are.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from benchmarks.gpu.report import Report
+from benchmarks.gpu.suite import Setting
+
+if TYPE_CHECKING:
+    from benchmarks.gpu.engine_bench import EngineBench, Outcome, Variant
+
+NEEDS = {"msgspec": "msgspec", "pyzmq": "zmq"}
+"""Packages of the engine that the other sections do without, and the modules they are imported as."""
+
+
+def run(setting: Setting, report: Report) -> None:
+    """All features on, then one off at a time."""
+    missing = [package for package, module in NEEDS.items() if find_spec(module) is None]
+    if missing:
+        report.note(f"skipped: needs {' and '.join(missing)}")
+        return
+    from benchmarks.gpu.engine_bench import EngineBench, variants
+
+    bench = report.prepare("weights and graphs", partial(EngineBench, setting))
+    usual, *others = variants(setting)
+    expected = report.prepare(usual.name, partial(_measure, bench, report, usual))
+    for variant in others:
+        report.attempt(variant.name, partial(_compare, bench, report, variant, expected), seconds=4)
+
+
+def _measure(bench: "EngineBench", report: Report, variant: "Variant") -> "Outcome":
+    """Runs all requests; what must hold of each variant by itself."""
+    outcome = bench.run(variant)
+    stats, seconds = outcome.stats, outcome.seconds
+    report.row(
+        "engine",
+        what=variant.name,
+        requests=len(outcome.answers),
+        steps=stats.steps,
+        steps_s=stats.steps / seconds,
+        tokens_s=stats.generated_tokens / seconds,
+        host_ms_a_step=1e3 * outcome.host_seconds / stats.steps,
+        graph_replays=stats.graph_replays,
+        preemptions=stats.preemptions,
+        cached_tokens=stats.cached_tokens,
+    )
+    broken = outcome.broken()
+    report.check(f"{variant.name}: every request is answered in full", not broken, broken=len(broken), first=broken[:1])
+    held = stats.total_blocks - stats.free_blocks
+    report.check(f"{variant.name}: every block is free again", held == 0, held=held)
+    for what, happened in (
+        ("graphs are replayed", not bench.captures or not variant.graphs or stats.graph_replays > 0),
+        ("prompts share blocks", not variant.prefix_caching or stats.cached_tokens > 0),
+        ("sequences are preempted", not variant.scarce or stats.preemptions > 0),
+    ):
+        report.check(f"{variant.name}: {what}", happened)
+    return outcome
+
+
+def _compare(bench: "EngineBench", report: Report, variant: "Variant", expected: "Outcome") -> None:
+    """Greedy tokens against those of the usual engine."""
+    outcome = _measure(bench, report, variant)
+    ties, wrong = 0, []
+    compared: Sequence[int] = [key for key in outcome.answers if bench.is_greedy(key)]
+    for key in compared:
+        ours, theirs = outcome.answers[key].tokens, expected.answers[key].tokens
+        if ours == theirs:
+            continue
+        if bench.is_tie(key, ours, theirs):
+            ties += 1
+        else:
+            wrong.append(key)
+    report.check(
+        f"{variant.name}: greedy tokens as usual",
+        not wrong,
+        compared=len(compared),
+        tied=ties,
+        different=len(wrong),
+        first=wrong[:1],
+    )
