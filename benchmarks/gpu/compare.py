@@ -59,11 +59,6 @@ def compare(report: Report, name: str, out: torch.Tensor, reference: torch.Tenso
     report.check(name, finite and ratio <= 1, error_over_bound=ratio, relative_error=relative, finite=finite)
 
 
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors are the same bytes."""
-    return one.shape == other.shape and bool(_differences(one, other) == 0)
-
-
 def _differences(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """How many bytes differ; stays on the device."""
     return (one.contiguous().view(torch.uint8) != other.contiguous().view(torch.uint8)).sum()

@@ -143,7 +143,8 @@ def jobs_of(shape: str, section: str) -> Sequence[CompileJob]:
         return [*plain, *prompts, *(replace(job, pdl=True) for job in plain)]
     if section == "steps":
         draws = [StepJob(rows, samplings=(TRUNCATED,)) for rows in buckets]
-        return [*draws, StepJob(max(batch for batch, _ in suite.step_grid)), StepJob(chunk=suite.prompts[0])]
+        large = StepJob(max(batch for batch, _ in suite.step_grid))
+        return [*draws, large, StepJob(chunk=min(suite.chunk, suite.prompts[0]))]
     if section == "engine":
         size = suite.engine_block_size
         mixed = [

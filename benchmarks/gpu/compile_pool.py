@@ -15,7 +15,7 @@ from threading import Event, Thread
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from benchmarks.gpu.worker import Job
+from benchmarks.gpu.worker import Job, StartMethod
 
 if TYPE_CHECKING:
     from benchmarks.gpu.compile_jobs import CompileJob
@@ -31,13 +31,16 @@ class CompilePool:
         capability: the card's, as "9.0".
         shape: name of the suite's sizes.
         sections: whose kernels are compiled, the first ones first.
+        start_method: of the processes.
     """
 
-    def __init__(self, capability: str, shape: str, sections: Sequence[str]) -> None:
+    def __init__(
+        self, capability: str, shape: str, sections: Sequence[str], start_method: StartMethod = "spawn"
+    ) -> None:
         self._capability = int(capability.replace(".", ""))
         self._shape = shape
         self._sections = list(sections)
-        context = multiprocessing.get_context("spawn")
+        context: Any = multiprocessing.get_context(start_method)
         self._compiled = context.Event()
         self._ended = Event()
         # One core is left to the process that measures.

@@ -65,7 +65,8 @@ class Terms:
 
     Attributes:
         ends_at: on `time.monotonic`; no attempt starts that would not fit before it.
-        limit_s: seconds after which an attempt that has not ended ends the process; None for never.
+        limit_s: seconds after which an attempt that has not ended ends the process, twice as many for what attempts
+            need; None for never.
         killed_at: on `time.monotonic`; an attempt under way ends the process then, too.
         stacks: file descriptor that gets the stacks of all threads then.
         synchronize: waits for the device; raises the errors of what ran on it.
@@ -133,7 +134,7 @@ class Report:
             self.note(f"{what}: left out, no time is left")
             raise PreparationFailed(what)
         self._section["preparing"] = True
-        result, failed = self._run(what, call)
+        result, failed = self._run(what, call, patience=2.0)
         del self._section["preparing"]
         if failed or result is None:
             raise PreparationFailed(what)
@@ -192,12 +193,12 @@ class Report:
         print(f"     {self._section['seconds']} s", flush=True)
         self._file.save()
 
-    def _run(self, what: str, call: Callable[[], Result]) -> tuple[Result | None, bool]:
+    def _run(self, what: str, call: Callable[[], Result], patience: float = 1.0) -> tuple[Result | None, bool]:
         """What a call returned, and whether it failed; leaves the process where the device no longer works."""
         self._section["under_way"] = what
         self._file.save()
         began, result, failed = time.monotonic(), None, False
-        with self._watched():
+        with self._watched(patience):
             try:
                 result = call()
                 self._terms.synchronize()
@@ -219,12 +220,12 @@ class Report:
             os._exit(DEVICE_LOST)
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
+    def _watched(self, patience: float) -> Iterator[None]:
         """Ends the process if what it encloses takes too long; works while another thread holds the interpreter."""
         if self._terms.limit_s is None:
             yield
             return
-        limit = max(1.0, min(self._terms.limit_s, self._terms.killed_at - time.monotonic()))
+        limit = max(1.0, min(patience * self._terms.limit_s, self._terms.killed_at - time.monotonic()))
         faulthandler.dump_traceback_later(limit, exit=True, file=self._terms.stacks)
         try:
             yield

@@ -28,7 +28,7 @@ class Section:
 
 SECTIONS = {
     "ceilings": Section(
-        "benchmarks.gpu.ceilings", 12, limit_s=15, about="copy, read, L2 and matmul rates; kernels compile meanwhile"
+        "benchmarks.gpu.ceilings", 12, limit_s=12, about="copy, read, L2 and matmul rates; kernels compile meanwhile"
     ),
     "smoke": Section(
         "benchmarks.gpu.smoke", 40, limit_s=40, about="two layers and the head: right, repeatable, how fast a step is"

@@ -17,7 +17,7 @@ from benchmarks.gpu.report import Report
 from benchmarks.gpu.step_check import StepCheck, attempt_checks
 from benchmarks.gpu.suite import Setting
 from benchmarks.gpu.timing import Timing, time_loop
-from persimmon.kernels.launch import supports_pdl
+from persimmon.kernels.launch import KernelsUnavailableError, check_gpu, supports_pdl
 from persimmon.model.cuda_graphs import DecodeGraphs
 from persimmon.model.runner import SequenceInput
 
@@ -29,6 +29,11 @@ COMPILATION_S = 12.0
 def run(setting: Setting, report: Report) -> None:
     """Right, then fast; the risky launches last."""
     report.note(f"seed {setting.seed}")
+    if setting.on_gpu:
+        try:
+            check_gpu(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+        except KernelsUnavailableError as error:
+            report.note(f"a server would not start here: {error}")
     if not setting.wait_for_kernels(COMPILATION_S):
         report.note(f"kernels are still being compiled after {COMPILATION_S:g} s")
     check = report.prepare("two layers", lambda: StepCheck(setting, report, DTYPE))

@@ -88,8 +88,7 @@ class StepCheck:
             for steps in (graphs, None):
                 self._restore()
                 drawn = torch.tensor(self.machine.runner(steps).run(hot[:size]))
-                found = [self.machine.logprobs(size), *self.machine.cache.tensors]
-                outcomes.append([drawn, *(tensor.clone() for tensor in found)])
+                outcomes.append([drawn, *(tensor.clone() for tensor in self.machine.cache.tensors)])
             check_same(self._report, f"{self._name(pdl)}: {size} captured and padded = eager", *outcomes)
 
     def replays(self, *, pdl: bool = False) -> None:

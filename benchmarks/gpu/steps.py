@@ -38,7 +38,7 @@ def run(setting: Setting, report: Report) -> None:
                 what = f"consecutive steps of {batch_size}"
                 report.attempt(what, partial(chains, bench, batch_size), seconds=2)
             report.attempt("sampling", partial(sampling, bench), seconds=3)
-    report.attempt("launches", partial(_launches, bench, pdl=False))
+    report.attempt("launches", partial(_launches, bench, pdl=False), seconds=5)
     for tokens in suite.prompts[1:]:
         report.attempt(f"a prompt of {tokens}", partial(_prompt, bench, tokens), seconds=2)
     report.attempt("skipping", partial(skipped, bench), seconds=6)
@@ -47,7 +47,7 @@ def run(setting: Setting, report: Report) -> None:
         for batch, context in suite.step_grid[:3]:
             what = f"{batch} x {context}, dependent launch"
             report.attempt(what, partial(_decode, bench, batch, context, 0.0, pdl=True), seconds=2)
-        report.attempt("launches, dependent launch", partial(_launches, bench, pdl=True))
+        report.attempt("launches, dependent launch", partial(_launches, bench, pdl=True), seconds=5)
 
 
 def _start(setting: Setting, report: Report) -> StepBench:

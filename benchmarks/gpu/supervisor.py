@@ -75,6 +75,11 @@ def _blame(job: Job, ended: str, stacks: Path) -> tuple[str, str] | None:
     where = stacks.read_text(errors="replace") if stacks.exists() else ""
     stacks.unlink(missing_ok=True)
     known = [error for error in section["errors"] if error["in"] == what]
+    if not known and time.monotonic() > job.ends_at - 1:
+        section.setdefault("left_out", []).append(what or name)
+        print(f"     {what or name}: ended, the time is over", flush=True)
+        file.save()
+        return None
     if known:
         known[-1]["ended"] = ended
     else:
