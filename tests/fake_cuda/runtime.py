@@ -13,7 +13,9 @@ import torch
 import triton.language as tl
 from torch._C._autograd import DeviceType
 from torch.autograd.profiler_util import Interval
+from torch.overrides import _get_current_function_mode_stack
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._device import DeviceContext
 from triton.runtime import driver
 from triton.runtime.interpreter import GridExecutor
 
@@ -189,7 +191,10 @@ def _with_index(each: Any) -> Any:
 
 def _from_data(make: Callable[..., torch.Tensor], data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
     """`torch.tensor`, which asks CUDA's runtime for the device before it asks anyone else."""
-    made = make(data, **options)
+    if device is None:
+        within = [mode.device for mode in _get_current_function_mode_stack() if isinstance(mode, DeviceContext)]
+        device = within[-1] if within else None
+    made = make(data, **options) if isinstance(data, CudaTensor) else make(data, device="cpu", **options)
     return made if device is None else made.to(device)
 
 

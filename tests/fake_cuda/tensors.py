@@ -126,12 +126,7 @@ class Dispatcher:
     def dispatch(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Does, or queues, one operation."""
         flat = pytree.tree_leaves((args, kwargs))
-        has_device_tensor = any(isinstance(each, CudaTensor) for each in flat)
-        ours = has_device_tensor
-        for each in flat:
-            # What C++ code makes on the device of one of these tensors is one of them.
-            ours |= isinstance(each, torch.device) and each.type in ("cuda", "meta")
-        if not ours:
+        if not any(map(_is_on_device, flat)):
             pinned = kwargs.get("pin_memory")
             made = func(*args, **({**kwargs, "pin_memory": False} if pinned else kwargs))
             return self.pin(made) if pinned else made
@@ -315,15 +310,17 @@ class Dispatcher:
 
     def _upload(self, target: CudaTensor, source: torch.Tensor, *, asynchronous: bool) -> None:
         host, as_launched = target.host, source.clone()
+        captured = self.device.capturing is not None
         if not asynchronous:
             self.device.wait("copy from pageable memory")
             host.copy_(as_launched)
             return
 
         def copy() -> None:
-            if not torch.equal(_bytes(source), _bytes(as_launched)):
+            # A graph reads what is there when it is replayed.
+            if not captured and not torch.equal(_bytes(source), _bytes(as_launched)):
                 raise RuntimeError("pinned memory was written to before the device had read it")
-            host.copy_(as_launched)
+            host.copy_(source)
 
         self.enqueue("copy from pinned memory", copy, [target])
 
@@ -365,6 +362,13 @@ def poison_values(host: torch.Tensor) -> None:
     """Fills a host tensor with what nothing should read."""
     if host.is_contiguous() and host.untyped_storage().nbytes() == host.nbytes:
         poison(host.untyped_storage(), host.dtype)
+
+
+def _is_on_device(argument: Any) -> bool:
+    """Whether an argument is a tensor of the device, or the device; which is META to C++ code that makes new ones."""
+    return isinstance(argument, CudaTensor) or (
+        isinstance(argument, torch.device) and argument.type in (CUDA.type, META.type)
+    )
 
 
 def _bound(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[tuple[Any, Any]]:

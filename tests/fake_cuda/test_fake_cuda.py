@@ -78,6 +78,13 @@ def test_devices_need_no_index() -> None:
         assert torch.ones(2, device="cuda").to(device="cuda", dtype=torch.float16, copy=True).device == GPU
 
 
+def test_a_default_device_is_kept_to() -> None:
+    with torch.device("cpu"):  # after which torch knows what makes tensors
+        torch.tensor([1])
+    with fake_cuda(), torch.device("cuda"):
+        assert [torch.tensor([1]).device, torch.as_tensor([1]).device, torch.ones(1).device] == [GPU] * 3
+
+
 def test_kernels_may_be_left_out() -> None:
     with fake_cuda(interprets_kernels=False) as gpu:
         made = torch.empty(4, device=GPU)
@@ -149,6 +156,14 @@ class TestGraphs:
             source.fill_(value)
             graph.replay()
             assert target.tolist() == [6 * value] * 4
+
+    def test_read_pinned_memory_when_they_are_replayed(self, gpu: FakeDevice) -> None:
+        source, target = torch.ones(2).pin_memory(), torch.zeros(2, device=GPU)
+        graph = captured(lambda: target.copy_(source, non_blocking=True))
+        for value in (3.0, 4.0):
+            source.fill_(value)
+            graph.replay()
+            assert target.tolist() == [value, value]
 
     def test_leave_nothing_in_memory_that_no_tensor_holds(self, gpu: FakeDevice) -> None:
         source, results = torch.ones(2, device=GPU), []
