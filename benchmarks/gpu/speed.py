@@ -10,7 +10,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from benchmarks.gpu import targets
+from benchmarks.gpu import predictions, targets
 from benchmarks.gpu.cases import DTYPE, DecodeCase, ProjectionCase
 from benchmarks.gpu.inputs import Width, make_attention_inputs, make_pages, normal, widths
 from benchmarks.gpu.report import Report
@@ -62,7 +62,14 @@ def _decode_attention(setting: Setting, report: Report, batch: int, context: int
         suite.seconds_per_figure,
     )
     columns = memory_columns(timed["ours"], case.moved, ceiling)
-    report.row("decode attention", batch=batch, context=context, **columns, dense_torch_us=timed["torch"].median)
+    report.row(
+        "decode attention",
+        batch=batch,
+        context=context,
+        **columns,
+        predicted_us=predictions.predicted_us(setting, batch, predictions.ATTENTION, context),
+        dense_torch_us=timed["torch"].median,
+    )
     if (batch, context) == (64, 512) and ceiling:
         about = f"{timed['ours'].median:.0f} us a layer"
         report.figure(targets.DECODE_ATTENTION, case.moved / timed["ours"].seconds / ceiling, about)
@@ -85,7 +92,14 @@ def _projection(setting: Setting, report: Report, width: Width, rows: int) -> No
         setting.suite.seconds_per_figure,
     )
     columns = memory_columns(timed["ours"], case.moved, report.figures().get(targets.COPY))
-    report.row("projections", name=width.name, rows=rows, **columns, cublas_us=timed["cuBLAS"].median)
+    report.row(
+        "projections",
+        name=width.name,
+        rows=rows,
+        **columns,
+        predicted_us=predictions.predicted_us(setting, rows, predictions.LAUNCHES[width.name]),
+        cublas_us=timed["cuBLAS"].median,
+    )
 
 
 def _skipped_rows(setting: Setting, report: Report, down: Width, rows: int, zeros: float) -> None:
@@ -98,7 +112,16 @@ def _skipped_rows(setting: Setting, report: Report, down: Width, rows: int, zero
     )
     columns = memory_columns(timed["skipping"], case.moved_when_skipping, report.figures().get(targets.COPY))
     unread = 1 - case.alive.float().mean().item()
-    report.row("skipped rows", rows=rows, zeros=zeros, unread=unread, **columns, dense_us=timed["dense"].median)
+    predicted = predictions.predicted_us(setting, rows, predictions.DOWN_AT_90_PERCENT_ZEROS)
+    report.row(
+        "skipped rows",
+        rows=rows,
+        zeros=zeros,
+        unread=unread,
+        **columns,
+        predicted_us=predicted if zeros == 0.9 else None,
+        dense_us=timed["dense"].median,
+    )
 
 
 def prompt_attention_flops(setting: Setting, start: int, count: int) -> int:

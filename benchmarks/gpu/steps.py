@@ -10,6 +10,7 @@ from functools import partial
 from benchmarks.floors import prompt_flops, step_bytes
 from benchmarks.gpu import targets
 from benchmarks.gpu.model import GREEDY, SeenZeros, plant_zeros
+from benchmarks.gpu.predictions import STEP, predicted_us
 from benchmarks.gpu.profile import profile_launches
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.step_bench import StepBench, StepTimes
@@ -72,6 +73,7 @@ def _decode_row(
     needed = step_bytes(suite.config, batch, context - 1, seen.unread)
     floor = needed / copy_rate if copy_rate else None
     of_floor = None if floor is None else floor / times.launch.seconds
+    predicted = None if zeros or pdl else predicted_us(bench.setting, batch, STEP, context)
     report.row(
         "decode steps",
         batch=batch,
@@ -83,6 +85,7 @@ def _decode_row(
         ms_p10=times.launch.low / 1e3,
         ms_p90=times.launch.high / 1e3,
         replay_ms=times.replay.median / 1e3,
+        predicted_ms=None if predicted is None else predicted / 1e3,
         tokens_s=batch / times.launch.seconds,
         floor_ms=None if floor is None else floor * 1e3,
         of_floor=of_floor,

@@ -1,5 +1,6 @@
 """How the GPU suite finds out which card it runs on, and compiles ahead for it."""
 
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -8,11 +9,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.gpu import compile_jobs
+from benchmarks.gpu import compile_jobs, predictions
 from benchmarks.gpu.cli import main
 from benchmarks.gpu.compile_pool import CompilePool
 from benchmarks.gpu.machine import CLOCKS, FACTS, clocks, description
+from benchmarks.gpu.suite import SUITES, Setting
 from benchmarks.gpu.worker import Job
 
 CARD = ("NVIDIA H200", "9.0", "570.1", "143771 MiB")
@@ -43,6 +46,22 @@ def test_without_a_driver_the_command_reports_that_there_is_no_gpu(tmp_path: Pat
     monkeypatch.setattr(sys, "argv", ["gpu"])
     assert main() == 1
     assert "nvidia-smi reports no GPU" in capsys.readouterr().err
+
+
+def test_predictions_are_those_of_the_card_at_hand(tmp_path: Path, monkeypatch) -> None:
+    rows = [
+        {"card": card, "batch": 64, "launch": "attention", "us": us} for card, us in (("H100", 180.0), ("H200", 130.0))
+    ]
+    path = tmp_path / "roofline_8b.json"
+    path.write_text(json.dumps({"predicted": rows}))
+    on_gpu = Setting(SUITES["8b"], torch.device("cuda"), 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: CARD[0])
+    monkeypatch.setattr(predictions, "PREDICTED", path)
+    assert predictions.predicted_us(on_gpu, 64, predictions.ATTENTION, 512) == 130.0
+    assert predictions.predicted_us(on_gpu, 64, predictions.ATTENTION, 2048) is None
+    assert predictions.predicted_us(on_gpu, 8, predictions.ATTENTION) is None
+    monkeypatch.setattr(predictions, "PREDICTED", tmp_path / "absent.json")
+    assert predictions.predicted_us(on_gpu, 64, predictions.ATTENTION) is None
 
 
 @dataclass(frozen=True)
