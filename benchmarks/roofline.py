@@ -41,6 +41,9 @@ TILE_TOKENS = 32
 """Tokens of an iteration of decode attention: a block."""
 
 
+DOWN, DOWN_MASKED = "down + residual", "down + residual, 90% zeros"
+"""The last launch of a layer, where no activation is zero and where 90% are."""
+
 READERS = {"projection_kernel", "_head_kernel", "_decode_attention"}
 """Kernels that read weights or pages, of those that a call launches."""
 
@@ -229,17 +232,18 @@ def launches(rows: int) -> Iterator[Launch]:
     yield attention_launch(kernels["attention"], rows)
     yield projection_launch("out + residual", kernels["attention_out"], rows, (hidden, hidden), ATTENTION_OUT)
     yield projection_launch("norm + up", kernels["mlp_up"], rows, (hidden, inner), WIDE)
-    yield projection_launch("down + residual", kernels["mlp_down"], rows, (inner, hidden), MLP_DOWN)
+    yield projection_launch(DOWN, kernels["mlp_down"], rows, (inner, hidden), MLP_DOWN)
     if rows <= 16:
         masked = kernels["mlp_down_masked"]
-        yield projection_launch("down + residual, 90% zeros", masked, rows, (inner, hidden), MLP_DOWN, zeros=0.9)
+        yield projection_launch(DOWN_MASKED, masked, rows, (inner, hidden), MLP_DOWN, zeros=0.9)
     yield projection_launch("lm_head", kernels["head"], rows, (hidden, vocabulary), WIDE)
 
 
 def predict(card: Card, rows: int, step: list[Launch]) -> list[dict[str, object]]:
-    """A row for each launch, and for the step, of its predicted time and its share of the least time."""
+    """A row for each launch, and for the step with and without zeros, of its predicted time and share of the least."""
     found: list[dict[str, object]] = []
-    total = least = ahead = 0.0
+    totals: dict[str, list[float]] = {}
+    ahead = 0.0
 
     def add(name: str, us: float, floor: float, limit: str) -> None:
         shown = {"us": round(us, 1), "floor_us": round(floor, 1), "share": round(floor / us, 2), "limit": limit}
@@ -254,12 +258,17 @@ def predict(card: Card, rows: int, step: list[Launch]) -> list[dict[str, object]
         if launch.prefetches:
             ahead = min(AHEAD_BYTES, (us - ASSUMED.gap_us - floor) * card.memory_tb_s * 1e6)
         add(launch.name, us, floor, limit)
-        if "zeros" not in launch.name:
-            times = 1 if launch.name == "lm_head" else PERSIMMON_8B.num_hidden_layers
-            total, least = total + times * us, least + times * floor
+        times = 1 if launch.name == "lm_head" else PERSIMMON_8B.num_hidden_layers
+        only = {DOWN: ["step"], DOWN_MASKED: ["step, 90% zeros"]}.get(launch.name, ["step", "step, 90% zeros"])
+        for name in only:
+            total = totals.setdefault(name, [0.0, 0.0])
+            total[0] += times * us
+            total[1] += times * floor
     # The work list, the embedding, the last LayerNorm, the merge of draws; above 16 rows two LayerNorms a layer.
     small = 4 + (2 * PERSIMMON_8B.num_hidden_layers if rows > 16 else 0)
-    add("step", total + small * ASSUMED.small_launch_us, least, "")
+    for name, (us, floor) in totals.items():
+        if name == "step" or any(launch.name == DOWN_MASKED for launch in step):
+            add(name, us + small * ASSUMED.small_launch_us, floor, "")
     return found
 
 
