@@ -36,7 +36,7 @@ class LogprobRows:
             token_ids: [R] int64.
             top: K, at most vocab_size.
         """
-        total = logits.logsumexp(-1)
+        total = _log_totals(logits)
         logprobs = logits.gather(1, token_ids[:, None])[:, 0] - total
         if top == 0:
             return cls(
@@ -45,13 +45,8 @@ class LogprobRows:
                 top_ids=token_ids.new_empty(len(logits), 0),
                 top_logprobs=logits.new_empty(len(logits), 0),
             )
-        values, ids = logits.topk(top, dim=-1)
-        # topk promises no order among equals: by id, then by value, keeping that order.
-        ids, order = ids.sort(dim=-1)
-        values, order = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
-        return cls(
-            token_ids=token_ids, logprobs=logprobs, top_ids=ids.gather(1, order), top_logprobs=values - total[:, None]
-        )
+        values, ids = _highest(logits, top)
+        return cls(token_ids=token_ids, logprobs=logprobs, top_ids=ids, top_logprobs=values - total[:, None])
 
     @classmethod
     def concatenate(cls, parts: Sequence["LogprobRows"]) -> "LogprobRows":
@@ -78,3 +73,45 @@ class LogprobRows:
             )
             for row, top in enumerate(tops)
         ]
+
+
+def _log_totals(logits: torch.Tensor) -> torch.Tensor:
+    """[R] log(sum(exp(logits))), each with the same bits whatever R is.
+
+    On a CPU torch sums every row by itself.  On a GPU the order of its sums depends on R; there halves are added until
+    one column is left.
+    """
+    if logits.device.type == "cpu":
+        return logits.logsumexp(-1)
+    highest = logits.amax(-1)
+    return highest + sum_by_halves_((logits - highest[:, None]).exp_()).log_()
+
+
+def sum_by_halves_(x: torch.Tensor) -> torch.Tensor:
+    """[R, V] to [R], the sum of each row by operations that know only elements; changes x."""
+    width = x.shape[1]
+    while width > 1:
+        half = width // 2
+        x[:, :half] += x[:, width - half : width]
+        width -= half
+    return x[:, 0]
+
+
+def _highest(logits: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[R, top] highest logits, best first, and their ids; of equal ones those with the lowest ids, in their order.
+
+    topk promises no order among equals, nor which of them it takes, so that K would decide on the last ones.
+    """
+    values, ids = logits.topk(top, dim=-1)
+    lowest = values[:, -1:]
+    ties = logits == lowest
+    # On a GPU the question would wait for everything launched before it.
+    if logits.device.type != "cpu" or ties.sum() > (values == lowest).sum():
+        numbers = torch.arange(logits.shape[1], dtype=torch.float32, device=logits.device)
+        first_ties = torch.where(ties, -numbers, float("-inf")).topk(top, dim=-1).indices
+        place = torch.arange(top, device=logits.device) - (values > lowest).sum(-1, keepdim=True)
+        ids = torch.where(place >= 0, first_ties.gather(1, place.clamp_min(0)), ids)
+    # By id, then by value, keeping that order.
+    ids, order = ids.sort(dim=-1)
+    values, order = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
+    return values, ids.gather(1, order)
