@@ -108,23 +108,39 @@ def cpu_multiplies_bfloat16() -> bool:
 
 
 def for_device(
-    device: torch.device, dtype: torch.dtype = torch.float32, *, allow_old_triton: bool = False
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    batch_invariant: bool = False,
+    allow_old_triton: bool = False,
 ) -> Kernels[Any, Any]:
     """The implementation that runs on this device: fused Triton kernels on a GPU, on a CPU C or else plain torch.
 
     Args:
         device: where the network runs.
         dtype: that it computes in.
+        batch_invariant: whether a token's bits must not depend on what else a step computes.
         allow_old_triton: whether a GPU may be used with a Triton that can make results wrong on it.
 
     Raises:
-        KernelsUnavailableError: the GPU, or the software installed for it, is not sufficient.
+        KernelsUnavailableError: the GPU, or the software installed for it, is not sufficient; or plain torch is all
+            there is, and its products are not batch-invariant.
     """
     if device.type == "cuda":
         name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
         check_gpu(name, capability, allow_old_triton=allow_old_triton)
-        from persimmon.kernels.fused import FusedKernels  # brings Triton, which a CPU has no use for
+        # They bring Triton, which a CPU has no use for.
+        from persimmon.kernels.fused import FusedKernels
+        from persimmon.kernels.invariant import InvariantKernels
 
-        return FusedKernels(device)
+        return InvariantKernels(device) if batch_invariant else FusedKernels(device)
     builds = library.builds()
-    return NativeKernels(builds[0], dtype) if builds else reference
+    if builds:
+        return NativeKernels(builds[0], dtype)
+    if batch_invariant:
+        raise KernelsUnavailableError(
+            "--batch-invariant needs the C kernels on a CPU, and there is no build of them for this processor: torch, "
+            "which computes instead, adds up a product in an order that depends on the number of rows. Reinstall the "
+            "project with a C compiler on a processor with AVX2, or serve without the flag"
+        )
+    return reference

@@ -80,6 +80,19 @@ class ChunkPlan:
     launches: tuple[ChunkTiles, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class LastTokens:
+    """The last token of each of B sequences: a decode step's.
+
+    Attributes:
+        lengths: [B] int32, tokens of each sequence, this one included; 0 for padding.
+        block_tables: [B, W] int32.
+    """
+
+    lengths: torch.Tensor
+    block_tables: torch.Tensor
+
+
 def plan_chunks(
     block_tables: Sequence[Sequence[int]],
     starts: Sequence[int],

@@ -31,7 +31,13 @@ from persimmon.kernels.operands import (
     StepLimits,
     TruncationInputs,
 )
-from persimmon.kernels.prefill_attention import ChunkPlan, plan_chunks, prefill_attention, qk_norm_rotary_store
+from persimmon.kernels.prefill_attention import (
+    ChunkPlan,
+    PrefillConfig,
+    plan_chunks,
+    prefill_attention,
+    qk_norm_rotary_store,
+)
 
 SMALL_STEP = 64
 """Most tokens of a step whose projections read weights rather than multiply; not yet run on a GPU."""
@@ -186,6 +192,7 @@ class FusedKernels:
                 block_size=block_size,
                 device=device,
                 dtype=dtype,
+                configs=self._chunk_configs(dtype),
             )
         return self.plan_decode(packed[:1], packed[4 : 4 + decodes], packed[tables_at:].view(decodes, width), chunks)
 
@@ -247,7 +254,7 @@ class FusedKernels:
                 weight,
                 bias,
                 eps,
-                *_angles(rotary, slice(decodes)),
+                *angles_of(rotary, slice(decodes)),
                 cache,
                 plan.lengths,
                 plan.block_tables,
@@ -263,7 +270,7 @@ class FusedKernels:
                 weight,
                 bias,
                 eps,
-                *_angles(rotary, slice(decodes, None)),
+                *angles_of(rotary, slice(decodes, None)),
                 cache,
                 plan.chunks,
                 angles_by_row=rotary.by_token,
@@ -378,6 +385,11 @@ class FusedKernels:
         """[max_num_seqs] int64, the tokens of the last step, where the next may take them from."""
         return self._workspaces.sampling.tokens
 
+    def _chunk_configs(self, dtype: torch.dtype) -> Sequence[PrefillConfig] | None:
+        """Tile shapes of prompt attention; None for `plan_chunks`' own."""
+        del dtype
+        return None
+
     def _project_normed(
         self,
         x: Residual,
@@ -418,7 +430,7 @@ class FusedKernels:
         return self._reserved
 
 
-def _angles(rotary: Rotary, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+def angles_of(rotary: Rotary, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines for some of a step's rows: theirs, or those of all positions."""
     return (rotary.cos[rows], rotary.sin[rows]) if rotary.by_token else (rotary.cos, rotary.sin)
 

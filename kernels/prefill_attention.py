@@ -9,11 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
-from persimmon.kernels.chunk_plan import ChunkPlan, PrefillConfig, plan_chunks
+from persimmon.kernels.chunk_plan import ChunkPlan, LastTokens, PrefillConfig, plan_chunks
 from persimmon.kernels.launch import Limits, launch_options, next_power_of_2
+from persimmon.kernels.layer_norm import exact_launch_options
 from persimmon.kernels.operands import LayerCache
 
-__all__ = ["ChunkPlan", "PrefillConfig", "plan_chunks", "prefill_attention", "qk_norm_rotary_store"]
+__all__ = ["ChunkPlan", "LastTokens", "PrefillConfig", "plan_chunks", "prefill_attention", "qk_norm_rotary_store"]
 
 LIMITS = {
     "_qk_norm_rotary_store_kernel": Limits(registers=110, shared_bytes=512),
@@ -57,7 +58,8 @@ def _norm_and_turn(
     return tl.where(turns, x * cos + partner * sin, x)
 
 
-@triton.jit
+# The table's width changes with the longest sequence, and must not compile anew.
+@triton.jit(do_not_specialize=["table_width"])
 def _qk_norm_rotary_store_kernel(
     qkv,
     norm_weight,
@@ -67,6 +69,9 @@ def _qk_norm_rotary_store_kernel(
     sin_table,
     positions,
     slots,
+    lengths,
+    block_tables,
+    table_width,
     queries,
     k_cache,
     v_cache,
@@ -105,8 +110,18 @@ def _qk_norm_rotary_store_kernel(
     v = tl.load(k_source + HEAD_DIM + dims, mask=live, other=0.0)
     q_partner = tl.load(q_source + partner_dims, mask=live, other=0.0)
     k_partner = tl.load(k_source + partner_dims, mask=live, other=0.0)
-    slot = tl.load(slots + token)
-    angle_row = token if BY_ROW else tl.load(positions + token).to(tl.int64)
+    if lengths is None:
+        position = tl.load(positions + token)
+        slot = tl.load(slots + token)
+        stored = live
+    else:
+        # Rows of length 0 are padding, which writes to no block.
+        length = tl.load(lengths + token)
+        position = tl.maximum(length - 1, 0)
+        block = tl.load(block_tables + token * table_width + position // BLOCK_SIZE, mask=length > 0, other=0)
+        slot = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
+        stored = live & (length > 0)
+    angle_row = token if BY_ROW else position.to(tl.int64)
     angle = angle_row * HALF + tl.where(is_left, dims, partner_dims)
     cos = tl.load(cos_table + angle, mask=turns, other=1.0)
     sin = tl.load(sin_table + angle, mask=turns, other=0.0)
@@ -116,8 +131,8 @@ def _qk_norm_rotary_store_kernel(
     k = _norm_and_turn(k, k_partner, norm_weight, norm_bias, eps, dims, partner_dims, turns, cos, sin, 1, HEAD_DIM)
     cache_row = (slot // BLOCK_SIZE * HEADS + head) * BLOCK_SIZE + slot % BLOCK_SIZE
     tl.store(queries + row * HEAD_DIM + dims, q.to(queries.dtype.element_ty), mask=live)
-    tl.store(k_cache + cache_row * HEAD_DIM + dims, k.to(k_cache.dtype.element_ty), mask=live)
-    tl.store(v_cache + cache_row * HEAD_DIM + dims, v, mask=live)
+    tl.store(k_cache + cache_row * HEAD_DIM + dims, k.to(k_cache.dtype.element_ty), mask=stored)
+    tl.store(v_cache + cache_row * HEAD_DIM + dims, v, mask=stored)
 
 
 def qk_norm_rotary_store(
@@ -128,9 +143,10 @@ def qk_norm_rotary_store(
     cos: torch.Tensor,
     sin: torch.Tensor,
     cache: LayerCache,
-    plan: ChunkPlan,
+    plan: ChunkPlan | LastTokens,
     *,
     angles_by_row: bool = False,
+    exact: bool = False,
     pdl: bool = False,
 ) -> torch.Tensor:
     """LayerNorm of queries and keys, rotary embedding of their first dimensions, keys and values into the cache.
@@ -146,9 +162,10 @@ def qk_norm_rotary_store(
             no QK-norm.
         eps: of the LayerNorms.
         cos, sin: [max_position, R/2] float32 contiguous, of every position's angles; [T, R/2] with `angles_by_row`.
-        cache: the layer's, contiguous, written at `plan.slots`, keys in the values they are rounded to.
-        plan: the step's.
+        cache: the layer's, contiguous, written where the plan's tokens belong, keys in the values they are rounded to.
+        plan: the tokens of chunks, or the last ones of sequences.
         angles_by_row: whether `cos` and `sin` have a row for each token instead of each position.
+        exact: whether the bits must not depend on which of the two kinds of plan a token is in.
         pdl: whether the kernel may start while its predecessor ends (sm_90 and later).
 
     Returns:
@@ -157,7 +174,9 @@ def qk_norm_rotary_store(
     tokens, heads, _, dim = qkv.shape
     half = cos.shape[-1]
     _check_cache(heads, dim, qkv.dtype, cache)
-    _check_tokens("qkv", qkv, plan)
+    last = plan if isinstance(plan, LastTokens) else None
+    chunks = plan if isinstance(plan, ChunkPlan) else None
+    _check_tokens("qkv", qkv, len(plan.lengths if isinstance(plan, LastTokens) else plan.slots))
     if not 0 < 2 * half <= dim:
         raise ValueError(f"rotary tables of {half} angles turn {2 * half} dimensions; a head has {dim}")
     if (norm_weight is None) != (norm_bias is None):
@@ -171,8 +190,11 @@ def qk_norm_rotary_store(
         eps,
         cos,
         sin,
-        plan.positions,
-        plan.slots,
+        chunks.positions if chunks else None,
+        chunks.slots if chunks else None,
+        last.lengths if last else None,
+        last.block_tables if last else None,
+        last.block_tables.shape[1] if last else 0,
         queries,
         cache.keys,
         cache.values,
@@ -185,13 +207,13 @@ def qk_norm_rotary_store(
         BY_ROW=angles_by_row,
         PDL=pdl,
         num_warps=4,
-        **launch_options(pdl),
+        **(exact_launch_options(pdl) if exact else launch_options(pdl)),
     )
     return queries
 
 
 @triton.jit
-def _attend(
+def attend(
     q,
     positions,
     maximum,
@@ -291,11 +313,11 @@ def _prefill_attention_kernel(
     maximum = tl.full([BLOCK_Q], -3.0e38, tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     weighted = tl.zeros([BLOCK_Q, HEAD_DIM], tl.float32)
-    maximum, total, weighted = _attend(
+    maximum, total, weighted = attend(
         q, positions, maximum, total, weighted, k_cache, v_cache, block_table, 0, unmasked_end, score_scale,
         BLOCK_STRIDE, HEAD_DIM, BLOCK_SIZE, BLOCK_K, STAGES, False,
     )  # fmt: skip
-    maximum, total, weighted = _attend(
+    maximum, total, weighted = attend(
         q, positions, maximum, total, weighted, k_cache, v_cache, block_table, unmasked_end, end, score_scale,
         BLOCK_STRIDE, HEAD_DIM, BLOCK_SIZE, BLOCK_K, STAGES, True,
     )  # fmt: skip
@@ -332,7 +354,7 @@ def prefill_attention(
     """
     tokens, heads, dim = q.shape
     _check_cache(heads, dim, q.dtype, cache)
-    _check_tokens("q", q, plan)
+    _check_tokens("q", q, len(plan.slots))
     if out is None:
         out = torch.empty((tokens, heads * dim), dtype=q.dtype, device=q.device)
     elif out.shape != (tokens, heads * dim) or out.dtype != q.dtype or not out.is_contiguous():
@@ -383,8 +405,6 @@ def _check_cache(heads: int, dim: int, dtype: torch.dtype, cache: LayerCache) ->
         )
 
 
-def _check_tokens(name: str, tensor: torch.Tensor, plan: ChunkPlan) -> None:
-    if tensor.shape[0] != plan.slots.shape[0] or not tensor.is_contiguous():
-        raise ValueError(
-            f"{name} must be contiguous and hold the plan's {plan.slots.shape[0]} tokens, got {list(tensor.shape)}"
-        )
+def _check_tokens(name: str, tensor: torch.Tensor, tokens: int) -> None:
+    if tensor.shape[0] != tokens or not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous and hold the plan's {tokens} tokens, got {list(tensor.shape)}")

@@ -85,6 +85,7 @@ class Harness:
         overlap: whether a step is planned and launched before the one before it is looked at, as on a GPU.
         operations: those that the model was loaded with; what serves a CPU by default.
         runner: runs the steps, with as many blocks; one on the CPU by default.
+        typical_output: tokens that an answer is expected to have; with few, more sequences are preempted.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Harness:
         overlap: bool = False,
         operations: Kernels[Any, Any] | None = None,
         runner: Runner | None = None,
+        typical_output: int = 256,
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching)
         self.scheduler = Scheduler(
@@ -108,6 +110,7 @@ class Harness:
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=min(num_blocks * block_size, model.config.context_length),
             rope_limit=model.config.rope_limit,
+            typical_output=typical_output,
         )
         if runner is None:
             runner = runner_of(model, poisoned_cache(model, num_blocks, block_size), operations)

@@ -56,6 +56,7 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
 
     Raises:
         CheckpointError: the checkpoint is damaged or not Persimmon's.
+        KernelsUnavailableError: this machine cannot compute it, or not as asked.
         MemoryPlanError: it does not fit as asked.
     """
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -66,7 +67,9 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     config = PersimmonConfig.from_folder(folder)
     dtype = choose_dtype(settings.dtype, config.dtype, device, cpu_bfloat16=kernels.cpu_multiplies_bfloat16())
-    operations = kernels.for_device(device, dtype, allow_old_triton=settings.allow_old_triton)
+    operations = kernels.for_device(
+        device, dtype, batch_invariant=settings.batch_invariant, allow_old_triton=settings.allow_old_triton
+    )
     executor = executor_for(operations, device, _graph_sizes(settings, config))
     longest = settings.max_model_len or config.context_length
     with _phase("checkpoint", print_line):
@@ -75,6 +78,8 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         config = checkpoint.config
         for note in checkpoint.notes:
             print_line(f"  {'':<12} {note}")
+    if settings.batch_invariant:
+        check_batch_invariance(config, device)
     reserved = still_to_be_taken(config, settings.api_workers, settings.max_body_size)
     left = available_memory(device, settings.gpu_memory_utilization, reserved)
     plan = plan_memory(
@@ -129,6 +134,20 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         for batch in warm_up_steps(plan, settings, config, compiles=executor.compiles):
             runner.run(batch)
     return LoadedModel(runner=runner, plan=plan, dtype=dtype, executor=executor)
+
+
+def check_batch_invariance(config: PersimmonConfig, device: torch.device) -> None:
+    """Makes sure that no product of the network depends on the number of rows.
+
+    Raises:
+        KernelsUnavailableError: one does.
+    """
+    if config.tie_word_embeddings and device.type == "cpu":
+        raise kernels.KernelsUnavailableError(
+            "--batch-invariant does not hold on a CPU for a checkpoint with tie_word_embeddings: its lm_head is the "
+            "embedding, which torch multiplies, in an order that depends on the number of rows. Serve it without "
+            "the flag, or on a GPU"
+        )
 
 
 def _graph_sizes(settings: EngineSettings, config: PersimmonConfig) -> list[int]:

@@ -96,6 +96,13 @@ class EngineSettings(LogSettings):
     enable_prefix_caching: bool = setting(
         True, "Reuse the KV blocks of prompt prefixes that were seen before.", "engine"
     )
+    batch_invariant: bool = setting(
+        False,
+        "Compute a request's tokens and log-probabilities with the same bits alone, in any batch, from a prefix-cache "
+        "hit and after a preemption. On a CPU the C kernels always do, and the flag makes the start fail where they "
+        "do not compute everything. On a GPU it makes prompts slower.",
+        "engine",
+    )
 
     cuda_graph_sizes: tuple[int, ...] | None = setting(
         None,

@@ -17,7 +17,10 @@ from collections.abc import Callable
 from types import ModuleType
 
 CAPABILITIES = (80, 90, 100)
-MODULES = ("decode_attention", "prefill_attention", "projection", "layer_norm", "sampling", "truncation")
+MODULES = (
+    *("decode_attention", "prefill_attention", "projection", "layer_norm", "sampling", "truncation"),
+    *("invariant_attention", "invariant_projection"),
+)
 """Modules of persimmon.kernels that have calls."""
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from persimmon.kernels.operands import LayerCache
-from persimmon.kernels.prefill_attention import plan_chunks, prefill_attention, qk_norm_rotary_store
+from persimmon.kernels.prefill_attention import LastTokens, plan_chunks, prefill_attention, qk_norm_rotary_store
 
 META = torch.device("meta")
 HEADS, HEAD_DIM, ROTARY_DIM, MAX_POSITION = 64, 64, 32, 16384
@@ -31,7 +31,23 @@ def _call(
     return call
 
 
+def _store_decodes() -> None:
+    """What the batch-invariant mode stores of a decode step."""
+    sequences, block_size = 64, 32
+    parameters = torch.empty(2, HEAD_DIM, dtype=torch.float32, device=META)
+    angles = torch.empty(MAX_POSITION, ROTARY_DIM // 2, device=META)
+    pages = torch.empty(4096, HEADS, block_size, HEAD_DIM, dtype=torch.float16, device=META)
+    last = LastTokens(
+        torch.empty(sequences, dtype=torch.int32, device=META),
+        torch.empty(sequences, MAX_POSITION // block_size, dtype=torch.int32, device=META),
+    )
+    qkv = torch.empty(sequences, HEADS, 3, HEAD_DIM, dtype=torch.float16, device=META)
+    cache = LayerCache(pages, pages)
+    qk_norm_rotary_store(qkv, parameters, parameters, 1e-5, angles, angles, cache, last, exact=True)
+
+
 CALLS: dict[str, Callable[[], None]] = {
+    "store of decodes": _store_decodes,
     "prompts": _call([2048, 77]),
     "prompts in blocks of 16": _call([2048], block_size=16),
     "prompts in blocks of 64": _call([2048], block_size=64),
@@ -49,6 +65,7 @@ ON_TENSOR_CORES = {"prompts": r"HGMMA", "drafts": r"HMMA"}
 EXPECTED: dict[str, tuple[str, ...]] = {
     name: (r"LDG\.E\.128", PIPELINED, *(() if "float32" in name else (ON_TENSOR_CORES[name.split()[0].strip(",")],)))
     for name in CALLS
+    if name != "store of decodes"
 }
-COMPAT_ONLY = set(CALLS) - {"prompts", "drafts", "prompts in blocks of 16"}
+COMPAT_ONLY = set(CALLS) - {"prompts", "drafts", "prompts in blocks of 16", "store of decodes"}
 EVERY_GENERATION = {"prompts", "drafts"}

@@ -1,5 +1,6 @@
 """What the start decides before there is a GPU to decide it on."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,12 +8,14 @@ import pytest
 import torch
 
 from persimmon import kernels
+from persimmon.kernels.cpu import library
 from persimmon.model.config import Architecture, PersimmonConfig
 from persimmon.model.executor import executor_for
 from persimmon.model.rope_scaling import RopeScaling
 from persimmon.model.runner import PooledStates
 from persimmon.server.config import read_settings
-from persimmon.server.engine.loading import _graph_sizes, _limits, load_model, warm_up_steps
+from persimmon.server.engine.loading import _graph_sizes, _limits, check_batch_invariance, load_model, warm_up_steps
+from tests.model.checkpoints import make_checkpoint
 
 CPU = torch.device("cpu")
 SHAPE = {
@@ -60,7 +63,7 @@ def test_the_allowance_for_an_old_triton_is_the_settings(
     class AskedError(Exception):
         pass
 
-    def for_device(device: torch.device, dtype: torch.dtype, *, allow_old_triton: bool) -> None:
+    def for_device(device: torch.device, dtype: torch.dtype, *, allow_old_triton: bool, **_: bool) -> None:
         asked.append(allow_old_triton)
         raise AskedError
 
@@ -69,6 +72,15 @@ def test_the_allowance_for_an_old_triton_is_the_settings(
         with pytest.raises(AskedError):
             load_model(read_settings(settings), demo_checkpoint, print)
     assert asked == [False, True]
+
+
+@pytest.mark.skipif(not library.builds(), reason="without the C kernels no checkpoint is batch-invariant")
+def test_batch_invariance_is_refused_on_a_cpu_whose_head_torch_multiplies(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, num_hidden_layers=1, tie_word_embeddings=True)
+    with pytest.raises(kernels.KernelsUnavailableError, match=r"--batch-invariant does not hold .*tie_word"):
+        load_model(read_settings({"batch_invariant": "true"}), folder, lambda line: None)
+    check_batch_invariance(replace(GENERATOR, tie_word_embeddings=True), torch.device("cuda"))
+    check_batch_invariance(GENERATOR, CPU)
 
 
 def test_a_classifier_has_no_buffers_for_draws() -> None:

@@ -1,0 +1,125 @@
+"""The C kernels: a request's tokens and log-probabilities have the same bits whatever else runs, in every dtype."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from persimmon import kernels
+from persimmon.kernels import KernelsUnavailableError
+from persimmon.kernels.cpu import library
+from persimmon.kernels.cpu.native import NativeKernels
+from persimmon.model.logprobs import LogprobRows, sum_by_halves_
+from persimmon.model.sampling_params import SamplingParams
+from persimmon.server.engine.sequence import Sequence as EngineSequence
+from tests.engine_harness import CPU, Harness, blocks_for, load_model, new_tokens
+
+NEW_TOKENS = 48
+PROMPT_LENGTHS = (1, 40, 7, 33, 150, 24, 2, 50)
+
+pytestmark = pytest.mark.skipif(not library.builds(), reason="no build of the C kernels for this processor")
+
+
+def prompts() -> list[list[int]]:
+    """Of many lengths; all but the shortest begin alike."""
+    beginning = random.Random(0).choices(range(2, 4096), k=20)
+    return [
+        (beginning + random.Random(length).choices(range(2, 4096), k=length))[: max(length, 1)]
+        for length in PROMPT_LENGTHS
+    ]
+
+
+def sampling(index: int) -> SamplingParams:
+    return SamplingParams(temperature=0.0 if index % 2 else 1.0, top_p=0.9, seed=index, logprobs=4 + index)
+
+
+def answers(engine: Harness, chosen: Sequence[int], arrivals: Sequence[int] | None = None) -> list[tuple]:
+    """Tokens and log-probabilities of some of the prompts, run at once."""
+    every = prompts()
+    sequences = [
+        EngineSequence(
+            key=key,
+            token_ids=list(every[index]),
+            max_tokens=NEW_TOKENS,
+            sampling=sampling(index),
+            prompt_logprobs=2 if index % 3 == 0 else None,
+        )
+        for key, index in enumerate(chosen)
+    ]
+    engine.run(sequences, arrivals)
+    return [(new_tokens(sequence), engine.reports[sequence]) for sequence in sequences]
+
+
+@pytest.mark.parametrize(
+    ("build", "dtype"),
+    [
+        *((build, torch.float32) for build in library.builds()[1:]),
+        *((build, dtype) for build in library.builds()[:1] for dtype in (torch.float32, torch.float16, torch.bfloat16)),
+    ],
+)
+def test_alone_among_others_from_the_cache_preempted_and_in_any_chunks(
+    random_checkpoint: Path, build: str, dtype: torch.dtype
+) -> None:
+    operations = NativeKernels(build, dtype)
+    model = load_model(random_checkpoint, dtype, operations)
+    everything = range(len(PROMPT_LENGTHS))
+    blocks = blocks_for([len(prompt) + NEW_TOKENS for prompt in prompts()], 16)
+
+    def engine(num_blocks: int = blocks, **options: int | bool) -> Harness:
+        return Harness(model, num_blocks=num_blocks, operations=operations, **options)  # type: ignore[arg-type]
+
+    alone = [answers(engine(), [index])[0] for index in everything]
+    assert answers(engine(), everything) == alone
+    for budget in (8, 13, 100):
+        chunked = engine(max_num_batched_tokens=budget, max_num_seqs=8)
+        assert answers(chunked, everything, arrivals=[0, 5, 3, 2, 1, 0, 7, 4]) == alone
+    scarce = engine(round(0.4 * blocks), prefix_caching=True)
+    assert answers(scarce, everything) == alone
+    assert answers(scarce, everything) == alone
+    assert scarce.stats.preemptions > 0
+    assert scarce.stats.cached_tokens > 0
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_one_row_is_reported_as_it_is_among_several(threads: int) -> None:
+    """torch sums a single row of many numbers with all threads, unless it is a softmax's."""
+    before = torch.get_num_threads()
+    logits = torch.randn(3, 70_001, generator=torch.Generator().manual_seed(1)) * 4
+    tokens = torch.tensor([5, 6, 7])
+    try:
+        torch.set_num_threads(threads)
+        many = LogprobRows.of(logits, tokens, 8)
+        one = LogprobRows.of(logits[1:2].clone(), tokens[1:2], 5)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one.logprobs, many.logprobs[1:2])
+    assert torch.equal(one.top_logprobs, many.top_logprobs[1:2, :5])
+
+
+def test_sums_by_halves_are_sums_whatever_the_number_of_rows() -> None:
+    for width in (1, 2, 7, 1000):
+        x = torch.rand(5, width, generator=torch.Generator().manual_seed(width))
+        sums = sum_by_halves_(x.clone())
+        torch.testing.assert_close(sums, x.sum(-1))
+        assert torch.equal(sum_by_halves_(x[3:4].clone()), sums[3:4])
+
+
+def test_of_equal_logits_those_with_the_lowest_ids_are_reported_however_many_are_asked_for() -> None:
+    logits = torch.zeros(1, 300)
+    logits[0, [7, 250]] = 2.0
+    logits[0, 3] = -0.0
+    for top in (2, 3, 20):
+        rows = LogprobRows.of(logits, torch.tensor([0]), top)
+        assert rows.top_ids[0].tolist() == [7, 250, *range(7), *range(8, 30)][:top]
+
+
+def test_plain_torch_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "builds", list)
+    with pytest.raises(KernelsUnavailableError, match="--batch-invariant needs the C kernels on a CPU"):
+        kernels.for_device(CPU, batch_invariant=True)
+
+
+def test_the_c_kernels_need_nothing_for_it() -> None:
+    assert isinstance(kernels.for_device(CPU, batch_invariant=True), NativeKernels)
