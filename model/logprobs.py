@@ -36,7 +36,7 @@ class LogprobRows:
             token_ids: [R] int64.
             top: K, at most vocab_size.
         """
-        total = _log_totals(logits)
+        total = log_totals(logits)
         logprobs = logits.gather(1, token_ids[:, None])[:, 0] - total
         if top == 0:
             return cls(
@@ -75,26 +75,24 @@ class LogprobRows:
         ]
 
 
-def _log_totals(logits: torch.Tensor) -> torch.Tensor:
+def log_totals(logits: torch.Tensor) -> torch.Tensor:
     """[R] log(sum(exp(logits))), each with the same bits whatever R is.
 
-    On a CPU torch sums every row by itself.  On a GPU the order of its sums depends on R; there halves are added until
-    one column is left.
+    On a CPU torch sums every row by itself.  On a GPU the order of its sums depends on R.
     """
-    if logits.device.type == "cpu":
-        return logits.logsumexp(-1)
+    return logits.logsumexp(-1) if logits.device.type == "cpu" else log_totals_by_halves(logits)
+
+
+def log_totals_by_halves(logits: torch.Tensor) -> torch.Tensor:
+    """`log_totals` by operations that know only elements: halves are added until one column is left."""
     highest = logits.amax(-1)
-    return highest + sum_by_halves_((logits - highest[:, None]).exp_()).log_()
-
-
-def sum_by_halves_(x: torch.Tensor) -> torch.Tensor:
-    """[R, V] to [R], the sum of each row by operations that know only elements; changes x."""
+    x = (logits - highest[:, None]).exp_()
     width = x.shape[1]
     while width > 1:
         half = width // 2
         x[:, :half] += x[:, width - half : width]
         width -= half
-    return x[:, 0]
+    return highest + x[:, 0].log()
 
 
 def _highest(logits: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -78,8 +78,7 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         config = checkpoint.config
         for note in checkpoint.notes:
             print_line(f"  {'':<12} {note}")
-    if settings.batch_invariant:
-        check_batch_invariance(config, device)
+    check_batch_invariance(settings, config, device)
     reserved = still_to_be_taken(config, settings.api_workers, settings.max_body_size)
     left = available_memory(device, settings.gpu_memory_utilization, reserved)
     plan = plan_memory(
@@ -136,13 +135,13 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
     return LoadedModel(runner=runner, plan=plan, dtype=dtype, executor=executor)
 
 
-def check_batch_invariance(config: PersimmonConfig, device: torch.device) -> None:
-    """Makes sure that no product of the network depends on the number of rows.
+def check_batch_invariance(settings: EngineSettings, config: PersimmonConfig, device: torch.device) -> None:
+    """Makes sure that no product of the network depends on the number of rows, if none may.
 
     Raises:
         KernelsUnavailableError: one does.
     """
-    if config.tie_word_embeddings and device.type == "cpu":
+    if settings.batch_invariant and config.tie_word_embeddings and device.type == "cpu":
         raise kernels.KernelsUnavailableError(
             "--batch-invariant does not hold on a CPU for a checkpoint with tie_word_embeddings: its lm_head is the "
             "embedding, which torch multiplies, in an order that depends on the number of rows. Serve it without "

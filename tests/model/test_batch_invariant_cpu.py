@@ -11,7 +11,7 @@ from persimmon import kernels
 from persimmon.kernels import KernelsUnavailableError
 from persimmon.kernels.cpu import library
 from persimmon.kernels.cpu.native import NativeKernels
-from persimmon.model.logprobs import LogprobRows, sum_by_halves_
+from persimmon.model.logprobs import LogprobRows, log_totals_by_halves
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.server.engine.sequence import Sequence as EngineSequence
 from tests.engine_harness import CPU, Harness, blocks_for, load_model, new_tokens
@@ -98,12 +98,12 @@ def test_one_row_is_reported_as_it_is_among_several(threads: int) -> None:
     assert torch.equal(one.top_logprobs, many.top_logprobs[1:2, :5])
 
 
-def test_sums_by_halves_are_sums_whatever_the_number_of_rows() -> None:
+def test_totals_by_halves_are_totals_whatever_the_number_of_rows() -> None:
     for width in (1, 2, 7, 1000):
-        x = torch.rand(5, width, generator=torch.Generator().manual_seed(width))
-        sums = sum_by_halves_(x.clone())
-        torch.testing.assert_close(sums, x.sum(-1))
-        assert torch.equal(sum_by_halves_(x[3:4].clone()), sums[3:4])
+        logits = torch.randn(5, width, generator=torch.Generator().manual_seed(width)) * 4
+        totals = log_totals_by_halves(logits)
+        torch.testing.assert_close(totals, logits.logsumexp(-1))
+        assert torch.equal(log_totals_by_halves(logits[3:4].clone()), totals[3:4])
 
 
 def test_of_equal_logits_those_with_the_lowest_ids_are_reported_however_many_are_asked_for() -> None:

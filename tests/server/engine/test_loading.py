@@ -77,10 +77,12 @@ def test_the_allowance_for_an_old_triton_is_the_settings(
 @pytest.mark.skipif(not library.builds(), reason="without the C kernels no checkpoint is batch-invariant")
 def test_batch_invariance_is_refused_on_a_cpu_whose_head_torch_multiplies(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, num_hidden_layers=1, tie_word_embeddings=True)
+    asked, tied = read_settings({"batch_invariant": "true"}), replace(GENERATOR, tie_word_embeddings=True)
     with pytest.raises(kernels.KernelsUnavailableError, match=r"--batch-invariant does not hold .*tie_word"):
-        load_model(read_settings({"batch_invariant": "true"}), folder, lambda line: None)
-    check_batch_invariance(replace(GENERATOR, tie_word_embeddings=True), torch.device("cuda"))
-    check_batch_invariance(GENERATOR, CPU)
+        load_model(asked, folder, lambda line: None)
+    check_batch_invariance(asked, tied, torch.device("cuda"))
+    check_batch_invariance(asked, GENERATOR, CPU)
+    check_batch_invariance(read_settings({}), tied, CPU)
 
 
 def test_a_classifier_has_no_buffers_for_draws() -> None:
