@@ -46,15 +46,15 @@ def check_types(setting: Setting, report: Report, dtypes: Sequence[torch.dtype])
     """The checks of single kernels; bit for bit only in float16."""
     for dtype in dtypes:
         name = type_name(dtype)
-        with_name = {
+        checks = {
             "prompt attention": partial(check_prompt_attention, setting, report, dtype, name),
             "projections": partial(_projections, setting, report, dtype, name),
             "elementwise": partial(_elementwise, setting, report, dtype, name),
         }
         if dtype.itemsize == 2:
-            with_name["sampling"] = partial(check_sampling, setting, report, dtype, name)
-            with_name["changed logits"] = partial(check_changed_logits, setting, report, dtype, name)
-        for what, call in with_name.items():
+            checks["sampling"] = partial(check_sampling, setting, report, dtype, name)
+            checks["changed logits"] = partial(check_changed_logits, setting, report, dtype, name)
+        for what, call in checks.items():
             report.attempt(f"{what}, {name}", call, seconds=6)
         for block_size in setting.suite.check_block_sizes if dtype == torch.float16 else (setting.suite.block_size,):
             title = f"{name}, blocks of {block_size}"

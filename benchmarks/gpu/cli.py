@@ -80,7 +80,7 @@ def run(options: Options, described: dict[str, Any], start_method: StartMethod =
     )
     pool = CompilePool(described["compute_capability"], options.shape, options.sections) if on_gpu else None
     with pool or nullcontext():
-        run_sections(job if pool is None else pool.told_to(job))
+        run_sections(job if pool is None else pool.attached(job))
     file = ResultFile(options.out)
     file.content |= {"ended": now(), "clocks_after": clocks(), "targets": _targets(file, on_gpu)}
     file.save()
@@ -88,7 +88,9 @@ def run(options: Options, described: dict[str, Any], start_method: StartMethod =
 
 
 def _targets(file: ResultFile, on_gpu: bool) -> list[dict[str, Any]]:
-    figures = file.figures if on_gpu else {}
+    if not on_gpu:
+        return targets.judged({}, {})
+    figures = file.figures
     about: dict[str, str] = {}
     for section in file.content.get("sections", {}).values():
         about |= section.get("about", {})

@@ -7,13 +7,16 @@ job fails.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
+from unittest import mock
 
 import torch
 
 from benchmarks.gpu.inputs import widths
 from benchmarks.gpu.model import GREEDY, Machine, skipping
+from benchmarks.gpu.step_parts import AHEAD_BYTES
 from benchmarks.gpu.suite import SUITES, Setting
 from benchmarks.gpu.sweep import ProjectionSweep, projection_sweeps
+from persimmon.kernels import decode_attention
 from persimmon.kernels.layer_norm import statistics_shape
 from persimmon.kernels.projection import project, project_add_
 from persimmon.kernels.projection_config import Norm, ProjectionConfig, Workspace
@@ -47,6 +50,7 @@ class StepJob:
         block_size: tokens of a block, if not the suite's.
         pdl: whether launches are dependent.
         reads_zeros: whether what meets only zeros is read all the same.
+        ahead_bytes: of the next weight that decode attention brings into the L2 cache.
         samplings: how rows are drawn, in turn.
     """
 
@@ -56,10 +60,15 @@ class StepJob:
     block_size: int | None = None
     pdl: bool = False
     reads_zeros: bool = False
+    ahead_bytes: int = decode_attention.AHEAD_BYTES
     samplings: tuple[RowSampling, ...] = (GREEDY,)
 
     def run(self, shape: str) -> None:
         """Runs one step of one layer."""
+        with mock.patch.object(decode_attention, "AHEAD_BYTES", self.ahead_bytes):
+            self._run(shape)
+
+    def _run(self, shape: str) -> None:
         setting = Setting(SUITES[shape], META, 0)
         machine = Machine.build(setting, self.dtype, num_blocks=64, layers=1, block_size=self.block_size)
         machine.kernels.pdl = self.pdl
@@ -144,7 +153,8 @@ def jobs_of(shape: str, section: str) -> Sequence[CompileJob]:
     if section == "steps":
         draws = [StepJob(rows, samplings=(TRUNCATED,)) for rows in buckets]
         large = StepJob(max(batch for batch, _ in suite.step_grid))
-        return [*draws, large, StepJob(chunk=min(suite.chunk, suite.prompts[0]))]
+        ahead = [StepJob(1, ahead_bytes=size) for size in AHEAD_BYTES]
+        return [*draws, large, *ahead, StepJob(chunk=min(suite.chunk, suite.prompts[0]))]
     if section == "engine":
         size = suite.engine_block_size
         mixed = [

@@ -47,8 +47,8 @@ class CompilePool:
         cores = max(1, len(os.sched_getaffinity(0)) - 1)
         self._executor = ProcessPoolExecutor(cores, context, initializer=_start, initargs=(self._capability,))
 
-    def told_to(self, job: Job) -> Job:
-        """The job, whose sections wait for what they need first."""
+    def attached(self, job: Job) -> Job:
+        """The job, with the event that its first sections wait for."""
         return replace(job, compiled=self._compiled)
 
     def __enter__(self) -> Self:

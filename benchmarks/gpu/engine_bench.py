@@ -8,13 +8,14 @@ import random
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import torch
 import zmq
 
+from benchmarks.gpu.engine_variants import Mode, Variant
 from benchmarks.gpu.model import GREEDY, Machine
 from benchmarks.gpu.suite import Setting
 from persimmon.model.runner import Runner, SequenceInput
@@ -31,51 +32,11 @@ from persimmon.server.engine.step_runner import LaunchedStep
 
 DTYPE = torch.float16
 GRAPH_SIZES = (1, 8, 16, 32, 64)
+REQUESTS_ALONE = 16
+"""Requests of the variant that has one at a time."""
+
 TIE = 0.05
 """Logits this close, in standard deviations of a row of logits, may change places by rounding in 16 bits."""
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """How an engine is set up.
-
-    Attributes:
-        name: for people.
-        overlap: whether a step is launched while the one before it runs.
-        graphs: whether decode steps are CUDA graphs.
-        prefix_caching: whether prompts share blocks.
-        scarce: whether there are so few blocks that sequences are preempted.
-        chunked: whether prompts are cut into chunks much shorter than they are.
-        alone: whether each request has the engine to itself; only the first of them run.
-    """
-
-    name: str
-    overlap: bool = True
-    graphs: bool = True
-    prefix_caching: bool = True
-    scarce: bool = False
-    chunked: bool = False
-    alone: bool = False
-
-
-VARIANTS = (
-    Variant("engine"),
-    Variant("without overlap", overlap=False),
-    Variant("without graphs", graphs=False),
-    Variant("with scarce blocks", scarce=True),
-    Variant("without prefix cache", prefix_caching=False),
-    Variant("with short chunks", chunked=True),
-    Variant("one request at a time", alone=True),
-)
-REQUESTS_ALONE = 16
-
-
-def variants(setting: Setting) -> Sequence[Variant]:
-    """The usual engine first; in the interpreter only one other, which differs in everything."""
-    if setting.on_gpu:
-        return VARIANTS
-    other = Variant("other", overlap=False, graphs=False, prefix_caching=False, scarce=True)
-    return replace(VARIANTS[0], chunked=True), other
 
 
 @dataclass(slots=True)
@@ -122,17 +83,27 @@ class Outcome:
 
 
 class EngineBench:
-    """A network, its graphs and the requests that all variants serve."""
+    """A network, its graphs and the requests that all variants serve.
 
-    def __init__(self, setting: Setting) -> None:
+    Args:
+        setting: the suite.
+        mode: how it computes.
+    """
+
+    def __init__(self, setting: Setting, mode: Mode) -> None:
         suite = setting.suite
-        self._setting = setting
+        self.mode, self._setting = mode, setting
         self._requests = _requests(setting)
         self._by_key = {key: request for request in self._requests for key in request.sequence_ids}
         longest = suite.engine_prompt + suite.engine_answer
         self._blocks = (suite.engine_running + 1) * -(-longest // suite.engine_block_size)
         self._machine = Machine.build(
-            setting, DTYPE, num_blocks=self._blocks, layers=suite.engine_layers, block_size=suite.engine_block_size
+            setting,
+            DTYPE,
+            num_blocks=self._blocks,
+            layers=suite.engine_layers,
+            block_size=suite.engine_block_size,
+            kernels_type=mode.kernels,
         )
         sizes = [size for size in GRAPH_SIZES if size < suite.engine_running]
         self._graphs = self._machine.graphs([*sizes, suite.engine_running])

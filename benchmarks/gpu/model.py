@@ -153,6 +153,7 @@ class Machine:
         num_blocks: int,
         layers: int | None = None,
         block_size: int | None = None,
+        kernels_type: type[FusedKernels] = FusedKernels,
     ) -> "Machine":
         """With random weights; dependent launch is off until `kernels.pdl` is set.
 
@@ -162,10 +163,11 @@ class Machine:
             num_blocks: of the cache.
             layers: of the network, if not all.
             block_size: tokens of a block, if not the suite's.
+            kernels_type: the operations.
         """
         suite = setting.suite
         config = replace(suite.config, num_hidden_layers=layers or suite.config.num_hidden_layers)
-        kernels = FusedKernels(setting.device)
+        kernels = kernels_type(setting.device)
         model = random_model(setting, config, dtype, kernels, stored=dtype)
         kernels.reserve(limits(suite))
         cache = KVCache.allocate(config, num_blocks, block_size or suite.block_size, dtype, setting.device)

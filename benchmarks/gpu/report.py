@@ -81,7 +81,7 @@ class Terms:
     only: str | None = None
 
 
-class PreparationFailed(Exception):  # noqa: N818 - it ends a section and is not an error of its own
+class PreparationError(Exception):
     """What the attempts of a section need could not be made; it has been written down."""
 
 
@@ -128,16 +128,16 @@ class Report:
         """Makes what the attempts after it need; runs again in a process that continues the section.
 
         Raises:
-            PreparationFailed: it failed, or there is no time left.
+            PreparationError: it failed, or there is no time left.
         """
         if time.monotonic() > self._terms.ends_at:
             self.note(f"{what}: left out, no time is left")
-            raise PreparationFailed(what)
+            raise PreparationError(what)
         self._section["preparing"] = True
         result, failed = self._run(what, call, patience=2.0)
         del self._section["preparing"]
         if failed or result is None:
-            raise PreparationFailed(what)
+            raise PreparationError(what)
         return result
 
     def row(self, table: str, **values: Any) -> None:

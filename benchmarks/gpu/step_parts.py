@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import torch
 
@@ -12,11 +13,15 @@ from benchmarks.gpu import targets
 from benchmarks.gpu.model import GREEDY, plant_zeros, skipping
 from benchmarks.gpu.step_bench import DTYPE, StepBench
 from benchmarks.gpu.timing import Call, time_variants
+from persimmon.kernels import decode_attention
 from persimmon.model.cuda_graphs import DecodeGraphs
 from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import PendingStep, Runner, SequenceInput
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.step_inputs import StepBuffer, StepInputs, write_draw
+
+AHEAD_BYTES = (0, 8 << 20, 16 << 20, 32 << 20)
+"""Bytes of the next weight; the first turns it off."""
 
 DRAWS = {
     "greedy": GREEDY,
@@ -129,6 +134,25 @@ def _chain(bench: StepBench, runner: Runner, step: Sequence[SequenceInput], *, w
         before, fed = launched, [-1 - row for row in range(len(step))]
     bench.synchronize()
     return (time.perf_counter() - began) / steps * 1e3
+
+
+def weights_ahead(bench: StepBench) -> None:
+    """Steps that bring less, as much and more of the next weight into the L2 cache while attention is short of work."""
+    batch, context = bench.setting.suite.step_grid[0]
+    plant_zeros(bench.machine.model, 0.0)
+    step = bench.batch(batch, context)
+    for size in AHEAD_BYTES if bench.setting.on_gpu else AHEAD_BYTES[:1]:
+        with mock.patch.object(decode_attention, "AHEAD_BYTES", size):
+            times = bench.times(bench.machine.graphs([batch]), step)
+        usual = size == decode_attention.AHEAD_BYTES
+        bench.report.row(
+            "weights ahead",
+            batch=batch,
+            context=context,
+            mib=size >> 20,
+            usual=usual,
+            replay_ms=times.replay.median / 1e3,
+        )
 
 
 def skipped(bench: StepBench) -> None:

@@ -14,7 +14,7 @@ from benchmarks.gpu.predictions import STEP, predicted_us
 from benchmarks.gpu.profile import profile_launches
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.step_bench import StepBench, StepTimes
-from benchmarks.gpu.step_parts import chains, sampling, skipped
+from benchmarks.gpu.step_parts import chains, sampling, skipped, weights_ahead
 from benchmarks.gpu.suite import Setting
 from benchmarks.gpu.timing import Call, time_loop
 from persimmon.kernels.launch import supports_pdl
@@ -43,6 +43,7 @@ def run(setting: Setting, report: Report) -> None:
     for tokens in suite.prompts[1:]:
         report.attempt(f"a prompt of {tokens}", partial(_prompt, bench, tokens), seconds=2)
     report.attempt("skipping", partial(skipped, bench), seconds=6)
+    report.attempt("weights ahead", partial(weights_ahead, bench), seconds=4)
     if supports_pdl(setting.device):
         report.attempt("graphs, dependent launch", partial(bench.capture, pdl=True), seconds=5)
         for batch, context in suite.step_grid[:3]:

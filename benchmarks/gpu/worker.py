@@ -10,10 +10,13 @@ import multiprocessing.synchronize
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from benchmarks.gpu.report import PreparationFailed, Report, ResultFile, Terms
+from benchmarks.gpu.report import PreparationError, Report, ResultFile, Terms
 from benchmarks.gpu.sections import ATTEMPT_LIMIT_S, Section, section_end
+
+if TYPE_CHECKING:
+    from benchmarks.gpu.suite import Setting
 
 StartMethod = Literal["spawn", "fork"]
 
@@ -71,7 +74,7 @@ def work(job: Job) -> None:
             _run_section(job, name, section, setting, stacks.fileno())
 
 
-def _run_section(job: Job, name: str, section: Section, setting: object, stacks: int) -> None:
+def _run_section(job: Job, name: str, section: Section, setting: "Setting", stacks: int) -> None:
     import torch
 
     file = ResultFile(job.out)
@@ -91,7 +94,7 @@ def _run_section(job: Job, name: str, section: Section, setting: object, stacks:
     report = Report(file, name, terms)
     try:
         importlib.import_module(section.module).run(setting, report)
-    except PreparationFailed:
+    except PreparationError:
         pass
     except Exception as error:  # noqa: BLE001 - between attempts; it belongs in the report
         report.error(name, error)

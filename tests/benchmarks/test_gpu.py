@@ -16,6 +16,7 @@ from benchmarks.gpu.cli import failures, main
 from benchmarks.gpu.compare import check_repeats, check_same, compare, rounded
 from benchmarks.gpu.compile_jobs import jobs_of
 from benchmarks.gpu.engine_bench import TIE, EngineBench
+from benchmarks.gpu.engine_variants import MODES
 from benchmarks.gpu.report import Report, ResultFile
 from benchmarks.gpu.sections import SECTIONS
 from benchmarks.gpu.suite import SUITES, Setting
@@ -77,7 +78,7 @@ def test_every_section_runs_on_the_tiny_network_with_kernels_that_were_compiled_
 
 
 def test_a_wrong_token_of_the_engine_is_no_tie() -> None:
-    bench = EngineBench(Setting(SUITES["tiny"], torch.device("cpu"), 0))
+    bench = EngineBench(Setting(SUITES["tiny"], torch.device("cpu"), 0), MODES[0])
     logits = bench.logits(0, [])
     best, second = logits.topk(2).indices.tolist()
     worst = int(logits.argmin())

@@ -87,7 +87,7 @@ def test_the_first_sections_wait_for_their_kernels_only(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(compile_jobs, "jobs_of", partial(planted, tmp_path))
     pool = CompilePool("9.0", "tiny", ["smoke", "sweep"], "fork")
-    job = pool.told_to(Job({}, "tiny", "cuda", 0, tmp_path))
+    job = pool.attached(Job({}, "tiny", "cuda", 0, tmp_path))
     with pool:
         assert job.compiled is not None
         assert job.compiled.wait(60)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu.cli import Options, failures, run
-from benchmarks.gpu.report import DEVICE_LOST, PreparationFailed, Report, ResultFile, Terms
+from benchmarks.gpu.report import DEVICE_LOST, PreparationError, Report, ResultFile, Terms
 from benchmarks.gpu.sections import BUDGET_S, RESERVE_S, SECTIONS, START_S, Section, section_end
 from benchmarks.gpu.supervisor import run_sections
 from benchmarks.gpu.targets import COPY, DENSE_1, PREDICTED, TARGETS, judged, nominal_bytes, table
@@ -88,7 +88,7 @@ def test_nothing_starts_that_does_not_fit(tmp_path: Path) -> None:
     assert report.attempt("long", lambda: "ran", seconds=60) is None
     assert report._section["left_out"] == ["long"]
     late = Report(ResultFile(tmp_path / "found.json"), "late", Terms(ends_at=time.monotonic()))
-    with pytest.raises(PreparationFailed):
+    with pytest.raises(PreparationError):
         late.prepare("inputs", lambda: "made")
 
 
