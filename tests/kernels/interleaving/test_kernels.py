@@ -113,7 +113,7 @@ class TestFaults:
             outcome, _ = run(name, SEEDS[name][0], find_races=False)
         assert not is_right(outcome, expected)
 
-    def test_is_a_race_in_any_schedule(self, name: str, fault: Mapping[str, str]) -> None:
+    def test_is_a_data_race(self, name: str, fault: Mapping[str, str]) -> None:
         with rewritten(MODULES[name], fault), pytest.raises(DataRaceError, match="without a barrier"):
             run(name, SEEDS[name][0])
 
