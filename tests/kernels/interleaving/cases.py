@@ -13,7 +13,10 @@ import pytest
 import torch
 
 from persimmon.kernels import decode_attention as decode_module
+from persimmon.kernels import invariant_attention
+from persimmon.kernels.chunk_plan import LastTokens
 from persimmon.kernels.decode_attention import DecodeWorkspace, build_work_list
+from persimmon.kernels.invariant_projection import project_rows, project_rows_add_
 from persimmon.kernels.layer_norm import bias_relu_squared_, embed, layer_norm
 from persimmon.kernels.operands import LayerCache, PenaltyInputs, TruncationInputs
 from persimmon.kernels.prefill_attention import prefill_attention, qk_norm_rotary_store
@@ -190,11 +193,61 @@ def head(rng: random.Random) -> Outcome:
     return Outcome(results if logits is None else [*results, logits], [])
 
 
+def invariant_decode(rng: random.Random) -> Outcome:
+    """A step of the batch-invariant mode: two layers and the first one again, on one workspace."""
+    most, most_tokens, heads, dim = rng.randint(1, 4), rng.randint(1, 200), rng.randint(1, 2), 16
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (decode_module, invariant_attention):
+            patch.setattr(module, "SPLIT_TOKENS", 64)
+        programs = rng.randint(2, 6)
+        patch.setattr(invariant_attention, "num_sms", lambda device: programs)
+        patch.setattr(invariant_attention, "_PROGRAMS_PER_SM", 1)
+        workspace = DecodeWorkspace.allocate(most, most_tokens, heads, dim, CPU)
+        for stale in (workspace.partial_outputs, workspace.partial_maxima, workspace.partial_totals):
+            stale.fill_(NAN)
+        lengths = [rng.choice([0, rng.randint(1, most_tokens), most_tokens]) for _ in range(rng.randint(1, most))]
+        dtype, seed = rng.choice(DTYPES), rng.randrange(1000)
+        layers = [test_decode_attention.Step.make(lengths, dtype=dtype, heads=heads, seed=seed + n) for n in range(2)]
+        build_work_list(layers[0].lengths, workspace)
+        for layer in [*layers, layers[0]]:
+            tokens, cache = LastTokens(layer.lengths, layer.block_tables), LayerCache(*layer.caches)
+            weight, bias = layer.norm
+            q = qk_norm_rotary_store(layer.qkv, weight, bias, 1e-5, layer.cos, layer.sin, cache, tokens, exact=True)
+            out = torch.zeros(len(lengths), heads * dim, dtype=dtype)
+            invariant_attention.decode_attention(q, cache, layer.lengths, layer.block_tables, workspace, out=out)
+            results += [out, *(each.clone() for each in cache.tensors)]
+    return Outcome(results, [workspace.arrivals])
+
+
+def invariant_rows(rng: random.Random) -> Outcome:
+    """Prompts of the batch-invariant mode: products of any number of rows, and attention of chunks."""
+    rows, hidden, width, dtype = rng.randint(1, 140), rng.randint(16, 150), rng.randint(16, 150), rng.choice(DTYPES)
+    config, transposed = replace(test_projection.SMALL, splits=rng.randint(1, 2)), rng.random() < 0.5
+    x, weight = _numbers(rng, rows, hidden, dtype=dtype), _numbers(rng, width, hidden, dtype=dtype)
+    bias = _numbers(rng, width, dtype=dtype) if rng.random() < 0.5 else None
+    up = project_rows(x, weight, bias, activation="relu_squared", config=config)
+    back = _numbers(rng, *((width, hidden) if transposed else (hidden, width)), dtype=dtype)
+    statistics = project_rows_add_(x, up, back, None, transposed=transposed, config=config)
+    spans = [Span(rng.randint(0, 70), rng.randint(1, 70)) for _ in range(rng.randint(1, 2))]
+    layout, heads, dim = Layout.make(spans, rng.choice([16, 32, 64]), rng.randrange(1000)), 2, 16
+    plan = test_prefill_attention.plan_of(layout, [invariant_attention.config_of(dtype)])
+    shape = (layout.num_blocks, heads, layout.block_size, dim)
+    cache = LayerCache(*(_numbers(rng, *shape, dtype=dtype) for _ in range(2)))
+    q = _numbers(rng, len(plan.positions), heads, dim, dtype=dtype)
+    out = invariant_attention.chunk_attention(q, cache, plan, out=torch.empty(len(q), heads * dim, dtype=dtype))
+    return Outcome([up, x, statistics, out], [])
+
+
 def _numbers(rng: random.Random, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(rng.randrange(2**31))).to(dtype)
 
 
-MERGES: dict[str, Case] = {"projections": projections, "decode attention": decode_attention}
+MERGES: dict[str, Case] = {
+    "projections": projections,
+    "decode attention": decode_attention,
+    "batch-invariant decode": invariant_decode,
+}
 """Kernels whose programs exchange something within a launch."""
 
 CASES: dict[str, Case] = MERGES | {
@@ -203,4 +256,5 @@ CASES: dict[str, Case] = MERGES | {
     "elementwise": elementwise,
     "sampling": sampling,
     "head": head,
+    "batch-invariant rows": invariant_rows,
 }

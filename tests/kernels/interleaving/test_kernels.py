@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import persimmon.kernels
-from persimmon.kernels import decode_attention, layer_norm, projection, sampling
+from persimmon.kernels import decode_attention, invariant_attention, layer_norm, projection, sampling
 from tests.kernels.interleaving.address_space import AddressError
 from tests.kernels.interleaving.cases import CASES, MERGES, Outcome
 from tests.kernels.interleaving.happens_before import DataRaceError
@@ -24,12 +24,16 @@ from tests.kernels.interleaving.rewritten import rewritten
 # numpy warns where a GPU does not: of log(0), and of 0 / 0 that is then not chosen.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-SEEDS = {"projections": (2, 4, 8), "decode attention": (4, 0, 5)}
+SEEDS = {"projections": (2, 4, 8), "decode attention": (4, 0, 5), "batch-invariant decode": (1, 0)}
 """For MERGES, with which several programs meet; the first, which costs least, is used for planted faults."""
 
 EVERY_CASE = [(name, seed) for name in CASES for seed in SEEDS.get(name, range(3))]
 
-MODULES: dict[str, ModuleType] = {"projections": projection, "decode attention": decode_attention}
+MODULES: dict[str, ModuleType] = {
+    "projections": projection,
+    "decode attention": decode_attention,
+    "batch-invariant decode": invariant_attention,
+}
 """Where the kernels of MERGES are."""
 
 NO_BARRIER = {r"tl\.debug_barrier\(\)": "pass"}
@@ -113,7 +117,7 @@ class TestFaults:
             outcome, _ = run(name, SEEDS[name][0], find_races=False)
         assert not is_right(outcome, expected)
 
-    def test_is_a_data_race(self, name: str, fault: Mapping[str, str]) -> None:
+    def test_is_a_race_in_any_schedule(self, name: str, fault: Mapping[str, str]) -> None:
         with rewritten(MODULES[name], fault), pytest.raises(DataRaceError, match="without a barrier"):
             run(name, SEEDS[name][0])
 
