@@ -85,7 +85,7 @@ def _functions(device: FakeDevice) -> dict[str, Any]:
         minor=0,
         multi_processor_count=132,
         total_memory=device.total_memory,
-        L2_cache_size=50 << 20,
+        L2_cache_size=60 << 20,
         shared_memory_per_block_optin=232_448,
         shared_memory_per_multiprocessor=233_472,
         regs_per_multiprocessor=65_536,
