@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from persimmon.kernels import launch
 from persimmon.kernels.fused import SMALL_STEP, FusedKernels
-from persimmon.kernels.launch import upload
 from persimmon.model import logprobs
 from persimmon.model.checkpoint import Checkpoint
 from persimmon.model.config import PersimmonConfig
@@ -93,6 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def started(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
     """Starts as the engine process does, and answers requests of all kinds; the first step is profiled."""
     keep_language_patched()
+    launch._device_facts.cache_clear()  # of the simulated GPU of another test
     with fake_cuda() as gpu:
         with executed_lines(gpu_files()) as executed:
             lines: list[str] = []
@@ -246,6 +247,6 @@ class TestSteps:
 def test_uploads_do_not_wait(started: Started) -> None:
     torch.cuda.synchronize()
     started.gpu.waits.clear()
-    uploaded = upload(np.arange(3), GPU)
+    uploaded = launch.upload(np.arange(3), GPU)
     assert started.gpu.waits == []
     assert uploaded.tolist() == [0, 1, 2]
