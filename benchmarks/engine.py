@@ -127,7 +127,7 @@ class InstantRunner:
 
     def _write(self, batch: Sequence[SequenceInput]) -> None:
         decodes = [item for item in batch if len(item.token_ids) == 1]
-        write_step(self._buffer.inputs(len(decodes)), decodes)
+        write_step(self._buffer, decodes, len(decodes))
 
 
 @dataclass(frozen=True)

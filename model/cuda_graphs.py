@@ -6,7 +6,7 @@ beyond the batch are padding, which no live row can see.  Knows nothing of sched
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -16,15 +16,8 @@ from persimmon.model.kv_cache import KVCache
 from persimmon.model.persimmon import Persimmon, Step
 from persimmon.model.runner import SequenceInput
 from persimmon.model.sampler import Samples
+from persimmon.model.staging import Staging
 from persimmon.model.step_inputs import StepBuffer, StepInputs, needs_logits, write_step
-
-
-@dataclass(frozen=True, slots=True)
-class _HostBuffer:
-    """A step's inputs on their way; `read` has happened once the device has them."""
-
-    buffer: StepBuffer
-    read: torch.cuda.Event | None
 
 
 class DecodeGraphs:
@@ -57,16 +50,10 @@ class DecodeGraphs:
         self._replays = 0
         most, device = self._sizes[-1], cache.device
         max_blocks = -(-max_model_len // cache.block_size)
-        on_gpu = device.type == "cuda"
-        self._buffer = StepBuffer(most, max_blocks, device)
-        # The host writes one while the device may still be about to read the other.
-        self._host = [
-            _HostBuffer(
-                StepBuffer(most, max_blocks, torch.device("cpu"), pinned=on_gpu),
-                torch.cuda.Event() if on_gpu else None,  # type: ignore[no-untyped-call]
-            )
-            for _ in range(2)
-        ]
+        self._staging = Staging(partial(StepBuffer, most, max_blocks), device)
+        self._buffer = self._staging.on_device
+        # Graphs hold its width, so it has that of the longest sequence; what travels is as wide as the step needs.
+        self._block_tables = torch.zeros(most, max_blocks, dtype=torch.int32, device=device)
         self._logits = torch.zeros(most, model.config.vocab_size, dtype=torch.float32, device=device)
 
     @property
@@ -129,19 +116,15 @@ class DecodeGraphs:
         return next(size for size in self._sizes if size >= rows)
 
     def _send(self, batch: Sequence[SequenceInput], size: int) -> None:
-        host = self._host.pop(0)
-        self._host.append(host)
-        if host.read is not None:
-            host.read.synchronize()
-        write_step(host.buffer.inputs(size), batch)
-        words = host.buffer.size(size)
-        self._buffer.words[:words].copy_(host.buffer.words[:words], non_blocking=True)
-        if host.read is not None:
-            host.read.record()
+        rows = len(batch)
+        host = self._staging.host()
+        width = write_step(host, batch, size)
+        self._staging.send(host.size(rows, width))
+        self._block_tables[:rows, :width].copy_(self._buffer.block_tables(rows, width))
 
     def _run(self, inputs: StepInputs) -> None:
-        plan = self._kernels.plan_decode(inputs.live, inputs.lengths, inputs.block_tables)
+        rows = len(inputs.lengths)
+        plan = self._kernels.plan_decode(inputs.live, inputs.lengths, self._block_tables[:rows])
         step = Step(token_ids=inputs.token_ids, attention=plan, logits_rows=None, sampled=self.sampled)
         hidden = self._model.forward(step, self._cache)
-        rows = len(inputs.lengths)
         self._kernels.sample(hidden, self._model.head, inputs.draw, inputs.live, self._logits[:rows])

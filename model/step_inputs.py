@@ -24,7 +24,6 @@ class StepInputs:
         truncation: and from which of its tokens.
         lengths: [B] int32, tokens of each sequence up to and with this one; 0 for padding.
         live: [1] int32, rows that are not padding.
-        block_tables: [B, W] int32.
     """
 
     token_ids: torch.Tensor
@@ -32,11 +31,10 @@ class StepInputs:
     truncation: TruncationInputs
     lengths: torch.Tensor
     live: torch.Tensor
-    block_tables: torch.Tensor
 
 
 class StepBuffer:
-    """Room for a step's inputs, field after field, in int32 words.
+    """Room for a step's inputs, field after field, in int32 words; then block tables, as wide as the step needs.
 
     Args:
         max_rows: rows of the largest step.
@@ -47,15 +45,18 @@ class StepBuffer:
 
     def __init__(self, max_rows: int, max_blocks: int, device: torch.device, *, pinned: bool = False) -> None:
         self._most = -(-max_rows // _ALIGNMENT) * _ALIGNMENT
-        self._width = max_blocks
-        # Block tables come last: only those of the rows in use travel.
+        # Block tables come last: only those of the rows in use travel, and of these only the columns in use.
         self._tables_at = 12 * self._most + _ALIGNMENT
         size = self._tables_at + max_rows * max_blocks
         self.words = torch.zeros(size, dtype=torch.int32, device=device, pin_memory=pinned)
 
-    def size(self, rows: int) -> int:
-        """Words that the first rows take."""
-        return self._tables_at + rows * self._width
+    def size(self, rows: int, width: int) -> int:
+        """Words that travel with block tables of `rows` sequences and `width` blocks."""
+        return self._tables_at + rows * width
+
+    def block_tables(self, rows: int, width: int) -> torch.Tensor:
+        """[rows, width] int32, the first rows' tables, next to each other."""
+        return self.words[self._tables_at : self.size(rows, width)].view(rows, width)
 
     def inputs(self, rows: int) -> StepInputs:
         """The views of the first rows."""
@@ -79,22 +80,38 @@ class StepBuffer:
             ),
             lengths=narrow[7, :rows],
             live=words[12 * most : 12 * most + 1],
-            block_tables=words[self._tables_at : self.size(rows)].view(rows, self._width),
         )
 
 
-def write_step(inputs: StepInputs, batch: Sequence[SequenceInput]) -> None:
-    """Writes a batch that samples everywhere into host inputs of at least as many rows; the rest is padding."""
-    live, rows = len(batch), len(inputs.lengths)
+def write_step(buffer: StepBuffer, batch: Sequence[SequenceInput], rows: int) -> int:
+    """Writes a batch that samples everywhere into a host buffer.
+
+    Args:
+        buffer: is written.
+        batch: one token a sequence.
+        rows: at least as many; those behind the batch are padding.
+
+    Returns:
+        The width of the block tables, of which there is one a sequence.
+    """
+    live, inputs = len(batch), buffer.inputs(rows)
     token_ids, lengths = inputs.token_ids.numpy(), inputs.lengths.numpy()
     token_ids[:live] = [item.token_ids[0] for item in batch]
     token_ids[live:rows] = 0
     lengths[:live] = [item.start + 1 for item in batch]
     lengths[live:rows] = 0
-    tables = inputs.block_tables.numpy()
-    for row, item in enumerate(batch):
-        tables[row, : len(item.block_table)] = item.block_table
+    width = max((len(item.block_table) for item in batch), default=0)
+    write_tables(buffer.block_tables(live, width), [item.block_table for item in batch])
     write_draw(inputs, [own for item in batch for own in item.samplings])
+    return width
+
+
+def write_tables(into: torch.Tensor, tables: Sequence[Sequence[int]]) -> None:
+    """Writes block tables into [rows, width] int32; what is behind a table's end is zero."""
+    rows = into.numpy()
+    rows[:] = 0
+    for row, table in zip(rows, tables, strict=True):
+        row[: len(table)] = table
 
 
 def write_draw(inputs: StepInputs, params: Sequence[RowSampling]) -> None:

@@ -12,7 +12,7 @@ GREEDY = row_with()
 
 def tensors(inputs: StepInputs) -> list[torch.Tensor]:
     """Every field's, in no order."""
-    own = [inputs.token_ids, inputs.lengths, inputs.live, inputs.block_tables]
+    own = [inputs.token_ids, inputs.lengths, inputs.live]
     draw, truncation = inputs.draw, inputs.truncation
     own += [draw.temperature, draw.seed, draw.sample_index, draw.position, draw.wants_logits]
     return [*own, truncation.top_k, truncation.top_p, truncation.min_p]
@@ -22,26 +22,27 @@ def tensors(inputs: StepInputs) -> list[torch.Tensor]:
 def test_fields_begin_at_16_bytes_and_share_no_word(rows: int) -> None:
     buffer = StepBuffer(rows, 5, torch.device("cpu"))
     places: list[int] = []
-    for tensor in tensors(buffer.inputs(rows)):
+    for tensor in [*tensors(buffer.inputs(rows)), buffer.block_tables(rows, 5)]:
         first = tensor.data_ptr() - buffer.words.data_ptr()
         assert first % 16 == 0
         places += range(first, first + tensor.nbytes)
     assert len(places) == len(set(places))
-    assert max(places) < 4 * buffer.size(rows) == buffer.words.nbytes
+    assert max(places) < 4 * buffer.size(rows, 5) == buffer.words.nbytes
 
 
 def test_rows_behind_the_batch_are_padding_whatever_was_there() -> None:
-    inputs = StepBuffer(4, 2, torch.device("cpu")).inputs(4)
+    buffer = StepBuffer(4, 9, torch.device("cpu"))
+    inputs = buffer.inputs(4)
     drawn = row_with(temperature=1.0, top_k=3)
-    write_step(inputs, [SequenceInput(token_ids=[7], start=20, block_table=[1, 2], samplings=(drawn,))] * 4)
+    item = SequenceInput(token_ids=[7], start=20, block_table=[1, 2], samplings=(drawn,))
+    assert write_step(buffer, [item] * 4, 4) == 2
     assert (inputs.live.item(), inputs.lengths.tolist()) == (4, [21] * 4)
     assert all(inputs.truncation.active)
-    write_step(
-        inputs,
-        [
-            SequenceInput(token_ids=[8], start=4, block_table=[3], samplings=(drawn,)),
-            SequenceInput(token_ids=[9], start=0, block_table=[5], samplings=(GREEDY,)),
-        ],
-    )
-    assert (inputs.live.item(), inputs.lengths.tolist()) == (2, [5, 1, 0, 0])
+    batch = [
+        SequenceInput(token_ids=[8], start=4, block_table=[3], samplings=(drawn,)),
+        SequenceInput(token_ids=[9], start=70, block_table=[5, 6, 7], samplings=(GREEDY,)),
+    ]
+    assert write_step(buffer, batch, 4) == 3
+    assert buffer.block_tables(2, 3).tolist() == [[3, 0, 0], [5, 6, 7]]
+    assert (inputs.live.item(), inputs.lengths.tolist()) == (2, [5, 71, 0, 0])
     assert inputs.draw.wants_logits.tolist() == [1, 0, 0, 0]
