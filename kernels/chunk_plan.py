@@ -65,11 +65,12 @@ class ChunkPlan:
 
     Attributes:
         positions: [T] int32, each token's place in its sequence.
-        slots: [T] int64, block * S + offset in the block.
+        slots: [T] int64, block * S + offset in the block; negative where the token has none, because it is padding or
+            belongs to no chunk: its key and value are not stored.
         block_tables: [C, W] int32; what lies behind a sequence's last block is 0.
         query_starts: [C + 1] int32, where each sequence's tokens begin in the step; the last entry is T.
         starts: [C] int32, the position of each sequence's first token, which is the length of its cached context.
-        launches: the attention kernel's, longest tiles first.
+        launches: the attention kernel's, longest tiles first.  A tile of a sequence without tokens does nothing.
     """
 
     positions: torch.Tensor
@@ -93,6 +94,31 @@ class LastTokens:
     block_tables: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class HostChunkPlan:
+    """A `ChunkPlan` on the host.
+
+    Attributes:
+        positions, slots: [T] int64.
+        block_tables: [C, W] int64.
+        query_starts: [C + 1] int64.
+        starts: [C] int64.
+        tiles: for each tile shape, in the order given, [n, 2] int64; n may be 0.
+    """
+
+    positions: np.ndarray
+    slots: np.ndarray
+    block_tables: np.ndarray
+    query_starts: np.ndarray
+    starts: np.ndarray
+    tiles: tuple[np.ndarray, ...]
+
+
+def prefill_configs(dtype: torch.dtype) -> tuple[PrefillConfig, ...]:
+    """The tile shapes for a cache of this type, by rising `block_queries`."""
+    return FLOAT32_CONFIGS if dtype == torch.float32 else CONFIGS
+
+
 def plan_chunks(
     block_tables: Sequence[Sequence[int]],
     starts: Sequence[int],
@@ -105,6 +131,37 @@ def plan_chunks(
 ) -> ChunkPlan:
     """Turns C sequences' chunks into index tensors, with one copy to the device.
 
+    Args:
+        block_tables, starts, counts, block_size: as `lay_out_chunks` takes them.
+        device: of the cache.
+        dtype: of the cache, which decides the tile shapes unless `configs` does.
+        configs: tile shapes by rising `block_queries`.
+    """
+    configs = prefill_configs(dtype) if configs is None else configs
+    plan = lay_out_chunks(block_tables, starts, counts, block_size=block_size, configs=configs)
+    launched = [(config, tiles) for config, tiles in zip(configs, plan.tiles, strict=True) if len(tiles)][::-1]
+    parts = [plan.slots.view(np.int32), plan.positions, plan.block_tables, plan.query_starts, plan.starts]
+    on_device = _pack([*parts, *(tiles for _, tiles in launched)], device)
+    return ChunkPlan(
+        positions=on_device[1],
+        slots=on_device[0].view(torch.int64),
+        block_tables=on_device[2],
+        query_starts=on_device[3],
+        starts=on_device[4],
+        launches=tuple(ChunkTiles(config, tiles) for (config, _), tiles in zip(launched, on_device[5:], strict=True)),
+    )
+
+
+def lay_out_chunks(
+    block_tables: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    counts: Sequence[int],
+    *,
+    block_size: int,
+    configs: Sequence[PrefillConfig],
+) -> HostChunkPlan:
+    """Turns C sequences' chunks into index arrays.
+
     The sequences' tokens lie one after the other in the step, in the order given.
 
     Args:
@@ -112,8 +169,6 @@ def plan_chunks(
         starts: position of each sequence's first token in this step.
         counts: how many tokens each has in this step.
         block_size: S of the cache.
-        device: of the cache.
-        dtype: of the cache, which decides the tile shapes unless `configs` does.
         configs: tile shapes by rising `block_queries`.  A sequence takes the first that holds its chunk in one tile,
             or else the last: its own length decides, so that its bits do not depend on who shares the step.
     """
@@ -144,23 +199,17 @@ def plan_chunks(
     )
     slots = tables[owner, positions // block_size] * block_size + positions % block_size
 
-    if configs is None:
-        configs = FLOAT32_CONFIGS if dtype == torch.float32 else CONFIGS
     fits = np.searchsorted([config.block_queries for config in configs[:-1]], count)
-    grouped = [
-        (config, _tiles(np.flatnonzero(fits == index), start, count, config.block_queries))
-        for index, config in enumerate(configs)
-    ]
-    launched = [(config, tiles) for config, tiles in reversed(grouped) if len(tiles)]
-    parts = [slots.view(np.int32), positions, tables, bounds, start, *(tiles for _, tiles in launched)]
-    on_device = _pack(parts, device)
-    return ChunkPlan(
-        positions=on_device[1],
-        slots=on_device[0].view(torch.int64),
-        block_tables=on_device[2],
-        query_starts=on_device[3],
-        starts=on_device[4],
-        launches=tuple(ChunkTiles(config, tiles) for (config, _), tiles in zip(launched, on_device[5:], strict=True)),
+    return HostChunkPlan(
+        positions=positions,
+        slots=slots,
+        block_tables=tables,
+        query_starts=bounds,
+        starts=start,
+        tiles=tuple(
+            _tiles(np.flatnonzero(fits == index), start, count, config.block_queries)
+            for index, config in enumerate(configs)
+        ),
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from persimmon.kernels import projection, sampling, truncation
+from persimmon.kernels.chunk_plan import prefill_configs
 from persimmon.kernels.decode_attention import DecodeWorkspace, build_work_list, decode_attention
 from persimmon.kernels.launch import upload
 from persimmon.kernels.layer_norm import bias_relu_squared_, embed, layer_norm
@@ -54,7 +55,7 @@ class FusedPlan:
         live: [1] int32, tokens that are not padding.
         lengths: [B] int32, context of each single token, itself included; 0 for padding.
         block_tables: [B, W] int32, of the sequences with one token.
-        chunks: all others.
+        chunks: all others; or every token of the step, those without a chunk having no slot.
     """
 
     live: torch.Tensor
@@ -192,7 +193,7 @@ class FusedKernels:
                 block_size=block_size,
                 device=device,
                 dtype=dtype,
-                configs=self._chunk_configs(dtype),
+                configs=self.chunk_configs(dtype),
             )
         return self.plan_decode(packed[:1], packed[4 : 4 + decodes], packed[tables_at:].view(decodes, width), chunks)
 
@@ -265,18 +266,20 @@ class FusedKernels:
                 pdl=self.pdl,
             )
         if plan.chunks is not None:
+            # On fixed buffers the plan has all tokens, because how many are decodes changes from step to step.
+            first = tokens - len(plan.chunks.slots)
             q = qk_norm_rotary_store(
-                qkv[decodes:],
+                qkv[first:],
                 weight,
                 bias,
                 eps,
-                *angles_of(rotary, slice(decodes, None)),
+                *angles_of(rotary, slice(first, None)),
                 cache,
                 plan.chunks,
                 angles_by_row=rotary.by_token,
                 pdl=self.pdl,
             )
-            prefill_attention(q, cache, plan.chunks, out=out[decodes:], pdl=self.pdl)
+            prefill_attention(q, cache, plan.chunks, out=out[first:], pdl=self.pdl)
         return out
 
     def product(self, inputs: Activation, linear: Linear[FusedWeight], plan: FusedPlan) -> torch.Tensor:
@@ -313,8 +316,15 @@ class FusedKernels:
         """As `reference.norm_rows`."""
         if rows is None:
             return self._normed(x, norm)
-        pending = None if x.pending is None else x.pending[rows]
-        return layer_norm(x.values[rows], None, norm.weight, norm.bias, norm.eps, residual=pending, pdl=self.pdl)
+        return self._normed(
+            Residual(
+                x.values[rows],
+                # The same way whatever the rows: a token has the same bits in steps with and without prompts.
+                statistics=None if x.statistics is None else x.statistics[:, :, rows],
+                pending=None if x.pending is None else x.pending[rows],
+            ),
+            norm,
+        )
 
     def logits(self, hidden: torch.Tensor, head: FusedWeight, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """As `reference.logits`, never rounded to 16 bits; written to `out` [R, vocab_size] float32 if given."""
@@ -385,10 +395,9 @@ class FusedKernels:
         """[max_num_seqs] int64, the tokens of the last step, where the next may take them from."""
         return self._workspaces.sampling.tokens
 
-    def _chunk_configs(self, dtype: torch.dtype) -> Sequence[PrefillConfig] | None:
-        """Tile shapes of prompt attention; None for `plan_chunks`' own."""
-        del dtype
-        return None
+    def chunk_configs(self, dtype: torch.dtype) -> Sequence[PrefillConfig]:
+        """Tile shapes of prompt attention over a cache of this type, as `lay_out_chunks` takes them."""
+        return prefill_configs(dtype)
 
     def _project_normed(
         self,

@@ -91,19 +91,20 @@ class InvariantKernels(FusedKernels):
                 pdl=self.pdl,
             )
         if plan.chunks is not None:
+            first = tokens - len(plan.chunks.slots)  # as in `FusedKernels.attention`
             q = qk_norm_rotary_store(
-                qkv[decodes:],
+                qkv[first:],
                 weight,
                 bias,
                 eps,
-                *angles_of(rotary, slice(decodes, None)),
+                *angles_of(rotary, slice(first, None)),
                 cache,
                 plan.chunks,
                 angles_by_row=rotary.by_token,
                 exact=True,
                 pdl=self.pdl,
             )
-            chunk_attention(q, cache, plan.chunks, out=out[decodes:], pdl=self.pdl)
+            chunk_attention(q, cache, plan.chunks, out=out[first:], pdl=self.pdl)
         return out
 
     def product(self, inputs: Activation, linear: Linear[FusedWeight], plan: FusedPlan) -> torch.Tensor:
@@ -168,7 +169,8 @@ class InvariantKernels(FusedKernels):
         )
         return tokens
 
-    def _chunk_configs(self, dtype: torch.dtype) -> Sequence[PrefillConfig]:
+    def chunk_configs(self, dtype: torch.dtype) -> Sequence[PrefillConfig]:
+        """One shape, whatever a chunk's length."""
         return (config_of(dtype),)
 
     def _normed(self, x: Residual, norm: Norm) -> torch.Tensor:

@@ -113,7 +113,7 @@ def _qk_norm_rotary_store_kernel(
     if lengths is None:
         position = tl.load(positions + token)
         slot = tl.load(slots + token)
-        stored = live
+        stored = live & (slot >= 0)
     else:
         # Rows of length 0 are padding, which writes to no block.
         length = tl.load(lengths + token)
@@ -162,7 +162,8 @@ def qk_norm_rotary_store(
             no QK-norm.
         eps: of the LayerNorms.
         cos, sin: [max_position, R/2] float32 contiguous, of every position's angles; [T, R/2] with `angles_by_row`.
-        cache: the layer's, contiguous, written where the plan's tokens belong, keys in the values they are rounded to.
+        cache: the layer's, contiguous, written where the plan's tokens belong, keys in the values they are rounded to;
+            not where a slot is negative.
         plan: the tokens of chunks, or the last ones of sequences.
         angles_by_row: whether `cos` and `sin` have a row for each token instead of each position.
         exact: whether the bits must not depend on which of the two kinds of plan a token is in.

@@ -5,19 +5,21 @@ without the host: there is a graph for each of a few batch sizes, and a step run
 beyond the batch are padding, which no live row can see.  Knows nothing of scheduling.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
 from persimmon.kernels.fused import FusedKernels
 from persimmon.model.fused_sampler import finish_draw
+from persimmon.model.graphs import Graphs, Record, Replayable
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.persimmon import Persimmon, Step
+from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import SequenceInput
 from persimmon.model.sampler import Samples
 from persimmon.model.staging import Staging
-from persimmon.model.step_inputs import StepBuffer, StepInputs, needs_logits, write_step
+from persimmon.model.step_inputs import StepBuffer, needs_logits, write_draw, write_step
 
 
 class DecodeGraphs:
@@ -31,6 +33,9 @@ class DecodeGraphs:
         kernels: the operations, with their buffers reserved.
         sizes: batch sizes to capture.
         max_model_len: maximum tokens of a sequence.
+
+    Attributes:
+        graphs: one for each size.
     """
 
     def __init__(
@@ -45,10 +50,9 @@ class DecodeGraphs:
         self._model = model
         self._cache = cache
         self._kernels = kernels
-        self._sizes = sorted(set(sizes))
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._replays = 0
-        most, device = self._sizes[-1], cache.device
+        self.graphs = Graphs(sizes, self._run)
+        self._redraws = Graphs(sizes, self._redraw)
+        most, device = self.graphs.sizes[-1], cache.device
         max_blocks = -(-max_model_len // cache.block_size)
         self._staging = Staging(partial(StepBuffer, most, max_blocks), device)
         self._buffer = self._staging.on_device
@@ -64,33 +68,22 @@ class DecodeGraphs:
     @property
     def replays(self) -> int:
         """How many steps were replays of a captured graph."""
-        return self._replays
+        return self.graphs.replays
 
     def takes(self, rows: int) -> bool:
         """Whether a step of `rows` sequences fits."""
-        return rows <= self._sizes[-1]
+        return self.graphs.takes(rows)
 
-    def graph(self, rows: int) -> torch.cuda.CUDAGraph | None:
+    def graph(self, rows: int) -> Replayable | None:
         """The graph for steps of `rows` sequences; None if nothing was captured."""
-        return self._graphs.get(self._size(rows))
+        return self.graphs.graph(rows)
 
     @torch.inference_mode()
-    def capture(self, progress: Callable[[Sequence[int]], Iterable[int]] = iter) -> None:
-        """Captures a graph of each size, the largest first, so that the others fit into its memory.
-
-        Args:
-            progress: wraps the sizes, to show how far it is.
-        """
-        pool = torch.cuda.graph_pool_handle()
-        for size in progress(self._sizes[::-1]):
-            # All rows are padding here, so nothing is written to the cache.  The first run compiles the kernels.
-            self._buffer.words.zero_()
-            self._run(self._buffer.inputs(size))
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                self._run(self._buffer.inputs(size))
-            self._graphs[size] = graph
+    def capture(self, size: int, record: Record) -> None:
+        """Captures one size, on nothing but padding, so that nothing is written to the cache."""
+        self._buffer.words.zero_()
+        self.graphs.capture(size, record)
+        self._redraws.capture(size, record)
 
     @torch.inference_mode()
     def launch(self, batch: Sequence[SequenceInput]) -> Samples:
@@ -99,32 +92,40 @@ class DecodeGraphs:
         Returns:
             The tokens, in memory that the next step overwrites.
         """
-        size = self._size(len(batch))
-        self._send(batch, size)
-        graph = self._graphs.get(size)
-        if graph is not None:
-            graph.replay()
-            self._replays += 1
-        else:
-            self._run(self._buffer.inputs(size))
-        params = [own for item in batch for own in item.samplings]
-        if not any(needs_logits(own) for own in params):
-            return Samples(self.sampled[: len(batch)])
-        return finish_draw(self._kernels, self._logits[: len(batch)], self._buffer.inputs(len(batch)), params)
-
-    def _size(self, rows: int) -> int:
-        return next(size for size in self._sizes if size >= rows)
-
-    def _send(self, batch: Sequence[SequenceInput], size: int) -> None:
-        rows = len(batch)
+        rows, size = len(batch), self.graphs.size(len(batch))
         host = self._staging.host()
         width = write_step(host, batch, size)
         self._staging.send(host.size(rows, width))
         self._block_tables[:rows, :width].copy_(self._buffer.block_tables(rows, width))
+        self.graphs.run(size)
+        return self._finish([own for item in batch for own in item.samplings])
 
-    def _run(self, inputs: StepInputs) -> None:
-        rows = len(inputs.lengths)
-        plan = self._kernels.plan_decode(inputs.live, inputs.lengths, self._block_tables[:rows])
+    @torch.inference_mode()
+    def sample(self, hidden: torch.Tensor, params: Sequence[RowSampling]) -> Samples:
+        """Draws a token a row from states of another step: [R, hidden] and R settings, in the same memory."""
+        rows = len(params)
+        host = self._staging.host()
+        write_draw(host.inputs(rows), params)
+        self._staging.send(host.size(0, 0))
+        inputs, logits = self._buffer.inputs(rows), self._logits[:rows]
+        wanted = any(needs_logits(own) for own in params)
+        self._kernels.sample(hidden, self._model.head, inputs.draw, inputs.live, logits if wanted else None)
+        return self._finish(params)
+
+    def _finish(self, params: Sequence[RowSampling]) -> Samples:
+        rows = len(params)
+        if not any(needs_logits(own) for own in params):
+            return Samples(self.sampled[:rows])
+        redraw = partial(self._redraws.run, self.graphs.size(rows))
+        return finish_draw(self._kernels, self._logits[:rows], params, redraw)
+
+    def _run(self, size: int) -> None:
+        inputs = self._buffer.inputs(size)
+        plan = self._kernels.plan_decode(inputs.live, inputs.lengths, self._block_tables[:size])
         step = Step(token_ids=inputs.token_ids, attention=plan, logits_rows=None, sampled=self.sampled)
         hidden = self._model.forward(step, self._cache)
-        self._kernels.sample(hidden, self._model.head, inputs.draw, inputs.live, self._logits[:rows])
+        self._kernels.sample(hidden, self._model.head, inputs.draw, inputs.live, self._logits[:size])
+
+    def _redraw(self, size: int) -> None:
+        inputs = self._buffer.inputs(size)
+        self._kernels.sample_truncated(self._logits[:size], inputs.draw, inputs.truncation, inputs.live)

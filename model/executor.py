@@ -101,6 +101,19 @@ class Executor(ABC):
         del batch
         return None
 
+    def states(self, batch: "Sequence[SequenceInput]", rows: Sequence[int]) -> torch.Tensor | None:
+        """Starts the network's part of a step for which there is a faster way than `forward`.
+
+        Args:
+            batch: sequences with one token come first.
+            rows: the tokens whose states are wanted.
+
+        Returns:
+            [R, hidden], as of `forward`; None where the step has to go through that.
+        """
+        del batch, rows
+        return None
+
     @property
     def replays(self) -> int:
         """How many steps were CUDA graphs."""

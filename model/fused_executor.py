@@ -11,9 +11,11 @@ from persimmon.model.config import PersimmonConfig
 from persimmon.model.cuda_graphs import DecodeGraphs
 from persimmon.model.executor import Executor
 from persimmon.model.fused_sampler import FusedSampler
-from persimmon.model.graph_sizes import graph_bytes
+from persimmon.model.graph_sizes import graph_bytes, mixed_sizes
+from persimmon.model.graphs import GraphRecorder, Record, capture_all
 from persimmon.model.host_copy import pack, unpack
 from persimmon.model.kv_cache import KVCache
+from persimmon.model.mixed_graphs import MixedGraphs
 from persimmon.model.persimmon import Persimmon, Step
 from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import SequenceInput
@@ -26,9 +28,12 @@ class FusedExecutor(Executor):
     Args:
         kernels: the operations.
         graph_sizes: batch sizes of decode steps that get a CUDA graph; none for a classifier, which decodes nothing.
+        mixed_sizes: numbers of tokens of steps with prompts that get one, where decode steps do; by default
+            `graph_sizes.mixed_sizes`.
 
     Attributes:
         graphs: runs decode steps up to the largest size, from `start` on; None where there are no sizes.
+        mixed: the same for steps with prompts.
     """
 
     # It computes while the host plans.
@@ -36,12 +41,16 @@ class FusedExecutor(Executor):
     compiles: ClassVar[bool] = True
     kernels: FusedKernels
 
-    def __init__(self, kernels: FusedKernels, graph_sizes: Sequence[int] = ()) -> None:
+    def __init__(
+        self, kernels: FusedKernels, graph_sizes: Sequence[int] = (), mixed_sizes: Sequence[int] | None = None
+    ) -> None:
         super().__init__(kernels)
         self.graphs: DecodeGraphs | None = None
+        self.mixed: MixedGraphs | None = None
         self._graph_sizes = list(graph_sizes)
+        self._mixed_sizes = mixed_sizes
         self._sampler: FusedSampler | None = None
-        self._max_model_len = 0
+        self._limits: StepLimits | None = None
 
     @property
     def name(self) -> str:
@@ -56,12 +65,13 @@ class FusedExecutor(Executor):
 
     def step_buffers(self, config: PersimmonConfig, dtype: torch.dtype, limits: StepLimits) -> int:
         """What kernels share, and graphs."""
-        return super().step_buffers(config, dtype, limits) + graph_bytes(config, dtype, self._graph_sizes)
+        graphs = graph_bytes(config, dtype, self._graph_sizes, self._sizes_with_prompts(limits))
+        return super().step_buffers(config, dtype, limits) + graphs
 
     def reserve(self, limits: StepLimits) -> None:
         """Makes the buffers that steps within these limits share."""
         super().reserve(limits)
-        self._max_model_len = limits.max_model_len
+        self._limits = limits
 
     def start(
         self, model: Persimmon, cache: KVCache, progress: Callable[[Sequence[int]], Iterable[int]] = iter
@@ -71,13 +81,21 @@ class FusedExecutor(Executor):
         self._sampled = torch.zeros(0, dtype=torch.int64, device=cache.device)
         if model.config.generates:
             self._sampler = FusedSampler(self.kernels, model.head)
-        if self._graph_sizes:
-            self.graphs = DecodeGraphs(
-                model, cache, self.kernels, sizes=self._graph_sizes, max_model_len=self._max_model_len
-            )
-            if cache.device.type == "cuda":
-                self.graphs.capture(progress)
+        if self._graph_sizes and self._limits is not None:
+            longest, most = self._limits.max_model_len, self._limits.max_num_seqs
+            self.graphs = DecodeGraphs(model, cache, self.kernels, sizes=self._graph_sizes, max_model_len=longest)
+            if sizes := self._sizes_with_prompts(self._limits):
+                self.mixed = MixedGraphs(
+                    model, cache, self.kernels, sizes=sizes, max_num_seqs=most, max_model_len=longest
+                )
+            record = self.recorder()
+            if record is not None:
+                capture_all([own for own in (self.mixed, self.graphs) if own is not None], record, progress)
         return self
+
+    def recorder(self) -> Record | None:
+        """What captures graphs; None where nothing can, and each step's launches are made anew."""
+        return GraphRecorder() if self.kernels.device.type == "cuda" else None
 
     def forward(self, step: Step) -> torch.Tensor:
         """Launch by launch."""
@@ -91,6 +109,8 @@ class FusedExecutor(Executor):
         """
         if self._sampler is None:
             raise ValueError(f"{self.model.config.architecture} draws no tokens")
+        if self.graphs is not None and self.graphs.takes(len(params)):
+            return self.graphs.sample(hidden, params)
         return self._sampler(hidden, params)
 
     def decode(self, batch: Sequence[SequenceInput]) -> Samples | None:
@@ -99,10 +119,16 @@ class FusedExecutor(Executor):
             return None
         return self.graphs.launch(batch)
 
+    def states(self, batch: Sequence[SequenceInput], rows: Sequence[int]) -> torch.Tensor | None:
+        """On fixed buffers where a step has few tokens, each with the embedding and the angles of its place."""
+        if self.mixed is None or not self.mixed.takes(batch):
+            return None
+        return self.mixed.launch(batch, rows)
+
     @property
     def replays(self) -> int:
         """How many steps were CUDA graphs."""
-        return 0 if self.graphs is None else self.graphs.replays
+        return sum(own.graphs.replays for own in (self.graphs, self.mixed) if own is not None)
 
     @property
     def sampled(self) -> torch.Tensor:
@@ -131,6 +157,11 @@ class FusedExecutor(Executor):
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record()
         return on_host, copied
+
+    def _sizes_with_prompts(self, limits: StepLimits) -> Sequence[int]:
+        if not self._graph_sizes:
+            return ()
+        return mixed_sizes(limits.max_num_batched_tokens) if self._mixed_sizes is None else self._mixed_sizes
 
 
 def _is_decode(batch: Sequence[SequenceInput]) -> bool:

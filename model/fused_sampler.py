@@ -4,7 +4,8 @@ A draw is the argmax of logit + temperature * Gumbel noise, which is a function 
 token id). The draws differ from those of `persimmon.model.sampler`, which inverts the cumulative distribution.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from persimmon.kernels.launch import upload
 from persimmon.model.adjustments import adjust_
 from persimmon.model.row_sampling import RowSampling
 from persimmon.model.sampler import Samples, row_logprobs
-from persimmon.model.step_inputs import StepBuffer, StepInputs, needs_another_draw, needs_logits, write_draw
+from persimmon.model.step_inputs import StepBuffer, needs_another_draw, needs_logits, write_draw
 
 
 class FusedSampler:
@@ -40,19 +41,22 @@ class FusedSampler:
         wanted = any(needs_logits(own) for own in params)
         logits = torch.empty(rows, self._head.shape[0], dtype=torch.float32, device=device) if wanted else None
         tokens = self._kernels.sample(hidden, self._head, inputs.draw, inputs.live, logits)
-        return Samples(tokens) if logits is None else finish_draw(self._kernels, logits, inputs, params)
+        if logits is None:
+            return Samples(tokens)
+        redraw = partial(self._kernels.sample_truncated, logits, inputs.draw, inputs.truncation, inputs.live)
+        return finish_draw(self._kernels, logits, params, redraw)
 
 
 def finish_draw(
-    kernels: FusedKernels, logits: torch.Tensor, inputs: StepInputs, params: Sequence[RowSampling]
+    kernels: FusedKernels, logits: torch.Tensor, params: Sequence[RowSampling], redraw: Callable[[], object]
 ) -> Samples:
     """What cannot be done while logits are computed, after `FusedKernels.sample`: changes, truncation, reports.
 
     Args:
         kernels: with the step's tokens in their buffer.
         logits: [R, vocab_size] float32, written for the rows that `needs_logits`; these are changed.
-        inputs: of R rows.
         params: R of them.
+        redraw: draws the rows anew that `needs_another_draw`, see `FusedKernels.sample_truncated`.
     """
     reported = [row for row, own in enumerate(params) if own.asked.logprobs is not None]
     adjusted = [row for row, own in enumerate(params) if own.adjusts]
@@ -63,7 +67,7 @@ def finish_draw(
             unchanged = logits[upload(np.array(reported), logits.device)]
         adjust_(logits, params, kernels.penalize)
     if any(needs_another_draw(own) for own in params):
-        kernels.sample_truncated(logits, inputs.draw, inputs.truncation, inputs.live)
+        redraw()
     tokens = kernels.sampled[: len(params)]
     if not reported:
         return Samples(tokens)

@@ -9,6 +9,9 @@ from persimmon.model.config import PersimmonConfig
 _BYTES_A_GRAPH = 4 << 20
 """An allowance for the driver's own record of a graph's launches; not yet measured on a GPU."""
 
+MIXED_SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512)
+"""Numbers of tokens of steps with prompts that may get a graph; larger steps compute longer than the host launches."""
+
 
 def default_sizes(max_num_seqs: int) -> list[int]:
     """Batch sizes worth a graph: closest together where a padded row costs most, the largest being all sequences."""
@@ -16,13 +19,29 @@ def default_sizes(max_num_seqs: int) -> list[int]:
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
-def graph_bytes(config: PersimmonConfig, dtype: torch.dtype, sizes: Sequence[int]) -> int:
-    """What decode graphs of these sizes take, an upper estimate; 0 for none.
+def mixed_sizes(max_num_batched_tokens: int) -> list[int]:
+    """Numbers of tokens of steps with prompts that are worth a graph."""
+    return [size for size in MIXED_SIZES if size <= max_num_batched_tokens]
 
-    Per row of the largest its logits in float32 and one step's intermediate results, which all graphs share because
-    only one runs at a time; per graph the driver's record.
+
+def graph_bytes(
+    config: PersimmonConfig, dtype: torch.dtype, sizes: Sequence[int], with_prompts: Sequence[int] = ()
+) -> int:
+    """What graphs take, an upper estimate; 0 for none.
+
+    Per row of the largest batch its logits in float32; per token of the largest step the intermediate results, which
+    all graphs share because only one runs at a time; per token of each step with prompts its final state; per graph the
+    driver's record.
+
+    Args:
+        config: the network.
+        dtype: that it computes in.
+        sizes: batch sizes of decode steps with a graph, each of which has a second one for draws from few tokens.
+        with_prompts: numbers of tokens of steps with prompts that have one.
     """
     if not sizes:
         return 0
-    per_row = (10 * config.hidden_size + 2 * config.intermediate_size) * dtype.itemsize
-    return max(sizes) * (4 * config.vocab_size + per_row) + len(sizes) * _BYTES_A_GRAPH
+    per_token = (10 * config.hidden_size + 2 * config.intermediate_size) * dtype.itemsize
+    buffers = max(sizes) * 4 * config.vocab_size + max(*sizes, *with_prompts, 0) * per_token
+    states = sum(with_prompts) * config.hidden_size * dtype.itemsize
+    return buffers + states + (2 * len(sizes) + len(with_prompts)) * _BYTES_A_GRAPH

@@ -205,7 +205,10 @@ class Runner:
         order = sorted(range(len(batch)), key=lambda i: (len(batch[i].token_ids) != 1, batch[i].start))
         inputs = [batch[i] for i in order]
         sampling_rows, report_rows = _wanted_rows(inputs)
-        hidden = self._forward(self._step(inputs, sampling_rows + report_rows))
+        rows = sampling_rows + report_rows
+        hidden = self._executor.states(inputs, rows)
+        if hidden is None:
+            hidden = self._forward(self._step(inputs, rows))
         states = hidden[len(sampling_rows) :]
         prompt_logprobs: dict[int, tuple[LogprobRows, int]] = {}
         pooled: dict[int, torch.Tensor] = {}
@@ -299,7 +302,8 @@ class Runner:
             upload(np.array(token_ids, dtype=np.int64), device),
             attention,
             None if every_row else upload(np.array(rows, dtype=np.int64), device),
-            self._executor.sampled if min(token_ids) < 0 else None,
+            # Where kernels are compiled, those that know earlier samples do for every step.
+            self._executor.sampled if self._executor.compiles or min(token_ids) < 0 else None,
             self._rotary(inputs),
             _spans(inputs),
         )

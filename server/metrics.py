@@ -46,7 +46,7 @@ _COUNTERS = {
     "persimmon_prefix_cache_hit_tokens": ("cached_tokens", "Prompt tokens taken from the prefix cache."),
     "persimmon_preemptions": ("preemptions", "Times a sequence lost its KV blocks to others and was queued again."),
     "persimmon_recomputed_tokens": ("recomputed_tokens", "Computed tokens discarded by preemptions."),
-    "persimmon_graph_replays": ("graph_replays", "Decode steps run as CUDA graphs."),
+    "persimmon_graph_replays": ("graph_replays", "Steps run as CUDA graphs."),
 }
 """Metric name without the _total that Prometheus adds -> the field of EngineStats, and the help text."""
 

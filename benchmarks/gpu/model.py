@@ -20,6 +20,7 @@ from persimmon.model.checkpoint import dummy_tensors, expected_shapes
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.cuda_graphs import DecodeGraphs
 from persimmon.model.fused_executor import FusedExecutor
+from persimmon.model.graphs import GraphRecorder, capture_all
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.persimmon import Persimmon
 from persimmon.model.row_sampling import RowSampling
@@ -211,7 +212,7 @@ class Machine:
             self.model, self.cache, self.kernels, sizes=sizes, max_model_len=self.limits.max_model_len
         )
         if self.cache.device.type == "cuda":
-            graphs.capture()
+            capture_all([graphs], GraphRecorder())
         return graphs
 
     def runner(self, graphs: DecodeGraphs | None) -> Runner:

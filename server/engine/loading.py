@@ -20,7 +20,7 @@ from persimmon.model.checkpoint import Checkpoint, dummy_tensors
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.cores import usable_cores
 from persimmon.model.executor import Executor, executor_for
-from persimmon.model.graph_sizes import default_sizes
+from persimmon.model.graph_sizes import MIXED_SIZES, default_sizes
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.memory import MemoryPlan, available_memory, plan_memory
 from persimmon.model.persimmon import Persimmon
@@ -221,8 +221,8 @@ def warm_up_steps(
             token_ids=[0] * length, start=start, block_table=table, samplings=(), report=report or last
         )
 
-    # One of every range of lengths and batch sizes that kernels are compiled for.
-    lengths = [min(longest, budget, length) for length in ((20, 40, 80) if compiles else (20,))]
+    # One of every range of lengths and batch sizes that kernels are compiled for, and a length that no graph holds.
+    lengths = [min(longest, budget, length) for length in ((20, 40, 80, MIXED_SIZES[-1] + 1) if compiles else (20,))]
     sizes = [size for size in (1, 9, 17, 33, 65) if size <= most] if compiles else [1]
     for length in lengths:
         yield [chunk(length)]

@@ -137,7 +137,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
         queried_tokens: tokens looked up in the prefix cache at admission.
         preemptions: times a sequence lost its blocks to others and was queued again.
         recomputed_tokens: computed tokens that preemptions threw away.
-        graph_replays: decode steps that were CUDA graphs.
+        graph_replays: steps that were CUDA graphs.
         step_seconds: what all steps took together.
         step_counts: how many took up to each of STEP_SECONDS and more than the one before it, and how many longer.
         step_tokens: what all steps computed together.

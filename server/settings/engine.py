@@ -108,7 +108,7 @@ class EngineSettings(LogSettings):
         None,
         "Batch sizes for which decode steps are captured as CUDA graphs at start, for example 1,2,4,8. A step uses the "
         "next larger size; larger steps run without a graph. At most --max-num-seqs. Default: dense up to "
-        "--max-num-seqs. Ignored without a GPU.",
+        "--max-num-seqs. Steps with prompts are captured for up to 512 tokens. Ignored without a GPU.",
         "gpu",
         "N,N,...",
     )

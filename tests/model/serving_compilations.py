@@ -9,8 +9,9 @@ test's subject, and here it takes a minute.  Needs a process of its own:
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from persimmon.kernels.fused import FusedKernels
 from persimmon.model.checkpoint import expected_shapes
 from persimmon.model.config import Architecture, PersimmonConfig
 from persimmon.model.fused_executor import FusedExecutor
-from persimmon.model.graph_sizes import default_sizes
+from persimmon.model.graphs import Record
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.memory import MemoryPlan
 from persimmon.model.persimmon import Persimmon
@@ -29,9 +30,11 @@ from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import PooledStates, PromptLogprobs, Report, Runner, SequenceInput
 from persimmon.model.token_counts import TokenCounts
 from persimmon.server.config import Settings
-from persimmon.server.engine.loading import _limits, warm_up_steps
+from persimmon.server.engine.loading import _graph_sizes, _limits, warm_up_steps
 from tests.kernels.ahead_of_time import launches_compile
 from tests.model.rows import row_with
+
+T = TypeVar("T")
 
 META = torch.device("meta")
 MAX_MODEL_LEN, BLOCK_SIZE, NUM_BLOCKS = 2048, 32, 1024
@@ -60,21 +63,30 @@ class MetaExecutor(FusedExecutor):
     def _send(self, words: torch.Tensor) -> tuple[torch.Tensor, None]:
         return torch.zeros(words.shape, dtype=words.dtype), None
 
+    def recorder(self) -> Record:
+        return launch_once
+
+
+class NoGraph:
+    """Repeats nothing."""
+
+    def replay(self) -> None:
+        pass
+
+
+def launch_once(run: Callable[[], T]) -> tuple[NoGraph, T]:
+    return NoGraph(), run()
+
 
 def make_runner(settings: Settings, config: PersimmonConfig) -> MetaRunner:
     """As the server makes it, on a GPU that is not there."""
     kernels = FusedKernels(META)
-    sizes = [] if settings.enforce_eager or not config.generates else default_sizes(settings.max_num_seqs)
-    executor = MetaExecutor(kernels, sizes)
+    executor = MetaExecutor(kernels, _graph_sizes(settings, config))
     executor.reserve(_limits(settings, config, MAX_MODEL_LEN))
     tensors = ((name, torch.empty(shape, device=META)) for name, shape in expected_shapes(config).items())
     model = Persimmon(config, tensors, torch.float16, META, kernels)
     cache = KVCache.allocate(config, NUM_BLOCKS, BLOCK_SIZE, torch.float16, META)
-    runner = MetaRunner(executor.start(model, cache))
-    # What capturing launches.
-    for size in sizes:
-        runner.run([SequenceInput([0], 0, [0], (row_with(),))] * size)
-    return runner
+    return MetaRunner(executor.start(model, cache))
 
 
 def random_step(dice: random.Random, most: int, config: PersimmonConfig) -> list[SequenceInput]:

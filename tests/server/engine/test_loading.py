@@ -90,7 +90,7 @@ def test_a_classifier_has_no_buffers_for_draws() -> None:
     assert _limits(read_settings({}), CLASSIFIER, 512).vocab_size == 0
 
 
-@pytest.mark.parametrize(("compiles", "lengths"), [(True, {1, 20, 40, 80}), (False, set())])
+@pytest.mark.parametrize(("compiles", "lengths"), [(True, {1, 20, 40, 80, 299}), (False, set())])
 def test_angles_by_token_are_compiled_before_a_request_needs_them(compiles: bool, lengths: set[int]) -> None:
     plan = SimpleNamespace(max_model_len=300, kv_tokens=4096, block_size=16)
     steps = list(warm_up_steps(plan, read_settings({}), SCALED, compiles=compiles))  # type: ignore[arg-type]

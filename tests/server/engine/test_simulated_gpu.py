@@ -45,21 +45,29 @@ GREEDY = row_with()
 SETTINGS = read_settings(
     {
         "max_num_seqs": "3",
-        "cuda_graph_sizes": "1,3",
-        "max_num_batched_tokens": "16",
+        "cuda_graph_sizes": "1,2",
+        "max_num_batched_tokens": "20",
         "max_model_len": "96",
         "block_size": "16",
         "kv_cache_memory": str(24 * 4096),
     }
 ).of_engine()
 NUM_BLOCKS = 24
-WHOLE_FILES = ("model/cuda_graphs.py", "model/fused_executor.py", "model/fused_sampler.py")
+WHOLE_FILES = tuple(
+    f"model/{name}.py"
+    for name in ("cuda_graphs", "fused_executor", "fused_sampler", "graphs", "host_copy", "mixed_graphs", "staging")
+)
 """Of these, all has to run; of others, the functions that name CUDA."""
 OTHERWISE = {
-    "self._run(self._buffer.inputs(size))": "a CPU captures nothing",
+    "return self._run_size(size)": "a CPU captures nothing",
     "self._sampled = tokens": "without graphs",
     "return None": "without graphs",
-    "return self._graphs.get(self._size(rows))": "benchmarks.gpu",
+    "return ()": "without graphs",
+    "return Samples(tokens)": "draws from unchanged logits, of more rows than graphs hold",
+    "return self.graphs.graph(rows)": "benchmarks.gpu",
+    "return self.graphs.replays": "benchmarks.gpu",
+    "captured = self._captured.get(self.size(count))": "benchmarks.gpu",
+    "return None if captured is None else captured.graph": "benchmarks.gpu",
     "return super().fetch(tensors)": "a CPU",
     "return on_host, None": "a report of nothing",
     "return torch.mm(hidden, columns, out=out)": "float32",
