@@ -34,10 +34,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_decode_has_the_same_bits_in_batches_of_1_to_300(checkpoint: Path) -> None:
     machine = Machine(checkpoint, num_blocks=2000)
-    lengths = [random.Random(seed).choice((3, 17, 40)) for seed in range(300)]
+    lengths = [3, 17, 40, *[2] * 297]
     every = [machine.sequence(tokens(length, seed)) for seed, length in enumerate(lengths)]
-    for sequence in every:
-        machine.runner.launch([sequence.part(len(sequence.tokens) - 1, reported=False)]).wait()
+    for first in range(0, 300, 60):
+        some = every[first : first + 60]
+        machine.runner.launch([sequence.part(len(sequence.tokens) - 1, reported=False) for sequence in some]).wait()
 
     def decode(batch: list[int]) -> dict[int, tuple]:
         parts = []
@@ -45,7 +46,7 @@ def test_a_decode_has_the_same_bits_in_batches_of_1_to_300(checkpoint: Path) -> 
             every[index].done = lengths[index] - 1
             parts.append(every[index].part(1, DRAWN if index < 3 else GREEDY, reported=False))
         outcome = machine.runner.launch(parts).wait()
-        return {index: (outcome.tokens[row], outcome.logprobs[row]) for row, index in enumerate(batch)}
+        return {index: (outcome.tokens[row], outcome.logprobs.get(row)) for row, index in enumerate(batch)}
 
     alone = {index: decode([index])[index] for index in (0, 1, 2)}
     stored = [every[index].stored() for index in (0, 1, 2)]
