@@ -24,10 +24,10 @@ from tests.kernels.interleaving.rewritten import rewritten
 # numpy warns where a GPU does not: of log(0), and of 0 / 0 that is then not chosen.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-SEEDS = {"projections": (2, 4, 8), "decode attention": (4, 0, 5), "batch-invariant decode": (1, 0)}
+SEEDS = {"projections": (2, 8), "decode attention": (4, 0, 5), "batch-invariant decode": (1, 0)}
 """For MERGES, with which several programs meet; the first, which costs least, is used for planted faults."""
 
-EVERY_CASE = [(name, seed) for name in CASES for seed in SEEDS.get(name, range(3))]
+EVERY_CASE = [(name, seed) for name in CASES for seed in SEEDS.get(name, range(2))]
 
 MODULES: dict[str, ModuleType] = {
     "projections": projection,
