@@ -35,8 +35,8 @@ def configure(process: str, log_format: LogFormat = "text", log_level: LogLevel 
 
     Args:
         process: its name among those of the server.
-        log_format: of all lines, those of `say` included.
-        log_level: the least severe of this server's own lines that are written; those of `say` always are, and those of
+        log_format: of all lines, those of `print_line` included.
+        log_level: minimum level of this server's own lines; those of `print_line` are always written, and those of
             libraries from warnings on.
     """
     level = logging.getLevelNamesMapping()[log_level.upper()]
