@@ -65,7 +65,9 @@ def sampling(**asked: float) -> RowSampling:
 
 def sequence(count: int, start: int, own: RowSampling) -> SequenceInput:
     """One of `count` new tokens behind `start` others."""
-    return SequenceInput([7] * count, start, range(-(-(start + count) // BLOCK_SIZE)), (own,))
+    return SequenceInput(
+        token_ids=[7] * count, start=start, block_table=range(-(-(start + count) // BLOCK_SIZE)), samplings=(own,)
+    )
 
 
 def steps() -> Mapping[str, list[SequenceInput]]:

@@ -201,7 +201,17 @@ def summarize(measurements: list[Measurement]) -> list[Summary]:
     for measured in measurements:
         for figure, value in measured.figures.items():
             samples.setdefault((measured.report.workload.streams, figure, measured.server), []).append(value)
-    return [Summary(*key, statistics.median(sample), min(sample), max(sample)) for key, sample in samples.items()]
+    return [
+        Summary(
+            streams=streams,
+            figure=figure,
+            server=server,
+            median=statistics.median(sample),
+            least=min(sample),
+            most=max(sample),
+        )
+        for (streams, figure, server), sample in samples.items()
+    ]
 
 
 def table(summaries: list[Summary]) -> str:

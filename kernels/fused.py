@@ -203,7 +203,7 @@ class FusedKernels:
         """A plan from what is on the device already; launches the kernel that makes the step's work list."""
         if len(lengths):
             build_work_list(lengths, self._workspaces.decode, pdl=self.pdl)
-        return FusedPlan(live, lengths, block_tables, chunks)
+        return FusedPlan(live=live, lengths=lengths, block_tables=block_tables, chunks=chunks)
 
     def rotary_at(self, table: Rotary, plan: FusedPlan) -> Rotary:
         """The whole table: kernels look their tokens' positions up themselves."""
@@ -412,7 +412,7 @@ class FusedKernels:
         if x.statistics is None:
             inputs = self._normed(x, norm)
         else:
-            by = projection.Norm(x.statistics, norm.weight, norm.bias, norm.eps)
+            by = projection.Norm(statistics=x.statistics, weight=norm.weight, bias=norm.bias, eps=norm.eps)
         return projection.project(
             inputs,
             linear.weight.matrix,

@@ -266,9 +266,11 @@ def plan_attention(
     for table, start, count in zip(block_tables[num_decodes:], starts[num_decodes:], counts[num_decodes:], strict=True):
         used = np.asarray(table[: -(-(start + count) // block_size)], dtype=np.int64)
         tiles = (used[None, :] * num_heads + heads[:, None]).reshape(-1)
-        chunks.append(ChunkPlan(first, first + count, start, tensor(tiles)))
+        chunks.append(ChunkPlan(first=first, end=first + count, start=start, tiles=tensor(tiles)))
         first += count
-    return AttentionPlan(tensor(positions), tensor(store_rows.reshape(-1)), decodes, chunks)
+    return AttentionPlan(
+        positions=tensor(positions), store_rows=tensor(store_rows.reshape(-1)), decodes=decodes, chunks=chunks
+    )
 
 
 def _decode_groups(
@@ -328,7 +330,7 @@ def _decode_group(
             size=(rows, num_blocks * num_heads * block_size),
             check_invariants=False,
         )
-    return DecodeGroup(first, first + size, scores, bounds[:-1], padding)
+    return DecodeGroup(first=first, end=first + size, scores=scores, offsets=bounds[:-1], padding=padding)
 
 
 def rotary_at(table: Rotary, plan: AttentionPlan) -> Rotary:

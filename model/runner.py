@@ -260,12 +260,12 @@ class Runner:
         tokens = next(parts)
         rows_on_host = iter([LogprobRows(*(next(parts) for _ in rows.tensors)) for rows in reported])
         return PendingStep(
-            copied,
-            Samples(tokens, samples.reported, None if samples.logprobs is None else next(rows_on_host)),
-            places,
-            params,
-            {place: (next(rows_on_host), top) for place, (_, top) in prompt_logprobs.items()},
-            dict(zip(pooled, parts, strict=True)),
+            copied=copied,
+            samples=Samples(tokens, samples.reported, None if samples.logprobs is None else next(rows_on_host)),
+            places=places,
+            params=params,
+            prompt_logprobs={place: (next(rows_on_host), top) for place, (_, top) in prompt_logprobs.items()},
+            pooled=dict(zip(pooled, parts, strict=True)),
         )
 
     def _logprobs(self, states: torch.Tensor, report: PromptLogprobs) -> LogprobRows:
@@ -299,13 +299,13 @@ class Runner:
         token_ids = [token for item in inputs for token in item.token_ids]
         every_row = len(rows) == len(token_ids) and all(row == place for place, row in enumerate(rows))
         return Step(
-            upload(np.array(token_ids, dtype=np.int64), device),
-            attention,
-            None if every_row else upload(np.array(rows, dtype=np.int64), device),
+            token_ids=upload(np.array(token_ids, dtype=np.int64), device),
+            attention=attention,
+            logits_rows=None if every_row else upload(np.array(rows, dtype=np.int64), device),
             # Where kernels are compiled, those that know earlier samples do for every step.
-            self._executor.sampled if self._executor.compiles or min(token_ids) < 0 else None,
-            self._rotary(inputs),
-            _spans(inputs),
+            sampled=self._executor.sampled if self._executor.compiles or min(token_ids) < 0 else None,
+            rotary=self._rotary(inputs),
+            embedded=_spans(inputs),
         )
 
     def _rotary(self, inputs: Sequence[SequenceInput]) -> Rotary | None:

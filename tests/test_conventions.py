@@ -21,7 +21,7 @@ def long_positional_calls(source: str) -> list[tuple[int, str]]:
     return found
 
 
-@pytest.mark.parametrize("folder", ["server", "persimmon", "tools", "examples"])
+@pytest.mark.parametrize("folder", ["server", "model", "kernels", "persimmon", "benchmarks", "tools", "examples"])
 def test_constructors_with_more_than_three_arguments_get_names(folder: str) -> None:
     found = {
         str(path.relative_to(ROOT)): calls

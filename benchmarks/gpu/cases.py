@@ -127,7 +127,7 @@ class ProjectionCase:
         """One call for each weight, of what the network calls."""
         workspace = Workspace.allocate([(self.width.out_features, config)], self.rows, self.x.device)
         alive = self.alive if skipping else None
-        norm = Norm(self._statistics, self._gamma, self._beta, 1e-5)
+        norm = Norm(statistics=self._statistics, weight=self._gamma, bias=self._beta, eps=1e-5)
         if self.adds:
             return [
                 partial(

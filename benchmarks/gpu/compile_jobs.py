@@ -73,7 +73,10 @@ class StepJob:
         machine = Machine.build(setting, self.dtype, num_blocks=64, layers=1, block_size=self.block_size)
         machine.kernels.pdl = self.pdl
         decodes = [
-            SequenceInput([0], 0, [0], [self.samplings[row % len(self.samplings)]]) for row in range(self.decodes)
+            SequenceInput(
+                token_ids=[0], start=0, block_table=[0], samplings=[self.samplings[row % len(self.samplings)]]
+            )
+            for row in range(self.decodes)
         ]
         most = 0 if self.reads_zeros else machine.kernels.sparse_step
         with skipping(machine.kernels, most), torch.inference_mode():
@@ -81,7 +84,9 @@ class StepJob:
                 machine.graphs([self.decodes]).launch(decodes)
                 return
             table = range(-(-self.chunk // machine.cache.block_size))
-            prompt = SequenceInput([0] * self.chunk, 0, table, [self.samplings[0]])
+            prompt = SequenceInput(
+                token_ids=[0] * self.chunk, start=0, block_table=table, samplings=[self.samplings[0]]
+            )
             Runner(_MetaExecutor(machine.kernels).start(machine.model, machine.cache)).launch([*decodes, prompt])
 
 
@@ -112,10 +117,10 @@ class ProjectionJob:
         live, bias = empty(1, dtype=torch.int32), empty(out_of)
         if self.sweep.name in ("query_key_value", "mlp_up"):
             norm = Norm(
-                empty(*statistics_shape(rows, into), dtype=torch.float32),
-                empty(into, dtype=torch.float32),
-                empty(into, dtype=torch.float32),
-                1e-5,
+                statistics=empty(*statistics_shape(rows, into), dtype=torch.float32),
+                weight=empty(into, dtype=torch.float32),
+                bias=empty(into, dtype=torch.float32),
+                eps=1e-5,
             )
             project(
                 empty(rows, into),

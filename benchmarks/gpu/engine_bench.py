@@ -128,7 +128,9 @@ class EngineBench:
             answers, stats = connection.serve(engine, requests, at_once=1 if variant.alone else len(requests))
             seconds = time.perf_counter() - began
             engine.close()
-        return Outcome(requests, answers, stats, seconds, seconds - watched.waited)
+        return Outcome(
+            requests=requests, answers=answers, stats=stats, seconds=seconds, host_seconds=seconds - watched.waited
+        )
 
     def is_tie(self, key: int, ours: Sequence[int], theirs: Sequence[int]) -> bool:
         """Whether two answers differ first in two tokens that are the best ones within rounding."""
@@ -144,7 +146,7 @@ class EngineBench:
         tokens = [*self._by_key[key].token_ids, *answer]
         table = range(-(-len(tokens) // self._machine.cache.block_size))
         runner: Runner = self._machine.runner(None)
-        return runner.logits([SequenceInput(tokens, 0, table, [GREEDY])])[0]
+        return runner.logits([SequenceInput(token_ids=tokens, start=0, block_table=table, samplings=[GREEDY])])[0]
 
     def _engine(self, variant: Variant, connection: "_Connection", run: "_Watched") -> Engine:
         suite = self._setting.suite
@@ -174,10 +176,10 @@ class EngineBench:
         )
         replays = self._graphs.replays
         return Engine(
-            connection.router,
-            scheduler,
-            run,
-            ready,
+            socket=connection.router,
+            scheduler=scheduler,
+            run=run,
+            limits=ready,
             overlap=variant.overlap,
             graph_replays=lambda: self._graphs.replays - replays,
         )

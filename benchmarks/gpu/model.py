@@ -45,7 +45,7 @@ def random_model(
         tensors = (
             (name, torch.empty(shape, dtype=stored, device="meta")) for name, shape in expected_shapes(config).items()
         )
-    return Persimmon(config, tensors, dtype, setting.device, kernels)
+    return Persimmon(config=config, tensors=tensors, dtype=dtype, device=setting.device, kernels=kernels)
 
 
 def limits(suite: Suite) -> StepLimits:
@@ -230,6 +230,6 @@ def decode_batch(
 ) -> list[SequenceInput]:
     """One new token a sequence, behind `length - 1` others."""
     return [
-        SequenceInput([token], length - 1, table, (sampling,))
+        SequenceInput(token_ids=[token], start=length - 1, block_table=table, samplings=(sampling,))
         for length, table, token in zip(lengths, tables, tokens, strict=True)
     ]

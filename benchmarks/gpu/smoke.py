@@ -96,7 +96,7 @@ class _Prediction:
         tokens = suite.smoke_prompt
         (table,) = self._two.tables([tokens])
         prompt = random.Random(self._setting.seed).choices(range(suite.config.vocab_size), k=tokens)
-        step = [SequenceInput(prompt, 0, table, [GREEDY])]
+        step = [SequenceInput(token_ids=prompt, start=0, block_table=table, samplings=[GREEDY])]
         two, one = (
             time_loop(partial(machine.runner(None).launch, step), self._setting.device, suite.seconds_per_figure)
             for machine in (self._two, self._one)

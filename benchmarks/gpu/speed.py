@@ -55,7 +55,7 @@ def memory_columns(timing: Timing, moved: int, ceiling: float | None) -> dict[st
 
 def _decode_attention(setting: Setting, report: Report, batch: int, context: int) -> None:
     suite, ceiling = setting.suite, report.figures().get(targets.COPY)
-    case = DecodeCase(setting, batch, context, suite.block_size)
+    case = DecodeCase(setting=setting, batch=batch, context=context, block_size=suite.block_size)
     timed = time_variants(
         {"ours": case.calls(DecodeConfig()), "torch": case.dense_calls(batch, context)},
         setting.device,
@@ -78,7 +78,7 @@ def _decode_attention(setting: Setting, report: Report, batch: int, context: int
 def _work_list(setting: Setting, report: Report) -> None:
     """The one launch of a step that all layers' attention shares."""
     batch, context = setting.suite.decode_grid[-1]
-    case = DecodeCase(setting, batch, context, setting.suite.block_size)
+    case = DecodeCase(setting=setting, batch=batch, context=context, block_size=setting.suite.block_size)
     work_list = {"work list": [partial(build_work_list, case.lengths, case.workspace)]}
     timed = time_variants(work_list, setting.device, setting.suite.seconds_per_figure)
     report.row("work list", batch=batch, context=context, **timed["work list"].columns)

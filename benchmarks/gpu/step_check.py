@@ -182,10 +182,10 @@ class StepCheck:
         for step in range(self._setting.suite.smoke_chain):
             moved = [
                 SequenceInput(
-                    [token],
-                    item.start + step,
-                    item.block_table,
-                    [replace(own, position=step) for own in item.samplings],
+                    token_ids=[token],
+                    start=item.start + step,
+                    block_table=item.block_table,
+                    samplings=[replace(own, position=step) for own in item.samplings],
                 )
                 for token, item in zip(fed, batch, strict=True)
             ]

@@ -112,7 +112,9 @@ def projection_sweeps(suite: Suite) -> list[ProjectionSweep]:
     for rows in suite.sweep_rows:
         for width in widths(suite.config):
             skipping = width.name == "mlp_down" and rows <= SPARSE_STEP
-            sweeps.append(ProjectionSweep(width.name, rows, defaults.get(width.name, WIDE), skipping))
+            sweeps.append(
+                ProjectionSweep(name=width.name, rows=rows, default=defaults.get(width.name, WIDE), skipping=skipping)
+            )
     return sorted(sweeps, key=lambda sweep: not sweep.skipping)
 
 
@@ -154,7 +156,7 @@ def _try(setting: Setting, report: Report, kernel: str, variants: dict[str, list
 
 
 def _decode_attention(setting: Setting, report: Report, batch: int, context: int) -> None:
-    case = DecodeCase(setting, batch, context, setting.suite.block_size)
+    case = DecodeCase(setting=setting, batch=batch, context=context, block_size=setting.suite.block_size)
     together = [{"programs_per_sm": programs} for programs in (1, 4, 8, 16)]
     configs = neighbours(DecodeConfig(), together)
     variants = {str(config): case.calls(config) for config in (configs if setting.on_gpu else configs[:2])}

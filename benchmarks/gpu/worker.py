@@ -68,7 +68,7 @@ def work(job: Job) -> None:
     # As the server has it: split products are added up in float32.
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    setting = Setting(SUITES[job.shape], torch.device(job.device), job.seed, job.compiled)
+    setting = Setting(suite=SUITES[job.shape], device=torch.device(job.device), seed=job.seed, compiled=job.compiled)
     with (job.stacks or Path("/dev/stderr")).open("ab") as stacks:
         for name, section in job.sections.items():
             _run_section(job, name, section, setting, stacks.fileno())

@@ -115,7 +115,12 @@ class NativeKernels:
         packed = advise_large_pages(torch.empty(rows * columns, dtype=weight.dtype))
         size, threads = weight.dtype.itemsize, torch.get_num_threads()
         self.library.persimmon_pack(weight.data_ptr(), packed.data_ptr(), rows, columns, size, int(pairs), threads)
-        return NativeWeight(packed, (rows, columns), "panels of pairs" if pairs else "panels", sparse_input)
+        return NativeWeight(
+            data=packed,
+            shape=(rows, columns),
+            format="panels of pairs" if pairs else "panels",
+            sparse_input=sparse_input,
+        )
 
     def tied_weight(self, table: torch.Tensor) -> NativeWeight:
         """As `reference.tied_weight`."""
@@ -306,7 +311,9 @@ class NativeKernels:
         """
         program = Program(self.library, max_tokens)
         nothing = np.zeros(1, dtype=np.int32)
-        forward(_Recorder(self, program), NativePlan(nothing, nothing, nothing, nothing))
+        forward(
+            _Recorder(self, program), NativePlan(starts=nothing, firsts=nothing, tables=nothing, table_firsts=nothing)
+        )
         return program
 
     def _buffer(self, name: str, rows: int, width: int) -> torch.Tensor:
