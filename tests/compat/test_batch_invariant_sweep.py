@@ -23,6 +23,8 @@ from tests.model.test_batch_invariant import (
 
 __all__ = ["matrix_units"]
 
+pytestmark = pytest.mark.timeout(900)
+
 BATCHES = (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 129, 200, 255, 256, 257, 300)
 LONGEST = 2048
 
