@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from persimmon.kernels import projection
+from persimmon.kernels.fused import FusedPlan
+from persimmon.kernels.invariant import InvariantKernels
 from persimmon.kernels.invariant_projection import project_rows, project_rows_add_, row_statistics
 from persimmon.kernels.layer_norm import embed, statistics_shape
+from persimmon.kernels.operands import Norm, Residual
 from persimmon.kernels.projection import ProjectionConfig, Workspace, project, project_add_
 from tests.interpreter import keep_language_patched, multiply_as_matrix_units
 
@@ -135,3 +138,14 @@ def test_the_server_s_projections_have_the_same_splits_in_both() -> None:
         assert SPLIT_ALIGNMENT % tiles.features == 0
     for config in (projection.WIDE, projection.ATTENTION_OUT, projection.MLP_DOWN):
         assert config.split_features(4096) % SPLIT_ALIGNMENT == 0
+
+
+def test_the_norm_of_some_rows_is_that_of_all() -> None:
+    """A step that samples from every row has statistics at hand, and one that does not must give the same bits."""
+    kernels, plan = InvariantKernels(CPU), FusedPlan(rows_live(50), torch.empty(0), torch.empty(0, 0))
+    x = kernels.embed(torch.arange(50), None, normal(50, 200, dtype=torch.float32, seed=1), plan)
+    norm = Norm(normal(200, dtype=torch.float32, seed=2), normal(200, dtype=torch.float32, seed=3), 1e-5)
+    rows = torch.arange(0, 50, 2)
+    every = kernels.norm_rows(x, norm, None)
+    assert torch.equal(kernels.norm_rows(x, norm, rows), every[rows])
+    assert torch.equal(kernels.norm_rows(Residual(x.values), norm, rows), every[rows])
