@@ -17,6 +17,8 @@ from benchmarks.gpu.step_parts import AHEAD_BYTES
 from benchmarks.gpu.suite import SUITES, Setting
 from benchmarks.gpu.sweep import ProjectionSweep, projection_sweeps
 from persimmon.kernels import decode_attention
+from persimmon.kernels.fused import FusedKernels
+from persimmon.kernels.invariant import InvariantKernels
 from persimmon.kernels.layer_norm import statistics_shape
 from persimmon.kernels.projection import project, project_add_
 from persimmon.kernels.projection_config import Norm, ProjectionConfig, Workspace
@@ -52,6 +54,7 @@ class StepJob:
         reads_zeros: whether what meets only zeros is read all the same.
         ahead_bytes: of the next weight that decode attention brings into the L2 cache.
         samplings: how rows are drawn, in turn.
+        kernels_type: the operations.
     """
 
     decodes: int = 0
@@ -62,6 +65,7 @@ class StepJob:
     reads_zeros: bool = False
     ahead_bytes: int = decode_attention.AHEAD_BYTES
     samplings: tuple[RowSampling, ...] = (GREEDY,)
+    kernels_type: type[FusedKernels] = FusedKernels
 
     def run(self, shape: str) -> None:
         """Runs one step of one layer."""
@@ -70,7 +74,14 @@ class StepJob:
 
     def _run(self, shape: str) -> None:
         setting = Setting(SUITES[shape], META, 0)
-        machine = Machine.build(setting, self.dtype, num_blocks=64, layers=1, block_size=self.block_size)
+        machine = Machine.build(
+            setting,
+            self.dtype,
+            num_blocks=64,
+            layers=1,
+            block_size=self.block_size,
+            kernels_type=self.kernels_type,
+        )
         machine.kernels.pdl = self.pdl
         decodes = [
             SequenceInput(
@@ -161,11 +172,14 @@ def jobs_of(shape: str, section: str) -> Sequence[CompileJob]:
         ahead = [StepJob(1, ahead_bytes=size) for size in AHEAD_BYTES]
         return [*draws, large, *ahead, StepJob(chunk=min(suite.chunk, suite.prompts[0]))]
     if section == "engine":
-        size = suite.engine_block_size
-        mixed = [
-            StepJob(3, chunk, block_size=size, samplings=(GREEDY, TRUNCATED, ADJUSTED)) for chunk in (5, 20, 40, 100)
+        mixed = (GREEDY, TRUNCATED, ADJUSTED)
+        jobs = [StepJob(3, chunk, samplings=mixed) for chunk in (5, 20, 40, 100)]
+        jobs += [StepJob(rows, samplings=(ADJUSTED, TRUNCATED)) for rows in buckets]
+        return [
+            replace(job, block_size=suite.engine_block_size, kernels_type=kernels)
+            for kernels in (FusedKernels, InvariantKernels)
+            for job in jobs
         ]
-        return [*mixed, *(StepJob(rows, block_size=size, samplings=(ADJUSTED, TRUNCATED)) for rows in buckets)]
     if section == "checks":
         return [StepJob(suite.check_batch, block_size=size) for size in suite.check_block_sizes]
     if section == "types":

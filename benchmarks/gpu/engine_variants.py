@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.gpu.suite import Setting
 from persimmon.kernels.fused import FusedKernels
+from persimmon.kernels.invariant import InvariantKernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,10 @@ class Mode:
     exact: bool
 
 
-MODES = (Mode("", FusedKernels, exact=False),)
+MODES = (
+    Mode("", FusedKernels, exact=False),
+    Mode("batch-invariant, ", InvariantKernels, exact=True),
+)
 
 VARIANTS = (
     Variant("engine"),

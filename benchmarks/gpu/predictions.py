@@ -10,7 +10,9 @@ import torch
 from benchmarks.gpu.suite import Setting
 
 PREDICTED = Path(__file__).parents[1] / "results" / "roofline_8b.json"
-STEP = "step"
+STEPS = {0.0: "step", 0.9: "step, 90% zeros"}
+"""Whole steps, by the share of activations that are zero."""
+
 LAUNCHES = {
     "query_key_value": "norm + QKV",
     "attention_out": "out + residual",

@@ -35,7 +35,7 @@ SECTIONS = {
     ),
     "steps": Section("benchmarks.gpu.steps", 75, about="whole decode steps, prompts, sampling, gaps between steps"),
     "engine": Section(
-        "benchmarks.gpu.engine", 30, about="200 mixed requests through scheduler and engine, each feature on and off"
+        "benchmarks.gpu.engine", 40, about="200 mixed requests through scheduler and engine, each feature on and off"
     ),
     "kernels": Section("benchmarks.gpu.speed", 45, about="each kernel by itself, next to cuBLAS and torch"),
     "checks": Section("benchmarks.gpu.checks", 60, about="each kernel in float16 against exact arithmetic"),

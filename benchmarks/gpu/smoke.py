@@ -13,6 +13,7 @@ import torch
 from benchmarks.floors import prompt_flops, step_bytes
 from benchmarks.gpu import targets
 from benchmarks.gpu.model import GREEDY, Machine, decode_batch, plant_zeros
+from benchmarks.gpu.predictions import STEPS, predicted_us
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.step_check import StepCheck, attempt_checks
 from benchmarks.gpu.suite import Setting
@@ -80,6 +81,7 @@ class _Prediction:
                 two_layers_us=two.median,
                 layer_us=(two.median - one.median) / self._added,
                 step_ms=whole * 1e3,
+                roofline_ms=self._roofline_ms(batch, context, zeros),
                 tokens_s=batch / whole,
                 of_floor=share,
             )
@@ -115,6 +117,12 @@ class _Prediction:
         if share is not None and tokens == 2048:
             about = f"{whole * 1e3:.1f} ms, {tokens / whole:.0f} tokens/s"
             self._report.figure(targets.PREDICTED + targets.PROMPT_2K, share, about)
+
+    def _roofline_ms(self, batch: int, context: int, zeros: float) -> float | None:
+        """What `benchmarks.roofline` predicts from machine code, with plain launches."""
+        step = STEPS.get(zeros)
+        predicted = None if step is None else predicted_us(self._setting, batch, step, context)
+        return None if predicted is None else predicted / 1e3
 
     @property
     def _added(self) -> int:

@@ -10,7 +10,7 @@ from functools import partial
 from benchmarks.floors import prompt_flops, step_bytes
 from benchmarks.gpu import targets
 from benchmarks.gpu.model import GREEDY, SeenZeros, plant_zeros
-from benchmarks.gpu.predictions import STEP, predicted_us
+from benchmarks.gpu.predictions import STEPS, predicted_us
 from benchmarks.gpu.profile import profile_launches
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.step_bench import StepBench, StepTimes
@@ -74,7 +74,8 @@ def _decode_row(
     needed = step_bytes(suite.config, batch, context - 1, seen.unread)
     floor = needed / copy_rate if copy_rate else None
     of_floor = None if floor is None else floor / times.launch.seconds
-    predicted = None if zeros or pdl else predicted_us(bench.setting, batch, STEP, context)
+    step = STEPS.get(zeros)
+    predicted = None if step is None or pdl else predicted_us(bench.setting, batch, step, context)
     report.row(
         "decode steps",
         batch=batch,

@@ -46,8 +46,8 @@ def test_a_run_goes_on_behind_what_kills_or_hangs_its_process(job: Job) -> None:
     assert list(errors) == ["raises", "crashes", "hangs"]
     assert "plain error" in errors["raises"]["traceback"]
     assert "with launches blocking" not in errors["raises"]
-    assert "-11" in errors["crashes"]["traceback"]
-    assert "-11" in errors["crashes"]["with launches blocking"]
+    assert "-9" in errors["crashes"]["traceback"]
+    assert "-9" in errors["crashes"]["with launches blocking"]
     assert "in hangs" in errors["hangs"]["traceback"]  # the stack of what hung
     assert errors["hangs"]["with launches blocking"] == "no error"
     assert "seconds" in sections["types"]
