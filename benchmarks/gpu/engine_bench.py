@@ -106,7 +106,7 @@ class EngineBench:
             kernels_type=mode.kernels,
         )
         sizes = [size for size in GRAPH_SIZES if size < suite.engine_running]
-        self._graphs = self._machine.graphs([*sizes, suite.engine_running])
+        self._executor = self._machine.executor([*sizes, suite.engine_running])
         self.captures = setting.on_gpu
         """Whether steps are graphs at all."""
 
@@ -122,7 +122,8 @@ class EngineBench:
             tensor.fill_(float("nan"))
         requests = self._requests[:REQUESTS_ALONE] if variant.alone else self._requests
         with _Connection() as connection:
-            watched = _Watched(PlanRunner(self._machine.runner(self._graphs if variant.graphs else None)))
+            runner = Runner(self._executor) if variant.graphs else self._machine.runner(None)
+            watched = _Watched(PlanRunner(runner))
             engine = self._engine(variant, connection, watched)
             began = time.perf_counter()
             answers, stats = connection.serve(engine, requests, at_once=1 if variant.alone else len(requests))
@@ -174,14 +175,14 @@ class EngineBench:
             dtype="",
             stats=scheduler.stats(),
         )
-        replays = self._graphs.replays
+        replays = self._executor.replays
         return Engine(
             socket=connection.router,
             scheduler=scheduler,
             run=run,
             limits=ready,
             overlap=variant.overlap,
-            graph_replays=lambda: self._graphs.replays - replays,
+            graph_replays=lambda: self._executor.replays - replays,
         )
 
 

@@ -215,6 +215,20 @@ class Machine:
             capture_all([graphs], GraphRecorder())
         return graphs
 
+    def executor(self, sizes: Sequence[int]) -> FusedExecutor:
+        """As a server starts it: with graphs of decode steps of these batch sizes, and what else it captures.
+
+        It makes the kernels' buffers anew, so graphs that were captured before must not be replayed any more.
+        """
+        if self.cache.device.type == "cpu":
+            # Padded steps with prompts take the interpreter long.
+            executor = FusedExecutor(self.kernels).start(self.model, self.cache)
+            executor.graphs = self.graphs(sizes)
+            return executor
+        executor = FusedExecutor(self.kernels, sizes)
+        executor.reserve(self.limits)
+        return executor.start(self.model, self.cache)
+
     def runner(self, graphs: DecodeGraphs | None) -> Runner:
         """What the engine calls."""
         executor = FusedExecutor(self.kernels).start(self.model, self.cache)
