@@ -168,7 +168,8 @@ class StepCheck:
 
     def _hidden(self, batch: Sequence[SequenceInput]) -> torch.Tensor:
         """The final hidden states of a decode step, run eagerly."""
-        return _forward(self.machine.model, self.machine.cache, self.machine.kernels, batch)
+        machine = self.machine
+        return _forward(machine.model, machine.cache, machine.kernels, batch, machine.kernels.sampled)
 
     def _restore(self) -> None:
         for tensor, own in zip(self.machine.cache.tensors, self._before.tensors, strict=True):
@@ -211,7 +212,11 @@ def attempt_checks(check: StepCheck, report: Report, *, seconds: float = 2.0) ->
 
 
 def _forward(
-    model: Persimmon, cache: KVCache, kernels: Kernels[Any, Any], batch: Sequence[SequenceInput]
+    model: Persimmon,
+    cache: KVCache,
+    kernels: Kernels[Any, Any],
+    batch: Sequence[SequenceInput],
+    sampled: torch.Tensor | None = None,
 ) -> torch.Tensor:
     plan = kernels.plan_attention(
         [item.block_table for item in batch],
@@ -224,7 +229,7 @@ def _forward(
         device=cache.device,
     )
     tokens = torch.tensor([item.token_ids[0] for item in batch], device=cache.device)
-    return model.forward(Step(tokens, plan, None), cache)
+    return model.forward(Step(tokens, plan, None, sampled), cache)
 
 
 def _copy_of(cache: KVCache) -> KVCache:
