@@ -42,7 +42,7 @@ class HostTime:
         launches: kernels launched one by one, torch's own not counted.
         replays: CUDA graphs.
         milliseconds: the median step's.
-        slowest_tenth_ms: what nine of ten stay below.
+        slowest_tenth_ms: the 90th percentile.
     """
 
     step: str
@@ -59,7 +59,7 @@ class HostTime:
 
 
 def sampling(**asked: float) -> RowSampling:
-    """Of a request."""
+    """The sampling settings of a request."""
     return RowSampling(asked=SamplingParams(temperature=0.8, seed=5, **asked))  # type: ignore[arg-type]
 
 

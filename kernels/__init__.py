@@ -129,7 +129,7 @@ def for_device(
     if device.type == "cuda":
         name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
         check_gpu(name, capability, allow_old_triton=allow_old_triton)
-        # They bring Triton, which a CPU has no use for.
+        # They import Triton, which a CPU does not need.
         from persimmon.kernels.fused import FusedKernels
         from persimmon.kernels.invariant import InvariantKernels
 

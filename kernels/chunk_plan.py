@@ -170,7 +170,7 @@ def lay_out_chunks(
         counts: how many tokens each has in this step.
         block_size: S of the cache.
         configs: tile shapes by rising `block_queries`.  A sequence takes the first that holds its chunk in one tile,
-            or else the last: its own length decides, so that its bits do not depend on who shares the step.
+            or else the last: its own length decides, so that its bits do not depend on the rest of the step.
     """
     if not len(block_tables) == len(starts) == len(counts) > 0:
         raise ValueError(

@@ -347,7 +347,7 @@ def _decode_attention(
             tl.store(partial_outputs + row * D + dim, output)
             tl.store(partial_maxima + row, maximum)
             tl.store(partial_totals + row, total)
-            # All of this program's threads have stored before one of them says so.
+            # All of this program's threads have stored before one of them counts the arrival.
             tl.debug_barrier()
             arrived = tl.atomic_add(arrivals + token, 1, sem="acq_rel", scope="gpu")
             if arrived == splits - 1:

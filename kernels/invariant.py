@@ -6,9 +6,9 @@ prompt, decoded, or computed again after a preemption changes the order in which
 - a product of more rows than `SMALL_STEP` is `invariant_projection`'s, with the summation order of `projection`'s;
 - attention is `invariant_attention`'s, for prompts and decodes;
 - LayerNorms are always merged from their tiles' statistics, which travel with the residual stream in every step;
-- logits are added up as those of the head kernel, whoever asks for them.
+- logits of samples and of prompts are both added up as by the head kernel.
 
-What is left to the hardware is that its matrix units round alike at every tile width.
+It assumes that the matrix units round alike at every tile width.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from persimmon.kernels.prefill_attention import qk_norm_rotary_store
 
 
 class InvariantKernels(FusedKernels):
-    """`FusedKernels` whose results for a token depend on that token and its sequence alone."""
+    """`FusedKernels` whose results for a token depend only on that token and its sequence."""
 
     def norm_linear(self, x: Residual, norm: Norm, linear: Linear[FusedWeight], plan: FusedPlan) -> torch.Tensor:
         """As `reference.norm_linear`."""

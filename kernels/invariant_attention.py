@@ -55,7 +55,7 @@ def _join(maximum, total, weighted, new_maximum, new_total, new_weighted):
 
 @triton.jit
 def _attended(total, weighted):
-    """What a state comes to.  Adding 0 makes -0 0: joining a split in which a query sees no key may do so or not."""
+    """The output of a state.  Adding 0 turns -0 into 0, as joining a split in which a query sees no key may."""
     return weighted / total[:, None] + 0.0
 
 
@@ -207,7 +207,7 @@ def _split_attention_kernel(
             tl.store(partial_outputs + mine[:, None] * HEAD_DIM + dims, weighted, mask=is_query[:, None])
             tl.store(partial_maxima + mine, maximum, mask=is_query)
             tl.store(partial_totals + mine, total, mask=is_query)
-            # All of this program's threads have stored before one of them says so.
+            # All of this program's threads have stored before one of them counts the arrival.
             tl.debug_barrier()
             arrived = tl.atomic_add(arrivals + token, 1, sem="acq_rel", scope="gpu")
             if arrived == splits - 1:
@@ -247,7 +247,7 @@ def chunk_attention(
     config = config_of(cache.keys.dtype)
     _check(q, cache, out, len(plan.slots))
     if any(launch.config != config for launch in plan.launches):
-        raise ValueError(f"the plan's tiles are {[launch.config for launch in plan.launches]}, not {config} alone")
+        raise ValueError(f"the plan's tiles are {[launch.config for launch in plan.launches]}, not {config}")
     for launch in plan.launches:
         _chunk_attention_kernel[(heads, launch.tiles.shape[0])](
             q,
@@ -320,7 +320,7 @@ def decode_attention(
 
 
 def _shape(heads: int, dim: int, cache: LayerCache, config: PrefillConfig) -> dict[str, int]:
-    """What both kernels are compiled for: an attended row has the same bits only because this is one and the same."""
+    """The constants of both kernels: a row has the same bits from both only because these are the same."""
     return {
         "HEADS": heads,
         "HEAD_DIM": dim,

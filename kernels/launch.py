@@ -114,7 +114,7 @@ def check_gpu(name: str, capability: tuple[int, int], *, allow_old_triton: bool 
 
 
 def _check_triton(name: str, *, allow_old: bool) -> None:
-    import triton  # a CPU has no use for it
+    import triton  # not needed on a CPU
 
     if _release(triton.__version__) >= _release(MIN_TRITON):
         return

@@ -338,7 +338,7 @@ def prefill_attention(
     Online softmax over tiles of keys (Milakov and Gimelshein, arXiv:1805.02867; Dao, FlashAttention-2,
     arXiv:2307.08691), in float32; the weights are rounded to the cache's dtype for their product with V.  Rows that
     the sequence has not written are never used, so what they hold, NaN included, is harmless.  A token's bits depend
-    on its own sequence alone, and not on how its context was cut into chunks, as long as these take the same config.
+    only on its own sequence, and not on how its context was cut into chunks, as long as these take the same config.
 
     Reads (T + 2 * sum(start + count)) * H * D * itemsize bytes, K and V once for every tile of a sequence, though from
     L2 where its tiles run side by side; writes T * H * D * itemsize.

@@ -109,7 +109,7 @@ class Executor(ABC):
             rows: the tokens whose states are wanted.
 
         Returns:
-            [R, hidden], as of `forward`; None where the step has to go through that.
+            [R, hidden], as of `forward`; None where the step has to go through `forward`.
         """
         del batch, rows
         return None

@@ -28,7 +28,7 @@ class FusedExecutor(Executor):
     Args:
         kernels: the operations.
         graph_sizes: batch sizes of decode steps that get a CUDA graph; none for a classifier, which decodes nothing.
-        mixed_sizes: numbers of tokens of steps with prompts that get one, where decode steps do; by default
+        mixed_sizes: token counts of steps with prompts that get a CUDA graph, if decode steps do; by default
             `graph_sizes.mixed_sizes`.
 
     Attributes:

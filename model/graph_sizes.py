@@ -1,4 +1,4 @@
-"""Which batch sizes get a CUDA graph of their own, and what the graphs take.  Knows no GPU."""
+"""Which batch sizes and token counts get a CUDA graph, and the memory that graphs take.  Knows no GPU."""
 
 from collections.abc import Sequence
 

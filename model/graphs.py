@@ -99,7 +99,7 @@ def capture_all(
     Args:
         work: what is captured, the kind that takes most memory first.
         record: makes the graphs.
-        progress: wraps the graphs' numbers, to show how far it is.
+        progress: wraps the graphs' numbers, to show progress.
     """
     graphs = [(own, size) for own in work for size in reversed(own.graphs.sizes)]
     for place in progress(range(len(graphs))):

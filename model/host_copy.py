@@ -9,7 +9,7 @@ import torch
 
 
 def pack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The numbers of several tensors behind each other, those of 8 bytes first.
+    """The numbers of several tensors one after the other, those of 8 bytes first.
 
     Args:
         tensors: contiguous, of one device, with elements of 4 or 8 bytes.

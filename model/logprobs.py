@@ -84,7 +84,7 @@ def log_totals(logits: torch.Tensor) -> torch.Tensor:
 
 
 def log_totals_by_halves(logits: torch.Tensor) -> torch.Tensor:
-    """`log_totals` by operations that know only elements: halves are added until one column is left."""
+    """`log_totals` by elementwise operations: halves are added until one column is left."""
     highest = logits.amax(-1)
     x = (logits - highest[:, None]).exp_()
     width = x.shape[1]
@@ -103,7 +103,7 @@ def _highest(logits: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor
     values, ids = logits.topk(top, dim=-1)
     lowest = values[:, -1:]
     ties = logits == lowest
-    # On a GPU the question would wait for everything launched before it.
+    # On a GPU the comparison would wait for everything launched before it.
     if logits.device.type != "cpu" or ties.sum() > (values == lowest).sum():
         numbers = torch.arange(logits.shape[1], dtype=torch.float32, device=logits.device)
         first_ties = torch.where(ties, -numbers, float("-inf")).topk(top, dim=-1).indices

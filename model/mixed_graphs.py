@@ -56,7 +56,7 @@ class MixedGraphs:
         self._block_tables = torch.zeros(tables, max_blocks, dtype=torch.int32, device=cache.device)
 
     def takes(self, batch: Sequence[SequenceInput]) -> bool:
-        """Whether a step fits, and has nothing that changes how its tokens are embedded or turned."""
+        """Whether a step fits, and has nothing that changes how its tokens are embedded or rotated."""
         tokens = sum(len(item.token_ids) for item in batch)
         if not self.graphs.takes(tokens):
             return False
@@ -76,7 +76,7 @@ class MixedGraphs:
         """Starts a step.
 
         Args:
-            batch: what `takes` says it takes, sequences with one token first.
+            batch: a step that `takes` accepts, sequences with one token first.
             rows: the tokens whose states are wanted.
 
         Returns:

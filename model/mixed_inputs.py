@@ -1,7 +1,7 @@
 """The inputs of a step of single tokens and chunks of prompts in one buffer, so that one transfer brings them.
 
-A step's tokens stand behind each other, single ones first, and padding behind all of them.  How many of them belong to
-which sequence is in the buffer and not in the launches, so the same launches do for every step of no more tokens.
+A step's tokens lie one after the other: single ones first, padding last.  Which of them belong to which sequence is in
+the buffer and not in the launches, so the same launches serve every step of no more tokens.
 """
 
 from collections.abc import Sequence

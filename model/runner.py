@@ -120,7 +120,7 @@ class PendingStep:
     def wait(self) -> StepOutcome:
         """What came of it, as soon as it is there.
 
-        Touches no device: on the stream, anything would come behind the step that has been launched since.
+        Uses no device: on the stream, anything would run after the step that has been launched since.
         """
         if self._copied is not None:
             self._copied.synchronize()
@@ -302,7 +302,7 @@ class Runner:
             token_ids=upload(np.array(token_ids, dtype=np.int64), device),
             attention=attention,
             logits_rows=None if every_row else upload(np.array(rows, dtype=np.int64), device),
-            # Where kernels are compiled, those that know earlier samples do for every step.
+            # Without earlier samples a compiled embedding is another kernel, so it gets them in every step.
             sampled=self._executor.sampled if self._executor.compiles or min(token_ids) < 0 else None,
             rotary=self._rotary(inputs),
             embedded=_spans(inputs),

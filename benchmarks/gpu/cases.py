@@ -1,7 +1,7 @@
 """One kernel with its inputs, to be timed: decode attention of a batch, a projection of some rows.
 
-Weights and caches take turns over more memory than any cache holds, as they do when the layers of a step follow each
-other.  Times nothing.
+Successive calls use different weights and caches, in all more memory than any cache holds, as the layers of a step do.
+Times nothing.
 """
 
 from functools import partial
@@ -29,7 +29,7 @@ DTYPE = torch.float16
 
 
 class DecodeCase:
-    """Decode attention of one batch, by turns over several sets of sequences."""
+    """Decode attention of one batch; successive calls use different sets of sequences."""
 
     def __init__(self, setting: Setting, batch: int, context: int, block_size: int) -> None:
         suite, config, generator = setting.suite, setting.suite.config, setting.generator()
@@ -66,7 +66,7 @@ class DecodeCase:
         ]
 
     def dense_calls(self, batch: int, context: int) -> list[Call]:
-        """Attention of torch over keys and values that lie side by side: no pages, no norms, no cache write."""
+        """Attention of torch over contiguous keys and values: no pages, no norms, no cache write."""
         _, heads, _, dim = self.inputs.qkv.shape
         shape = (-1, batch, heads, context, dim)
         count = batch * heads * context * dim
@@ -80,7 +80,7 @@ class DecodeCase:
 
 
 class ProjectionCase:
-    """One projection with a number of rows, by turns over several weights."""
+    """One projection of some rows; successive calls use different weights."""
 
     def __init__(self, setting: Setting, width: Width, rows: int, *, zeros: float = 0.5, shared: bool = False) -> None:
         generator, self.width, self.rows = setting.generator(), width, rows

@@ -32,7 +32,7 @@ def _copy_kernel(target, source, elements, BLOCK: tl.constexpr):  # type: ignore
 
 @triton.jit(do_not_specialize=["turns"])  # type: ignore[untyped-decorator]
 def _read_kernel(sums, source, elements, turns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-    """Each program adds up its share, so that nothing is read in vain and hardly anything is written.
+    """Each program adds up its share, so that every load is used and little is written.
 
     Past L1 (.cg); in each turn a program reads another's share, so that no load can be moved out of the loop.
     """

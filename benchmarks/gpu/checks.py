@@ -37,7 +37,7 @@ from persimmon.kernels.projection_config import ATTENTION_OUT, MLP_DOWN, WIDE, N
 
 
 def run(setting: Setting, report: Report) -> None:
-    """In float16; what the smoke has not gone through by itself comes first."""
+    """In float16; what the smoke section has not covered comes first."""
     report.note(f"seed {setting.seed}")
     check_types(setting, report, (torch.float16,))
 

@@ -1,4 +1,4 @@
-"""Is sampling right?  Of the head and of written logits, whole and truncated, against exact logits and plain torch."""
+"""Checks draws by the head and from written logits, whole and truncated, against exact logits and plain torch."""
 
 import random
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ VOCABULARY_AT_ONCE = 1 << 15
 
 
 def _draw_inputs(rows: int, device: torch.device, dice: random.Random) -> DrawInputs:
-    """Greedy, cool, plain and hot rows in turn, with seeds of all 63 bits."""
+    """Greedy, cool, plain and hot rows in turn, with 63-bit seeds."""
 
     def int32(values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)
@@ -81,7 +81,7 @@ def check_sampling(setting: Setting, report: Report, dtype: torch.dtype, name: s
 
 
 def _exact_logits(hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """[R, V] float64, and what float32 sums may be off by; a part of the vocabulary at a time."""
+    """[R, V] float64, and the error allowed to float32 sums; a part of the vocabulary at a time."""
     exact, spreads = [], []
     for first in range(0, len(weight), VOCABULARY_AT_ONCE):
         own = weight[first : first + VOCABULARY_AT_ONCE].double()

@@ -1,4 +1,4 @@
-"""Are the kernels right in bfloat16 and float32?  The checks of float16, and whole steps."""
+"""Checks the kernels in bfloat16 and float32: the checks of float16, and whole steps."""
 
 from functools import partial
 

@@ -1,13 +1,13 @@
-"""Everything that only a GPU can tell, in one command: are the kernels right, how fast are they, and whole steps.
+"""Everything that only a GPU can show, in one command: whether kernels, steps and engine are right, and how fast.
 
     python -m benchmarks.gpu [--budget SECONDS] [--sections smoke,steps] [--out FILE]
 
-The first minute tells most; what follows is in order of value, and nothing starts that would not fit the budget.  The
-table of targets comes last.  Prints as it goes, and keeps a JSON file that holds what has been found so far.  A kernel
+The most informative sections run first, and nothing starts that would not fit the budget.  The table of targets comes
+last.  Prints as it goes, and keeps a JSON file that holds what has been found so far.  A kernel
 that hangs or breaks the device costs its own part and no other.  Sections that are not asked for stay in the file as
 they were, if it is of the same device and software.
 
---device cpu --shape tiny takes the same way through the code in Triton's interpreter; its times mean nothing.
+--device cpu --shape tiny runs the same code in Triton's interpreter; its times mean nothing.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def run(options: Options, described: dict[str, Any], start_method: StartMethod =
         seed=options.seed,
         out=options.out,
         start_method=start_method,
-        # The interpreter takes its time, and holds no card that others wait for.
+        # The interpreter is slow, and occupies no card that others wait for.
         ends_at=began + options.budget_s - RESERVE_S if on_gpu else math.inf,
         **({} if on_gpu else {"limit_s": None}),
     )
@@ -125,7 +125,7 @@ def _summary(file: ResultFile, sections: Sequence[str]) -> bool:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
-        description="Check and measure the GPU kernels, what tells most first.",
+        description="Check and measure the GPU kernels, the most informative parts first.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="sections, in the order in which they run:\n"
         + "\n".join(f"  {name:<9} {section.about}" for name, section in SECTIONS.items()),

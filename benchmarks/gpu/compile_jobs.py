@@ -47,11 +47,11 @@ class StepJob:
 
     Attributes:
         decodes: sequences with one token.
-        chunk: tokens of a prompt beside them; 0 for none, and then it is a step that a graph would hold.
+        chunk: tokens of a prompt next to them; with 0 it is a step that a graph would hold.
         dtype: of the network.
         block_size: tokens of a block, if not the suite's.
         pdl: whether launches are dependent.
-        reads_zeros: whether what meets only zeros is read all the same.
+        reads_zeros: whether weights that meet only zeros are read as well.
         ahead_bytes: of the next weight that decode attention brings into the L2 cache.
         samplings: how rows are drawn, in turn.
         kernels_type: the operations.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from benchmarks.gpu.compile_jobs import CompileJob
 
 FIRST_SECTIONS = ("ceilings", "smoke")
-"""Those whose kernels are waited for."""
+"""Sections that wait for their kernels."""
 
 
 class CompilePool:

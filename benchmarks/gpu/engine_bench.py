@@ -41,7 +41,7 @@ TIE = 0.05
 
 @dataclass(slots=True)
 class Answer:
-    """What a sequence has got."""
+    """What a sequence has received."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: int = 0
@@ -117,7 +117,7 @@ class EngineBench:
 
     def run(self, variant: Variant) -> Outcome:
         """Serves all requests."""
-        # What is read though nothing wrote it is found out.
+        # Shows reads of memory that nothing has written.
         for tensor in self._machine.cache.tensors:
             tensor.fill_(float("nan"))
         requests = self._requests[:REQUESTS_ALONE] if variant.alone else self._requests
@@ -134,7 +134,7 @@ class EngineBench:
         )
 
     def is_tie(self, key: int, ours: Sequence[int], theirs: Sequence[int]) -> bool:
-        """Whether two answers differ first in two tokens that are the best ones within rounding."""
+        """Whether the first two tokens that differ are tied for the highest logit, within rounding."""
         place = next((place for place, pair in enumerate(zip(ours, theirs, strict=False)) if len(set(pair)) > 1), None)
         if place is None:
             return False
@@ -164,7 +164,7 @@ class EngineBench:
             max_num_seqs=suite.engine_running,
             max_num_batched_tokens=chunk,
             max_model_len=suite.engine_prompt + suite.engine_answer,
-            # Answers that are longer than expected are what sequences are preempted for.
+            # Sequences are preempted where answers are longer than expected.
             typical_output=1 if variant.scarce else TYPICAL_OUTPUT,
         )
         ready = Ready(
@@ -206,7 +206,7 @@ def _requests(setting: Setting) -> list[Submit]:
         begin = common if number % 4 < 2 else []
         length = max(dice.randint(1, suite.engine_prompt), len(begin) + 1)
         if number % 2 == 0:
-            # The answer needs a block more from its third token on.
+            # The answer needs one more block from its third token on.
             length = -(-length // size) * size - 1
         length = min(length, suite.engine_prompt)
         prompt = (begin + dice.choices(range(vocabulary), k=length))[:length]

@@ -1,4 +1,4 @@
-"""How the engines are set up whose tokens are compared.  Data; needs none of the engine's packages."""
+"""The configurations of the engine whose tokens are compared.  Data; needs none of the engine's packages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -71,5 +71,5 @@ def variants(setting: Setting) -> Sequence[Variant]:
 
 
 def modes(setting: Setting) -> Sequence[Mode]:
-    """All of them on a GPU; tests interpret the other one elsewhere."""
+    """All of them on a GPU; elsewhere the first only, because tests interpret the other one."""
     return MODES if setting.on_gpu else MODES[:1]

@@ -12,11 +12,11 @@ PACKAGES = ("torch", "triton", "transformers")
 
 
 class NoDeviceError(RuntimeError):
-    """There is no GPU to be seen."""
+    """No GPU is visible."""
 
 
 def description(device: str, shape: str) -> dict[str, Any]:
-    """The device and the software; what a file must agree on to keep older sections.
+    """The device and the software; a file keeps older sections only if these are the same.
 
     Raises:
         NoDeviceError: a GPU is wanted and the driver reports none.
@@ -40,7 +40,7 @@ def installed(package: str) -> str | None:
 
 
 def clocks() -> dict[str, str] | None:
-    """What the card reports of its clocks, power and heat, now; None where there is none."""
+    """What the card reports of its clocks, power and temperature, now; None where there is none."""
     values = query(CLOCKS)
     return None if values is None else dict(zip(CLOCKS, values, strict=True))
 

@@ -49,7 +49,7 @@ def random_model(
 
 
 def limits(suite: Suite) -> StepLimits:
-    """What buffers are made for, in all sections the same: some kernels are compiled for them."""
+    """What buffers are made for; the same in all sections, because some kernels are compiled for these sizes."""
     config = suite.config
     return StepLimits(
         max_num_seqs=suite.max_num_seqs,

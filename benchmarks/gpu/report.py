@@ -82,7 +82,7 @@ class Terms:
 
 
 class PreparationError(Exception):
-    """What the attempts of a section need could not be made; it has been written down."""
+    """The preparation of a section's attempts failed; the report has the error."""
 
 
 class Report:
@@ -105,7 +105,7 @@ class Report:
         file.save()
 
     def attempt(self, what: str, call: Callable[[], Result], *, seconds: float = 1.0) -> Result | None:
-        """Runs one part of the section, waits for the device, and goes on after an error, once that is written down.
+        """Runs one part of the section, waits for the device, and continues after an error, which it records.
 
         Args:
             what: the part's name, unique in the section.
@@ -181,7 +181,7 @@ class Report:
         print(f"     {text}", flush=True)
 
     def error(self, what: str, error: Exception) -> None:
-        """Something went wrong in a part of the section."""
+        """Records an error in a part of the section."""
         self._columns = ()
         trace = "".join(traceback.format_exception(error))
         self._section["errors"].append({"in": what, "traceback": trace})
@@ -194,7 +194,7 @@ class Report:
         self._file.save()
 
     def _run(self, what: str, call: Callable[[], Result], patience: float = 1.0) -> tuple[Result | None, bool]:
-        """What a call returned, and whether it failed; leaves the process where the device no longer works."""
+        """What a call returned, and whether it failed; exits where the device no longer works."""
         self._section["under_way"] = what
         self._file.save()
         began, result, failed = time.monotonic(), None, False

@@ -1,4 +1,4 @@
-"""The parts of the GPU suite, in the order in which they run: what tells most comes first.
+"""The parts of the GPU suite, in the order in which they run: the most informative first.
 
 Data, and how a run's time is shared between them.
 """
@@ -54,7 +54,7 @@ RESERVE_S = 4.0
 """Of the budget, for the end of the last process and the summary."""
 
 ATTEMPT_LIMIT_S = 20.0
-"""No part of a section takes this long; one that does hangs."""
+"""A part of a section that takes longer has hung."""
 
 
 def section_end(section: Section, following: Sequence[Section], now: float, end: float) -> float:

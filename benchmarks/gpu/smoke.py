@@ -1,4 +1,4 @@
-"""The first minute: what tells most about the kernels on this card, from two layers of the network and its head.
+"""The first minute: the most informative checks of the kernels, on two layers of the network and its head.
 
 Whole steps in float16 are right, repeatable and the same captured, padded, alone and without skipping; then the time of
 a whole step is predicted from that of two layers and of one, next to what the card copies.
@@ -28,7 +28,7 @@ COMPILATION_S = 12.0
 
 
 def run(setting: Setting, report: Report) -> None:
-    """Right, then fast; the risky launches last."""
+    """Correctness, then speed; the risky launches last."""
     report.note(f"seed {setting.seed}")
     if setting.on_gpu:
         try:
@@ -126,7 +126,7 @@ class _Prediction:
 
     @property
     def _added(self) -> int:
-        """Layers that the deeper machine has more."""
+        """How many more layers the deeper machine has."""
         return len(self._two.model.layers) - len(self._one.model.layers)
 
     def _whole(self, deeper: float, shallower: float) -> float:

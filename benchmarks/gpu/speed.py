@@ -1,6 +1,6 @@
 """How fast is each kernel?  Bytes, microseconds and the share of what the card can do.
 
-Each kernel by itself; cuBLAS and torch's attention are listed next to those that they compare with.
+Each kernel by itself; cuBLAS and torch's attention are listed next to the kernels that they are compared with.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from persimmon.kernels.prefill_attention import prefill_attention, qk_norm_rotar
 
 
 def run(setting: Setting, report: Report) -> None:
-    """The decode step's kernels first, in the order in which targets speak of them."""
+    """The decode step's kernels first, in the order of the targets."""
     suite = setting.suite
     down = next(width for width in widths(suite.config) if width.name == "mlp_down")
     for batch, context in suite.decode_grid:
@@ -103,7 +103,7 @@ def _projection(setting: Setting, report: Report, width: Width, rows: int) -> No
 
 
 def _skipped_rows(setting: Setting, report: Report, down: Width, rows: int, zeros: float) -> None:
-    """The last projection of the MLP where its rows that meet only zeros, in places of each token's own, are unread."""
+    """The down projection, skipping weight rows that meet only zeros; each token's zeros are in other places."""
     case = ProjectionCase(setting, down, rows, zeros=zeros)
     timed = time_variants(
         {"skipping": case.calls(case.default, skipping=True), "dense": case.calls(case.default)},

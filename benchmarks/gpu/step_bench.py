@@ -1,4 +1,4 @@
-"""The whole network with a filled cache and captured steps, for those who time it; knows how a step is timed."""
+"""The whole network with a filled cache and captured steps, and how a step is timed."""
 
 import gc
 import math
@@ -26,7 +26,7 @@ KEPT_FREE = 6 << 30
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """A captured step by itself, and launched again and again with all that the host does for it."""
+    """A captured step by itself, and launched repeatedly with all that the host does for it."""
 
     replay: Timing
     launch: Timing

@@ -1,4 +1,4 @@
-"""Are whole decode steps right?  A network with few layers against float32, and against itself bit for bit.
+"""Checks whole decode steps: a network with few layers against float32, and against itself bit for bit.
 
 Alone and in a batch, captured and eager, padded and not, replayed, with and without skipping, fed by the step before.
 """
@@ -131,7 +131,7 @@ class StepCheck:
 
     def dependent(self) -> None:
         """The same with programmatic dependent launch."""
-        # Measurements plant others between these checks.
+        # Measurements plant other zeros between these checks.
         plant_zeros(self.machine.model, 0.9)
         plain = self.expected
         self.machine.kernels.pdl = True

@@ -22,7 +22,7 @@ from persimmon.model.runner import SequenceInput
 
 
 def run(setting: Setting, report: Report) -> None:
-    """What targets speak of first; dependent launch last, because it has never run."""
+    """What the targets need first; dependent launch last, because it has never run."""
     suite = setting.suite
     bench = report.prepare("weights and graphs", partial(_start, setting, report))
     for count, (batch, context) in enumerate(suite.step_grid):

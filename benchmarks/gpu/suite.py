@@ -28,7 +28,7 @@ class Suite:
     Attributes:
         config: the network.
         block_size: tokens of a KV block, where not all block sizes are compared.
-        max_num_seqs: sequences that buffers are made for, in all sections the same, so that kernels are, too.
+        max_num_seqs: sequences that buffers are made for; the same in all sections, and so are their kernels.
         copy_bytes, l2_bytes, matmul_size, rotated_bytes: of the ceilings; and how much memory calls take turns in, so
             that no cache holds it.
         seconds_per_figure: how long one variant is timed.
@@ -46,12 +46,12 @@ class Suite:
         smoke_grid: (batch, context) of the steps whose time is predicted.
         smoke_prompt: its length.
         rows: batch sizes of the projections.
-        zero_fractions: of the planted activations, those that targets speak of first.
+        zero_fractions: of the planted activations, those that the targets need first.
         decode_grid: (batch, context) of decode attention by itself.
         chunk_grid: (context, new tokens) of prompt attention by itself.
         sample_rows: batch sizes of the samplers.
         sweep_rows: batch sizes of the sweep over launch settings.
-        step_grid: (batch, context) of decode steps, those that targets speak of first.
+        step_grid: (batch, context) of decode steps, those that the targets need first.
         sparse_batches: of the steps that are compared with and without skipping.
         sparse_context: their context.
         chain_batches, chain_steps, chain_rounds: of the consecutive steps: batch sizes, how many follow each other, and

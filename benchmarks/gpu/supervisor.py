@@ -42,7 +42,7 @@ def run_sections(job: Job) -> None:
 
 
 def _process(job: Job) -> str | None:
-    """Runs a job in a new process; how that ended, if not well."""
+    """Runs a job in a new process; returns how that failed, or None."""
     context: Any = multiprocessing.get_context(job.start_method)
     process = context.Process(target=work, args=(job,))
     process.start()

@@ -132,7 +132,7 @@ def run(setting: Setting, report: Report) -> None:
 def _projection(setting: Setting, report: Report, sweep: ProjectionSweep) -> None:
     width = next(width for width in widths(setting.suite.config) if width.name == sweep.name)
     case = ProjectionCase(setting, width, sweep.rows, zeros=0.9)
-    # The interpreter compares nothing: two show that the way there works.
+    # In the interpreter nothing is compared; two show that the code runs.
     configs = sweep.configs if setting.on_gpu else sweep.configs[:2]
     variants = {str(config): case.calls(config, skipping=sweep.skipping) for config in configs}
     _try(setting, report, str(sweep), variants)

@@ -59,13 +59,13 @@ def work(job: Job) -> None:
     from benchmarks.gpu.suite import SUITES, Setting
 
     if job.device == "cpu":
-        # The interpreter's products depend on their shapes and know no bfloat16; the tests have some that do not.
+        # The interpreter's own products depend on their shapes and take no bfloat16; those of the tests are a GPU's.
         import pytest
 
         from tests.interpreter import multiply_as_matrix_units
 
         multiply_as_matrix_units(pytest.MonkeyPatch())
-    # As the server has it: split products are added up in float32.
+    # As in the server: split products are added up in float32.
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     setting = Setting(suite=SUITES[job.shape], device=torch.device(job.device), seed=job.seed, compiled=job.compiled)

@@ -136,7 +136,7 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
 
 
 def check_batch_invariance(settings: EngineSettings, config: PersimmonConfig, device: torch.device) -> None:
-    """Makes sure that no product of the network depends on the number of rows, if none may.
+    """Makes sure that with --batch-invariant no product of the network depends on the number of rows.
 
     Raises:
         KernelsUnavailableError: one does.
@@ -144,7 +144,7 @@ def check_batch_invariance(settings: EngineSettings, config: PersimmonConfig, de
     if settings.batch_invariant and config.tie_word_embeddings and device.type == "cpu":
         raise kernels.KernelsUnavailableError(
             "--batch-invariant does not hold on a CPU for a checkpoint with tie_word_embeddings: its lm_head is the "
-            "embedding, which torch multiplies, in an order that depends on the number of rows. Serve it without "
+            "embedding, whose products torch adds up in an order that depends on the number of rows. Serve it without "
             "the flag, or on a GPU"
         )
 

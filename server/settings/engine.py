@@ -99,8 +99,8 @@ class EngineSettings(LogSettings):
     batch_invariant: bool = setting(
         False,
         "Compute a request's tokens and log-probabilities with the same bits alone, in any batch, from a prefix-cache "
-        "hit and after a preemption. On a CPU the C kernels always do, and the flag makes the start fail where they "
-        "do not compute everything. On a GPU it makes prompts slower.",
+        "hit and after a preemption. On a CPU the C kernels always do; where torch "
+        "computes a part, the server does not start. On a GPU the flag makes prompts slower.",
         "engine",
     )
 

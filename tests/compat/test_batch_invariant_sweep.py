@@ -1,6 +1,6 @@
 """The batch-invariant mode of a GPU in Triton's interpreter, over batches of 1 to 300 and chunks of 1 to 2,048.
 
-Here and not in tests/model because the interpreter takes minutes for so many rows; what tells most is in
+Here and not in tests/model because the interpreter takes minutes for that many rows; the most telling cases are in
 tests/model/test_batch_invariant.py.
 """
 

@@ -1,12 +1,12 @@
-"""A CUDA device that is not there, on which the code that only a GPU runs computes real numbers on a CPU.
+"""A simulated CUDA device, on which the code that only a GPU runs computes real numbers on a CPU.
 
     with fake_cuda() as gpu:
         ...  # torch.cuda.is_available(), tensors on "cuda", Triton launches, events, graphs, pinned memory
 
 It is an H200 with one stream.  Kernels run in Triton's interpreter (TRITON_INTERPRET=1), everything else on the CPU,
 so results can be compared with those of a CPU, bit for bit where the operations are the same.  Work is queued, and done
-only when the host waits for it, as late as a GPU could: a host that reads or writes too early meets wrong numbers or an
-error, not luck.  What raises as on a GPU:
+only when the host waits for it, as late as a GPU could: a host that reads or writes too early gets wrong numbers or an
+error.  What raises as on a GPU:
 
 - waiting, copying from or to pageable memory, pinning and recording events while a graph is captured
 - replaying a graph that was not captured, or that uses memory which has been freed since
@@ -20,8 +20,8 @@ what a graph leaves in memory that no tensor holds.  `gpu.waits` lists why the h
 ran (torch's profiler reports it, too), `gpu.seconds` is its clock, on which each command takes 1.5 ms, and
 `gpu.allocated` counts bytes.  What happens inside of kernels, in caches and between streams is not simulated.
 
-It is there in this process only; `tests.fake_cuda.serving` starts an engine process that has one of its own.  It is
-not for tests of speed: an interpreted launch takes milliseconds.
+It exists in this process only; `tests.fake_cuda.serving` starts an engine process that has one of its own.  It is
+no use for tests of speed: an interpreted launch takes milliseconds.
 """
 
 from collections.abc import Iterator

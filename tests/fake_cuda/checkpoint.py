@@ -1,4 +1,4 @@
-"""A checkpoint small enough for Triton's interpreter, with a tokenizer; written without Transformers, in no time."""
+"""A checkpoint small enough for Triton's interpreter, with a tokenizer; written quickly, without Transformers."""
 
 import json
 import math

@@ -1,7 +1,7 @@
 """Which statements of the project only a GPU executes, and whether a run has executed them.
 
-Knows Python's syntax: a function that names "cuda", `torch.cuda` or pinned memory is for a GPU, but for the branches
-that say they are for anything else.
+Knows Python's syntax: a function that names "cuda", `torch.cuda` or pinned memory is for a GPU, except for the branches
+of other devices.
 """
 
 import ast

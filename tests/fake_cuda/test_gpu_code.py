@@ -1,4 +1,4 @@
-"""Which statements count as a GPU's, and that it is seen whether they run."""
+"""Which statements count as a GPU's, and which of them a run has executed."""
 
 from pathlib import Path
 from types import ModuleType

@@ -8,7 +8,7 @@ barrier orders one thread's release behind another thread's stores; and a progra
 stored since its last barrier races with itself, because the compiler may give the element to another thread.
 
 What is found depends little on the schedule: an unordered pair is seen whichever of the two comes first.  Of the
-programs that read an element only the last is remembered, so a store that races with an earlier reader alone can be
+programs that read an element only the last is remembered, so a store that races only with an earlier reader can be
 missed in one schedule and found in the next.
 """
 

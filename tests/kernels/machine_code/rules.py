@@ -1,8 +1,8 @@
 """What the machine code of a kernel must and must not do: one function a rule, which returns the violations it found.
 
 The rules concern orders that Triton's interpreter cannot show, because it runs one program after the other and each
-instruction as it stands.  docs/design/gpu-kernels.md says why each is there.  Paths are taken as possible whatever the
-predicates of jumps; a barrier counts only where it is executed always.
+instruction as it stands.  docs/design/gpu-kernels.md gives their reasons.  Paths are taken as possible whatever the
+predicates of jumps; a barrier counts only where it is always executed.
 """
 
 import re
