@@ -229,7 +229,7 @@ def _forward(
         device=cache.device,
     )
     tokens = torch.tensor([item.token_ids[0] for item in batch], device=cache.device)
-    return model.forward(Step(tokens, plan, None, sampled), cache)
+    return model.forward(Step(token_ids=tokens, attention=plan, logits_rows=None, sampled=sampled), cache)
 
 
 def _copy_of(cache: KVCache) -> KVCache:

@@ -87,18 +87,17 @@ def test_sigusr1_to_one_process_or_to_all_is_as_good(server: Server) -> None:
 
 def test_stacks_of_an_engine_that_hangs_are_in_the_log_before_it_is_killed(server: Server, fifo: Path) -> None:
     engine = server.children()["engine"]
-    before = len(stacks(server, "the engine process"))
     fifo.open("w").close()
     refused = httpx.post(f"{server.url}/v1/completions", json={"prompt": "Hi", "max_tokens": 3}, timeout=60)
     assert refused.json()["error"]["code"] == "engine_dead"
     wait_until(lambda: is_healthy(server))
-    # Those that an earlier signal asked for may still come.
-    (hung,) = [each for each in stacks(server, "the engine process")[before:] if "in stuck_in_c" in each]
-    assert f"(pid {engine})" in hung
     messages = [json.loads(line)["message"] for line in server.lines]
     (noticed,) = [place for place, message in enumerate(messages) if "has not finished a step" in message]
     (ended,) = [place for place, message in enumerate(messages) if "the engine process ended with code -9" in message]
-    assert noticed < messages.index(hung) < ended
+    # Stacks that an earlier signal asked for may come while the engine hangs, too.
+    hung = [stack for stack in stacks(server, "the engine process") if stack in messages[noticed:ended]]
+    assert any("in stuck_in_c" in stack for stack in hung)
+    assert all(f"(pid {engine})" in stack for stack in hung)
     assert answers(server)
 
 
