@@ -38,5 +38,5 @@ def unpack(words: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tens
 
 
 def _order(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """Elements of 8 bytes have to begin at a multiple of 8."""
+    """Tensors of 8-byte elements first, so that these are aligned."""
     return sorted(range(len(tensors)), key=lambda place: -tensors[place].itemsize)

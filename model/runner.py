@@ -118,7 +118,7 @@ class PendingStep:
         self._pooled = pooled
 
     def wait(self) -> StepOutcome:
-        """What came of it, as soon as it is there.
+        """The outcome, as soon as it is on the host.
 
         Uses no device: on the stream, anything would run after the step that has been launched since.
         """

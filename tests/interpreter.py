@@ -38,8 +38,8 @@ def keep_language_patched() -> None:
 def multiply_as_matrix_units(patch: pytest.MonkeyPatch) -> None:
     """Products added up 16 of the inner dimension at a time, in ascending order, in float32, whatever the shapes are.
 
-    So do matrix units, instruction by instruction, which makes a sum independent of how many of them a turn of a loop
-    takes.  The interpreter's own products go through a BLAS whose order depends on the shapes, and take bfloat16 for
+    Matrix units do so too, one instruction at a time, so a sum does not depend on how many of them a loop iteration
+    has.  The interpreter's own products go through a BLAS whose order depends on the shapes, and take bfloat16 for
     integers.  numpy reduces any axis but the last one number after the other.
     """
 

@@ -19,7 +19,7 @@ def description(device: str, shape: str) -> dict[str, Any]:
     """The device and the software; a file keeps older sections only if these are the same.
 
     Raises:
-        NoDeviceError: a GPU is wanted and the driver reports none.
+        NoDeviceError: a GPU is asked for and the driver reports none.
     """
     found: dict[str, Any] = {"device": "cpu (interpreter): times are not figures"}
     if device == "cuda":

@@ -137,7 +137,7 @@ def _chain(bench: StepBench, runner: Runner, step: Sequence[SequenceInput], *, w
 
 
 def weights_ahead(bench: StepBench) -> None:
-    """Steps that bring less, as much and more of the next weight into the L2 cache while attention is short of work."""
+    """Steps whose idle attention programs bring less, as much and more of the next weight into the L2 cache."""
     batch, context = bench.setting.suite.step_grid[0]
     plant_zeros(bench.machine.model, 0.0)
     step = bench.batch(batch, context)

@@ -1,8 +1,8 @@
 """Runs sections in processes of their own and continues in a new one where one has died.
 
-A kernel that hangs, crashes or breaks the device costs its own attempt: the next process starts behind it.  The failed
-attempt runs once more by itself with CUDA_LAUNCH_BLOCKING=1, so that the error is reported by the launch that caused
-it.  Imports no torch.
+A kernel that hangs, crashes or breaks the device costs only its own attempt: the next process continues after it.  The
+failed attempt runs once more by itself with CUDA_LAUNCH_BLOCKING=1, so that the launch that caused
+the error reports it.  Imports no torch.
 """
 
 import multiprocessing
@@ -60,7 +60,7 @@ def _process(job: Job) -> str | None:
 
 
 def _blame(job: Job, ended: str, stacks: Path) -> tuple[str, str] | None:
-    """Writes down which attempt a process died in, so that the next one starts behind it.
+    """Writes down which attempt a process died in, so that the next one continues after it.
 
     Returns:
         The section and the attempt; the attempt is empty where the section cannot be continued.  None when every

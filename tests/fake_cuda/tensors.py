@@ -105,7 +105,7 @@ class CudaMode(TorchDispatchMode):
 
 
 class Dispatcher:
-    """What becomes of an operation.
+    """Decides how an operation is carried out.
 
     Args:
         device: that does it.

@@ -141,7 +141,7 @@ def test_the_server_s_projections_have_the_same_splits_in_both() -> None:
 
 
 def test_the_norm_of_some_rows_is_that_of_all() -> None:
-    """A step that samples from every row has statistics at hand, and one that does not must give the same bits."""
+    """A step that samples from every row has the statistics already; one that does not must give the same bits."""
     kernels, plan = InvariantKernels(CPU), FusedPlan(rows_live(50), torch.empty(0), torch.empty(0, 0))
     x = kernels.embed(torch.arange(50), None, normal(50, 200, dtype=torch.float32, seed=1), plan)
     norm = Norm(normal(200, dtype=torch.float32, seed=2), normal(200, dtype=torch.float32, seed=3), 1e-5)
