@@ -78,9 +78,12 @@ class LogprobRows:
 def log_totals(logits: torch.Tensor) -> torch.Tensor:
     """[R] log(sum(exp(logits))), each with the same bits whatever R is.
 
-    On a CPU torch sums every row by itself.  On a GPU the order of its sums depends on R.
+    On a CPU torch sums each of several rows in one thread, but a single one in all of them, so that one is doubled.  On
+    a GPU the order of its sums depends on R.
     """
-    return logits.logsumexp(-1) if logits.device.type == "cpu" else log_totals_by_halves(logits)
+    if logits.device.type != "cpu":
+        return log_totals_by_halves(logits)
+    return logits.logsumexp(-1) if len(logits) != 1 else torch.cat((logits, logits)).logsumexp(-1)[:1]
 
 
 def log_totals_by_halves(logits: torch.Tensor) -> torch.Tensor:

@@ -82,20 +82,22 @@ def test_alone_among_others_from_the_cache_preempted_and_in_any_chunks(
     assert scarce.stats.cached_tokens > 0
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 3])
 def test_one_row_is_reported_as_it_is_among_several(threads: int) -> None:
-    """torch sums a single row of many numbers with all threads, unless it is a softmax's."""
+    """torch sums a single row of many numbers with all threads: of some rows the last bit is then another."""
     before = torch.get_num_threads()
-    logits = torch.randn(3, 70_001, generator=torch.Generator().manual_seed(1)) * 4
-    tokens = torch.tensor([5, 6, 7])
+    logits = torch.randn(16, 70_001, generator=torch.Generator().manual_seed(1))
+    tokens = torch.arange(16)
     try:
         torch.set_num_threads(threads)
         many = LogprobRows.of(logits, tokens, 8)
-        one = LogprobRows.of(logits[1:2].clone(), tokens[1:2], 5)
+        few = [LogprobRows.of(logits[row : row + 1].clone(), tokens[row : row + 1], 5) for row in range(16)]
+        few.append(LogprobRows.of(logits[2:4].clone(), tokens[2:4], 5))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(one.logprobs, many.logprobs[1:2])
-    assert torch.equal(one.top_logprobs, many.top_logprobs[1:2, :5])
+    for rows, one in zip([*(slice(row, row + 1) for row in range(16)), slice(2, 4)], few, strict=True):
+        assert torch.equal(one.logprobs, many.logprobs[rows])
+        assert torch.equal(one.top_logprobs, many.top_logprobs[rows, :5])
 
 
 def test_totals_by_halves_are_totals_whatever_the_number_of_rows() -> None:
