@@ -221,11 +221,17 @@ def warm_up_steps(
             token_ids=[0] * length, start=start, block_table=table, samplings=(), report=report or last
         )
 
+    def together(tokens: int) -> list[SequenceInput]:
+        """Chunks of about so many tokens in all: several where none may be so long."""
+        length = min(longest, budget, tokens)
+        return [chunk(length)] * max(1, min(most, budget // length, -(-tokens // length)))
+
     # One of every range of lengths and batch sizes that kernels are compiled for, and a length that no graph holds.
-    lengths = [min(longest, budget, length) for length in ((20, 40, 80, MIXED_SIZES[-1] + 1) if compiles else (20,))]
+    ranges = (20, 40, 80, MIXED_SIZES[-1] + 1) if compiles else (20,)
+    lengths = [min(longest, budget, length) for length in ranges]
     sizes = [size for size in (1, 9, 17, 33, 65) if size <= most] if compiles else [1]
-    for length in lengths:
-        yield [chunk(length)]
+    for tokens in ranges:
+        yield together(tokens)
     for size in sizes:
         length = min(longest, budget // size, 2)
         yield [chunk(length)] * size
@@ -241,17 +247,19 @@ def warm_up_steps(
         else:
             yield [chunk(length, report=PooledStates(every_token, total=False, scores=True))]
     if compiles and config.rope_limit is not None:
-        # Angles by token, of a chunk and of a single token.
+        # Angles by token, of a chunk and of a single token, and of single tokens next to a chunk.
+        prompt_length = config.rope_limit + 2
+
+        def long(length: int) -> SequenceInput:
+            table = _first_blocks(length, plan)
+            return SequenceInput(
+                token_ids=[0] * length, start=0, block_table=table, samplings=(), prompt_length=prompt_length
+            )
+
         for length in (*lengths, 1):
-            yield [
-                SequenceInput(
-                    token_ids=[0] * length,
-                    start=0,
-                    block_table=_first_blocks(length, plan),
-                    samplings=(),
-                    prompt_length=config.rope_limit + 2,
-                )
-            ]
+            yield [long(length)]
+        if most > 1:
+            yield [chunk(1), long(min(longest, budget - 1, 20))]
     for size in sizes if config.generates else ():
         length = min(longest, budget // size, 2)
         yield [chunk(length, sampling=_adjusted(config))] * size

@@ -11,7 +11,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from triton import knobs
 from triton.runtime.jit import JitFunctionInfo
 
 from persimmon.kernels.fused import FusedKernels
+from persimmon.kernels.invariant import InvariantKernels
 from persimmon.model.checkpoint import expected_shapes
 from persimmon.model.config import Architecture, PersimmonConfig
 from persimmon.model.fused_executor import FusedExecutor
@@ -26,6 +27,7 @@ from persimmon.model.graphs import Record
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.memory import MemoryPlan
 from persimmon.model.persimmon import Persimmon
+from persimmon.model.rope_scaling import RopeScaling
 from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import PooledStates, PromptLogprobs, Report, Runner, SequenceInput
 from persimmon.model.token_counts import TokenCounts
@@ -46,6 +48,7 @@ GENERATOR = PersimmonConfig(
     num_attention_heads=64,
     max_position_embeddings=16384,
 )
+SCALING = RopeScaling(kind="dynamic", factor=4.0, original_length=512)
 STEPS = 150
 
 
@@ -80,17 +83,18 @@ def launch_once(run: Callable[[], T]) -> tuple[NoGraph, T]:
 
 def make_runner(settings: Settings, config: PersimmonConfig) -> MetaRunner:
     """As the server makes it, on a GPU that is not there."""
-    kernels = FusedKernels(META)
+    kernels = (InvariantKernels if settings.batch_invariant else FusedKernels)(META)
     executor = MetaExecutor(kernels, _graph_sizes(settings, config))
-    executor.reserve(_limits(settings, config, MAX_MODEL_LEN))
+    executor.reserve(_limits(settings, config, _max_model_len(settings)))
     tensors = ((name, torch.empty(shape, device=META)) for name, shape in expected_shapes(config).items())
     model = Persimmon(config, tensors, torch.float16, META, kernels)
     cache = KVCache.allocate(config, NUM_BLOCKS, BLOCK_SIZE, torch.float16, META)
     return MetaRunner(executor.start(model, cache))
 
 
-def random_step(dice: random.Random, most: int, config: PersimmonConfig) -> list[SequenceInput]:
+def random_step(dice: random.Random, settings: Settings, config: PersimmonConfig) -> list[SequenceInput]:
     """Decodes, prompts or both, short and long, of every kind of draw and report."""
+    most, longest = settings.max_num_seqs, _max_model_len(settings)
     decodes = dice.choice([0, 1, 2, 3, 16, 48, dice.randint(1, most)])
     chunks = dice.choice([0, 1, 1, 2, min(8, most)])
     kinds = dice.choice([PLAIN, PLAIN, PLAIN + ADJUSTED])
@@ -98,8 +102,8 @@ def random_step(dice: random.Random, most: int, config: PersimmonConfig) -> list
     sequences = max(1, min(decodes + chunks, most))
     room = most - sequences  # for further samples of their prompts
     for index in range(sequences):
-        count = 1 if index < decodes else dice.choice([1, 5, 16, 17, 64, 65, dice.randint(1, 900)])
-        start = dice.choice([0, 1, 255, 256, dice.randint(0, MAX_MODEL_LEN - count)])
+        count = 1 if index < decodes else min(longest - 1, dice.choice([1, 5, 16, 17, 64, 65, dice.randint(1, 900)]))
+        start = min(longest - count, dice.choice([0, 1, 255, 256, dice.randint(0, longest - count)]))
         table = range(-(-(start + count) // BLOCK_SIZE))
         samplings: list[RowSampling] = []
         if config.generates and (count == 1 or dice.random() < 0.5):
@@ -107,7 +111,10 @@ def random_step(dice: random.Random, most: int, config: PersimmonConfig) -> list
             room -= forks
             samplings = [dice.choice(kinds)] * (1 + forks)
         report = random_report(dice, count, config) if index >= decodes else None
-        batch.append(SequenceInput([0] * count, start, table, samplings, report))
+        # Of a prompt that goes on behind its chunk, the angles may be those of its length.
+        limit = config.rope_limit or 0
+        prompt_length = limit + 1 if not samplings and start + count < limit else 0
+        batch.append(SequenceInput([0] * count, start, table, samplings, report, prompt_length))
     return batch
 
 
@@ -137,18 +144,25 @@ ADJUSTED = [
 ]
 
 
-SERVERS: dict[str, tuple[Settings, Architecture]] = {
-    "default": (Settings(), GENERATOR.architecture),
-    "eager": (Settings(enforce_eager=True, max_num_seqs=1), GENERATOR.architecture),
-    "few": (Settings(max_num_seqs=8), GENERATOR.architecture),
-    "classifier": (Settings(), Architecture.TOKEN_CLASSIFICATION),
+SERVERS: dict[str, tuple[Settings, dict[str, Any]]] = {
+    "default": (Settings(), {}),
+    "eager": (Settings(enforce_eager=True, max_num_seqs=1), {}),
+    "few": (Settings(max_num_seqs=8), {}),
+    "batch-invariant": (Settings(batch_invariant=True), {}),
+    "short": (Settings(enforce_eager=True, max_num_seqs=32, max_model_len=40), {}),
+    "long prompts": (Settings(max_num_seqs=8), {"rope_scaling": SCALING, "max_position_embeddings": 512}),
+    "classifier": (Settings(), {"architecture": Architecture.TOKEN_CLASSIFICATION, "labels": ("calm", "glad", "sad")}),
 }
+"""By name, what was asked for and how the network differs from GENERATOR."""
 
 
-def compilations(settings: Settings, architecture: Architecture) -> dict[str, list[str]]:
-    labels = () if architecture == GENERATOR.architecture else ("calm", "glad", "sad")
-    config = replace(GENERATOR, architecture=architecture, labels=labels)
-    plan = MemoryPlan(0, 0, 0, 0, 0, NUM_BLOCKS, BLOCK_SIZE, MAX_MODEL_LEN)
+def _max_model_len(settings: Settings) -> int:
+    return settings.max_model_len or MAX_MODEL_LEN
+
+
+def compilations(settings: Settings, changes: dict[str, Any]) -> dict[str, list[str]]:
+    config = replace(GENERATOR, **changes)
+    plan = MemoryPlan(0, 0, 0, 0, 0, NUM_BLOCKS, BLOCK_SIZE, _max_model_len(settings))
     compiled: dict[str, str] = {}
 
     def note(*, key: str, fn: JitFunctionInfo, **_: object) -> bool:
@@ -163,7 +177,7 @@ def compilations(settings: Settings, architecture: Architecture) -> dict[str, li
         warm = len(compiled)
         dice = random.Random(0)
         for _ in range(STEPS):
-            runner.run(random_step(dice, settings.max_num_seqs, config))
+            runner.run(random_step(dice, settings, config))
     names = list(compiled.values())
     return {"warm-up": names[:warm], "serving": names[warm:]}
 

@@ -23,7 +23,10 @@ def compiled() -> dict[str, dict[str, list[str]]]:
     return json.loads(found.stdout)
 
 
-@pytest.mark.parametrize("server", ["default", "eager", "few", "classifier"])
+@pytest.mark.parametrize(
+    "server", ["default", "eager", "few", "batch-invariant", "short", "long prompts", "classifier"]
+)
 def test_no_step_after_the_warm_up_compiles_a_kernel(compiled: dict[str, dict[str, list[str]]], server: str) -> None:
-    assert "_decode_attention" in compiled[server]["warm-up"]
+    warm_up = compiled[server]["warm-up"]
+    assert ("_split_attention_kernel" if server == "batch-invariant" else "_decode_attention") in warm_up
     assert compiled[server]["serving"] == []
