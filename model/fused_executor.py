@@ -151,8 +151,7 @@ class FusedExecutor(Executor):
 
     def _send(self, words: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         on_host = torch.empty(words.shape, dtype=words.dtype, pin_memory=True)
-        if not len(words):
-            return on_host, None
+        # With an event even where there is nothing to copy: by waiting for it the scheduler learns what a chunk takes.
         on_host.copy_(words, non_blocking=True)
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record()

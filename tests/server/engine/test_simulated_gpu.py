@@ -69,7 +69,6 @@ OTHERWISE = {
     "captured = self._captured.get(self.size(count))": "benchmarks.gpu",
     "return None if captured is None else captured.graph": "benchmarks.gpu",
     "return super().fetch(tensors)": "a CPU",
-    "return on_host, None": "a report of nothing",
     "return torch.mm(hidden, columns, out=out)": "float32",
     "return NativeExecutor(kernels) if isinstance(kernels, NativeKernels) else TorchExecutor(kernels)": "a CPU",
     "torch.set_num_threads(usable_cores())": "OMP_NUM_THREADS is set here",
@@ -240,6 +239,13 @@ class TestSteps:
             pending = started.loaded.runner.launch(batch)
             assert (name, started.gpu.waits) == (name, [])
             assert pending.wait() == runner.launch(batch).wait()
+
+    def test_that_report_nothing_are_waited_for_too(self, started: Started) -> None:
+        """The scheduler learns from the wait what a chunk of a prompt takes."""
+        pending = started.loaded.runner.launch([SequenceInput([3, 4, 5], 0, [3], ())])
+        started.gpu.waits.clear()
+        assert pending.wait().tokens == []
+        assert started.gpu.waits == ["event"]
 
     def test_may_run_behind_each_other_before_any_is_waited_for(self, started: Started) -> None:
         runner = started.loaded.runner
