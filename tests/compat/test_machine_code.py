@@ -83,7 +83,11 @@ def test_machine_code_of_a_release_keeps_the_rule(release: Release, rule: str) -
     if rule == "proxy_fence" and release.version < Version(MIN_TRITON):
         # Why the server refuses it on sm_90: not one kernel, but nearly all that multiply.
         assert {place.split(",")[0] for place in found} == {
-            f"sm_90 {m}" for m in ("prefill_attention", "projection", "sampling")
+            f"sm_90 {module}"
+            for module in (
+                *("prefill_attention", "projection", "sampling"),
+                *("invariant_attention", "invariant_projection"),
+            )
         }
     else:
         assert found == {}
