@@ -151,7 +151,7 @@ STEPS: dict[str, Sequence[SequenceInput]] = {
 
 
 def step(executor: Executor, batch: Sequence[SequenceInput]) -> None:
-    """Launches a step and reads its outcome; neither may transfer anything but the one copy."""
+    """Launches a step and reads its outcome; no transfer may block, and one event is waited for."""
     runner = Runner(executor)
     with Lists() as lists, Transfers() as launching:
         pending = runner.launch(batch)
