@@ -168,7 +168,7 @@ def _checked(settings: Settings) -> Settings:
     for name in ("max_concurrent_requests_per_key", "requests_per_minute_per_key", "protect_metrics"):
         if getattr(settings, name) and settings.api_key is None and settings.api_key_file is None:
             raise SettingsError(f"{flag(name)} needs keys: give --api-key-file or --api-key")
-    sizes = settings.cuda_graph_sizes
+    sizes = None if settings.enforce_eager else settings.cuda_graph_sizes
     if sizes is not None and not (sizes and all(1 <= size <= settings.max_num_seqs for size in sizes)):
         raise SettingsError(
             f"--cuda-graph-sizes is {','.join(map(str, sizes)) or 'empty'}: give batch sizes from 1 to --max-num-seqs, "

@@ -89,6 +89,7 @@ def test_graph_sizes_outside_the_number_of_sequences_are_refused(sizes, shown):
         SettingsError, match=f"--cuda-graph-sizes is {shown}: .* from 1 to --max-num-seqs, which is 256"
     ):
         read_settings({"cuda_graph_sizes": sizes})
+    read_settings({"cuda_graph_sizes": sizes, "enforce_eager": "true"})  # which leaves all of them out
 
 
 def test_a_graph_size_that_is_no_number_is_refused():
