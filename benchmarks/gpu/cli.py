@@ -160,8 +160,15 @@ def main() -> int:
         parser.error(f"--sections: there is no {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
     if arguments.device == "cpu" and arguments.shape != "tiny":
         parser.error("--device cpu interprets every kernel, which the 8B shape would take days for: add --shape tiny")
-    if arguments.budget < START_S + RESERVE_S:
-        parser.error(f"--budget {arguments.budget:g}: a run takes at least {START_S + RESERVE_S:g} seconds to start")
+    if not START_S + RESERVE_S <= arguments.budget < math.inf:  # nan is neither
+        parser.error(
+            f"--budget {arguments.budget:g}: give seconds, at least {START_S + RESERVE_S:g}, which a run takes to start"
+        )
+    if arguments.out is not None:
+        try:
+            ResultFile(arguments.out)
+        except ValueError:
+            parser.error(f"--out {arguments.out}: the file is there and is not JSON; give another name")
     if arguments.device == "cpu":
         # Read when kernels are defined, in the sections' processes.
         os.environ["TRITON_INTERPRET"] = "1"

@@ -119,11 +119,21 @@ def test_an_error_is_written_down_and_the_section_goes_on(report: Report) -> Non
     assert failures({"section": section}) == ["section: error in a kernel"]
 
 
-def test_the_8b_shape_is_refused_without_a_gpu(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu"])
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--device", "cpu"], "--shape tiny"),
+        (["--budget", "5"], "at least 12"),
+        (["--budget", "nan"], "at least 12"),
+        (["--sections", "smoke,smok"], "there is no smok"),
+        (["--out", __file__], "is not JSON"),
+    ],
+)
+def test_options_that_make_no_run_are_refused_with_the_reason(options: list[str], reason: str, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu", *options])
     with pytest.raises(SystemExit):
         main()
-    assert "--shape tiny" in capsys.readouterr().err
+    assert reason in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
