@@ -33,8 +33,8 @@ _LOWEST = tl.constexpr(-3.0e38)
 CONFIG = PrefillConfig(block_queries=64, block_keys=64, warps=4, stages=3)
 """Tile of all queries of 16-bit elements: on sm_90 the smallest that wgmma multiplies; not yet run on a GPU."""
 
-FLOAT32_CONFIG = PrefillConfig(block_queries=16, block_keys=16, warps=4, stages=2)
-"""The same for float32, which the tensor cores do not multiply."""
+FLOAT32_CONFIG = PrefillConfig(block_queries=16, block_keys=16, warps=4, stages=1)
+"""The same for float32, which the tensor cores do not multiply; with two stages sm_100 spills registers."""
 
 _PROGRAMS_PER_SM = 4
 """Programs of the decodes' persistent grid that a multiprocessor of sm_90 holds at once, by their shared memory."""

@@ -56,8 +56,7 @@ _MERGES = (r"ATOMG\.E\.ADD\.STRONG\.GPU", r"LDG\.E\.\d*\.?STRONG\.GPU")
 # One and the same instruction multiplies for both, which is what makes their bits equal.
 EXPECTED: dict[str, tuple[str, ...]] = {
     name: (
-        r"LDGSTS\.E\.BYPASS\.128",
-        *(() if "float32" in name else (r"HGMMA\.64x64x16\.F32",)),
+        *(() if "float32" in name else (r"LDGSTS\.E\.BYPASS\.128", r"HGMMA\.64x64x16\.F32")),
         *(_MERGES if "decodes" in name else ()),
     )
     for name in CALLS
