@@ -59,11 +59,17 @@ class Launch:
             resume: called before a program goes on, with its place.
 
         Raises:
-            What the first program that failed has raised; the others are abandoned.
+            What the first program that failed has raised, or what interrupted the wait; the others are abandoned.
         """
         self._kernel, self._resume = kernel, resume
         self._hand_over(self._any())
-        self._ended.wait()
+        try:
+            self._ended.wait()
+        except BaseException as error:  # noqa: BLE001  Ctrl-C, or a test's time limit; raised below
+            # No program may run on when the interpreter's own memory operations are back: its addresses are artificial.
+            self._error = error
+            for program in self._programs:
+                program.turn.release()
         for program in self._programs:
             if program.thread is not None:
                 program.thread.join()
@@ -116,6 +122,8 @@ class Launch:
     def _take_turn(self) -> _Program:
         """The program that runs, once other programs have done what they do before its memory operation."""
         program = self._current
+        if self._error is not None:
+            raise _Abandoned
         self._memory.drain()
         if len(self._unfinished) > 1 and self._rng.random() < self._switch_probability:
             other = self._any()

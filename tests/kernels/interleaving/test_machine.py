@@ -1,5 +1,7 @@
 """The interleaving interpreter itself: small kernels whose outcomes the memory model decides."""
 
+import threading
+
 import pytest
 import torch
 import triton
@@ -7,6 +9,7 @@ import triton.language as tl
 
 from tests.kernels.interleaving.address_space import AddressError
 from tests.kernels.interleaving.happens_before import DataRaceError
+from tests.kernels.interleaving.launch import Launch
 from tests.kernels.interleaving.machine import interleaved
 
 PROGRAMS, WIDTH = 4, 8
@@ -201,3 +204,20 @@ class TestSchedules:
         assert schedules(1) == schedules(1)
         assert schedules(1) != schedules(2)
         assert any(schedule != sorted(schedule) for schedule in schedules(1))
+
+    def test_no_program_runs_on_after_an_interrupt(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Interrupted(threading.Event):
+            def wait(self, timeout: float | None = None) -> bool:
+                raise KeyboardInterrupt
+
+        make = Launch.__init__
+
+        def make_interrupted(launch: Launch, *arguments: object, **options: object) -> None:
+            make(launch, *arguments, **options)  # type: ignore[arg-type]
+            launch._ended = Interrupted()
+
+        monkeypatch.setattr(Launch, "__init__", make_interrupted)
+        before = threading.active_count()
+        with pytest.raises(KeyboardInterrupt):
+            sums(0)
+        assert threading.active_count() == before
