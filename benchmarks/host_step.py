@@ -38,7 +38,7 @@ class HostTime:
 
     Attributes:
         step: its name.
-        bound_ms: what it may take; None where there is no bound.
+        bound_ms: maximum time; None if it has no bound.
         launches: kernels launched one by one, torch's own not counted.
         replays: CUDA graphs.
         milliseconds: the median step's.

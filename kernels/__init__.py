@@ -139,7 +139,7 @@ def for_device(
         return NativeKernels(builds[0], dtype)
     if batch_invariant:
         raise KernelsUnavailableError(
-            "--batch-invariant needs the C kernels on a CPU, and there is no build of them for this processor: torch, "
+            "--batch-invariant needs the C kernels on a CPU, and none is built for this processor: torch, "
             "which computes instead, adds up a product in an order that depends on the number of rows. Reinstall the "
             "project with a C compiler on a processor with AVX2, or serve without the flag"
         )

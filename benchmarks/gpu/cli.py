@@ -157,7 +157,7 @@ def main() -> int:
     arguments = parser.parse_args()
     sections = arguments.sections.split(",")
     if unknown := [name for name in sections if name not in SECTIONS]:
-        parser.error(f"--sections: there is no {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+        parser.error(f"--sections: unknown: {', '.join(unknown)}; choose from {', '.join(SECTIONS)}")
     if arguments.device == "cpu" and arguments.shape != "tiny":
         parser.error("--device cpu interprets every kernel, which the 8B shape would take days for: add --shape tiny")
     if not START_S + RESERVE_S <= arguments.budget < math.inf:  # nan is neither

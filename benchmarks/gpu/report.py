@@ -128,7 +128,7 @@ class Report:
         """Makes what the attempts after it need; runs again in a process that continues the section.
 
         Raises:
-            PreparationError: it failed, or there is no time left.
+            PreparationError: it failed, or no time is left.
         """
         if time.monotonic() > self._terms.ends_at:
             self.note(f"{what}: left out, no time is left")

@@ -81,7 +81,7 @@ class StepBench:
         """Of a decode step."""
         device, seconds = self.setting.device, 4 * self.setting.suite.seconds_per_figure
         launch = time_loop(partial(graphs.launch, step), device, seconds)
-        # Without a GPU there is no graph to replay, so there is no figure.
+        # Without a GPU no graph can be replayed, so nothing is measured.
         captured = graphs.graph(len(step))
         return StepTimes(time_loop(captured.replay, device, seconds / 2) if captured else launch, launch)
 

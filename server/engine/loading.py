@@ -222,7 +222,7 @@ def warm_up_steps(
         )
 
     def together(tokens: int) -> list[SequenceInput]:
-        """Chunks of about so many tokens in all: several where none may be so long."""
+        """Chunks that hold about `tokens` tokens in total: several where one may not be that long."""
         length = min(longest, budget, tokens)
         return [chunk(length)] * max(1, min(most, budget // length, -(-tokens // length)))
 

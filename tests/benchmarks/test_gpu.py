@@ -125,7 +125,7 @@ def test_an_error_is_written_down_and_the_section_goes_on(report: Report) -> Non
         (["--device", "cpu"], "--shape tiny"),
         (["--budget", "5"], "at least 12"),
         (["--budget", "nan"], "at least 12"),
-        (["--sections", "smoke,smok"], "there is no smok"),
+        (["--sections", "smoke,smok"], "unknown: smok; choose from"),
         (["--out", __file__], "is not JSON"),
     ],
 )

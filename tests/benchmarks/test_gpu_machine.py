@@ -2,7 +2,7 @@
 
 import json
 import sys
-import time
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -76,7 +76,7 @@ class PlantedJob:
         if self.name == "fails":
             raise ValueError(shape)
         if self.name == "hangs":
-            time.sleep(600)
+            threading.Event().wait()
 
 
 def test_the_first_sections_wait_for_their_kernels_only(tmp_path: Path, monkeypatch, capsys) -> None:

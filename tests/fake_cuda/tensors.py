@@ -142,7 +142,7 @@ class Dispatcher:
         if kwargs.get("device") == HOST:  # a new tensor like one of the device's
             return func(*pytree.tree_map_only(CudaTensor, lambda own: own.host, args), **kwargs)
         if torch.Tag.inplace_view in func.tags or func in (aten.set_.source_Storage, aten.resize_.default):
-            raise NotImplementedError(f"fake_cuda: {func} changes the shape of a tensor in place")
+            raise TypeError(f"fake_cuda: {func} changes the shape of a tensor in place")
         if func in _VIEWS or _is_view(func):
             return self._view(func, args, kwargs)
         return self._compute(func, args, kwargs)
@@ -250,7 +250,7 @@ class Dispatcher:
         named.pop("pin_memory", None)
         try:
             return func(*converted, **named)
-        except NotImplementedError:
+        except NotImplementedError:  # torch has no meta kernel for it
             return None
 
     def _depends_on_data(self, func: Any, flat: Sequence[Any]) -> bool:

@@ -103,7 +103,7 @@ class Launch:
         program = self._take_turn()
         parts = [elements for _, elements in self._space.find(addresses, size)]
         if len(parts) > 1:
-            raise NotImplementedError(f"one atomic operation on {len(parts)} tensors: one is supported")
+            raise ValueError(f"one atomic operation on {len(parts)} tensors: one is supported")
         for elements in parts:
             if self._order:
                 self._order.atomic(program.number, elements, release=release, acquire=acquire)

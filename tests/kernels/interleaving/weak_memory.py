@@ -232,7 +232,7 @@ class WeakMemory:
 
 def _check_sizes(elements: Elements, sizes: np.ndarray) -> None:
     if (sizes != elements.size).any():
-        raise NotImplementedError(
+        raise ValueError(
             f"a launch stores elements of {sizes[sizes != elements.size][0]} bytes and touches the same memory "
             f"{elements.size} bytes at a time: this memory follows elements of one size only"
         )

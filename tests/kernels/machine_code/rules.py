@@ -88,7 +88,7 @@ def nothing_before_grid_wait(kernel: Compiled, except_for: Sequence[str] = ()) -
     """In a dependent launch, no access to global memory before the wait for the kernel before it.
 
     Args:
-        kernel: any; without a wait it is no dependent launch.
+        kernel: any; one without a wait is not launched dependently, and breaks no rule.
         except_for: tensors that no kernel of a step writes, as weights are, and that may therefore be read, or be
             brought into a cache, before the wait.
     """
