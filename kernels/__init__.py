@@ -14,6 +14,7 @@ from persimmon.kernels.cpu import library
 from persimmon.kernels.cpu.native import NativeKernels
 from persimmon.kernels.launch import KernelsUnavailableError, check_gpu
 from persimmon.kernels.operands import Activation, LayerCache, Linear, Norm, Residual, Rotary, StepLimits, Weight
+from persimmon.kernels.quantized import QuantizedFormat, QuantizedMatrix
 
 __all__ = [
     "Activation",
@@ -22,6 +23,8 @@ __all__ = [
     "LayerCache",
     "Linear",
     "Norm",
+    "QuantizedFormat",
+    "QuantizedMatrix",
     "Residual",
     "Rotary",
     "StepLimits",
@@ -49,11 +52,11 @@ class Kernels(Protocol[Plan, W]):
 
     def prepare_bias(self, bias: torch.Tensor) -> torch.Tensor: ...  # noqa: D102
 
-    def prepare_weight(self, weight: torch.Tensor, *, sparse_input: bool = False) -> W: ...  # noqa: D102
+    def prepare_weight(self, weight: torch.Tensor | QuantizedMatrix, *, sparse_input: bool = False) -> W: ...  # noqa: D102
 
-    def tied_weight(self, table: torch.Tensor) -> W: ...  # noqa: D102
+    def tied_weight(self, table: torch.Tensor | QuantizedMatrix) -> W: ...  # noqa: D102
 
-    def weight_bytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int: ...  # noqa: D102
+    def weight_bytes(self, shape: tuple[int, int], stored: torch.dtype | QuantizedFormat) -> int: ...  # noqa: D102
 
     def plan_attention(  # noqa: D102
         self,
@@ -71,7 +74,11 @@ class Kernels(Protocol[Plan, W]):
     def rotary_at(self, table: Rotary, plan: Plan) -> Rotary: ...  # noqa: D102
 
     def embed(  # noqa: D102
-        self, token_ids: torch.Tensor, sampled: torch.Tensor | None, table: torch.Tensor, plan: Plan
+        self,
+        token_ids: torch.Tensor,
+        sampled: torch.Tensor | None,
+        table: torch.Tensor | QuantizedMatrix,
+        plan: Plan,
     ) -> Residual: ...
 
     def norm_linear(self, x: Residual, norm: Norm, linear: Linear[W], plan: Plan) -> torch.Tensor: ...  # noqa: D102

@@ -39,6 +39,7 @@ from persimmon.kernels.prefill_attention import (
     prefill_attention,
     qk_norm_rotary_store,
 )
+from persimmon.kernels.quantized import QuantizedFormat, QuantizedMatrix, dense
 
 SMALL_STEP = 64
 """Most tokens of a step whose projections read weights rather than multiply; not yet run on a GPU."""
@@ -147,17 +148,18 @@ class FusedKernels:
         """As it is."""
         return bias
 
-    def prepare_weight(self, weight: torch.Tensor, *, sparse_input: bool = False) -> FusedWeight:
+    def prepare_weight(self, weight: torch.Tensor | QuantizedMatrix, *, sparse_input: bool = False) -> FusedWeight:
         """[out, in] as it is, or turned where the input is sparse."""
-        return FusedWeight(weight.t().contiguous(), "columns") if sparse_input else FusedWeight(weight)
+        matrix = dense(weight)
+        return FusedWeight(matrix.t().contiguous(), "columns") if sparse_input else FusedWeight(matrix)
 
-    def tied_weight(self, table: torch.Tensor) -> FusedWeight:
+    def tied_weight(self, table: torch.Tensor | QuantizedMatrix) -> FusedWeight:
         """As `reference.tied_weight`."""
-        return FusedWeight(table)
+        return FusedWeight(dense(table))
 
-    def weight_bytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    def weight_bytes(self, shape: tuple[int, int], stored: torch.dtype | QuantizedFormat) -> int:
         """As `reference.weight_bytes`."""
-        return math.prod(shape) * dtype.itemsize
+        return math.prod(shape) * (stored.scale_dtype if isinstance(stored, QuantizedFormat) else stored).itemsize
 
     def plan_attention(
         self,
@@ -211,9 +213,15 @@ class FusedKernels:
         return table
 
     def embed(
-        self, token_ids: torch.Tensor, sampled: torch.Tensor | None, table: torch.Tensor, plan: FusedPlan
+        self,
+        token_ids: torch.Tensor,
+        sampled: torch.Tensor | None,
+        table: torch.Tensor | QuantizedMatrix,
+        plan: FusedPlan,
     ) -> Residual:
         """As `reference.embed`, with the LayerNorm statistics of what it writes."""
+        if isinstance(table, QuantizedMatrix):
+            raise ValueError("the kernels of a GPU look up embeddings of 16 bits only")
         values, statistics = embed(token_ids, sampled, table, plan.live, pdl=self.pdl)
         return Residual(values, statistics)
 

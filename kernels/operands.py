@@ -85,18 +85,20 @@ class LayerCache:
     """Keys and values of one layer, in blocks; passed whole, since only kernels know how they lie in it.
 
     Attributes:
-        keys, values: [N, H, S, D] of N blocks of S tokens, H heads and head_dim D.
-        scales: what stored numbers are multiplied by, where they have fewer than 16 bits; no kernels store such yet.
+        keys, values: [N, H, S, D] of N blocks of S tokens, H heads and head_dim D; of 8 bits, int8 or float8_e4m3fn.
+        key_scales, value_scales: [N, H, S] bfloat16, what a token's int8 numbers are multiplied by; None for others.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
-    scales: torch.Tensor | None = None
+    key_scales: torch.Tensor | None = None
+    value_scales: torch.Tensor | None = None
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All of them, each with N blocks: what copying a block copies."""
-        return (self.keys, self.values) if self.scales is None else (self.keys, self.values, self.scales)
+        scales = [part for part in (self.key_scales, self.value_scales) if part is not None]
+        return (self.keys, self.values, *scales)
 
     @property
     def block_size(self) -> int:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from persimmon.kernels.operands import Activation, LayerCache, Linear, Norm, Residual, Rotary, StepLimits, Weight
+from persimmon.kernels.quantized import QuantizedFormat, QuantizedMatrix
 
 PADDING_LIMIT = 1.25
 """Decoding sequences share one attention call while padding them to the longest costs at most this factor."""
@@ -134,6 +135,32 @@ class BlockedWeight:
         return out
 
 
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """A weight as it is stored, which every product widens anew: a reference, and slow."""
+
+    matrix: QuantizedMatrix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.matrix.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of numbers and scales."""
+        return self.matrix.nbytes
+
+    @property
+    def format(self) -> str:
+        """As stored."""
+        return str(self.matrix.format)
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """As `ReferenceWeight.multiply`: the product of x with the dequantized matrix in float32."""
+        return F.linear(x.float(), self.matrix.dequantized(), None if bias is None else bias.float()).to(x.dtype)
+
+
 def workspace_bytes(limits: StepLimits) -> int:
     """Bytes that `reserve` takes: none."""
     del limits
@@ -156,33 +183,35 @@ def prepare_bias(bias: torch.Tensor) -> torch.Tensor:
     return bias
 
 
-def prepare_weight(weight: torch.Tensor, *, sparse_input: bool = False) -> ReferenceWeight:
-    """The matrix of a product in the format that is multiplied fastest; on a CPU, oneDNN's blocks.
+def prepare_weight(weight: torch.Tensor | QuantizedMatrix, *, sparse_input: bool = False) -> ReferenceWeight:
+    """The matrix of a product in the format that is multiplied fastest; on a CPU, oneDNN's blocks, unless quantized.
 
     Args:
-        weight: [out, in], in the dtype that `stored_dtype` says.
+        weight: [out, in], in the dtype that `stored_dtype` says, or quantized.
         sparse_input: whether most numbers it is multiplied by are zero, of which nothing is made here.
     """
     del sparse_input
+    if isinstance(weight, QuantizedMatrix):
+        return QuantizedWeight(weight)
     if weight.device.type == "cpu" and torch._C._has_mkldnn and _packs(weight.dtype):
         packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         return BlockedWeight(packed, (weight.shape[0], weight.shape[1]))
     return DenseWeight(weight)
 
 
-def tied_weight(table: torch.Tensor) -> ReferenceWeight:
+def tied_weight(table: torch.Tensor | QuantizedMatrix) -> ReferenceWeight:
     """An embedding [vocab_size, hidden] as the matrix of the last product, without a copy."""
-    return DenseWeight(table)
+    return QuantizedWeight(table) if isinstance(table, QuantizedMatrix) else DenseWeight(table)
 
 
-def weight_bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
+def weight_bytes(shape: tuple[int, int], stored: torch.dtype | QuantizedFormat) -> int:
     """Bytes of what `prepare_weight` makes of a matrix.
 
     Args:
         shape: (out, in).
-        dtype: of the matrix that it is given.
+        stored: the dtype, or the format, of the matrix that it is given.
     """
-    return math.prod(shape) * dtype.itemsize
+    return stored.nbytes(shape) if isinstance(stored, QuantizedFormat) else math.prod(shape) * stored.itemsize
 
 
 def _packs(dtype: torch.dtype) -> bool:
@@ -338,19 +367,28 @@ def rotary_at(table: Rotary, plan: AttentionPlan) -> Rotary:
     return Rotary(table.cos[plan.positions], table.sin[plan.positions])
 
 
-def embed(token_ids: torch.Tensor, sampled: torch.Tensor | None, table: torch.Tensor, plan: AttentionPlan) -> Residual:
+def embed(
+    token_ids: torch.Tensor,
+    sampled: torch.Tensor | None,
+    table: torch.Tensor | QuantizedMatrix,
+    plan: AttentionPlan,
+) -> Residual:
     """The tokens' embeddings, where the residual stream begins.
 
     Args:
         token_ids: [T] int64.  A negative one, -1 - r, stands for `sampled[r]`: a step may begin before the tokens
             of the one before it are known to the host.
         sampled: [*] int64; None where no id is negative.
-        table: [vocab_size, hidden].
+        table: [vocab_size, hidden]; embeddings have its dtype, or that of its scales where it is quantized.
         plan: the step's.
     """
     del plan
     if sampled is not None:
         token_ids = torch.where(token_ids < 0, sampled[(-1 - token_ids).clamp_min(0)], token_ids)
+    if isinstance(table, QuantizedMatrix):
+        numbers, scales = F.embedding(token_ids, table.numbers), F.embedding(token_ids, table.scales)
+        rows = QuantizedMatrix(numbers, scales, table.bits, table.group_size)
+        return Residual(rows.dequantized().to(scales.dtype))
     return Residual(F.embedding(token_ids, table))
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from persimmon.kernels import Activation, Kernels, Linear, Norm, Residual, Rotary
+from persimmon.kernels import Activation, Kernels, Linear, Norm, QuantizedMatrix, Residual, Rotary
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.kv_cache import KVCache
+from persimmon.model.leftovers import EMBEDDING
 from persimmon.model.rotary import rotary_of_tokens, rotary_table
 
 
@@ -83,7 +84,7 @@ class Persimmon:
     def __init__(
         self,
         config: PersimmonConfig,
-        tensors: Iterable[tuple[str, torch.Tensor]],
+        tensors: Iterable[tuple[str, torch.Tensor | QuantizedMatrix]],
         dtype: torch.dtype,
         device: torch.device,
         kernels: Kernels[Any, Any],
@@ -97,16 +98,27 @@ class Persimmon:
         self._kernels = kernels
         parameters: dict[str, torch.Tensor] = {}
         weights: dict[str, Any] = {}
+        embedding: torch.Tensor | QuantizedMatrix | None = None
         for name, tensor in tensors:
             # A copy even where nothing changes: a checkpoint file that is replaced must not change the model.
-            kept = parameter_dtype(name, dtype, kernels.stored_dtype(tensor.dtype, dtype))
-            parameter = tensor.to(device=device, dtype=kept, copy=True)
+            parameter: torch.Tensor | QuantizedMatrix
+            if isinstance(tensor, QuantizedMatrix):
+                parameter = tensor.to(device)
+            else:
+                kept = parameter_dtype(name, dtype, kernels.stored_dtype(tensor.dtype, dtype))
+                parameter = tensor.to(device=device, dtype=kept, copy=True)
             if is_matrix(name):
                 # Squared ReLU leaves most of the MLP's activations zero.
                 weights[name] = kernels.prepare_weight(parameter, sparse_input=name.endswith("dense_4h_to_h.weight"))
+            elif name == EMBEDDING:
+                embedding = _with_scales(parameter, dtype)
+            elif isinstance(parameter, QuantizedMatrix):
+                raise ValueError(f"{name} is quantized; only the matrices of products and the embedding may be")
             else:
                 parameters[name] = kernels.prepare_bias(parameter) if _is_projection(name) else parameter
-        self._embedding = parameters["model.embed_tokens.weight"]
+        if embedding is None:
+            raise ValueError(f"the tensors hold no {EMBEDDING}")
+        self._embedding = embedding
         self.layers = [self._layer(parameters, weights, index) for index in range(config.num_hidden_layers)]
         self._final_norm = self._norm(parameters, "model.final_layernorm")
         self._head: Any = None
@@ -242,9 +254,16 @@ def place_spans(embeddings: torch.Tensor, spans: Iterable[EmbeddedSpan]) -> None
         embeddings[span.start : end] = span.vectors
 
 
+def _with_scales(table: torch.Tensor | QuantizedMatrix, dtype: torch.dtype) -> torch.Tensor | QuantizedMatrix:
+    """An embedding whose rows come out in the network's dtype: of a quantized one they have that of the scales."""
+    if isinstance(table, QuantizedMatrix):
+        return QuantizedMatrix(table.numbers, table.scales.to(dtype), table.bits, table.group_size)
+    return table
+
+
 def _is_projection(name: str) -> bool:
     """Whether a parameter belongs to a product that the kernels make."""
-    return not ("norm" in name or name.startswith("score.") or name == "model.embed_tokens.weight")
+    return not ("norm" in name or name.startswith("score.") or name == EMBEDDING)
 
 
 def is_matrix(name: str) -> bool:

@@ -19,6 +19,7 @@ from persimmon.kernels.cpu import library
 from persimmon.kernels.cpu.pages import advise_large_pages
 from persimmon.kernels.cpu.program import Program, step_of
 from persimmon.kernels.operands import Activation, LayerCache, Linear, Norm, Residual, Rotary, StepLimits
+from persimmon.kernels.quantized import QuantizedFormat, QuantizedMatrix, dense
 
 RESIDUAL_BUFFER = "x"
 """Name of a program's buffer that holds the residual stream."""
@@ -107,9 +108,9 @@ class NativeKernels:
         """In float32, like all activations."""
         return bias.float()
 
-    def prepare_weight(self, weight: torch.Tensor, *, sparse_input: bool = False) -> NativeWeight:
+    def prepare_weight(self, weight: torch.Tensor | QuantizedMatrix, *, sparse_input: bool = False) -> NativeWeight:
         """A [out, in] weight in panels, see linear.h."""
-        weight = weight.contiguous()
+        weight = dense(weight).contiguous()
         rows, columns = weight.shape
         pairs = self._rounds and weight.dtype == torch.bfloat16 and columns % 2 == 0
         packed = advise_large_pages(torch.empty(rows * columns, dtype=weight.dtype))
@@ -122,13 +123,14 @@ class NativeKernels:
             sparse_input=sparse_input,
         )
 
-    def tied_weight(self, table: torch.Tensor) -> NativeWeight:
+    def tied_weight(self, table: torch.Tensor | QuantizedMatrix) -> NativeWeight:
         """As `reference.tied_weight`."""
+        table = dense(table)
         return NativeWeight(table, (table.shape[0], table.shape[1]), "rows")
 
-    def weight_bytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    def weight_bytes(self, shape: tuple[int, int], stored: torch.dtype | QuantizedFormat) -> int:
         """As `reference.weight_bytes`."""
-        return math.prod(shape) * dtype.itemsize
+        return math.prod(shape) * (stored.scale_dtype if isinstance(stored, QuantizedFormat) else stored).itemsize
 
     def plan_attention(
         self,
@@ -158,9 +160,15 @@ class NativeKernels:
         return table
 
     def embed(
-        self, token_ids: torch.Tensor, sampled: torch.Tensor | None, table: torch.Tensor, plan: NativePlan
+        self,
+        token_ids: torch.Tensor,
+        sampled: torch.Tensor | None,
+        table: torch.Tensor | QuantizedMatrix,
+        plan: NativePlan,
     ) -> Residual:
         """As `reference.embed`."""
+        if isinstance(table, QuantizedMatrix):
+            raise ValueError("the kernels in C look up embeddings of 16 or 32 bits only")
         x = self._buffer(RESIDUAL_BUFFER, plan.num_tokens, table.shape[1])
         operation = library.Operation(kind=library.EMBED, type=_TYPES[table.dtype], out=table.shape[1])
         operation.weight, operation.output = table.data_ptr(), x.data_ptr()

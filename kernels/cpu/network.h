@@ -10,7 +10,7 @@
 /* Columns of a weight that lie together; see `linear.h`. */
 #define PANEL 64
 
-enum { FLOAT32, FLOAT16, BFLOAT16 };
+enum { FLOAT32, FLOAT16, BFLOAT16, INT8, INT4 };
 
 enum { EMBED, LINEAR, ATTENTION, NORM_ROWS, DRAW };
 
@@ -24,9 +24,11 @@ typedef struct {
     /* EMBED: table [rows, width] of type -> output.
      * LINEAR: input [T, in] -> LayerNorm where norm_weight is given -> times weight, plus bias where given -> output
      *         [T, out], as `finish` says.  `rounds`: inputs are rounded to bfloat16 and multiplied as such.
-     *         `sparse`: most inputs are zero.
+     *         `sparse`: most inputs are zero.  Of a quantized weight, INT8 or INT4: `scales` [out, in / group] of
+     *         scale_type; `integer`: inputs are rounded to 8 bits too.
      * ATTENTION: input [T, heads, 3, head_dim] -> output [T, heads * head_dim]; norm_weight, norm_bias [2, head_dim]
-     *         or null; cosine, sine [*, rotary / 2], of every position; keys, values: the cache, of type.
+     *         or null; cosine, sine [*, rotary / 2], of every position; keys, values: the cache, of type; of INT8,
+     *         key_scales and value_scales: bfloat16, one for each token of a head.
      * NORM_ROWS: rows of input [T, width] -> the step's hidden [R, width].
      * DRAW: input [T, in] logits -> the step's drawn tokens [T], as its draws say. */
     int64_t type;
@@ -39,6 +41,9 @@ typedef struct {
     int64_t head_dim;
     int64_t rotary;
     int64_t block_size;
+    int64_t group;
+    int64_t scale_type;
+    int64_t integer;
     double eps;
     float *input;
     float *output;
@@ -50,6 +55,9 @@ typedef struct {
     const float *sine;
     void *keys;
     void *values;
+    const void *scales;
+    uint16_t *key_scales;
+    uint16_t *value_scales;
 } Operation;
 
 /* How a row draws; temperature 0 takes the most probable token, the lowest id among equals. */

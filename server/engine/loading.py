@@ -94,7 +94,7 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         kv_cache_bytes=settings.kv_cache_memory,
         step_buffers=executor.step_buffers(config, dtype, _limits(settings, config, longest)),
         weight_bytes=partial(
-            operations.weight_bytes, dtype=operations.stored_dtype(checkpoint.dtype, dtype) if checkpoint else dtype
+            operations.weight_bytes, stored=operations.stored_dtype(checkpoint.dtype, dtype) if checkpoint else dtype
         ),
     )
     _print_plan(plan, config, print_line)

@@ -13,13 +13,13 @@ def layer_with_scales(seed: int) -> LayerCache:
     def stored() -> torch.Tensor:
         return torch.randint(-127, 128, (6, 2, 4, 8), dtype=torch.int8, generator=generator)
 
-    return LayerCache(stored(), stored(), torch.rand(6, 2, 4, 2, generator=generator))
+    return LayerCache(stored(), stored(), *(torch.rand(6, 2, 4, generator=generator) for _ in range(2)))
 
 
 def test_copying_a_block_copies_its_scales_too() -> None:
     cache = KVCache([layer_with_scales(seed) for seed in range(2)])
     before = [tensor.clone() for tensor in cache.tensors]
-    assert len(before) == 2 * 3
+    assert len(before) == 2 * 4
     cache.copy([(1, 4), (4, 0)])
     for tensor, old in zip(cache.tensors, before, strict=True):
         assert torch.equal(tensor, old[[4, 1, 2, 3, 1, 5]])

@@ -63,8 +63,8 @@ class Int8Kernels:
         del sparse_input
         return Int8Weight.of(weight)
 
-    def weight_bytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
-        del dtype
+    def weight_bytes(self, shape: tuple[int, int], stored: torch.dtype) -> int:
+        del stored
         return math.prod(shape) + 4 * shape[0]
 
 
@@ -125,7 +125,7 @@ def test_the_memory_plan_counts_what_weights_say_they_take(
         max_num_batched_tokens=64,
         max_model_len=None,
         kv_cache_bytes=None,
-        weight_bytes=partial(kernels.weight_bytes, dtype=stored),
+        weight_bytes=partial(kernels.weight_bytes, stored=stored),
     )
     model = Persimmon(config, tensors.items(), torch.float32, CPU, kernels)
     others = sum(4 * tensor.numel() for name, tensor in tensors.items() if not is_matrix(name))
