@@ -3,7 +3,7 @@
 Symmetric only: a weight is its number times the scale of its output and its group of inputs, and zero is zero.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -104,12 +104,12 @@ class QuantizedMatrix:
 
     def rows(self, start: int, stop: int) -> "QuantizedMatrix":
         """Outputs from start to stop, as a view."""
-        return QuantizedMatrix(self.numbers[start:stop], self.scales[start:stop], self.bits, self.group_size)
+        return replace(self, numbers=self.numbers[start:stop], scales=self.scales[start:stop])
 
     def to(self, device: torch.device) -> "QuantizedMatrix":
         """A copy on a device."""
         numbers, scales = (part.to(device=device, copy=True) for part in (self.numbers, self.scales))
-        return QuantizedMatrix(numbers, scales, self.bits, self.group_size)
+        return replace(self, numbers=numbers, scales=scales)
 
 
 def dense(weight: "torch.Tensor | QuantizedMatrix") -> torch.Tensor:

@@ -11,7 +11,7 @@ A "row" is one token of one head, D numbers; row (n * H + h) * S + s of a cache 
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -387,7 +387,7 @@ def embed(
         token_ids = torch.where(token_ids < 0, sampled[(-1 - token_ids).clamp_min(0)], token_ids)
     if isinstance(table, QuantizedMatrix):
         numbers, scales = F.embedding(token_ids, table.numbers), F.embedding(token_ids, table.scales)
-        rows = QuantizedMatrix(numbers, scales, table.bits, table.group_size)
+        rows = replace(table, numbers=numbers, scales=scales)
         return Residual(rows.dequantized().to(scales.dtype))
     return Residual(F.embedding(token_ids, table))
 

@@ -6,7 +6,7 @@ Pre-norm blocks with sequential residuals: x += attention(norm(x)); x += mlp(nor
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -257,7 +257,7 @@ def place_spans(embeddings: torch.Tensor, spans: Iterable[EmbeddedSpan]) -> None
 def _with_scales(table: torch.Tensor | QuantizedMatrix, dtype: torch.dtype) -> torch.Tensor | QuantizedMatrix:
     """An embedding whose rows come out in the network's dtype: of a quantized one they have that of the scales."""
     if isinstance(table, QuantizedMatrix):
-        return QuantizedMatrix(table.numbers, table.scales.to(dtype), table.bits, table.group_size)
+        return replace(table, scales=table.scales.to(dtype))
     return table
 
 
