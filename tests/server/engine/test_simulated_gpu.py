@@ -4,7 +4,7 @@ Results are those of the same kernels on a CPU, where nothing is captured, queue
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,19 @@ def write_logits_of_many_rows(executor: Executor) -> None:
     executor.kernels.logits(hidden, executor.model.head, out=out)
 
 
+def apart(value: object) -> tuple[list[object], list[float]]:
+    """What nested lists, tuples and dictionaries hold: ids and names, and floats."""
+    if isinstance(value, float):
+        return [], [value]
+    if isinstance(value, dict):
+        return apart([part for item in value.items() for part in item])
+    if not isinstance(value, list | tuple):
+        return [value], []
+    parts = [apart(item) for item in value]
+    # Lengths tell one nesting from another.
+    return [len(parts), *(item for others, _ in parts for item in others)], [each for _, own in parts for each in own]
+
+
 def gpu_files() -> list[Path]:
     found = [path for part in ("kernels", "model", "server/engine") for path in (ROOT / part).rglob("*.py")]
     return sorted(path for path in found if gpu_statements(path) or str(path.relative_to(ROOT)) in WHOLE_FILES)
@@ -199,7 +212,13 @@ def test_requests_get_what_they_get_on_a_cpu(started: Started, folder: Path) -> 
     # A GPU adds in another order.
     with mock.patch.object(logprobs, "log_totals", logprobs.log_totals_by_halves):
         expected = run_requests(harness_of(model, runner, overlap=False))
-    assert (started.tokens, started.reports) == expected
+    tokens, reports = expected
+    assert started.tokens == tokens
+    # torch's float16 products of another number of rows may round otherwise on a CPU with instructions for float16.
+    ids, numbers = apart([asdict(report) for report in started.reports])
+    expected_ids, expected_numbers = apart([asdict(report) for report in reports])
+    assert ids == expected_ids
+    assert numbers == pytest.approx(expected_numbers, rel=1e-2, abs=2e-2)
     assert started.replays > 0
 
 
