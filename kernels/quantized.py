@@ -107,9 +107,10 @@ class QuantizedMatrix:
         return replace(self, numbers=self.numbers[start:stop], scales=self.scales[start:stop])
 
     def to(self, device: torch.device) -> "QuantizedMatrix":
-        """A copy on a device."""
-        numbers, scales = (part.to(device=device, copy=True) for part in (self.numbers, self.scales))
-        return replace(self, numbers=numbers, scales=scales)
+        """The matrix on a device: itself where it is there already."""
+        if self.numbers.device == device:
+            return self
+        return replace(self, numbers=self.numbers.to(device), scales=self.scales.to(device))
 
 
 def dense(weight: "torch.Tensor | QuantizedMatrix") -> torch.Tensor:

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 
+from persimmon.kernels import QuantizedFormat, QuantizedMatrix
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.errors import CheckpointError
 from persimmon.model.leftovers import EMBEDDING, HEAD, settle
+from persimmon.model.quantization.tensors import random_matrix
 from persimmon.model.weight_files import BYTES, Header, WeightFile, and_more, find_weight_files
 
 _COMPARED_ROWS = 4096
@@ -72,11 +74,29 @@ def dummy_tensors(
     """
     generator = torch.Generator(device).manual_seed(seed)
     for name, shape in expected_shapes(config).items():
-        mean, deviation = (1.0, 0.1) if name.endswith("layernorm.weight") else (0.0, 0.02)
-        yield (
-            name,
-            torch.empty(shape, dtype=dtype, device=device).normal_(mean, deviation, generator=generator),
-        )
+        yield name, _normal(name, shape, dtype, generator)
+
+
+def dummy_parameters(
+    config: PersimmonConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int,
+    formats: Mapping[str, QuantizedFormat],
+) -> Iterator[tuple[str, torch.Tensor | QuantizedMatrix]]:
+    """`dummy_tensors` of which those with a format are quantized: made so, not rounded, which takes seconds only."""
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, shape in expected_shapes(config).items():
+        if name in formats:
+            rows, columns = shape
+            yield name, random_matrix((rows, columns), formats[name], generator)
+        else:
+            yield name, _normal(name, shape, dtype, generator)
+
+
+def _normal(name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    mean, deviation = (1.0, 0.1) if name.endswith("layernorm.weight") else (0.0, 0.02)
+    return torch.empty(shape, dtype=dtype, device=generator.device).normal_(mean, deviation, generator=generator)
 
 
 @dataclass(frozen=True)

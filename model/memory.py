@@ -4,18 +4,23 @@ Knows byte counts, not settings: the caller says what is asked for and prints th
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
+from persimmon.kernels import QuantizedFormat
 from persimmon.model.checkpoint import expected_shapes
 from persimmon.model.config import Architecture, PersimmonConfig
 from persimmon.model.kv_cache import block_bytes
+from persimmon.model.leftovers import EMBEDDING
 from persimmon.model.memory_limits import MemoryLeft, memory_left
 from persimmon.model.persimmon import is_matrix, parameter_dtype
 from persimmon.model.sampler import rows_at_once
 from persimmon.model.sizes import readable
+
+WeightBytes = Callable[[tuple[int, int], torch.dtype | QuantizedFormat], int]
+"""What kernels keep the (out, in) matrix of a product in, by what it is stored in, see `Kernels.weight_bytes`."""
 
 GIB = 1 << 30
 
@@ -91,7 +96,8 @@ def plan_memory(
     max_model_len: int | None,
     kv_cache_bytes: int | None,
     step_buffers: int = 0,
-    weight_bytes: Callable[[tuple[int, int]], int] | None = None,
+    weight_bytes: WeightBytes | None = None,
+    stored: Mapping[str, torch.dtype | QuantizedFormat] | None = None,
     limited_by: object = "left of this machine's memory",
 ) -> MemoryPlan:
     """Divides the memory.
@@ -109,8 +115,9 @@ def plan_memory(
         max_model_len: None for as much as the model is made for and the cache holds.
         kv_cache_bytes: None for what is left.
         step_buffers: bytes of kernels' workspaces and CUDA graphs.
-        weight_bytes: what the kernels keep the (out, in) matrix of a product in, see `Kernels.weight_bytes`; by default
-            its numbers in `dtype`.
+        weight_bytes: the kernels' own; by default a matrix takes its numbers in `dtype`.
+        stored: what they are given a parameter in, by its name: a format where it is quantized, or the dtype that they
+            keep it in; by default `dtype`.
         limited_by: what makes `available` what it is, for messages.
 
     Raises:
@@ -121,7 +128,7 @@ def plan_memory(
         raise MemoryPlanError(
             f"--max-model-len is {max_model_len} but the model supports {made_for} tokens: give at most {made_for}"
         )
-    weights = _parameter_bytes(config, dtype, weight_bytes)
+    weights = _parameter_bytes(config, dtype, weight_bytes, stored or {})
     step = _Step(max_num_seqs, max_num_batched_tokens, max_model_len or made_for)
     activations = _activations(config, dtype, step)
     per_block = block_bytes(config, block_size, dtype)
@@ -138,9 +145,13 @@ def plan_memory(
         advice = _advice(step, needs, available - weights - step_buffers)
         if advice is None:
             advice = f"everything else takes {readable(taken - activations + per_block)}: give the server more memory"
-            square = (config.hidden_size, config.hidden_size)
-            if dtype.itemsize == 4 and (weight_bytes is None or weight_bytes(square) >= 4 * math.prod(square)):
+            parameters = sum(map(math.prod, expected_shapes(config).values()))
+            if weights > 3 * parameters:
                 advice += ", or use a 16-bit --dtype"
+            if weights > 1.5 * parameters:
+                advice += ", or use --quantization int8"
+            elif weights > 0.9 * parameters:
+                advice += ", or use --quantization int4"
         asked = "" if kv_cache_bytes is None else f" (--kv-cache-memory asks for {readable(kv_cache_bytes)})"
         parts = f"weights {readable(weights)}, activations {readable(activations)}"
         parts += f", step buffers {readable(step_buffers)}" if step_buffers else ""
@@ -187,13 +198,20 @@ def plan_memory(
 
 
 def _parameter_bytes(
-    config: PersimmonConfig, dtype: torch.dtype, weight_bytes: Callable[[tuple[int, int]], int] | None
+    config: PersimmonConfig,
+    dtype: torch.dtype,
+    weight_bytes: WeightBytes | None,
+    stored: Mapping[str, torch.dtype | QuantizedFormat],
 ) -> int:
     total = 0
     for name, shape in expected_shapes(config).items():
+        form = stored.get(name, dtype)
         if weight_bytes is not None and is_matrix(name):
             rows, columns = shape
-            total += weight_bytes((rows, columns))
+            total += weight_bytes((rows, columns), form)
+        elif name == EMBEDDING and isinstance(form, QuantizedFormat):
+            rows, columns = shape
+            total += replace(form, scale_dtype=dtype).nbytes((rows, columns))
         else:
             total += math.prod(shape) * parameter_dtype(name, dtype).itemsize
     return total

@@ -72,7 +72,7 @@ class Persimmon:
     Args:
         config: the architecture.
         tensors: every parameter once, by its Hugging Face name; taken one at a time, so that a checkpoint is never
-            held twice.
+            held twice.  A tensor may be a view of a file; a quantized matrix has memory of its own.
         dtype: parameters and activations, see `parameter_dtype`.
         device: where they live.
         kernels: the operations.
@@ -100,11 +100,11 @@ class Persimmon:
         weights: dict[str, Any] = {}
         embedding: torch.Tensor | QuantizedMatrix | None = None
         for name, tensor in tensors:
-            # A copy even where nothing changes: a checkpoint file that is replaced must not change the model.
             parameter: torch.Tensor | QuantizedMatrix
             if isinstance(tensor, QuantizedMatrix):
-                parameter = tensor.to(device)
+                parameter = tensor.to(device)  # which owns its memory, so that it needs no copy
             else:
+                # A copy even where nothing changes: a checkpoint file that is replaced must not change the model.
                 kept = parameter_dtype(name, dtype, kernels.stored_dtype(tensor.dtype, dtype))
                 parameter = tensor.to(device=device, dtype=kept, copy=True)
             if is_matrix(name):

@@ -167,11 +167,15 @@ class NativeKernels:
         plan: NativePlan,
     ) -> Residual:
         """As `reference.embed`."""
-        if isinstance(table, QuantizedMatrix):
-            raise ValueError("the kernels in C look up embeddings of 16 or 32 bits only")
         x = self._buffer(RESIDUAL_BUFFER, plan.num_tokens, table.shape[1])
-        operation = library.Operation(kind=library.EMBED, type=_TYPES[table.dtype], out=table.shape[1])
-        operation.weight, operation.output = table.data_ptr(), x.data_ptr()
+        operation = library.Operation(kind=library.EMBED, out=table.shape[1], output=x.data_ptr())
+        if isinstance(table, QuantizedMatrix):
+            if table.bits != 8 or table.group_size != table.shape[1]:
+                raise ValueError(f"an embedding has 8 bits and a scale for each row, where it is {table.format}")
+            operation.type, operation.weight = library.INT8, table.numbers.data_ptr()
+            operation.scale_type, operation.scales = _TYPES[table.scales.dtype], table.scales.data_ptr()
+        else:
+            operation.type, operation.weight = _TYPES[table.dtype], table.data_ptr()
         self._run(operation, step_of_plan(plan, token_ids=token_ids, sampled=sampled), table, x)
         return Residual(x)
 

@@ -30,6 +30,12 @@ static void embed(const Operation *op, const Step *step, int64_t row) {
     int64_t id = step->token_ids[row];
     if (id < 0) id = step->sampled[-1 - id];
     float *to = op->output + row * op->out;
+    if (op->type == INT8) {
+        const int8_t *from = (const int8_t *)op->weight + id * op->out;
+        const float scale = item_as(op->scales, id, (int)op->scale_type);
+        for (int64_t i = 0; i < op->out; i++) to[i] = from[i] * scale;
+        return;
+    }
     for (int64_t i = 0; i < op->out; i++) to[i] = item_as(op->weight, id * op->out + i, (int)op->type);
 }
 

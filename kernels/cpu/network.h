@@ -21,7 +21,7 @@ enum { STORE, STORE_RELU_SQUARED, ADD };
  * [T, width] and contiguous. */
 typedef struct {
     int64_t kind;
-    /* EMBED: table [rows, width] of type -> output.
+    /* EMBED: table [rows, width] of type -> output; of INT8, `scales` [rows] of scale_type.
      * LINEAR: input [T, in] -> LayerNorm where norm_weight is given -> times weight, plus bias where given -> output
      *         [T, out], as `finish` says.  `rounds`: inputs are rounded to bfloat16 and multiplied as such.
      *         `sparse`: most inputs are zero.  Of a quantized weight, INT8 or INT4: `scales` [out, in / group] of

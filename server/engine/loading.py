@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from persimmon import kernels
-from persimmon.model.checkpoint import Checkpoint, dummy_tensors
+from persimmon.kernels import QuantizedFormat, QuantizedMatrix
+from persimmon.model.checkpoint import Checkpoint, dummy_parameters, expected_shapes
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.cores import usable_cores
 from persimmon.model.executor import Executor, executor_for
@@ -24,6 +24,8 @@ from persimmon.model.graph_sizes import MIXED_SIZES, default_sizes
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.memory import MemoryPlan, available_memory, plan_memory
 from persimmon.model.persimmon import Persimmon
+from persimmon.model.quantization.scheme import quantized_formats
+from persimmon.model.quantization.tensors import quantized
 from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import PooledStates, PromptLogprobs, Report, Runner, SequenceInput
 from persimmon.model.sampling_params import SamplingParams
@@ -79,6 +81,8 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         for note in checkpoint.notes:
             print_line(f"  {'':<12} {note}")
     check_batch_invariance(settings, config, device)
+    formats = _formats(settings, config, dtype if checkpoint is None else checkpoint.dtype)
+    stored_dtype = dtype if checkpoint is None else operations.stored_dtype(checkpoint.dtype, dtype)
     reserved = still_to_be_taken(config, settings.api_workers, settings.max_body_size)
     left = available_memory(device, settings.gpu_memory_utilization, reserved)
     plan = plan_memory(
@@ -93,9 +97,8 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         max_model_len=settings.max_model_len,
         kv_cache_bytes=settings.kv_cache_memory,
         step_buffers=executor.step_buffers(config, dtype, _limits(settings, config, longest)),
-        weight_bytes=partial(
-            operations.weight_bytes, stored=operations.stored_dtype(checkpoint.dtype, dtype) if checkpoint else dtype
-        ),
+        weight_bytes=operations.weight_bytes,
+        stored={name: formats.get(name, stored_dtype) for name in expected_shapes(config)},
     )
     _print_plan(plan, config, print_line)
 
@@ -110,9 +113,11 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         cache.populate(threads=max(1, usable_cores() // 2))
     with _phase("weights", print_line):
         if checkpoint is not None:
-            tensors = _with_progress_bar(checkpoint.tensors(), checkpoint.total_bytes)
+            read = _with_progress_bar(checkpoint.tensors(), checkpoint.total_bytes)
+            tensors = quantized(read, formats)
         else:
-            tensors = _with_progress_bar(dummy_tensors(config, dtype, device, settings.seed), plan.weights)
+            dummies = dummy_parameters(config, dtype, device, settings.seed, formats)
+            tensors = _with_progress_bar(dummies, plan.weights)
         model = Persimmon(
             config=config,
             tensors=tensors,
@@ -311,7 +316,16 @@ def _print_plan(plan: MemoryPlan, config: PersimmonConfig, print_line: Callable[
         )
 
 
-def _with_progress_bar(tensors: Iterator[tuple[str, torch.Tensor]], total: int) -> Iterator[tuple[str, torch.Tensor]]:
+def _formats(settings: EngineSettings, config: PersimmonConfig, stored: torch.dtype) -> dict[str, QuantizedFormat]:
+    """What --quantization makes of each tensor, by name; empty without it."""
+    if settings.quantization == "none":
+        return {}
+    return quantized_formats(config, settings.quantization, settings.quantization_group_size, stored)
+
+
+def _with_progress_bar(
+    tensors: Iterator[tuple[str, torch.Tensor | QuantizedMatrix]], total: int
+) -> Iterator[tuple[str, torch.Tensor | QuantizedMatrix]]:
     with progress_bar("weights", total, "B") as bar:
         for name, tensor in tensors:
             yield name, tensor

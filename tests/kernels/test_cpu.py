@@ -12,7 +12,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from persimmon import kernels
-from persimmon.kernels import Activation, KernelsUnavailableError, LayerCache, Linear, Norm, Residual, Rotary, reference
+from persimmon.kernels import (
+    Activation,
+    KernelsUnavailableError,
+    LayerCache,
+    Linear,
+    Norm,
+    QuantizedMatrix,
+    Residual,
+    Rotary,
+    reference,
+)
 from persimmon.kernels.cpu import library
 from persimmon.kernels.cpu.native import NativeKernels, NativePlan
 from persimmon.kernels.cpu.program import Program, step_of
@@ -247,6 +257,13 @@ class TestRows:
         ids, sampled = torch.tensor([3, -2, 39, -1]), torch.tensor([7, 8])
         x = NativeKernels(build).embed(ids, sampled, table, rows_plan(4))
         assert torch.equal(x.values, table[[3, 8, 39, 7]].float())
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_begin_with_their_embeddings_of_8_bits(self, build: str, dtype: torch.dtype) -> None:
+        numbers = torch.arange(-128, 128, dtype=torch.int8).repeat(4).view(32, 32)
+        table = QuantizedMatrix(numbers=numbers, scales=random(32, 1, dtype=dtype), bits=8, group_size=32)
+        x = NativeKernels(build).embed(torch.tensor([3, 31, 0]), None, table, rows_plan(3))
+        assert torch.equal(x.values, table.dequantized()[[3, 31, 0]])
 
     @pytest.mark.parametrize("width", [24, 64, 250])
     def test_end_with_their_norm(self, build: str, width: int) -> None:

@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from persimmon import kernels
-from persimmon.model.checkpoint import dummy_tensors
+from persimmon.kernels import QuantizedFormat, reference
+from persimmon.model.checkpoint import dummy_tensors, expected_shapes
 from persimmon.model.config import Architecture, PersimmonConfig
 from persimmon.model.kv_cache import KVCache, block_bytes
 from persimmon.model.memory import GIB, MemoryPlan, MemoryPlanError, activation_bytes, available_memory, plan_memory
@@ -226,13 +227,24 @@ class TestErrors:
         message = self.error(PERSIMMON_8B, available=16 * GIB, device=device, dtype=torch.float16)
         assert "weights 17.50 GiB" in message
         assert "16.00 GiB available" in message
-        assert message.endswith("give the server more memory")
+        assert message.endswith("give the server more memory, or use --quantization int8")
 
     def test_numbers_of_32_bits_may_be_narrower(self) -> None:
         assert "16-bit --dtype" in self.error(PERSIMMON_8B, available=16 * GIB)
         assert "--dtype" not in self.error(
-            PERSIMMON_8B, available=12 * GIB, weight_bytes=lambda shape: 2 * math.prod(shape)
+            PERSIMMON_8B, available=12 * GIB, weight_bytes=lambda shape, stored: 2 * math.prod(shape)
         )
+
+    @pytest.mark.parametrize(
+        ("bits", "advice"), [(8, "or use --quantization int4"), (4, "give the server more memory")]
+    )
+    def test_fewer_bits_are_advised_while_there_are_any(self, bits: Literal[4, 8], advice: str) -> None:
+        form = QuantizedFormat(bits, None if bits == 8 else 32, torch.float16)
+        names = [name for name, shape in expected_shapes(PERSIMMON_8B).items() if len(shape) == 2]
+        message = self.error(
+            PERSIMMON_8B, available=4 * GIB, weight_bytes=reference.weight_bytes, stored=dict.fromkeys(names, form)
+        )
+        assert message.endswith(advice)
 
     def test_nothing_left_for_the_cache(self) -> None:
         made = plan()

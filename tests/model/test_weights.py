@@ -5,7 +5,6 @@ The network, the memory plan and the runner see what `Weight` shows and nothing 
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +124,8 @@ def test_the_memory_plan_counts_what_weights_say_they_take(
         max_num_batched_tokens=64,
         max_model_len=None,
         kv_cache_bytes=None,
-        weight_bytes=partial(kernels.weight_bytes, stored=stored),
+        weight_bytes=kernels.weight_bytes,
+        stored=dict.fromkeys(tensors, stored),
     )
     model = Persimmon(config, tensors.items(), torch.float32, CPU, kernels)
     others = sum(4 * tensor.numel() for name, tensor in tensors.items() if not is_matrix(name))

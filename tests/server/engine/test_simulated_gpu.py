@@ -73,7 +73,8 @@ OTHERWISE = {
     "return NativeExecutor(kernels) if isinstance(kernels, NativeKernels) else TorchExecutor(kernels)": "a CPU",
     "torch.set_num_threads(usable_cores())": "OMP_NUM_THREADS is set here",
     "print_line(f\"  {'':<12} {note}\")": "a checkpoint that needs a remark",
-    "tensors = _with_progress_bar(dummy_tensors(config, dtype, device, settings.seed), plan.weights)": "dummy weights",
+    "dummies = dummy_parameters(config, dtype, device, settings.seed, formats)": "dummy weights",
+    "tensors = _with_progress_bar(dummies, plan.weights)": "dummy weights",
 }
 """Statements that tests on a CPU run, and when."""
 

@@ -1,0 +1,56 @@
+"""Which tensors of a network `--quantization` makes 8 or 4 bits of, and how.  Knows names and shapes, no numbers."""
+
+from typing import Literal
+
+import torch
+
+from persimmon.kernels import QuantizedFormat
+from persimmon.model.checkpoint import expected_shapes
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.errors import CheckpointError
+from persimmon.model.leftovers import EMBEDDING, HEAD
+
+Quantization = Literal["int8", "int4"]
+
+GROUP_SIZES = (32, 128)
+"""Neighbouring inputs of a 4-bit matrix that may share a scale."""
+
+DEFAULT_GROUP_SIZE = 32
+"""Groups of 128 take 0.4 bits less for each weight, but lose more when numbers are only rounded to the nearest."""
+
+
+def quantized_formats(
+    config: PersimmonConfig,
+    quantization: Quantization,
+    group_size: int = DEFAULT_GROUP_SIZE,
+    stored: torch.dtype = torch.float16,
+) -> dict[str, QuantizedFormat]:
+    """The formats of the tensors that are quantized, by name.
+
+    They are the matrices of all layers, in 8 bits with a scale for each output or in 4 bits with a scale for each group
+    of inputs, and the embedding and lm_head, in 8 bits with a scale for each row.  Norms, biases and a classifier's
+    score stay as they are.
+
+    Args:
+        config: the network.
+        quantization: bits of the layers' matrices.
+        group_size: of 4-bit matrices, one of GROUP_SIZES.
+        stored: the dtype of the checkpoint's tensors.  Scales have it if it has 16 bits, or else float16.
+
+    Raises:
+        CheckpointError: groups do not divide the inputs of a matrix.
+    """
+    scale_dtype = stored if stored.itemsize == 2 else torch.float16
+    rows = QuantizedFormat(8, None, scale_dtype)
+    layers = rows if quantization == "int8" else QuantizedFormat(4, group_size, scale_dtype)
+    formats = {}
+    for name, shape in expected_shapes(config).items():
+        if name in (EMBEDDING, HEAD):
+            formats[name] = rows
+        elif name.startswith("model.layers.") and len(shape) == 2:
+            if layers.group_size is not None and shape[1] % layers.group_size:
+                raise CheckpointError(
+                    f"{name} has {shape[1]} inputs, which groups of {layers.group_size} do not divide: use 8 bits"
+                )
+            formats[name] = layers
+    return formats
