@@ -32,7 +32,7 @@ import uvloop
 import zmq
 
 import persimmon.model.demo
-from benchmarks.peers import device
+from benchmarks.machine import device
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.server.bench.http_client import Endpoint
 from persimmon.server.bench.report import Distribution

@@ -1,13 +1,16 @@
-"""Writes the random checkpoint that the benchmarks serve: a small Persimmon in Hugging Face layout, float32.
+"""Writes the random checkpoints that the benchmarks serve: Persimmons in Hugging Face layout.
 
-    python -m benchmarks.checkpoint OUT
+    python -m benchmarks.checkpoint OUT [--shape random-1b] [--zeros 0.9]
 
 Knows shapes and random numbers; runs no model.  Its answers are noise, made of words of the demo's tokenizer.
 """
 
 import argparse
 import json
+import math
 import shutil
+import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +47,23 @@ CONFIG: dict[str, Any] = {
     "use_cache": True,
 }
 
+# 940M parameters: 1.9 GB in 16 bits, so that a token is a matter of reading them from memory.
+CONFIG_1B: dict[str, Any] = CONFIG | {
+    "dtype": "bfloat16",
+    "vocab_size": 32768,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+}
 
-def write_checkpoint(folder: Path, seed: int = 0) -> int:
+RANDOM: Mapping[str, Mapping[str, Any]] = {"random": CONFIG, "random-1b": CONFIG_1B}
+"""The shapes, by their names on command lines."""
+
+DEVIATION = 0.02
+
+
+def write_checkpoint(folder: Path, seed: int = 0, *, shape: str = "random", zeros: float = 0.5) -> int:
     """Writes config.json, model.safetensors and the demo's tokenizer into `folder`, which is made if need be.
 
     Matrices are normal with standard deviation 0.02, norms the identity, biases zero.  The output matrix has
@@ -53,18 +71,28 @@ def write_checkpoint(folder: Path, seed: int = 0) -> int:
     token of a greedy answer is text: each server has something to send for each token, and none waits for the
     rest of a character.
 
+    Args:
+        folder: to write.
+        seed: of the matrices.
+        shape: one of RANDOM.
+        zeros: the share of squared-ReLU activations that are zero, on average; of a trained network 0.9 or more.
+            Other than one half, it is made by the biases of the up projections.
+
     Returns:
         The number of parameters.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(RANDOM[shape], indent=2) + "\n")
     for name in TOKENIZER_FILES:
         shutil.copyfile(DEMO / name, folder / name)
 
     generator = torch.Generator().manual_seed(seed)
+    config = PersimmonConfig.from_folder(folder)
+    # What is projected up is a normed row, so its products are normal with this deviation.
+    up_bias = -statistics.NormalDist().inv_cdf(zeros) * DEVIATION * math.sqrt(config.hidden_size)
     tensors = {
-        name: _random_tensor(name, shape, generator)
-        for name, shape in expected_shapes(PersimmonConfig.from_folder(folder)).items()
+        name: _random_tensor(name, size, generator, up_bias).to(getattr(torch, RANDOM[shape]["dtype"]))
+        for name, size in expected_shapes(config).items()
     }
     output_matrix = tensors["lm_head.weight"]
     output_matrix[~_stands_for_text(folder / "tokenizer.model", rows=output_matrix.shape[0])] = 0.0
@@ -72,12 +100,12 @@ def write_checkpoint(folder: Path, seed: int = 0) -> int:
     return sum(tensor.numel() for tensor in tensors.values())
 
 
-def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+def _random_tensor(name: str, size: tuple[int, ...], generator: torch.Generator, up_bias: float) -> torch.Tensor:
     if name.endswith(".bias"):
-        return torch.zeros(shape)
+        return torch.full(size, up_bias if name.endswith("dense_h_to_4h.bias") else 0.0)
     if "layernorm" in name:
-        return torch.ones(shape)
-    return torch.randn(shape, generator=generator) * 0.02
+        return torch.ones(size)
+    return torch.randn(size, generator=generator) * DEVIATION
 
 
 def _stands_for_text(tokenizer_model: Path, rows: int) -> torch.Tensor:
@@ -92,13 +120,17 @@ def _stands_for_text(tokenizer_model: Path, rows: int) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.checkpoint",
-        description="Write the random checkpoint that the benchmarks serve.",
+        description="Write a random checkpoint that the benchmarks serve.",
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights [default: 0]")
+    parser.add_argument("--shape", choices=RANDOM, default="random", help="[default: %(default)s]")
+    parser.add_argument(
+        "--zeros", type=float, default=0.5, help="share of squared-ReLU activations that are 0 [default: %(default)s]"
+    )
     arguments = parser.parse_args()
-    parameters = write_checkpoint(arguments.out, arguments.seed)
-    print(f"{arguments.out}: {parameters / 1e6:.1f}M parameters, float32")
+    parameters = write_checkpoint(arguments.out, arguments.seed, shape=arguments.shape, zeros=arguments.zeros)
+    print(f"{arguments.out}: {parameters / 1e6:.1f}M parameters, {RANDOM[arguments.shape]['dtype']}")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 import torch
 
 from benchmarks.checkpoint import DEMO, write_checkpoint
-from benchmarks.machine import measure_rates
-from benchmarks.peers import device
+from benchmarks.machine import device, measure_rates
 from persimmon import kernels
 from persimmon.kernels import Kernels, reference
 from persimmon.kernels.cpu import library

@@ -24,7 +24,7 @@ import msgspec
 import torch
 import zmq
 
-from benchmarks.peers import device
+from benchmarks.machine import device
 from persimmon.model.runner import Runner, SequenceInput
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.step_inputs import StepBuffer, write_step

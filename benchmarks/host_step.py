@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from benchmarks.peers import device
+from benchmarks.machine import device
 from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import Runner, SequenceInput
 from persimmon.model.sampling_params import SamplingParams

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import device
+from benchmarks.machine import device
 
 HERE = Path(__file__).parents[1]
 

@@ -27,7 +27,7 @@ import zmq
 from pydantic import ByteSize
 
 from benchmarks.checkpoint import CONFIG, write_checkpoint
-from benchmarks.peers import device
+from benchmarks.machine import device
 from persimmon.kernels.cpu.pages import POPULATE
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.server.config import Settings

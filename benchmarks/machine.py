@@ -3,18 +3,25 @@
     python -m benchmarks.machine
 
 A decode step cannot end before every weight has been read once and every row multiplied by it; a prompt not before its
-rows are multiplied.  Knows nothing of servers.
+rows are multiplied.  Also names the machine in reports.  Knows nothing of servers.
 """
 
 import argparse
 import json
+import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 
 from persimmon import kernels
+from persimmon.kernels.cpu import library
 from persimmon.kernels.cpu.native import NativeKernels
 from persimmon.model.config import PersimmonConfig
 
@@ -39,22 +46,35 @@ class Rates:
     dtype: str
 
 
-def measure_rates(dtype: torch.dtype) -> Rates:
-    """Reads and multiplies for about a second."""
+def measure_rates(dtype: torch.dtype, build: str | None = None) -> Rates:
+    """Reads and multiplies for about a second.
+
+    Args:
+        dtype: of the matrices.
+        build: of the C kernels that alone multiply, to know what its instructions allow; None takes the fastest build,
+            or torch.
+    """
     memory = torch.zeros(READ_BYTES // 8, dtype=torch.int64)
     left, right = (torch.randn(MATMUL_SIZE, MATMUL_SIZE).to(dtype) for _ in range(2))
     read = READ_BYTES / _best_seconds(lambda: memory.sum())
-    seconds = _best_seconds(lambda: left @ right)
-    operations = kernels.for_device(torch.device("cpu"), dtype)
+    seconds = [_best_seconds(lambda: left @ right)] if build is None else []
+    operations = NativeKernels(build, dtype) if build else kernels.for_device(torch.device("cpu"), dtype)
     if isinstance(operations, NativeKernels):
         packed, rows = operations.prepare_weight(right), left.float()
-        seconds = min(seconds, _best_seconds(lambda: operations.logits(rows, packed)))
-    multiplied = 2 * MATMUL_SIZE**3 / seconds
+        seconds.append(_best_seconds(lambda: operations.logits(rows, packed)))
+    multiplied = 2 * MATMUL_SIZE**3 / min(seconds)
     return Rates(round(read / 1e9, 1), round(multiplied / 1e9, 1), str(dtype).removeprefix("torch."))
 
 
 def floor_tokens_per_s(
-    config: PersimmonConfig, rates: Rates, *, weight_bytes: int, streams: int, input_len: float, output_len: float
+    config: PersimmonConfig,
+    rates: Rates,
+    *,
+    weight_bytes: float,
+    head_bytes: float | None = None,
+    streams: int,
+    input_len: float,
+    output_len: float,
 ) -> float:
     """The most output tokens a second that these rates allow, prompts included, attention and all else for nothing.
 
@@ -62,6 +82,7 @@ def floor_tokens_per_s(
         config: the network.
         rates: the machine's.
         weight_bytes: of one weight.
+        head_bytes: of one weight of lm_head, where they differ.
         streams: sequences that decode together.
         input_len: tokens of a prompt, on average.
         output_len: and of an answer.
@@ -69,9 +90,26 @@ def floor_tokens_per_s(
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     body, head = layers * hidden * (4 * hidden + 2 * inner), hidden * config.vocab_size
     flops = rates.matmul_gflop_s * 1e9
-    step = max((body + head) * weight_bytes / (rates.read_gb_s * 1e9), 2 * (body + head) * streams / flops)
+    step_bytes = body * weight_bytes + head * (weight_bytes if head_bytes is None else head_bytes)
+    step = max(step_bytes / (rates.read_gb_s * 1e9), 2 * (body + head) * streams / flops)
     prompt = 2 * (body * input_len + head) / flops
     return streams / (step + streams * prompt / output_len)
+
+
+def device() -> dict[str, Any]:
+    """The machine, as far as it explains figures."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
+    flags = library.processor_flags()
+    return {
+        "cpu": ", ".join(sorted(names)) or "unknown",
+        "cores": len(os.sched_getaffinity(0)),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "integer and matrix instructions": sorted(flags & {"avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8"}),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "python": sys.version.split()[0],
+        "torch": version("torch"),
+    }
 
 
 def _best_seconds(work: Callable[[], object]) -> float:

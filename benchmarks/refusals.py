@@ -23,7 +23,7 @@ import psutil
 from pydantic import SecretStr
 
 from benchmarks.api import MODEL, Bench, serving
-from benchmarks.peers import device
+from benchmarks.machine import device
 from persimmon.server.bench.http_client import Endpoint
 from persimmon.server.bench.report import Distribution
 from persimmon.server.bench.workload import COMPLETIONS

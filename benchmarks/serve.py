@@ -117,8 +117,9 @@ async def measure(endpoint: Endpoint, model: str, workload: Workload, timeout_s:
 
 
 async def warm_up(endpoint: Endpoint, model: str, workload: Workload, timeout_s: float = 600.0) -> None:
-    """Sends a workload's like, with other prompts: the measured ones must not be in a prefix cache already."""
-    other = replace(workload, seed=workload.seed + WARM_UP_SEED_OFFSET)
+    """Sends two prompts a stream of a workload's like, but others: the measured ones must not be in a prefix cache."""
+    prompts = min(workload.prompts, 2 * workload.streams)
+    other = replace(workload, prompts=prompts, seed=workload.seed + WARM_UP_SEED_OFFSET)
     await measure(endpoint, model, other, timeout_s)
 
 

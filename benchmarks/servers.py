@@ -57,7 +57,7 @@ class Server:
     @property
     def shown_command(self) -> str:
         """The command line for reports, free of paths."""
-        variables = [f"{name}={value}" for name, value in self.environment.items()]
+        variables = [f"{name}={Path(value).name}" for name, value in self.environment.items()]
         arguments = [word.format(checkpoint="CHECKPOINT", port="PORT") for word in self.arguments]
         return " ".join([*variables, self.shown_program, *arguments])
 

@@ -6,7 +6,8 @@ import psutil
 import pytest
 
 from benchmarks.machine import Rates, floor_tokens_per_s
-from benchmarks.peers import OURS, VLLM, Measurement, agreement, our_server, summarize, table, vllm_server
+from benchmarks.peer_figures import Measurement, agreement, comparisons, summarize, table
+from benchmarks.peer_servers import OURS, VLLM, Contender, openvino_server, our_server, vllm_server
 from benchmarks.serve import Round, Workload
 from benchmarks.servers import Server, ServerFailedError, running
 from persimmon.model.config import PersimmonConfig
@@ -95,7 +96,11 @@ def test_no_process_of_a_server_outlives_its_measurement(tmp_path: Path) -> None
 
 
 def test_reported_commands_carry_no_path_of_this_machine(tmp_path: Path) -> None:
-    for server in (our_server({}, LIMITS), vllm_server(tmp_path / "bin" / "vllm", {"OMP_NUM_THREADS": "2"}, LIMITS)):
+    for server in (
+        our_server({"PYTHONPATH": str(tmp_path / "view")}, LIMITS),
+        vllm_server(tmp_path / "bin" / "vllm", {"OMP_NUM_THREADS": "2"}, LIMITS),
+        openvino_server(python=tmp_path / "python", script=tmp_path / "serve.py", environment={}, flags=LIMITS),
+    ):
         assert "/" not in server.shown_command
         assert "CHECKPOINT" in server.shown_command
         assert str(tmp_path / "model") in server.command(tmp_path / "model", 8000)
@@ -105,13 +110,32 @@ def test_reported_commands_carry_no_path_of_this_machine(tmp_path: Path) -> None
 def test_the_table_has_the_ratio_of_medians() -> None:
     rounds = [measurement(OURS, tokens) for tokens in (300.0, 100.0, 200.0)]
     rounds += [measurement(VLLM, tokens) for tokens in (80.0, 100.0, 5000.0)]
-    row = next(line for line in table(summarize(rounds)).splitlines() if "output tokens/s" in line)
+    row = next(line for line in table(summarize(rounds), [(OURS, VLLM)]).splitlines() if "output tokens/s" in line)
     assert row == "| 2 | output tokens/s | 200.0 (100.0-300.0) | 100.0 (80.0-5,000.0) | 2.00 |"
+
+
+def test_ratios_are_of_one_precision_and_of_this_server_at_several() -> None:
+    contenders = [
+        Contender(
+            server=our_server({}, (), f"{program} {precision}"),
+            program=program,
+            precision=precision,
+            instructions="avx2",
+            checkpoint=Path(),
+        )
+        for precision in ("float32", "int8")
+        for program in (OURS, VLLM)
+    ]
+    assert comparisons(contenders) == [
+        ("ours float32", "vLLM float32"),
+        ("ours int8", "vLLM int8"),
+        ("ours int8", "ours float32"),
+    ]
 
 
 def test_the_table_stands_with_one_server_alone() -> None:
     row = next(line for line in table(summarize([measurement(OURS, 100.0)])).splitlines() if "output tokens/s" in line)
-    assert row == "| 2 | output tokens/s | 100.0 (100.0-100.0) |  |  |"
+    assert row == "| 2 | output tokens/s | 100.0 (100.0-100.0) |"
 
 
 class TestFloor:
@@ -138,7 +162,7 @@ class TestFloor:
 
 
 def test_answers_agree_where_their_texts_do() -> None:
-    compared = agreement(1, round_of("a", "b", "c"), round_of("a", "x", "c"))
+    compared = agreement(VLLM, 1, round_of("a", "b", "c"), round_of("a", "x", "c"))
     assert (compared.prompts, compared.same_text) == (3, 2)
 
 
