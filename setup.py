@@ -10,12 +10,26 @@ from setuptools import Extension, setup
 
 # The names are those of kernels/cpu/library.py, which picks one when the server starts.
 FLAGS = {
-    "avx512_bf16": ["-march=x86-64-v4", "-mavx512bf16"],
+    "avx512_bf16": ["-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"],
+    "avx512_vnni": ["-march=x86-64-v4", "-mavx512vnni"],
     "avx512": ["-march=x86-64-v4"],
+    "avx_vnni": ["-march=x86-64-v3", "-mavxvnni"],
     "avx2": ["-march=x86-64-v3"],
 }
 
-HEADERS = ("attention", "linear", "network", "norm", "sampling", "team", "vectors")
+HEADERS = (
+    "attention",
+    "integers",
+    "linear",
+    "network",
+    "norm",
+    "packing",
+    "quantized",
+    "rounding",
+    "sampling",
+    "team",
+    "vectors",
+)
 SHARED = ["kernels/cpu/network.c", *(f"kernels/cpu/{name}.h" for name in HEADERS)]
 
 

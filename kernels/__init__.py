@@ -11,7 +11,7 @@ import torch
 
 from persimmon.kernels import reference
 from persimmon.kernels.cpu import library
-from persimmon.kernels.cpu.native import NativeKernels
+from persimmon.kernels.cpu.native import NativeKernels, QuantizedActivations
 from persimmon.kernels.launch import KernelsUnavailableError, check_gpu
 from persimmon.kernels.operands import Activation, LayerCache, Linear, Norm, Residual, Rotary, StepLimits, Weight
 from persimmon.kernels.quantized import QuantizedFormat, QuantizedMatrix
@@ -23,6 +23,7 @@ __all__ = [
     "LayerCache",
     "Linear",
     "Norm",
+    "QuantizedActivations",
     "QuantizedFormat",
     "QuantizedMatrix",
     "Residual",
@@ -120,6 +121,7 @@ def for_device(
     *,
     batch_invariant: bool = False,
     allow_old_triton: bool = False,
+    quantized_activations: QuantizedActivations = "auto",
 ) -> Kernels[Any, Any]:
     """The implementation that runs on this device: fused Triton kernels on a GPU, on a CPU C or else plain torch.
 
@@ -128,6 +130,8 @@ def for_device(
         dtype: that it computes in.
         batch_invariant: whether a token's bits must not depend on what else a step computes.
         allow_old_triton: whether a GPU may be used with a Triton that can make results wrong on it.
+        quantized_activations: what the C kernels multiply quantized weights by, see `NativeKernels`; all others
+            leave activations as they are.
 
     Raises:
         KernelsUnavailableError: the GPU, or the software installed for it, is not sufficient; or plain torch is all
@@ -143,7 +147,7 @@ def for_device(
         return InvariantKernels(device) if batch_invariant else FusedKernels(device)
     builds = library.builds()
     if builds:
-        return NativeKernels(builds[0], dtype)
+        return NativeKernels(builds[0], dtype, quantized_activations)
     if batch_invariant:
         raise KernelsUnavailableError(
             "--batch-invariant needs the C kernels on a CPU, and none is built for this processor: torch, "

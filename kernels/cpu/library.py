@@ -14,8 +14,10 @@ import numpy as np
 from persimmon.kernels.launch import KernelsUnavailableError
 
 BUILDS: Mapping[str, frozenset[str]] = {
-    "avx512_bf16": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}),
+    "avx512_bf16": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"}),
+    "avx512_vnni": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}),
     "avx512": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
+    "avx_vnni": frozenset({"avx2", "fma", "f16c", "bmi2", "avx_vnni"}),
     "avx2": frozenset({"avx2", "fma", "f16c", "bmi2"}),
 }
 """What each build needs, by the names of /proc/cpuinfo; the fastest first."""
@@ -106,6 +108,10 @@ def load(build: str) -> ctypes.CDLL:
     library.persimmon_run.restype = integer
     library.persimmon_pack.argtypes = (pointer, pointer, integer, integer, integer, integer, integer)
     library.persimmon_pack.restype = None
+    library.persimmon_pack_quantized.argtypes = (pointer, pointer, pointer, pointer, integer)
+    library.persimmon_pack_quantized.restype = None
+    library.persimmon_packed_bytes.argtypes = (pointer,)
+    library.persimmon_packed_bytes.restype = integer
     library.persimmon_multiplies_bfloat16.argtypes = ()
     library.persimmon_multiplies_bfloat16.restype = integer
     return library

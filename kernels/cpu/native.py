@@ -5,6 +5,7 @@ dtype, and that a block's keys lie in the cache dimension by dimension.  A row's
 computed beside it.
 """
 
+import ctypes
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,15 @@ import torch.nn.functional as F  # noqa: N812
 from persimmon.kernels.cpu import library
 from persimmon.kernels.cpu.pages import advise_large_pages
 from persimmon.kernels.cpu.program import Program, step_of
+from persimmon.kernels.launch import KernelsUnavailableError
 from persimmon.kernels.operands import Activation, LayerCache, Linear, Norm, Residual, Rotary, StepLimits
-from persimmon.kernels.quantized import QuantizedFormat, QuantizedMatrix, dense
+from persimmon.kernels.quantized import QuantizedFormat, QuantizedMatrix
 
 RESIDUAL_BUFFER = "x"
 """Name of a program's buffer that holds the residual stream."""
+
+QuantizedActivations = Literal["auto", "float", "int8"]
+"""What products of quantized weights multiply: see `NativeKernels`."""
 
 _TYPES = {torch.float32: library.FLOAT32, torch.float16: library.FLOAT16, torch.bfloat16: library.BFLOAT16}
 
@@ -56,16 +61,19 @@ class NativeWeight:
     Attributes:
         data: its numbers, in the order of the format.
         shape: (out, in).
-        format: "panels" as linear.h has them; "panels of pairs" for inputs rounded to bfloat16; "rows" is [out, in],
-            an embedding that is also the head, which torch multiplies.
+        format: "panels" as linear.h has them; "panels of pairs" for inputs rounded to bfloat16; "quantized panels" as
+            packing.h has them, with their scales; "rows" is [out, in], an embedding that is also the head, which torch
+            multiplies unless it is quantized.
         sparse_input: whether most numbers that it is multiplied by are zero.
-        scales: what its numbers are multiplied by; no format of today has any.
+        quantized: what quantized panels are made of, or rows of 8 bits.
+        scales: of quantized rows, [out, 1].
     """
 
     data: torch.Tensor
     shape: tuple[int, int]
-    format: Literal["panels", "panels of pairs", "rows"]
+    format: Literal["panels", "panels of pairs", "quantized panels", "rows"]
     sparse_input: bool = False
+    quantized: QuantizedFormat | None = None
     scales: torch.Tensor | None = None
 
     @property
@@ -81,11 +89,20 @@ class NativeKernels:
         build: one of `library.builds()`.
         dtype: the network's.  With bfloat16, a processor that multiplies such numbers as they are gets inputs rounded
             to bfloat16, as in torch; all other products are made in float32.
+        quantized_activations: what quantized weights are multiplied by.  "int8" rounds inputs to 8 bits with a scale
+            for each 128 of them (or each group of the weight, where those are smaller) and sums integers; "float"
+            leaves them as they are; "auto" is the faster one on this build.
     """
 
-    def __init__(self, build: str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        build: str,
+        dtype: torch.dtype = torch.float32,
+        quantized_activations: QuantizedActivations = "auto",
+    ) -> None:
         self.build = build
         self.dtype = dtype
+        self.rounds_activations = quantized_activations != "float"
         self.library = library.load(build)
         self._rounds = dtype == torch.bfloat16 and bool(self.library.persimmon_multiplies_bfloat16())
 
@@ -109,8 +126,14 @@ class NativeKernels:
         return bias.float()
 
     def prepare_weight(self, weight: torch.Tensor | QuantizedMatrix, *, sparse_input: bool = False) -> NativeWeight:
-        """A [out, in] weight in panels, see linear.h."""
-        weight = dense(weight).contiguous()
+        """A [out, in] weight in panels, see linear.h; a quantized one in those of packing.h.
+
+        Raises:
+            KernelsUnavailableError: the groups are of a size that these kernels do not read.
+        """
+        if isinstance(weight, QuantizedMatrix):
+            return self._prepare_quantized(weight, sparse_input)
+        weight = weight.contiguous()
         rows, columns = weight.shape
         pairs = self._rounds and weight.dtype == torch.bfloat16 and columns % 2 == 0
         packed = advise_large_pages(torch.empty(rows * columns, dtype=weight.dtype))
@@ -124,13 +147,64 @@ class NativeKernels:
         )
 
     def tied_weight(self, table: torch.Tensor | QuantizedMatrix) -> NativeWeight:
-        """As `reference.tied_weight`."""
-        table = dense(table)
+        """As `reference.tied_weight`.
+
+        Raises:
+            KernelsUnavailableError: the table is not of 8 bits with a scale a row.
+        """
+        if isinstance(table, QuantizedMatrix):
+            _check_table(table)
+            return NativeWeight(table.numbers, table.shape, "rows", quantized=table.format, scales=table.scales)
         return NativeWeight(table, (table.shape[0], table.shape[1]), "rows")
 
+    def _prepare_quantized(self, weight: QuantizedMatrix, sparse_input: bool) -> NativeWeight:
+        operation = self._quantized_operation(weight.shape, weight.format, sparse_input)
+        size = self.library.persimmon_packed_bytes(ctypes.byref(operation))
+        packed = advise_large_pages(torch.empty(size, dtype=torch.uint8))
+        numbers, scales = weight.numbers.contiguous(), weight.scales.contiguous()
+        self.library.persimmon_pack_quantized(
+            ctypes.byref(operation), numbers.data_ptr(), scales.data_ptr(), packed.data_ptr(), torch.get_num_threads()
+        )
+        return NativeWeight(
+            data=packed,
+            shape=weight.shape,
+            format="quantized panels",
+            sparse_input=sparse_input,
+            quantized=weight.format,
+        )
+
+    def _quantized_operation(
+        self, shape: tuple[int, int], quantized: QuantizedFormat, sparse_input: bool
+    ) -> library.Operation:
+        """What a product with a quantized weight has in common with all others."""
+        rows, columns = shape
+        group_size = quantized.group_size or columns
+        if group_size != columns and group_size % 8:
+            raise KernelsUnavailableError(
+                f"the C kernels do not read groups of {group_size} quantized weights; expected one scale for each "
+                f"output, or groups of a multiple of 8"
+            )
+        return library.Operation(
+            kind=library.LINEAR,
+            type=library.INT8 if quantized.bits == 8 else library.INT4,
+            sparse=int(sparse_input),
+            in_=columns,
+            out=rows,
+            group=group_size,
+            scale_type=_TYPES[quantized.scale_dtype],
+            integer=int(self.rounds_activations),
+        )
+
     def weight_bytes(self, shape: tuple[int, int], stored: torch.dtype | QuantizedFormat) -> int:
-        """As `reference.weight_bytes`."""
-        return math.prod(shape) * (stored.scale_dtype if isinstance(stored, QuantizedFormat) else stored).itemsize
+        """As `reference.weight_bytes`; quantized panels are padded to whole ones.
+
+        Raises:
+            KernelsUnavailableError: as `prepare_weight`.
+        """
+        if isinstance(stored, QuantizedFormat):
+            operation = self._quantized_operation(shape, stored, sparse_input=False)
+            return int(self.library.persimmon_packed_bytes(ctypes.byref(operation)))
+        return math.prod(shape) * stored.itemsize
 
     def plan_attention(
         self,
@@ -166,12 +240,15 @@ class NativeKernels:
         table: torch.Tensor | QuantizedMatrix,
         plan: NativePlan,
     ) -> Residual:
-        """As `reference.embed`."""
+        """As `reference.embed`.
+
+        Raises:
+            KernelsUnavailableError: a quantized table is not of 8 bits with a scale a row.
+        """
         x = self._buffer(RESIDUAL_BUFFER, plan.num_tokens, table.shape[1])
         operation = library.Operation(kind=library.EMBED, out=table.shape[1], output=x.data_ptr())
         if isinstance(table, QuantizedMatrix):
-            if table.bits != 8 or table.group_size != table.shape[1]:
-                raise ValueError(f"an embedding has 8 bits and a scale for each row, where it is {table.format}")
+            _check_table(table)
             operation.type, operation.weight = library.INT8, table.numbers.data_ptr()
             operation.scale_type, operation.scales = _TYPES[table.scales.dtype], table.scales.data_ptr()
         else:
@@ -257,7 +334,7 @@ class NativeKernels:
 
     def logits(self, hidden: torch.Tensor, head: NativeWeight) -> torch.Tensor:
         """As `reference.logits`."""
-        if head.format == "rows":
+        if head.format == "rows" and head.quantized is None:
             return F.linear(hidden.to(head.data.dtype), head.data).float()
         out = torch.empty(len(hidden), head.shape[0])
         self._linear(hidden.contiguous(), None, Linear(head, None), out, library.STORE, step_of(len(out)))
@@ -294,19 +371,21 @@ class NativeKernels:
         step: library.Step,
     ) -> None:
         weight = linear.weight
-        operation = library.Operation(
-            kind=library.LINEAR,
-            type=_TYPES[weight.data.dtype],
-            finish=finish,
-            rounds=int(weight.format == "panels of pairs"),
-            sparse=int(weight.sparse_input),
-            in_=values.shape[1],
-            out=out.shape[1],
-            input=values.data_ptr(),
-            output=out.data_ptr(),
-            weight=weight.data.data_ptr(),
-            bias=None if linear.bias is None else linear.bias.data_ptr(),
-        )
+        if weight.quantized is None:
+            operation = library.Operation(
+                kind=library.LINEAR,
+                type=_TYPES[weight.data.dtype],
+                rounds=int(weight.format == "panels of pairs"),
+                sparse=int(weight.sparse_input),
+                in_=values.shape[1],
+                out=out.shape[1],
+            )
+        else:
+            operation = self._quantized_operation(weight.shape, weight.quantized, weight.sparse_input)
+            operation.scales = None if weight.scales is None else weight.scales.data_ptr()
+        operation.finish, operation.weight = finish, weight.data.data_ptr()
+        operation.input, operation.output = values.data_ptr(), out.data_ptr()
+        operation.bias = None if linear.bias is None else linear.bias.data_ptr()
         if norm is not None:
             operation.norm_weight, operation.norm_bias = norm.weight.data_ptr(), norm.bias.data_ptr()
             operation.eps = norm.eps
@@ -344,7 +423,7 @@ class _Recorder(NativeKernels):
     """Writes down what it is asked to do."""
 
     def __init__(self, kernels: NativeKernels, program: Program) -> None:
-        super().__init__(kernels.build, kernels.dtype)
+        super().__init__(kernels.build, kernels.dtype, "int8" if kernels.rounds_activations else "float")
         self._program = program
 
     def _buffer(self, name: str, rows: int, width: int) -> torch.Tensor:
@@ -354,6 +433,13 @@ class _Recorder(NativeKernels):
     def _run(self, operation: library.Operation, step: library.Step, *operands: object) -> None:
         del step
         self._program.append(operation, operands)
+
+
+def _check_table(table: QuantizedMatrix) -> None:
+    if table.bits != 8 or table.group_size != table.shape[1]:
+        raise KernelsUnavailableError(
+            f"the C kernels do not look embeddings up in {table.format}; expected int8, a scale for each output"
+        )
 
 
 def step_of_plan(plan: NativePlan, rotary: Rotary | None = None, **tensors: torch.Tensor | None) -> library.Step:

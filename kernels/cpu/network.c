@@ -12,17 +12,25 @@
 #include "attention.h"
 #include "linear.h"
 #include "norm.h"
+#include "packing.h"
+#include "quantized.h"
 #include "sampling.h"
 #include "team.h"
 
 /* Parts that each thread should have of an operation at least. */
 #define PARTS_EACH 16
 
+/* Whose memory one thread uses. */
+typedef struct {
+    Workspace floats;
+    QuantizedWorkspace quantized;
+} OwnMemory;
+
 typedef struct {
     const Operation *program;
     const Step *step;
-    void *inputs;          /* [max_tokens, widest_input] floats: a projection's inputs, normalised or rounded */
-    Workspace *workspaces; /* one a thread */
+    void *inputs;         /* [max_tokens, widest_input] floats: a projection's inputs, normalised or rounded */
+    OwnMemory *memories;  /* one a thread */
     int64_t threads;
 } Run;
 
@@ -30,19 +38,19 @@ static void embed(const Operation *op, const Step *step, int64_t row) {
     int64_t id = step->token_ids[row];
     if (id < 0) id = step->sampled[-1 - id];
     float *to = op->output + row * op->out;
-    if (op->type == INT8) {
-        const int8_t *from = (const int8_t *)op->weight + id * op->out;
-        const float scale = item_as(op->scales, id, (int)op->scale_type);
-        for (int64_t i = 0; i < op->out; i++) to[i] = from[i] * scale;
-        return;
-    }
-    for (int64_t i = 0; i < op->out; i++) to[i] = item_as(op->weight, id * op->out + i, (int)op->type);
+    const float scale = op->scales ? item_as(op->scales, id, (int)op->scale_type) : 1.0f;
+    for (int64_t i = 0; i < op->out; i++) to[i] = item_as(op->weight, id * op->out + i, (int)op->type) * scale;
 }
 
+static int is_quantized(const Operation *op) { return op->type == INT8 || op->type == INT4; }
+
+/* Whether a product has inputs in another form than what comes in. */
+static int prepares(const Operation *op) { return op->norm_weight || op->rounds || op->integer; }
+
 /* One row of a projection's inputs, normalised or rounded. */
-static void prepare_row(const Operation *op, int64_t row, void *inputs) {
+static void prepare_row(const Operation *op, int64_t row, int64_t rows, void *inputs) {
     const float *from = op->input + row * op->in;
-    if (!op->rounds) {
+    if (!op->rounds && !op->integer) {
         layer_norm(from, (float *)inputs + row * op->in, op->norm_weight, op->norm_bias, (float)op->eps, op->in);
         return;
     }
@@ -51,8 +59,23 @@ static void prepare_row(const Operation *op, int64_t row, void *inputs) {
         layer_norm(from, normed, op->norm_weight, op->norm_bias, (float)op->eps, op->in);
         from = normed;
     }
+    if (op->integer) {
+        const Rounded rounded = rounded_inputs(op, rows, inputs);
+        /* Bytes of weights are stored as unsigned numbers. */
+        if (op->type == INT4) round_row(from, op->in, &rounded, row, 1, 8);
+        else round_row(from, op->in, &rounded, row, INPUT_BYTES, BYTE_DOTS ? 128 : 0);
+        return;
+    }
     uint16_t *to = (uint16_t *)inputs + row * op->in;
     for (int64_t i = 0; i < op->in; i++) to[i] = to_bfloat16(from[i]);
+}
+
+/* All rows at once, without the inputs that are zero in all. */
+static void prepare_few_rows(const Operation *op, int64_t rows, void *inputs) {
+    for (int64_t row = 0; row < rows; row++) prepare_row(op, row, rows, inputs);
+    const Rounded rounded = rounded_inputs(op, rows, inputs);
+    if (op->type == INT4) gather_nonzero(op, &rounded, rows, 2, STEP_LINES(INT4));
+    else gather_nonzero(op, &rounded, rows, INPUT_BYTES, STEP_LINES(INT8));
 }
 
 /* Some rows of one panel. */
@@ -60,12 +83,20 @@ static void linear(const Operation *op, const Run *run, int64_t part, int64_t th
     const int64_t rows = run->step->tokens, panels = (op->out + PANEL - 1) / PANEL;
     const int64_t first = part / panels * ROWS_AT_ONCE, panel = part % panels;
     const int64_t some = rows - first < ROWS_AT_ONCE ? rows - first : ROWS_AT_ONCE;
-    const char *inputs = op->norm_weight || op->rounds ? run->inputs : (const void *)op->input;
-    Workspace *own = run->workspaces + thread;
+    const char *inputs = prepares(op) ? run->inputs : (const void *)op->input;
+    OwnMemory *own = run->memories + thread;
     /* Threads take panels in turn. */
     const int64_t next_panel = (panel + run->threads) % panels;
-    multiply_panel(op, inputs + first * op->in * (op->rounds ? 2 : 4), some, panel, next_panel, own);
-    finish_panel(op, first, some, panel, own->sums);
+    if (op->integer) {
+        const Rounded rounded = rounded_inputs(op, rows, run->inputs);
+        multiply_integers(op, &rounded, first, some, panel, next_panel, own->floats.sums, &own->quantized);
+    } else if (is_quantized(op)) {
+        const float *own_inputs = (const float *)inputs + first * op->in;
+        multiply_floats(op, own_inputs, some, panel, next_panel, &own->floats, &own->quantized);
+    } else {
+        multiply_panel(op, inputs + first * op->in * (op->rounds ? 2 : 4), some, panel, next_panel, &own->floats);
+    }
+    finish_panel(op, first, some, panel, own->floats.sums);
 }
 
 /* How many of a sequence's heads one thread takes together, so that it can fetch the next one's keys in time: as many as
@@ -127,7 +158,7 @@ static void count_parts(const Operation *op, const Run *run, uint32_t parts[2]) 
     parts[0] = parts[1] = 0;
     switch (op->kind) {
         case LINEAR:
-            parts[0] = op->norm_weight || op->rounds ? (uint32_t)step->tokens : 0;
+            parts[0] = leaves_zeros_out(op, step->tokens) ? 1 : prepares(op) ? (uint32_t)step->tokens : 0;
             parts[1] = (uint32_t)(blocks * ((op->out + PANEL - 1) / PANEL));
             break;
         case ATTENTION: parts[1] = (uint32_t)(step->sequences * op->heads / heads_together(op, run)); break;
@@ -143,7 +174,8 @@ static void run_part(const void *context, int64_t phase, int64_t part, int64_t t
         case EMBED: embed(op, run->step, part); break;
         case LINEAR:
             if (phase % 2) linear(op, run, part, thread);
-            else prepare_row(op, part, run->inputs);
+            else if (leaves_zeros_out(op, run->step->tokens)) prepare_few_rows(op, run->step->tokens, run->inputs);
+            else prepare_row(op, part, run->step->tokens, run->inputs);
             break;
         case ATTENTION: attention(op, run, part); break;
         case NORM_ROWS: norm_row(op, run->step, part); break;
@@ -154,7 +186,7 @@ static void run_part(const void *context, int64_t phase, int64_t part, int64_t t
 static int64_t align(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 int64_t persimmon_scratch_bytes(int64_t inputs, int64_t threads) {
-    return align(inputs * (int64_t)sizeof(float)) + (threads < MAX_THREADS ? threads : MAX_THREADS) * sizeof(Workspace);
+    return align(inputs * (int64_t)sizeof(float)) + (threads < MAX_THREADS ? threads : MAX_THREADS) * sizeof(OwnMemory);
 }
 
 int64_t persimmon_run(const Operation *program, int64_t operations, const Step *step, void *scratch, int64_t inputs,
@@ -164,38 +196,42 @@ int64_t persimmon_run(const Operation *program, int64_t operations, const Step *
     uint32_t parts[MAX_PHASES];
     for (int64_t first = 0; first < operations; first += MAX_PHASES / 2) {
         const int64_t some = operations - first < MAX_PHASES / 2 ? operations - first : MAX_PHASES / 2;
-        void *workspaces = (char *)scratch + align(inputs * (int64_t)sizeof(float));
-        const Run run = {program + first, step, scratch, workspaces, threads};
+        void *memories = (char *)scratch + align(inputs * (int64_t)sizeof(float));
+        const Run run = {program + first, step, scratch, memories, threads};
         for (int64_t i = 0; i < some; i++) count_parts(program + first + i, &run, parts + 2 * i);
         work_together((Work){run_part, &run, 2 * some, threads}, parts);
     }
     return 0;
 }
 
-typedef struct {
-    const void *weight;
-    void *packed;
-    int64_t out, in, item_bytes, group;
-} Packing;
-
-static void pack_panel(const void *context, int64_t phase, int64_t panel, int64_t thread) {
-    (void)phase, (void)thread;
-    const Packing *own = context;
-    const int64_t first = panel * PANEL, width = own->out - first < PANEL ? own->out - first : PANEL;
-    for (int64_t column = 0; column < width; column++)
-        for (int64_t k = 0; k < own->in; k++) {
-            const int64_t from = (first + column) * own->in + k;
-            const int64_t to = first * own->in + (k / own->group * width + column) * own->group + k % own->group;
-            if (own->item_bytes == 4) ((uint32_t *)own->packed)[to] = ((const uint32_t *)own->weight)[from];
-            else ((uint16_t *)own->packed)[to] = ((const uint16_t *)own->weight)[from];
-        }
-}
-
 void persimmon_pack(const void *weight, void *packed, int64_t out, int64_t in, int64_t item_bytes, int64_t pairs,
                     int64_t threads) {
-    const Packing packing = {weight, packed, out, in, item_bytes, pairs ? 2 : 1};
+    const Packing packing = {
+        .weight = weight, .packed = packed, .out = out, .in = in, .item_bytes = item_bytes, .together = pairs ? 2 : 1};
     const uint32_t panels = (uint32_t)((out + PANEL - 1) / PANEL);
-    work_together((Work){pack_panel, &packing, 1, threads}, &panels);
+    work_together((Work){pack_part, &packing, 1, threads}, &panels);
+}
+
+void persimmon_pack_quantized(const Operation *op, const void *numbers, const void *scales, void *packed,
+                              int64_t threads) {
+    const Packing packing = {
+        .weight = numbers,
+        .scales = scales,
+        .packed = packed,
+        .out = op->out,
+        .in = op->in,
+        .type = op->type,
+        .group = op->group,
+        .scale_type = op->scale_type,
+        .lines = !op->integer || op->sparse,
+    };
+    const uint32_t panels = (uint32_t)((op->out + PANEL - 1) / PANEL);
+    work_together((Work){pack_part, &packing, 1, threads}, &panels);
+}
+
+int64_t persimmon_packed_bytes(const Operation *op) {
+    const Layout layout = layout_of(op->in, op->group, op->type, op->scale_type);
+    return (op->out + PANEL - 1) / PANEL * layout.panel_bytes;
 }
 
 /* Tells a build of other sources: its structures differ from those of library.py. */

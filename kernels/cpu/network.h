@@ -21,11 +21,12 @@ enum { STORE, STORE_RELU_SQUARED, ADD };
  * [T, width] and contiguous. */
 typedef struct {
     int64_t kind;
-    /* EMBED: table [rows, width] of type -> output; of INT8, `scales` [rows] of scale_type.
+    /* EMBED: table [rows, width] of type -> output; of INT8, times scales [rows] of scale_type.
      * LINEAR: input [T, in] -> LayerNorm where norm_weight is given -> times weight, plus bias where given -> output
      *         [T, out], as `finish` says.  `rounds`: inputs are rounded to bfloat16 and multiplied as such.
-     *         `sparse`: most inputs are zero.  Of a quantized weight, INT8 or INT4: `scales` [out, in / group] of
-     *         scale_type; `integer`: inputs are rounded to 8 bits too.
+     *         `sparse`: most inputs are zero.  Of a quantized weight, INT8 or INT4, packed with its scales, of
+     *         scale_type, one for each output and `group` inputs; or of INT8 in rows [out, in] with scales [out].
+     *         `integer`: inputs are rounded to 8 bits too.
      * ATTENTION: input [T, heads, 3, head_dim] -> output [T, heads * head_dim]; norm_weight, norm_bias [2, head_dim]
      *         or null; cosine, sine [*, rotary / 2], of every position; keys, values: the cache, of type; of INT8,
      *         key_scales and value_scales: bfloat16, one for each token of a head.
@@ -100,6 +101,12 @@ int64_t persimmon_run(const Operation *program, int64_t operations, const Step *
 /* Lays a [out, in] weight out as LINEAR reads it; `pairs`: for inputs rounded to bfloat16. */
 void persimmon_pack(const void *weight, void *packed, int64_t out, int64_t in, int64_t item_bytes, int64_t pairs,
                     int64_t threads);
+
+/* The same for a quantized weight, as LINEAR reads it with the fields of `op`: numbers and scales as a `QuantizedMatrix`
+ * has them; `persimmon_packed_bytes` of memory. */
+void persimmon_pack_quantized(const Operation *op, const void *numbers, const void *scales, void *packed,
+                              int64_t threads);
+int64_t persimmon_packed_bytes(const Operation *op);
 
 /* Whether LINEAR can multiply bfloat16 numbers as they are. */
 int64_t persimmon_multiplies_bfloat16(void);

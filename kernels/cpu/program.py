@@ -69,7 +69,9 @@ class Program:
     def _prepare(self) -> "tuple[ctypes.Array[library.Operation], torch.Tensor, int, int]":
         threads = torch.get_num_threads()
         if self._ready is None or self._ready[3] != threads:
-            inputs = self.max_tokens * max(operation.in_ for operation in self._operations)
+            # Of a row more: rounded inputs come with scales, and lists of those that are not zero.
+            widest = max(operation.in_ for operation in self._operations)
+            inputs = (self.max_tokens + 1) * -(-widest // 32) * 32
             size = self._functions.persimmon_scratch_bytes(inputs, threads)
             operations = (library.Operation * len(self._operations))(*self._operations)
             # torch aligns what it allocates to 64 bytes, as the scratch memory's parts are.

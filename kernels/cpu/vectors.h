@@ -24,6 +24,9 @@ INLINE Vector load_float16(const uint16_t *from) { return _mm512_cvtph_ps(_mm256
 INLINE Vector load_bfloat16(const uint16_t *from) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)from)), 16));
 }
+INLINE Vector load_int8(const int8_t *from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)from)));
+}
 INLINE float sum(Vector v) { return _mm512_reduce_add_ps(v); }
 INLINE float maximum(Vector v) { return _mm512_reduce_max_ps(v); }
 INLINE Vector first_lanes(Vector v, int count, float other) {
@@ -72,6 +75,9 @@ INLINE Vector larger(Vector a, Vector b) { return _mm256_max_ps(a, b); }
 INLINE Vector load_float16(const uint16_t *from) { return _mm256_cvtph_ps(_mm_loadu_si128((const void *)from)); }
 INLINE Vector load_bfloat16(const uint16_t *from) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)from)), 16));
+}
+INLINE Vector load_int8(const int8_t *from) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)from)));
 }
 INLINE float sum(Vector v) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -155,6 +161,7 @@ INLINE float from_float16(uint16_t value) { return _cvtsh_ss(value); }
 INLINE Vector load_as(const void *from, int64_t index, const int type) {
     if (type == FLOAT16) return load_float16((const uint16_t *)from + index);
     if (type == BFLOAT16) return load_bfloat16((const uint16_t *)from + index);
+    if (type == INT8) return load_int8((const int8_t *)from + index);
     return load((const float *)from + index);
 }
 
@@ -196,6 +203,7 @@ INLINE void store_like(float *to, Pair pair, const int type) {
 INLINE float item_as(const void *from, int64_t index, const int type) {
     if (type == FLOAT16) return from_float16(((const uint16_t *)from)[index]);
     if (type == BFLOAT16) return from_bfloat16(((const uint16_t *)from)[index]);
+    if (type == INT8) return (float)((const int8_t *)from)[index];
     return ((const float *)from)[index];
 }
 

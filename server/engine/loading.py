@@ -70,7 +70,11 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
     config = PersimmonConfig.from_folder(folder)
     dtype = choose_dtype(settings.dtype, config.dtype, device, cpu_bfloat16=kernels.cpu_multiplies_bfloat16())
     operations = kernels.for_device(
-        device, dtype, batch_invariant=settings.batch_invariant, allow_old_triton=settings.allow_old_triton
+        device,
+        dtype,
+        batch_invariant=settings.batch_invariant,
+        allow_old_triton=settings.allow_old_triton,
+        quantized_activations=settings.quantized_activations,
     )
     executor = executor_for(operations, device, _graph_sizes(settings, config))
     longest = settings.max_model_len or config.context_length

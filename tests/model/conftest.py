@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(params=["C kernels", "plain torch"])
 def cpu_kernels(request: pytest.FixtureRequest) -> "Kernels[Any, Any]":
-    """What serves a CPU, and what serves one for which no C kernels could be compiled."""
+    """What serves a CPU, its activations exact, and what serves one for which no C kernels could be compiled."""
     from persimmon import kernels
     from persimmon.kernels.cpu import library
     from tests.engine_harness import CPU
@@ -19,4 +19,4 @@ def cpu_kernels(request: pytest.FixtureRequest) -> "Kernels[Any, Any]":
         return kernels.reference
     if not library.builds():
         pytest.skip("no build of the C kernels for this processor")
-    return kernels.for_device(CPU)
+    return kernels.for_device(CPU, quantized_activations="float")

@@ -1,0 +1,117 @@
+/* Vectors of integers as wide as the machine's registers, and their dot products.
+ *
+ * A processor with VNNI multiplies four unsigned bytes of weights by four signed bytes of inputs in one instruction.
+ * Others multiply 8-bit weights as pairs of 16 bits; 4-bit weights are small enough to be multiplied as bytes, sums of
+ * sixteen products fitting in 16 bits.  The sums are exact, so they are the same integers on every processor.
+ */
+#ifndef PERSIMMON_INTEGERS_H
+#define PERSIMMON_INTEGERS_H
+
+#include "network.h"
+#include "vectors.h"
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#define BYTE_DOTS 1
+#else
+#define BYTE_DOTS 0
+#endif
+
+/* 8-bit weights of an output that lie together and are multiplied at once, and bytes of an input that multiplies them: a
+ * step takes four bytes of inputs.  Of 4-bit weights four lie together everywhere, each half of a byte. */
+#define TOGETHER (BYTE_DOTS ? 4 : 2)
+#define INPUT_BYTES (4 / TOGETHER)
+/* Inputs of a step. */
+#define STEP_INPUTS(type) ((type) == INT4 ? 4 : TOGETHER)
+/* Lines of weights (packing.h) of a step. */
+#define STEP_LINES(type) ((type) == INT4 ? 2 : TOGETHER)
+/* Dot products of four bytes that fit in 16 bits, the weights being of 4 bits: 8 * 2 * 15 * 127 < 2^15. */
+#define NARROW_DOTS 8
+
+/* Lanes of 32 bits, unlike the intrinsics' own type, arrays of which the compiler would keep in memory. */
+#if LANES == 16
+typedef int32_t Integers __attribute__((vector_size(64)));
+#define RAW(v) ((__m512i)(v))
+INLINE Integers load_integers(const void *from) { return (Integers)_mm512_loadu_si512(from); }
+INLINE Integers repeat(int32_t value) { return (Integers)_mm512_set1_epi32(value); }
+INLINE Vector to_floats(Integers v) { return _mm512_cvtepi32_ps(RAW(v)); }
+INLINE Integers to_integers(Vector v) { return (Integers)_mm512_cvtps_epi32(v); }
+INLINE Integers largest_integers(Integers a, Integers b) { return (Integers)_mm512_max_epi32(RAW(a), RAW(b)); }
+INLINE int32_t largest_integer(Integers v) { return _mm512_reduce_max_epi32(RAW(v)); }
+INLINE int32_t sum_of_integers(Integers v) { return _mm512_reduce_add_epi32(RAW(v)); }
+INLINE Integers without_sign(Vector v) { return (Integers)_mm512_castps_si512(v) & repeat(0x7fffffff); }
+INLINE void store_bytes(void *to, Integers v) { _mm_storeu_si128(to, _mm512_cvtepi32_epi8(RAW(v))); }
+INLINE void store_words(void *to, Integers v) { _mm256_storeu_si256(to, _mm512_cvtepi32_epi16(RAW(v))); }
+#else
+typedef int32_t Integers __attribute__((vector_size(32)));
+#define RAW(v) ((__m256i)(v))
+INLINE Integers load_integers(const void *from) { return (Integers)_mm256_loadu_si256(from); }
+INLINE Integers repeat(int32_t value) { return (Integers)_mm256_set1_epi32(value); }
+INLINE Vector to_floats(Integers v) { return _mm256_cvtepi32_ps(RAW(v)); }
+INLINE Integers to_integers(Vector v) { return (Integers)_mm256_cvtps_epi32(v); }
+INLINE Integers largest_integers(Integers a, Integers b) { return (Integers)_mm256_max_epi32(RAW(a), RAW(b)); }
+INLINE int32_t largest_integer(Integers v) {
+    __m128i half = _mm_max_epi32(_mm256_castsi256_si128(RAW(v)), _mm256_extracti128_si256(RAW(v), 1));
+    half = _mm_max_epi32(half, _mm_shuffle_epi32(half, _MM_SHUFFLE(1, 0, 3, 2)));
+    return _mm_cvtsi128_si32(_mm_max_epi32(half, _mm_shuffle_epi32(half, _MM_SHUFFLE(2, 3, 0, 1))));
+}
+INLINE int32_t sum_of_integers(Integers v) {
+    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(RAW(v)), _mm256_extracti128_si256(RAW(v), 1));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, _MM_SHUFFLE(1, 0, 3, 2)));
+    return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, _MM_SHUFFLE(2, 3, 0, 1))));
+}
+INLINE Integers without_sign(Vector v) { return (Integers)_mm256_castps_si256(v) & repeat(0x7fffffff); }
+INLINE __m128i in_words(Integers v) {
+    return _mm_packs_epi32(_mm256_castsi256_si128(RAW(v)), _mm256_extracti128_si256(RAW(v), 1));
+}
+INLINE void store_words(void *to, Integers v) { _mm_storeu_si128(to, in_words(v)); }
+INLINE void store_bytes(void *to, Integers v) { _mm_storel_epi64(to, _mm_packs_epi16(in_words(v), in_words(v))); }
+#endif
+
+/* What a step adds to sums: four bytes of weights and of inputs, or two of 16 bits. */
+INLINE Integers dot(Integers sums, Integers weights, Integers inputs) {
+#if LANES == 16 && BYTE_DOTS
+    return (Integers)_mm512_dpbusd_epi32(RAW(sums), RAW(weights), RAW(inputs));
+#elif BYTE_DOTS
+    return (Integers)_mm256_dpbusd_avx_epi32(RAW(sums), RAW(weights), RAW(inputs));
+#elif LANES == 16
+    return sums + (Integers)_mm512_madd_epi16(RAW(weights), RAW(inputs));
+#else
+    return sums + (Integers)_mm256_madd_epi16(RAW(weights), RAW(inputs));
+#endif
+}
+
+#if !BYTE_DOTS
+/* Sums of 16 bits, two for each output. */
+#if LANES == 16
+typedef int16_t Words __attribute__((vector_size(64)));
+INLINE Words dot_narrow(Words sums, Integers weights, Integers inputs) {
+    return sums + (Words)_mm512_maddubs_epi16(RAW(weights), RAW(inputs));
+}
+INLINE Integers add_narrow(Integers sums, Words narrow) {
+    return sums + (Integers)_mm512_madd_epi16(RAW(narrow), _mm512_set1_epi16(1));
+}
+#else
+typedef int16_t Words __attribute__((vector_size(32)));
+INLINE Words dot_narrow(Words sums, Integers weights, Integers inputs) {
+    return sums + (Words)_mm256_maddubs_epi16(RAW(weights), RAW(inputs));
+}
+INLINE Integers add_narrow(Integers sums, Words narrow) {
+    return sums + (Integers)_mm256_madd_epi16(RAW(narrow), _mm256_set1_epi16(1));
+}
+#endif
+#endif
+
+/* Four bytes of inputs in every lane, kept in a register for all the weights that they multiply. */
+INLINE Integers repeat_inputs(const char *from) {
+    int32_t bits;
+    memcpy(&bits, from, sizeof bits);
+    Integers v = repeat(bits);
+#if LANES == 16
+    __asm__("" : "+v"(v));
+#else
+    __asm__("" : "+x"(v));
+#endif
+    return v;
+}
+
+#endif
