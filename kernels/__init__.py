@@ -51,6 +51,8 @@ class Kernels(Protocol[Plan, W]):
 
     def stored_dtype(self, stored: torch.dtype, dtype: torch.dtype) -> torch.dtype: ...  # noqa: D102
 
+    def cache_dtypes(self, dtype: torch.dtype) -> Sequence[torch.dtype]: ...  # noqa: D102
+
     def prepare_bias(self, bias: torch.Tensor) -> torch.Tensor: ...  # noqa: D102
 
     def prepare_weight(self, weight: torch.Tensor | QuantizedMatrix, *, sparse_input: bool = False) -> W: ...  # noqa: D102

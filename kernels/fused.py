@@ -144,6 +144,10 @@ class FusedKernels:
         del stored
         return dtype
 
+    def cache_dtypes(self, dtype: torch.dtype) -> Sequence[torch.dtype]:
+        """As `reference.cache_dtypes`: the network's own only."""
+        return (dtype,)
+
     def prepare_bias(self, bias: torch.Tensor) -> torch.Tensor:
         """As it is."""
         return bias

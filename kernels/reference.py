@@ -4,7 +4,8 @@ Knows nothing of layers, requests or scheduling.  Everything is computed in floa
 the tensors that come in and go out.  Shapes use T for the tokens of a step, H for heads, D for head_dim, N for
 blocks in the cache and S for tokens in a block.
 
-The KV cache of a layer is two tensors, K and V, each [N, H, S, D]: a head's tokens of a block lie side by side.
+The KV cache of a layer is two tensors, K and V, each [N, H, S, D]: a head's tokens of a block lie side by side; how 8
+bits are stored is `reference_cache`'s.
 A "row" is one token of one head, D numbers; row (n * H + h) * S + s of a cache viewed as [N * H * S, D].
 """
 
@@ -20,6 +21,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from persimmon.kernels.operands import Activation, LayerCache, Linear, Norm, Residual, Rotary, StepLimits, Weight
 from persimmon.kernels.quantized import QuantizedFormat, QuantizedMatrix
+from persimmon.kernels.reference_cache import gather_tiles, store_rows
 
 PADDING_LIMIT = 1.25
 """Decoding sequences share one attention call while padding them to the longest costs at most this factor."""
@@ -176,6 +178,11 @@ def stored_dtype(stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
     """What a matrix stored in `stored` is kept in, where the network computes in `dtype`: that."""
     del stored
     return dtype
+
+
+def cache_dtypes(dtype: torch.dtype) -> Sequence[torch.dtype]:
+    """What `attention` can keep keys and values in, where the network computes in `dtype`; that comes first."""
+    return (dtype, torch.int8)
 
 
 def prepare_bias(bias: torch.Tensor) -> torch.Tensor:
@@ -528,8 +535,8 @@ def qk_norm_rotary_store(
     left.copy_(turned_left)
     right.copy_(turned_right)
     qk = qk.to(qkv.dtype)
-    cache.keys.view(-1, dim).index_copy_(0, plan.store_rows, qk[:, :, 1].reshape(tokens * heads, dim))
-    cache.values.view(-1, dim).index_copy_(0, plan.store_rows, qkv[:, :, 2].reshape(tokens * heads, dim))
+    keys, values = (rows.reshape(tokens * heads, dim) for rows in (qk[:, :, 1], qkv[:, :, 2]))
+    store_rows(cache, plan.store_rows, keys, values)
     return qk[:, :, 0]
 
 
@@ -579,15 +586,13 @@ def _attend_in_place(q: torch.Tensor, cache: LayerCache, group: DecodeGroup) -> 
 
 def _attend_gathered(q: torch.Tensor, cache: LayerCache, chunk: ChunkPlan) -> torch.Tensor:
     """A chunk of queries against one sequence's context, copied out of its blocks."""
-    count, heads, dim = q.shape
+    count, heads, _ = q.shape
     length = chunk.start + count
-    k, v = (
-        stored.view(-1, cache.block_size * dim).index_select(0, chunk.tiles).view(heads, -1, dim)[:, :length]
-        for stored in (cache.keys, cache.values)
-    )
+    k, v = (rows[:, :length] for rows in gather_tiles(cache, chunk.tiles, heads))
+    dtype, q = q.dtype, q.to(k.dtype)
     if chunk.start == 0:
         attended = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], is_causal=count > 1)
     else:
         mask = torch.ones(count, length, dtype=torch.bool, device=q.device).tril(chunk.start)
         attended = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask)
-    return attended[0].transpose(0, 1)
+    return attended[0].transpose(0, 1).to(dtype)

@@ -7,19 +7,21 @@ import numpy as np
 import torch
 
 from persimmon.kernels import LayerCache
+from persimmon.kernels.cache_types import allocate_layer, row_bytes
 from persimmon.kernels.cpu.pages import advise_large_pages, populate
 from persimmon.kernels.launch import upload
 from persimmon.model.config import PersimmonConfig
 
 
 def block_bytes(config: PersimmonConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block: keys and values of `block_size` tokens in every layer."""
-    return 2 * config.num_hidden_layers * block_size * config.hidden_size * dtype.itemsize
+    """Bytes of one block: keys and values of `block_size` tokens in every layer, with their scales."""
+    rows = config.num_hidden_layers * block_size * config.num_attention_heads
+    return 2 * rows * row_bytes(dtype, config.head_dim)
 
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """Keys and values of every layer, each [num_blocks, heads, block_size, head_dim]."""
+    """Keys and values of every layer, each [num_blocks, heads, block_size, head_dim], with scales if they have any."""
 
     layers: list[LayerCache]
 
@@ -34,15 +36,17 @@ class KVCache:
     ) -> "KVCache":
         """Blocks with nothing in them: no kernel reads a row that its sequence has not written.
 
+        `dtype` is that of keys and values, one that `Kernels.cache_dtypes` offers.
+
         On a CPU the system hands out the memory as it is first written, or as `populate` asks for it.
         """
         shape = (num_blocks, config.num_attention_heads, block_size, config.head_dim)
 
-        def blocks() -> torch.Tensor:
+        def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
             tensor = torch.empty(shape, dtype=dtype, device=device)
             return advise_large_pages(tensor) if device.type == "cpu" else tensor
 
-        return cls([LayerCache(keys=blocks(), values=blocks()) for _ in range(config.num_hidden_layers)])
+        return cls([allocate_layer(shape, dtype, empty) for _ in range(config.num_hidden_layers)])
 
     @property
     def tensors(self) -> list[torch.Tensor]:

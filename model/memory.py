@@ -4,12 +4,13 @@ Knows byte counts, not settings: the caller says what is asked for and prints th
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from persimmon.kernels import QuantizedFormat
+from persimmon.kernels.cache_types import cache_choice
 from persimmon.model.checkpoint import expected_shapes
 from persimmon.model.config import Architecture, PersimmonConfig
 from persimmon.model.kv_cache import block_bytes
@@ -98,6 +99,7 @@ def plan_memory(
     step_buffers: int = 0,
     weight_bytes: WeightBytes | None = None,
     stored: Mapping[str, torch.dtype | QuantizedFormat] | None = None,
+    cache_dtypes: Sequence[torch.dtype] = (),
     limited_by: object = "left of this machine's memory",
 ) -> MemoryPlan:
     """Divides the memory.
@@ -105,7 +107,7 @@ def plan_memory(
     Args:
         config: the network.
         available: bytes the server may use, see `available_memory`.
-        dtype: of weights and cache.
+        dtype: that the network computes in.
         device: a CPU's default for the KV cache is modest, because other programs share its memory: a quarter of it at
             most, and SMALL_CACHE, four times the weights or one longest sequence, whichever is most.  A `max_model_len`
             that is given gets room for one sequence in any case.
@@ -118,6 +120,8 @@ def plan_memory(
         weight_bytes: the kernels' own; by default a matrix takes its numbers in `dtype`.
         stored: what they are given a parameter in, by its name: a format where it is quantized, or the dtype that they
             keep it in; by default `dtype`.
+        cache_dtypes: what keys and values may be stored in: first the type to use, by default `dtype`, then others,
+            which advice may name.
         limited_by: what makes `available` what it is, for messages.
 
     Raises:
@@ -130,8 +134,9 @@ def plan_memory(
         )
     weights = _parameter_bytes(config, dtype, weight_bytes, stored or {})
     step = _Step(max_num_seqs, max_num_batched_tokens, max_model_len or made_for)
-    activations = _activations(config, dtype, step)
-    per_block = block_bytes(config, block_size, dtype)
+    cache_dtype = cache_dtypes[0] if cache_dtypes else dtype
+    activations = _activations(config, dtype, cache_dtype, step)
+    per_block = block_bytes(config, block_size, cache_dtype)
     taken = weights + activations + step_buffers
     left = max(0, available - taken)
     if left < per_block:
@@ -140,7 +145,9 @@ def plan_memory(
         def needs(other: _Step) -> int:
             # A length that is asked for has to fit into the cache.
             length = other.max_model_len if max_model_len or other.max_model_len != step.max_model_len else 1
-            return _activations(config, dtype, other) + -(-length // block_size) * block_size * tokens_bytes
+            return (
+                _activations(config, dtype, cache_dtype, other) + -(-length // block_size) * block_size * tokens_bytes
+            )
 
         advice = _advice(step, needs, available - weights - step_buffers)
         if advice is None:
@@ -181,6 +188,10 @@ def plan_memory(
     holds = num_blocks * block_size
     if max_model_len is not None and max_model_len > holds:
         larger = f", or set --kv-cache-memory to {one_sequence}" if one_sequence <= left else ""
+        for other in cache_dtypes[1:]:
+            if cache // block_bytes(config, block_size, other) * block_size >= max_model_len:
+                larger += f", or set --kv-cache-dtype to {cache_choice(other)}"
+                break
         raise MemoryPlanError(
             f"--max-model-len is {max_model_len}, but the KV cache of {readable(cache)} holds {holds} tokens: "
             f"lower it to {holds}{larger}"
@@ -217,8 +228,15 @@ def _parameter_bytes(
     return total
 
 
-def _activations(config: PersimmonConfig, dtype: torch.dtype, step: _Step) -> int:
-    return activation_bytes(config, dtype, step.max_num_seqs, step.max_num_batched_tokens, step.max_model_len)
+def _activations(config: PersimmonConfig, dtype: torch.dtype, cache_dtype: torch.dtype, step: _Step) -> int:
+    return activation_bytes(
+        config,
+        dtype,
+        step.max_num_seqs,
+        step.max_num_batched_tokens,
+        step.max_model_len,
+        cache_dtype=cache_dtype,
+    )
 
 
 def _advice(step: _Step, needs: Callable[[_Step], int], allowed: int) -> str | None:
@@ -250,24 +268,32 @@ def _with_shorter_sequences(step: _Step) -> _Step:
 
 
 def activation_bytes(
-    config: PersimmonConfig, dtype: torch.dtype, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
+    config: PersimmonConfig,
+    dtype: torch.dtype,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    max_model_len: int,
+    *,
+    cache_dtype: torch.dtype | None = None,
 ) -> int:
     """An upper estimate of the intermediate results alive at once in the largest step.
 
     Per token: residual, norm, fused QKV, float32 queries and keys while they are normalized and rotated, attention
     output, and the MLP's activation; for the longest context: its keys and values, gathered and once more packed
-    for the product, and the chunk's mask, as booleans and as numbers; per sampled row: the logits, in
-    16 bits too, and once more where requests change them and want to know what they were; per row that draws at once:
-    five further float32 copies, what a grammar allows, and the ids, probabilities and sums, of 8 bytes each, that
-    top-p sorts out; or, before that, per row of a prompt that is read for log-probabilities at once, its logits and
-    two further copies.  A classifier makes no logits: per row that it scores there are its hidden state and the
-    scores, in float32.
+    for the product, in float32 where the cache has 8 bits, and the chunk's mask, as booleans and as numbers; per
+    sampled row: the logits, in 16 bits too, and once more where requests change them and want to know what they were;
+    per row that draws at once: five further float32 copies, what a grammar allows, and the ids, probabilities and
+    sums, of 8 bytes each, that top-p sorts out; or, before that, per row of a prompt that is read for log-probabilities
+    at once, its logits and two further copies.  A classifier makes no logits: per row that it scores there are its
+    hidden state and the scores, in float32.
     """
     square_in_float32 = 2 * config.intermediate_size * 4 if dtype.itemsize == 2 else 0
     per_token = (8 * config.hidden_size + config.intermediate_size) * dtype.itemsize
     per_token += 3 * 2 * config.hidden_size * 4 + square_in_float32
-    context = max_model_len * 2 * 2 * config.hidden_size * dtype.itemsize
-    mask = min(max_num_batched_tokens, max_model_len) * max_model_len * (1 + dtype.itemsize)
+    eight_bits = cache_dtype is not None and cache_dtype.itemsize == 1
+    number_bytes = torch.float32.itemsize if eight_bits else dtype.itemsize
+    context = max_model_len * 2 * config.hidden_size * (2 * number_bytes + eight_bits)
+    mask = min(max_num_batched_tokens, max_model_len) * max_model_len * (1 + number_bytes)
     if config.generates:
         at_once = rows_at_once(config.vocab_size)
         drawing = min(max_num_seqs, at_once) * (5 * 4 + 1 + 4 * 8)

@@ -49,11 +49,11 @@ def runner_of(model: Persimmon, cache: KVCache, operations: Kernels[Any, Any] | 
     return Runner(executor_for(operations or kernels.for_device(CPU), CPU).start(model, cache))
 
 
-def poisoned_cache(model: Persimmon, num_blocks: int, block_size: int) -> KVCache:
-    """A KV cache full of NaN."""
-    cache = KVCache.allocate(model.config, num_blocks, block_size, model.dtype, CPU)
+def poisoned_cache(model: Persimmon, num_blocks: int, block_size: int, dtype: torch.dtype | None = None) -> KVCache:
+    """A KV cache of a type, the model's by default, full of NaN; of int8 its scales are."""
+    cache = KVCache.allocate(model.config, num_blocks, block_size, dtype or model.dtype, CPU)
     for tensor in cache.tensors:
-        tensor.fill_(float("nan"))
+        tensor.fill_(-128 if tensor.dtype == torch.int8 else float("nan"))
     return cache
 
 
@@ -86,6 +86,7 @@ class Harness:
         operations: those that the model was loaded with; what serves a CPU by default.
         runner: runs the steps, with as many blocks; one on the CPU by default.
         typical_output: tokens that an answer is expected to have; with few, more sequences are preempted.
+        cache_dtype: of keys and values; the model's by default.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Harness:
         operations: Kernels[Any, Any] | None = None,
         runner: Runner | None = None,
         typical_output: int = 256,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching)
         self.scheduler = Scheduler(
@@ -113,7 +115,7 @@ class Harness:
             typical_output=typical_output,
         )
         if runner is None:
-            runner = runner_of(model, poisoned_cache(model, num_blocks, block_size), operations)
+            runner = runner_of(model, poisoned_cache(model, num_blocks, block_size, cache_dtype), operations)
         self.reports: defaultdict[Sequence, Reports] = defaultdict(Reports)
         """What the steps have reported of each sequence."""
         self._run: StepRunner = PlanRunner(runner, grammars)

@@ -121,6 +121,10 @@ class NativeKernels:
         """As `reference.stored_dtype`; but 16 bits stay in a float32 network: products widen them exactly."""
         return stored if dtype == torch.float32 and stored in _TYPES else dtype
 
+    def cache_dtypes(self, dtype: torch.dtype) -> Sequence[torch.dtype]:
+        """As `reference.cache_dtypes`."""
+        return (dtype,)
+
     def prepare_bias(self, bias: torch.Tensor) -> torch.Tensor:
         """In float32, like all activations."""
         return bias.float()

@@ -16,12 +16,13 @@ import torch
 
 from persimmon import kernels
 from persimmon.kernels import QuantizedFormat, QuantizedMatrix
+from persimmon.kernels.cache_types import EIGHT_BIT_CACHES, cache_choice
 from persimmon.model.checkpoint import Checkpoint, dummy_parameters, expected_shapes
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.cores import usable_cores
 from persimmon.model.executor import Executor, executor_for
 from persimmon.model.graph_sizes import MIXED_SIZES, default_sizes
-from persimmon.model.kv_cache import KVCache
+from persimmon.model.kv_cache import KVCache, block_bytes
 from persimmon.model.memory import MemoryPlan, available_memory, plan_memory
 from persimmon.model.persimmon import Persimmon
 from persimmon.model.quantization.scheme import quantized_formats
@@ -76,6 +77,7 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         allow_old_triton=settings.allow_old_triton,
         quantized_activations=settings.quantized_activations,
     )
+    cache_dtypes = choose_cache_dtypes(settings.kv_cache_dtype, operations.cache_dtypes(dtype), device)
     executor = executor_for(operations, device, _graph_sizes(settings, config))
     longest = settings.max_model_len or config.context_length
     with _phase("checkpoint", print_line):
@@ -103,12 +105,13 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         step_buffers=executor.step_buffers(config, dtype, _limits(settings, config, longest)),
         weight_bytes=operations.weight_bytes,
         stored={name: formats.get(name, stored_dtype) for name in expected_shapes(config)},
+        cache_dtypes=cache_dtypes,
     )
-    _print_plan(plan, config, print_line)
+    _print_plan(plan, config, cache_dtypes, print_line)
 
     def allocate() -> KVCache:
         with _phase("KV cache", print_line):
-            return KVCache.allocate(config, plan.num_blocks, plan.block_size, dtype, device)
+            return KVCache.allocate(config, plan.num_blocks, plan.block_size, cache_dtypes[0], device)
 
     cache = None
     if device.type == "cpu":
@@ -196,6 +199,27 @@ def choose_dtype(asked: str, stored: str | None, device: torch.device, *, cpu_bf
             return torch.bfloat16 if stored == "bfloat16" and cpu_bfloat16 else torch.float32
         asked = stored if stored in ("float16", "bfloat16") else "float16"
     return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[asked]
+
+
+def choose_cache_dtypes(asked: str, offered: Sequence[torch.dtype], device: torch.device) -> list[torch.dtype]:
+    """The type to keep keys and values in, and after it the others that could be used.
+
+    Args:
+        asked: the setting.
+        offered: what the kernels can keep them in, the network's own type first.
+        device: that computes.
+
+    Raises:
+        KernelsUnavailableError: the kernels do not offer what is asked for.
+    """
+    chosen = EIGHT_BIT_CACHES[asked] if asked in EIGHT_BIT_CACHES else offered[0]
+    if chosen not in offered:
+        names = [cache_choice(own) for own in offered]
+        raise kernels.KernelsUnavailableError(
+            f"--kv-cache-dtype is {asked}, which this {'GPU' if device.type == 'cuda' else 'CPU'}'s kernels do not "
+            f"have: use {' or '.join(names)}"
+        )
+    return [chosen, *(own for own in offered if own != chosen)]
 
 
 def warm_up_steps(
@@ -301,7 +325,9 @@ def _phase(name: str, print_line: Callable[[str], None]) -> Iterator[None]:
     print_line(f"  {name:<12} {time.perf_counter() - started:6.2f} s")
 
 
-def _print_plan(plan: MemoryPlan, config: PersimmonConfig, print_line: Callable[[str], None]) -> None:
+def _print_plan(
+    plan: MemoryPlan, config: PersimmonConfig, cache_dtypes: Sequence[torch.dtype], print_line: Callable[[str], None]
+) -> None:
     parts = {
         "weights": plan.weights,
         "activations": plan.activations,
@@ -313,11 +339,23 @@ def _print_plan(plan: MemoryPlan, config: PersimmonConfig, print_line: Callable[
         f"               of {readable(plan.available)} available; {plan.num_blocks:,} KV blocks of {plan.block_size} "
         f"hold {plan.kv_tokens:,} tokens"
     )
+    if len(cache_dtypes) > 1:
+        print_line("               " + _cache_choices(plan, config, cache_dtypes))
     if plan.max_model_len < config.context_length:
         print_line(
             f"               sequences are limited to {plan.max_model_len:,} tokens "
             f"(the model supports {config.context_length:,})"
         )
+
+
+def _cache_choices(plan: MemoryPlan, config: PersimmonConfig, cache_dtypes: Sequence[torch.dtype]) -> str:
+    """What a token of the KV cache takes in each type, and how many of them its memory holds; the one in use first."""
+    sizes = {cache_choice(own): block_bytes(config, plan.block_size, own) for own in cache_dtypes}
+    choices = [
+        f"{name} holds {plan.kv_cache // size * plan.block_size:,} ({readable(size // plan.block_size)} each)"
+        for name, size in sizes.items()
+    ]
+    return f"tokens by --kv-cache-dtype: {', '.join(choices)}"
 
 
 def _formats(settings: EngineSettings, config: PersimmonConfig, stored: torch.dtype) -> dict[str, QuantizedFormat]:

@@ -109,7 +109,7 @@ class TestPlan:
             assert made.weights == plan(dtype=dtype).weights - table + 4 * numbers
 
     @pytest.mark.parametrize("block_size", [16, 32, 64])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn])
     def test_block_bytes_are_what_the_cache_allocates(self, dtype: torch.dtype, block_size: int) -> None:
         cache = KVCache.allocate(SMALL, 5, block_size, dtype, CPU)
         allocated = sum(tensor.nbytes for tensor in cache.tensors)
@@ -192,6 +192,12 @@ class TestErrors:
         assert "holds 160 tokens" in message
         assert "lower it to 160" in message
         assert f"set --kv-cache-memory to {11 * plan().block_bytes}" in message
+
+    def test_more_tokens_than_the_cache_holds_in_its_type(self) -> None:
+        asked: dict[str, Any] = {"max_model_len": 400, "kv_cache_bytes": 10 * plan().block_bytes}
+        assert "set --kv-cache-dtype to int8" in self.error(**asked, cache_dtypes=[torch.float32, torch.int8])
+        assert "--kv-cache-dtype" not in self.error(**asked, cache_dtypes=[torch.float32, torch.float16])
+        assert plan(**asked, cache_dtypes=[torch.int8, torch.float32]).max_model_len == 400
 
     def test_a_larger_cache_is_not_advised_where_there_is_no_memory_for_it(self) -> None:
         made = plan()

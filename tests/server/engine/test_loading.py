@@ -14,7 +14,14 @@ from persimmon.model.executor import executor_for
 from persimmon.model.rope_scaling import RopeScaling
 from persimmon.model.runner import PooledStates
 from persimmon.server.config import read_settings
-from persimmon.server.engine.loading import _graph_sizes, _limits, check_batch_invariance, load_model, warm_up_steps
+from persimmon.server.engine.loading import (
+    _graph_sizes,
+    _limits,
+    check_batch_invariance,
+    choose_cache_dtypes,
+    load_model,
+    warm_up_steps,
+)
 from tests.model.checkpoints import make_checkpoint
 
 CPU = torch.device("cpu")
@@ -83,6 +90,44 @@ def test_batch_invariance_is_refused_on_a_cpu_whose_head_torch_multiplies(tmp_pa
     check_batch_invariance(asked, tied, torch.device("cuda"))
     check_batch_invariance(asked, GENERATOR, CPU)
     check_batch_invariance(read_settings({}), tied, CPU)
+
+
+@pytest.fixture
+def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "builds", list)
+
+
+class TestTheCacheType:
+    def test_is_the_network_s_own_by_default(self) -> None:
+        assert choose_cache_dtypes("auto", [torch.float16, torch.int8], CPU) == [torch.float16, torch.int8]
+
+    def test_comes_first_and_then_what_could_be_chosen(self) -> None:
+        assert choose_cache_dtypes("int8", [torch.float32, torch.int8], CPU) == [torch.int8, torch.float32]
+
+    @pytest.mark.usefixtures("plain_torch")
+    def test_that_the_device_lacks_is_refused_before_anything_is_loaded(self, tmp_path: Path) -> None:
+        folder = make_checkpoint(tmp_path, num_hidden_layers=1)
+        for weights in folder.glob("*.safetensors"):
+            weights.unlink()
+        asked = read_settings({"kv_cache_dtype": "fp8_e4m3"})
+        refusal = r"--kv-cache-dtype is fp8_e4m3, which this CPU's kernels do not have: use auto or int8$"
+        with pytest.raises(kernels.KernelsUnavailableError, match=refusal):
+            load_model(asked, folder, lambda line: None)
+
+    @pytest.mark.usefixtures("plain_torch")
+    def test_shows_what_each_choice_takes_and_holds(self, tmp_path: Path) -> None:
+        folder = make_checkpoint(tmp_path, num_hidden_layers=1)
+        lines: list[str] = []
+        settings = {"kv_cache_dtype": "int8", "kv_cache_memory": "1MiB", "max_model_len": "64", "block_size": "16"}
+        loaded = load_model(read_settings(settings), folder, lines.append)
+        assert loaded.executor.cache.dtype == torch.int8
+        config = loaded.executor.model.config
+        own, other = (2 * config.num_attention_heads * size for size in (config.head_dim + 2, 4 * config.head_dim))
+        held = [loaded.plan.kv_cache // (16 * size) * 16 for size in (own, other)]
+        assert loaded.plan.kv_tokens == held[0]
+        choices = next(line for line in lines if "--kv-cache-dtype" in line)
+        assert f"int8 holds {held[0]:,} (" in choices
+        assert f"auto holds {held[1]:,} (" in choices
 
 
 def test_a_classifier_has_no_buffers_for_draws() -> None:

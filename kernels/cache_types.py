@@ -1,0 +1,46 @@
+"""In which numbers a KV cache holds keys and values, what they take, and how a layer's tensors are made.
+
+A type is a dtype: the network's own, or one of 8 bits.  Knows no operation and no layout within a block.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from persimmon.kernels.operands import LayerCache
+
+EIGHT_BIT_CACHES: Mapping[str, torch.dtype] = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
+"""The types of 8 bits, by the names of --kv-cache-dtype.
+
+int8: a token's numbers of a head have one scale.  fp8_e4m3: numbers have none, and saturate at 448.
+"""
+
+SCALE_DTYPE = torch.bfloat16
+"""Of the scales of int8 numbers."""
+
+
+def cache_choice(dtype: torch.dtype) -> str:
+    """The value of --kv-cache-dtype that chooses a type: its name if it has 8 bits, auto for the network's own."""
+    return next((name for name, own in EIGHT_BIT_CACHES.items() if own == dtype), "auto")
+
+
+def row_bytes(dtype: torch.dtype, head_dim: int) -> int:
+    """Bytes of the keys, or of the values, of one token of one head, scale included."""
+    return head_dim * dtype.itemsize + (SCALE_DTYPE.itemsize if dtype == torch.int8 else 0)
+
+
+def allocate_layer(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, empty: Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
+) -> LayerCache:
+    """The tensors of one layer, with nothing in them.
+
+    Args:
+        shape: N, H, S, D as `LayerCache` has them.
+        dtype: of keys and values.
+        empty: makes a tensor of a shape and dtype.
+    """
+    keys, values = empty(shape, dtype), empty(shape, dtype)
+    if dtype != torch.int8:
+        return LayerCache(keys, values)
+    key_scales, value_scales = empty(shape[:3], SCALE_DTYPE), empty(shape[:3], SCALE_DTYPE)
+    return LayerCache(keys=keys, values=values, key_scales=key_scales, value_scales=value_scales)
