@@ -6,7 +6,6 @@ Knows nothing of HTTP or text.  One client per API worker and event loop.
 import asyncio
 import contextlib
 import logging
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -28,6 +27,7 @@ from persimmon.server.engine.messages import (
     Submit,
     ToEngine,
 )
+from persimmon.server.round_robin import RoundRobin
 
 logger = logging.getLogger(__name__)
 
@@ -224,8 +224,8 @@ class EngineClient:
         self._next_id = WARM_UP_ID + 1
         self._streams: dict[int, SequenceStream] = {}
         self._connection: _Connection | None = None
-        # Outputs that have come and are not with their streams yet.
-        self._arrived: deque[SequenceOutput] = deque()
+        # Outputs that have come and are not with their streams yet, by who asked for them.
+        self._arrived: RoundRobin[SequenceOutput] = RoundRobin()
         self._dispatching = False
         self._answered = asyncio.Event()
         self._candidate: Ready | None = None
@@ -345,7 +345,10 @@ class EngineClient:
             self._watch_warm_up(self._candidate, message)
         elif not self.dead:
             self.stats = message.stats
-            self._arrived.extend(message.outputs)
+            for output in message.outputs:
+                stream = self._streams.get(output.sequence_id)
+                if stream is not None:  # else it was aborted here while the output was on its way
+                    self._arrived.put(stream.owner, output)
             if not self._dispatching:
                 self._dispatch()
 
@@ -362,8 +365,10 @@ class EngineClient:
 
     def _dispatch(self) -> None:
         """Hands outputs to their streams: some now, the others in the next turns of the event loop."""
-        for _ in range(min(_DISPATCHED_AT_ONCE, len(self._arrived))):
-            self._hand_over(self._arrived.popleft())
+        for _ in range(_DISPATCHED_AT_ONCE):
+            if not self._arrived:
+                break
+            self._hand_over(self._arrived.take())
         self._dispatching = bool(self._arrived)
         if self._dispatching:
             asyncio.get_running_loop().call_soon(self._dispatch)
@@ -375,7 +380,7 @@ class EngineClient:
             stream = self._streams.pop(output.sequence_id, None)
             if stream is not None:
                 self.load.end_one(stream.owner)
-        if stream is not None:  # aborted here while the output was on its way
+        if stream is not None:  # aborted here since it came
             if stream.prompt_tokens and (output.token_ids or output.finish_reason is not None):
                 self._read_prompt(stream)
             stream.put(output if self._vocabulary is None else _in_ids(output, self._vocabulary))
@@ -387,7 +392,7 @@ class EngineClient:
 
     def _die(self, reason: str) -> None:
         while self._arrived:
-            self._hand_over(self._arrived.popleft())
+            self._hand_over(self._arrived.take())
         if not self.dead:
             self.dead = True
             if self._streams:

@@ -44,6 +44,12 @@ logger = logging.getLogger(__name__)
 MAX_FAILED_STEPS = 3
 """Consecutive failed steps after which the engine exits: by then the requests are unlikely to be the cause."""
 
+MAX_INTAKE_SECONDS = 0.02
+"""Time in which messages are taken between two steps: while workers submit thousands of prompts, steps go on.
+
+A message takes about 50 us.
+"""
+
 PREPARING_MS = 1000
 """While only threads work, for sequences that may not run yet, the heart beats so often."""
 
@@ -182,9 +188,10 @@ class Engine:
             os.eventfd_read(self._prepared)
 
     def _drain_inbox(self, outputs: Outputs) -> bool:
-        """Hands all messages to the scheduler; whether there were any."""
+        """Hands the messages that have come to the scheduler, as many as time allows; whether there were any."""
         arrived = False
-        while True:
+        end = self._clock() + MAX_INTAKE_SECONDS
+        while not arrived or self._clock() < end:
             try:
                 worker, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
@@ -196,6 +203,7 @@ class Engine:
                 logger.error("ignored an unreadable message from an API worker: %s", error)
                 continue
             self._handle(worker, message, outputs)
+        return True
 
     def _handle(self, worker: bytes, message: ToEngine, outputs: Outputs) -> None:
         match message:

@@ -9,20 +9,26 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Self
 
 import msgspec
 
 from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.server.engine.client import EngineClient, SequenceStream
+from persimmon.server.engine.load import Load
 from persimmon.server.http.errors import given_up
 from persimmon.server.http.generation.generation import Generation, Prompt
 from persimmon.server.http.generation.pieces import Answer, Piece, UsageCount
 from persimmon.server.http.generation.sample_text import SampleText
+from persimmon.server.http.generation.slices import in_slices
 from persimmon.server.http.request_record import RequestRecord
 from persimmon.server.http.schemas.usage import Usage
 from persimmon.server.metrics import Metrics
 from persimmon.server.sequence_metrics import FinishedSequence
+
+_BEGUN_AT_ONCE = 32
+"""Sequences that begin, or are cancelled, before other requests have a turn: two or three milliseconds' work."""
 
 
 class _PromptReport:
@@ -53,6 +59,38 @@ class _PromptReport:
         self._unfinished -= 1
         if self._unfinished == 0:
             metrics.observe_samples(self._samples, self._most_generated)
+
+
+class _Unsubmitted:
+    """Keeps room in the server for those prompts of a request that are still to be submitted.
+
+    Args:
+        load: where it is counted.
+        generation: the request.
+    """
+
+    def __init__(self, load: Load, generation: Generation) -> None:
+        self._load = load
+        self._owner = generation.record.owner
+        self._samples = generation.samples
+        self._sequences = generation.choices
+        self._tokens = sum([len(prompt.token_ids) for prompt in generation.prompts])
+
+    def __enter__(self) -> Self:
+        self._load.add(self._sequences, self._tokens, self._owner)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._release(self._sequences, self._tokens)
+
+    def take(self, prompt: Prompt) -> None:
+        """Keeps no more room for a prompt, which is submitted next."""
+        self._release(self._samples, len(prompt.token_ids))
+
+    def _release(self, sequences: int, tokens: int) -> None:
+        self._sequences -= sequences
+        self._tokens -= tokens
+        self._load.add(-sequences, -tokens, self._owner)
 
 
 @dataclass(slots=True)
@@ -86,10 +124,11 @@ class Generator:
             EngineDeadError: the engine has ended.
             EngineNotReadyError: the model is still loading.
         """
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack, _Unsubmitted(self._engine.load, generation) as unsubmitted:
             samples: list[AsyncGenerator[Piece, None]] = []
-            for prompt in generation.prompts:
+            async for prompt in in_slices(generation.prompts, _BEGUN_AT_ONCE, cost=lambda prompt: generation.samples):
                 prompt_report = _PromptReport(generation.samples)
+                unsubmitted.take(prompt)
                 streams = stack.enter_context(self._engine.submit(generation.submission(prompt)))
                 each = generation.samples // len(streams)
                 for stream in streams:
@@ -227,11 +266,13 @@ async def _merged(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenera
             async for piece in pieces:
                 arrived.put_nowait(piece)
 
-    tasks = [asyncio.create_task(forward(source)) for source in sources]
-    for task in tasks:
-        task.add_done_callback(arrived.put_nowait)
-    running = len(tasks)
+    tasks: list[asyncio.Task[None]] = []
+    running = len(sources)
     try:
+        async for source in in_slices(sources, _BEGUN_AT_ONCE):
+            task = asyncio.create_task(forward(source))
+            task.add_done_callback(arrived.put_nowait)
+            tasks.append(task)
         while running:
             items = [await arrived.get()]
             while not arrived.empty():
@@ -247,6 +288,6 @@ async def _merged(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenera
                 pieces.sort(key=_choice)
                 yield pieces
     finally:
-        for task in tasks:
+        async for task in in_slices([task for task in tasks if not task.done()], _BEGUN_AT_ONCE):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -5,12 +5,12 @@ a probe takes several turns: it is accepted, read and answered.  Knows nothing o
 """
 
 import asyncio
-from collections import deque
 from collections.abc import Collection
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from persimmon.server.http.request_record import header
+from persimmon.server.round_robin import RoundRobin
 
 BEGIN_PER_TURN = 4
 """Requests that begin in one turn, one or two milliseconds' work.
@@ -32,7 +32,7 @@ class Pace:
         self._app = app
         self._at_once = frozenset(at_once)
         # By Authorization header, so that a client with few requests does not wait behind one with many.
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+        self._waiting: RoundRobin[asyncio.Future[None]] = RoundRobin()
         self._begun = 0
         self._turning = False
 
@@ -53,17 +53,13 @@ class Pace:
 
     async def _wait(self, client: str) -> None:
         place = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(client, deque()).append(place)
+        self._waiting.put(client, place)
         await place
 
     def _next_turn(self) -> None:
         self._begun = 0
         while self._waiting and self._begun < BEGIN_PER_TURN:
-            client = next(iter(self._waiting))
-            places = self._waiting.pop(client)
-            place = places.popleft()
-            if places:
-                self._waiting[client] = places  # behind the others
+            place = self._waiting.take()
             if not place.cancelled():
                 self._begun += 1
                 place.set_result(None)

@@ -453,3 +453,17 @@ async def test_a_stream_that_ended_before_the_engine_died_has_ended() -> None:
     stream.put(SequenceOutput(1, [4], "length"))
     stream.fail(EngineDeadError("the engine process has ended"))
     assert [output.token_ids async for output in stream] == [[4]]
+
+
+async def test_an_output_does_not_wait_behind_all_of_another_client(client: EngineClient, engine: FakeEngine) -> None:
+    with (
+        client.submit(Submit(token_ids=[1], max_tokens=1, sampling=SAMPLING, samples=500, owner="many")) as many,
+        client.submit(Submit(token_ids=[2], max_tokens=1, sampling=SAMPLING, owner="few")) as (own,),
+    ):
+        await engine.submissions(501)
+        last = [SequenceOutput(stream.sequence_id, [7], "length") for stream in (*many, own)]
+        await engine.send_step(last)
+        await read(own)
+        assert client.open_streams > 400
+        for stream in many:
+            await read(stream)

@@ -18,7 +18,7 @@ from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.step_outcome import StepOutcome
 from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.server.engine.blocks import BlockPool
-from persimmon.server.engine.core import MAX_FAILED_STEPS, Engine
+from persimmon.server.engine.core import MAX_FAILED_STEPS, MAX_INTAKE_SECONDS, Engine
 from persimmon.server.engine.messages import (
     Abort,
     EngineStats,
@@ -842,3 +842,17 @@ def test_the_log_names_the_requests_of_a_step_that_failed(house: House, caplog: 
     house.turn_until(house.is_empty)
     (record,) = [record for record in caplog.records if record.exc_info]
     assert vars(record)["fields"] == {"request_ids": ["mine"]}
+
+
+def test_steps_go_on_while_a_worker_submits_without_end() -> None:
+    ticks = itertools.count()
+    house = House("inproc://engine", clock=lambda: next(ticks) * MAX_INTAKE_SECONDS / 32)
+    try:
+        worker = house.worker()
+        worker.send(*(Submit(sequence_id=number, token_ids=[1], max_tokens=1) for number in range(100)))
+        house.turn_until(lambda: house.scheduler.stats().steps == 1)
+        assert 0 < house.scheduler.num_waiting < 32
+        house.finish()
+        assert len({output.sequence_id for output in worker.outputs()}) == 100
+    finally:
+        house.close()
