@@ -91,9 +91,14 @@ class Admission:
         self._steps = 0
         self._last_step = 0
 
-    def step(self, computed: int) -> None:
-        """Records a step and the number of tokens it computed."""
-        self._steps += 1
+    def step(self, computed: int, short: bool = False) -> None:
+        """Records a step and the number of tokens it computed.
+
+        Args:
+            computed: tokens.
+            short: whether most sequences were not in it, so that it does not count in how fast they grow.
+        """
+        self._steps += not short
         self._computed += computed
 
     def lose(self, tokens: int) -> None:

@@ -15,7 +15,7 @@ MIN_CHUNK = 16
 
 
 def share_chunks(
-    prompts: Ordered[Sequence], tokens: int, work: StepWork, costs: StepCosts | None
+    prompts: Ordered[Sequence], tokens: int, work: StepWork, costs: StepCosts | None, max_seconds: float = inf
 ) -> dict[Sequence, int]:
     """How many tokens of each prompt run in a step together with its decodes.
 
@@ -28,6 +28,7 @@ def share_chunks(
         tokens: that the step has left.
         work: its decodes.
         costs: what chunks take of its time; None where that does not count.
+        max_seconds: time that chunks may take, whatever the decodes allow.
 
     Returns:
         Tokens for each prompt that gets some, the oldest first.
@@ -35,7 +36,7 @@ def share_chunks(
     seconds = inf
     if costs is not None:
         # Sequences without blocks do not count: longer chunks would not bring them their first token sooner.
-        seconds = costs.chunk_seconds(work.decodes, work.decode_context, len(prompts))
+        seconds = min(max_seconds, costs.chunk_seconds(work.decodes, work.decode_context, len(prompts)))
         tokens = int(min(tokens, costs.chunk_tokens(work.decodes, len(prompts))))
     share = _ChunkShare(tokens, seconds, costs)
     first = min(prompts, key=lambda own: own.age)

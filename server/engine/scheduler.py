@@ -7,9 +7,10 @@ once, and then each fork goes on in the same blocks, of which it copies the last
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Set
 from collections.abc import Sequence as Ids
 from itertools import islice
+from math import inf
 from operator import attrgetter
 
 from persimmon.server.engine.admission import Admission, Growing
@@ -19,7 +20,8 @@ from persimmon.server.engine.messages import EngineStats
 from persimmon.server.engine.preemption import lost_least, owed_to
 from persimmon.server.engine.promises import Promises
 from persimmon.server.engine.sequence import Sequence
-from persimmon.server.engine.shares import Holdings
+from persimmon.server.engine.shares import Holdings, Share
+from persimmon.server.engine.short_steps import ShortSteps, clients_with_little
 from persimmon.server.engine.step_cost import StepCosts, StepWork
 from persimmon.server.engine.step_plan import Advance, ScheduledSequence, StepPlan
 from persimmon.server.engine.waiting import WaitingQueue
@@ -84,6 +86,7 @@ class Scheduler:
         # Planned and not committed, the older first.
         self._under_way: list[StepPlan] = []
         self._whole = Holdings(max_num_seqs, pool.num_blocks)
+        self._short_steps = ShortSteps()
         self._admission = Admission(pool.num_blocks, pool.block_size, typical_output)
         self._steps = 0
         self._prompt_tokens = 0
@@ -238,10 +241,44 @@ class Scheduler:
         return self._fill_step(costs)
 
     def _fill_step(self, costs: StepCosts | None) -> StepPlan:
+        if costs is None or not self._waiting.contended:
+            return self._filled(costs)
+        plan = self._short_step(costs)
+        if plan is None:
+            plan = self._filled(costs, max_seconds=costs.shared_seconds)
+            self._short_steps.count_full(costs.seconds(plan.work), costs.longest)
+        return plan
+
+    def _short_step(self, costs: StepCosts) -> StepPlan | None:
+        """A step for clients with little work; None where the next step is for all."""
+        seconds = self._short_steps.seconds
+        if seconds <= costs.step or not self._waiting:
+            return None
+        clients = clients_with_little(self._running, self._waiting.counts)
+        own = [sequence for sequence in self._running if sequence.share in clients]
+        joins = next(self._waiting.in_order()).share in clients
+        quiet = costs.step + sum([costs.decode + costs.decode_context * one.num_computed for one in own])
+        if not (own or joins) or seconds <= quiet:
+            return None
+        plan = self._filled(costs, clients, seconds - quiet - costs.chunks)
+        if not plan.scheduled:
+            return None  # those that wait find no room, or last tokens are being computed
+        plan.short = True
+        self._short_steps.count_short(costs.seconds(plan.work))
+        return plan
+
+    def _filled(self, costs: StepCosts | None, clients: Set[Share] | None = None, max_seconds: float = inf) -> StepPlan:
+        """A step.
+
+        Args:
+            costs: as for `plan`.
+            clients: whose sequences advance; None for all clients'.
+            max_seconds: time for prompts.
+        """
         plan = StepPlan()
-        self._plan_decodes(plan)
-        self._admit()
-        self._plan_chunks(plan, costs)
+        self._plan_decodes(plan, clients)
+        self._admit(clients)
+        self._plan_chunks(plan, costs, clients, max_seconds)
         if plan.scheduled:
             self._under_way.append(plan)
         return plan
@@ -262,7 +299,7 @@ class Scheduler:
         if len(drawn) != plan.num_samples:
             raise ValueError(f"the step has tokens for {len(drawn)} sequences, the plan draws for {plan.num_samples}")
         self._steps += 1
-        self._admission.step(plan.work.decodes + plan.work.chunk_tokens)
+        self._admission.step(plan.work.decodes + plan.work.chunk_tokens, plan.short)
         advanced: list[Advance] = []
         row = 0
         for item in plan.scheduled:
@@ -374,8 +411,10 @@ class Scheduler:
         needed += sum(min(count, self._pool.references(block) - 1) for block, count in writers.items())
         return needed - free
 
-    def _plan_decodes(self, plan: StepPlan) -> None:
+    def _plan_decodes(self, plan: StepPlan, clients: Set[Share] | None) -> None:
         for sequence in list(self._running):  # forks that begin in this step join those that run
+            if clients is not None and sequence.share not in clients:
+                continue
             if sequence.num_uncomputed == 1 and not sequence.awaits_its_last_token:
                 self._reserve_next(plan, sequence)
                 guesses = self._usable_guesses(plan, sequence) if sequence.guesses else ()
@@ -405,15 +444,21 @@ class Scheduler:
         plan.num_guesses += count
         return sequence.guesses[:count]
 
-    def _plan_chunks(self, plan: StepPlan, costs: StepCosts | None) -> None:
+    def _plan_chunks(
+        self, plan: StepPlan, costs: StepCosts | None, clients: Set[Share] | None, max_seconds: float
+    ) -> None:
         """Shares what decodes leave of a step among the prompts that run."""
         prompts = [own for own in self._running if own.num_pending == 0 and own.num_uncomputed > 0]
+        if clients is not None:
+            prompts = [own for own in prompts if own.share in clients]
         if not prompts:
             return
         work = plan.work
         tokens = self._max_num_batched_tokens - work.decodes - plan.num_guesses
+        if clients is not None and costs is not None:
+            tokens = int(min(tokens, costs.most_tokens))  # others decode, though not in this step
         chunk_tokens, chunk_context, chunk_reach = plan.num_guesses, 0, 0
-        for sequence, count in share_chunks(prompts, tokens, work, costs).items():
+        for sequence, count in share_chunks(prompts, tokens, work, costs, max_seconds).items():
             chunk_tokens += count
             chunk_reach += sequence.num_computed
             chunk_context += count * sequence.num_computed + count * (count + 1) // 2
@@ -468,8 +513,12 @@ class Scheduler:
         sequence.forks = []
         return forks
 
-    def _admit(self) -> None:
-        """Gives blocks to those that wait, in their order, as long as there are enough for all to grow."""
+    def _admit(self, clients: Set[Share] | None) -> None:
+        """Gives blocks to those that wait, in their order, as long as there are enough for all to grow.
+
+        Args:
+            clients: whose sequences may begin, as long as a block is left for each that runs; None for all clients'.
+        """
         running: list[Growing] | None = None
         while self._waiting and self.num_running < self._max_num_seqs:
             found = self._next_waiting()
@@ -477,6 +526,8 @@ class Scheduler:
                 return
             sequence, hits = found
             needed, left = self._blocks_of(sequence, hits)
+            if clients is not None and (sequence.share not in clients or left < len(self._running)):
+                return
             if running is None:
                 running = [own for other in self._running for own in [self._growing(other)] * (1 + len(other.forks))]
             newcomer = self._growing(sequence)

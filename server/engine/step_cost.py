@@ -22,6 +22,13 @@ OUTLIER = 4.0
 QUIET_SHARE = 0.75
 """Prompt chunks may make a step longer by this share of what it takes without them."""
 
+SHARED_SECONDS = 0.2
+"""Time that a step has for prompts while several clients share the engine: one that joins waits for the step's end."""
+
+SHARED_FIXED_COSTS = 4.0
+"""It has at least this multiple of what any step costs, so that a slow machine does not spend most of its time on that.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class StepWork:
@@ -71,6 +78,23 @@ class StepCosts:
     chunk_reach: float = 0.0
     longest: float | None = None
     most_tokens: float = inf
+
+    @property
+    def shared_seconds(self) -> float:
+        """The time that a step has for prompts while several clients share the engine."""
+        return max(SHARED_SECONDS, SHARED_FIXED_COSTS * (self.step + self.chunks))
+
+    def seconds(self, work: StepWork) -> float:
+        """How long a step takes."""
+        return (
+            self.step
+            + self.decode * work.decodes
+            + self.decode_context * work.decode_context
+            + (self.chunks if work.chunk_tokens else 0.0)
+            + self.chunk_token * work.chunk_tokens
+            + self.chunk_context * work.chunk_context
+            + self.chunk_reach * work.chunk_reach
+        )
 
     def chunk_tokens(self, decodes: int, prompts: int) -> float:
         """The tokens that chunks may have whatever they take; see `chunk_seconds`."""
@@ -140,10 +164,9 @@ class StepCostModel:
         else:
             if work.decodes > 0 and min(self._quiet.seen, self._chunks.seen) >= ENOUGH:
                 self._most_tokens = max(FIRST_CHUNK, 2 * work.chunk_tokens, 0.95 * self._most_tokens)
-            rest = max(0.0, seconds - self._quiet.predict(quiet))
-            self._chunks.observe(
-                (1.0, float(work.chunk_tokens), work.chunk_context / 1000, work.chunk_reach / 1000), rest
-            )
+            expected = self._quiet.predict(quiet)
+            chunks = (1.0, float(work.chunk_tokens), work.chunk_context / 1000, work.chunk_reach / 1000)
+            self._chunks.observe(chunks, max(0.0, seconds - expected), base=expected)
 
     @property
     def costs(self) -> StepCosts:
@@ -195,13 +218,20 @@ class LinearFit:
         """What the fit expects."""
         return sum(own * feature for own, feature in zip(self.coefficients, features, strict=True))
 
-    def observe(self, features: Sequence[float], value: float) -> None:
-        """Takes notice of a value, at least 0."""
+    def observe(self, features: Sequence[float], value: float, base: float = 0.0) -> None:
+        """Takes notice of a value.
+
+        Args:
+            features: what it follows from.
+            value: at least 0.
+            base: what it comes on top of.
+        """
         if self.seen >= ENOUGH:
-            value = min(value, OUTLIER * max(self.predict(features), 1e-6))
+            value = min(value, OUTLIER * max(base + self.predict(features), 1e-6) - base)
         keep = 1 - 1 / MEMORY
-        # Errors count in relation to the value: a short step's microsecond is as good as a long one's millisecond.
-        weight = 1 / max(value, 1e-4) ** 2
+        # Errors count in relation to the whole: a short step's microsecond is as good as a long one's millisecond.  The
+        # base may be wrong; in relation to the value only, one that was too large would make a value of 0 count most.
+        weight = 1 / max(base + value, 1e-4) ** 2
         for row, own in enumerate(features):
             products = self._products[row]
             for column, other in enumerate(features):

@@ -59,6 +59,7 @@ class StepPlan:
         num_samples: sequences that the step draws tokens for.
         num_guesses: guessed tokens that it computes.
         work: how much it computes.
+        short: whether it runs only for clients with little work; see `persimmon.server.engine.short_steps`.
     """
 
     scheduled: list[ScheduledSequence] = field(default_factory=list)
@@ -66,6 +67,7 @@ class StepPlan:
     num_samples: int = 0
     num_guesses: int = 0
     work: StepWork = NO_WORK
+    short: bool = False
 
     @property
     def num_tokens(self) -> int:

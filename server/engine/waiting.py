@@ -45,6 +45,11 @@ class WaitingQueue:
         """Whether more than one client has been seen."""
         return len(self._shares) > 1
 
+    @property
+    def counts(self) -> dict[Share, int]:
+        """For each client with waiting sequences, how many it has; forks do not count."""
+        return {share: len(queue) for share, queue in self._by_rank.items()}
+
     def share_of(self, name: str, weight: int) -> Share:
         """The share of a client.
 

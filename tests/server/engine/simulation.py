@@ -19,6 +19,7 @@ from persimmon.server.engine.blocks import BlockPool
 from persimmon.server.engine.messages import EngineStats, Pooling
 from persimmon.server.engine.scheduler import Scheduler
 from persimmon.server.engine.sequence import Sequence
+from persimmon.server.engine.short_steps import MAX_SHORT_STEPS
 from persimmon.server.engine.step_cost import StepCosts
 from persimmon.server.engine.step_plan import Advance, ScheduledSequence, StepPlan
 
@@ -238,6 +239,7 @@ class Simulation:
         # Ended while steps were under way that may write their blocks.
         self._leaving: list[Sequence] = []
         self._started_before: list[Sequence] = []
+        self._short_in_a_row = 0
         self._first_hits: dict[int, int] = {}
         self._families: dict[int, int] = {}
         self._counted: set[int] = set()
@@ -534,8 +536,9 @@ class Simulation:
         # Each step computes at least a token of the oldest that runs, which is never preempted.  What it has computed
         # may be lost only when an older one begins, and is then the oldest.
         steps = sum(sequence.prompt_length + sequence.max_tokens for sequence in self.live.values())
-        # Where steps overlap, one may be there for a token that is dropped.
-        return 4 * steps + (len(self.live) + 1 if self._overlap else 0)
+        # Where steps overlap, one may be there for a token that is dropped.  Between two there may be short steps.
+        most_short = 0 if self.costs is None else MAX_SHORT_STEPS
+        return (1 + most_short) * (4 * steps + (len(self.live) + 1 if self._overlap else 0))
 
     def _check_plan(self, plan: StepPlan, decoding: list[Sequence], *, ahead: bool) -> None:
         scheduled = [item.sequence for item in plan.scheduled]
@@ -543,14 +546,26 @@ class Simulation:
         assert plan.num_tokens <= self._max_num_batched_tokens
         assert sum(len(item.samples) for item in plan.scheduled) <= self._max_num_seqs
         assert ahead or bool(scheduled) == bool(self.live)
-        if self.running:
+        self._short_in_a_row = self._short_in_a_row + 1 if plan.short else 0
+        if plan.short:
+            owners = {own.owner for own in scheduled}
+            decoding = [own for own in decoding if own.owner in owners]
+            assert owners, "a short step computes nothing"
+            assert any(own.owner not in owners for own in self.waiting), "no other client asks for more than it has"
+            assert self._short_in_a_row <= MAX_SHORT_STEPS
+        elif self.running:
             first = min(self.running, key=_age)
             waits = ahead and (first.num_uncomputed == 0 or first.awaits_its_last_token)
             assert waits or first in scheduled, "the oldest sequence does not advance"
         assert scheduled[: len(decoding)] == decoding, "decodes come first, and all that were not preempted"
         for sequence in self.running:
             most = max(sequence.num_tokens, sequence.num_computed)
-            assert len(sequence.block_table) == self.pool.blocks_for(most)
+            blocks = len(sequence.block_table)
+            if plan.short and sequence not in scheduled:
+                # Its next step will reserve the block of its last token.
+                assert blocks in (self.pool.blocks_for(sequence.num_computed), self.pool.blocks_for(most))
+            else:
+                assert blocks == self.pool.blocks_for(most)
         for item in plan.scheduled:
             sequence, end = item.sequence, item.end
             drawn_now = item.draws if sequence in item.samples else 0

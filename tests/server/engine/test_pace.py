@@ -6,7 +6,9 @@ from random import Random
 from persimmon.server.engine.blocks import BlockPool
 from persimmon.server.engine.scheduler import Scheduler
 from persimmon.server.engine.sequence import Sequence
-from persimmon.server.engine.step_cost import StepCostModel, StepCosts, StepWork
+from persimmon.server.engine.short_steps import MAX_SHORT_STEPS, SHORT_SHARE
+from persimmon.server.engine.step_cost import SHARED_SECONDS, StepCostModel, StepCosts, StepWork
+from persimmon.server.engine.step_plan import StepPlan
 
 STREAMS, LONG, SHORT = 32, 16_384, 64
 MACHINE = StepCosts(
@@ -16,30 +18,38 @@ MACHINE = StepCosts(
 
 
 class Server:
-    """A scheduler on a machine with a clock of its own."""
+    """A scheduler on a machine with a clock of its own.
 
-    def __init__(self) -> None:
+    Args:
+        machine: what steps take there.
+        longest: the limit on the time between two tokens.
+    """
+
+    def __init__(self, machine: StepCosts = MACHINE, longest: float | None = None) -> None:
         self.scheduler = Scheduler(
             BlockPool(8192, 32, prefix_caching=False),
             max_num_seqs=128,
             max_num_batched_tokens=2048,
             max_model_len=3 * LONG,
         )
-        self.model = StepCostModel()
+        self.machine = machine
+        self.model = StepCostModel(longest)
+        self.steps: list[tuple[StepPlan, float]] = []
         self.now = 0.0
         self.times: dict[Sequence, list[float]] = {}
         self._rng = Random(0)
 
-    def add(self, prompt_length: int, max_tokens: int) -> Sequence:
-        sequence = Sequence(len(self.times), [7] * prompt_length, max_tokens)
+    def add(self, prompt_length: int, max_tokens: int, owner: str = "") -> Sequence:
+        sequence = Sequence(len(self.times), [7] * prompt_length, max_tokens, owner=owner)
         self.times[sequence] = [self.now]
         self.scheduler.add(sequence)
         return sequence
 
     def step(self) -> None:
         plan = self.scheduler.plan(self.model.costs)
-        seconds = time_of(plan.work) * self._rng.gauss(1, 0.03)
+        seconds = self.machine.seconds(plan.work) * self._rng.gauss(1, 0.03)
         self.now += seconds
+        self.steps.append((plan, seconds))
         self.model.observe(plan.work, seconds)
         for advance in self.scheduler.commit(plan, [[7]] * plan.num_samples):
             self.times[advance.sequence].append(self.now)
@@ -49,6 +59,12 @@ class Server:
             self.step()
         return self.times[sequence][1] - self.times[sequence][0]
 
+    def time_to_end(self, sequence: Sequence) -> float:
+        begun = self.now
+        while not sequence.finished:
+            self.step()
+        return self.now - begun
+
     def p99(self, sequences: list[Sequence], since: float) -> float:
         """Of what lies between their tokens."""
         gaps = []
@@ -56,12 +72,6 @@ class Server:
             times = [own for own in self.times[sequence][1:] if own >= since]
             gaps += [later - earlier for earlier, later in pairwise(times)]
         return sorted(gaps)[int(0.99 * len(gaps))]
-
-
-def time_of(work: StepWork) -> float:
-    chunks = MACHINE.chunks + MACHINE.chunk_token * work.chunk_tokens if work.chunk_tokens else 0.0
-    reads = MACHINE.decode_context * work.decode_context + MACHINE.chunk_context * work.chunk_context
-    return MACHINE.step + MACHINE.decode * work.decodes + chunks + reads + MACHINE.chunk_reach * work.chunk_reach
 
 
 def busy_server() -> tuple[Server, list[Sequence]]:
@@ -113,6 +123,97 @@ def test_those_who_come_together_do_not_wait_for_the_pace_of_the_first() -> None
         while server.scheduler.has_work:
             server.step()
     # Those who came first decode meanwhile, at a slower pace.
-    assert last < 2 * time_of(
+    assert last < 2 * MACHINE.seconds(
         StepWork(decodes=0, decode_context=0, chunk_tokens=64 * SHORT, chunk_context=64 * SHORT * SHORT // 2)
     )
+
+
+CPU = StepCosts(
+    step=1e-3, decode=4e-4, decode_context=2e-8, chunks=1e-4, chunk_token=2e-4, chunk_context=1e-9, chunk_reach=1e-7
+)
+"""A step of 128 streams takes 52 ms, one of a single stream 1.4 ms."""
+
+
+def quiet_server(machine: StepCosts, longest: float | None = None) -> Server:
+    """A client is known, and so are the costs."""
+    server = Server(machine, longest)
+    for _ in range(30):
+        server.time_to_end(server.add(40, 3, "few"))
+    server.steps.clear()
+    return server
+
+
+def flooded_server(machine: StepCosts = CPU, longest: float | None = None) -> Server:
+    """One client has all places and 600 more sequences that wait."""
+    server = quiet_server(machine, longest)
+    for _ in range(728):
+        server.add(SHORT, LONG, "many")
+    for _ in range(60):
+        server.step()
+    server.steps.clear()
+    return server
+
+
+def test_few_tokens_of_one_client_take_hardly_longer_than_the_step_that_runs_for_another() -> None:
+    server = flooded_server()
+    longest = 0.0
+    for _ in range(20):
+        server.step()
+        longest = max(longest, server.time_to_end(server.add(SHORT, 4, "few")))
+    assert longest < 1.5 * max(seconds for plan, seconds in server.steps if not plan.short)
+
+
+def test_the_client_with_many_keeps_most_of_the_time() -> None:
+    server = flooded_server()
+    for _ in range(40):
+        server.time_to_end(server.add(SHORT, 50, "few"))
+    full = [seconds for plan, seconds in server.steps if not plan.short]
+    assert sum(full) * (1 + SHORT_SHARE) > 0.97 * sum(seconds for _, seconds in server.steps)
+    assert len(full) < len(server.steps) / 4
+    in_a_row = 0
+    for plan, _ in server.steps:
+        in_a_row = in_a_row + 1 if plan.short else 0
+        assert in_a_row <= MAX_SHORT_STEPS
+
+
+def test_a_long_prompt_of_a_client_with_little_stretches_short_steps_no_further() -> None:
+    server = flooded_server()
+    server.time_to_end(server.add(LONG, 1, "few"))
+    full = [seconds for plan, seconds in server.steps if not plan.short]
+    short = [seconds for plan, seconds in server.steps if plan.short]
+    assert short
+    assert max(short) < 1.5 * SHORT_SHARE * max(full)
+
+
+def test_steps_are_for_all_where_a_short_one_takes_nearly_as_long() -> None:
+    server = flooded_server(MACHINE)
+    server.time_to_end(server.add(SHORT, 20, "few"))
+    assert not any(plan.short for plan, _ in server.steps)
+
+
+def test_steps_are_for_all_while_no_sequence_waits() -> None:
+    server = quiet_server(CPU)
+    for _ in range(100):
+        server.add(SHORT, LONG, "many")
+    for _ in range(60):
+        server.step()
+    server.time_to_end(server.add(SHORT, 20, "few"))
+    assert not any(plan.short for plan, _ in server.steps)
+
+
+def test_short_steps_keep_the_limit_on_the_time_between_tokens() -> None:
+    server = flooded_server(longest=0.06)
+    stream = min((own for own in server.times if not own.finished and own.block_table), key=lambda own: own.age)
+    since = server.now
+    for _ in range(20):
+        server.time_to_end(server.add(SHORT, 30, "few"))
+    assert server.p99([stream], since) < 0.06 * 1.15
+
+
+def test_prompts_take_a_bounded_time_while_clients_share_the_engine() -> None:
+    server = quiet_server(CPU)
+    for _ in range(200):
+        server.add(LONG // 16, 1, "many")
+    for _ in range(50):
+        server.step()
+    assert max(seconds for _, seconds in server.steps) < 1.2 * SHARED_SECONDS

@@ -22,19 +22,6 @@ TRUE = StepCosts(
 )
 
 
-def seconds(work: StepWork, costs: StepCosts = TRUE) -> float:
-    chunks = costs.chunks if work.chunk_tokens else 0.0
-    return (
-        costs.step
-        + costs.decode * work.decodes
-        + costs.decode_context * work.decode_context
-        + chunks
-        + costs.chunk_token * work.chunk_tokens
-        + costs.chunk_context * work.chunk_context
-        + costs.chunk_reach * work.chunk_reach
-    )
-
-
 def some_work(rng: Random, *, chunk: bool) -> StepWork:
     decodes = rng.randint(1, 64)
     tokens = rng.randint(1, 500) if chunk else 0
@@ -53,7 +40,7 @@ def learn(steps: int, noise: float = 0.0, outliers: float = 0.0, seed: int = 0) 
     for number in range(steps):
         work = some_work(rng, chunk=number % 3 == 0)
         factor = rng.gauss(1, noise) * (20 if rng.random() < outliers else 1)
-        model.observe(work, seconds(work) * factor)
+        model.observe(work, TRUE.seconds(work) * factor)
     return model
 
 
@@ -63,14 +50,14 @@ def test_what_steps_cost_is_learned(noise: float, outliers: float, tolerance: fl
     rng = Random(9)
     for number in range(50):
         work = some_work(rng, chunk=number % 2 == 0)
-        assert seconds(work, costs) == pytest.approx(seconds(work), rel=tolerance)
+        assert costs.seconds(work) == pytest.approx(TRUE.seconds(work), rel=tolerance)
 
 
 def test_time_does_not_count_before_steps_of_both_kinds_were_seen() -> None:
     model, rng = StepCostModel(), Random(0)
     for _ in range(50):
         work = some_work(rng, chunk=False)
-        model.observe(work, seconds(work))
+        model.observe(work, TRUE.seconds(work))
     costs = model.costs
     assert costs.affordable(costs.chunk_seconds(9, 900, 1), 5) == inf
 
@@ -95,7 +82,7 @@ def test_what_chunks_cost_is_not_forgotten_while_nobody_sends_a_prompt() -> None
     model, rng = learn(300), Random(1)
     for _ in range(5000):
         work = some_work(rng, chunk=False)
-        model.observe(work, seconds(work))
+        model.observe(work, TRUE.seconds(work))
     costs = model.costs
     assert costs.chunk(400, 8000) == pytest.approx(TRUE.chunk(400, 8000), rel=0.05)
 
@@ -104,10 +91,10 @@ def test_a_machine_that_becomes_slower_is_noticed() -> None:
     model, rng = learn(300), Random(1)
     for number in range(900):
         work = some_work(rng, chunk=number % 3 == 0)
-        model.observe(work, 3 * seconds(work))
+        model.observe(work, 3 * TRUE.seconds(work))
     costs = model.costs
     work = some_work(rng, chunk=True)
-    assert seconds(work, costs) == pytest.approx(3 * seconds(work), rel=0.1)
+    assert costs.seconds(work) == pytest.approx(3 * TRUE.seconds(work), rel=0.1)
 
 
 @given(seed=st.integers(0, 2**32), steps=st.integers(1, 40))
@@ -133,7 +120,7 @@ def test_an_affordable_chunk_takes_just_the_time_there_is(budget: float, start: 
 def test_chunks_have_all_the_time_while_nobody_decodes_and_a_share_of_it_while_somebody_does() -> None:
     assert TRUE.chunk_seconds(0, 0, 1) == inf
     assert TRUE.affordable(inf, 5) == inf
-    quiet = seconds(StepWork(32, 32_000))
+    quiet = TRUE.seconds(StepWork(32, 32_000))
     assert TRUE.chunk_seconds(32, 32_000, 1) == pytest.approx(QUIET_SHARE * quiet - TRUE.chunks)
     assert TRUE.chunk_seconds(32, 32_000, 96) == pytest.approx(3 * QUIET_SHARE * quiet - TRUE.chunks)
     assert TRUE.affordable(-1.0, 5) == 0
@@ -142,3 +129,18 @@ def test_chunks_have_all_the_time_while_nobody_decodes_and_a_share_of_it_while_s
 def test_a_longest_step_that_was_asked_for_holds() -> None:
     costs = StepCosts(step=4e-3, decode=0, decode_context=0, chunks=0, chunk_token=5e-5, chunk_context=0, longest=20e-3)
     assert costs.chunk_seconds(1, 10, 1) == pytest.approx(16e-3)
+
+
+def test_what_chunks_cost_is_learned_though_decodes_were_thought_to_cost_more() -> None:
+    model = StepCostModel()
+    for _ in range(40):
+        # Whether a step costs this or the sequence does cannot be seen.
+        model.observe(StepWork(1, 50), TRUE.seconds(StepWork(1, 50)))
+    work = StepWork(64, 6_400, chunk_tokens=400, chunk_context=80_000)
+    for _ in range(20):
+        model.observe(work, TRUE.seconds(work))
+    for decodes in range(1, 65):
+        model.observe(StepWork(decodes, 100 * decodes), TRUE.seconds(StepWork(decodes, 100 * decodes)))
+    for _ in range(20):
+        model.observe(work, TRUE.seconds(work))
+    assert model.costs.seconds(work) == pytest.approx(TRUE.seconds(work), rel=0.1)
