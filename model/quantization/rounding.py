@@ -1,25 +1,133 @@
-"""Numbers of a matrix -> integers of 8 or 4 bits and their scales, each rounded to the nearest."""
+"""A matrix of floats -> numbers of 8 or 4 bits, each rounded to the nearest, with scales of least squared error.
+
+Knows nothing of a matrix's inputs: `persimmon.model.quantization.gptq` weighs errors by what they do to its products.
+"""
 
 import torch
 
 from persimmon.kernels import QuantizedFormat, QuantizedMatrix
-from persimmon.kernels.quantized import pack_int4
+from persimmon.kernels.quantized import Bits, pack_int4
+from persimmon.model.errors import CheckpointError
+
+# Multiples of the scale that a group's largest weight may stand for.  The first three are the usual choices: the
+# largest number, the middle of both ends, and the lowest number.  The others cut off the largest weights, so that all
+# others have smaller steps.  In 4 bits the search takes a quarter off the squared error of normally distributed
+# weights; in 8 bits, where the largest weights matter most, cutting them off never helps.
+_STEPS: dict[Bits, tuple[float, ...]] = {4: (7.0, 7.5, 8.0, 9.0, 10.2), 8: (127.0, 127.5, 128.0)}
+
+_REFITS: dict[Bits, int] = {4: 2, 8: 0}
+"""How often the scale of least squares for the numbers at hand is tried."""
+
+_WEIGHTS_AT_ONCE = 1 << 17
+"""Half a MiB in float32, which stays in a core's cache."""
 
 
-def round_to_nearest(weight: torch.Tensor, form: QuantizedFormat) -> QuantizedMatrix:
-    """A matrix, or some of its rows, in a quantized format.
+def quantize(weight: torch.Tensor, form: QuantizedFormat) -> QuantizedMatrix:
+    """Rounds each weight to the nearest multiple of its group's scale, one of least squared error among several.
+
+    The largest weight of a group may become the lowest number, -8 or -128, which has no counterpart above zero: so the
+    scale is negative where that weight is positive.  Errors are those of scales as they are stored, and the
+    usual choices are among the tried ones, so the error of no group exceeds that of rounding by its largest weight.  A
+    matrix of such numbers and of scales of 16 bits comes out as it was, if each group has the lowest or the largest
+    number, as those that are made here do.
 
     Args:
         weight: [out, in], floating point.
-        form: its group size divides `in`.
+        form: bfloat16 scales have the range of float32; float16 loses precision for scales below 6e-5, as small
+            weights in 8 bits need them.  The eight bits of bfloat16 cost next to nothing, as numbers are rounded for
+            the scale as it is stored.
+
+    Returns:
+        The result; while it is made, memory for some MiB more is in use.
+
+    Raises:
+        ValueError: groups do not divide the inputs.
+        CheckpointError: a weight is not finite, or too large for scales of the format; its row is named.
     """
     rows, columns = weight.shape
-    group_size = form.group_size or columns
-    limit = (1 << (form.bits - 1)) - 1
-    groups = weight.float().view(rows, -1, group_size)
-    smallest = torch.finfo(form.scale_dtype).tiny
-    scales = (groups.abs().amax(2) / limit).clamp_min(smallest).to(form.scale_dtype)
-    integers = (groups / scales.float()[:, :, None]).round_().clamp_(-limit - 1, limit).to(torch.int8)
-    integers = integers.view(rows, columns)
-    numbers = integers if form.bits == 8 else pack_int4(integers)
+    group_size = columns if form.group_size is None else form.group_size
+    if group_size < 1 or columns % group_size or (form.bits == 4 and group_size % 2):
+        raise ValueError(f"groups of {group_size} do not divide {columns} inputs of {form.bits} bits")
+    device, groups = weight.device, columns // group_size
+    integers = torch.int8 if form.bits == 8 else torch.uint8
+    numbers = torch.empty(rows, columns * form.bits // 8, dtype=integers, device=device)
+    scales = torch.empty(rows, groups, dtype=form.scale_dtype, device=device)
+    step = max(1, _WEIGHTS_AT_ONCE // columns)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        grouped = weight[part].float().view(-1, groups, group_size)
+        scales[part] = best_scales(grouped, form.bits, form.scale_dtype, first_row=start)
+        rounded = round_to_scales(grouped, scales[part].float(), form.bits).to(torch.int8).view(-1, columns)
+        numbers[part] = rounded if form.bits == 8 else pack_int4(rounded)
     return QuantizedMatrix(numbers=numbers, scales=scales, bits=form.bits, group_size=group_size)
+
+
+def round_to_scales(weights: torch.Tensor, scales: torch.Tensor, bits: Bits) -> torch.Tensor:
+    """[..., group_size] float32 whole numbers: the nearest for float32 weights with scales [...]."""
+    limit = 1 << (bits - 1)
+    return torch.div(weights, scales.unsqueeze(-1)).round_().clamp_(-limit, limit - 1)
+
+
+def best_scales(weights: torch.Tensor, bits: Bits, dtype: torch.dtype, *, first_row: int = 0) -> torch.Tensor:
+    """The scale of each group for which rounding has the least squared error, among those that are tried.
+
+    Args:
+        weights: [rows, groups, group_size] float32.
+        bits: of a number.
+        dtype: that scales are stored in.
+        first_row: the number of the first row, for messages.
+
+    Returns:
+        [rows, groups] of that dtype, finite and not zero.
+
+    Raises:
+        CheckpointError: as in `quantize`.
+    """
+    lowest, highest = torch.aminmax(weights, dim=-1)
+    largest = torch.where(highest > -lowest, highest, lowest)
+    best = _stored(largest / -_STEPS[bits][0], dtype)
+    if not bool(best.isfinite().all()):
+        raise _refusal(weights, best, dtype, first_row)
+    least = _error(weights, best, bits)
+    for steps in _STEPS[bits][1:]:
+        best, least = _better(weights, _stored(largest / -steps, dtype), best, least, bits)
+    for _ in range(_REFITS[bits]):
+        rounded = round_to_scales(weights, best, bits)
+        fitted = (weights * rounded).sum(-1) / rounded.square().sum(-1)  # not a number where all are zero: not better
+        best, least = _better(weights, _stored(fitted, dtype), best, least, bits)
+    return best.to(dtype)
+
+
+def _stored(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Scales as they are read back, in float32: the smallest normal number in place of zero."""
+    stored = scales.to(dtype)
+    return stored.masked_fill_(stored == 0, torch.finfo(dtype).tiny).float()
+
+
+def _better(
+    weights: torch.Tensor, scales: torch.Tensor, best: torch.Tensor, least: torch.Tensor, bits: Bits
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scales with the smaller error for each group, and the errors."""
+    error = _error(weights, scales, bits)
+    better = error < least
+    return torch.where(better, scales, best), torch.where(better, error, least)
+
+
+def _error(weights: torch.Tensor, scales: torch.Tensor, bits: Bits) -> torch.Tensor:
+    """[rows, groups]: the root of the sum of squared errors."""
+    errors = round_to_scales(weights, scales, bits).mul_(scales.unsqueeze(-1)).sub_(weights)
+    roots: torch.Tensor = torch.linalg.vector_norm(errors, dim=-1)
+    return roots
+
+
+def _refusal(weights: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, first_row: int) -> CheckpointError:
+    """What to raise for the first row whose scales are not finite."""
+    row = int((~scales.isfinite()).any(-1).nonzero()[0])
+    finite = weights[row].isfinite()
+    if not bool(finite.all()):
+        value = weights[row][~finite][0].item()
+        return CheckpointError(f"row {first_row + row} has the weight {value}; only finite numbers can be quantized")
+    return CheckpointError(
+        f"row {first_row + row} has the weight {weights[row].abs().max().item():.6g}, too large for scales in "
+        f"{str(dtype).removeprefix('torch.')}"
+    )

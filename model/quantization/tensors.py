@@ -8,10 +8,8 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from persimmon.kernels import QuantizedFormat, QuantizedMatrix
-from persimmon.model.quantization.rounding import round_to_nearest
-
-_SLICE_NUMBERS = 1 << 22
-"""Numbers that are rounded at once, 16 MiB in float32."""
+from persimmon.model.errors import CheckpointError
+from persimmon.model.quantization.rounding import quantize
 
 
 def quantized(
@@ -22,21 +20,21 @@ def quantized(
     Args:
         tensors: by name, one at a time.
         formats: by name; the others stay as they are.
+
+    Raises:
+        CheckpointError: a weight is not finite, or too large for its scale.
     """
     for name, tensor in tensors:
         form = formats.get(name)
-        yield name, tensor if form is None or isinstance(tensor, QuantizedMatrix) else quantize(tensor, form)
+        yield name, tensor if form is None or isinstance(tensor, QuantizedMatrix) else _rounded(name, tensor, form)
         del tensor
 
 
-def quantize(weight: torch.Tensor, form: QuantizedFormat) -> QuantizedMatrix:
-    """A matrix [out, in] in a quantized format, rounded to nearest."""
-    result = _empty((weight.shape[0], weight.shape[1]), form, weight.device)
-    for start, stop in _slices(result.shape):
-        part, rounded = result.rows(start, stop), round_to_nearest(weight[start:stop], form)
-        part.numbers.copy_(rounded.numbers)
-        part.scales.copy_(rounded.scales)
-    return result
+def _rounded(name: str, weight: torch.Tensor, form: QuantizedFormat) -> QuantizedMatrix:
+    try:
+        return quantize(weight, form)
+    except CheckpointError as error:
+        raise CheckpointError(f"tensor {name}: {error}") from error
 
 
 def random_matrix(shape: tuple[int, int], form: QuantizedFormat, generator: torch.Generator) -> QuantizedMatrix:
@@ -77,10 +75,3 @@ def _empty(shape: tuple[int, int], form: QuantizedFormat, device: torch.device) 
     )
     scales = torch.empty(rows, columns // group_size, dtype=form.scale_dtype, device=device)
     return QuantizedMatrix(numbers=numbers, scales=scales, bits=form.bits, group_size=group_size)
-
-
-def _slices(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    rows, columns = shape
-    step = max(1, _SLICE_NUMBERS // columns)
-    for start in range(0, rows, step):
-        yield start, min(rows, start + step)

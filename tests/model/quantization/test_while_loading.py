@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from persimmon import kernels
 from persimmon.kernels import Kernels, QuantizedFormat, QuantizedMatrix, reference
@@ -18,9 +16,9 @@ from persimmon.model.errors import CheckpointError
 from persimmon.model.memory import plan_memory
 from persimmon.model.persimmon import Persimmon
 from persimmon.model.quantization import tensors as quantization
-from persimmon.model.quantization.rounding import round_to_nearest
+from persimmon.model.quantization.rounding import quantize
 from persimmon.model.quantization.scheme import Quantization, quantized_formats
-from persimmon.model.quantization.tensors import quantize, quantized
+from persimmon.model.quantization.tensors import quantized
 from tests.engine_harness import CPU
 from tests.model.test_weights import logits_of
 
@@ -67,33 +65,6 @@ def test_groups_that_do_not_divide_are_refused() -> None:
         "model.layers.0.self_attn.query_key_value.weight has 64 inputs, which groups of 128 do not divide: use 8 bits"
     )
     assert quantized_formats(CONFIG, "int8", 128)
-
-
-@pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_a_matrix_is_rounded_in_slices_as_it_is_at_once(form: QuantizedFormat, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
-    whole = round_to_nearest(weight, form)
-    monkeypatch.setattr(quantization, "_SLICE_NUMBERS", 7 * 64)
-    sliced = quantize(weight, form)
-    assert torch.equal(sliced.numbers, whole.numbers)
-    assert torch.equal(sliced.scales, whole.scales)
-    assert sliced.format == form
-
-
-@given(
-    st.sampled_from(FORMATS),
-    st.floats(-6, 4).map(lambda exponent: 10**exponent),
-    st.integers(0, 2**32),
-)
-def test_rounding_is_off_by_at_most_half_a_step(form: QuantizedFormat, size: float, seed: int) -> None:
-    weight = torch.randn(3, 64, generator=torch.Generator().manual_seed(seed)) * size
-    matrix = quantize(weight, form)
-    group = matrix.group_size
-    error = (matrix.dequantized() - weight).abs().view(3, -1, group)
-    largest = weight.view(3, -1, group).abs().amax(2, keepdim=True)
-    step = torch.maximum(matrix.scales.float()[:, :, None], largest / 127 if form.bits == 8 else largest / 7)
-    # A scale is rounded to its dtype too.
-    assert bool((error <= step * (0.5 + 0.01 * (1 << form.bits) / 2)).all())
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
