@@ -101,6 +101,37 @@ INLINE Integers add_narrow(Integers sums, Words narrow) {
 #endif
 #endif
 
+/* Sixteen bytes of each of four vectors, put together four by four: in every part of 16 bytes, first[0..3], then
+ * first[4..7] in the second vector, and so on. */
+INLINE void join_four(Integers a, Integers b, Integers c, Integers d, uint8_t *to) {
+#if LANES == 16
+    const __m512i ab = _mm512_unpacklo_epi8(RAW(a), RAW(b)), cd = _mm512_unpacklo_epi8(RAW(c), RAW(d));
+    const __m512i last_ab = _mm512_unpackhi_epi8(RAW(a), RAW(b)), last_cd = _mm512_unpackhi_epi8(RAW(c), RAW(d));
+    _mm512_storeu_si512(to, _mm512_unpacklo_epi16(ab, cd));
+    _mm512_storeu_si512(to + 64, _mm512_unpackhi_epi16(ab, cd));
+    _mm512_storeu_si512(to + 128, _mm512_unpacklo_epi16(last_ab, last_cd));
+    _mm512_storeu_si512(to + 192, _mm512_unpackhi_epi16(last_ab, last_cd));
+#else
+    const __m256i ab = _mm256_unpacklo_epi8(RAW(a), RAW(b)), cd = _mm256_unpacklo_epi8(RAW(c), RAW(d));
+    const __m256i last_ab = _mm256_unpackhi_epi8(RAW(a), RAW(b)), last_cd = _mm256_unpackhi_epi8(RAW(c), RAW(d));
+    _mm256_storeu_si256((void *)to, _mm256_unpacklo_epi16(ab, cd));
+    _mm256_storeu_si256((void *)(to + 32), _mm256_unpackhi_epi16(ab, cd));
+    _mm256_storeu_si256((void *)(to + 64), _mm256_unpacklo_epi16(last_ab, last_cd));
+    _mm256_storeu_si256((void *)(to + 96), _mm256_unpackhi_epi16(last_ab, last_cd));
+#endif
+}
+
+/* Where `join_four` must find an output's number in a line of PANEL, so that outputs come in their order. */
+INLINE int64_t place_in_line(int64_t column) {
+    const int64_t parts = LANES / 4, vector = LANES * 4; /* parts of 16 bytes, of vectors of so many bytes */
+    const int64_t within = column % vector;
+    return column - within + within / 4 % parts * 16 + within / LANES * 4 + within % 4;
+}
+
+/* Halves of bytes. */
+INLINE Integers low_halves(Integers v) { return v & repeat(0x0f0f0f0f); }
+INLINE Integers high_halves(Integers v) { return (Integers)((uint32_t __attribute__((vector_size(LANES * 4))))v >> 4) & repeat(0x0f0f0f0f); }
+
 /* Four bytes of inputs in every lane, kept in a register for all the weights that they multiply. */
 INLINE Integers repeat_inputs(const char *from) {
     int32_t bits;

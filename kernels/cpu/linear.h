@@ -269,7 +269,16 @@ static void finish_panel(const Operation *op, int64_t first_row, int64_t rows, i
     for (int64_t row = 0; row < rows; row++) {
         float *to = op->output + (first_row + row) * op->out + first;
         const float *from = sums + row * PANEL;
-        for (int64_t i = 0; i < width; i++) {
+        const int64_t whole = width - width % LANES;
+        for (int64_t i = 0; i < whole; i += LANES) {
+            Vector value = add(load(from + i), op->bias ? load(op->bias + first + i) : broadcast(0.0f));
+            if (op->finish == STORE_RELU_SQUARED) {
+                value = larger(value, broadcast(0.0f));
+                value = multiply(value, value);
+            }
+            store(to + i, op->finish == ADD ? add(load(to + i), value) : value);
+        }
+        for (int64_t i = whole; i < width; i++) {
             float value = from[i] + (op->bias ? op->bias[first + i] : 0.0f);
             if (op->finish == STORE_RELU_SQUARED) {
                 value = value > 0.0f ? value : 0.0f;

@@ -224,6 +224,7 @@ void persimmon_pack_quantized(const Operation *op, const void *numbers, const vo
         .group = op->group,
         .scale_type = op->scale_type,
         .lines = !op->integer || op->sparse,
+        .joined = op->integer && op->sparse && (op->type == INT4 || BYTE_DOTS),
     };
     const uint32_t panels = (uint32_t)((op->out + PANEL - 1) / PANEL);
     work_together((Work){pack_part, &packing, 1, threads}, &panels);

@@ -13,7 +13,8 @@
  *   processor multiplies bytes; of 4 bits [inputs / 8, PANEL, 4], a byte holding input k plus 8 in its low half and
  *   k + 4 in its high half;
  * - in lines, where inputs are left out one by one, or products are of floats: of 8 bits [inputs, PANEL], signed; of 4
- *   bits [inputs / 2, PANEL], a byte holding input k plus 8 in its low half and k + 1 in its high half. */
+ *   bits [inputs / 2, PANEL], a byte holding input k plus 8 in its low half and k + 1 in its high half.  Where `join_four`
+ *   puts them together, a line's outputs lie as it needs them. */
 typedef struct {
     int64_t groups;        /* of a panel */
     int64_t group;         /* inputs of each */
@@ -41,7 +42,7 @@ typedef struct {
     const void *weight;
     const void *scales;
     void *packed;
-    int64_t out, in, item_bytes, together, type, group, scale_type, lines;
+    int64_t out, in, item_bytes, together, type, group, scale_type, lines, joined;
 } Packing;
 
 /* A panel of floats: `together` inputs of an output side by side. */
@@ -95,7 +96,7 @@ INLINE void pack_group(const Packing *own, int64_t panel, int64_t group, uint8_t
                 memcpy(eight, from, (size_t)((layout.group - k) / halves));
                 from = eight;
             }
-            pack_eight(from, to, k, column, type, lines);
+            pack_eight(from, to, k, own->joined ? place_in_line(column) : column, type, lines);
         }
 }
 

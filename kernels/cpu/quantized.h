@@ -206,21 +206,15 @@ static void join_lines(Lines *own, int64_t steps, uint8_t *restrict to, const in
             if (!own->list || ahead < 2 * own->count) __builtin_prefetch(line_at(own, ahead));
         }
         if (type == INT4) {
-            const uint8_t *restrict a = from[0], *restrict b = from[1];
-            for (int i = 0; i < PANEL; i++) {
-                to[4 * i] = a[i] & 15;
-                to[4 * i + 1] = a[i] >> 4;
-                to[4 * i + 2] = b[i] & 15;
-                to[4 * i + 3] = b[i] >> 4;
+            for (int i = 0; i < PANEL; i += LANES * 4) {
+                const Integers a = load_integers(from[0] + i), b = load_integers(from[1] + i);
+                join_four(low_halves(a), high_halves(a), low_halves(b), high_halves(b), to + 4 * i);
             }
         } else if (BYTE_DOTS) {
-            const uint8_t *restrict a = from[0], *restrict b = from[1], *restrict c = from[2], *restrict d = from[3];
-            for (int i = 0; i < PANEL; i++) {
-                to[4 * i] = a[i] ^ 0x80;
-                to[4 * i + 1] = b[i] ^ 0x80;
-                to[4 * i + 2] = c[i] ^ 0x80;
-                to[4 * i + 3] = d[i] ^ 0x80;
-            }
+            const Integers unsign = repeat((int32_t)0x80808080);
+            for (int i = 0; i < PANEL; i += LANES * 4)
+                join_four(load_integers(from[0] + i) ^ unsign, load_integers(from[1] + i) ^ unsign,
+                          load_integers(from[2] + i) ^ unsign, load_integers(from[3] + i) ^ unsign, to + 4 * i);
         } else {
             const int8_t *restrict a = (const int8_t *)from[0], *restrict b = (const int8_t *)from[1];
             int16_t *restrict pairs = (int16_t *)to;
