@@ -90,7 +90,7 @@ class NativeKernels:
         dtype: the network's.  With bfloat16, a processor that multiplies such numbers as they are gets inputs rounded
             to bfloat16, as in torch; all other products are made in float32.
         quantized_activations: what quantized weights are multiplied by.  "int8" rounds inputs to 8 bits with a scale
-            for each 128 of them (or each group of the weight, where those are smaller) and sums integers; "float"
+            for each 64 of them (or each group of the weight, where those are smaller) and sums integers; "float"
             leaves them as they are; "auto" is the faster one on this build.
     """
 

@@ -14,8 +14,9 @@
 #include "packing.h"
 #include "rounding.h"
 
-/* Groups of inputs in a slice at most. */
-#define SLICE_GROUPS (ROUNDED_GROUP / 8)
+/* Inputs of a slice, and groups of them at most. */
+#define SLICE_INPUTS 128
+#define SLICE_GROUPS (SLICE_INPUTS / 8)
 /* How many bytes ahead weights are fetched with few rows. */
 #define BYTES_AHEAD 4096
 #define LINES_AHEAD (BYTES_AHEAD / PANEL)
@@ -29,7 +30,7 @@
 
 /* Whose memory one thread uses, next to the sums. */
 typedef struct {
-    uint8_t numbers[ROUNDED_GROUP * PANEL * 2]; /* a slice as dot products read it */
+    uint8_t numbers[SLICE_INPUTS * PANEL * 2]; /* a slice as dot products read it */
     float scales[SLICE_GROUPS * PANEL];
     float sums[ROWS_AT_ONCE * PANEL];           /* of one group, in products of floats */
 } QuantizedWorkspace;
@@ -38,7 +39,8 @@ typedef struct {
 typedef struct {
     const uint8_t *numbers; /* of the first group, as dot products read them */
     int64_t numbers_stride; /* from group to group */
-    const float *scales;    /* [groups, PANEL], or null where a panel has one scale for all groups */
+    const float *scales;    /* [PANEL], of the first group, or null where a panel has one scale for all groups */
+    int64_t scales_stride;  /* from group to group */
     int64_t groups;
     int64_t first;          /* number of the first group among all */
     const uint32_t *counts; /* steps of each group, or null for the same everywhere */
@@ -120,7 +122,7 @@ INLINE void dot_tile(const Rounded *in, int64_t first_row, const Slice *slice, f
             if (slice->scales) {
                 Vector scales[MAX_VECTORS];
 #pragma GCC unroll 8
-                for (int v = 0; v < vectors; v++) scales[v] = load(slice->scales + i * PANEL + column + v * LANES);
+                for (int v = 0; v < vectors; v++) scales[v] = load(slice->scales + i * slice->scales_stride + column + v * LANES);
 #pragma GCC unroll 6
                 for (int row = 0; row < rows; row++) {
                     const Vector input_scale = broadcast(input_scales[row * in->groups + group]);
@@ -281,18 +283,22 @@ static void multiply_integers(const Operation *op, const Rounded *in, int64_t fi
     const char *next = (const char *)op->weight + next_panel * layout.panel_bytes;
     const int few = in->leaves_out;
     const int64_t tiles = (rows + DOT_ROWS - 1) / DOT_ROWS;
-    /* A slice is several groups of the weight, or one of several groups of inputs that share the weight's scales. */
-    const int64_t at_once = op->group == in->group ? ROUNDED_GROUP / in->group : 1;
+    /* A slice is several groups, each of inputs and of the weight, or some groups of inputs of one group of the weight. */
+    const int64_t at_once = SLICE_INPUTS / in->group, alike = op->group == in->group;
+    const int64_t number_bytes = PANEL / (type == INT4 ? 2 : 1); /* of an input */
     Lines list = {(const uint8_t *)weights, in->lines, (const uint8_t *)next, 0, few ? *in->line_count : 0};
     memset(sums, 0, (size_t)(rows * PANEL) * sizeof(float));
-    for (int64_t group = 0; group < in->groups; group += at_once) {
-        const int64_t some = in->groups - group < at_once ? in->groups - group : at_once;
-        const int64_t input = group * in->group, left = in->inputs - input;
-        const int64_t inputs = left < in->group ? left : in->group;
+    for (int64_t group = 0, some; group < in->groups; group += some) {
+        const int64_t input = group * in->group;
+        /* The last group of all may be shorter, and is a slice by itself. */
+        const int64_t end = layout.groups == 1 || alike ? in->inputs : (input / op->group + 1) * op->group;
+        const int64_t whole = (end - input) / in->group;
+        some = whole < 1 ? 1 : whole < at_once ? whole : at_once;
+        const int64_t inputs = in->inputs - input < in->group ? in->inputs - input : in->group;
         const char *numbers = weights + numbers_at(&layout, type, input);
         Slice slice = {
             .numbers = (const uint8_t *)numbers,
-            .numbers_stride = layout.group_bytes,
+            .numbers_stride = alike ? layout.group_bytes : in->group * number_bytes,
             .groups = some,
             .first = group,
             .counts = few ? in->counts + group : NULL,
@@ -300,19 +306,21 @@ static void multiply_integers(const Operation *op, const Rounded *in, int64_t fi
         };
         if (layout.groups > 1) {
             const char *scales = weights + input / op->group * layout.group_bytes;
-            for (int64_t i = 0; i < some; i++)
+            for (int64_t i = 0; i < (alike ? some : 1); i++)
                 load_scales(op, panel, scales + i * layout.group_bytes, own->scales + i * PANEL);
             slice.scales = own->scales;
+            slice.scales_stride = alike ? PANEL : 0;
         }
         if (op->sparse || in_rows || type == INT4 || !BYTE_DOTS) {
+            const int64_t stride = slice.numbers_stride;
             slice.numbers = own->numbers;
             slice.numbers_stride = slice.steps * PANEL * 4;
             for (int64_t i = 0; i < some; i++) {
-                const uint8_t *from = (const uint8_t *)numbers + i * layout.group_bytes;
+                const uint8_t *from = (const uint8_t *)numbers + i * stride;
                 uint8_t *to = own->numbers + i * slice.numbers_stride;
                 Lines all = {.panel = from}, *lines = few ? &list : &all;
                 const int64_t steps = few ? slice.counts[i] : slice.steps;
-                if (in_rows) join_rows(op, panel, input, inputs, to, TOGETHER);
+                if (in_rows) join_rows(op, panel, input + i * in->group, inputs, to, TOGETHER);
                 else if (op->sparse && type == INT4) join_lines(lines, steps, to, INT4);
                 else if (op->sparse) join_lines(lines, steps, to, INT8);
                 else if (type == INT4) split_together(from, inputs, to);
@@ -321,9 +329,9 @@ static void multiply_integers(const Operation *op, const Rounded *in, int64_t fi
 #endif
             }
         }
-        const int64_t bytes = some * inputs * PANEL / (type == INT4 ? 2 : 1);
+        const int64_t bytes = some * inputs * number_bytes;
         const Fetch fetch = {
-            .at = group + at_once < in->groups ? weights + numbers_at(&layout, type, input + some * in->group) : next,
+            .at = group + some < in->groups ? weights + numbers_at(&layout, type, input + some * in->group) : next,
             .stride = bytes / (tiles * some * slice.steps * (PANEL / (DOT_VECTORS(DOT_ROWS) * LANES))),
         };
         if (!BYTE_DOTS && type == INT4) dot_slice(in, first_row, rows, &slice, sums, fetch, 1);

@@ -10,7 +10,7 @@
 #include "packing.h"
 
 /* Inputs of a group, where the weight's groups allow it. */
-#define ROUNDED_GROUP 128
+#define ROUNDED_GROUP 64
 /* Groups whose largest number is below this are rounded to zero: its inverse would be infinite. */
 #define SMALLEST 1e-30f
 

@@ -43,7 +43,7 @@ class EngineSettings(LogSettings):
     quantized_activations: Literal["auto", "float", "int8"] = setting(
         "auto",
         "What 8-bit and 4-bit weights are multiplied by on a CPU. int8 rounds activations to 8 bits, with a scale for "
-        "at most 128 of them, and multiplies integers: faster, at a small loss. float leaves them as they are: a "
+        "at most 64 of them, and multiplies integers: faster, at a small loss. float leaves them as they are: a "
         "quantized checkpoint gives the tokens that Transformers gives. auto is int8.",
         "model",
     )

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(not library.builds(), reason="no build of the C 
 BUILDS = library.builds()
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS: tuple[QuantizedActivations, ...] = ("float", "int8")
-ROUNDED_GROUP = 128
+ROUNDED_GROUP = 64
 """Inputs that share a scale where the weight's groups do not say otherwise, see rounding.h."""
 
 
