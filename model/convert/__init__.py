@@ -3,28 +3,41 @@
 Part of no server: the `persimmon convert` command is its only caller.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from persimmon.model.chat import chat_format
 from persimmon.model.config import PersimmonConfig, check_vocabulary
 from persimmon.model.convert.adept import plan_from_adept
+from persimmon.model.convert.gguf import plan_from_gguf
 from persimmon.model.convert.hugging_face import plan_from_hugging_face
+from persimmon.model.convert.openvino import plan_from_openvino
 from persimmon.model.convert.trim import trim_vocabulary
-from persimmon.model.convert.writer import write
+from persimmon.model.convert.writer import Conversion, write
 from persimmon.model.errors import CheckpointError
 from persimmon.model.hub import resolve
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.model.vocabulary import VocabularyMap
+
+SourceLayout = Literal["hugging_face", "adept", "openvino", "gguf"]
+"""Whose files a checkpoint has."""
+
+_PLANS: Mapping[SourceLayout, Callable[[Path, torch.dtype | None, int], Conversion]] = {
+    "hugging_face": plan_from_hugging_face,
+    "adept": plan_from_adept,
+    "openvino": plan_from_openvino,
+    "gguf": plan_from_gguf,
+}
 
 
 def convert_checkpoint(
     source: str,
     out: Path,
     *,
-    from_adept: bool,
+    layout: SourceLayout,
     dtype: str | None,
     max_shard_bytes: int,
     print_line: Callable[[str], None],
@@ -34,10 +47,11 @@ def convert_checkpoint(
     """Converts a checkpoint; see `persimmon.model.convert.writer.write` for what happens when this is cut off.
 
     Args:
-        source: a folder in Hugging Face layout or a Hub id, or Adept's release.
+        source: a file or a folder; in Hugging Face's layout a folder or a Hub id.
         out: the folder to write.
-        from_adept: whether the source is Adept's release, a tar or the folder it unpacks to.
-        dtype: "float16", "bfloat16" or "float32"; None keeps each tensor's.
+        layout: Hugging Face's; Adept's release, a tar or the folder it unpacks to; a folder exported for OpenVINO; or a
+            GGUF file.
+        dtype: "float16", "bfloat16" or "float32"; None keeps each tensor's, or float16 where numbers are quantized.
         max_shard_bytes: tensors are spread over files of this size; one that is larger has its own.
         print_line: takes one line of progress.
         trim_vocab: whether to drop the rows of token ids that are unused.
@@ -48,13 +62,10 @@ def convert_checkpoint(
             or the result cannot be written.
     """
     asked: torch.dtype | None = getattr(torch, dtype) if dtype is not None else None
-    if from_adept:
-        conversion = plan_from_adept(Path(source).expanduser(), asked, max_shard_bytes)
-    else:
-        folder = resolve(source)
-        conversion = plan_from_hugging_face(folder, asked, max_shard_bytes)
-        if (reason := refusal(folder)) is not None:
-            print_line(f"persimmon serve will refuse the result: {reason}")
+    place = resolve(source) if layout == "hugging_face" else Path(source).expanduser()
+    conversion = _PLANS[layout](place, asked, max_shard_bytes)
+    if layout == "hugging_face" and (reason := refusal(place)) is not None:
+        print_line(f"persimmon serve will refuse the result: {reason}")
     for note in conversion.notes:
         print_line(f"{source}: {note}")
     if trim_vocab or drop_ids is not None:

@@ -6,17 +6,16 @@ Megatron's settings have the names that Adept's code reads them by (github.com/p
 megatron/checkpointing.py and megatron/model/transformer.py).
 """
 
-import json
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from persimmon.model.config import MODEL_TYPE, Architecture, PersimmonConfig
+from persimmon.model.config import PersimmonConfig
 from persimmon.model.convert.check import check_tensors
 from persimmon.model.convert.megatron import Rank, merge
+from persimmon.model.convert.new_config import MAX_POSITION_EMBEDDINGS, NewConfig
 from persimmon.model.convert.release import Release
 from persimmon.model.convert.sources import TensorSource
 from persimmon.model.convert.writer import Conversion
@@ -33,8 +32,14 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "qk_layernorm": ("weights_per_layer", "weights_per_tensor_parallel_rank_and_layer", "none"),
 }
 
-# What the public checkpoints were trained with, for a file that does not say; other defaults are PersimmonConfig's.
-_MAX_POSITION_EMBEDDINGS = 16384
+# Those of the public checkpoints in Hugging Face layout.
+_TOKENIZER_SETTINGS = {
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "bos_token": END_OF_TEXT,
+    "eos_token": None,
+    "unk_token": "<unk>",
+}
 
 
 def plan_from_adept(source: Path, dtype: torch.dtype | None, max_shard_bytes: int) -> Conversion:
@@ -56,15 +61,14 @@ def plan_from_adept(source: Path, dtype: torch.dtype | None, max_shard_bytes: in
     ranks = [Rank.read(region) for region in release.ranks]
     first, tensors = ranks[0], merge(ranks)
     vocabulary = small_file(release.vocabulary)
-    values = _config_values(first, tensors)
-    pieces = _pieces(release.vocabulary, vocabulary, values["vocab_size"])
-    values["bos_token_id"] = values["eos_token_id"] = pieces.index(END_OF_TEXT)
-    config = _config(first, values)
+    vocab_size, hidden_size = _shape(first, tensors, "model.embed_tokens.weight")
+    pieces = _pieces(release.vocabulary, vocabulary, vocab_size)
+    values = _config_values(first, tensors, (vocab_size, hidden_size), pieces.index(END_OF_TEXT))
+    config = values.checked(first.region)
     ordered = check_tensors(tensors, config, first.region, dict.fromkeys(tensors, first.region))
     dtypes = {dtype or tensor.dtype for tensor in ordered.values()}
-    if len(dtypes) == 1:
-        values["torch_dtype"] = str(dtypes.pop()).removeprefix("torch.")
-    files = _json_files(values) | {"tokenizer.model": vocabulary}
+    stored = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else None
+    files = values.files(stored, _TOKENIZER_SETTINGS) | {"tokenizer.model": vocabulary}
     origin = {
         "source": str(source.resolve()),
         "files": [[str(part), part.length, part.path.stat().st_mtime_ns] for part in release.ranks],
@@ -89,12 +93,21 @@ def _pieces(region: Region, vocabulary: bytes, vocab_size: int) -> list[str]:
     return pieces
 
 
-def _config_values(rank: Rank, tensors: Mapping[str, TensorSource]) -> dict[str, Any]:
-    """What config.json will say, but for the token ids and the type."""
+def _config_values(
+    rank: Rank, tensors: Mapping[str, TensorSource], table: tuple[int, int], end_of_text: int
+) -> NewConfig:
+    """What config.json will say, but for the type of the tensors.
+
+    Args:
+        rank: the first one.
+        tensors: by their Hugging Face names.
+        table: the shape of the embedding.
+        end_of_text: the id of the piece that begins and ends texts.
+    """
     for key, allowed in _ONLY.items():
         if rank.settings.get(key) not in (None, *allowed):
             raise _wrong_setting(rank, key, f"Persimmon's networks have {' or '.join(map(repr, allowed))}")
-    vocab_size, hidden_size = _shape(rank, tensors, "model.embed_tokens.weight")
+    vocab_size, hidden_size = table
     intermediate_size, _ = _shape(rank, tensors, "model.layers.0.mlp.dense_h_to_4h.weight")
     layers = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
     qk_norm = "model.layers.0.self_attn.q_layernorm.weight"
@@ -122,28 +135,22 @@ def _config_values(rank: Rank, tensors: Mapping[str, TensorSource]) -> dict[str,
         raise _wrong_setting(rank, "rotary_pct", f"its rotary frequencies are for {rank.rotary_dim} dimensions")
     theta = float(_number(rank, "rotary_emb_base", PersimmonConfig.rope_theta))
     untied = rank.settings.get("untie_embeddings")
-    length = _number(rank, "max_position_embeddings", _number(rank, "seq_length", _MAX_POSITION_EMBEDDINGS))
-    return {
-        "architectures": [Architecture.CAUSAL_LM.value],
-        "model_type": MODEL_TYPE,
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size,
-        "num_hidden_layers": len(layers),
-        "num_attention_heads": heads,
-        "max_position_embeddings": length,
-        "layer_norm_eps": _number(rank, "layernorm_epsilon", PersimmonConfig.layer_norm_eps),
-        # Older versions of Transformers read the first two, newer ones the table.
-        "rope_theta": theta,
-        "partial_rotary_factor": factor,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": factor},
-        "hidden_act": "relu2",
-        "qk_layernorm": qk_norm in tensors,
-        "tie_word_embeddings": not untied if isinstance(untied, bool) else "lm_head.weight" not in tensors,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "use_cache": True,
-    }
+    length = _number(rank, "max_position_embeddings", _number(rank, "seq_length", MAX_POSITION_EMBEDDINGS))
+    return NewConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=len(layers),
+        num_attention_heads=heads,
+        max_position_embeddings=length,
+        layer_norm_eps=_number(rank, "layernorm_epsilon", PersimmonConfig.layer_norm_eps),
+        rope_theta=theta,
+        partial_rotary_factor=factor,
+        qk_layernorm=qk_norm in tensors,
+        tie_word_embeddings=not untied if isinstance(untied, bool) else "lm_head.weight" not in tensors,
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+    )
 
 
 def _shape(rank: Rank, tensors: Mapping[str, TensorSource], name: str) -> tuple[int, int]:
@@ -169,27 +176,3 @@ def _wrong_setting(rank: Rank, key: str, needed: str) -> CheckpointError:
     value = rank.settings.get(key)
     shown = repr(value)[:80] if isinstance(value, str | int | float | bool) else type(value).__name__
     return CheckpointError(f"{rank.region}: {key} in its args is {shown}, but {needed}")
-
-
-def _config(rank: Rank, values: Mapping[str, Any]) -> PersimmonConfig:
-    names = {field.name for field in fields(PersimmonConfig)} & values.keys()
-    try:
-        return PersimmonConfig(**{name: values[name] for name in names}, eos_token_ids=(values["eos_token_id"],))
-    except ValueError as error:
-        raise CheckpointError(f"{rank.region}: {error}") from error
-
-
-def _json_files(values: Mapping[str, Any]) -> dict[str, bytes]:
-    ids = {key: values[key] for key in ("bos_token_id", "eos_token_id")}
-    settings = {
-        "tokenizer_class": "LlamaTokenizer",
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "bos_token": END_OF_TEXT,
-        "eos_token": None,
-        "unk_token": "<unk>",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": values["max_position_embeddings"],
-    }
-    contents = {"config.json": values, "generation_config.json": ids, "tokenizer_config.json": settings}
-    return {name: json.dumps(content, indent=2).encode() + b"\n" for name, content in contents.items()}

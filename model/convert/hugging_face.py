@@ -56,12 +56,12 @@ def plan_from_hugging_face(folder: Path, dtype: torch.dtype | None, max_shard_by
             if name in tensors:
                 raise CheckpointError(f"{path}: tensor {name} is also in {places[name].name}")
             tensors[name], places[name] = tensor, path
-    settled = settle(tensors, config, lambda: _same_head(tensors))
+    settled = settle(tensors, config, lambda: same_head(tensors))
     config = settled.config
     kept = {name: tensors[stored] for stored, name in settled.names.items()}
     ordered = check_tensors(kept, config, folder, {name: places[stored] for stored, name in settled.names.items()})
-    files = {path.relative_to(folder).as_posix(): small_file(Region.of_file(path)) for path in _other_files(folder)}
-    files["config.json"] = _config_json(folder, config, {dtype or tensor.dtype for tensor in ordered.values()})
+    files = {path.relative_to(folder).as_posix(): small_file(Region.of_file(path)) for path in other_files(folder)}
+    files["config.json"] = config_json(folder, config, {dtype or tensor.dtype for tensor in ordered.values()})
     origin = {
         "source": str(folder.resolve()),
         "files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths],
@@ -85,7 +85,8 @@ def _read(path: Path) -> dict[str, TensorSource]:
     return dict(named_tensors(path))
 
 
-def _other_files(folder: Path) -> Iterator[Path]:
+def other_files(folder: Path) -> Iterator[Path]:
+    """The files of a folder that travel with the weights, but for config.json."""
     for pattern in _OTHER_FILES:
         for path in sorted(folder.glob(pattern)):
             if not path.is_dir():
@@ -93,7 +94,8 @@ def _other_files(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def _same_head(tensors: Mapping[str, TensorSource]) -> bool:
+def same_head(tensors: Mapping[str, TensorSource]) -> bool:
+    """Whether lm_head.weight and the embedding hold the same numbers."""
     embedding, head = tensors[EMBEDDING], tensors[HEAD]
     if embedding.shape != head.shape:
         return False
@@ -104,7 +106,7 @@ def _same_head(tensors: Mapping[str, TensorSource]) -> bool:
     )
 
 
-def _config_json(folder: Path, config: PersimmonConfig, dtypes: set[torch.dtype]) -> bytes:
+def config_json(folder: Path, config: PersimmonConfig, dtypes: set[torch.dtype]) -> bytes:
     """The folder's config.json with what the tensors show: whether there is an lm_head, and their type if it is one.
 
     Versions differ in the name of the type's key.

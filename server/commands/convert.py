@@ -14,16 +14,27 @@ from persimmon.server.logs import print_line
 
 ERRORS: tuple[type[Exception], ...] = (CheckpointError,)
 
+_LAYOUTS = {
+    "adept": "Adept's own release: the tar, or the folder it unpacks to",
+    "openvino": "an export for OpenVINO: a folder with openvino_model.xml. Needs persimmon-server[openvino]",
+    "gguf": "a GGUF file of llama.cpp. Needs persimmon-server[gguf]",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the folders and what to do."""
-    parser.add_argument("source", metavar="IN", help="a folder in Hugging Face layout, or a Hub id")
+    parser.add_argument("source", metavar="IN", help="a folder in Hugging Face layout, or a Hub id; see also --from-*")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
-    parser.add_argument(
-        "--from-adept",
-        action="store_true",
-        help="IN is Adept's own release: the tar, or the folder it unpacks to",
-    )
+    layouts = parser.add_mutually_exclusive_group()
+    for layout, description in _LAYOUTS.items():
+        layouts.add_argument(
+            f"--from-{layout}",
+            dest="layout",
+            action="store_const",
+            const=layout,
+            default="hugging_face",
+            help=f"IN is {description}",
+        )
     parser.add_argument("--dtype", choices=DTYPES, help="the type to store tensors in. Default: unchanged")
     parser.add_argument(
         "--max-shard-size",

@@ -176,6 +176,10 @@ def test_a_trimmed_checkpoint_answers_in_the_ids_of_the_whole_vocabulary(tmp_pat
         (["--trim-vocab", str(DEMO), "out"], "nothing to trim"),
         (["--from-adept", "nothing-here.tar", "out"], "nothing-here.tar"),
         (["--from-adept", str(DEMO), "out"], "mp_rank_00"),
+        (["--from-gguf", "nothing-here.gguf", "out"], "nothing-here.gguf"),
+        (["--from-gguf", str(DEMO / "tokenizer.json"), "out"], "not a GGUF file"),
+        (["--from-openvino", "nothing-here/", "out"], "nothing-here"),
+        (["--from-openvino", str(DEMO), "out"], "openvino_model.xml"),
         ([str(DEMO), "."], "not empty"),
     ],
 )
@@ -186,6 +190,13 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(arguments, named, tmp_path, m
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("persimmon: error: ")
     assert named in line
+
+
+@pytest.mark.parametrize("others", ["--from-gguf", "--from-openvino"])
+def test_a_checkpoint_has_one_layout(others, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["convert", str(DEMO), "out", "--from-adept", others])
+    assert f"{others}: not allowed with argument --from-adept" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", ["0", "-5GB", "many"])

@@ -87,7 +87,9 @@ def _open(folder: Path) -> None:
 
 def _convert(folder: Path) -> None:
     out = folder.parent / "out"
-    convert_checkpoint(str(folder), out, from_adept=False, dtype=None, max_shard_bytes=10**9, print_line=lambda _: None)
+    convert_checkpoint(
+        str(folder), out, layout="hugging_face", dtype=None, max_shard_bytes=10**9, print_line=lambda _: None
+    )
 
 
 @pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)

@@ -111,7 +111,9 @@ def test_what_is_converted_is_the_network_that_transformers_loads(tied: Path, tm
     folder = changed(tied, tmp_path / "changed", change, "pickled")
     lines: list[str] = []
     out = tmp_path / "out"
-    convert_checkpoint(str(folder), out, from_adept=False, dtype=None, max_shard_bytes=10**9, print_line=lines.append)
+    convert_checkpoint(
+        str(folder), out, layout="hugging_face", dtype=None, max_shard_bytes=10**9, print_line=lines.append
+    )
     assert sum(CHANGES[change] in line for line in lines) == 1
     assert_as_in_transformers(out)
     assert opened(out).notes == ()

@@ -29,7 +29,7 @@ def original(tmp_path_factory):
 
 def convert(source: Path, out: Path, dtype: str | None = None, max_shard_bytes: int = 10**9) -> Path:
     convert_checkpoint(
-        str(source), out, from_adept=True, dtype=dtype, max_shard_bytes=max_shard_bytes, print_line=lambda _: None
+        str(source), out, layout="adept", dtype=dtype, max_shard_bytes=max_shard_bytes, print_line=lambda _: None
     )
     return out
 

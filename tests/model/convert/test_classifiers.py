@@ -20,7 +20,7 @@ LABELS = {0: "bad", 1: "good", 2: "odd"}
 
 def convert(source: Path, out: Path, dtype: str | None = None) -> None:
     convert_checkpoint(
-        str(source), out, from_adept=False, dtype=dtype, max_shard_bytes=400_000, print_line=lambda _: None
+        str(source), out, layout="hugging_face", dtype=dtype, max_shard_bytes=400_000, print_line=lambda _: None
     )
 
 

@@ -50,7 +50,7 @@ def pickled(original: Path, folder: Path, *, shards: int = 1, new_format: bool =
 def convert(source: Path, out: Path, dtype: str | None = None, max_shard_bytes: int = 10**9) -> list[str]:
     lines: list[str] = []
     convert_checkpoint(
-        str(source), out, from_adept=False, dtype=dtype, max_shard_bytes=max_shard_bytes, print_line=lines.append
+        str(source), out, layout="hugging_face", dtype=dtype, max_shard_bytes=max_shard_bytes, print_line=lines.append
     )
     return lines
 
@@ -262,7 +262,7 @@ from persimmon.model.convert import convert_checkpoint
 torch.rand(1000, 1000).half().float()  # what PyTorch itself takes at its first steps
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 convert_checkpoint(
-    sys.argv[1], pathlib.Path(sys.argv[2]), from_adept=False, dtype="float32",
+    sys.argv[1], pathlib.Path(sys.argv[2]), layout="hugging_face", dtype="float32",
     max_shard_bytes=10**9, print_line=lambda _: None,
 )
 print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from persimmon.model.config import PersimmonConfig
-from persimmon.model.convert import convert_checkpoint, writer
+from persimmon.model.convert import SourceLayout, convert_checkpoint, writer
 from persimmon.model.convert.trim import trim_vocabulary
 from persimmon.model.convert.writer import Conversion
 from persimmon.model.errors import CheckpointError
@@ -46,7 +46,7 @@ def trim(
     out: Path,
     *,
     drop_ids: Sequence[range] | None = None,
-    from_adept: bool = False,
+    layout: SourceLayout = "hugging_face",
     dtype: str | None = None,
     max_shard_bytes: int = 10**9,
 ) -> list[str]:
@@ -54,7 +54,7 @@ def trim(
     convert_checkpoint(
         str(source),
         out,
-        from_adept=from_adept,
+        layout=layout,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         print_line=lines.append,
@@ -363,7 +363,7 @@ def test_a_trimmed_checkpoint_is_not_trimmed_again_but_converted_with_its_map(or
     convert_checkpoint(
         str(tmp_path / "out"),
         tmp_path / "half",
-        from_adept=False,
+        layout="hugging_face",
         dtype="float16",
         max_shard_bytes=10**9,
         print_line=lambda _: None,
@@ -374,7 +374,7 @@ def test_a_trimmed_checkpoint_is_not_trimmed_again_but_converted_with_its_map(or
 
 def test_adepts_release_is_trimmed_as_it_is_converted(original, tmp_path):
     release = make_release(original, tmp_path / "release", ranks=2)
-    trim(release, tmp_path / "out", from_adept=True, max_shard_bytes=300_000)
+    trim(release, tmp_path / "out", layout="adept", max_shard_bytes=300_000)
     expected, actual = tensors_of(original), tensors_of(tmp_path / "out")
     for name in TABLES:
         assert torch.equal(actual[name], expected[name][all_but(UNUSED)]), name
