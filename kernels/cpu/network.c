@@ -78,11 +78,20 @@ static void prepare_few_rows(const Operation *op, int64_t rows, void *inputs) {
     else gather_nonzero(op, &rounded, rows, INPUT_BYTES, STEP_LINES(INT8));
 }
 
+/* How many rows of a product one thread takes together: alike in all parts, whole tiles, and few enough that every thread
+ * has some parts, as long as a part still shares each weight between two tiles. */
+static int64_t rows_together(const Operation *op, const Run *run) {
+    const int64_t rows = run->step->tokens, panels = (op->out + PANEL - 1) / PANEL;
+    int64_t blocks = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+    while (blocks * panels < 2 * run->threads && rows >= 2 * TILE_ROWS * (blocks + 1)) blocks++;
+    return ((rows + blocks - 1) / blocks + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+}
+
 /* Some rows of one panel. */
 static void linear(const Operation *op, const Run *run, int64_t part, int64_t thread) {
     const int64_t rows = run->step->tokens, panels = (op->out + PANEL - 1) / PANEL;
-    const int64_t first = part / panels * ROWS_AT_ONCE, panel = part % panels;
-    const int64_t some = rows - first < ROWS_AT_ONCE ? rows - first : ROWS_AT_ONCE;
+    const int64_t together = rows_together(op, run), first = part / panels * together, panel = part % panels;
+    const int64_t some = rows - first < together ? rows - first : together;
     const char *inputs = prepares(op) ? run->inputs : (const void *)op->input;
     OwnMemory *own = run->memories + thread;
     /* Threads take panels in turn. */
@@ -154,12 +163,13 @@ static void draw(const Operation *op, const Run *run, int64_t row, int64_t threa
 /* How many parts an operation's two phases have. */
 static void count_parts(const Operation *op, const Run *run, uint32_t parts[2]) {
     const Step *step = run->step;
-    const int64_t blocks = (step->tokens + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+    int64_t together;
     parts[0] = parts[1] = 0;
     switch (op->kind) {
         case LINEAR:
             parts[0] = leaves_zeros_out(op, step->tokens) ? 1 : prepares(op) ? (uint32_t)step->tokens : 0;
-            parts[1] = (uint32_t)(blocks * ((op->out + PANEL - 1) / PANEL));
+            together = rows_together(op, run);
+            parts[1] = (uint32_t)((step->tokens + together - 1) / together * ((op->out + PANEL - 1) / PANEL));
             break;
         case ATTENTION: parts[1] = (uint32_t)(step->sequences * op->heads / heads_together(op, run)); break;
         case NORM_ROWS: parts[1] = (uint32_t)step->rows; break;

@@ -1,4 +1,4 @@
-"""The C kernels against plain torch, every build that this processor runs."""
+"""The C kernels against plain torch; products of quantized weights are in test_cpu_quantized.py."""
 
 import ctypes
 import platform
@@ -26,6 +26,7 @@ from persimmon.kernels import (
 from persimmon.kernels.cpu import library
 from persimmon.kernels.cpu.native import NativeKernels, NativePlan
 from persimmon.kernels.cpu.program import Program, step_of
+from tests.cpu_builds import FLOAT_BUILDS
 
 CPU = torch.device("cpu")
 NAN = float("nan")
@@ -36,7 +37,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-5, torch.bfloat16: 2e-2}
 pytestmark = pytest.mark.skipif(not library.builds(), reason="no build of the C kernels for this processor")
 
 
-@pytest.fixture(params=library.builds() or ["none"], scope="module")
+@pytest.fixture(params=FLOAT_BUILDS or ["none"], scope="module")
 def build(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -19,13 +19,12 @@ from persimmon.kernels import (
     Residual,
     reference,
 )
-from persimmon.kernels.cpu import library
 from persimmon.kernels.cpu.native import NativeKernels, NativePlan, QuantizedActivations
 from persimmon.kernels.quantized import pack_int4
+from tests.cpu_builds import BUILDS
 
-pytestmark = pytest.mark.skipif(not library.builds(), reason="no build of the C kernels for this processor")
+pytestmark = pytest.mark.skipif(not BUILDS, reason="no build of the C kernels for this processor")
 
-BUILDS = library.builds()
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS: tuple[QuantizedActivations, ...] = ("float", "int8")
 ROUNDED_GROUP = 64
@@ -186,8 +185,11 @@ class TestARow:
         dense = product(build, weight, rows, activations)
         assert torch.equal(dense, together)  # leaving zeros out changes nothing
 
-    def test_has_the_same_bits_on_any_number_of_threads(self, build: str, activations: QuantizedActivations) -> None:
-        weight, rows = matrix(8, 640, 256, 128), rows_of(20, 256)
+    @pytest.mark.parametrize(("outputs", "count"), [(640, 20), (64, 100)])  # the second is cut into blocks of rows
+    def test_has_the_same_bits_on_any_number_of_threads(
+        self, build: str, activations: QuantizedActivations, outputs: int, count: int
+    ) -> None:
+        weight, rows = matrix(8, outputs, 256, 128), rows_of(count, 256)
         before = torch.get_num_threads()
         try:
             results = []

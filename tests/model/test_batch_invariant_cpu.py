@@ -11,10 +11,16 @@ from persimmon import kernels
 from persimmon.kernels import KernelsUnavailableError
 from persimmon.kernels.cpu import library
 from persimmon.kernels.cpu.native import NativeKernels
+from persimmon.model.checkpoint import Checkpoint
+from persimmon.model.config import PersimmonConfig
 from persimmon.model.logprobs import LogprobRows, log_totals_by_halves
+from persimmon.model.persimmon import Persimmon
+from persimmon.model.quantization.scheme import Quantization, quantized_formats
+from persimmon.model.quantization.tensors import quantized
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.server.engine.sequence import Sequence as EngineSequence
-from tests.engine_harness import CPU, Harness, blocks_for, load_model, new_tokens
+from tests.cpu_builds import FLOAT_BUILDS
+from tests.engine_harness import CPU, Harness, blocks_for, new_tokens
 
 NEW_TOKENS = 48
 PROMPT_LENGTHS = (1, 40, 7, 33, 150, 24, 2, 50)
@@ -53,17 +59,25 @@ def answers(engine: Harness, chosen: Sequence[int], arrivals: Sequence[int] | No
 
 
 @pytest.mark.parametrize(
-    ("build", "dtype"),
+    ("build", "dtype", "quantization"),
     [
-        *((build, torch.float32) for build in library.builds()[1:]),
-        *((build, dtype) for build in library.builds()[:1] for dtype in (torch.float32, torch.float16, torch.bfloat16)),
+        *((build, torch.float32, None) for build in FLOAT_BUILDS[1:]),
+        *(
+            (build, dtype, None)
+            for build in FLOAT_BUILDS[:1]
+            for dtype in (torch.float32, torch.float16, torch.bfloat16)
+        ),
+        *((build, torch.float32, quantization) for build in library.builds()[:1] for quantization in ("int8", "int4")),
     ],
 )
 def test_alone_among_others_from_the_cache_preempted_and_in_any_chunks(
-    random_checkpoint: Path, build: str, dtype: torch.dtype
+    random_checkpoint: Path, build: str, dtype: torch.dtype, quantization: Quantization | None
 ) -> None:
     operations = NativeKernels(build, dtype)
-    model = load_model(random_checkpoint, dtype, operations)
+    config = PersimmonConfig.from_folder(random_checkpoint)
+    formats = quantized_formats(config, quantization) if quantization else {}
+    tensors = quantized(Checkpoint.open(random_checkpoint, config).tensors(), formats)
+    model = Persimmon(config=config, tensors=tensors, dtype=dtype, device=CPU, kernels=operations)
     everything = range(len(PROMPT_LENGTHS))
     blocks = blocks_for([len(prompt) + NEW_TOKENS for prompt in prompts()], 16)
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from persimmon.kernels.cpu import library
 from persimmon.kernels.cpu.native import NativeKernels
 from persimmon.kernels.reference_sampling import kept
 from persimmon.model import sampler
@@ -17,6 +16,7 @@ from persimmon.model.adjustments import adjust_, penalize
 from persimmon.model.native_draw import NativeDraw
 from persimmon.model.row_sampling import RowSampling
 from persimmon.model.token_counts import TokenCounts
+from tests.cpu_builds import FLOAT_BUILDS
 from tests.model import transformers_reference
 from tests.model.rows import changed, row_with
 
@@ -119,7 +119,7 @@ def params_of(setting: Setting, output: Sequence[int], vocab_size: int, *, drawn
 
 def draws() -> list[sampler.Draw]:
     """Plain torch, and each build of the C kernels that this processor runs."""
-    return [sampler.draw, *(NativeDraw(NativeKernels(build)) for build in library.builds())]
+    return [sampler.draw, *(NativeDraw(NativeKernels(build)) for build in FLOAT_BUILDS)]
 
 
 @pytest.mark.parametrize("drawn", [False, True], ids=["greedy", "drawn"])

@@ -11,13 +11,13 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from persimmon.kernels.cpu import library
 from persimmon.kernels.cpu.native import NativeKernels
 from persimmon.kernels.reference_sampling import philox
 from persimmon.model import sampler
 from persimmon.model.native_draw import NativeDraw
 from persimmon.model.row_sampling import RowSampling
 from persimmon.model.sampler import Samples, uniform
+from tests.cpu_builds import FLOAT_BUILDS
 from tests.model.rows import changed, row_with
 
 INFINITY = float("inf")
@@ -34,7 +34,7 @@ KNOWN_ANSWERS = [
 ]
 
 
-@pytest.fixture(params=["torch", *library.builds()], scope="module", autouse=True)
+@pytest.fixture(params=["torch", *FLOAT_BUILDS], scope="module", autouse=True)
 def way(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every test runs with each implementation."""
     if request.param != "torch":
