@@ -14,6 +14,9 @@ from persimmon.model.errors import CheckpointError
 MAX_POSITION_EMBEDDINGS = 16384
 """What the public checkpoints were trained with, for a source that does not say."""
 
+SMALL_AGAIN = "persimmon serve --quantization int8 or int4 keeps them small in memory"
+"""What to do about a checkpoint that was quantized, and is not any more."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class NewConfig:

@@ -13,6 +13,7 @@ import torch
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.convert.check import check_tensors
 from persimmon.model.convert.hugging_face import config_json, other_files, same_head
+from persimmon.model.convert.new_config import SMALL_AGAIN
 from persimmon.model.convert.openvino_graph import GraphReader
 from persimmon.model.convert.openvino_weights import Weight
 from persimmon.model.convert.writer import Conversion
@@ -106,7 +107,10 @@ def _notes(
     compressed = sum(weight.compressed for weight in weights.values())
     if compressed:
         stored = str(dtype).removeprefix("torch.")
-        yield f"{compressed} matrices are compressed; (number - zero point) x scale is written, in {stored}"
+        yield (
+            f"{compressed} matrices are compressed; (number - zero point) x scale is written, in {stored}: "
+            f"{SMALL_AGAIN}"
+        )
     if TOKENIZER_JSON in files and not any(name in files for name in MODEL_FILES):
         values = JsonObject.parse(folder / TOKENIZER_JSON, files[TOKENIZER_JSON]).values
         kind = model.get("type") if isinstance(model := values.get("model"), dict) else None

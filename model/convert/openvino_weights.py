@@ -62,10 +62,10 @@ class _Constant:
         row = math.prod(self.shape[1:])
         first, last = start * row, stop * row
         if _CODES[self.kind] == 8:
-            numbers = _values(self.kind)[self.content[first:last]]
+            numbers: Array = np.take(_values(self.kind), self.content[first:last])
         else:  # the element with the even number is in the low half of a byte
-            numbers = _values(self.kind)[self.content[first // 2 : (last + 1) // 2]].reshape(-1)
-            numbers = numbers[first % 2 :][: last - first]
+            pairs: Array = np.take(_values(self.kind), self.content[first // 2 : (last + 1) // 2], axis=0)
+            numbers = pairs.reshape(-1)[first % 2 :][: last - first]
         return numbers.reshape(stop - start, *self.shape[1:])
 
 

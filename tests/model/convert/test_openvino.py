@@ -70,7 +70,8 @@ def test_compressed_matrices_are_decoded_exactly(original, compress, tmp_path):
 
 def test_compressed_matrices_are_stored_in_16_bits_by_default(original, tmp_path):
     export = Export(original, in_8_bits(symmetric=False))
-    convert(export.write(tmp_path / "export"), tmp_path / "out")
+    lines = convert(export.write(tmp_path / "export"), tmp_path / "out")
+    assert "--quantization int8 or int4" in lines[0]
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(tensor, export.expected[name].half()), name
     assert PersimmonConfig.from_folder(tmp_path / "out").dtype == "float16"
