@@ -75,6 +75,22 @@ class QuantizedMatrix:
                 f"expected {[rows, columns // self.group_size]}"
             )
 
+    @classmethod
+    def empty(
+        cls, shape: tuple[int, int], format: QuantizedFormat, device: torch.device | str = "cpu"
+    ) -> "QuantizedMatrix":
+        """An (out, in) matrix whose numbers and scales are still to be written."""
+        rows, columns = shape
+        group_size = columns if format.group_size is None else format.group_size
+        return cls(
+            numbers=torch.empty(rows, columns, dtype=torch.int8, device=device)
+            if format.bits == 8
+            else torch.empty(rows, columns // 2, dtype=torch.uint8, device=device),
+            scales=torch.empty(rows, columns // group_size, dtype=format.scale_dtype, device=device),
+            bits=format.bits,
+            group_size=group_size,
+        )
+
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""

@@ -4,8 +4,9 @@ Knows the names and shapes of a Persimmon network's tensors and the file formats
 of where they go: the network's own layout, device and type are its caller's.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,8 +15,12 @@ from persimmon.kernels import QuantizedFormat, QuantizedMatrix
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.errors import CheckpointError
 from persimmon.model.leftovers import EMBEDDING, HEAD, settle
+from persimmon.model.quantization.compressed_tensors import MatrixScheme, ModuleClass
+from persimmon.model.quantization.stored_matrices import StoredMatrix, equal_matrices, take_matrices
 from persimmon.model.quantization.tensors import random_matrix
 from persimmon.model.weight_files import BYTES, Header, WeightFile, and_more, find_weight_files
+
+SCORE = "score.weight"
 
 _COMPARED_ROWS = 4096
 
@@ -99,6 +104,14 @@ def _normal(name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: to
     return torch.empty(shape, dtype=dtype, device=generator.device).normal_(mean, deviation, generator=generator)
 
 
+def scheme_of(config: PersimmonConfig, name: str) -> MatrixScheme | None:
+    """How config.json says that a tensor is quantized, by its name; None where it is not."""
+    if config.quantization is None or not name.endswith(".weight") or "norm" in name:
+        return None
+    kind: ModuleClass = "Embedding" if name == EMBEDDING else "Linear"
+    return config.quantization.scheme(name.removesuffix(".weight"), kind)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The weight files of a checkpoint that holds the tensors its network needs.
@@ -106,8 +119,10 @@ class Checkpoint:
     Attributes:
         config: the network: what config.json says, except where the files say otherwise, see `notes`.
         files: the weight files, in the order they are read.
-        names: the network's name of each tensor that is read, by its name in the files.
-        total_bytes: the size of those tensors, in the types they are stored in.
+        names: the network's name of each tensor that is read, by its name in the files; without quantized matrices.
+        matrices: the quantized matrices, by the network's names, the largest first.
+        stored: the dtype or format of each tensor, by the network's names.
+        total_bytes: the size of all, in the types they are stored in.
         dtype: the widest of those types.
         notes: a line for people on each thing that is ignored, or used although config.json says otherwise.
     """
@@ -115,6 +130,8 @@ class Checkpoint:
     config: PersimmonConfig
     files: tuple[WeightFile, ...]
     names: Mapping[str, str]
+    matrices: Mapping[str, StoredMatrix]
+    stored: Mapping[str, torch.dtype | QuantizedFormat]
     total_bytes: int
     dtype: torch.dtype
     notes: tuple[str, ...]
@@ -123,7 +140,8 @@ class Checkpoint:
     def open(cls, folder: Path, config: PersimmonConfig) -> "Checkpoint":
         """Finds a folder's weight files and compares their headers with the network.
 
-        Reads no tensor, except the embedding and lm_head.weight where config.json ties them and the files hold both.
+        Reads no tensor, except the scales of quantized matrices, and the embedding and lm_head.weight where config.json
+        ties them and the files hold both.
 
         Args:
             folder: a checkpoint in Hugging Face layout.
@@ -131,7 +149,7 @@ class Checkpoint:
 
         Raises:
             CheckpointError: a file is missing, truncated, damaged or holds more than tensors; a tensor is
-                missing, unexpected, in two shards, of another shape or not floating point.
+                missing, unexpected, in two shards, of another shape or type; a scale is not finite.
         """
         listing, files, index = find_weight_files(folder)
         found: dict[str, tuple[WeightFile, Header]] = {}
@@ -148,27 +166,58 @@ class Checkpoint:
                     f"{and_more(absent)}"
                 )
 
+        # Of a tied network too: files may hold an lm_head all the same.
+        untied = expected_shapes(replace(config, tie_word_embeddings=False))
+        matrices = take_matrices(found, untied, lambda name: scheme_of(config, name))
+
         def same_head() -> bool:
-            return found[HEAD][1].shape == found[EMBEDDING][1].shape and equal_rows(
-                *(_read(found[name][0], name) for name in (HEAD, EMBEDDING))
+            if HEAD in matrices and EMBEDDING in matrices:
+                return equal_matrices(matrices[HEAD], matrices[EMBEDDING])
+            return (
+                HEAD in found
+                and EMBEDDING in found
+                and found[HEAD][1].shape == found[EMBEDDING][1].shape
+                and equal_rows(*(_read(found[name][0], name) for name in (HEAD, EMBEDDING)))
             )
 
-        settled = settle(found, config, same_head)
-        read = {name: found[name] for name in settled.names}
-        _compare(listing, {settled.names[name]: place for name, place in read.items()}, settled.config)
-        total_bytes = sum(header.bytes for _, header in read.values())
+        settled = settle([*found, *matrices], config, same_head)
+        read = {name: found[name] for name in settled.names if name in found}
+        quantized = {settled.names[name]: matrix for name, matrix in matrices.items() if name in settled.names}
+        _check_table(quantized, listing)
+        places = {settled.names[name]: place for name, place in read.items()}
+        _compare(listing, places, settled.config, quantized)
         widest = max((header.dtype for _, header in read.values()), key=BYTES.__getitem__)
+        stored: dict[str, torch.dtype | QuantizedFormat]
+        stored = {name: getattr(torch, header.dtype) for name, (_, header) in places.items()}
+        stored |= {name: matrix.format for name, matrix in quantized.items()}
+        dense_bytes = sum(header.bytes for _, header in read.values())
         return cls(
             config=settled.config,
             files=files,
-            names=settled.names,
-            total_bytes=total_bytes,
+            names={name: settled.names[name] for name in read},
+            matrices=dict(sorted(quantized.items(), key=lambda item: -math.prod(item[1].shape))),
+            stored=stored,
+            total_bytes=dense_bytes + sum(matrix.nbytes for matrix in quantized.values()),
             dtype=getattr(torch, widest),
-            notes=settled.notes,
+            notes=settled.notes + _notes(quantized),
         )
 
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor | QuantizedMatrix]]:
+        """Every tensor once: the quantized matrices, the largest first, in memory of their own; then `tensors`.
+
+        A classifier's score is computed in float32, so it comes as such where it is stored quantized.
+
+        Raises:
+            CheckpointError: a file has become unreadable since `open`.
+        """
+        for name, stored in self.matrices.items():
+            matrix = stored.read()
+            yield name, matrix.dequantized() if name == SCORE else matrix
+            del matrix
+        yield from self.tensors()
+
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor once, by name, in the order they lie in the files.
+        """Every tensor that is not quantized, once, by name, in the order they lie in the files.
 
         Each is on the CPU, in its stored type, and reads its pages from the file when it is used.  The reader
         copies it to where it belongs and drops it; only then the next one is made.  (A pickled file stays
@@ -191,14 +240,47 @@ def equal_rows(first: torch.Tensor, second: torch.Tensor) -> bool:
     )
 
 
+def _stored_name(name: str, config: PersimmonConfig) -> str:
+    """The name under which files hold a tensor, or the first of a quantized one's."""
+    scheme = scheme_of(config, name)
+    return f"{name}_packed" if scheme and scheme.packed else name
+
+
 def _read(file: WeightFile, name: str) -> torch.Tensor:
     return next(tensor for _, tensor in file.tensors(frozenset([name])))
 
 
-def _compare(listing: Path, found: Mapping[str, tuple[WeightFile, Header]], config: PersimmonConfig) -> None:
+def _check_table(matrices: Mapping[str, StoredMatrix], listing: Path) -> None:
+    """Raises CheckpointError where kernels cannot look embeddings up as they are stored."""
+    if EMBEDDING not in matrices:
+        return
+    scheme = matrices[EMBEDDING].scheme
+    if scheme.bits != 8 or scheme.group_size is not None:
+        raise CheckpointError(
+            f"{listing}: {EMBEDDING.removesuffix('.weight')} is quantized to {scheme}; expected int8 with a scale for "
+            f"each row, the only quantized embedding that is supported"
+        )
+
+
+def _notes(matrices: Mapping[str, StoredMatrix]) -> tuple[str, ...]:
+    rounded = sum(matrix.scheme.rounds_inputs for matrix in matrices.values())
+    if not rounded:
+        return ()
+    return (
+        f"config.json asks for 8-bit activations in {rounded} matrices: weights are used as they are, and "
+        f"--quantized-activations decides whether activations are rounded",
+    )
+
+
+def _compare(
+    listing: Path,
+    found: Mapping[str, tuple[WeightFile, Header]],
+    config: PersimmonConfig,
+    quantized: Collection[str],
+) -> None:
     """Raises CheckpointError unless exactly the network's tensors were found, of their shapes, in floats."""
     expected = expected_shapes(config)
-    missing = [name for name in expected if name not in found]
+    missing = [_stored_name(name, config) for name in expected if name not in found and name not in quantized]
     if missing:
         raise CheckpointError(f"{listing}: tensor {missing[0]} is missing{and_more(missing)}")
     unexpected = [name for name in found if name not in expected]

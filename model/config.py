@@ -11,6 +11,7 @@ from typing import Literal, cast, get_args
 
 from persimmon.model.errors import CheckpointError
 from persimmon.model.json_object import JsonObject, shown
+from persimmon.model.quantization.compressed_tensors import CompressedTensors, read_compressed_tensors
 from persimmon.model.rope_scaling import RopeScaling, read_rope_scaling, rope_tables
 
 MODEL_TYPE = "persimmon"
@@ -80,6 +81,7 @@ class PersimmonConfig:
         token_classification_bias: whether a token classifier's head has a bias.  A sequence classifier's has none.
         pad_token_id: a sequence classifier's padding, see `pooled_token`; None where it has none.
         rope_scaling: how the rotary embedding is stretched to longer contexts; None where it is not.
+        quantization: which of the checkpoint's matrices are quantized; None where none is.
 
     Raises:
         ValueError: a value is not supported, or two contradict each other.
@@ -106,6 +108,7 @@ class PersimmonConfig:
     token_classification_bias: bool = True
     pad_token_id: int | None = None
     rope_scaling: RopeScaling | None = None
+    quantization: CompressedTensors | None = None
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -229,8 +232,6 @@ class PersimmonConfig:
                 "(config.json, tokenizer.model, model.safetensors)"
             )
         architecture = _architecture(file)
-        if file.values.get("quantization_config") is not None:
-            raise file.error("quantization_config", f"none: weights have to be in {', '.join(DTYPES)}")
         vocab_size = file.positive_integer("vocab_size")
         token_id_files = [file]
         if (generation := JsonObject.read(folder / "generation_config.json")) is not None:
@@ -260,6 +261,7 @@ class PersimmonConfig:
                 problem_type=None if generates else _problem_type(file),
                 token_classification_bias=file.flag("token_classification_bias", cls.token_classification_bias),
                 pad_token_id=None if generates else _pad_token_id(file, vocab_size),
+                quantization=read_compressed_tensors(file),
             )
             scaling = read_rope_scaling(file, config.max_position_embeddings, config.rotary_dim)
             return replace(config, rope_scaling=scaling)

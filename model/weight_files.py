@@ -6,7 +6,7 @@ Knows the formats, safetensors and PyTorch's pickled files, and nothing of the n
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from persimmon.model.errors import CheckpointError
 from persimmon.model.json_object import JsonObject
 from persimmon.model.regular_file import check_regular, open_regular
+from persimmon.model.safetensors_file import DTYPES, read_safetensors_file
 from persimmon.model.stored import StoredTensor
 from persimmon.model.torch_file import named_tensors
 
@@ -34,7 +35,9 @@ BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 MAX_TENSORS = 200_000
 """Of a file.  More than any network has; a header may name millions, and each is looked at."""
 
-_SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_ITEM_BYTES = BYTES | {"int8": 1, "int32": 4, "int64": 8}
+
+_SAFETENSORS_DTYPES = {name: str(dtype).removeprefix("torch.") for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ class Header:
 
     @property
     def bytes(self) -> int:
-        """Its size."""
-        return math.prod(self.shape) * BYTES[self.dtype]
+        """Its size, of the types that a network's and a quantized matrix's tensors may have."""
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
 
 class WeightFile(Protocol):
@@ -62,6 +65,9 @@ class WeightFile(Protocol):
 
     def tensors(self, names: frozenset[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Those of the file's tensors that are among the names, in file order."""
+
+    def stored(self) -> Mapping[str, StoredTensor]:
+        """The tensors of the file, to be read row by row."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,9 @@ class _SafetensorsFile:
             yield name, tensor
             del tensor
 
+    def stored(self) -> Mapping[str, StoredTensor]:
+        return read_safetensors_file(self.path)
+
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Any]:
         _check_weights(self.path)
@@ -107,15 +116,15 @@ class _PickledFile:
     def headers(self) -> dict[str, Header]:
         return {
             name: Header(tensor.shape, str(tensor.dtype).removeprefix("torch."))
-            for name, tensor in self._stored().items()
+            for name, tensor in self.stored().items()
         }
 
     def tensors(self, names: frozenset[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, stored in self._stored().items():
+        for name, stored in self.stored().items():
             if name in names:
                 yield name, stored.mapped()
 
-    def _stored(self) -> dict[str, StoredTensor]:
+    def stored(self) -> Mapping[str, StoredTensor]:
         tensors = named_tensors(self.path)
         if len(tensors) > MAX_TENSORS:
             raise CheckpointError(f"{self.path} holds {len(tensors):,} tensors; at most {MAX_TENSORS:,} are read")

@@ -41,7 +41,7 @@ def load_model(
     """A checkpoint's network on the CPU, with the operations that serve there unless others are given."""
     config = PersimmonConfig.from_folder(folder)
     checkpoint = Checkpoint.open(folder, config)
-    return Persimmon(checkpoint.config, checkpoint.tensors(), dtype, CPU, operations or kernels.for_device(CPU))
+    return Persimmon(checkpoint.config, checkpoint.parameters(), dtype, CPU, operations or kernels.for_device(CPU))
 
 
 def runner_of(model: Persimmon, cache: KVCache, operations: Kernels[Any, Any] | None = None) -> Runner:

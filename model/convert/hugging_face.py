@@ -47,6 +47,11 @@ def plan_from_hugging_face(folder: Path, dtype: torch.dtype | None, max_shard_by
         CheckpointError: a file is missing or damaged, or the tensors are not those that config.json asks for.
     """
     config = PersimmonConfig.from_folder(folder)
+    if config.quantization is not None:
+        raise CheckpointError(
+            f"{folder}: its weights are quantized already (quantization_config in config.json); convert takes "
+            f"checkpoints of 16 or 32 bits: convert or trim the original one, then quantize it"
+        )
     VocabularyMap.from_folder(folder, config)  # a wrong one is found before anything is written
     paths = [file.path for file in find_weight_files(folder)[1]]
     tensors: dict[str, TensorSource] = {}

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 
 from persimmon.kernels import QuantizedFormat
-from persimmon.model.checkpoint import expected_shapes
+from persimmon.model.checkpoint import SCORE, expected_shapes, scheme_of
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.errors import CheckpointError
 from persimmon.model.leftovers import EMBEDDING, HEAD
@@ -54,3 +54,18 @@ def quantized_formats(
                 )
             formats[name] = layers
     return formats
+
+
+def formats_of_config(config: PersimmonConfig, stored: torch.dtype) -> dict[str, QuantizedFormat]:
+    """The formats of the tensors that a checkpoint's own config.json says are quantized, by name.
+
+    Args:
+        config: the network.
+        stored: the dtype of scales.
+    """
+    schemes = {name: scheme_of(config, name) for name in expected_shapes(config) if name != SCORE}
+    return {
+        name: QuantizedFormat(scheme.bits, scheme.group_size, stored)
+        for name, scheme in schemes.items()
+        if scheme is not None
+    }

@@ -17,15 +17,16 @@ import torch
 from persimmon import kernels
 from persimmon.kernels import QuantizedFormat, QuantizedMatrix
 from persimmon.kernels.cache_types import EIGHT_BIT_CACHES, cache_choice
-from persimmon.model.checkpoint import Checkpoint, dummy_parameters, expected_shapes
+from persimmon.model.checkpoint import Checkpoint, dummy_parameters
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.cores import usable_cores
+from persimmon.model.errors import CheckpointError
 from persimmon.model.executor import Executor, executor_for
 from persimmon.model.graph_sizes import MIXED_SIZES, default_sizes
 from persimmon.model.kv_cache import KVCache, block_bytes
 from persimmon.model.memory import MemoryPlan, available_memory, plan_memory
 from persimmon.model.persimmon import Persimmon
-from persimmon.model.quantization.scheme import quantized_formats
+from persimmon.model.quantization.scheme import formats_of_config, quantized_formats
 from persimmon.model.quantization.tensors import quantized
 from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import PooledStates, PromptLogprobs, Report, Runner, SequenceInput
@@ -87,8 +88,10 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         for note in checkpoint.notes:
             print_line(f"  {'':<12} {note}")
     check_batch_invariance(settings, config, device)
-    formats = _formats(settings, config, dtype if checkpoint is None else checkpoint.dtype)
-    stored_dtype = dtype if checkpoint is None else operations.stored_dtype(checkpoint.dtype, dtype)
+    formats = formats_to_make(settings, config, dtype if checkpoint is None else checkpoint.dtype)
+    stored: dict[str, torch.dtype | QuantizedFormat] = {} if checkpoint is None else dict(checkpoint.stored)
+    for name, kept in (stored | formats).items():
+        stored[name] = kept if isinstance(kept, QuantizedFormat) else operations.stored_dtype(kept, dtype)
     reserved = still_to_be_taken(config, settings.api_workers, settings.max_body_size)
     left = available_memory(device, settings.gpu_memory_utilization, reserved)
     plan = plan_memory(
@@ -104,7 +107,7 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         kv_cache_bytes=settings.kv_cache_memory,
         step_buffers=executor.step_buffers(config, dtype, _limits(settings, config, longest)),
         weight_bytes=operations.weight_bytes,
-        stored={name: formats.get(name, stored_dtype) for name in expected_shapes(config)},
+        stored=stored,
         cache_dtypes=cache_dtypes,
     )
     _print_plan(plan, config, cache_dtypes, print_line)
@@ -120,7 +123,7 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         cache.populate(threads=max(1, usable_cores() // 2))
     with _phase("weights", print_line):
         if checkpoint is not None:
-            read = _with_progress_bar(checkpoint.tensors(), checkpoint.total_bytes)
+            read = _with_progress_bar(checkpoint.parameters(), checkpoint.total_bytes)
             tensors = quantized(read, formats)
         else:
             dummies = dummy_parameters(config, dtype, device, settings.seed, formats)
@@ -358,10 +361,26 @@ def _cache_choices(plan: MemoryPlan, config: PersimmonConfig, cache_dtypes: Sequ
     return f"tokens by --kv-cache-dtype: {', '.join(choices)}"
 
 
-def _formats(settings: EngineSettings, config: PersimmonConfig, stored: torch.dtype) -> dict[str, QuantizedFormat]:
-    """What --quantization makes of each tensor, by name; empty without it."""
+def formats_to_make(
+    settings: EngineSettings, config: PersimmonConfig, stored: torch.dtype
+) -> dict[str, QuantizedFormat]:
+    """The formats that tensors get while they are loaded, by name: those of --quantization, or of dummies a file's own.
+
+    Args:
+        settings: of the engine.
+        config: the network.
+        stored: the dtype of the checkpoint's tensors.
+
+    Raises:
+        CheckpointError: the checkpoint is quantized already, or a matrix cannot be quantized as asked.
+    """
     if settings.quantization == "none":
-        return {}
+        return formats_of_config(config, stored) if settings.load_format == "dummy" else {}
+    if config.quantization is not None:
+        raise CheckpointError(
+            f"--quantization is {settings.quantization}, but the checkpoint's weights are quantized already "
+            f"(quantization_config in its config.json): serve it without --quantization"
+        )
     return quantized_formats(config, settings.quantization, settings.quantization_group_size, stored)
 
 

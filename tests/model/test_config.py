@@ -241,7 +241,11 @@ def test_number_has_to_be_positive(tmp_path: Path, key: str, value: Any) -> None
         ({"rope_parameters": {"rope_type": "proportional"}}, "rope_parameters has a 'proportional'"),
         ({"rope_parameters": {"rope_theta": "big"}}, "rope_parameters.rope_theta is 'big'"),
         ({"rope_parameters": [1]}, "rope_parameters is [1]; expected an object"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}; expected none"),
+        (
+            {"quantization_config": {"bits": 4}},
+            "quantization_config.quant_method is None; expected 'compressed-tensors'",
+        ),
+        ({"quantization_config": []}, "quantization_config is []; expected an object"),
         ({"eos_token_id": 262144}, "eos_token_id is 262144; expected below vocab_size 262144"),
         ({"eos_token_id": [5, 262145]}, "higher ids have no row in the embedding"),
         ({"bos_token_id": 300000}, "bos_token_id is 300000"),
