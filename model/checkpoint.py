@@ -5,7 +5,7 @@ of where they go: the network's own layout, device and type are its caller's.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from persimmon.model.errors import CheckpointError
 from persimmon.model.leftovers import EMBEDDING, HEAD, settle
 from persimmon.model.quantization.compressed_tensors import MatrixScheme, ModuleClass
 from persimmon.model.quantization.stored_matrices import StoredMatrix, equal_matrices, take_matrices
-from persimmon.model.quantization.tensors import random_matrix
+from persimmon.model.quantization.tensors import quantize_rows, random_matrix
+from persimmon.model.stored import StoredTensor
 from persimmon.model.weight_files import BYTES, Header, WeightFile, and_more, find_weight_files
 
 SCORE = "score.weight"
@@ -89,13 +90,17 @@ def dummy_parameters(
     seed: int,
     formats: Mapping[str, QuantizedFormat],
 ) -> Iterator[tuple[str, torch.Tensor | QuantizedMatrix]]:
-    """`dummy_tensors` of which those with a format are quantized: made so, not rounded, which takes seconds only."""
+    """`dummy_tensors` of which those with a format are quantized: made so, not rounded, which takes seconds only.
+
+    The quantized ones come first, the largest before the others.
+    """
     generator = torch.Generator(device).manual_seed(seed)
-    for name, shape in expected_shapes(config).items():
-        if name in formats:
-            rows, columns = shape
-            yield name, random_matrix((rows, columns), formats[name], generator)
-        else:
+    shapes = expected_shapes(config)
+    for name in largest_first(formats, shapes):
+        rows, columns = shapes[name]
+        yield name, random_matrix((rows, columns), formats[name], generator)
+    for name, shape in shapes.items():
+        if name not in formats:
             yield name, _normal(name, shape, dtype, generator)
 
 
@@ -120,7 +125,7 @@ class Checkpoint:
         config: the network: what config.json says, except where the files say otherwise, see `notes`.
         files: the weight files, in the order they are read.
         names: the network's name of each tensor that is read, by its name in the files; without quantized matrices.
-        matrices: the quantized matrices, by the network's names, the largest first.
+        matrices: the quantized matrices, by the network's names.
         stored: the dtype or format of each tensor, by the network's names.
         total_bytes: the size of all, in the types they are stored in.
         dtype: the widest of those types.
@@ -195,26 +200,41 @@ class Checkpoint:
             config=settled.config,
             files=files,
             names={name: settled.names[name] for name in read},
-            matrices=dict(sorted(quantized.items(), key=lambda item: -math.prod(item[1].shape))),
+            matrices=quantized,
             stored=stored,
             total_bytes=dense_bytes + sum(matrix.nbytes for matrix in quantized.values()),
             dtype=getattr(torch, widest),
             notes=settled.notes + _notes(quantized),
         )
 
-    def parameters(self) -> Iterator[tuple[str, torch.Tensor | QuantizedMatrix]]:
-        """Every tensor once: the quantized matrices, the largest first, in memory of their own; then `tensors`.
+    def parameters(
+        self, formats: Mapping[str, QuantizedFormat] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor | QuantizedMatrix]]:
+        """Every tensor once, quantized ones first.
 
-        A classifier's score is computed in float32, so it comes as such where it is stored quantized.
+        Quantized matrices have memory of their own, and are read and rounded a few rows at a time.  The largest come
+        first: while kernels lay one of them out, it is in memory twice, and little else is.  A classifier's score is
+        computed in float32, so it comes as such where it is stored quantized.
+
+        Args:
+            formats: by name, of tensors that are not stored quantized, and become so.
 
         Raises:
-            CheckpointError: a file has become unreadable since `open`.
+            CheckpointError: a file has become unreadable since `open`, or a weight cannot be quantized.
         """
-        for name, stored in self.matrices.items():
-            matrix = stored.read()
+        formats = formats or {}
+        sources = self._sources(formats)
+        shapes: dict[str, tuple[int, ...]] = {name: matrix.shape for name, matrix in self.matrices.items()}
+        shapes |= {name: source.shape for name, source in sources.items()}
+        for name in largest_first(shapes, shapes):
+            matrix = (
+                self.matrices[name].read()
+                if name in self.matrices
+                else quantize_rows(sources[name], formats[name], name)
+            )
             yield name, matrix.dequantized() if name == SCORE else matrix
             del matrix
-        yield from self.tensors()
+        yield from self._dense(frozenset(stored for stored, name in self.names.items() if name not in formats))
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor that is not quantized, once, by name, in the order they lie in the files.
@@ -226,10 +246,27 @@ class Checkpoint:
         Raises:
             CheckpointError: a file has become unreadable since `open`.
         """
+        yield from self._dense(frozenset(self.names))
+
+    def _dense(self, names: frozenset[str]) -> Iterator[tuple[str, torch.Tensor]]:
         for file in self.files:
-            for name, tensor in file.tensors(frozenset(self.names)):
+            for name, tensor in file.tensors(names):
                 yield self.names[name], tensor
                 del tensor
+
+    def _sources(self, names: Collection[str]) -> dict[str, StoredTensor]:
+        """Tensors to be read row by row, by the network's names."""
+        found = {}
+        for file in self.files if names else ():
+            for stored, source in file.stored().items():
+                if self.names.get(stored) in names:
+                    found[self.names[stored]] = source
+        return found
+
+
+def largest_first(names: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Names of matrices in the order in which loading them takes least memory."""
+    return sorted(names, key=lambda name: -math.prod(shapes[name]))
 
 
 def equal_rows(first: torch.Tensor, second: torch.Tensor) -> bool:

@@ -116,6 +116,7 @@ class Persimmon:
                 raise ValueError(f"{name} is quantized; only the matrices of products and the embedding may be")
             else:
                 parameters[name] = kernels.prepare_bias(parameter) if _is_projection(name) else parameter
+            del tensor, parameter  # before the next one is made
         if embedding is None:
             raise ValueError(f"the tensors hold no {EMBEDDING}")
         self._embedding = embedding

@@ -275,7 +275,8 @@ class _Supervisor:
         host, port = self._listeners[0].getsockname()[:2]
         shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
         url = f"{'http' if self._settings.ssl_certfile is None else 'https'}://{shown}:{port}"
-        print_line(f"Serving {self._served_model_name} on {url} ({ready.dtype}, {ready.device}). Try:")
+        kind = f"{ready.dtype}, {ready.weights} weights" if ready.weights else ready.dtype
+        print_line(f"Serving {self._served_model_name} on {url} ({kind}, {ready.device}). Try:")
         endpoint, body = self._use.example
         keys = self._settings.api_key or self._settings.api_key_file
         key = " -H 'Authorization: Bearer KEY'" if keys else ""

@@ -22,7 +22,7 @@ _WEIGHTS_AT_ONCE = 1 << 17
 """Half a MiB in float32, which stays in a core's cache."""
 
 
-def quantize(weight: torch.Tensor, form: QuantizedFormat) -> QuantizedMatrix:
+def quantize(weight: torch.Tensor, form: QuantizedFormat, *, first_row: int = 0) -> QuantizedMatrix:
     """Rounds each weight to the nearest multiple of its group's scale, one of least squared error among several.
 
     The largest weight of a group may become the lowest number, -8 or -128, which has no counterpart above zero: so the
@@ -36,6 +36,7 @@ def quantize(weight: torch.Tensor, form: QuantizedFormat) -> QuantizedMatrix:
         form: bfloat16 scales have the range of float32; float16 loses precision for scales below 6e-5, as small
             weights in 8 bits need them.  The eight bits of bfloat16 cost next to nothing, as numbers are rounded for
             the scale as it is stored.
+        first_row: the number of the first row, for messages.
 
     Returns:
         The result; while it is made, memory for some MiB more is in use.
@@ -56,7 +57,7 @@ def quantize(weight: torch.Tensor, form: QuantizedFormat) -> QuantizedMatrix:
     for start in range(0, rows, step):
         part = slice(start, start + step)
         grouped = weight[part].float().view(-1, groups, group_size)
-        scales[part] = best_scales(grouped, form.bits, form.scale_dtype, first_row=start)
+        scales[part] = best_scales(grouped, form.bits, form.scale_dtype, first_row=first_row + start)
         rounded = round_to_scales(grouped, scales[part].float(), form.bits).to(torch.int8).view(-1, columns)
         numbers[part] = rounded if form.bits == 8 else pack_int4(rounded)
     return QuantizedMatrix(numbers=numbers, scales=scales, bits=form.bits, group_size=group_size)

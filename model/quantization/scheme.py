@@ -1,5 +1,8 @@
 """Which tensors of a network `--quantization` makes 8 or 4 bits of, and how.  Knows names and shapes, no numbers."""
 
+import math
+from collections import Counter
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -69,3 +72,19 @@ def formats_of_config(config: PersimmonConfig, stored: torch.dtype) -> dict[str,
         for name, scheme in schemes.items()
         if scheme is not None
     }
+
+
+def described(stored: Mapping[str, torch.dtype | QuantizedFormat], config: PersimmonConfig) -> str:
+    """The formats of quantized tensors, like "int4 in groups of 32 and int8"; empty where none is quantized.
+
+    Args:
+        stored: dtypes and formats by name.
+        config: the network.
+    """
+    numbers: Counter[str] = Counter()
+    shapes = expected_shapes(config)
+    for name, form in stored.items():
+        if isinstance(form, QuantizedFormat):
+            group = "" if form.group_size is None else f" in groups of {form.group_size}"
+            numbers[f"int{form.bits}{group}"] += math.prod(shapes[name])
+    return " and ".join(text for text, _ in numbers.most_common())

@@ -9,7 +9,7 @@ That is what pack_to_int32 and the compressors of compressed-tensors 0.20.1 writ
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +17,9 @@ import torch
 from persimmon.kernels import QuantizedFormat, QuantizedMatrix
 from persimmon.model.errors import CheckpointError
 from persimmon.model.quantization.compressed_tensors import MatrixScheme
+from persimmon.model.quantization.tensors import slices
 from persimmon.model.stored import StoredTensor
 from persimmon.model.weight_files import BYTES, Header, WeightFile
-
-_NUMBERS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,7 @@ class StoredMatrix:
         stop, columns = self.shape[0] if stop is None else stop, self.shape[1]
         bits, packed = self.scheme.bits, self.scheme.packed
         result = QuantizedMatrix.empty((stop - start, columns), self.format)
-        for first, last in _slices(stop - start, columns):
+        for first, last in slices(stop - start, columns):
             part = self.numbers.rows(start + first, start + last)
             result.numbers[first:last] = unpacked(part, bits, columns) if packed else part
             result.scales[first:last] = self.scales.rows(start + first, start + last)
@@ -67,7 +66,7 @@ def equal_matrices(first: StoredMatrix, second: StoredMatrix) -> bool:
     """Whether two matrices have the same format, numbers and scales; some rows at a time."""
     if first.shape != second.shape or first.format != second.format:
         return False
-    pairs = ((first.read(*rows), second.read(*rows)) for rows in _slices(*first.shape))
+    pairs = ((first.read(*rows), second.read(*rows)) for rows in slices(*first.shape))
     return all(torch.equal(a.numbers, b.numbers) and torch.equal(a.scales, b.scales) for a, b in pairs)
 
 
@@ -172,13 +171,6 @@ def _expected_tensors(
     return {"weight_packed": ((rows, words), ("int32",)), **expected, "weight_shape": ((2,), ("int64", "int32"))}
 
 
-def _slices(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that are read at once."""
-    step = max(1, _NUMBERS_AT_ONCE // columns)
-    for start in range(0, rows, step):
-        yield start, min(rows, start + step)
-
-
 def _finite(tensor: StoredTensor) -> bool:
     rows, columns = tensor.shape
-    return all(bool(tensor.rows(start, stop).isfinite().all()) for start, stop in _slices(rows, columns))
+    return all(bool(tensor.rows(start, stop).isfinite().all()) for start, stop in slices(rows, columns))

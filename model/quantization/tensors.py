@@ -1,40 +1,49 @@
-"""Tensors that become quantized one at a time, a few rows at a time: those of a checkpoint, or random ones.
+"""Matrices that become quantized a few rows at a time, those of a checkpoint, or that are made of random integers.
 
 The memory that this takes beyond the result is that of some rows in float32, never of a whole matrix.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 
 from persimmon.kernels import QuantizedFormat, QuantizedMatrix
 from persimmon.model.errors import CheckpointError
 from persimmon.model.quantization.rounding import quantize
+from persimmon.model.stored import StoredTensor
+
+_NUMBERS_AT_ONCE = 1 << 20
+"""Numbers of a matrix that are read at once, 4 MiB in float32."""
 
 
-def quantized(
-    tensors: Iterator[tuple[str, torch.Tensor | QuantizedMatrix]], formats: Mapping[str, QuantizedFormat]
-) -> Iterator[tuple[str, torch.Tensor | QuantizedMatrix]]:
-    """Tensors of which those with a format are quantized.
+def quantize_rows(source: StoredTensor, form: QuantizedFormat, name: str) -> QuantizedMatrix:
+    """A matrix [out, in] of a file in a quantized format, on the CPU; some rows are read and rounded at a time.
 
     Args:
-        tensors: by name, one at a time.
-        formats: by name; the others stay as they are.
+        source: floating point.
+        form: its group size divides `in`.
+        name: of the tensor, for messages.
 
     Raises:
-        CheckpointError: a weight is not finite, or too large for its scale.
+        CheckpointError: the file cannot be read, or a weight is not finite or too large for its scale.
     """
-    for name, tensor in tensors:
-        form = formats.get(name)
-        yield name, tensor if form is None or isinstance(tensor, QuantizedMatrix) else _rounded(name, tensor, form)
-        del tensor
+    rows, columns = source.shape
+    result = QuantizedMatrix.empty((rows, columns), form)
+    for start, stop in slices(rows, columns):
+        try:
+            part, rounded = result.rows(start, stop), quantize(source.rows(start, stop), form, first_row=start)
+        except CheckpointError as error:
+            raise CheckpointError(f"{source.region}: tensor {name}: {error}") from None
+        part.numbers.copy_(rounded.numbers)
+        part.scales.copy_(rounded.scales)
+    return result
 
 
-def _rounded(name: str, weight: torch.Tensor, form: QuantizedFormat) -> QuantizedMatrix:
-    try:
-        return quantize(weight, form)
-    except CheckpointError as error:
-        raise CheckpointError(f"tensor {name}: {error}") from error
+def slices(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Ranges of the rows of a matrix that are read at once."""
+    step = max(1, _NUMBERS_AT_ONCE // columns)
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
 
 
 def random_matrix(shape: tuple[int, int], form: QuantizedFormat, generator: torch.Generator) -> QuantizedMatrix:
@@ -47,7 +56,7 @@ def random_matrix(shape: tuple[int, int], form: QuantizedFormat, generator: torc
         form: its format.
         generator: of the device where it is made.
     """
-    result = _empty(shape, form, generator.device)
+    result = QuantizedMatrix.empty(shape, form, generator.device)
     # The lowest bit of each is set, so that numbers are odd: -127 to 127 or -7 to 7, whose mean is zero.
     odd, limit = (0x01, 1 << 7) if form.bits == 8 else (0x11, 1 << 3)
     _fill_with_bits(result.numbers, generator)
@@ -63,15 +72,3 @@ def _fill_with_bits(numbers: torch.Tensor, generator: torch.Generator) -> None:
     whole = len(flat) // 8 * 8
     flat[:whole].view(torch.int64).random_(-(2**63), None, generator=generator)
     flat[whole:].random_(0, 256, generator=generator)
-
-
-def _empty(shape: tuple[int, int], form: QuantizedFormat, device: torch.device) -> QuantizedMatrix:
-    rows, columns = shape
-    group_size = form.group_size or columns
-    numbers = (
-        torch.empty(shape, dtype=torch.int8, device=device)
-        if form.bits == 8
-        else torch.empty(rows, columns // 2, dtype=torch.uint8, device=device)
-    )
-    scales = torch.empty(rows, columns // group_size, dtype=form.scale_dtype, device=device)
-    return QuantizedMatrix(numbers=numbers, scales=scales, bits=form.bits, group_size=group_size)

@@ -26,8 +26,7 @@ from persimmon.model.graph_sizes import MIXED_SIZES, default_sizes
 from persimmon.model.kv_cache import KVCache, block_bytes
 from persimmon.model.memory import MemoryPlan, available_memory, plan_memory
 from persimmon.model.persimmon import Persimmon
-from persimmon.model.quantization.scheme import formats_of_config, quantized_formats
-from persimmon.model.quantization.tensors import quantized
+from persimmon.model.quantization.scheme import described, formats_of_config, quantized_formats
 from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import PooledStates, PromptLogprobs, Report, Runner, SequenceInput
 from persimmon.model.sampling_params import SamplingParams
@@ -42,12 +41,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A runner that has run once, and what it runs on."""
+    """A runner that has run once, and what it runs on; `weights` is how they are quantized, for people."""
 
     runner: Runner
     plan: MemoryPlan
     dtype: torch.dtype
     executor: Executor
+    weights: str
 
 
 def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str], None]) -> LoadedModel:
@@ -110,7 +110,8 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         stored=stored,
         cache_dtypes=cache_dtypes,
     )
-    _print_plan(plan, config, cache_dtypes, print_line)
+    weights = described(stored, config)
+    _print_plan(plan, config, cache_dtypes, weights, print_line)
 
     def allocate() -> KVCache:
         with _phase("KV cache", print_line):
@@ -123,8 +124,8 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         cache.populate(threads=max(1, usable_cores() // 2))
     with _phase("weights", print_line):
         if checkpoint is not None:
-            read = _with_progress_bar(checkpoint.parameters(), checkpoint.total_bytes)
-            tensors = quantized(read, formats)
+            total = plan.weights if formats else checkpoint.total_bytes
+            tensors = _with_progress_bar(checkpoint.parameters(formats), total)
         else:
             dummies = dummy_parameters(config, dtype, device, settings.seed, formats)
             tensors = _with_progress_bar(dummies, plan.weights)
@@ -147,7 +148,7 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
     with _phase("warm-up", print_line):
         for batch in warm_up_steps(plan, settings, config, compiles=executor.compiles):
             runner.run(batch)
-    return LoadedModel(runner=runner, plan=plan, dtype=dtype, executor=executor)
+    return LoadedModel(runner=runner, plan=plan, dtype=dtype, executor=executor, weights=weights)
 
 
 def check_batch_invariance(settings: EngineSettings, config: PersimmonConfig, device: torch.device) -> None:
@@ -329,10 +330,14 @@ def _phase(name: str, print_line: Callable[[str], None]) -> Iterator[None]:
 
 
 def _print_plan(
-    plan: MemoryPlan, config: PersimmonConfig, cache_dtypes: Sequence[torch.dtype], print_line: Callable[[str], None]
+    plan: MemoryPlan,
+    config: PersimmonConfig,
+    cache_dtypes: Sequence[torch.dtype],
+    weights: str,
+    print_line: Callable[[str], None],
 ) -> None:
     parts = {
-        "weights": plan.weights,
+        f"weights ({weights})" if weights else "weights": plan.weights,
         "activations": plan.activations,
         **({"step buffers": plan.step_buffers} if plan.step_buffers else {}),
         "KV cache": plan.kv_cache,

@@ -179,6 +179,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
         device: for people, like "cpu" or "cuda:0 (NVIDIA H100)".
         dtype: "float32", "float16" or "bfloat16".
         stats: the engine's state now.
+        weights: how they are quantized, for people, like "int4 in groups of 32 and int8"; empty where they are not.
     """
 
     max_model_len: int
@@ -187,6 +188,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     device: str
     dtype: str
     stats: EngineStats
+    weights: str = ""
 
 
 ToEngine = Hello | Submit | Abort

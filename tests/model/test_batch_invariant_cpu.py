@@ -16,7 +16,6 @@ from persimmon.model.config import PersimmonConfig
 from persimmon.model.logprobs import LogprobRows, log_totals_by_halves
 from persimmon.model.persimmon import Persimmon
 from persimmon.model.quantization.scheme import Quantization, quantized_formats
-from persimmon.model.quantization.tensors import quantized
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.server.engine.sequence import Sequence as EngineSequence
 from tests.cpu_builds import FLOAT_BUILDS
@@ -76,7 +75,7 @@ def test_alone_among_others_from_the_cache_preempted_and_in_any_chunks(
     operations = NativeKernels(build, dtype)
     config = PersimmonConfig.from_folder(random_checkpoint)
     formats = quantized_formats(config, quantization) if quantization else {}
-    tensors = quantized(Checkpoint.open(random_checkpoint, config).tensors(), formats)
+    tensors = Checkpoint.open(random_checkpoint, config).parameters(formats)
     model = Persimmon(config=config, tensors=tensors, dtype=dtype, device=CPU, kernels=operations)
     everything = range(len(PROMPT_LENGTHS))
     blocks = blocks_for([len(prompt) + NEW_TOKENS for prompt in prompts()], 16)

@@ -1,24 +1,28 @@
 """--quantization: which tensors become 8 or 4 bits while a checkpoint is loaded, and what their numbers are."""
 
+import json
 import math
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from persimmon import kernels
 from persimmon.kernels import Kernels, QuantizedFormat, QuantizedMatrix, reference
-from persimmon.model.checkpoint import Checkpoint, dummy_parameters, dummy_tensors, expected_shapes
+from persimmon.model.checkpoint import Checkpoint, dummy_parameters, expected_shapes
 from persimmon.model.config import Architecture, PersimmonConfig
 from persimmon.model.errors import CheckpointError
 from persimmon.model.memory import plan_memory
 from persimmon.model.persimmon import Persimmon
-from persimmon.model.quantization import tensors as quantization
+from persimmon.model.quantization import tensors
 from persimmon.model.quantization.rounding import quantize
-from persimmon.model.quantization.scheme import Quantization, quantized_formats
-from persimmon.model.quantization.tensors import quantized
+from persimmon.model.quantization.scheme import Quantization, described, quantized_formats
 from tests.engine_harness import CPU
 from tests.model.test_weights import logits_of
 
@@ -58,6 +62,16 @@ def test_scales_have_the_checkpoints_own_16_bits(stored: torch.dtype, scales: to
     assert {form.scale_dtype for form in quantized_formats(CONFIG, "int4", 32, stored).values()} == {scales}
 
 
+@pytest.mark.parametrize(
+    ("quantization", "expected"), [("int8", "int8"), ("int4", "int4 in groups of 32 and int8"), (None, "")]
+)
+def test_the_formats_are_described_by_how_many_weights_have_them(
+    quantization: Quantization | None, expected: str
+) -> None:
+    formats = quantized_formats(CONFIG, quantization) if quantization else {}
+    assert described({**dict.fromkeys(expected_shapes(CONFIG), torch.float16), **formats}, CONFIG) == expected
+
+
 def test_groups_that_do_not_divide_are_refused() -> None:
     with pytest.raises(CheckpointError) as raised:
         quantized_formats(CONFIG, "int4", 128)
@@ -76,8 +90,8 @@ def test_zeros_and_the_largest_numbers_stay_finite(form: QuantizedFormat) -> Non
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_random_matrices_have_the_weights_of_a_new_network(form: QuantizedFormat) -> None:
-    made = quantization.random_matrix((512, 1024), form, torch.Generator().manual_seed(3))
-    again = quantization.random_matrix((512, 1024), form, torch.Generator().manual_seed(3))
+    made = tensors.random_matrix((512, 1024), form, torch.Generator().manual_seed(3))
+    again = tensors.random_matrix((512, 1024), form, torch.Generator().manual_seed(3))
     assert torch.equal(made.numbers, again.numbers)
     assert made.format == form
     weights = made.dequantized()
@@ -103,7 +117,7 @@ def test_kernels_compute_what_plain_torch_does_on_the_widened_weights(
 ) -> None:
     config = PersimmonConfig.from_folder(random_checkpoint)
     formats = quantized_formats(config, quantization, 32, torch.float32)
-    made = dict(quantized(Checkpoint.open(random_checkpoint, config).tensors(), formats))
+    made = dict(Checkpoint.open(random_checkpoint, config).parameters(formats))
     widened = {
         name: tensor.dequantized() if isinstance(tensor, QuantizedMatrix) else tensor for name, tensor in made.items()
     }
@@ -130,6 +144,119 @@ def test_the_memory_plan_counts_each_tensor_in_its_format(quantization: Quantiza
         weight_bytes=reference.weight_bytes,
         stored=formats,
     )
-    made = quantized(dummy_tensors(config, torch.float32, CPU, 0), formats)
+    made = dict(dummy_parameters(config, torch.float32, CPU, 0, formats))
     # The embedding's scales have the network's dtype, which is what its rows come out in.
-    assert plan.weights == sum(tensor.nbytes for _, tensor in made) + 2 * config.vocab_size
+    assert plan.weights == sum(tensor.nbytes for tensor in made.values()) + 2 * config.vocab_size
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_tensors_are_quantized_a_few_rows_at_a_time_as_they_are_at_once(
+    random_checkpoint: Path, quantization: Quantization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensors, "_NUMBERS_AT_ONCE", 7 * 128)
+    config = PersimmonConfig.from_folder(random_checkpoint)
+    checkpoint = Checkpoint.open(random_checkpoint, config)
+    formats = quantized_formats(config, quantization, 32, checkpoint.dtype)
+    original, made = dict(checkpoint.tensors()), dict(checkpoint.parameters(formats))
+    assert made.keys() == original.keys()
+    for name, tensor in made.items():
+        if isinstance(tensor, QuantizedMatrix):
+            whole = quantize(original[name], formats[name])
+            assert torch.equal(tensor.numbers, whole.numbers)
+            assert torch.equal(tensor.scales, whole.scales)
+        else:
+            assert name not in formats
+            assert torch.equal(tensor, original[name])
+
+
+def test_the_largest_matrices_come_first(random_checkpoint: Path) -> None:
+    config = PersimmonConfig.from_folder(random_checkpoint)
+    checkpoint, formats = Checkpoint.open(random_checkpoint, config), quantized_formats(config, "int4")
+    for made in (checkpoint.parameters(formats), dummy_parameters(config, torch.float32, CPU, 0, formats)):
+        sizes = [math.prod(tensor.shape) for _, tensor in made if isinstance(tensor, QuantizedMatrix)]
+        assert sizes == sorted(sizes, reverse=True)
+        assert len(sizes) == len(formats)
+
+
+def test_a_weight_that_cannot_be_quantized_is_named_with_its_row(random_checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(random_checkpoint, tmp_path / "folder")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][4000, 7] = torch.inf
+    save_file(weights, folder / "model.safetensors")
+    config = PersimmonConfig.from_folder(folder)
+    read = Checkpoint.open(folder, config).parameters(quantized_formats(config, "int8"))
+    with pytest.raises(CheckpointError) as raised:
+        list(read)
+    assert str(raised.value) == (
+        f"{folder}/model.safetensors: tensor lm_head.weight: row 4000 has the weight inf; only finite numbers can be "
+        f"quantized"
+    )
+
+
+PEAK = """
+import sys
+from pathlib import Path
+
+import torch
+
+from persimmon import kernels
+from persimmon.kernels import QuantizedFormat
+from persimmon.model.checkpoint import Checkpoint
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.persimmon import Persimmon
+from persimmon.model.quantization.rounding import quantize
+from persimmon.model.quantization.scheme import quantized_formats
+
+
+def status(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
+
+
+torch.set_num_threads(1)
+cpu, folder = torch.device("cpu"), Path(sys.argv[1])
+operations = kernels.for_device(cpu)
+for form in (QuantizedFormat(8, None, torch.float16), QuantizedFormat(4, 32, torch.float16)):
+    operations.prepare_weight(quantize(torch.randn(2048, 1024), form))  # what is taken once, however large a model is
+config = PersimmonConfig.from_folder(folder)
+checkpoint = Checkpoint.open(folder, config)
+formats = quantized_formats(config, sys.argv[2], 32, checkpoint.dtype)
+Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+before = status("VmRSS")
+model = Persimmon(config, checkpoint.parameters(formats), torch.float32, cpu, operations)
+print(status("VmHWM") - before, status("VmRSS") - before)
+"""
+
+
+def write_zeros(folder: Path, config: PersimmonConfig) -> None:
+    """A checkpoint of zeros in float32, in a file that takes no room on the disk."""
+    header, offset = {}, 0
+    for name, shape in expected_shapes(config).items():
+        end = offset + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    content = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        file.truncate(8 + len(content) + offset)
+    values = {key: getattr(config, key) for key in SHAPE_KEYS}
+    (folder / "config.json").write_text(json.dumps({"architectures": [config.architecture], **values}))
+
+
+SHAPE_KEYS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    "max_position_embeddings",
+)
+
+
+def test_quantizing_takes_little_more_memory_than_the_result(tmp_path: Path) -> None:
+    config = replace(CONFIG, vocab_size=16384, hidden_size=1024, intermediate_size=1024)
+    write_zeros(tmp_path, config)
+    command = [sys.executable, "-c", PEAK, str(tmp_path), "int4"]
+    run = subprocess.run(command, check=True, capture_output=True, text=True)
+    peak, result = map(int, run.stdout.split())
+    formats = quantized_formats(config, "int4")
+    shapes = {name: (shape[0], shape[-1]) for name, shape in expected_shapes(config).items()}
+    weights = sum(formats[name].nbytes(shape) for name, shape in shapes.items() if name in formats)
+    assert 0.95 * weights < result
+    assert peak < 1.15 * weights
