@@ -19,6 +19,7 @@ import zmq
 
 from persimmon.model.step_outcome import StepOutcome
 from persimmon.model.token_logprobs import TokenLogprobs
+from persimmon.server.engine.intake import Intake, Submission
 from persimmon.server.engine.messages import (
     Abort,
     EngineStats,
@@ -45,9 +46,9 @@ MAX_FAILED_STEPS = 3
 """Consecutive failed steps after which the engine exits: by then the requests are unlikely to be the cause."""
 
 MAX_INTAKE_SECONDS = 0.02
-"""Time in which messages are taken between two steps: while workers submit thousands of prompts, steps go on.
+"""Time in which messages are read between two steps, and time in which submissions are handed to the scheduler.
 
-A message takes about 50 us.
+So steps go on while workers submit thousands of prompts.  Reading one takes about 15 us, handing it over 40.
 """
 
 PREPARING_MS = 1000
@@ -142,6 +143,7 @@ class Engine:
         self._workers: dict[bytes, set[int]] = {}
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+        self._intake = Intake()
         self._failed_steps = 0
         # Sequences that wait for something to be prepared; the thread that prepared it increments the event.
         self._preparing: list[_Preparing] = []
@@ -162,14 +164,15 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a turn would do something though no message comes."""
-        return self._scheduler.has_work or bool(self._under_way)
+        return self._scheduler.has_work or bool(self._under_way) or bool(self._intake)
 
     def turn(self) -> None:
         """Takes what has arrived, waiting for it when there is nothing to do, and ends or begins a step."""
         outputs: Outputs = {}
         if not self.has_work:
             self._wait()
-        changed = self._drain_inbox(outputs)
+        changed = self._read_inbox(outputs)
+        changed |= self._take_in(outputs)
         if self._preparing:
             changed |= self._admit_prepared(outputs)
         changed |= self._expire(outputs)
@@ -187,8 +190,8 @@ class Engine:
         if any(source == self._prepared for source, _ in self._poller.poll(patience)):
             os.eventfd_read(self._prepared)
 
-    def _drain_inbox(self, outputs: Outputs) -> bool:
-        """Hands the messages that have come to the scheduler, as many as time allows; whether there were any."""
+    def _read_inbox(self, outputs: Outputs) -> bool:
+        """Reads the messages that have come, as many as time allows; whether there were any."""
         arrived = False
         end = self._clock() + MAX_INTAKE_SECONDS
         while not arrived or self._clock() < end:
@@ -205,6 +208,17 @@ class Engine:
             self._handle(worker, message, outputs)
         return True
 
+    def _take_in(self, outputs: Outputs) -> bool:
+        """Hands submissions to the scheduler, as many as time allows; whether there were any."""
+        taken = False
+        end = self._clock() + MAX_INTAKE_SECONDS
+        while self._intake and (not taken or self._clock() < end):
+            taken = True
+            submission = self._intake.take()
+            if submission.worker in self._workers:  # else it has gone
+                self._submit(submission.worker, submission.submit, outputs)
+        return taken
+
     def _handle(self, worker: bytes, message: ToEngine, outputs: Outputs) -> None:
         match message:
             case Hello():
@@ -214,9 +228,12 @@ class Engine:
                 # It does not keep to the protocol, or sent this before it went and that was noticed first.
                 logger.warning("ignored a message from an API worker that is not connected")
             case Submit():
-                self._submit(worker, message, outputs)
+                self._intake.put(Submission(worker, message))
             case Abort(sequence_ids):
                 for sequence_id in sequence_ids:
+                    submission = self._intake.withdraw((worker, sequence_id))
+                    if submission is not None:
+                        self._submit(worker, submission.submit, outputs)  # its other samples live on
                     self._abort((worker, sequence_id))
                     self._workers[worker].discard(sequence_id)
 

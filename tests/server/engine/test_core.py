@@ -844,6 +844,24 @@ def test_the_log_names_the_requests_of_a_step_that_failed(house: House, caplog: 
     assert vars(record)["fields"] == {"request_ids": ["mine"]}
 
 
+def test_samples_are_aborted_while_their_submissions_wait_to_be_handed_over() -> None:
+    ticks = itertools.count()
+    house = House("inproc://engine", clock=lambda: next(ticks) * MAX_INTAKE_SECONDS / 128)
+    try:
+        worker, other = house.worker(), house.worker()
+        worker.send(*(Submit(sequence_id=number, token_ids=[1], max_tokens=9, owner="many") for number in range(100)))
+        worker.send(Submit(sequence_id=100, token_ids=[1], max_tokens=2, samples=2, owner="few"), Abort([98, 100]))
+        other.send(Submit(sequence_id=0, token_ids=[1], max_tokens=2))
+        house.turn_until(lambda: house.scheduler.stats().steps == 1)
+        house.finish()
+        ended = {output.sequence_id for output in worker.outputs() if output.finish_reason}
+        assert ended == set(range(102)) - {98, 100}
+        assert [output.finish_reason for output in other.outputs()][-1] == "length"
+        assert house.is_empty()
+    finally:
+        house.close()
+
+
 def test_steps_go_on_while_a_worker_submits_without_end() -> None:
     ticks = itertools.count()
     house = House("inproc://engine", clock=lambda: next(ticks) * MAX_INTAKE_SECONDS / 32)
