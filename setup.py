@@ -19,6 +19,8 @@ FLAGS = {
 
 HEADERS = (
     "attention",
+    "attention_int8",
+    "head",
     "integers",
     "linear",
     "network",

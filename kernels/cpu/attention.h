@@ -1,4 +1,4 @@
-/* QK-norm, rotary embedding, the cache, and attention over it, for one head of one sequence.
+/* Attention of one head of one sequence over a cache of floats, and which kind of cache there is.
  *
  * A head's tokens of a block are one tile of the cache: values [block_size, head_dim] as they come, keys turned,
  * [head_dim, block_size], so that a vector holds one dimension of many keys and scores need no sum across lanes.
@@ -8,12 +8,9 @@
 #ifndef PERSIMMON_ATTENTION_H
 #define PERSIMMON_ATTENTION_H
 
-#include "network.h"
-#include "norm.h"
-#include "vectors.h"
+#include "attention_int8.h"
+#include "head.h"
 
-/* Queries that share the keys and values in registers. */
-#define QUERIES 4
 /* Dimensions of values next to them, in pairs of vectors; and keys whose scores are summed together. */
 #if LANES == 16
 #define MAX_PAIRS 2
@@ -22,50 +19,6 @@
 #define MAX_PAIRS 1
 #define SCORE_WIDTH(queries) ((queries) == 1 ? 2 * LANES : LANES)
 #endif
-/* Keys whose weights wait together; a multiple of every block size.  Across segments, sums are rescaled to the highest
- * score so far (online softmax, Milakov and Gimelshein, arXiv:1805.02867). */
-#define SEGMENT 1024
-#define MAX_DIM 256
-
-/* What one head of one sequence works on. */
-typedef struct {
-    const Operation *op;
-    const float *qkv;      /* the head's query of the sequence's first token; the next token's lies `stride` on */
-    int64_t stride;
-    float *out;            /* likewise, `out_stride` on */
-    int64_t out_stride;
-    int64_t head;
-    int64_t start;         /* position of the first token */
-    int64_t count;
-    const int32_t *table;
-    const float *cosine, *sine; /* the first token's angles; the next one's lie rotary / 2 on */
-    const char *next;      /* the keys that the same thread reads next, a tile; or null */
-} Head;
-
-/* LayerNorm, where there is one, then rotary embedding of token number `token` of the sequence's in this step; `which` is
- * 0 for queries and 1 for keys. */
-INLINE void norm_and_turn(const Head *own, const float *from, int64_t token, int which, float *to, const int64_t dim) {
-    const Operation *op = own->op;
-    if (op->norm_weight) {
-        const float *weight = op->norm_weight + which * dim, *bias = op->norm_bias + which * dim;
-        layer_norm(from, to, weight, bias, (float)op->eps, dim);
-    } else {
-        memcpy(to, from, (size_t)dim * sizeof(float));
-    }
-    const int64_t half = op->rotary / 2;
-    const float *cosine = own->cosine + token * half, *sine = own->sine + token * half;
-    for (int64_t i = 0; i < half; i++) {
-        const float left = to[i], right = to[half + i];
-        to[i] = left * cosine[i] - right * sine[i];
-        to[half + i] = right * cosine[i] + left * sine[i];
-    }
-}
-
-/* The place of a head's tile in the cache, in numbers. */
-INLINE int64_t tile_of(const Head *own, int64_t block, const int64_t dim) {
-    return ((int64_t)own->table[block] * own->op->heads + own->head) * own->op->block_size * dim;
-}
-
 /* Writes the keys and values of all of the sequence's tokens in this step. */
 INLINE void store_keys_values(const Head *own, const int64_t dim, const int type) {
     const int64_t block_size = own->op->block_size;
@@ -78,11 +31,6 @@ INLINE void store_keys_values(const Head *own, const int64_t dim, const int type
         for (int64_t d = 0; d < dim; d++) store_as(own->op->keys, tile + d * block_size + place, key[d], type);
         for (int64_t d = 0; d < dim; d++) store_as(own->op->values, tile + place * dim + d, qkv[2 * dim + d], type);
     }
-}
-
-/* The address of a number in the cache. */
-INLINE const char *address(const void *from, int64_t index, const int type) {
-    return (const char *)from + index * (type == FLOAT32 ? 4 : 2);
 }
 
 /* Fetches `count` numbers into the processor's cache. */
@@ -262,11 +210,13 @@ INLINE void attend_all(const Head *own, const int64_t dim, const int type) {
 static void attend_head(const Head *own) {
     const Operation *op = own->op;
     if (op->head_dim == 64) { /* Adept's; the compiler unrolls what it knows */
-        if (op->type == FLOAT16) attend_all(own, 64, FLOAT16);
+        if (op->type == INT8) attend_all_int8(own, 64);
+        else if (op->type == FLOAT16) attend_all(own, 64, FLOAT16);
         else if (op->type == BFLOAT16) attend_all(own, 64, BFLOAT16);
         else attend_all(own, 64, FLOAT32);
     } else {
-        if (op->type == FLOAT16) attend_all(own, op->head_dim, FLOAT16);
+        if (op->type == INT8) attend_all_int8(own, op->head_dim);
+        else if (op->type == FLOAT16) attend_all(own, op->head_dim, FLOAT16);
         else if (op->type == BFLOAT16) attend_all(own, op->head_dim, BFLOAT16);
         else attend_all(own, op->head_dim, FLOAT32);
     }

@@ -39,8 +39,9 @@ INLINE Integers largest_integers(Integers a, Integers b) { return (Integers)_mm5
 INLINE int32_t largest_integer(Integers v) { return _mm512_reduce_max_epi32(RAW(v)); }
 INLINE int32_t sum_of_integers(Integers v) { return _mm512_reduce_add_epi32(RAW(v)); }
 INLINE Integers without_sign(Vector v) { return (Integers)_mm512_castps_si512(v) & repeat(0x7fffffff); }
-INLINE void store_bytes(void *to, Integers v) { _mm_storeu_si128(to, _mm512_cvtepi32_epi8(RAW(v))); }
-INLINE void store_words(void *to, Integers v) { _mm256_storeu_si256(to, _mm512_cvtepi32_epi16(RAW(v))); }
+/* These two saturate. */
+INLINE void store_bytes(void *to, Integers v) { _mm_storeu_si128(to, _mm512_cvtsepi32_epi8(RAW(v))); }
+INLINE void store_words(void *to, Integers v) { _mm256_storeu_si256(to, _mm512_cvtsepi32_epi16(RAW(v))); }
 #else
 typedef int32_t Integers __attribute__((vector_size(32)));
 #define RAW(v) ((__m256i)(v))

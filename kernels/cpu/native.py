@@ -123,7 +123,7 @@ class NativeKernels:
 
     def cache_dtypes(self, dtype: torch.dtype) -> Sequence[torch.dtype]:
         """As `reference.cache_dtypes`."""
-        return (dtype,)
+        return (dtype, torch.int8)
 
     def prepare_bias(self, bias: torch.Tensor) -> torch.Tensor:
         """In float32, like all activations."""
@@ -282,7 +282,7 @@ class NativeKernels:
         out = self._buffer("attended", plan.num_tokens, heads * head_dim)
         operation = library.Operation(
             kind=library.ATTENTION,
-            type=_TYPES[cache.keys.dtype],
+            type=library.INT8 if cache.keys.dtype == torch.int8 else _TYPES[cache.keys.dtype],
             heads=heads,
             head_dim=head_dim,
             rotary=2 * rotary.cos.shape[1],
@@ -294,6 +294,8 @@ class NativeKernels:
             keys=cache.keys.data_ptr(),
             values=cache.values.data_ptr(),
         )
+        if cache.key_scales is not None and cache.value_scales is not None:
+            operation.key_scales, operation.value_scales = cache.key_scales.data_ptr(), cache.value_scales.data_ptr()
         if qk_norm is not None:
             operation.norm_weight, operation.norm_bias = qk_norm.weight.data_ptr(), qk_norm.bias.data_ptr()
             operation.eps = qk_norm.eps

@@ -58,19 +58,28 @@ def answers(engine: Harness, chosen: Sequence[int], arrivals: Sequence[int] | No
 
 
 @pytest.mark.parametrize(
-    ("build", "dtype", "quantization"),
+    ("build", "dtype", "quantization", "cache_dtype"),
     [
-        *((build, torch.float32, None) for build in FLOAT_BUILDS[1:]),
+        *((build, torch.float32, None, None) for build in FLOAT_BUILDS[1:]),
         *(
-            (build, dtype, None)
+            (build, dtype, None, None)
             for build in FLOAT_BUILDS[:1]
             for dtype in (torch.float32, torch.float16, torch.bfloat16)
         ),
-        *((build, torch.float32, quantization) for build in library.builds()[:1] for quantization in ("int8", "int4")),
+        *(
+            (build, torch.float32, quantization, None)
+            for build in library.builds()[:1]
+            for quantization in ("int8", "int4")
+        ),
+        *((build, torch.float32, None, torch.int8) for build in (FLOAT_BUILDS[0], FLOAT_BUILDS[-1])),
     ],
 )
 def test_alone_among_others_from_the_cache_preempted_and_in_any_chunks(
-    random_checkpoint: Path, build: str, dtype: torch.dtype, quantization: Quantization | None
+    random_checkpoint: Path,
+    build: str,
+    dtype: torch.dtype,
+    quantization: Quantization | None,
+    cache_dtype: torch.dtype | None,
 ) -> None:
     operations = NativeKernels(build, dtype)
     config = PersimmonConfig.from_folder(random_checkpoint)
@@ -81,7 +90,8 @@ def test_alone_among_others_from_the_cache_preempted_and_in_any_chunks(
     blocks = blocks_for([len(prompt) + NEW_TOKENS for prompt in prompts()], 16)
 
     def engine(num_blocks: int = blocks, **options: int | bool) -> Harness:
-        return Harness(model, num_blocks=num_blocks, operations=operations, **options)  # type: ignore[arg-type]
+        made = {"num_blocks": num_blocks, "operations": operations, "cache_dtype": cache_dtype, **options}
+        return Harness(model, **made)  # type: ignore[arg-type]
 
     alone = [answers(engine(), [index])[0] for index in everything]
     assert answers(engine(), everything) == alone

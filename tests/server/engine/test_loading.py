@@ -92,11 +92,6 @@ def test_batch_invariance_is_refused_on_a_cpu_whose_head_torch_multiplies(tmp_pa
     check_batch_invariance(read_settings({}), tied, CPU)
 
 
-@pytest.fixture
-def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "builds", list)
-
-
 class TestTheCacheType:
     def test_is_the_network_s_own_by_default(self) -> None:
         assert choose_cache_dtypes("auto", [torch.float16, torch.int8], CPU) == [torch.float16, torch.int8]
@@ -104,7 +99,6 @@ class TestTheCacheType:
     def test_comes_first_and_then_what_could_be_chosen(self) -> None:
         assert choose_cache_dtypes("int8", [torch.float32, torch.int8], CPU) == [torch.int8, torch.float32]
 
-    @pytest.mark.usefixtures("plain_torch")
     def test_that_the_device_lacks_is_refused_before_anything_is_loaded(self, tmp_path: Path) -> None:
         folder = make_checkpoint(tmp_path, num_hidden_layers=1)
         for weights in folder.glob("*.safetensors"):
@@ -114,7 +108,6 @@ class TestTheCacheType:
         with pytest.raises(kernels.KernelsUnavailableError, match=refusal):
             load_model(asked, folder, lambda line: None)
 
-    @pytest.mark.usefixtures("plain_torch")
     def test_shows_what_each_choice_takes_and_holds(self, tmp_path: Path) -> None:
         folder = make_checkpoint(tmp_path, num_hidden_layers=1)
         lines: list[str] = []
