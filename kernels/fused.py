@@ -15,10 +15,19 @@ from typing import Literal
 import numpy as np
 import torch
 
-from persimmon.kernels import projection, sampling, truncation
+from persimmon.kernels import packed_head, packed_projection, projection, sampling, truncation
 from persimmon.kernels.chunk_plan import prefill_configs
 from persimmon.kernels.decode_attention import DecodeWorkspace, build_work_list, decode_attention
-from persimmon.kernels.launch import upload
+from persimmon.kernels.fused_weight import (
+    DequantizingBuffer,
+    FusedWeight,
+    GpuWeight,
+    buffer_bytes,
+    float32_product,
+    is_columns,
+    numbers_of,
+)
+from persimmon.kernels.launch import generation, upload
 from persimmon.kernels.layer_norm import bias_relu_squared_, embed, layer_norm
 from persimmon.kernels.operands import (
     Activation,
@@ -32,6 +41,7 @@ from persimmon.kernels.operands import (
     StepLimits,
     TruncationInputs,
 )
+from persimmon.kernels.packed_weight import PackedWeight, Packing, pack
 from persimmon.kernels.prefill_attention import (
     ChunkPlan,
     PrefillConfig,
@@ -39,10 +49,14 @@ from persimmon.kernels.prefill_attention import (
     prefill_attention,
     qk_norm_rotary_store,
 )
-from persimmon.kernels.quantized import QuantizedFormat, QuantizedMatrix, dense
+from persimmon.kernels.quantized import QuantizedFormat, QuantizedMatrix
 
 SMALL_STEP = 64
 """Most tokens of a step whose projections read weights rather than multiply; not yet run on a GPU."""
+
+PACKED_STEP = packed_projection.MAX_ROWS
+"""The same with quantized weights, which larger steps dequantize first: that writes more bytes than 16-bit weights
+have, while rows of 64 unpack what the L2 cache still holds; not yet run on a GPU."""
 
 SPARSE_STEP = 16
 """Most tokens of a step that skips MLP rows: of more tokens hardly a row is zero for all; not yet run on a GPU."""
@@ -71,37 +85,7 @@ class _Workspaces:
     projection: projection.Workspace
     sampling: sampling.Workspace
     truncation: truncation.TruncationWorkspace
-
-
-@dataclass(frozen=True, slots=True)
-class FusedWeight:
-    """The matrix of a product as these kernels read it.
-
-    Attributes:
-        matrix: [out, in] where the format is "rows"; [in, out] where it is "columns".
-        format: "columns" where the input is sparse, so that what meets a zero lies side by side and is not read.
-        scales: what its numbers are multiplied by; no format of today has any.
-    """
-
-    matrix: torch.Tensor
-    format: Literal["rows", "columns"] = "rows"
-    scales: torch.Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        first, second = self.matrix.shape
-        return (first, second) if self.format == "rows" else (second, first)
-
-    @property
-    def rows(self) -> torch.Tensor:
-        """[out, in], a view: as torch's products take it."""
-        return self.matrix if self.format == "rows" else self.matrix.t()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the matrix and its scales."""
-        return self.matrix.nbytes + (0 if self.scales is None else self.scales.nbytes)
+    dequantized: DequantizingBuffer | None
 
 
 class FusedKernels:
@@ -119,24 +103,34 @@ class FusedKernels:
         self.pdl = pdl
         self.sparse_step = sparse_step
         self._reserved: _Workspaces | None = None
+        self._has_packed = False
 
     def workspace_bytes(self, limits: StepLimits) -> int:
         """Bytes that `reserve` takes."""
         decode = DecodeWorkspace.bytes(limits.max_num_seqs, limits.max_model_len, limits.num_heads, limits.head_dim)
-        small = projection.Workspace.bytes(_projections(limits), SMALL_STEP)
+        small = 4 * sum(_workspace_sizes(limits, packed=limits.quantized))
         rows, vocab_size = limits.max_num_seqs, limits.vocab_size
         draws = sampling.Workspace.bytes(rows, vocab_size) + truncation.TruncationWorkspace.bytes(rows, vocab_size)
-        return decode + small + draws
+        dequantized = buffer_bytes(limits.hidden_size, limits.intermediate_size) if limits.quantized else 0
+        return decode + small + draws + dequantized
 
     def reserve(self, limits: StepLimits) -> None:
         """Makes the buffers that steps within these limits share, one after the other."""
+        packed = limits.quantized or self._has_packed
+        partials, counters = _workspace_sizes(limits, packed=packed)
         self._reserved = _Workspaces(
             DecodeWorkspace.allocate(
                 limits.max_num_seqs, limits.max_model_len, limits.num_heads, limits.head_dim, self.device
             ),
-            projection.Workspace.allocate(_projections(limits), SMALL_STEP, self.device),
+            projection.Workspace(
+                torch.empty(partials, dtype=torch.float32, device=self.device),
+                torch.zeros(counters, dtype=torch.int32, device=self.device),
+            ),
             sampling.Workspace.allocate(limits.max_num_seqs, limits.vocab_size, self.device),
             truncation.TruncationWorkspace.allocate(limits.max_num_seqs, limits.vocab_size, self.device),
+            DequantizingBuffer(buffer_bytes(limits.hidden_size, limits.intermediate_size), self.device)
+            if packed
+            else None,
         )
 
     def stored_dtype(self, stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
@@ -152,18 +146,30 @@ class FusedKernels:
         """As it is."""
         return bias
 
-    def prepare_weight(self, weight: torch.Tensor | QuantizedMatrix, *, sparse_input: bool = False) -> FusedWeight:
-        """[out, in] as it is, or turned where the input is sparse."""
-        matrix = dense(weight)
-        return FusedWeight(matrix.t().contiguous(), "columns") if sparse_input else FusedWeight(matrix)
+    def prepare_weight(self, weight: torch.Tensor | QuantizedMatrix, *, sparse_input: bool = False) -> GpuWeight:
+        """[out, in] as it is, or turned where the input is sparse; a quantized one packed for this GPU.
 
-    def tied_weight(self, table: torch.Tensor | QuantizedMatrix) -> FusedWeight:
-        """As `reference.tied_weight`."""
-        return FusedWeight(dense(table))
+        Raises:
+            ValueError: it is quantized in groups that have no layout.
+        """
+        if isinstance(weight, QuantizedMatrix):
+            self._has_packed = True
+            return pack(weight, columns=sparse_input, generation=generation(self.device))
+        return FusedWeight(weight.t().contiguous(), "columns") if sparse_input else FusedWeight(weight)
+
+    def tied_weight(self, table: torch.Tensor | QuantizedMatrix) -> GpuWeight:
+        """As `reference.tied_weight`; of a quantized table a packed copy, since rows are looked up in the table."""
+        return self.prepare_weight(table)
 
     def weight_bytes(self, shape: tuple[int, int], stored: torch.dtype | QuantizedFormat) -> int:
-        """As `reference.weight_bytes`."""
-        return math.prod(shape) * (stored.scale_dtype if isinstance(stored, QuantizedFormat) else stored).itemsize
+        """As `reference.weight_bytes`; which inputs are sparse does not change it.
+
+        Raises:
+            ValueError: it is quantized in groups that have no layout.
+        """
+        if isinstance(stored, QuantizedFormat):
+            return Packing.of(stored, columns=False).nbytes(shape)
+        return math.prod(shape) * stored.itemsize
 
     def plan_attention(
         self,
@@ -224,24 +230,22 @@ class FusedKernels:
         plan: FusedPlan,
     ) -> Residual:
         """As `reference.embed`, with the LayerNorm statistics of what it writes."""
-        if isinstance(table, QuantizedMatrix):
-            raise ValueError("the kernels of a GPU look up embeddings of 16 bits only")
         values, statistics = embed(token_ids, sampled, table, plan.live, pdl=self.pdl)
         return Residual(values, statistics)
 
-    def norm_linear(self, x: Residual, norm: Norm, linear: Linear[FusedWeight], plan: FusedPlan) -> torch.Tensor:
+    def norm_linear(self, x: Residual, norm: Norm, linear: Linear[GpuWeight], plan: FusedPlan) -> torch.Tensor:
         """As `reference.norm_linear`."""
-        if len(x.values) > SMALL_STEP:
-            return torch.nn.functional.linear(self._normed(x, norm), linear.weight.rows, linear.bias)
+        if len(x.values) > small_step(linear.weight):
+            return self._linear(self._normed(x, norm), linear)
         out, _ = self._project_normed(x, norm, linear, plan, "none")
         return out
 
     def norm_linear_relu_squared(
-        self, x: Residual, norm: Norm, linear: Linear[FusedWeight], plan: FusedPlan
+        self, x: Residual, norm: Norm, linear: Linear[GpuWeight], plan: FusedPlan
     ) -> Activation:
         """As `reference.norm_linear_relu_squared`; of a small step it says which neurons are zero in all rows."""
-        if len(x.values) > SMALL_STEP:
-            values = torch.nn.functional.linear(self._normed(x, norm), linear.weight.rows, linear.bias)
+        if len(x.values) > small_step(linear.weight):
+            values = self._linear(self._normed(x, norm), linear)
             bias_relu_squared_(values, None, pdl=self.pdl)
             return Activation(values)
         return Activation(*self._project_normed(x, norm, linear, plan, "relu_squared"))
@@ -254,7 +258,7 @@ class FusedKernels:
         cache: LayerCache,
         plan: FusedPlan,
         *,
-        ahead: Linear[FusedWeight] | None = None,
+        ahead: Linear[GpuWeight] | None = None,
     ) -> torch.Tensor:
         """As `reference.attention`."""
         tokens, heads, _, dim = qkv.shape
@@ -274,7 +278,7 @@ class FusedKernels:
                 self._workspaces.decode,
                 out=out[:decodes],
                 angles_by_row=rotary.by_token,
-                ahead=None if ahead is None or plan.chunks is not None else ahead.weight.matrix,
+                ahead=None if ahead is None or plan.chunks is not None else numbers_of(ahead.weight),
                 pdl=self.pdl,
             )
         if plan.chunks is not None:
@@ -294,32 +298,39 @@ class FusedKernels:
             prefill_attention(q, cache, plan.chunks, out=out[first:], pdl=self.pdl)
         return out
 
-    def product(self, inputs: Activation, linear: Linear[FusedWeight], plan: FusedPlan) -> torch.Tensor:
+    def product(self, inputs: Activation, linear: Linear[GpuWeight], plan: FusedPlan) -> torch.Tensor:
         """As `reference.product`."""
         del plan
-        return torch.nn.functional.linear(inputs.values, linear.weight.rows, linear.bias)
+        return self._linear(inputs.values, linear)
 
     def add_(self, x: Residual, update: torch.Tensor, plan: FusedPlan) -> None:
         """As `reference.add_`; the next LayerNorm does it in passing, and reads rows instead of their statistics."""
         del plan
         x.pending, x.statistics = update, None
 
-    def add_product_(self, x: Residual, inputs: Activation, linear: Linear[FusedWeight], plan: FusedPlan) -> None:
+    def add_product_(self, x: Residual, inputs: Activation, linear: Linear[GpuWeight], plan: FusedPlan) -> None:
         """As `reference.add_product_`; of a small step in one launch, which also makes the statistics."""
         values, weight = inputs.values, linear.weight
-        if len(values) > SMALL_STEP:
+        if len(values) > small_step(weight):
             self.add_(x, self.product(inputs, linear, plan), plan)
             return
-        columns = weight.format == "columns"
+        columns = is_columns(weight)
+        alive = inputs.alive if columns and len(values) <= self.sparse_step else None
+        workspace = self._workspaces.projection
+        if isinstance(weight, PackedWeight):
+            x.statistics = packed_projection.project_add_(
+                x.values, values, weight, linear.bias, alive=alive, live=plan.live, workspace=workspace, pdl=self.pdl
+            )
+            return
         x.statistics = projection.project_add_(
             x.values,
             values,
             weight.matrix,
             linear.bias,
             transposed=columns,
-            alive=inputs.alive if columns and len(values) <= self.sparse_step else None,
+            alive=alive,
             live=plan.live,
-            workspace=self._workspaces.projection,
+            workspace=workspace,
             config=projection.MLP_DOWN if columns else projection.ATTENTION_OUT,
             pdl=self.pdl,
         )
@@ -338,21 +349,16 @@ class FusedKernels:
             norm,
         )
 
-    def logits(self, hidden: torch.Tensor, head: FusedWeight, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, head: GpuWeight, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """As `reference.logits`, never rounded to 16 bits; written to `out` [R, vocab_size] float32 if given."""
-        columns = head.rows.t()
-        if hidden.dtype == torch.float32:
-            return torch.mm(hidden, columns, out=out)
-        if hidden.device.type != "cuda":
-            return torch.mm(hidden.float(), columns.float(), out=out)
-        if out is None:
-            return torch.mm(hidden, columns, out_dtype=torch.float32)
-        return torch.mm(hidden, columns, out_dtype=torch.float32, out=out)
+        if isinstance(head, PackedWeight):
+            return self._dequantized.logits(hidden, head, out)
+        return float32_product(hidden, head.rows.t(), out)
 
     def sample(
         self,
         hidden: torch.Tensor,
-        head: FusedWeight,
+        head: GpuWeight,
         draw: DrawInputs,
         live: torch.Tensor,
         logits: torch.Tensor | None,
@@ -370,7 +376,10 @@ class FusedKernels:
             [R] int64, the first of `sampled`.
         """
         rows, workspace = len(hidden), self._workspaces.sampling
-        if rows <= SMALL_STEP:
+        if isinstance(head, PackedWeight) and rows <= PACKED_STEP:
+            tokens, _ = packed_head.sample_head(hidden, head, draw, live, workspace, logits=logits, pdl=self.pdl)
+            return tokens
+        if isinstance(head, FusedWeight) and rows <= SMALL_STEP:
             tokens, _ = sampling.sample_head(hidden, head.matrix, draw, live, workspace, logits=logits, pdl=self.pdl)
             return tokens
         all_logits = self.logits(hidden, head, out=logits)
@@ -415,7 +424,7 @@ class FusedKernels:
         self,
         x: Residual,
         norm: Norm,
-        linear: Linear[FusedWeight],
+        linear: Linear[GpuWeight],
         plan: FusedPlan,
         activation: Literal["none", "relu_squared"],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -425,16 +434,34 @@ class FusedKernels:
             inputs = self._normed(x, norm)
         else:
             by = projection.Norm(statistics=x.statistics, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+        weight, workspace = linear.weight, self._workspaces.projection
+        if isinstance(weight, PackedWeight):
+            return packed_projection.project(
+                inputs,
+                weight,
+                linear.bias,
+                norm=by,
+                activation=activation,
+                live=plan.live,
+                workspace=workspace,
+                pdl=self.pdl,
+            )
         return projection.project(
             inputs,
-            linear.weight.matrix,
+            weight.matrix,
             linear.bias,
             norm=by,
             activation=activation,
             live=plan.live,
-            workspace=self._workspaces.projection,
+            workspace=workspace,
             pdl=self.pdl,
         )
+
+    def _linear(self, x: torch.Tensor, linear: Linear[GpuWeight]) -> torch.Tensor:
+        """X @ weight.T + bias by cuBLAS."""
+        if isinstance(linear.weight, PackedWeight):
+            return self._dequantized.linear(x, linear.weight, linear.bias)
+        return torch.nn.functional.linear(x, linear.weight.rows, linear.bias)
 
     def _normed(self, x: Residual, norm: Norm) -> torch.Tensor:
         """LayerNorm of the whole stream, after adding what is pending."""
@@ -443,6 +470,15 @@ class FusedKernels:
         if x.pending is not None:
             x.pending = x.statistics = None
         return normed
+
+    @property
+    def _dequantized(self) -> DequantizingBuffer:
+        buffer = self._workspaces.dequantized
+        if buffer is None:
+            raise RuntimeError(
+                "reserve() comes after the weights or with limits.quantized: there is no buffer for them"
+            )
+        return buffer
 
     @property
     def _workspaces(self) -> _Workspaces:
@@ -454,6 +490,20 @@ class FusedKernels:
 def angles_of(rotary: Rotary, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines for some of a step's rows: theirs, or those of all positions."""
     return (rotary.cos[rows], rotary.sin[rows]) if rotary.by_token else (rotary.cos, rotary.sin)
+
+
+def small_step(weight: GpuWeight) -> int:
+    """Most tokens of a step whose product with this weight reads it as it is stored."""
+    return PACKED_STEP if isinstance(weight, PackedWeight) else SMALL_STEP
+
+
+def _workspace_sizes(limits: StepLimits, *, packed: bool) -> tuple[int, int]:
+    """Elements of the partial sums and counters of a layer's projections."""
+    partials, counters = projection.Workspace.sizes(_projections(limits), SMALL_STEP)
+    if packed:
+        more = packed_projection.workspace_sizes(limits.hidden_size)
+        partials, counters = max(partials, more[0]), max(counters, more[1])
+    return partials, counters
 
 
 def _projections(limits: StepLimits) -> list[tuple[int, projection.ProjectionConfig]]:

@@ -3,7 +3,8 @@
 Neither the number of rows, nor the other rows, nor how a prompt is cut into chunks, nor whether a token is part of a
 prompt, decoded, or computed again after a preemption changes the order in which anything is added up.  For that,
 
-- a product of more rows than `SMALL_STEP` is `invariant_projection`'s, with the summation order of `projection`'s;
+- a product of more rows than `SMALL_STEP` is `invariant_projection`'s, with the summation order of `projection`'s; with
+  quantized weights it is that of smaller steps, 256 rows at a time;
 - attention is `invariant_attention`'s, for prompts and decodes;
 - LayerNorms are always merged from their tiles' statistics, which travel with the residual stream in every step;
 - logits of samples and of prompts are both added up as by the head kernel.
@@ -12,39 +13,46 @@ It assumes that the matrix units round alike at every tile width.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
-from persimmon.kernels import projection, sampling
+from persimmon.kernels import packed_head, packed_projection, projection, sampling
 from persimmon.kernels.chunk_plan import LastTokens, PrefillConfig
-from persimmon.kernels.fused import SMALL_STEP, FusedKernels, FusedPlan, FusedWeight, angles_of
+from persimmon.kernels.fused import FusedKernels, FusedPlan, angles_of, small_step
+from persimmon.kernels.fused_weight import FusedWeight, GpuWeight, is_columns
 from persimmon.kernels.invariant_attention import chunk_attention, config_of, decode_attention
 from persimmon.kernels.invariant_projection import project_rows, project_rows_add_, row_statistics
 from persimmon.kernels.layer_norm import layer_norm
 from persimmon.kernels.operands import Activation, DrawInputs, LayerCache, Linear, Norm, Residual, Rotary
+from persimmon.kernels.packed_weight import PackedWeight
 from persimmon.kernels.prefill_attention import qk_norm_rotary_store
 
 
 class InvariantKernels(FusedKernels):
     """`FusedKernels` whose results for a token depend only on that token and its sequence."""
 
-    def norm_linear(self, x: Residual, norm: Norm, linear: Linear[FusedWeight], plan: FusedPlan) -> torch.Tensor:
+    def norm_linear(self, x: Residual, norm: Norm, linear: Linear[GpuWeight], plan: FusedPlan) -> torch.Tensor:
         """As `reference.norm_linear`."""
-        if len(x.values) <= SMALL_STEP:
+        if len(x.values) <= small_step(linear.weight):
             return super().norm_linear(x, norm, linear, plan)
-        return project_rows(
-            self._normed(x, norm), linear.weight.matrix, linear.bias, config=projection.WIDE, pdl=self.pdl
-        )
+        normed, weight = self._normed(x, norm), linear.weight
+        if isinstance(weight, PackedWeight):
+            return self._packed_rows(normed, weight, linear.bias)
+        return project_rows(normed, weight.matrix, linear.bias, config=projection.WIDE, pdl=self.pdl)
 
     def norm_linear_relu_squared(
-        self, x: Residual, norm: Norm, linear: Linear[FusedWeight], plan: FusedPlan
+        self, x: Residual, norm: Norm, linear: Linear[GpuWeight], plan: FusedPlan
     ) -> Activation:
         """As `reference.norm_linear_relu_squared`."""
-        if len(x.values) <= SMALL_STEP:
+        if len(x.values) <= small_step(linear.weight):
             return super().norm_linear_relu_squared(x, norm, linear, plan)
+        normed, weight = self._normed(x, norm), linear.weight
+        if isinstance(weight, PackedWeight):
+            return Activation(self._packed_rows(normed, weight, linear.bias, activation="relu_squared"))
         values = project_rows(
-            self._normed(x, norm),
-            linear.weight.matrix,
+            normed,
+            weight.matrix,
             linear.bias,
             activation="relu_squared",
             config=projection.WIDE,
@@ -60,7 +68,7 @@ class InvariantKernels(FusedKernels):
         cache: LayerCache,
         plan: FusedPlan,
         *,
-        ahead: Linear[FusedWeight] | None = None,
+        ahead: Linear[GpuWeight] | None = None,
     ) -> torch.Tensor:
         """As `reference.attention`; the weight ahead is not fetched."""
         del ahead
@@ -107,15 +115,18 @@ class InvariantKernels(FusedKernels):
             chunk_attention(q, cache, plan.chunks, out=out[first:], pdl=self.pdl)
         return out
 
-    def product(self, inputs: Activation, linear: Linear[FusedWeight], plan: FusedPlan) -> torch.Tensor:
+    def product(self, inputs: Activation, linear: Linear[GpuWeight], plan: FusedPlan) -> torch.Tensor:
         """As `reference.product`."""
         del plan
         weight = linear.weight
+        if isinstance(weight, PackedWeight):
+            config = packed_projection.added_config(weight.packing)
+            return self._packed_rows(inputs.values, weight, linear.bias, config=config)
         return project_rows(
             inputs.values,
             weight.matrix,
             linear.bias,
-            transposed=weight.format == "columns",
+            transposed=is_columns(weight),
             config=_config_of(weight),
             pdl=self.pdl,
         )
@@ -126,18 +137,28 @@ class InvariantKernels(FusedKernels):
         x.values += update
         x.statistics = row_statistics(x.values, pdl=self.pdl)
 
-    def add_product_(self, x: Residual, inputs: Activation, linear: Linear[FusedWeight], plan: FusedPlan) -> None:
+    def add_product_(self, x: Residual, inputs: Activation, linear: Linear[GpuWeight], plan: FusedPlan) -> None:
         """As `reference.add_product_`."""
-        if len(x.values) <= SMALL_STEP:
+        if len(x.values) <= small_step(linear.weight):
             super().add_product_(x, inputs, linear, plan)
             return
         weight = linear.weight
+        if isinstance(weight, PackedWeight):
+            workspace = self._workspaces.projection
+            parts = [
+                packed_projection.project_add_(
+                    rows, given, weight, linear.bias, live=None, workspace=workspace, pdl=self.pdl
+                )
+                for rows, given in zip(_slices(x.values), _slices(inputs.values), strict=True)
+            ]
+            x.statistics = torch.cat(parts, dim=2)
+            return
         x.statistics = project_rows_add_(
             x.values,
             inputs.values,
             weight.matrix,
             linear.bias,
-            transposed=weight.format == "columns",
+            transposed=is_columns(weight),
             config=_config_of(weight),
             pdl=self.pdl,
         )
@@ -149,8 +170,11 @@ class InvariantKernels(FusedKernels):
         statistics = self._statistics(x)[:, :, rows]
         return layer_norm(x.values[rows], statistics, norm.weight, norm.bias, norm.eps, pdl=self.pdl)
 
-    def logits(self, hidden: torch.Tensor, head: FusedWeight, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, head: GpuWeight, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """As `reference.logits`, with the bits that `sample` writes."""
+        if isinstance(head, PackedWeight):
+            logits = self._packed_rows(hidden, head, None, dtype=torch.float32)
+            return logits if out is None else out.copy_(logits)
         return project_rows(
             hidden, head.matrix, None, config=projection.WIDE, out=out, dtype=torch.float32, pdl=self.pdl
         )
@@ -158,20 +182,49 @@ class InvariantKernels(FusedKernels):
     def sample(
         self,
         hidden: torch.Tensor,
-        head: FusedWeight,
+        head: GpuWeight,
         draw: DrawInputs,
         live: torch.Tensor,
         logits: torch.Tensor | None,
     ) -> torch.Tensor:
         """As `FusedKernels.sample`."""
-        tokens, _ = sampling.sample_head(
-            hidden, head.matrix, draw, live, self._workspaces.sampling, logits=logits, pdl=self.pdl
-        )
+        workspace = self._workspaces.sampling
+        if isinstance(head, PackedWeight):
+            tokens, _ = packed_head.sample_head(hidden, head, draw, live, workspace, logits=logits, pdl=self.pdl)
+        else:
+            tokens, _ = sampling.sample_head(hidden, head.matrix, draw, live, workspace, logits=logits, pdl=self.pdl)
         return tokens
 
     def chunk_configs(self, dtype: torch.dtype) -> Sequence[PrefillConfig]:
         """One shape, whatever a chunk's length."""
         return (config_of(dtype),)
+
+    def _packed_rows(
+        self,
+        x: torch.Tensor,
+        weight: PackedWeight,
+        bias: torch.Tensor | None,
+        *,
+        activation: Literal["none", "relu_squared"] = "none",
+        config: packed_projection.PackedConfig | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """Any number of rows, each with the bits of a small step: [M, in] to [M, out]."""
+        parts = [
+            packed_projection.project(
+                rows,
+                weight,
+                bias,
+                activation=activation,
+                live=None,
+                workspace=self._workspaces.projection,
+                config=config,
+                dtype=dtype,
+                pdl=self.pdl,
+            )[0]
+            for rows in _slices(x)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _normed(self, x: Residual, norm: Norm) -> torch.Tensor:
         return layer_norm(x.values, self._statistics(x), norm.weight, norm.bias, norm.eps, pdl=self.pdl)
@@ -186,3 +239,8 @@ class InvariantKernels(FusedKernels):
 def _config_of(weight: FusedWeight) -> projection.ProjectionConfig:
     """How `FusedKernels.add_product_` splits the product."""
     return projection.MLP_DOWN if weight.format == "columns" else projection.ATTENTION_OUT
+
+
+def _slices(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Rows that one launch takes at a time."""
+    return torch.split(x, packed_projection.MAX_ROWS)

@@ -55,12 +55,32 @@ def supports_pdl(device: torch.device) -> bool:
     return _device_facts(device)[1] >= 9
 
 
+def generation(device: torch.device) -> int:
+    """First part of its compute capability, 8 for 8.9; an H100's without a GPU."""
+    return _device_facts(device)[1] or 9
+
+
+def max_shared_bytes(device: torch.device) -> int:
+    """Shared memory that one program may take.
+
+    CUDA C++ Programming Guide, technical specifications per compute capability: 227 KiB from 9.0 on, 163 KiB of 8.0
+    and 8.7, 99 KiB of 8.6, 8.9 and 12.x.  Without a GPU an A100's, so that what is compiled fits sm_80 as well.
+    """
+    capability = _device_facts(device)[1:]
+    if capability == (0, 0):
+        return 163 * 1024
+    if capability[0] in (9, 10, 11):
+        return 227 * 1024
+    return (163 if capability in ((8, 0), (8, 7)) else 99) * 1024
+
+
 @lru_cache(maxsize=8)
-def _device_facts(device: torch.device) -> tuple[int, int]:
+def _device_facts(device: torch.device) -> tuple[int, int, int]:
+    """Multiprocessors, and both parts of the compute capability."""
     if device.type != "cuda":
-        return _MULTIPROCESSORS_WITHOUT_A_GPU, 0
+        return _MULTIPROCESSORS_WITHOUT_A_GPU, 0, 0
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.major
+    return properties.multi_processor_count, properties.major, properties.minor
 
 
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:

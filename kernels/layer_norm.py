@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from persimmon.kernels.launch import Limits, launch_options, next_power_of_2
+from persimmon.kernels.quantized import QuantizedMatrix
 
 STATISTICS_COLUMNS = 64
 """Columns that share a mean and a sum of squared deviations."""
@@ -116,11 +117,13 @@ def embed_kernel(
     token_ids,
     sampled,
     table,
+    scales,
     live,
     num_rows,
     num_sampled,
     VOCABULARY: tl.constexpr,
     HIDDEN: tl.constexpr,
+    GROUP: tl.constexpr,
     PDL: tl.constexpr,
     ROWS: tl.constexpr = TILE_ROWS,
     COLUMNS: tl.constexpr = STATISTICS_COLUMNS,
@@ -141,7 +144,11 @@ def embed_kernel(
     if HIDDEN % COLUMNS != 0:
         inside = inside & (columns < HIDDEN)[None, :]
     known = ((ids >= 0) & (ids < VOCABULARY))[:, None]
-    values = tl.load(table + ids[:, None] * HIDDEN + columns[None, :], mask=inside & known, other=0.0)
+    values = tl.load(table + ids[:, None] * HIDDEN + columns[None, :], mask=inside & known, other=0)
+    if scales is not None:
+        places = scales + ids[:, None] * (HIDDEN // GROUP) + columns[None, :] // GROUP
+        scale = tl.load(places, mask=inside & known, other=0.0).to(tl.float32)
+        values = (values.to(tl.float32) * scale).to(x.dtype.element_ty)
     tl.store(x + rows.to(tl.int64)[:, None] * HIDDEN + columns[None, :], values, mask=inside)
     store_statistics(statistics, values.to(tl.float32), tile, rows, is_live, num_rows, HIDDEN)
 
@@ -242,7 +249,7 @@ def bias_relu_squared_kernel(x, bias, WIDTH: tl.constexpr, BLOCK_COLUMNS: tl.con
 def embed(
     token_ids: torch.Tensor,
     sampled: torch.Tensor | None,
-    table: torch.Tensor,
+    table: torch.Tensor | QuantizedMatrix,
     live: torch.Tensor | None = None,
     *,
     pdl: bool = False,
@@ -255,30 +262,41 @@ def embed(
         token_ids: [M] int64.  A negative id -1 - r stands for `sampled[r]`, so that a step can follow another whose
             samples the host has not seen.  Any other id outside the table gives zeros.
         sampled: int64, the samples that negative ids refer to; None where there are none.
-        table: [vocabulary, hidden].
+        table: [vocabulary, hidden]; or of 8-bit numbers, which a row's or a group's scale multiplies in float32.
         live: [1] int32, how many rows are to be written; None for all.
         pdl: whether the launch may overlap the end of the kernel before it.
 
     Returns:
-        x [M, hidden] in the table's dtype, and its statistics [2, tiles, M] float32.  Rows behind `live` hold
-        whatever the memory held.
+        x [M, hidden] in the dtype of the table, or of its scales, and its statistics [2, tiles, M] float32.  Rows
+        behind `live` hold whatever the memory held.
     """
     rows, (vocabulary, hidden) = token_ids.shape[0], table.shape
-    _check_contiguous(token_ids=token_ids, sampled=sampled, table=table)
-    x = torch.empty(rows, hidden, dtype=table.dtype, device=table.device)
-    statistics = torch.empty(statistics_shape(rows, hidden), dtype=torch.float32, device=table.device)
+    numbers: torch.Tensor
+    scales: torch.Tensor | None
+    if isinstance(table, QuantizedMatrix):
+        if table.bits != 8:
+            raise ValueError(f"the embedding has {table.bits} bits; the kernels of a GPU look up 8 or 16 of them")
+        numbers, scales, group = table.numbers, table.scales, table.group_size
+    else:
+        numbers, scales, group = table, None, hidden
+    _check_contiguous(token_ids=token_ids, sampled=sampled, table=numbers, scales=scales)
+    dtype = numbers.dtype if scales is None else scales.dtype
+    x = torch.empty(rows, hidden, dtype=dtype, device=numbers.device)
+    statistics = torch.empty(statistics_shape(rows, hidden), dtype=torch.float32, device=numbers.device)
     if rows:
         embed_kernel[(statistics.shape[1], triton.cdiv(rows, TILE_ROWS))](
             x,
             statistics,
             token_ids,
             sampled,
-            table,
+            numbers,
+            scales,
             live,
             rows,
             0 if sampled is None else sampled.numel(),
             VOCABULARY=vocabulary,
             HIDDEN=hidden,
+            GROUP=group,
             PDL=pdl,
             num_warps=4,
             **exact_launch_options(pdl),

@@ -131,6 +131,7 @@ class StepLimits:
         max_num_batched_tokens: maximum tokens of a step.
         max_model_len: maximum tokens of a sequence.
         num_heads, head_dim, hidden_size, intermediate_size, vocab_size: the network's.
+        quantized: whether matrices of products are.
     """
 
     max_num_seqs: int
@@ -141,6 +142,7 @@ class StepLimits:
     hidden_size: int
     intermediate_size: int
     vocab_size: int
+    quantized: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.target_info import cuda_capability_geq, is_cuda
 
-from persimmon.kernels.launch import Limits, next_power_of_2
+from persimmon.kernels.launch import Limits, max_shared_bytes, next_power_of_2
 from persimmon.kernels.layer_norm import (
     STATISTICS_COLUMNS,
     TILE_ROWS,
@@ -144,6 +144,90 @@ def finish_tile(
     return tl.max(((stored != 0.0) & mask).to(tl.int32), 0)
 
 
+@triton.jit
+def store_or_merge(
+    total,
+    out,
+    bias,
+    statistics,
+    partials,
+    counters,
+    alive_out,
+    column_tile,
+    split,
+    first_row,
+    live_rows,
+    num_rows,
+    counter,
+    OUT_FEATURES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr = TILE_ROWS,
+    COLUMNS: tl.constexpr = STATISTICS_COLUMNS,
+):
+    """The end of a program: total [BLOCK_M, BLOCK_N] of one split to `out`, or to where the splits meet.
+
+    They count their arrivals in counters[counter]; the program that arrives last adds all of them up.
+    """
+    EVEN_N: tl.constexpr = OUT_FEATURES % BLOCK_N == 0
+    MERGE: tl.constexpr = (SPLITS > 1) or RESIDUAL
+    rows = first_row + tl.arange(0, BLOCK_M)
+    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    known = columns < OUT_FEATURES
+    is_live = rows < live_rows
+
+    if not MERGE:
+        mask = is_live[:, None] & known[None, :]
+        total = add_terms(total, out, bias, rows, columns, mask, OUT_FEATURES, RESIDUAL)
+        alive = finish_tile(
+            total, out, statistics, rows, columns, 0, is_live, num_rows, OUT_FEATURES, EVEN_N, ACTIVATION, RESIDUAL
+        )
+        if alive_out is not None:
+            tl.store(alive_out + columns, alive.to(tl.int8), mask=known)
+    else:
+        partial = partials + (split * num_rows + rows).to(tl.int64)[:, None] * OUT_FEATURES + columns[None, :]
+        tl.store(partial, total, mask=is_live[:, None] & known[None, :])
+        # All of this program's stores, then its arrival; all others' arrivals, then the last one's loads.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(counters + counter, 1, sem="acq_rel", scope="gpu")
+        if arrived == SPLITS - 1:
+            GROUP: tl.constexpr = min(BLOCK_M // ROWS, _MERGED_BLOCKS)
+            for part in tl.static_range(BLOCK_N // COLUMNS):
+                tile = column_tile * (BLOCK_N // COLUMNS) + part
+                if tile * COLUMNS < OUT_FEATURES:
+                    tile_columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+                    inside = (tile_columns < OUT_FEATURES)[None, :]
+                    alive = tl.zeros((COLUMNS,), tl.int32)
+                    for group in range(0, BLOCK_M, GROUP * ROWS):
+                        if first_row + group < live_rows:
+                            # The loads of all row blocks are issued before the first is finished: one wait, not GROUP.
+                            totals = ()
+                            for block in tl.static_range(GROUP):
+                                tile_rows = first_row + group + block * ROWS + tl.arange(0, ROWS)
+                                mask = (tile_rows < live_rows)[:, None] & inside
+                                merged = sum_splits(
+                                    partials, tile_rows, tile_columns, mask, num_rows, OUT_FEATURES, SPLITS
+                                )
+                                merged = add_terms(
+                                    merged, out, bias, tile_rows, tile_columns, mask, OUT_FEATURES, RESIDUAL
+                                )
+                                totals += (merged,)  # type: ignore[assignment]
+                            for block in tl.static_range(GROUP):
+                                if first_row + group + block * ROWS < live_rows:
+                                    tile_rows = first_row + group + block * ROWS + tl.arange(0, ROWS)
+                                    tile_alive = finish_tile(
+                                        totals[block], out, statistics, tile_rows, tile_columns, tile,
+                                        tile_rows < live_rows, num_rows, OUT_FEATURES, EVEN_N, ACTIVATION, RESIDUAL,
+                                    )  # fmt: skip
+                                    alive = tl.maximum(alive, tile_alive)
+                    if alive_out is not None:
+                        tl.store(alive_out + tile_columns, alive.to(tl.int8), mask=tile_columns < OUT_FEATURES)
+            tl.store(counters + counter, 0)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def projection_kernel(
     out,
@@ -174,8 +258,6 @@ def projection_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
-    ROWS: tl.constexpr = TILE_ROWS,
-    COLUMNS: tl.constexpr = STATISTICS_COLUMNS,
 ):
     """BLOCK_N output features over one split of the input features, for all rows; see `project`, `project_add_`."""
     if PDL:
@@ -187,7 +269,6 @@ def projection_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     EVEN_N: tl.constexpr = OUT_FEATURES % BLOCK_N == 0
     EVEN_K: tl.constexpr = IN_FEATURES == SPLITS * SPLIT_FEATURES
-    MERGE: tl.constexpr = (SPLITS > 1) or RESIDUAL
     # Before sm_90 a transposed weight tile reaches the matrix units through shared memory only as right operand.
     ROWS_FIRST: tl.constexpr = TRANSPOSED and is_cuda() and not cuda_capability_geq(9, 0)
     column_tile = tl.program_id(0)
@@ -253,55 +334,10 @@ def projection_kernel(
                     tl.trans(w_tile) if TRANSPOSED else w_tile, tl.trans(x_tile), accumulator, input_precision="ieee"
                 )
     total = accumulator if ROWS_FIRST else tl.trans(accumulator)
-    is_live = rows < live_rows
-
-    if not MERGE:
-        mask = is_live[:, None] & known[None, :]
-        total = add_terms(total, out, bias, rows, columns, mask, OUT_FEATURES, RESIDUAL)
-        alive = finish_tile(
-            total, out, statistics, rows, columns, 0, is_live, num_rows, OUT_FEATURES, EVEN_N, ACTIVATION, RESIDUAL
-        )
-        if alive_out is not None:
-            tl.store(alive_out + columns, alive.to(tl.int8), mask=known)
-    else:
-        partial = partials + (split * num_rows + rows).to(tl.int64)[:, None] * OUT_FEATURES + columns[None, :]
-        tl.store(partial, total, mask=is_live[:, None] & known[None, :])
-        # All of this program's stores, then its arrival; all others' arrivals, then the last one's loads.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counters + column_tile, 1, sem="acq_rel", scope="gpu")
-        if arrived == SPLITS - 1:
-            GROUP: tl.constexpr = min(BLOCK_M // ROWS, _MERGED_BLOCKS)
-            for part in tl.static_range(BLOCK_N // COLUMNS):
-                tile = column_tile * (BLOCK_N // COLUMNS) + part
-                if tile * COLUMNS < OUT_FEATURES:
-                    tile_columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-                    inside = (tile_columns < OUT_FEATURES)[None, :]
-                    alive = tl.zeros((COLUMNS,), tl.int32)
-                    for group in range(0, BLOCK_M, GROUP * ROWS):
-                        if group < live_rows:
-                            # The loads of all row blocks are issued before the first is finished: one wait, not GROUP.
-                            totals = ()
-                            for block in tl.static_range(GROUP):
-                                tile_rows = group + block * ROWS + tl.arange(0, ROWS)
-                                mask = (tile_rows < live_rows)[:, None] & inside
-                                merged = sum_splits(
-                                    partials, tile_rows, tile_columns, mask, num_rows, OUT_FEATURES, SPLITS
-                                )
-                                merged = add_terms(
-                                    merged, out, bias, tile_rows, tile_columns, mask, OUT_FEATURES, RESIDUAL
-                                )
-                                totals += (merged,)  # type: ignore[assignment]
-                            for block in tl.static_range(GROUP):
-                                if group + block * ROWS < live_rows:
-                                    tile_rows = group + block * ROWS + tl.arange(0, ROWS)
-                                    tile_alive = finish_tile(
-                                        totals[block], out, statistics, tile_rows, tile_columns, tile,
-                                        tile_rows < live_rows, num_rows, OUT_FEATURES, EVEN_N, ACTIVATION, RESIDUAL,
-                                    )  # fmt: skip
-                                    alive = tl.maximum(alive, tile_alive)
-                    if alive_out is not None:
-                        tl.store(alive_out + tile_columns, alive.to(tl.int8), mask=tile_columns < OUT_FEATURES)
-            tl.store(counters + column_tile, 0)
+    store_or_merge(
+        total, out, bias, statistics, partials, counters, alive_out, column_tile, split, 0, live_rows, num_rows,
+        column_tile, OUT_FEATURES, ACTIVATION, RESIDUAL, SPLITS, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
 
 
 def project(
@@ -442,7 +478,7 @@ def _launch(
     (rows, in_features), out_features = x.shape, out.shape[1]
     residual = statistics is not None
     block_m = max(16, next_power_of_2(rows))
-    tiling = config.tiling(block_m, x.element_size())
+    tiling = config.tiling(block_m, x.element_size(), max_shared_bytes(x.device))
     tiles = triton.cdiv(out_features, tiling.block_n)
     splits = config.splits
     if splits > 1 or residual:

@@ -79,12 +79,15 @@ class ProjectionConfig:
         share = -(-in_features // self.splits)
         return -(-share // SPLIT_ALIGNMENT) * SPLIT_ALIGNMENT
 
-    def tiling(self, block_m: int, element_size: int) -> Tiling:
-        """How a program works on `block_m` rows (16, 32, 64, 128 or 256) of numbers of `element_size` bytes."""
+    def tiling(self, block_m: int, element_size: int, available: int) -> Tiling:
+        """How a program works on `block_m` rows (16, 32, 64, 128 or 256) of numbers of `element_size` bytes.
+
+        `available` is the shared memory that it may take.
+        """
         many = block_m in (32, 64)
         block_n, shared = (self.block_n_many, SHARED_BYTES_ALONE) if many else (self.block_n, SHARED_BYTES)
         block_k = min(self.block_k, {16: 128, 256: 32}.get(block_m, 64), 128 if element_size == 2 else 32)
-        fit = shared // ((block_n + block_m) * block_k * element_size)
+        fit = min(shared, available) // ((block_n + block_m) * block_k * element_size)
         return Tiling(block_n, block_k, fit if self.stages is None else min(self.stages, fit))
 
 

@@ -330,6 +330,68 @@ def slice_noise(first, seed, sample_index, position, SLICE: tl.constexpr):
     return gumbel_from_word(tl.reshape(tl.permute(words, (0, 2, 1)), (SLICE,)))
 
 
+@triton.jit
+def draw_from_tile(
+    x,
+    tile,
+    row,
+    is_live,
+    temperature,
+    seed,
+    sample_index,
+    position,
+    wants_logits,
+    logits,
+    scores,
+    winner_ids,
+    winner_logits,
+    maxima,
+    sums,
+    vocab_size,
+    tiles,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """What one tile of logits x [BLOCK_N, BLOCK_M] float32 leaves for the merge, and the logits that rows want."""
+    ids = (tile * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+    x = tl.where((ids < vocab_size) & (x == x), x, float("-inf"))
+    if logits is not None:
+        wanted = is_live & (tl.load(wants_logits + row, mask=is_live, other=0) != 0)
+        out = logits + row.to(tl.int64)[None, :] * vocab_size + ids
+        tl.store(out, x, mask=wanted[None, :] & (ids < vocab_size))
+
+    group = tile * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+    own_seed = tl.load(seed + row, mask=is_live, other=0)
+    own_index = tl.load(sample_index + row, mask=is_live, other=0)
+    own_position = tl.load(position + row, mask=is_live, other=0)
+    w0, w1, w2, w3 = tl.philox(
+        own_seed[None, :],
+        group[:, None],
+        own_position[None, :],
+        own_index[None, :],
+        tl.zeros((1, 1), dtype=tl.int32),
+    )
+    words = tl.join(tl.join(w0, w1), tl.join(w2, w3))
+    noise = gumbel_from_word(tl.reshape(tl.permute(words, (0, 3, 2, 1)), (BLOCK_N, BLOCK_M)))
+    score = x + tl.load(temperature + row, mask=is_live, other=0.0)[None, :] * noise
+
+    best = tl.max(score, axis=0)
+    winner = tl.min(tl.where(score == best[None, :], ids, _NO_TOKEN), axis=0)
+    winner_logit = tl.max(tl.where(ids == winner[None, :], x, float("-inf")), axis=0)
+    maximum = tl.max(x, axis=0)
+    # In whole numbers the order of the sum cannot matter, and that order is the compiler's choice for each BLOCK_M.
+    share = tl.where(x == maximum[None, :], 1.0, tl.exp2((x - maximum[None, :]) * _LOG2_E))
+    one: tl.constexpr = 2**30 // BLOCK_N
+    total = tl.sum((share * one + 0.5).to(tl.int32), axis=0)
+
+    entry = row.to(tl.int64) * tiles + tile
+    tl.store(scores + entry, best, mask=is_live)
+    tl.store(winner_ids + entry, winner, mask=is_live)
+    tl.store(winner_logits + entry, winner_logit, mask=is_live)
+    tl.store(maxima + entry, maximum, mask=is_live)
+    tl.store(sums + entry, total.to(tl.float32) / one, mask=is_live)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _head_kernel(
     hidden,
@@ -384,43 +446,10 @@ def _head_kernel(
             h = tl.load(hidden_rows + (first + k)[None, :], mask=is_live[:, None] & inside, other=0.0)
         x = tl.dot(w, tl.trans(h), x, input_precision="ieee")
 
-    ids = id_[:, None]
-    x = tl.where((ids < vocab_size) & (x == x), x, float("-inf"))
-    if logits is not None:
-        wanted = is_live & (tl.load(wants_logits + row, mask=is_live, other=0) != 0)
-        out = logits + row.to(tl.int64)[None, :] * vocab_size + ids
-        tl.store(out, x, mask=wanted[None, :] & (ids < vocab_size))
-
-    group = tile * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
-    own_seed = tl.load(seed + row, mask=is_live, other=0)
-    own_index = tl.load(sample_index + row, mask=is_live, other=0)
-    own_position = tl.load(position + row, mask=is_live, other=0)
-    w0, w1, w2, w3 = tl.philox(
-        own_seed[None, :],
-        group[:, None],
-        own_position[None, :],
-        own_index[None, :],
-        tl.zeros((1, 1), dtype=tl.int32),
-    )
-    words = tl.join(tl.join(w0, w1), tl.join(w2, w3))
-    noise = gumbel_from_word(tl.reshape(tl.permute(words, (0, 3, 2, 1)), (BLOCK_N, BLOCK_M)))
-    score = x + tl.load(temperature + row, mask=is_live, other=0.0)[None, :] * noise
-
-    best = tl.max(score, axis=0)
-    winner = tl.min(tl.where(score == best[None, :], ids, _NO_TOKEN), axis=0)
-    winner_logit = tl.max(tl.where(ids == winner[None, :], x, float("-inf")), axis=0)
-    maximum = tl.max(x, axis=0)
-    # In whole numbers the order of the sum cannot matter, and that order is the compiler's choice for each BLOCK_M.
-    share = tl.where(x == maximum[None, :], 1.0, tl.exp2((x - maximum[None, :]) * _LOG2_E))
-    one: tl.constexpr = 2**30 // BLOCK_N
-    total = tl.sum((share * one + 0.5).to(tl.int32), axis=0)
-
-    entry = row.to(tl.int64) * tiles + tile
-    tl.store(scores + entry, best, mask=is_live)
-    tl.store(winner_ids + entry, winner, mask=is_live)
-    tl.store(winner_logits + entry, winner_logit, mask=is_live)
-    tl.store(maxima + entry, maximum, mask=is_live)
-    tl.store(sums + entry, total.to(tl.float32) / one, mask=is_live)
+    draw_from_tile(
+        x, tile, row, is_live, temperature, seed, sample_index, position, wants_logits, logits, scores, winner_ids,
+        winner_logits, maxima, sums, vocab_size, tiles, BLOCK_N, BLOCK_M,
+    )  # fmt: skip
 
 
 @triton.jit

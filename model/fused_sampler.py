@@ -10,7 +10,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from persimmon.kernels.fused import FusedKernels, FusedWeight
+from persimmon.kernels.fused import FusedKernels
+from persimmon.kernels.fused_weight import GpuWeight
 from persimmon.kernels.launch import upload
 from persimmon.model.adjustments import adjust_
 from persimmon.model.row_sampling import RowSampling
@@ -26,7 +27,7 @@ class FusedSampler:
         head: lm_head, of shape (vocab_size, hidden).
     """
 
-    def __init__(self, kernels: FusedKernels, head: FusedWeight) -> None:
+    def __init__(self, kernels: FusedKernels, head: GpuWeight) -> None:
         self._kernels = kernels
         self._head = head
 

@@ -11,7 +11,8 @@ from benchmarks.gpu.model import limits
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.suite import Setting
 from persimmon.kernels import reference_sampling
-from persimmon.kernels.fused import FusedKernels, FusedWeight
+from persimmon.kernels.fused import FusedKernels
+from persimmon.kernels.fused_weight import FusedWeight
 from persimmon.kernels.operands import DrawInputs, TruncationInputs
 from persimmon.model.adjustments import adjust_, penalize
 from persimmon.model.fused_sampler import FusedSampler

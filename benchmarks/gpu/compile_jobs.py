@@ -19,6 +19,7 @@ from benchmarks.gpu.sweep import ProjectionSweep, projection_sweeps
 from persimmon.kernels import decode_attention
 from persimmon.kernels.fused import FusedKernels
 from persimmon.kernels.invariant import InvariantKernels
+from persimmon.kernels.launch import max_shared_bytes
 from persimmon.kernels.layer_norm import statistics_shape
 from persimmon.kernels.projection import project, project_add_
 from persimmon.kernels.projection_config import Norm, ProjectionConfig, Workspace
@@ -188,5 +189,9 @@ def jobs_of(shape: str, section: str) -> Sequence[CompileJob]:
             StepJob(chunk=20, dtype=dtype) for dtype in types
         ]
     if section == "sweep":
-        return [ProjectionJob(sweep, config) for sweep in projection_sweeps(suite) for config in sweep.configs]
+        return [
+            ProjectionJob(sweep, config)
+            for sweep in projection_sweeps(suite, max_shared_bytes(META))
+            for config in sweep.configs
+        ]
     return []

@@ -20,7 +20,7 @@ from benchmarks.gpu.timing import Call, time_variants
 from persimmon.kernels.chunk_plan import CONFIGS, PrefillConfig, plan_chunks
 from persimmon.kernels.decode_attention import DecodeConfig
 from persimmon.kernels.fused import SPARSE_STEP
-from persimmon.kernels.launch import next_power_of_2
+from persimmon.kernels.launch import max_shared_bytes, next_power_of_2
 from persimmon.kernels.prefill_attention import prefill_attention
 from persimmon.kernels.projection_config import ATTENTION_OUT, MLP_DOWN, WIDE, ProjectionConfig
 
@@ -83,12 +83,14 @@ class ProjectionSweep:
         rows: tokens.
         default: how the network launches it.
         skipping: whether rows of its weight that meet only zeros are not read.
+        shared_bytes: that a program may take on the card.
     """
 
     name: str
     rows: int
     default: ProjectionConfig
     skipping: bool
+    shared_bytes: int
 
     @property
     def configs(self) -> list[ProjectionConfig]:
@@ -97,7 +99,7 @@ class ProjectionSweep:
         different: dict[tuple[object, ...], ProjectionConfig] = {}
         for config in neighbours(self.default, TOGETHER):
             prologue = config.norm_in_prologue and block_m == 16
-            same = (config.tiling(block_m, DTYPE.itemsize), config.splits, config.warps, prologue)
+            same = (config.tiling(block_m, DTYPE.itemsize, self.shared_bytes), config.splits, config.warps, prologue)
             different.setdefault(same, config)
         return list(different.values())
 
@@ -105,7 +107,7 @@ class ProjectionSweep:
         return f"{self.name}, {self.rows} rows{', 90% zeros' if self.skipping else ''}"
 
 
-def projection_sweeps(suite: Suite) -> list[ProjectionSweep]:
+def projection_sweeps(suite: Suite, shared_bytes: int) -> list[ProjectionSweep]:
     """The projections whose defaults were chosen by arithmetic, the ones furthest from their roofline first."""
     defaults = {"attention_out": ATTENTION_OUT, "mlp_down": MLP_DOWN}
     sweeps = []
@@ -113,7 +115,13 @@ def projection_sweeps(suite: Suite) -> list[ProjectionSweep]:
         for width in widths(suite.config):
             skipping = width.name == "mlp_down" and rows <= SPARSE_STEP
             sweeps.append(
-                ProjectionSweep(name=width.name, rows=rows, default=defaults.get(width.name, WIDE), skipping=skipping)
+                ProjectionSweep(
+                    name=width.name,
+                    rows=rows,
+                    default=defaults.get(width.name, WIDE),
+                    skipping=skipping,
+                    shared_bytes=shared_bytes,
+                )
             )
     return sorted(sweeps, key=lambda sweep: not sweep.skipping)
 
@@ -121,7 +129,7 @@ def projection_sweeps(suite: Suite) -> list[ProjectionSweep]:
 def run(setting: Setting, report: Report) -> None:
     """Projections, then attention."""
     suite = setting.suite
-    for sweep in projection_sweeps(suite):
+    for sweep in projection_sweeps(suite, max_shared_bytes(setting.device)):
         report.attempt(str(sweep), partial(_projection, setting, report, sweep), seconds=5)
     for batch, context in suite.decode_grid[:2]:
         what = f"decode attention, {batch} x {context}"

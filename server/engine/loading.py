@@ -105,7 +105,7 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=settings.max_model_len,
         kv_cache_bytes=settings.kv_cache_memory,
-        step_buffers=executor.step_buffers(config, dtype, _limits(settings, config, longest)),
+        step_buffers=executor.step_buffers(config, dtype, _limits(settings, config, longest, quantized=bool(formats))),
         weight_bytes=operations.weight_bytes,
         stored=stored,
         cache_dtypes=cache_dtypes,
@@ -141,7 +141,7 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
             # What loading has borrowed beyond the weights is the KV cache's.
             torch.cuda.empty_cache()
     cache = cache or allocate()
-    executor.reserve(_limits(settings, config, plan.max_model_len))
+    executor.reserve(_limits(settings, config, plan.max_model_len, quantized=bool(formats)))
     with _phase(executor.preparation, print_line) if executor.preparation else nullcontext():
         executor.start(model, cache, _graph_progress)
     runner = Runner(executor)
@@ -172,7 +172,9 @@ def _graph_sizes(settings: EngineSettings, config: PersimmonConfig) -> list[int]
     return list(settings.cuda_graph_sizes or default_sizes(settings.max_num_seqs))
 
 
-def _limits(settings: EngineSettings, config: PersimmonConfig, max_model_len: int) -> kernels.StepLimits:
+def _limits(
+    settings: EngineSettings, config: PersimmonConfig, max_model_len: int, *, quantized: bool = False
+) -> kernels.StepLimits:
     return kernels.StepLimits(
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
@@ -183,6 +185,7 @@ def _limits(settings: EngineSettings, config: PersimmonConfig, max_model_len: in
         intermediate_size=config.intermediate_size,
         # What draws takes grows with it, and a classifier draws nothing.
         vocab_size=config.vocab_size if config.generates else 0,
+        quantized=quantized,
     )
 
 
@@ -266,7 +269,7 @@ def warm_up_steps(
     # One of every range of lengths and batch sizes that kernels are compiled for, and a length that no graph holds.
     ranges = (20, 40, 80, MIXED_SIZES[-1] + 1) if compiles else (20,)
     lengths = [min(longest, budget, length) for length in ranges]
-    sizes = [size for size in (1, 9, 17, 33, 65) if size <= most] if compiles else [1]
+    sizes = [size for size in (1, 9, 17, 33, 65, 257) if size <= most] if compiles else [1]
     for tokens in ranges:
         yield together(tokens)
     for size in sizes:

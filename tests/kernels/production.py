@@ -9,6 +9,7 @@ Each module of calls has:
     EXPECTED: patterns that the machine code for sm_90 must contain, by name of the call.
     COMPAT_ONLY: names of calls that only `make compat` compiles.
     EVERY_GENERATION: names of calls that `make test` compiles for sm_80 and sm_100 too.
+    SCALARS: optionally, names of calls that read single 16-bit numbers.
     KINDS: optionally, by name, the kind of call that the kernel's bounds distinguish.
 """
 
@@ -19,7 +20,7 @@ from types import ModuleType
 CAPABILITIES = (80, 90, 100)
 MODULES = (
     *("decode_attention", "prefill_attention", "projection", "layer_norm", "sampling", "truncation"),
-    *("invariant_attention", "invariant_projection"),
+    *("invariant_attention", "invariant_projection", "packed_projection", "packed_head", "dequantize"),
 )
 """Modules of persimmon.kernels that have calls."""
 

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from persimmon.kernels.layer_norm import bias_relu_squared_, embed, layer_norm, statistics_shape
+from persimmon.kernels.quantized import QuantizedMatrix
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 16384, 262144
 
@@ -22,6 +23,13 @@ def _embed(rows: int, dtype: torch.dtype, *, pdl: bool = False) -> None:
         _empty(1, dtype=torch.int32),
         pdl=pdl,
     )
+
+
+def _embed_bytes(rows: int, dtype: torch.dtype, *, pdl: bool = False) -> None:
+    numbers, scales = _empty(VOCABULARY, HIDDEN, dtype=torch.int8), _empty(VOCABULARY, 1, dtype=dtype)
+    table = QuantizedMatrix(numbers, scales, bits=8, group_size=HIDDEN)
+    sampled, live = _empty(rows, dtype=torch.int64), _empty(1, dtype=torch.int32)
+    embed(_empty(rows, dtype=torch.int64), sampled, table, live, pdl=pdl)
 
 
 def _norm(rows: int, dtype: torch.dtype, *, merged: bool, pdl: bool = False) -> None:
@@ -42,6 +50,7 @@ def _activation(rows: int, dtype: torch.dtype, *, pdl: bool = False) -> None:
 
 _KINDS: dict[str, Callable[..., None]] = {
     "embed": partial(_embed, 16),
+    "embed_bytes": partial(_embed_bytes, 16),
     "merged_norm": partial(_norm, 64, merged=True),
     "row_norm": partial(_norm, 2048, merged=False),
     "bias_relu_squared": partial(_activation, 2048),
@@ -54,6 +63,10 @@ CALLS: dict[str, Callable[[], None]] = {
 CALLS |= {f"{name}_dependent": partial(call, dtype=torch.float16, pdl=True) for name, call in _KINDS.items()}
 
 _LOADS = (r"LDG\.E\.128", r"STG\.E\.128")
-EXPECTED: dict[str, tuple[str, ...]] = dict.fromkeys(CALLS, _LOADS)
-COMPAT_ONLY = {name for name in CALLS if not name.endswith("fp16")}
+EXPECTED: dict[str, tuple[str, ...]] = {
+    name: (r"LDG\.E\.64", r"STG\.E\.128") if "bytes" in name else _LOADS for name in CALLS
+}
+COMPAT_ONLY = {name for name in CALLS if not name.endswith("fp16") or "bytes" in name}
 EVERY_GENERATION: set[str] = set()
+SCALARS = {name for name in CALLS if "bytes" in name}
+"""A row of an 8-bit embedding has one scale."""

@@ -10,6 +10,7 @@ from triton.runtime import interpreter
 from persimmon.kernels import layer_norm as module
 from persimmon.kernels import reference_projection as reference
 from persimmon.kernels.layer_norm import ElementwiseConfig, bias_relu_squared_, embed, layer_norm
+from tests.kernels.quantized_matrices import random_matrix
 
 NAN = float("nan")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -55,6 +56,19 @@ class TestEmbed:
         expected, expected_statistics = reference.embed(torch.tensor([3, -1, -3, -2, 0]), sampled, table)
         assert torch.equal(x, expected)
         torch.testing.assert_close(statistics, expected_statistics)
+
+    @pytest.mark.parametrize("group", [96, 32])
+    def test_rows_of_8_bits_are_multiplied_by_their_scales(self, group: int) -> None:
+        table = random_matrix((50, 96), 8, group, scale_dtype=torch.bfloat16)
+        x, statistics = embed(torch.tensor([3, 49, 60]), None, table)
+        assert x.dtype == torch.bfloat16
+        assert torch.equal(x[:2], table.dequantized()[[3, 49]].bfloat16())
+        assert not x[2].any()
+        torch.testing.assert_close(statistics, reference.tile_statistics(x), rtol=1e-5, atol=1e-6)
+
+    def test_a_table_of_4_bits_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="the embedding has 4 bits; the kernels of a GPU look up 8 or 16 of them"):
+            embed(torch.tensor([3]), None, random_matrix((50, 64), 4, 32))
 
     @pytest.mark.parametrize("token", [-1, -4, -5, -(2**62), 50, 2**40, 2**62])
     def test_ids_outside_the_table_give_zeros(self, token: int) -> None:

@@ -9,7 +9,7 @@ test's subject, and here it takes a minute.  Needs a process of its own:
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -20,13 +20,15 @@ from triton.runtime.jit import JitFunctionInfo
 
 from persimmon.kernels.fused import FusedKernels
 from persimmon.kernels.invariant import InvariantKernels
+from persimmon.kernels.quantized import Bits, QuantizedMatrix
 from persimmon.model.checkpoint import expected_shapes
 from persimmon.model.config import Architecture, PersimmonConfig
 from persimmon.model.fused_executor import FusedExecutor
 from persimmon.model.graphs import Record
 from persimmon.model.kv_cache import KVCache
+from persimmon.model.leftovers import EMBEDDING
 from persimmon.model.memory import MemoryPlan
-from persimmon.model.persimmon import Persimmon
+from persimmon.model.persimmon import Persimmon, is_matrix
 from persimmon.model.rope_scaling import RopeScaling
 from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import PooledStates, PromptLogprobs, Report, Runner, SequenceInput
@@ -81,13 +83,28 @@ def launch_once(run: Callable[[], T]) -> tuple[NoGraph, T]:
     return NoGraph(), run()
 
 
-def make_runner(settings: Settings, config: PersimmonConfig) -> MetaRunner:
+def tensors_of(config: PersimmonConfig, bits: Bits | None) -> Iterator[tuple[str, torch.Tensor | QuantizedMatrix]]:
+    """Of a checkpoint; with bits its layers' matrices are quantized in groups, lm_head and embedding row by row."""
+    for name, shape in expected_shapes(config).items():
+        tensor = torch.empty(shape, device=META)
+        if bits is not None and (is_matrix(name) or name == EMBEDDING):
+            own_bits: Bits = 8 if name in (EMBEDDING, "lm_head.weight") else bits
+            group = shape[1] if own_bits == 8 else 128
+            numbers = torch.empty(
+                shape[0], shape[1] * own_bits // 8, dtype=torch.int8 if own_bits == 8 else torch.uint8, device=META
+            )
+            scales = torch.empty(shape[0], shape[1] // group, dtype=torch.float16, device=META)
+            yield name, QuantizedMatrix(numbers, scales, own_bits, group)
+        else:
+            yield name, tensor
+
+
+def make_runner(settings: Settings, config: PersimmonConfig, bits: Bits | None = None) -> MetaRunner:
     """As the server makes it, on a GPU that is not there."""
     kernels = (InvariantKernels if settings.batch_invariant else FusedKernels)(META)
     executor = MetaExecutor(kernels, _graph_sizes(settings, config))
+    model = Persimmon(config, tensors_of(config, bits), torch.float16, META, kernels)
     executor.reserve(_limits(settings, config, _max_model_len(settings)))
-    tensors = ((name, torch.empty(shape, device=META)) for name, shape in expected_shapes(config).items())
-    model = Persimmon(config, tensors, torch.float16, META, kernels)
     cache = KVCache.allocate(config, NUM_BLOCKS, BLOCK_SIZE, torch.float16, META)
     return MetaRunner(executor.start(model, cache))
 
@@ -144,11 +161,15 @@ ADJUSTED = [
 ]
 
 
+BITS: dict[str, Bits] = {"int4": 4}
+"""Of servers with quantized weights."""
+
 SERVERS: dict[str, tuple[Settings, dict[str, Any]]] = {
     "default": (Settings(), {}),
     "eager": (Settings(enforce_eager=True, max_num_seqs=1), {}),
     "few": (Settings(max_num_seqs=8), {}),
     "batch-invariant": (Settings(batch_invariant=True), {}),
+    "int4": (Settings(max_num_seqs=66), {}),
     "short": (Settings(enforce_eager=True, max_num_seqs=32, max_model_len=40), {}),
     "long prompts": (Settings(max_num_seqs=8), {"rope_scaling": SCALING, "max_position_embeddings": 512}),
     "classifier": (Settings(), {"architecture": Architecture.TOKEN_CLASSIFICATION, "labels": ("calm", "glad", "sad")}),
@@ -160,7 +181,7 @@ def _max_model_len(settings: Settings) -> int:
     return settings.max_model_len or MAX_MODEL_LEN
 
 
-def compilations(settings: Settings, changes: dict[str, Any]) -> dict[str, list[str]]:
+def compilations(settings: Settings, changes: dict[str, Any], bits: Bits | None) -> dict[str, list[str]]:
     config = replace(GENERATOR, **changes)
     plan = MemoryPlan(0, 0, 0, 0, 0, NUM_BLOCKS, BLOCK_SIZE, _max_model_len(settings))
     compiled: dict[str, str] = {}
@@ -171,7 +192,7 @@ def compilations(settings: Settings, changes: dict[str, Any]) -> dict[str, list[
 
     with launches_compile(90), knobs.runtime.scope():
         knobs.runtime.jit_cache_hook = note
-        runner = make_runner(settings, config)
+        runner = make_runner(settings, config, bits)
         for batch in warm_up_steps(plan, settings, config, compiles=True):
             runner.run(batch)
         warm = len(compiled)
@@ -183,7 +204,7 @@ def compilations(settings: Settings, changes: dict[str, Any]) -> dict[str, list[
 
 
 def main() -> None:
-    print(json.dumps({name: compilations(*server) for name, server in SERVERS.items()}))
+    print(json.dumps({name: compilations(*server, BITS.get(name)) for name, server in SERVERS.items()}))
 
 
 if __name__ == "__main__":

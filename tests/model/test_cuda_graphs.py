@@ -18,7 +18,8 @@ import torch
 from triton.runtime.interpreter import GridExecutor
 
 from persimmon.kernels import reference, reference_sampling
-from persimmon.kernels.fused import SMALL_STEP, FusedKernels, FusedWeight
+from persimmon.kernels.fused import SMALL_STEP, FusedKernels
+from persimmon.kernels.fused_weight import FusedWeight
 from persimmon.kernels.operands import DrawInputs, TruncationInputs
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.fused_sampler import FusedSampler

@@ -136,9 +136,6 @@ def test_the_memory_plan_counts_what_weights_say_they_take(
 
 def test_scales_count_among_the_bytes_of_a_weight() -> None:
     from persimmon.kernels.cpu.native import NativeWeight
-    from persimmon.kernels.fused import FusedWeight
 
     numbers, scales = torch.zeros(8, 4, dtype=torch.int8), torch.ones(8)
-    assert FusedWeight(numbers, "columns", scales).nbytes == NativeWeight(numbers, (8, 4), "rows", scales=scales).nbytes
-    assert FusedWeight(numbers, "columns", scales).nbytes == 8 * 4 + 8 * 4
-    assert FusedWeight(numbers, "columns", scales).shape == (4, 8)
+    assert NativeWeight(numbers, (8, 4), "rows", scales=scales).nbytes == 8 * 4 + 8 * 4

@@ -34,7 +34,7 @@ def faults(capability: int, module: str, call: str, kernels: Sequence[Compiled])
             found.append(f"{name} takes {kernel.registers} registers, more than {limit.registers}")
         if limit is not None and kernel.shared_bytes > limit.shared_bytes:
             found.append(f"{name} takes {kernel.shared_bytes} bytes of shared memory, more than {limit.shared_bytes}")
-        if SCALAR_16_BIT_LOAD.search(kernel.sass):
+        if SCALAR_16_BIT_LOAD.search(kernel.sass) and call not in getattr(calls_of(module), "SCALARS", ()):
             found.append(f"{name} loads a tensor of 16-bit numbers one by one")
     if capability == 90:
         machine_code = "\n".join(kernel.sass for kernel in kernels)

@@ -11,9 +11,9 @@ RULES: dict[str, Callable[[Compiled], list[str]]] = {
     "no_non_coherent_load": rules.no_non_coherent_load,
     "proxy_fence": rules.proxy_fence,
     "barrier_before_shared_stores": rules.barrier_before_shared_stores,
-    "nothing_before_grid_wait": partial(rules.nothing_before_grid_wait, except_for=("weight",)),
+    "nothing_before_grid_wait": partial(rules.nothing_before_grid_wait, except_for=("weight", "scales")),
 }
-"""Rules over one kernel.  No launch of a step writes a weight, so a dependent launch may prefetch it."""
+"""Rules over one kernel.  No launch of a step writes a weight or its scales, so a dependent launch may prefetch it."""
 
 
 def violations(matrix: Matrix, rule: str) -> dict[str, list[str]]:
@@ -33,7 +33,9 @@ def reduction_layouts(matrix: Matrix) -> list[str]:
         kernels = [
             kernel
             for (capability, module, call), launched in matrix.items()
-            if capability == 90 and module in ("projection", "layer_norm") and ("fp32" in call) == wide
+            if capability == 90
+            and module in ("projection", "packed_projection", "layer_norm")
+            and ("fp32" in call) == wide
             for kernel in launched
             if kernel.kernel != "row_layer_norm_kernel"
         ]

@@ -119,18 +119,18 @@ _REDUCTION = re.compile(
 
 
 def reduction_layouts(kernels: Iterable[Compiled]) -> list[str]:
-    """Sums of one shape along one axis have one layout in all of the kernels, and so one order of additions."""
+    """Sums of as many numbers along one axis have one layout in all of the kernels, and so one order of additions."""
     layouts: dict[tuple[str, int], dict[str, set[str]]] = {}
     for kernel in kernels:
         defined = dict(_LAYOUT.findall(kernel.ttgir))
         for reduction in _REDUCTION.finditer(kernel.ttgir):
             if "arith.addf" in reduction["body"]:
                 axis = int(reduction["axis"])
-                found = layouts.setdefault((reduction["shape"], axis), {})
+                found = layouts.setdefault((reduction["shape"].split("x")[axis], axis), {})
                 found.setdefault(_along(defined[reduction["layout"]], axis), set()).add(kernel.kernel)
     return [
-        f"sums of [{shape}] along axis {axis} have {len(found)} layouts: {found}"
-        for (shape, axis), found in layouts.items()
+        f"sums of {count} numbers along axis {axis} have {len(found)} layouts: {found}"
+        for (count, axis), found in layouts.items()
         if len(found) > 1
     ]
 

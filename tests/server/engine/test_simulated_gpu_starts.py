@@ -31,6 +31,8 @@ ENGINES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "bfloat16": ({"dtype": "bfloat16", "load_format": "dummy"}, {"tie_word_embeddings": True}),
     "more rows than a small step": ({"max_num_seqs": "66", "cuda_graph_sizes": "1,66"}, {}),
     "batch-invariant": ({"batch_invariant": "true"}, {}),
+    "int4": ({"quantization": "int4", "max_num_batched_tokens": "300", "load_format": "dummy"}, {}),
+    "int8, batch-invariant": ({"quantization": "int8", "batch_invariant": "true"}, {}),
     "long prompts": ({}, {"max_position_embeddings": 32, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}),
     "classifier": ({"load_format": "dummy"}, {"architectures": ["PersimmonForSequenceClassification"], **LABELS}),
     "token classifier": ({"load_format": "dummy"}, {"architectures": ["PersimmonForTokenClassification"], **LABELS}),
