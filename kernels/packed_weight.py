@@ -199,7 +199,7 @@ def pack(matrix: QuantizedMatrix, *, columns: bool = False, generation: int = 9)
     tiles = tiles.view(torch.uint8).transpose(1, 2)  # [.., units, outputs, inputs]
     arranged = _columns_in_memory(tiles, packing.run) if packing.columns else _rows_in_memory(tiles, packing.run)
     numbers = arranged.contiguous().view(rows // packing.outputs, inputs // packing.unit, -1)
-    return PackedWeight(numbers, _scale_words(matrix, packing), matrix.shape, packing)
+    return PackedWeight(numbers=numbers, scales=_scale_words(matrix, packing), shape=matrix.shape, packing=packing)
 
 
 def _rows_in_memory(tiles: torch.Tensor, run: int) -> torch.Tensor:
