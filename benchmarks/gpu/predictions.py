@@ -10,6 +10,7 @@ import torch
 from benchmarks.gpu.suite import Setting
 
 PREDICTED = Path(__file__).parents[1] / "results" / "roofline_8b.json"
+PREDICTED_QUANTIZED = PREDICTED.with_name("roofline_quantized_8b.json")
 STEPS = {0.0: "step", 0.9: "step, 90% zeros"}
 """Whole steps, by the share of activations that are zero."""
 
@@ -39,6 +40,15 @@ def predicted_us(setting: Setting, batch: int, launch: str, context: int = CONTE
         return None
     device = torch.cuda.get_device_name()
     found = (row for row in _rows(PREDICTED) if (row["batch"], row["launch"]) == (batch, launch))
+    return next((float(row["us"]) for row in found if row["card"] in device), None)
+
+
+def predicted_quantized_us(setting: Setting, weights: str, batch: int, launch: str) -> float | None:
+    """The same of a launch with quantized weights, named as `python -m benchmarks.roofline_quantized` names them."""
+    if not setting.on_gpu:
+        return None
+    device, wanted = torch.cuda.get_device_name(), (weights, batch, launch)
+    found = (row for row in _rows(PREDICTED_QUANTIZED) if (row["weights"], row["batch"], row["launch"]) == wanted)
     return next((float(row["us"]) for row in found if row["card"] in device), None)
 
 
