@@ -100,6 +100,47 @@ def write_checkpoint(folder: Path, seed: int = 0, *, shape: str = "random", zero
     return sum(tensor.numel() for tensor in tensors.values())
 
 
+CONFIG_OUTLIERS: dict[str, Any] = CONFIG | {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
+OUTLIER_CHANNELS = (17, 101, 230)
+OUTLIER_FACTOR = 30.0
+
+
+def write_outlier_checkpoint(folder: Path, seed: int = 0) -> None:
+    """Writes a small random network some of whose channels are far larger than the rest, as in trained ones.
+
+    Three channels of the residual stream are 30 times as large in all that adds to it, so rows that are rounded
+    together have to hold them; and the same columns of all matrices that read it are 30 times as small, so that these
+    channels matter as much as the others.  The logits have a standard deviation of about 3: a few tokens are likely.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG_OUTLIERS, indent=2) + "\n")
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(DEMO / name, folder / name)
+    generator = torch.Generator().manual_seed(seed)
+    channels = list(OUTLIER_CHANNELS)
+    tensors = {}
+    for name, size in expected_shapes(PersimmonConfig.from_folder(folder)).items():
+        tensor = _random_tensor(name, size, generator, up_bias=0.0)
+        if len(size) == 2:
+            tensor *= size[1] ** -0.5 / DEVIATION
+        if name == "model.embed_tokens.weight":
+            tensor[:, channels] *= OUTLIER_FACTOR
+        elif name.endswith(("dense.weight", "dense_4h_to_h.weight")):
+            tensor[channels] *= OUTLIER_FACTOR
+        elif len(size) == 2:
+            tensor[:, channels] /= OUTLIER_FACTOR
+        if name == "lm_head.weight":
+            tensor *= 3.0
+        tensors[name] = tensor.contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def _random_tensor(name: str, size: tuple[int, ...], generator: torch.Generator, up_bias: float) -> torch.Tensor:
     if name.endswith(".bias"):
         return torch.full(size, up_bias if name.endswith("dense_h_to_4h.bias") else 0.0)

@@ -56,6 +56,9 @@ from persimmon.model.checkpoint import expected_shapes
 from persimmon.model.config import PersimmonConfig
 from persimmon.server.bench.probe import served_model
 
+SEED_STEP = 1009
+"""Between the seeds of neighbouring numbers of streams: more than the rounds of a comparison."""
+
 
 def measure_server(
     server: RunningServer, arguments: argparse.Namespace, round_number: int
@@ -102,7 +105,10 @@ def _machine_cpu_seconds() -> float:
 
 
 def workload_at(streams: int, arguments: argparse.Namespace, round_number: int) -> Workload:
-    """The workload for a number of streams: fewer prompts where there are few, other prompts in every round."""
+    """The workload for a number of streams: fewer prompts where there are few, other prompts in every workload.
+
+    What a server has computed for one number of streams must not be in its prefix cache for the next.
+    """
     return Workload(
         prompts=min(arguments.prompts, 8 * streams),
         streams=streams,
@@ -110,7 +116,7 @@ def workload_at(streams: int, arguments: argparse.Namespace, round_number: int) 
         output_len=arguments.output_len,
         prefix_len=arguments.prefix_len,
         token_ids=arguments.token_ids,
-        seed=arguments.seed + round_number,
+        seed=arguments.seed + round_number + SEED_STEP * streams,
     )
 
 

@@ -88,6 +88,11 @@ class RunningServer:
         times = [process.cpu_times() for process in (first, *first.children(recursive=True))]
         return sum(time.user + time.system for time in times)
 
+    def resident_bytes(self) -> int:
+        """Memory that its living processes hold, shared pages counted once (their proportional set sizes)."""
+        first = psutil.Process(self.process_id)
+        return sum(process.memory_full_info().pss for process in (first, *first.children(recursive=True)))
+
 
 @contextlib.contextmanager
 def running(server: Server, checkpoint: Path, log: Path, start_timeout_s: float) -> Iterator[RunningServer]:

@@ -1,5 +1,7 @@
+import argparse
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 
 import psutil
@@ -8,6 +10,7 @@ import pytest
 from benchmarks.machine import Rates, floor_tokens_per_s
 from benchmarks.peer_figures import Measurement, agreement, comparisons, summarize, table
 from benchmarks.peer_servers import OURS, VLLM, Contender, openvino_server, our_server, vllm_server
+from benchmarks.peers import workload_at
 from benchmarks.serve import Round, Workload
 from benchmarks.servers import Server, ServerFailedError, running
 from persimmon.model.config import PersimmonConfig
@@ -131,6 +134,15 @@ def test_ratios_are_of_one_precision_and_of_this_server_at_several() -> None:
         ("ours int8", "vLLM int8"),
         ("ours int8", "ours float32"),
     ]
+
+
+def test_no_workload_of_a_comparison_has_prompts_of_another() -> None:
+    arguments = argparse.Namespace(
+        prompts=8, input_len=(4, 4), output_len=(1, 1), prefix_len=0, token_ids=(300, 4000), seed=0
+    )
+    workloads = [workload_at(streams, arguments, number) for streams in (1, 2, 8) for number in (1, 2, 3)]
+    prompts = [repr(prompt) for own in workloads for prompt in islice(own.random_workload.prompts(own.seed), 8)]
+    assert len(set(prompts)) == len(prompts)
 
 
 def test_the_table_stands_with_one_server_alone() -> None:

@@ -1,0 +1,194 @@
+"""The 8B model's shape on this machine's CPU: speed, memory and start of each precision, with random weights.
+
+    python -m benchmarks.full_size [--precision bfloat16 int8 int4] [--instructions avx2] [--out FILE]
+
+Starts `persimmon serve --load-format dummy` for each, one after the other, and sends it one request at a time.  Prints
+what it reaches next to what the memory's bandwidth allows.  Knows no other server.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import shutil
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvloop
+
+from benchmarks.checkpoint import CONFIG, DEMO, TOKENIZER_FILES
+from benchmarks.instruction_sets import INSTRUCTION_SETS, masked_environment, view_of_checkout
+from benchmarks.machine import device, measure_rates
+from benchmarks.peer_servers import OURS, PRECISIONS, QUANTIZED, our_server, precision_flags
+from benchmarks.serve import Workload, measure
+from benchmarks.servers import RunningServer, ServerFailedError, running
+from persimmon.model.checkpoint import expected_shapes
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.leftovers import EMBEDDING
+from persimmon.model.quantization.scheme import quantized_formats
+from persimmon.server.bench.probe import served_model
+
+CONFIG_8B: dict[str, Any] = CONFIG | {
+    "dtype": "bfloat16",
+    "vocab_size": 262144,
+    "hidden_size": 4096,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 64,
+    "max_position_embeddings": 16384,
+}
+DECODED = 24
+"""Tokens of an answer whose inter-token latency is measured."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one precision reaches.
+
+    Attributes:
+        precision: of the weights.
+        flags: of the server.
+        start_s: seconds from its start to its first healthy answer, random weights included.
+        resident_gb: 10^9 bytes of memory that its processes hold after all requests, shared pages counted once.
+        tokens_per_s: of one stream, by its median inter-token latency.
+        read_gb: 10^9 bytes of weights that a token reads.
+        bandwidth_tokens_per_s: that reading those allows.
+        prompt_tokens_per_s: by the length of the prompt, its first token included.
+    """
+
+    precision: str
+    flags: str
+    start_s: float
+    resident_gb: float
+    tokens_per_s: float
+    read_gb: float
+    bandwidth_tokens_per_s: float
+    prompt_tokens_per_s: dict[int, float]
+
+
+def read_bytes(config: PersimmonConfig, precision: str) -> int:
+    """Bytes of weights that a decoded token reads: all but the embedding, of which it reads a row."""
+    formats = quantized_formats(config, precision) if precision in QUANTIZED else {}  # type: ignore[arg-type]
+    itemsize = 2 if precision in QUANTIZED else getattr(torch, precision).itemsize
+    total = 0
+    for name, shape in expected_shapes(config).items():
+        if name == EMBEDDING:
+            continue
+        form = formats.get(name)
+        total += math.prod(shape) * itemsize if form is None else form.nbytes((shape[0], shape[1]))
+    return total
+
+
+async def latencies(server: RunningServer, prompt_lengths: list[int]) -> tuple[float, dict[int, float]]:
+    """Seconds between the tokens of one stream, the median, and until the first token of prompts by their length."""
+    model = await served_model(server.endpoint)
+
+    async def send(prompts: int, input_len: int, output_len: int, seed: int) -> Any:
+        workload = Workload(
+            prompts=prompts,
+            streams=1,
+            input_len=(input_len, input_len),
+            output_len=(output_len, output_len),
+            seed=seed,
+        )
+        report = (await measure(server.endpoint, model, workload)).report
+        if report.errors:
+            raise ServerFailedError(f"{report.errors}", server.log)
+        return report
+
+    await send(1, 16, 4, 1)
+    gap = (await send(1, 16, DECODED, 2)).itl_ms.median / 1e3
+    firsts = {length: (await send(1, length, 1, 3 + length)).ttft_ms.median / 1e3 for length in prompt_lengths}
+    return gap, firsts
+
+
+def measure_precision(precision: str, folder: Path, scratch: Path, arguments: argparse.Namespace) -> Figures:
+    """Starts the server, measures it and stops it.
+
+    Raises:
+        ServerFailedError: it did not start, as where memory does not suffice, or a request failed.
+        LookupError: no build of the C kernels is within the asked instructions.
+    """
+    level = INSTRUCTION_SETS[arguments.instructions]
+    view = scratch / f"only-{level.build}"
+    shutil.rmtree(view, ignore_errors=True)
+    environment = {**masked_environment(level, scratch), "PYTHONPATH": str(view_of_checkout(view, level.build))}
+    flags = (
+        *("--load-format", "dummy", "--max-model-len", "4096", "--max-num-seqs", "4"),
+        *precision_flags(OURS, precision),
+        *shlex.split(arguments.flags),
+    )
+    server = our_server(environment, flags)
+    config = PersimmonConfig.from_folder(folder)
+    with running(server, folder, scratch / "log", arguments.start_timeout) as live:
+        gap, firsts = uvloop.run(latencies(live, arguments.prompt_lengths))
+        resident = live.resident_bytes()
+    rates = measure_rates(torch.float32, None if arguments.instructions == "native" else level.build)
+    read = read_bytes(config, precision)
+    return Figures(
+        precision=precision,
+        flags=" ".join(flags),
+        start_s=live.start_s,
+        resident_gb=round(resident / 1e9, 2),
+        tokens_per_s=round(1 / gap, 2),
+        read_gb=round(read / 1e9, 2),
+        bandwidth_tokens_per_s=round(rates.read_gb_s * 1e9 / read, 2),
+        prompt_tokens_per_s={length: round(length / seconds, 1) for length, seconds in firsts.items()},
+    )
+
+
+def table(measured: list[Figures]) -> str:
+    """The figures as Markdown."""
+    lengths = list(measured[0].prompt_tokens_per_s) if measured else []
+    lines = [
+        "| weights | resident, GB | tokens/s | bandwidth allows | "
+        + "".join(f"prompt of {length}, tokens/s | " for length in lengths)
+        + "start to healthy, s |",
+        "| --- |" + " ---: |" * (4 + len(lengths)),
+    ]
+    for own in measured:
+        prompts = "".join(f"{own.prompt_tokens_per_s[length]:.1f} | " for length in lengths)
+        lines.append(
+            f"| {own.precision} | {own.resident_gb:.1f} | {own.tokens_per_s:.2f} | {own.bandwidth_tokens_per_s:.2f} "
+            f"| {prompts}{own.start_s:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.full_size", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["int8", "int4"])
+    parser.add_argument("--instructions", choices=INSTRUCTION_SETS, default="native")
+    parser.add_argument("--prompt-lengths", type=int, nargs="+", default=[512, 2048], metavar="N")
+    parser.add_argument("--flags", default="", metavar="WORDS", help="more flags of the server, as one argument")
+    parser.add_argument("--start-timeout", type=float, default=600.0, help="seconds [default: %(default)s]")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write all results as JSON")
+    arguments = parser.parse_args()
+    measured: list[Figures] = []
+    failed: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="persimmon-full-size-") as temporary:
+        scratch = Path(temporary)
+        folder = scratch / "8b"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(CONFIG_8B))
+        for name in TOKENIZER_FILES:
+            shutil.copyfile(DEMO / name, folder / name)
+        for precision in arguments.precision:
+            try:
+                measured.append(measure_precision(precision, folder, scratch, arguments))
+            except ServerFailedError as error:
+                print(f"{precision}: {error}", file=sys.stderr)
+                failed[precision] = str(error).splitlines()[-1].strip()
+    print(table(measured))
+    if arguments.out:
+        content = {"device": device(), "instructions": arguments.instructions, "failed": failed}
+        arguments.out.write_text(json.dumps(content | {"measured": [asdict(own) for own in measured]}, indent=1) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
