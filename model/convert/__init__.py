@@ -12,9 +12,11 @@ import torch
 from persimmon.model.chat import chat_format
 from persimmon.model.config import PersimmonConfig, check_vocabulary
 from persimmon.model.convert.adept import plan_from_adept
+from persimmon.model.convert.calibrate import calibrate_conversion
 from persimmon.model.convert.gguf import plan_from_gguf
 from persimmon.model.convert.hugging_face import plan_from_hugging_face
 from persimmon.model.convert.openvino import plan_from_openvino
+from persimmon.model.convert.quantize import QuantizationRequest, formats, quantize_conversion
 from persimmon.model.convert.trim import trim_vocabulary
 from persimmon.model.convert.writer import Conversion, write
 from persimmon.model.errors import CheckpointError
@@ -43,6 +45,7 @@ def convert_checkpoint(
     print_line: Callable[[str], None],
     trim_vocab: bool = False,
     drop_ids: Sequence[range] | None = None,
+    quantization: QuantizationRequest | None = None,
 ) -> None:
     """Converts a checkpoint; see `persimmon.model.convert.writer.write` for what happens when this is cut off.
 
@@ -56,6 +59,7 @@ def convert_checkpoint(
         print_line: takes one line of progress.
         trim_vocab: whether to drop the rows of token ids that are unused.
         drop_ids: ranges of token ids whose rows to drop, in place of those found.
+        quantization: what to make of the matrices; None leaves them as they are.
 
     Raises:
         CheckpointError: the source is not such a checkpoint, an id cannot be dropped or none is unused,
@@ -70,6 +74,11 @@ def convert_checkpoint(
         print_line(f"{source}: {note}")
     if trim_vocab or drop_ids is not None:
         conversion = trim_vocabulary(conversion, drop_ids, print_line)
+    if quantization is not None:
+        original, forms = conversion, formats(conversion, quantization)
+        conversion = quantize_conversion(original, quantization, forms)
+        if quantization.calibration is not None:
+            conversion = calibrate_conversion(conversion, original, forms, quantization.calibration)
     write(conversion, out, print_line)
     reason = refusal(out)
     if reason is None:

@@ -18,18 +18,22 @@ import torch
 
 from persimmon.model.checkpoint import Checkpoint
 from persimmon.model.config import PersimmonConfig
-from persimmon.model.convert.sources import SAFETENSORS_DTYPES, TensorSource, read_safetensors
+from persimmon.model.convert.sources import TensorSource
 from persimmon.model.errors import CheckpointError
+from persimmon.model.safetensors_file import DTYPES, read_safetensors_file
 from persimmon.model.sizes import readable
 from persimmon.progress import progress_bar
 
 MARKER = "conversion-in-progress.json"
 """Names the conversion that an unfinished folder belongs to. The last step deletes it."""
 
+PREPARED = "conversion-in-progress"
+"""A folder next to it, of what is made before any tensor is written."""
+
 CHUNK_BYTES = 8 << 20
 """Maximum bytes of a tensor in memory at once, both in its stored type and in the new one."""
 
-_SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+_SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,10 @@ class Conversion:
         dtype: the type to store them in; None keeps each one's.
         max_shard_bytes: a file holds no more tensors than fit into this, but always one.
         files: the other files' contents by their names; config.json is one of them.
+        unchanged: tensors that are stored in their own type whatever `dtype` is: parts of quantized matrices.
+        prepare: makes what the tensors are read from, in a folder that is deleted in the end; it is given that folder
+            and what takes a line of progress, and goes on where it was if it was cut off.
+        prepared_bytes: maximum size of that folder.
         notes: lines for people on tensors of the source that were ignored, or used although config.json says otherwise.
     """
 
@@ -53,6 +61,9 @@ class Conversion:
     max_shard_bytes: int
     files: Mapping[str, bytes]
     notes: tuple[str, ...] = ()
+    unchanged: frozenset[str] = frozenset()
+    prepare: Callable[[Path, Callable[[str], None]], None] | None = None
+    prepared_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -65,7 +76,8 @@ class Conversion:
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The type one tensor will be stored in."""
-        return self.dtype or self.tensors[name].dtype
+        own = self.tensors[name].dtype
+        return own if name in self.unchanged else self.dtype or own
 
     def shards(self) -> dict[str, list[str]]:
         """The tensors of each file, filled one after the other in the tensors' order."""
@@ -105,6 +117,9 @@ def write(conversion: Conversion, out: Path, print_line: Callable[[str], None]) 
     try:
         _claim(conversion, out, shards)
         files = "1 file" if len(shards) == 1 else f"{len(shards)} files"
+        if conversion.prepare is not None:
+            (out / PREPARED).mkdir(exist_ok=True)
+            conversion.prepare(out / PREPARED, print_line)
         print_line(f"{out}: {len(conversion.tensors)} tensors, {readable(conversion.total_bytes)}, {files}")
         for file, names in shards.items():
             size = sum(map(conversion.bytes_of, names))
@@ -121,6 +136,7 @@ def write(conversion: Conversion, out: Path, print_line: Callable[[str], None]) 
             (out / file).parent.mkdir(exist_ok=True)
             _write_file(out / file, content)
         Checkpoint.open(out, PersimmonConfig.from_folder(out))
+        shutil.rmtree(out / PREPARED, ignore_errors=True)
         (out / MARKER).unlink()
         _sync(out)
     except OSError as error:
@@ -143,9 +159,9 @@ def _claim(conversion: Conversion, out: Path, shards: Mapping[str, list[str]]) -
         raise CheckpointError(f"{out} is not empty and does not hold an unfinished conversion: give a new folder")
     missing = [file for file in shards if file not in present]
     needed = sum(conversion.bytes_of(name) for file in missing for name in shards[file])
-    needed += sum(map(len, conversion.files.values()))
+    needed += sum(map(len, conversion.files.values())) + conversion.prepared_bytes
     free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
-    free += sum(path.stat().st_size for path in out.glob("*.partial"))
+    free += sum(path.stat().st_size for path in (*out.glob("*.partial"), *out.glob(f"{PREPARED}/*")))
     if needed > free:
         raise CheckpointError(
             f"{out}: the conversion needs {readable(needed)}, but its disk has only {readable(free)} free"
@@ -205,7 +221,7 @@ def _is_complete(conversion: Conversion, path: Path, names: list[str], advance: 
 def _difference(conversion: Conversion, path: Path, names: list[str], advance: Advance) -> str | None:
     """The first tensor of a file whose bits are not those of its source; None where all are the same."""
     try:
-        written = read_safetensors(path)
+        written = read_safetensors_file(path)
     except CheckpointError:
         return names[0]
     for name in written.keys() ^ set(names):
@@ -226,7 +242,7 @@ def _converted(conversion: Conversion, name: str) -> Iterator[tuple[int, torch.T
     source, dtype = conversion.tensors[name], conversion.dtype_of(name)
     row_bytes = math.prod(source.shape[1:]) * source.dtype.itemsize
     step = max(1, CHUNK_BYTES // row_bytes)
-    narrower = torch.finfo(dtype).max < torch.finfo(source.dtype).max
+    narrower = dtype != source.dtype and torch.finfo(dtype).max < torch.finfo(source.dtype).max
     for start in range(0, source.shape[0], step):
         stored = source.rows(start, min(start + step, source.shape[0]))
         rows = stored.to(dtype)

@@ -69,13 +69,21 @@ def round_to_scales(weights: torch.Tensor, scales: torch.Tensor, bits: Bits) -> 
     return torch.div(weights, scales.unsqueeze(-1)).round_().clamp_(-limit, limit - 1)
 
 
-def best_scales(weights: torch.Tensor, bits: Bits, dtype: torch.dtype, *, first_row: int = 0) -> torch.Tensor:
+def best_scales(
+    weights: torch.Tensor,
+    bits: Bits,
+    dtype: torch.dtype,
+    importance: torch.Tensor | None = None,
+    *,
+    first_row: int = 0,
+) -> torch.Tensor:
     """The scale of each group for which rounding has the least squared error, among those that are tried.
 
     Args:
         weights: [rows, groups, group_size] float32.
         bits: of a number.
         dtype: that scales are stored in.
+        importance: [group_size] what the errors of a group's weights are multiplied by; all count the same by default.
         first_row: the number of the first row, for messages.
 
     Returns:
@@ -89,13 +97,15 @@ def best_scales(weights: torch.Tensor, bits: Bits, dtype: torch.dtype, *, first_
     best = _stored(largest / -_STEPS[bits][0], dtype)
     if not bool(best.isfinite().all()):
         raise _refusal(weights, best, dtype, first_row)
-    least = _error(weights, best, bits)
+    least = _error(weights, best, bits, importance)
     for steps in _STEPS[bits][1:]:
-        best, least = _better(weights, _stored(largest / -steps, dtype), best, least, bits)
+        best, least = _better(weights, _stored(largest / -steps, dtype), best, least, bits, importance)
     for _ in range(_REFITS[bits]):
         rounded = round_to_scales(weights, best, bits)
-        fitted = (weights * rounded).sum(-1) / rounded.square().sum(-1)  # not a number where all are zero: not better
-        best, least = _better(weights, _stored(fitted, dtype), best, least, bits)
+        weighted = rounded if importance is None else rounded * importance.square()
+        # Not a number where all are zero: not better.
+        fitted = (weights * weighted).sum(-1) / (rounded * weighted).sum(-1)
+        best, least = _better(weights, _stored(fitted, dtype), best, least, bits, importance)
     return best.to(dtype)
 
 
@@ -106,17 +116,24 @@ def _stored(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _better(
-    weights: torch.Tensor, scales: torch.Tensor, best: torch.Tensor, least: torch.Tensor, bits: Bits
+    weights: torch.Tensor,
+    scales: torch.Tensor,
+    best: torch.Tensor,
+    least: torch.Tensor,
+    bits: Bits,
+    importance: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The scales with the smaller error for each group, and the errors."""
-    error = _error(weights, scales, bits)
+    error = _error(weights, scales, bits, importance)
     better = error < least
     return torch.where(better, scales, best), torch.where(better, error, least)
 
 
-def _error(weights: torch.Tensor, scales: torch.Tensor, bits: Bits) -> torch.Tensor:
+def _error(weights: torch.Tensor, scales: torch.Tensor, bits: Bits, importance: torch.Tensor | None) -> torch.Tensor:
     """[rows, groups]: the root of the sum of squared errors."""
     errors = round_to_scales(weights, scales, bits).mul_(scales.unsqueeze(-1)).sub_(weights)
+    if importance is not None:
+        errors.mul_(importance)
     roots: torch.Tensor = torch.linalg.vector_norm(errors, dim=-1)
     return roots
 

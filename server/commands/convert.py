@@ -3,7 +3,7 @@
 import argparse
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
@@ -11,6 +11,9 @@ from persimmon.model.config import DTYPES
 from persimmon.model.errors import CheckpointError
 from persimmon.server.console import interruptible
 from persimmon.server.logs import print_line
+
+if TYPE_CHECKING:
+    from persimmon.model.convert.quantize import QuantizationRequest
 
 ERRORS: tuple[type[Exception], ...] = (CheckpointError,)
 
@@ -56,6 +59,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IDS",
         help="drop the rows of these ids, which you know to be unused, for example 3-70002,71020",
     )
+    quantizing = parser.add_argument_group("quantization")
+    quantizing.add_argument(
+        "--quantize",
+        choices=("int8", "int4"),
+        help="write the matrices of all layers in 8 or 4 bits, in the layout of compressed-tensors",
+    )
+    quantizing.add_argument(
+        "--group-size",
+        type=int,
+        choices=(32, 128),
+        help="with int4: neighbouring inputs that share a scale. Default: 32",
+    )
+    quantizing.add_argument(
+        "--quantize-vocab",
+        action="store_true",
+        help="write the embedding and lm_head in 8 bits too. Readers on a CPU other than this server and Transformers "
+        "may not support it",
+    )
+    quantizing.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="TEXT.jsonl",
+        help="choose numbers by what they do to products with these texts' inputs (GPTQ), not by rounding to nearest; "
+        'each line is {"text": …} or {"messages": [...]}',
+    )
 
 
 def run(given: dict[str, Any]) -> int:
@@ -66,6 +94,7 @@ def run(given: dict[str, Any]) -> int:
     """
     from persimmon.model.convert import convert_checkpoint  # brings torch
 
+    given["quantization"] = _request(given)
     source, out, largest = given.pop("source"), given.pop("out"), given.pop("max_shard_size")
     try:
         with interruptible():
@@ -74,6 +103,31 @@ def run(given: dict[str, Any]) -> int:
         print_line("persimmon: stopped; run the same command again to continue")
         return 130
     return 0
+
+
+def _request(given: dict[str, Any]) -> "QuantizationRequest | None":
+    """What to quantize; its arguments are taken out.
+
+    Raises:
+        CheckpointError: an argument does not fit to the others.
+    """
+    from persimmon.model.convert.quantize import DEFAULT_GROUP_SIZE, QuantizationRequest
+
+    quantize, group_size = given.pop("quantize"), given.pop("group_size")
+    vocabulary, calibration = given.pop("quantize_vocab"), given.pop("calibrate")
+    if group_size is not None and quantize != "int4":
+        raise CheckpointError("--group-size is for --quantize int4: in 8 bits an output has one scale")
+    if quantize is None:
+        if vocabulary or calibration is not None:
+            flag = "--quantize-vocab" if vocabulary else "--calibrate"
+            raise CheckpointError(f"{flag} needs --quantize int8 or int4")
+        return None
+    return QuantizationRequest(
+        quantization=quantize,
+        group_size=group_size or DEFAULT_GROUP_SIZE,
+        vocabulary=vocabulary,
+        calibration=calibration,
+    )
 
 
 def _size(text: str) -> int:

@@ -1,0 +1,246 @@
+"""persimmon convert --quantize: this server and Transformers read the result; a run that is cut off goes on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from persimmon.kernels import QuantizedMatrix, reference
+from persimmon.model.checkpoint import Checkpoint
+from persimmon.model.config import PersimmonConfig
+from persimmon.model.convert import calibrate, convert_checkpoint, writer
+from persimmon.model.convert.quantize import QuantizationRequest
+from persimmon.model.errors import CheckpointError
+from persimmon.model.persimmon import Persimmon
+from persimmon.model.quantization.rounding import quantize
+from persimmon.model.tokenizer import Tokenizer
+from tests.engine_harness import CPU
+from tests.model.checkpoints import DEMO, make_checkpoint
+from tests.model.forward_pass import hidden_states
+
+INT8 = QuantizationRequest("int8")
+INT4 = QuantizationRequest("int4", 32)
+WORDS = ["galaxy", "tree", "river", "house", "music", "doctor", "winter", "bread", "stone", "garden", "window", "money"]
+TOKENS = [1, 100, 200, 300, 7, 8, 9, 10, 400, 2000]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return make_checkpoint(
+        tmp_path_factory.mktemp("original"), num_hidden_layers=2, intermediate_size=256, dtype=torch.bfloat16
+    )
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "calibration.jsonl"
+    path.write_text("".join(json.dumps({"text": dialogue(word)}) + "\n" for word in WORDS[:10]))
+    return path
+
+
+def dialogue(word: str) -> str:
+    return f'human: What does {word} mean?\n\nadept: "{word.title()}" is a noun. It means a part of {word}.'
+
+
+def convert(source: Path, out: Path, request: QuantizationRequest | None, **more: Any) -> list[str]:
+    lines: list[str] = []
+    given: dict[str, Any] = {"from_adept": False, "dtype": None, "max_shard_bytes": 10**9, **more}
+    convert_checkpoint(str(source), out, print_line=lines.append, quantization=request, **given)
+    return lines
+
+
+def parameters(folder: Path) -> dict[str, torch.Tensor | QuantizedMatrix]:
+    return dict(Checkpoint.open(folder, PersimmonConfig.from_folder(folder)).parameters())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def log_probabilities(folder: Path, weights: dict[str, Any], token_ids: list[int]) -> torch.Tensor:
+    network = Persimmon(PersimmonConfig.from_folder(folder), weights.items(), torch.float32, CPU, reference)
+    return network.logits(hidden_states(network, token_ids)).log_softmax(-1)
+
+
+@pytest.mark.parametrize(
+    "request_", [INT8, INT4, QuantizationRequest("int4", 128), QuantizationRequest("int4", 32, vocabulary=True)]
+)
+def test_matrices_come_back_rounded_to_nearest_and_all_else_as_it_was(original, request_, tmp_path):
+    convert(original, tmp_path / "out", request_, max_shard_bytes=300_000)
+    stored = parameters(original)
+    made = parameters(tmp_path / "out")
+    assert made.keys() == stored.keys()
+    tables = {"model.embed_tokens.weight", "lm_head.weight"}
+    for name, tensor in stored.items():
+        matrix, assumed = made[name], name.startswith("model.layers.") and tensor.dim() == 2
+        if assumed or (request_.vocabulary and name in tables):
+            assert isinstance(matrix, QuantizedMatrix), name
+            assert matrix.bits == (8 if name in tables or request_.quantization == "int8" else 4)
+            assert torch.equal(matrix.dequantized(), quantize(tensor, matrix.format).dequantized()), name
+        else:
+            assert torch.equal(matrix, tensor), name
+
+
+@pytest.mark.parametrize("request_", [INT8, INT4], ids=["int8", "int4"])
+def test_transformers_computes_the_same_with_it(original, request_, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    convert(original, tmp_path / "out", request_)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(torch.tensor([TOKENS])).logits[0].log_softmax(-1)
+    weights = {
+        name: part.dequantized() if isinstance(part, QuantizedMatrix) else part
+        for name, part in parameters(tmp_path / "out").items()
+    }
+    actual = log_probabilities(original, weights, TOKENS)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(actual.argmax(-1), expected.argmax(-1))
+
+
+def test_calibrated_numbers_lose_less_than_rounded_ones(texts, tmp_path):
+    """On the demo: KL divergence from the network in 16 bits, on words that are not among the texts."""
+    tokenizer = Tokenizer.from_folder(DEMO)
+    held_out = [[1, *tokenizer.encode(dialogue(word))] for word in WORDS[10:]]
+    exact = [log_probabilities(DEMO, parameters(DEMO), ids) for ids in held_out]
+    losses = []
+    for name, calibration in (("calibrated", texts), ("rounded", None)):
+        convert(DEMO, tmp_path / name, QuantizationRequest("int4", 128, calibration=calibration))
+        made = parameters(tmp_path / name)
+        divergences = [
+            (expected.exp() * (expected - log_probabilities(DEMO, made, ids))).sum(-1)
+            for ids, expected in zip(held_out, exact, strict=True)
+        ]
+        losses.append(torch.cat(divergences).mean().item())
+    assert losses[0] < 0.85 * losses[1]
+
+
+def test_a_calibration_that_was_cut_off_goes_on_and_makes_the_same_bits(original, texts, tmp_path, monkeypatch):
+    request = QuantizationRequest("int4", 32, calibration=texts)
+    convert(original, tmp_path / "whole", request)
+    write, written = calibrate._write, []
+
+    def cut_off(path: Path, tensors: Any) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write(path, tensors)
+
+    monkeypatch.setattr(calibrate, "_write", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        convert(original, tmp_path / "out", request)
+    assert written == ["hidden-00001.safetensors", "layer-00000.safetensors"]
+    monkeypatch.setattr(calibrate, "_write", write)
+    lines = convert(original, tmp_path / "out", request)
+    assert [line for line in lines if "calibrated" in line] == ["  layer 2 of 2 calibrated"]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_finished_shard_is_kept_and_a_damaged_one_written_again(original, tmp_path, monkeypatch):
+    convert(original, tmp_path / "whole", INT4, max_shard_bytes=300_000)
+    write, cut = writer._write_file, KeyboardInterrupt()
+
+    def cut_off(path: Path, content: bytes) -> None:
+        if path.name == "model.safetensors.index.json":
+            raise cut
+        write(path, content)
+
+    monkeypatch.setattr(writer, "_write_file", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        convert(original, tmp_path / "out", INT4, max_shard_bytes=300_000)
+    monkeypatch.setattr(writer, "_write_file", write)
+    damaged = sorted((tmp_path / "out").glob("*.safetensors"))[1]
+    content = bytearray(damaged.read_bytes())
+    content[-100] ^= 1
+    damaged.write_bytes(content)
+    lines = convert(original, tmp_path / "out", INT4, max_shard_bytes=300_000)
+    assert [line.split()[0] for line in lines if "written and verified" in line] == [damaged.name]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_another_request_or_other_texts_are_another_conversion(original, texts, tmp_path, monkeypatch):
+    def cut_off(path: Path, tensors: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibrate, "_write", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        convert(original, tmp_path / "out", QuantizationRequest("int4", 32, calibration=texts))
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"text": dialogue("other")}))
+    for request in (INT4, QuantizationRequest("int4", 32, calibration=other)):
+        with pytest.raises(
+            CheckpointError, match="holds an unfinished conversion of another source, or with other set"
+        ):
+            convert(original, tmp_path / "out", request)
+
+
+def test_the_type_of_other_tensors_and_of_scales_is_the_one_asked_for(original, tmp_path):
+    convert(original, tmp_path / "out", INT4, dtype="float16")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()} == {torch.float16}
+
+
+def test_a_trimmed_vocabulary_is_quantized_and_calibrated(texts, tmp_path):
+    source = make_checkpoint(tmp_path / "in", num_hidden_layers=1, intermediate_size=128, vocab_size=4160)
+    request = QuantizationRequest("int4", 32, vocabulary=True, calibration=texts)
+    convert(source, tmp_path / "out", request, drop_ids=[range(4096, 4160)])
+    made = parameters(tmp_path / "out")
+    assert made["model.embed_tokens.weight"].shape == made["lm_head.weight"].shape == (4096, 128)
+
+
+def test_conversations_calibrate_like_the_text_that_they_are_rendered_to(tmp_path):
+    source = make_checkpoint(tmp_path / "in", num_hidden_layers=1, intermediate_size=128)
+    lines = {
+        "text": {"text": "human: Hello\n\nadept:"},
+        "messages": {"messages": [{"role": "user", "content": "Hello"}], "source": "ignored"},
+    }
+    for name, line in lines.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(json.dumps(line) + "\n\n")
+        convert(source, tmp_path / name, QuantizationRequest("int4", 32, calibration=path))
+    assert contents(tmp_path / "text") == contents(tmp_path / "messages")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", 'line 1: expected an object with "text", a string, or "messages"'),
+        ("[]", "line 1: expected an object"),
+        ('{"prompt": "x"}', "line 1: expected an object"),
+        ('{"text": 5}', "line 1: expected an object"),
+        ('{"text": "x", "messages": []}', "line 1: expected an object"),
+        ('{"messages": ["x"]}', "line 1: expected an object"),
+        ("", "has no texts of at least two tokens"),
+    ],
+)
+def test_a_line_that_is_no_text_is_refused(original, line, message, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text(line)
+    with pytest.raises(CheckpointError, match=message):
+        convert(original, tmp_path / "out", QuantizationRequest("int8", calibration=path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_that_is_not_finite_is_refused_by_its_name_and_row(tmp_path):
+    source = make_checkpoint(tmp_path / "in", num_hidden_layers=1, intermediate_size=128)
+    from safetensors.torch import save_file
+
+    path = source / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.dense_4h_to_h.weight"][100, 3] = float("inf")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"tensor model.layers.0.mlp.dense_4h_to_h.weight: row 100 has the weight"
+    ):
+        convert(source, tmp_path / "out", INT8)
+
+
+def test_a_shared_embedding_is_refused_where_it_would_be_quantized(tmp_path):
+    source = make_checkpoint(tmp_path / "in", num_hidden_layers=1, intermediate_size=128, tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match="lm_head shares the embedding"):
+        convert(source, tmp_path / "out", QuantizationRequest("int8", vocabulary=True))
+    convert(source, tmp_path / "out", INT8)
+    assert "lm_head.weight" not in parameters(tmp_path / "out")
