@@ -21,8 +21,11 @@ from persimmon.model.convert.trim import trim_vocabulary
 from persimmon.model.convert.writer import Conversion, write
 from persimmon.model.errors import CheckpointError
 from persimmon.model.hub import resolve
+from persimmon.model.quantization.scheme import DEFAULT_GROUP_SIZE
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.model.vocabulary import VocabularyMap
+
+__all__ = ["DEFAULT_GROUP_SIZE", "QuantizationRequest", "SourceLayout", "convert_checkpoint", "refusal"]
 
 SourceLayout = Literal["hugging_face", "adept", "openvino", "gguf"]
 """Whose files a checkpoint has."""

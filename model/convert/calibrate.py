@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ class _Layers:
             prefix = f"model.layers.{layer}."
             forms = {name.removeprefix(prefix): form for name, form in self.forms.items() if name.startswith(prefix)}
             try:
-                matrices = calibration.quantize_layer(lambda name, prefix=prefix: self._tensor(prefix + name), forms)
+                matrices = calibration.quantize_layer(partial(self._layer_tensor, layer), forms)
             except CheckpointError as error:
                 raise CheckpointError(f"tensor {prefix}{error}") from error
             if layer + 1 < layers:
@@ -68,6 +69,9 @@ class _Layers:
             _write(_file(folder, layer), tensors)
             _hidden(folder, layer).unlink(missing_ok=True)
             print_line(f"  layer {layer + 1} of {layers} calibrated")
+
+    def _layer_tensor(self, layer: int, name: str) -> torch.Tensor:
+        return self._tensor(f"model.layers.{layer}.{name}")
 
     def _tensor(self, name: str) -> torch.Tensor:
         source = self.original.tensors[name]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from persimmon.model.chat import chat_format
-from persimmon.model.chat_template import ChatTemplateError
+from persimmon.model.chat_template_files import ChatTemplateError
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.errors import CheckpointError
 from persimmon.model.quantization.calibration import MAX_STEP

@@ -101,4 +101,5 @@ def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
             break
         diagonal += damping
         damping *= 2
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower, out=hessian), upper=True)
+    factor: torch.Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower, out=hessian), upper=True)
+    return factor

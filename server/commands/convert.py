@@ -13,7 +13,7 @@ from persimmon.server.console import interruptible
 from persimmon.server.logs import print_line
 
 if TYPE_CHECKING:
-    from persimmon.model.convert.quantize import QuantizationRequest
+    from persimmon.model.convert import QuantizationRequest
 
 ERRORS: tuple[type[Exception], ...] = (CheckpointError,)
 
@@ -111,7 +111,7 @@ def _request(given: dict[str, Any]) -> "QuantizationRequest | None":
     Raises:
         CheckpointError: an argument does not fit to the others.
     """
-    from persimmon.model.convert.quantize import DEFAULT_GROUP_SIZE, QuantizationRequest
+    from persimmon.model.convert import DEFAULT_GROUP_SIZE, QuantizationRequest  # brings torch
 
     quantize, group_size = given.pop("quantize"), given.pop("group_size")
     vocabulary, calibration = given.pop("quantize_vocab"), given.pop("calibrate")

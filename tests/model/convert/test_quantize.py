@@ -47,7 +47,7 @@ def dialogue(word: str) -> str:
 
 def convert(source: Path, out: Path, request: QuantizationRequest | None, **more: Any) -> list[str]:
     lines: list[str] = []
-    given: dict[str, Any] = {"from_adept": False, "dtype": None, "max_shard_bytes": 10**9, **more}
+    given: dict[str, Any] = {"layout": "hugging_face", "dtype": None, "max_shard_bytes": 10**9, **more}
     convert_checkpoint(str(source), out, print_line=lines.append, quantization=request, **given)
     return lines
 
@@ -75,12 +75,14 @@ def test_matrices_come_back_rounded_to_nearest_and_all_else_as_it_was(original, 
     assert made.keys() == stored.keys()
     tables = {"model.embed_tokens.weight", "lm_head.weight"}
     for name, tensor in stored.items():
+        assert isinstance(tensor, torch.Tensor)
         matrix, assumed = made[name], name.startswith("model.layers.") and tensor.dim() == 2
         if assumed or (request_.vocabulary and name in tables):
             assert isinstance(matrix, QuantizedMatrix), name
             assert matrix.bits == (8 if name in tables or request_.quantization == "int8" else 4)
             assert torch.equal(matrix.dequantized(), quantize(tensor, matrix.format).dequantized()), name
         else:
+            assert isinstance(matrix, torch.Tensor)
             assert torch.equal(matrix, tensor), name
 
 
@@ -121,7 +123,8 @@ def test_calibrated_numbers_lose_less_than_rounded_ones(texts, tmp_path):
 def test_a_calibration_that_was_cut_off_goes_on_and_makes_the_same_bits(original, texts, tmp_path, monkeypatch):
     request = QuantizationRequest("int4", 32, calibration=texts)
     convert(original, tmp_path / "whole", request)
-    write, written = calibrate._write, []
+    write = calibrate._write
+    written: list[str] = []
 
     def cut_off(path: Path, tensors: Any) -> None:
         if len(written) == 2:
