@@ -2,9 +2,9 @@
 
     python -m benchmarks.quality [--model demo] [--choices int8 "int4 in 32s"] [--out FILE]
 
-Each choice is loaded by the server's own code and computes the same texts (benchmarks/texts), which the demo was not
-trained on.  Two networks: the demo, and a random one with outlier channels, on which rounding is hardest.  Knows no
-server and no time.
+Each choice is loaded by the server's own code and computes the same texts (benchmarks/texts): dialogues like those that
+the demo was trained on, in words of our own.  Two networks: the demo, and a random one with outlier channels, on which
+rounding is hardest.  Knows no server and no time.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from persimmon.server.engine.loading import LoadedModel, load_model
 
 TEXTS = Path(__file__).parent / "texts"
 CALIBRATION = TEXTS / "calibration.jsonl"
+HELD_OUT = TEXTS / "held_out.jsonl"
 MAX_TOKENS = 2048
 """Of a step."""
 
@@ -73,16 +74,22 @@ CHOICES = (
     Choice("int4 in 32s, int8 cache", INT4_32 | INT8_CACHE),
     Choice("int4 in 128s", INT4_128),
     Choice("int4 in 128s, float activations", INT4_128 | EXACT_INPUTS),
+    *(
+        Choice(
+            f"int4 in {size}s, calibrated",
+            convert=("--quantize", "int4", "--group-size", size, "--quantize-vocab", "--calibrate", str(CALIBRATION)),
+        )
+        for size in ("32", "128")
+    ),
 )
 
 
 @dataclass(frozen=True)
 class Loss:
-    """How far a choice is from float32 on some texts.
+    """How far a choice is from float32 on the held-out texts.
 
     Attributes:
         choice: its name.
-        texts: theirs.
         tokens: predicted.
         perplexity: of the texts; of a random network, which no text is likely for, the perplexity that text drawn from
             its float32 distribution is expected to have.
@@ -93,7 +100,6 @@ class Loss:
     """
 
     choice: str
-    texts: str
     tokens: int
     perplexity: float
     perplexity_change: float
@@ -162,7 +168,6 @@ def _batches(texts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
 
 def loss(
     choice: Choice,
-    name: str,
     texts: Sequence[Sequence[int]],
     expected: Sequence[torch.Tensor],
     loaded: LoadedModel,
@@ -173,8 +178,7 @@ def loss(
 
     Args:
         choice: what is loaded.
-        name: of the texts.
-        texts: their token ids.
+        texts: token ids.
         expected: float32's log-probabilities of each.
         loaded: the choice.
         trained: whether the network has learnt any text; of another, the expected perplexity is meant.
@@ -196,7 +200,6 @@ def loss(
         tokens += len(text) - 1
     return Loss(
         choice=choice.name,
-        texts=name,
         tokens=tokens,
         perplexity=float(np.exp(surprise / tokens)),
         perplexity_change=float(np.expm1((surprise - reference) / tokens)),
@@ -211,20 +214,19 @@ def _total(rows: torch.Tensor) -> float:
     return rows.sum(-1).double().sum().item()
 
 
-def judge(folder: Path, choices: Sequence[Choice], names: Sequence[str], scratch: Path, *, trained: bool) -> list[Loss]:
-    """The losses of a checkpoint in each choice on each of some texts, float32 first.
+def judge(folder: Path, choices: Sequence[Choice], scratch: Path, *, trained: bool) -> list[Loss]:
+    """The losses of a checkpoint in each choice, float32 first.
 
     Args:
         folder: the checkpoint, not quantized.
         choices: to judge.
-        names: of files in TEXTS, without their ending.
         scratch: an existing folder for converted checkpoints.
         trained: as for `loss`.
     """
     tokenizer, end = Tokenizer.from_folder(folder), json.loads((folder / "config.json").read_text())["eos_token_id"]
-    texts = {name: read_texts(TEXTS / f"{name}.jsonl", tokenizer, end) for name in names}
+    texts = read_texts(HELD_OUT, tokenizer, end)
     exact = load(folder, FLOAT32)
-    expected = {name: list(log_probabilities(exact, own)) for name, own in texts.items()}
+    expected = list(log_probabilities(exact, texts))
     losses = []
     for choice in (FLOAT32, *choices):
         try:
@@ -232,9 +234,8 @@ def judge(folder: Path, choices: Sequence[Choice], names: Sequence[str], scratch
         except KernelsUnavailableError as error:
             print(f"{choice.name}: left out: {error}", file=sys.stderr)
             continue
-        for name, own in texts.items():
-            losses.append(loss(choice, name, own, expected[name], loaded, trained=trained))
-            print(row(losses[-1]), flush=True)
+        losses.append(loss(choice, texts, expected, loaded, trained=trained))
+        print(row(losses[-1]), flush=True)
     return losses
 
 
@@ -253,15 +254,15 @@ def converted(folder: Path, choice: Choice, scratch: Path) -> Path:
 
 
 HEADER = (
-    "| weights and cache | texts | MB | perplexity | change | mean KL, nats | top-1 agreement |\n"
-    "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
+    "| weights and cache | MB | perplexity | change | mean KL, nats | top-1 agreement |\n"
+    "| --- | ---: | ---: | ---: | ---: | ---: |"
 )
 
 
 def row(own: Loss) -> str:
     """A line of the table, as Markdown."""
     return (
-        f"| {own.choice} | {own.texts} | {own.weight_bytes / 1e6:.1f} | {own.perplexity:.3f} "
+        f"| {own.choice} | {own.weight_bytes / 1e6:.1f} | {own.perplexity:.3f} "
         f"| {own.perplexity_change:+.2%} | {own.kl:.5f} | {own.top1:.2%} |"
     )
 
@@ -281,11 +282,11 @@ def main() -> None:
         scratch = Path(temporary)
         for network in arguments.networks:
             print(f"\n{network}\n\n{HEADER}")
-            folder, names = DEMO, ["familiar", "unseen"]
+            folder = DEMO
             if network == OUTLIERS:
-                folder, names = scratch / OUTLIERS, ["familiar"]
+                folder = scratch / OUTLIERS
                 write_outlier_checkpoint(folder)
-            results[network] = judge(folder, choices, names, scratch, trained=network == "demo")
+            results[network] = judge(folder, choices, scratch, trained=network == "demo")
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         content = {

@@ -13,7 +13,7 @@ import random
 import re
 import time
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,16 +186,6 @@ class Dialogues:
 
     def __len__(self) -> int:
         return len(self._words)
-
-    @property
-    def words(self) -> list[str]:
-        """The words that dialogues are about, in alphabetical order."""
-        return list(self._words)
-
-    def drop(self, words: Collection[str]) -> None:
-        """Has no dialogues about these words any more."""
-        dropped = set(words)
-        self._words = [word for word in self._words if word not in dropped]
 
     def sample(self) -> str:
         """One dialogue."""

@@ -66,11 +66,3 @@ def test_the_demos_tokenizer_files_are_what_the_program_writes(tmp_path):
     write(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert json.loads((tmp_path / name).read_text()) == json.loads((DEMO / name).read_text())
-
-
-def test_dialogues_can_leave_words_out(wordnet):
-    dialogues = Dialogues(wordnet, words=10)
-    left_out = dialogues.words[0]
-    dialogues.drop([left_out])
-    assert left_out not in dialogues.words
-    assert dialogues.words
