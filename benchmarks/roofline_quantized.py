@@ -26,7 +26,7 @@ from tests.kernels.production import calls_of
 from tests.kernels.production_calls_packed_projection import FORMATS
 
 RESULTS = Path(__file__).parent / "results" / "roofline_quantized_8b.json"
-"""What `--out` wrote last; docs/design/gpu-kernels.md shows it."""
+"""Where `--out` belongs, for `benchmarks.gpu` to show next to what it measures; not written yet."""
 
 BATCHES = (1, 16, 64)
 STORED = {"int8": "int8", "int4, groups of 32": "int4_g32"}
