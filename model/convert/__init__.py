@@ -25,7 +25,7 @@ from persimmon.model.quantization.scheme import DEFAULT_GROUP_SIZE
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.model.vocabulary import VocabularyMap
 
-__all__ = ["DEFAULT_GROUP_SIZE", "QuantizationRequest", "SourceLayout", "convert_checkpoint", "refusal"]
+__all__ = ["QuantizationRequest", "SourceLayout", "convert_checkpoint", "refusal"]
 
 SourceLayout = Literal["hugging_face", "adept", "openvino", "gguf"]
 """Whose files a checkpoint has."""

@@ -3,11 +3,11 @@
 What is finished is kept in files, so that a run that was cut off goes on with the next layer and makes the same bits.
 """
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -57,7 +57,7 @@ class _Layers:
             prefix = f"model.layers.{layer}."
             forms = {name.removeprefix(prefix): form for name, form in self.forms.items() if name.startswith(prefix)}
             try:
-                matrices = calibration.quantize_layer(partial(self._layer_tensor, layer), forms)
+                matrices = calibration.quantize_layer(functools.partial(self._tensor, prefix), forms)
             except CheckpointError as error:
                 raise CheckpointError(f"tensor {prefix}{error}") from error
             if layer + 1 < layers:
@@ -70,12 +70,9 @@ class _Layers:
             _hidden(folder, layer).unlink(missing_ok=True)
             print_line(f"  layer {layer + 1} of {layers} calibrated")
 
-    def _layer_tensor(self, layer: int, name: str) -> torch.Tensor:
-        return self._tensor(f"model.layers.{layer}.{name}")
-
-    def _tensor(self, name: str) -> torch.Tensor:
-        source = self.original.tensors[name]
-        return source.rows(0, source.shape[0]).to(self.original.dtype_of(name))
+    def _tensor(self, prefix: str, name: str) -> torch.Tensor:
+        source = self.original.tensors[prefix + name]
+        return source.rows(0, source.shape[0]).to(self.original.dtype_of(prefix + name))
 
     def _embedded(self) -> torch.Tensor:
         """[tokens, hidden_size] float32, some rows of the table at a time; as the network will have them."""

@@ -1,17 +1,14 @@
 """A file of texts -> the token ids that calibrate a quantization.
 
-Each line is a JSON object with "text", a document, or "messages", a conversation in the form of OpenAI's API; other
-keys are ignored.  A document is tokenized as a prompt is, a conversation rendered by the checkpoint's chat template.
+Each line is a JSON object with "text", which is tokenized as a prompt is; other keys are ignored.  A conversation is
+given as the text that a chat template makes of it.
 """
 
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from persimmon.model.chat import chat_format
-from persimmon.model.chat_template_files import ChatTemplateError
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.errors import CheckpointError
 from persimmon.model.quantization.calibration import MAX_STEP
@@ -27,7 +24,7 @@ def read_calibration_texts(path: Path, files: Mapping[str, bytes], config: Persi
 
     Args:
         path: the file.
-        files: of the checkpoint that is written: its tokenizer, chat template and config.json.
+        files: of the checkpoint that is written: its tokenizer and config.json.
         config: of its network.
 
     Raises:
@@ -62,18 +59,10 @@ def read_calibration_texts(path: Path, files: Mapping[str, bytes], config: Persi
 def _token_ids(path: Path, lines: list[str], folder: Path, config: PersimmonConfig) -> Iterator[list[int]]:
     tokenizer = Tokenizer.from_folder(folder)
     vocabulary = VocabularyMap.from_folder(folder, config)
-    chat = chat_format(folder, config, tokenizer, None)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        text = _object(path, number, line)
-        try:
-            if "text" in text:
-                token_ids = tokenizer.encode(text["text"])
-            else:
-                token_ids = chat.of_messages(text["messages"]).token_ids(tokenizer)
-        except ChatTemplateError as error:
-            raise CheckpointError(f"{path}, line {number}: the chat template cannot render it: {error}") from error
+        token_ids = tokenizer.encode(_text(path, number, line))
         if vocabulary is not None:
             dropped = [token_id for token_id in token_ids if not vocabulary.kept(token_id)]
             if dropped:
@@ -82,23 +71,11 @@ def _token_ids(path: Path, lines: list[str], folder: Path, config: PersimmonConf
         yield token_ids
 
 
-def _object(path: Path, number: int, line: str) -> dict[str, Any]:
-    expected = 'an object with "text", a string, or "messages", a list of objects with "role" and "content"'
+def _text(path: Path, number: int, line: str) -> str:
     try:
         value = json.loads(line)
     except ValueError:
         value = None
-    if not isinstance(value, dict) or ("text" in value) == ("messages" in value):
-        raise CheckpointError(f"{path}, line {number}: expected {expected}")
-    messages = value.get("messages", [])
-    if (
-        not isinstance(value.get("text", ""), str)
-        or not isinstance(messages, list)
-        or not all(map(_is_message, messages))
-    ):
-        raise CheckpointError(f"{path}, line {number}: expected {expected}")
-    return value
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+        raise CheckpointError(f'{path}, line {number}: expected an object like {{"text": "…"}}')
+    return str(value["text"])

@@ -8,6 +8,7 @@ import torch
 
 from persimmon.kernels import QuantizedFormat, QuantizedMatrix
 from persimmon.kernels.quantized import pack_int4
+from persimmon.model.errors import CheckpointError
 from persimmon.model.quantization.rounding import best_scales
 
 BLOCK = 128
@@ -54,7 +55,8 @@ def quantize(weight: torch.Tensor, hessian: torch.Tensor, form: QuantizedFormat)
         form: its group size divides `in`.
 
     Raises:
-        CheckpointError: a weight is not finite, or too large for its scale; the row is named.
+        CheckpointError: a weight is not finite, or too large for its scale; the row is named.  Or an input was not
+            finite.
     """
     rows, columns = weight.shape
     group_size = form.group_size or columns
@@ -93,7 +95,10 @@ def quantize(weight: torch.Tensor, hessian: torch.Tensor, form: QuantizedFormat)
 def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
     """The upper Cholesky factor of the inverse of a Hessian, which is overwritten."""
     diagonal = hessian.diagonal()
-    damping = DAMPING * diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    if not bool(diagonal.isfinite().all()):
+        raise CheckpointError("its inputs are not finite numbers: the network overflows in float32 on these texts")
+    damping = DAMPING * diagonal.mean()
+    damping = torch.where(damping > 0, damping, 1.0)  # no input was ever other than zero
     diagonal += damping
     while True:
         lower, failed = torch.linalg.cholesky_ex(hessian)

@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="TEXT.jsonl",
         help="choose numbers by what they do to products with these texts' inputs (GPTQ), not by rounding to nearest; "
-        'each line is {"text": …} or {"messages": [...]}',
+        'each line is {"text": "…"}',
     )
 
 
@@ -111,7 +111,7 @@ def _request(given: dict[str, Any]) -> "QuantizationRequest | None":
     Raises:
         CheckpointError: an argument does not fit to the others.
     """
-    from persimmon.model.convert import DEFAULT_GROUP_SIZE, QuantizationRequest  # brings torch
+    from persimmon.model.convert import QuantizationRequest  # brings torch
 
     quantize, group_size = given.pop("quantize"), given.pop("group_size")
     vocabulary, calibration = given.pop("quantize_vocab"), given.pop("calibrate")
@@ -122,12 +122,8 @@ def _request(given: dict[str, Any]) -> "QuantizationRequest | None":
             flag = "--quantize-vocab" if vocabulary else "--calibrate"
             raise CheckpointError(f"{flag} needs --quantize int8 or int4")
         return None
-    return QuantizationRequest(
-        quantization=quantize,
-        group_size=group_size or DEFAULT_GROUP_SIZE,
-        vocabulary=vocabulary,
-        calibration=calibration,
-    )
+    groups = {} if group_size is None else {"group_size": group_size}
+    return QuantizationRequest(quantize, vocabulary=vocabulary, calibration=calibration, **groups)
 
 
 def _size(text: str) -> int:

@@ -1,6 +1,7 @@
-"""persimmon convert --quantize: this server and Transformers read the result; a run that is cut off goes on."""
+"""persimmon convert --quantize: this server and Transformers read what it writes; cut off, it goes on."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from persimmon.kernels import QuantizedMatrix, reference
+from persimmon import kernels
+from persimmon.kernels import QuantizedMatrix
 from persimmon.model.checkpoint import Checkpoint
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.convert import calibrate, convert_checkpoint, writer
@@ -18,7 +20,7 @@ from persimmon.model.persimmon import Persimmon
 from persimmon.model.quantization.rounding import quantize
 from persimmon.model.tokenizer import Tokenizer
 from tests.engine_harness import CPU
-from tests.model.checkpoints import DEMO, make_checkpoint
+from tests.model.checkpoints import DEMO, DEMO_VOCAB_SIZE, make_checkpoint
 from tests.model.forward_pass import hidden_states
 
 INT8 = QuantizationRequest("int8")
@@ -41,6 +43,15 @@ def texts(tmp_path_factory):
     return path
 
 
+def words() -> list[str]:
+    """Words that the demo's tokenizer has as pieces, in an order that has nothing to do with them."""
+    tokenizer = Tokenizer.from_folder(DEMO)
+    pieces = (tokenizer.decode([token_id]).strip() for token_id in range(300, DEMO_VOCAB_SIZE))
+    found = sorted(piece for piece in pieces if piece.isalpha() and piece.islower() and len(piece) > 4)
+    random.Random(0).shuffle(found)
+    return found
+
+
 def dialogue(word: str) -> str:
     return f'human: What does {word} mean?\n\nadept: "{word.title()}" is a noun. It means a part of {word}.'
 
@@ -60,9 +71,18 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def log_probabilities(folder: Path, weights: dict[str, Any], token_ids: list[int]) -> torch.Tensor:
-    network = Persimmon(PersimmonConfig.from_folder(folder), weights.items(), torch.float32, CPU, reference)
-    return network.logits(hidden_states(network, token_ids)).log_softmax(-1)
+def network(folder: Path) -> Persimmon:
+    """In float32, quantized matrices widened."""
+    dense = {
+        name: part.dequantized() if isinstance(part, QuantizedMatrix) else part.float()
+        for name, part in parameters(folder).items()
+    }
+    config = PersimmonConfig.from_folder(folder)
+    return Persimmon(config, dense.items(), torch.float32, CPU, kernels.for_device(CPU))
+
+
+def log_probabilities(of: Persimmon, token_ids: list[int]) -> torch.Tensor:
+    return of.logits(hidden_states(of, token_ids)).log_softmax(-1)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +95,9 @@ def test_matrices_come_back_rounded_to_nearest_and_all_else_as_it_was(original, 
     assert made.keys() == stored.keys()
     tables = {"model.embed_tokens.weight", "lm_head.weight"}
     for name, tensor in stored.items():
+        matrix = made[name]
         assert isinstance(tensor, torch.Tensor)
-        matrix, assumed = made[name], name.startswith("model.layers.") and tensor.dim() == 2
+        assumed = name.startswith("model.layers.") and tensor.dim() == 2
         if assumed or (request_.vocabulary and name in tables):
             assert isinstance(matrix, QuantizedMatrix), name
             assert matrix.bits == (8 if name in tables or request_.quantization == "int8" else 4)
@@ -94,37 +115,30 @@ def test_transformers_computes_the_same_with_it(original, request_, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
         expected = model(torch.tensor([TOKENS])).logits[0].log_softmax(-1)
-    weights = {
-        name: part.dequantized() if isinstance(part, QuantizedMatrix) else part
-        for name, part in parameters(tmp_path / "out").items()
-    }
-    actual = log_probabilities(original, weights, TOKENS)
+    actual = log_probabilities(network(tmp_path / "out"), TOKENS)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(actual.argmax(-1), expected.argmax(-1))
 
 
-def test_calibrated_numbers_lose_less_than_rounded_ones(texts, tmp_path):
+def test_calibrated_numbers_lose_less_than_rounded_ones(tmp_path):
     """On the demo: KL divergence from the network in 16 bits, on words that are not among the texts."""
-    tokenizer = Tokenizer.from_folder(DEMO)
-    held_out = [[1, *tokenizer.encode(dialogue(word))] for word in WORDS[10:]]
-    exact = [log_probabilities(DEMO, parameters(DEMO), ids) for ids in held_out]
+    tokenizer, of_texts = Tokenizer.from_folder(DEMO), words()
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("\n".join(json.dumps({"text": dialogue(word)}) for word in of_texts[:150]))
+    held_out = tokenizer.encode("\n\n".join(map(dialogue, of_texts[-20:])))
+    exact = log_probabilities(network(DEMO), held_out)
     losses = []
     for name, calibration in (("calibrated", texts), ("rounded", None)):
         convert(DEMO, tmp_path / name, QuantizationRequest("int4", 128, calibration=calibration))
-        made = parameters(tmp_path / name)
-        divergences = [
-            (expected.exp() * (expected - log_probabilities(DEMO, made, ids))).sum(-1)
-            for ids, expected in zip(held_out, exact, strict=True)
-        ]
-        losses.append(torch.cat(divergences).mean().item())
+        actual = log_probabilities(network(tmp_path / name), held_out)
+        losses.append((exact.exp() * (exact - actual)).sum(-1).mean().item())
     assert losses[0] < 0.85 * losses[1]
 
 
 def test_a_calibration_that_was_cut_off_goes_on_and_makes_the_same_bits(original, texts, tmp_path, monkeypatch):
     request = QuantizationRequest("int4", 32, calibration=texts)
     convert(original, tmp_path / "whole", request)
-    write = calibrate._write
-    written: list[str] = []
+    write, written = calibrate._write, list[str]()
 
     def cut_off(path: Path, tensors: Any) -> None:
         if len(written) == 2:
@@ -194,28 +208,13 @@ def test_a_trimmed_vocabulary_is_quantized_and_calibrated(texts, tmp_path):
     assert made["model.embed_tokens.weight"].shape == made["lm_head.weight"].shape == (4096, 128)
 
 
-def test_conversations_calibrate_like_the_text_that_they_are_rendered_to(tmp_path):
-    source = make_checkpoint(tmp_path / "in", num_hidden_layers=1, intermediate_size=128)
-    lines = {
-        "text": {"text": "human: Hello\n\nadept:"},
-        "messages": {"messages": [{"role": "user", "content": "Hello"}], "source": "ignored"},
-    }
-    for name, line in lines.items():
-        path = tmp_path / f"{name}.jsonl"
-        path.write_text(json.dumps(line) + "\n\n")
-        convert(source, tmp_path / name, QuantizationRequest("int4", 32, calibration=path))
-    assert contents(tmp_path / "text") == contents(tmp_path / "messages")
-
-
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", 'line 1: expected an object with "text", a string, or "messages"'),
-        ("[]", "line 1: expected an object"),
-        ('{"prompt": "x"}', "line 1: expected an object"),
-        ('{"text": 5}', "line 1: expected an object"),
-        ('{"text": "x", "messages": []}', "line 1: expected an object"),
-        ('{"messages": ["x"]}', "line 1: expected an object"),
+        ("{", "line 1: expected an object like"),
+        ("[]", "line 1: expected an object like"),
+        ('{"prompt": "x"}', "line 1: expected an object like"),
+        ('{"text": 5}', "line 1: expected an object like"),
         ("", "has no texts of at least two tokens"),
     ],
 )

@@ -75,6 +75,11 @@ def test_fewer_tokens_than_inputs_and_none_at_all_are_enough_for_an_answer():
         assert bool(gptq.quantize(weight, hessian, FORMS[0]).dequantized().isfinite().all())
 
 
+def test_inputs_that_are_not_finite_are_refused():
+    with pytest.raises(CheckpointError, match="its inputs are not finite numbers"):
+        gptq.quantize(torch.zeros(9, 256), torch.full((256, 256), float("nan")), FORMS[0])
+
+
 def test_a_weight_that_is_not_finite_is_refused_with_its_row():
     weight = torch.zeros(9, 256)
     weight[7, 200] = float("nan")
