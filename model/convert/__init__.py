@@ -21,7 +21,6 @@ from persimmon.model.convert.trim import trim_vocabulary
 from persimmon.model.convert.writer import Conversion, write
 from persimmon.model.errors import CheckpointError
 from persimmon.model.hub import resolve
-from persimmon.model.quantization.scheme import DEFAULT_GROUP_SIZE
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.model.vocabulary import VocabularyMap
 
