@@ -13,18 +13,28 @@ import pytest
 import torch
 
 from persimmon.kernels import decode_attention as decode_module
-from persimmon.kernels import invariant_attention
+from persimmon.kernels import invariant_attention, packed_head, packed_projection
 from persimmon.kernels.chunk_plan import LastTokens
 from persimmon.kernels.decode_attention import DecodeWorkspace, build_work_list
+from persimmon.kernels.dequantize import dequantize
 from persimmon.kernels.invariant_projection import project_rows, project_rows_add_
 from persimmon.kernels.layer_norm import bias_relu_squared_, embed, layer_norm
 from persimmon.kernels.operands import LayerCache, PenaltyInputs, TruncationInputs
+from persimmon.kernels.packed_projection import PackedConfig
+from persimmon.kernels.packed_weight import pack
 from persimmon.kernels.prefill_attention import prefill_attention, qk_norm_rotary_store
 from persimmon.kernels.projection_config import ProjectionConfig, Workspace
 from persimmon.kernels.sampling import Workspace as SamplingWorkspace
 from persimmon.kernels.sampling import sample_head, sample_logits
 from persimmon.kernels.truncation import TruncationWorkspace, apply_penalties, sample_truncated
-from tests.kernels import test_decode_attention, test_prefill_attention, test_projection, test_sampling
+from tests.kernels import (
+    test_decode_attention,
+    test_packed_projection,
+    test_prefill_attention,
+    test_projection,
+    test_sampling,
+)
+from tests.kernels.quantized_matrices import random_matrix
 from tests.kernels.test_layer_norm import affine
 from tests.kernels.test_reference import Layout, Span
 
@@ -239,6 +249,39 @@ def invariant_rows(rng: random.Random) -> Outcome:
     return Outcome([up, x, statistics, out], [])
 
 
+def packed(rng: random.Random) -> Outcome:
+    """Weights of 8 and 4 bits: both kinds of projection with splits, the head, and some of a matrix dequantized.
+
+    They merge their splits by the function that "projections" plants faults in.
+    """
+    rows, dtype = rng.randint(1, 34), torch.float16
+    bits, group = rng.choice(test_packed_projection.FORMATS)
+    hidden, width = 128, rng.choice([256, 384])
+    up, down, head = (
+        pack(random_matrix(shape, bits, group, seed=rng.randrange(1000)), columns=columns)
+        for shape, columns in (((width, hidden), False), ((hidden, width), True), ((150, hidden), False))
+    )
+    x = _numbers(rng, rows, hidden, dtype=dtype)
+    live = torch.tensor([rng.randint(0, rows)], dtype=torch.int32)
+    made = test_packed_projection.workspace(max(width, hidden), rows, 2)
+    out, alive = packed_projection.project(
+        x, up, None, activation="relu_squared", live=live, workspace=made, config=PackedConfig()
+    )
+    assert alive is not None
+    flags = alive if rng.random() < 0.5 else None
+    statistics = packed_projection.project_add_(
+        x, out, down, None, alive=flags, live=live, workspace=made, config=split
+    )
+    count = int(live)
+    results = [out[:count], alive, x[:count], statistics[:, :, :count]]
+    draw = test_sampling.draws([rng.choice([0.0, 0.7]) for _ in range(rows)], seed=rng.randrange(1000))
+    workspace = SamplingWorkspace.allocate(rows, 150, CPU)
+    tokens, totals = packed_head.sample_head(_numbers(rng, rows, hidden, dtype=dtype), head, draw, live, workspace)
+    results += [tokens[:count], totals[:count]]
+    results.append(dequantize(down, torch.zeros(hidden * width, dtype=dtype), 0, hidden).clone())
+    return Outcome(results, [made.counters])
+
+
 def _numbers(rng: random.Random, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(rng.randrange(2**31))).to(dtype)
 
@@ -257,4 +300,5 @@ CASES: dict[str, Case] = MERGES | {
     "sampling": sampling,
     "head": head,
     "batch-invariant rows": invariant_rows,
+    "packed weights": packed,
 }
