@@ -270,7 +270,7 @@ def packed(rng: random.Random) -> Outcome:
     assert alive is not None
     flags = alive if rng.random() < 0.5 else None
     statistics = packed_projection.project_add_(
-        x, out, down, None, alive=flags, live=live, workspace=made, config=split
+        x, out, down, None, alive=flags, live=live, workspace=made, config=PackedConfig(splits=2)
     )
     count = int(live)
     results = [out[:count], alive, x[:count], statistics[:, :, :count]]
