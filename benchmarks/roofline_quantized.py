@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from benchmarks.floors import ITEM_BYTES, PERSIMMON_8B
@@ -65,10 +65,27 @@ class Gpu:
         return min(possible, kernel.programs / self.multiprocessors)
 
 
+_HOPPER = Gpu(
+    card=Card("H100", 3.0),
+    capability=90,
+    multiprocessors=132,
+    clock_ghz=ASSUMED.clock_ghz,
+    l2_tb_s=ASSUMED.l2_tb_s,
+    shared_bytes=latency.SHARED_BYTES,
+    max_warps=64,
+)
 GPUS = (
-    Gpu(Card("H100", 3.0), 90, 132, ASSUMED.clock_ghz, ASSUMED.l2_tb_s, latency.SHARED_BYTES, 64),
-    Gpu(Card("H200", 4.3), 90, 132, ASSUMED.clock_ghz, ASSUMED.l2_tb_s, latency.SHARED_BYTES, 64),
-    Gpu(Card("RTX 4090", 0.92), 89, 128, 2.52, 5.0, 100 * 1024, 48),
+    _HOPPER,
+    replace(_HOPPER, card=Card("H200", 4.3)),
+    Gpu(
+        card=Card("RTX 4090", 0.92),
+        capability=89,
+        multiprocessors=128,
+        clock_ghz=2.52,
+        l2_tb_s=5.0,
+        shared_bytes=100 * 1024,
+        max_warps=48,
+    ),
 )
 
 

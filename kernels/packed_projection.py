@@ -93,7 +93,7 @@ class PackedConfig:
 
 def workspace_sizes(hidden_size: int) -> tuple[int, int]:
     """Elements of partial sums and of counters that products added to a residual stream of this width take at most."""
-    return MAX_SPLITS * MAX_ROWS * hidden_size, -(-hidden_size // 64) * (MAX_ROWS // BLOCK_ROWS)
+    return MAX_SPLITS * MAX_ROWS * hidden_size, -(-hidden_size // 64) * (MAX_ROWS // (BLOCK_ROWS // 2))
 
 
 def added_config(packing: Packing) -> PackedConfig:

@@ -66,7 +66,12 @@ def random_matrix(
     groups = columns // (group_size or columns)
     scales = torch.rand(rows, groups, device=generator.device, generator=generator) + 0.5
     scales = (scales / (most * columns**0.5)).to(DTYPE)
-    return QuantizedMatrix(integers if bits == 8 else pack_int4(integers), scales, bits, group_size or columns)
+    return QuantizedMatrix(
+        numbers=integers if bits == 8 else pack_int4(integers),
+        scales=scales,
+        bits=bits,
+        group_size=group_size or columns,
+    )
 
 
 class _Case:

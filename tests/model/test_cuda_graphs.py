@@ -111,6 +111,8 @@ def test_buffers_take_what_was_announced(shallow: Path) -> None:
 
 def held_bytes(held: Any) -> int:
     """Of every tensor within dataclasses and tuples."""
+    if held is None:
+        return 0
     if isinstance(held, torch.Tensor):
         return held.nbytes
     parts = held if isinstance(held, tuple) else [getattr(held, part.name) for part in fields(held)]

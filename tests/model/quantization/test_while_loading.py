@@ -251,7 +251,7 @@ SHAPE_KEYS = (
 
 def test_quantizing_takes_little_more_memory_than_the_result(tmp_path: Path) -> None:
     # Layers dominate, as in the 8B model: lm_head is held twice for a moment, as it comes and as it is laid out.
-    config = replace(CONFIG, vocab_size=8192, hidden_size=1024, intermediate_size=1024, num_hidden_layers=6)
+    config = replace(CONFIG, vocab_size=8192, hidden_size=1024, intermediate_size=1024, num_hidden_layers=12)
     write_zeros(tmp_path, config)
     command = [sys.executable, "-c", PEAK, str(tmp_path), "int4"]
     run = subprocess.run(command, check=True, capture_output=True, text=True)

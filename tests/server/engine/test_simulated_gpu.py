@@ -70,6 +70,8 @@ OTHERWISE = {
     "return None if captured is None else captured.graph": "benchmarks.gpu",
     "return super().fetch(tensors)": "a CPU",
     "return torch.mm(hidden, columns, out=out)": "float32",
+    "return torch.mm(x, columns, out=out)": "float32",
+    "names = [cache_choice(own) for own in offered]": "a CPU has two types of cache",
     "return NativeExecutor(kernels) if isinstance(kernels, NativeKernels) else TorchExecutor(kernels)": "a CPU",
     "torch.set_num_threads(usable_cores())": "OMP_NUM_THREADS is set here",
     "print_line(f\"  {'':<12} {note}\")": "a checkpoint that needs a remark",
