@@ -44,6 +44,8 @@ def run(setting: Setting, report: Report) -> None:
     report.note(f"seed {setting.seed}")
     # In the interpreter nothing is measured; one format shows that the code runs.
     formats = list(FORMATS) if setting.on_gpu else ["int4, groups of 32"]
+    inputs = [width.in_features for width in widths(setting.suite.config)]
+    formats = [name for name in formats if not any(count % (FORMATS[name][1] or 1) for count in inputs)]
     for name in formats:
         for width in widths(setting.suite.config):
             report.attempt(f"{width.name}, {name}: right", partial(_check, setting, report, width, name), seconds=6)

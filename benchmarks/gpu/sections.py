@@ -38,7 +38,9 @@ SECTIONS = {
         "benchmarks.gpu.engine", 40, about="200 mixed requests through scheduler and engine, each feature on and off"
     ),
     "kernels": Section("benchmarks.gpu.speed", 45, about="each kernel by itself, next to cuBLAS and torch"),
-    "quantized": Section("benchmarks.gpu.quantized", 35, about="8-bit and 4-bit weights: right, and how fast"),
+    "quantized": Section(
+        "benchmarks.gpu.quantized", 60, is_default=False, about="8-bit and 4-bit weights: right, and how fast"
+    ),
     "checks": Section("benchmarks.gpu.checks", 60, about="each kernel in float16 against exact arithmetic"),
     "sweep": Section("benchmarks.gpu.sweep", 70, about="the launch settings that were chosen without a GPU"),
     "types": Section("benchmarks.gpu.checks_types", 60, is_default=False, about="the checks in bfloat16 and float32"),
