@@ -1,4 +1,4 @@
-"""Packed weights back to 16 bits, for steps of so many tokens that cuBLAS multiplies them best.
+"""Packed weights back to 16 bits, for large steps, which cuBLAS multiplies best.
 
 Multiplies nothing.
 """

@@ -476,7 +476,7 @@ class FusedKernels:
         buffer = self._workspaces.dequantized
         if buffer is None:
             raise RuntimeError(
-                "reserve() comes after the weights or with limits.quantized: there is no buffer for them"
+                "reserve() comes after the weights or with limits.quantized: no buffer was made for them"
             )
         return buffer
 
