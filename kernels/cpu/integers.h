@@ -124,7 +124,7 @@ INLINE void join_four(Integers a, Integers b, Integers c, Integers d, uint8_t *t
 
 /* Where `join_four` must find an output's number in a line of PANEL, so that outputs come in their order. */
 INLINE int64_t place_in_line(int64_t column) {
-    const int64_t parts = LANES / 4, vector = LANES * 4; /* parts of 16 bytes, of vectors of so many bytes */
+    const int64_t parts = LANES / 4, vector = LANES * 4; /* parts of 16 bytes, of vectors of `vector` bytes */
     const int64_t within = column % vector;
     return column - within + within / 4 % parts * 16 + within / LANES * 4 + within % 4;
 }

@@ -40,7 +40,7 @@ INLINE int64_t rounded_group(int64_t in, int64_t group) {
 
 INLINE int64_t item_bytes_of(const Operation *op) { return op->type == INT4 ? 1 : INPUT_BYTES; }
 
-/* Whether a step of so many rows leaves inputs out that are zero in all of them. */
+/* Whether a step of `rows` rows leaves out inputs that are zero in all of them. */
 INLINE int leaves_zeros_out(const Operation *op, int64_t rows) {
     return op->integer && op->sparse && rows <= SPARSE_ROWS;
 }
