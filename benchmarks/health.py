@@ -24,6 +24,7 @@ from pathlib import Path
 import uvloop
 
 from benchmarks.checkpoint import DEMO
+from benchmarks.machine import device
 from benchmarks.servers import RunningServer, Server, running
 from persimmon.server.bench.http_client import Connection, Endpoint
 from persimmon.server.bench.report import Distribution
@@ -196,7 +197,7 @@ def main() -> int:
         result = measure(started, server.shown_command, pressure, arguments.seconds)
     print(describe(result))
     if arguments.out:
-        arguments.out.write_text(json.dumps(asdict(result), indent=2) + "\n")
+        arguments.out.write_text(json.dumps({"device": device()} | asdict(result), indent=2) + "\n")
     return 0
 
 

@@ -24,6 +24,7 @@ import psutil
 import uvloop
 
 from benchmarks.checkpoint import DEMO, write_checkpoint
+from benchmarks.machine import device
 from benchmarks.processes import Family, Sample, watch
 from benchmarks.servers import RunningServer, Server, running
 from persimmon.server.bench.answer import Answer, RequestFailedError
@@ -297,7 +298,7 @@ def main() -> int:
         )
     print(describe(result))
     if arguments.out:
-        arguments.out.write_text(json.dumps(asdict(result), indent=2) + "\n")
+        arguments.out.write_text(json.dumps({"device": device()} | asdict(result), indent=2) + "\n")
     return 0
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import uvloop
 
+from benchmarks.machine import device
 from benchmarks.processes import Family, Sample, watch
 from benchmarks.servers import Server, running
 from persimmon.model import demo
@@ -234,7 +235,7 @@ def main() -> int:
         )
     print(describe(result))
     if arguments.out:
-        arguments.out.write_text(json.dumps(asdict(result), indent=2) + "\n")
+        arguments.out.write_text(json.dumps({"device": device()} | asdict(result), indent=2) + "\n")
     left = result.metrics
     clean = left["kv_blocks_free"] == left["kv_blocks"] and left["open_streams"] == 0
     return 0 if clean else 1

@@ -48,7 +48,7 @@ def _activation(rows: int, dtype: torch.dtype, *, pdl: bool = False) -> None:
     bias_relu_squared_(_empty(rows, INTERMEDIATE, dtype=dtype), _empty(INTERMEDIATE, dtype=dtype), pdl=pdl)
 
 
-_KINDS: dict[str, Callable[..., None]] = {
+_LAUNCHES: dict[str, Callable[..., None]] = {
     "embed": partial(_embed, 16),
     "embed_bytes": partial(_embed_bytes, 16),
     "merged_norm": partial(_norm, 64, merged=True),
@@ -58,9 +58,11 @@ _KINDS: dict[str, Callable[..., None]] = {
 CALLS: dict[str, Callable[[], None]] = {
     f"{name}_{dtype_name}": partial(call, dtype=dtype)
     for dtype_name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32))
-    for name, call in _KINDS.items()
+    for name, call in _LAUNCHES.items()
 }
-CALLS |= {f"{name}_dependent": partial(call, dtype=torch.float16, pdl=True) for name, call in _KINDS.items()}
+CALLS |= {f"{name}_dependent": partial(call, dtype=torch.float16, pdl=True) for name, call in _LAUNCHES.items()}
+
+KINDS = {"embed_bytes_fp32": "8-bit table in float32"}
 
 _LOADS = (r"LDG\.E\.128", r"STG\.E\.128")
 EXPECTED: dict[str, tuple[str, ...]] = {

@@ -36,6 +36,8 @@ def reduction_layouts(matrix: Matrix) -> list[str]:
             if capability == 90
             and module in ("projection", "packed_projection", "layer_norm")
             and ("fp32" in call) == wide
+            # A table of 8-bit numbers is loaded in a layout of its own, and no step has two tables.
+            and "embed_bytes" not in call
             for kernel in launched
             if kernel.kernel != "row_layer_norm_kernel"
         ]
