@@ -1,30 +1,23 @@
 """The GPU suite's own code, on a tiny network in Triton's interpreter: what it finds is checked on a GPU."""
 
-import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from triton.runtime.interpreter import InterpretedFunction
 
 from benchmarks.gpu.cli import failures, main
 from benchmarks.gpu.compare import check_repeats, check_same, compare, rounded
-from benchmarks.gpu.compile_jobs import jobs_of
 from benchmarks.gpu.engine_bench import TIE, EngineBench
 from benchmarks.gpu.engine_variants import MODES
 from benchmarks.gpu.report import Report, ResultFile
 from benchmarks.gpu.sections import SECTIONS
 from benchmarks.gpu.suite import SUITES, Setting
 from benchmarks.gpu.targets import TARGETS
+from tests.benchmarks.gpu_sections import SLOW, run_compiled_ahead
 from tests.interpreter import multiply_as_matrix_units
-
-COMPILED_AHEAD = ("smoke", "steps", "engine")
-"""Sections all of whose kernels are compiled before they run."""
 
 ABSENT_ON_A_GPU_MACHINE = ("fastapi", "msgspec", "psutil", "pydantic", "uvicorn", "uvloop", "zmq")
 
@@ -39,42 +32,12 @@ def section_of(report: Report) -> dict:
     return report._section
 
 
-@contextmanager
-def launches_recorded(*, runs: bool = True) -> Iterator[set[tuple]]:
-    """What Triton would compile: kernels with their constants, and the types of their pointers."""
-    launched: set[tuple] = set()
-    run = InterpretedFunction.run
-
-    def record(self, *args, grid, warmup, **options):
-        types = tuple(str(arg.dtype) if isinstance(arg, torch.Tensor) else arg is None for arg in args)
-        launched.add((self.__name__, types, tuple(sorted(options.items()))))
-        return run(self, *args, grid=grid, warmup=warmup or not runs, **options)
-
-    InterpretedFunction.run = record
-    try:
-        yield launched
-    finally:
-        InterpretedFunction.run = run
-
-
-@pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.parametrize("name", [name for name in SECTIONS if name not in SLOW])
 def test_every_section_runs_on_the_tiny_network_with_kernels_that_were_compiled_ahead(
-    name: str, tmp_path: Path, monkeypatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     multiply_as_matrix_units(monkeypatch)
-    report = Report(ResultFile(tmp_path / "found.json"), name)
-    setting = Setting(SUITES["tiny"], torch.device("cpu"), 0)
-    with launches_recorded() as launched:
-        importlib.import_module(SECTIONS[name].module).run(setting, report)
-    section = section_of(report)
-    assert failures({name: section}) == []
-    assert section["checks"] or section["rows"] or name == "types"
-    with launches_recorded(runs=False) as compiled:
-        for earlier in list(SECTIONS)[: list(SECTIONS).index(name) + 1]:
-            for job in jobs_of("tiny", earlier):
-                job.run("tiny")
-    if name in COMPILED_AHEAD:
-        assert not launched - compiled
+    run_compiled_ahead(name, tmp_path)
 
 
 def test_a_wrong_token_of_the_engine_is_no_tie() -> None:

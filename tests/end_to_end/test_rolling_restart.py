@@ -15,8 +15,8 @@ from tests.end_to_end.serving import Server
 
 pytestmark = pytest.mark.anyio
 
-CLIENTS = 6
-ASKED = {"prompt": "human: Hello!\n\nadept:", "max_tokens": 60, "ignore_eos": True, "stream": True}
+CLIENTS = 4
+ASKED = {"prompt": "human: Hello!\n\nadept:", "max_tokens": 32, "ignore_eos": True, "stream": True}
 
 
 @pytest.fixture
