@@ -31,6 +31,7 @@ HEADERS = (
     "sampling",
     "team",
     "vectors",
+    "weight_rounding",
 )
 SHARED = ["kernels/cpu/network.c", *(f"kernels/cpu/{name}.h" for name in HEADERS)]
 

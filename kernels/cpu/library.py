@@ -52,6 +52,16 @@ class Step(ctypes.Structure):
     )
 
 
+class WeightRounding(ctypes.Structure):
+    """A matrix that becomes 8 or 4 bits; network.h says what the fields hold."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weights", "numbers", "scales", "steps", "failed")),
+        *((name, ctypes.c_int64) for name in ("rows", "in_", "group", "type", "scale_type", "bits")),
+        *((name, ctypes.c_int64) for name in ("step_count", "refits")),
+    )
+
+
 DRAWS = np.dtype(
     [
         *((name, np.float64) for name in ("temperature", "top_p", "min_p")),
@@ -92,12 +102,12 @@ def load(build: str) -> ctypes.CDLL:
     path = library_path(build)
     library = ctypes.CDLL(str(path))
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
-    sizes = ctypes.sizeof(Operation), ctypes.sizeof(Step), DRAWS.itemsize
+    sizes = (ctypes.sizeof(WeightRounding), ctypes.sizeof(Operation), ctypes.sizeof(Step), DRAWS.itemsize)
     # A build without the function is older than the function.
     layout = getattr(library, "persimmon_layout", None)
     if layout is not None:
         layout.argtypes, layout.restype = (), integer
-    if layout is None or layout() != sizes[0] << 20 | sizes[1] << 10 | sizes[2]:
+    if layout is None or layout() != sizes[0] << 30 | sizes[1] << 20 | sizes[2] << 10 | sizes[3]:
         raise KernelsUnavailableError(
             f"{path} was compiled from a different version of the C kernels; reinstall the project (`pip install -e "
             f".` in a checkout)"
@@ -112,6 +122,8 @@ def load(build: str) -> ctypes.CDLL:
     library.persimmon_pack_quantized.restype = None
     library.persimmon_packed_bytes.argtypes = (pointer,)
     library.persimmon_packed_bytes.restype = integer
+    library.persimmon_round_weights.argtypes = (pointer, integer)
+    library.persimmon_round_weights.restype = None
     library.persimmon_multiplies_bfloat16.argtypes = ()
     library.persimmon_multiplies_bfloat16.restype = integer
     return library

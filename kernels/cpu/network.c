@@ -16,6 +16,7 @@
 #include "quantized.h"
 #include "sampling.h"
 #include "team.h"
+#include "weight_rounding.h"
 
 /* Parts that each thread should have of an operation at least. */
 #define PARTS_EACH 16
@@ -245,8 +246,15 @@ int64_t persimmon_packed_bytes(const Operation *op) {
     return (op->out + PANEL - 1) / PANEL * layout.panel_bytes;
 }
 
+void persimmon_round_weights(const WeightRounding *rounding, int64_t threads) {
+    const uint32_t rows = (uint32_t)rounding->rows;
+    work_together((Work){round_weights_part, rounding, 1, threads}, &rows);
+}
+
 /* Tells a build of other sources: its structures differ from those of library.py. */
-int64_t persimmon_layout(void) { return (int64_t)((sizeof(Operation) << 20) + (sizeof(Step) << 10) + sizeof(Draw)); }
+int64_t persimmon_layout(void) {
+    return (int64_t)((sizeof(WeightRounding) << 30) + (sizeof(Operation) << 20) + (sizeof(Step) << 10) + sizeof(Draw));
+}
 
 int64_t persimmon_multiplies_bfloat16(void) {
 #if defined(__AVX512BF16__)

@@ -108,6 +108,27 @@ void persimmon_pack_quantized(const Operation *op, const void *numbers, const vo
                               int64_t threads);
 int64_t persimmon_packed_bytes(const Operation *op);
 
+/* A [rows, in] matrix that becomes 8 or 4 bits.  The first of `steps` is what the weight of the largest magnitude of a
+ * group is divided by, negated, for its scale; the others are tried in turn, and then `refits` times the scale of least
+ * squares for the numbers at hand. */
+typedef struct {
+    const void *weights;  /* of type */
+    void *numbers;        /* as a `QuantizedMatrix` has them, like scales */
+    void *scales;         /* [rows, in / group] of scale_type */
+    const double *steps;
+    int64_t *failed;      /* on entry rows, after it the first row that has no finite scale, if there is one */
+    int64_t rows;
+    int64_t in;
+    int64_t group;
+    int64_t type;
+    int64_t scale_type;
+    int64_t bits;
+    int64_t step_count;
+    int64_t refits;
+} WeightRounding;
+
+void persimmon_round_weights(const WeightRounding *rounding, int64_t threads);
+
 /* Whether LINEAR can multiply bfloat16 numbers as they are. */
 int64_t persimmon_multiplies_bfloat16(void);
 

@@ -6,6 +6,7 @@ Knows nothing of a matrix's inputs: `persimmon.model.quantization.gptq` weighs e
 import torch
 
 from persimmon.kernels import QuantizedFormat, QuantizedMatrix
+from persimmon.kernels.cpu import weight_rounding
 from persimmon.kernels.quantized import Bits, pack_int4
 from persimmon.model.errors import CheckpointError
 
@@ -49,24 +50,36 @@ def quantize(weight: torch.Tensor, form: QuantizedFormat, *, first_row: int = 0)
     group_size = columns if form.group_size is None else form.group_size
     if group_size < 1 or columns % group_size or (form.bits == 4 and group_size % 2):
         raise ValueError(f"groups of {group_size} do not divide {columns} inputs of {form.bits} bits")
-    device, groups = weight.device, columns // group_size
-    integers = torch.int8 if form.bits == 8 else torch.uint8
-    numbers = torch.empty(rows, columns * form.bits // 8, dtype=integers, device=device)
-    scales = torch.empty(rows, groups, dtype=form.scale_dtype, device=device)
+    result = QuantizedMatrix.empty((rows, columns), form, weight.device)
+    quantize_into(weight, result, first_row=first_row)
+    return result
+
+
+def quantize_into(weight: torch.Tensor, result: QuantizedMatrix, *, first_row: int = 0) -> None:
+    """As `quantize`, into a matrix of the same shape and device whose rows are contiguous.
+
+    On a CPU the C kernels do it where there is a build of them, else plain torch does, which takes several times as
+    long and may choose the other one of two scales whose errors are equal but for rounding.
+    """
+    if weight.device.type == "cpu" and weight_rounding.available():
+        failed = weight_rounding.round_weights(weight, result, _STEPS[result.bits], _REFITS[result.bits])
+        if failed is not None:
+            raise _refusal(weight[failed].float(), result.scales.dtype, first_row + failed)
+        return
+    rows, columns = weight.shape
     step = max(1, _WEIGHTS_AT_ONCE // columns)
     for start in range(0, rows, step):
-        part = slice(start, start + step)
-        grouped = weight[part].float().view(-1, groups, group_size)
-        scales[part] = best_scales(grouped, form.bits, form.scale_dtype, first_row=first_row + start)
-        rounded = round_to_scales(grouped, scales[part].float(), form.bits).to(torch.int8).view(-1, columns)
-        numbers[part] = rounded if form.bits == 8 else pack_int4(rounded)
-    return QuantizedMatrix(numbers=numbers, scales=scales, bits=form.bits, group_size=group_size)
+        part = result.rows(start, min(start + step, rows))
+        grouped = weight[start : start + step].float().view(-1, columns // result.group_size, result.group_size)
+        part.scales.copy_(best_scales(grouped, result.bits, result.scales.dtype, first_row=first_row + start))
+        rounded = round_to_scales(grouped, part.scales.float(), result.bits).to(torch.int8).view(-1, columns)
+        part.numbers.copy_(rounded if result.bits == 8 else pack_int4(rounded))
 
 
 def round_to_scales(weights: torch.Tensor, scales: torch.Tensor, bits: Bits) -> torch.Tensor:
     """[..., group_size] float32 whole numbers: the nearest for float32 weights with scales [...]."""
     limit = 1 << (bits - 1)
-    return torch.div(weights, scales.unsqueeze(-1)).round_().clamp_(-limit, limit - 1)
+    return torch.mul(weights, scales.reciprocal().unsqueeze(-1)).round_().clamp_(-limit, limit - 1)
 
 
 def best_scales(
@@ -96,7 +109,8 @@ def best_scales(
     largest = torch.where(highest > -lowest, highest, lowest)
     best = _stored(largest / -_STEPS[bits][0], dtype)
     if not bool(best.isfinite().all()):
-        raise _refusal(weights, best, dtype, first_row)
+        row = int((~best.isfinite()).any(-1).nonzero()[0])
+        raise _refusal(weights[row], dtype, first_row + row)
     least = _error(weights, best, bits, importance)
     for steps in _STEPS[bits][1:]:
         best, least = _better(weights, _stored(largest / -steps, dtype), best, least, bits, importance)
@@ -110,9 +124,9 @@ def best_scales(
 
 
 def _stored(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Scales as they are read back, in float32: the smallest normal number in place of zero."""
-    stored = scales.to(dtype)
-    return stored.masked_fill_(stored == 0, torch.finfo(dtype).tiny).float()
+    """Scales as they are read back, in float32: the smallest normal number for those without a finite inverse."""
+    stored = scales.to(dtype).float()
+    return stored.masked_fill_(stored.abs() < torch.finfo(torch.float32).tiny, torch.finfo(dtype).tiny)
 
 
 def _better(
@@ -138,14 +152,13 @@ def _error(weights: torch.Tensor, scales: torch.Tensor, bits: Bits, importance: 
     return roots
 
 
-def _refusal(weights: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, first_row: int) -> CheckpointError:
-    """What to raise for the first row whose scales are not finite."""
-    row = int((~scales.isfinite()).any(-1).nonzero()[0])
-    finite = weights[row].isfinite()
+def _refusal(weights: torch.Tensor, dtype: torch.dtype, row: int) -> CheckpointError:
+    """What to raise for the float32 weights of a row that has a scale that is not finite."""
+    finite = weights.isfinite()
     if not bool(finite.all()):
-        value = weights[row][~finite][0].item()
-        return CheckpointError(f"row {first_row + row} has the weight {value}; only finite numbers can be quantized")
+        value = weights[~finite][0].item()
+        return CheckpointError(f"row {row} has the weight {value}; only finite numbers can be quantized")
     return CheckpointError(
-        f"row {first_row + row} has the weight {weights[row].abs().max().item():.6g}, too large for scales in "
+        f"row {row} has the weight {weights.abs().max().item():.6g}, too large for scales in "
         f"{str(dtype).removeprefix('torch.')}"
     )

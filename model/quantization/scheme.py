@@ -26,7 +26,7 @@ def quantized_formats(
     config: PersimmonConfig,
     quantization: Quantization,
     group_size: int = DEFAULT_GROUP_SIZE,
-    stored: torch.dtype = torch.float16,
+    scale_dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, QuantizedFormat]:
     """The formats of the tensors that are quantized, by name.
 
@@ -38,12 +38,12 @@ def quantized_formats(
         config: the network.
         quantization: bits of the layers' matrices.
         group_size: of 4-bit matrices, one of GROUP_SIZES.
-        stored: the dtype of the checkpoint's tensors.  Scales have it if it has 16 bits, or else float16.
+        scale_dtype: of all scales.  Float16 is for readers that need it: it has no scale for weights beyond 65,504 *
+            127, and few bits for one of weights below 1e-3.
 
     Raises:
         CheckpointError: groups do not divide the inputs of a matrix.
     """
-    scale_dtype = stored if stored.itemsize == 2 else torch.float16
     rows = QuantizedFormat(8, None, scale_dtype)
     layers = rows if quantization == "int8" else QuantizedFormat(4, group_size, scale_dtype)
     formats = {}

@@ -9,7 +9,7 @@ import torch
 
 from persimmon.kernels import QuantizedFormat, QuantizedMatrix
 from persimmon.model.errors import CheckpointError
-from persimmon.model.quantization.rounding import quantize
+from persimmon.model.quantization.rounding import quantize_into
 from persimmon.model.stored import StoredTensor
 
 _NUMBERS_AT_ONCE = 1 << 20
@@ -31,11 +31,9 @@ def quantize_rows(source: StoredTensor, form: QuantizedFormat, name: str) -> Qua
     result = QuantizedMatrix.empty((rows, columns), form)
     for start, stop in slices(rows, columns):
         try:
-            part, rounded = result.rows(start, stop), quantize(source.rows(start, stop), form, first_row=start)
+            quantize_into(source.rows(start, stop), result.rows(start, stop), first_row=start)
         except CheckpointError as error:
             raise CheckpointError(f"{source.region}: tensor {name}: {error}") from None
-        part.numbers.copy_(rounded.numbers)
-        part.scales.copy_(rounded.scales)
     return result
 
 

@@ -389,7 +389,7 @@ def formats_to_make(
             f"--quantization is {settings.quantization}, but the checkpoint's weights are quantized already "
             f"(quantization_config in its config.json): serve it without --quantization"
         )
-    return quantized_formats(config, settings.quantization, settings.quantization_group_size, stored)
+    return quantized_formats(config, settings.quantization, settings.quantization_group_size)
 
 
 def _with_progress_bar(

@@ -1,11 +1,14 @@
 """Rounding to nearest: no worse than by the largest weight, exact where it can be, plain errors."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from persimmon.kernels import QuantizedFormat, QuantizedMatrix
+from persimmon.kernels.cpu import weight_rounding
 from persimmon.kernels.quantized import Bits, pack_int4
 from persimmon.model.errors import CheckpointError
 from persimmon.model.quantization.rounding import quantize
@@ -17,6 +20,16 @@ FORMATS = [
     for dtype in (torch.bfloat16, torch.float16, torch.float32)
 ]
 formats = st.sampled_from(FORMATS)
+
+
+@pytest.fixture(params=["c", "plain torch"], autouse=True, scope="module")
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test runs on both."""
+    if request.param == "c" and not weight_rounding.available():
+        pytest.skip("no build of the C kernels for this processor")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weight_rounding, "available", lambda: request.param == "c")
+        yield
 
 
 def random_weight(seed: int, rows: int, scale: float, heavy: bool) -> torch.Tensor:
@@ -116,6 +129,15 @@ def test_a_large_matrix_in_slices_equals_its_rows_apart():
         part = quantize(weight[start:stop], form)
         assert torch.equal(whole.rows(start, stop).numbers, part.numbers)
         assert torch.equal(whole.rows(start, stop).scales, part.scales)
+
+
+@pytest.mark.parametrize("columns", [4, 20, 36, 100])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rows_of_any_length_are_rounded_whole(bits, columns):
+    weight = torch.linspace(-1.0, 1.0, 3 * columns).view(3, columns)
+    form = QuantizedFormat(bits, None, torch.float32)
+    plain = squared_errors(weight, by_largest(weight, form, (1 << bits - 1) - 0.5), columns)
+    assert bool((squared_errors(weight, quantize(weight, form).dequantized(), columns) <= plain * (1 + 1e-5)).all())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
