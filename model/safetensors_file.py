@@ -7,6 +7,7 @@ stay in memory as far as it was read.
 import json
 import math
 import struct
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,15 @@ DTYPES = {
 """The types that tensors may have, by the names of the format."""
 
 
-def read_safetensors_file(path: Path) -> dict[str, StoredTensor]:
+def read_safetensors_file(path: Path, allowed: Collection[torch.dtype] = ()) -> dict[str, StoredTensor]:
     """The tensors of a file that have one of DTYPES, in file order; others are left out.
 
+    Args:
+        path: the file.
+        allowed: types that all tensors have to be of; none to leave out what is not of DTYPES.
+
     Raises:
-        CheckpointError: the file cannot be read or is damaged.
+        CheckpointError: the file cannot be read, is damaged, or has a tensor of a type that is not allowed.
     """
     region = Region.of_file(path)
     with region.opened() as file:
@@ -50,8 +55,12 @@ def read_safetensors_file(path: Path) -> dict[str, StoredTensor]:
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        if entry["dtype"] in DTYPES:
+        dtype = DTYPES.get(entry["dtype"])
+        if allowed and dtype not in allowed:
+            names = ", ".join(name for name, own in DTYPES.items() if own in allowed)
+            raise CheckpointError(f"{path}: tensor {name} is {entry['dtype']}; expected one of {names}")
+        if dtype is not None:
             shape = tuple(entry["shape"])
-            storage = Storage(DTYPES[entry["dtype"]], math.prod(shape), 8 + size + entry["data_offsets"][0])
+            storage = Storage(dtype, math.prod(shape), 8 + size + entry["data_offsets"][0])
             tensors[name] = StoredTensor.contiguous(region, shape, storage)
     return tensors

@@ -15,6 +15,7 @@ from persimmon.model.convert.adept import plan_from_adept
 from persimmon.model.convert.calibrate import calibrate_conversion
 from persimmon.model.convert.gguf import plan_from_gguf
 from persimmon.model.convert.hugging_face import plan_from_hugging_face
+from persimmon.model.convert.kept import keep_quantized
 from persimmon.model.convert.openvino import plan_from_openvino
 from persimmon.model.convert.quantize import QuantizationRequest, formats, quantize_conversion
 from persimmon.model.convert.trim import trim_vocabulary
@@ -56,7 +57,8 @@ def convert_checkpoint(
         out: the folder to write.
         layout: Hugging Face's; Adept's release, a tar or the folder it unpacks to; a folder exported for OpenVINO; or a
             GGUF file.
-        dtype: "float16", "bfloat16" or "float32"; None keeps each tensor's, or float16 where numbers are quantized.
+        dtype: "float16", "bfloat16" or "float32"; None keeps each tensor's, and quantized numbers where the result can
+            hold them as they are: where it cannot, they become float16.
         max_shard_bytes: tensors are spread over files of this size; one that is larger has its own.
         print_line: takes one line of progress.
         trim_vocab: whether to drop the rows of token ids that are unused.
@@ -76,7 +78,9 @@ def convert_checkpoint(
         print_line(f"{source}: {note}")
     if trim_vocab or drop_ids is not None:
         conversion = trim_vocabulary(conversion, drop_ids, print_line)
-    if quantization is not None:
+    if quantization is None:
+        conversion = keep_quantized(conversion, print_line, widen=asked is not None)
+    else:
         original, forms = conversion, formats(conversion, quantization)
         conversion = quantize_conversion(original, quantization, forms)
         if quantization.calibration is not None:

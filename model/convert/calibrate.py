@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from persimmon.kernels import QuantizedFormat
 from persimmon.model.convert.calibration_texts import read_calibration_texts
-from persimmon.model.convert.quantize import packed, stored_parts
+from persimmon.model.convert.compressed_layout import stored_numbers, stored_parts
 from persimmon.model.convert.sources import TensorSource
 from persimmon.model.convert.writer import Conversion
 from persimmon.model.errors import CheckpointError
@@ -64,7 +64,7 @@ class _Layers:
                 _write(_hidden(folder, layer + 1), {"hidden": calibration.hidden})
             tensors = {}
             for name, matrix in matrices.items():
-                tensors[f"{prefix}{name}.numbers"] = packed(matrix)
+                tensors[f"{prefix}{name}.numbers"] = stored_numbers(prefix + name, matrix)
                 tensors[f"{prefix}{name}.scales"] = matrix.scales
             _write(_file(folder, layer), tensors)
             _hidden(folder, layer).unlink(missing_ok=True)

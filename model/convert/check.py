@@ -12,7 +12,8 @@ from persimmon.model.config import PersimmonConfig
 from persimmon.model.convert.sources import TensorSource
 from persimmon.model.errors import CheckpointError
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+"""The types that a network's tensors may have."""
 
 
 def check_tensors(
@@ -42,7 +43,7 @@ def check_tensors(
             raise CheckpointError(
                 f"{places[name]}: tensor {name} has shape {list(tensor.shape)}; expected {list(shape)}"
             )
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATS:
             raise CheckpointError(
                 f"{places[name]}: tensor {name} is {str(tensor.dtype).removeprefix('torch.')}; expected float16, "
                 f"bfloat16 or float32"

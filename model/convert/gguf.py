@@ -21,7 +21,7 @@ from persimmon.model.config import PersimmonConfig
 from persimmon.model.convert.check import check_tensors
 from persimmon.model.convert.gguf_file import GGUFFile, QuantizedBlocks
 from persimmon.model.convert.gguf_tokenizer import tokenizer_model
-from persimmon.model.convert.new_config import MAX_POSITION_EMBEDDINGS, SMALL_AGAIN, NewConfig
+from persimmon.model.convert.new_config import MAX_POSITION_EMBEDDINGS, NewConfig
 from persimmon.model.convert.sources import TensorSource
 from persimmon.model.convert.writer import Conversion
 from persimmon.model.errors import CheckpointError
@@ -215,10 +215,7 @@ def _common_dtype(tensors: Mapping[str, TensorSource]) -> torch.dtype:
 def _notes(file: GGUFFile, dtype: torch.dtype, own: Region | None) -> tuple[str, ...]:
     counts = {kind: [*file.types.values()].count(kind) for kind in dict.fromkeys(file.types.values())}
     listed = ", ".join(f"{count} in {kind}" for kind, count in counts.items())
-    quantized = any(isinstance(tensor, QuantizedBlocks) for tensor in file.tensors.values())
-    notes = [f"tensors: {listed}; they are written in {str(dtype).removeprefix('torch.')}"]
-    if quantized:
-        notes[0] += f": {SMALL_AGAIN}"
+    notes = [f"tensors: {listed}; those that are not quantized are written in {str(dtype).removeprefix('torch.')}"]
     if own is None:
         notes.append(
             "the tokenizer is made of the file's vocabulary, which does not say how text is normalized: it is taken as "

@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from persimmon.model.convert.sources import TensorSource
+from persimmon.kernels import QuantizedFormat, QuantizedMatrix
+from persimmon.kernels.quantized import Bits
+from persimmon.model.convert.sources import TensorSource, exact_format, exact_matrix
 from persimmon.model.errors import CheckpointError
 from persimmon.model.stored import LFS_POINTER, Region, Storage, StoredTensor, damaged, lfs_pointer
 
@@ -29,6 +31,10 @@ _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", 7: "?", 10: "u8", 11: "i8", 12: "f8"}
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ALIGNMENT = 32
+_BLOCK = 32
+_SYMMETRIC: Mapping[str, Bits] = {"Q4_0": 4, "Q8_0": 8}
+"""Bits of the types whose blocks of _BLOCK numbers are a float16 scale and integers, without a minimum."""
+
 _MAX_DIMENSIONS = 4
 
 
@@ -70,16 +76,45 @@ class QuantizedBlocks:
         """Of the numbers once they are decoded."""
         return torch.float32
 
+    @property
+    def compressed(self) -> bool:
+        """As in `QuantizedSource`, like form and matrix: always."""
+        return True
+
+    @property
+    def form(self) -> QuantizedFormat | None:
+        """Of symmetric types."""
+        bits = _SYMMETRIC.get(self.kind.name)
+        return None if bits is None else exact_format(bits, _BLOCK, self.shape[1], torch.float16)
+
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """As in `TensorSource`, decoded."""
         _, quants = gguf_package()
+        decoded = quants.dequantize(self._blocks(start, stop), self.kind)
+        return torch.from_numpy(np.ascontiguousarray(decoded, dtype=np.float32))
+
+    def matrix(self, start: int, stop: int) -> QuantizedMatrix:
+        """Numbers and scales as stored."""
+        form = self.form
+        if form is None:
+            raise ValueError(f"{self.kind.name} is not symmetric in blocks of {_BLOCK}")
+        rows, columns = stop - start, self.shape[1]
+        blocks = torch.from_numpy(self._blocks(start, stop)).view(rows, columns // _BLOCK, -1)
+        scales, numbers = blocks[..., :2].contiguous().view(torch.float16), blocks[..., 2:].contiguous()
+        if form.bits == 8:
+            integers = numbers.view(torch.int8)
+        else:  # plus 8; the low halves of the bytes come first
+            integers = (torch.cat((numbers & 15, numbers >> 4), dim=-1)).view(torch.int8) - 8
+        return exact_matrix(integers.view(rows, columns), scales.view(rows, -1), form)
+
+    def _blocks(self, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """[rows, row_bytes] as stored."""
         buffer = bytearray((stop - start) * self.row_bytes)
         with self.region.opened() as file:
             file.seek(self.offset + start * self.row_bytes)
             if file.readinto(buffer) != len(buffer):
                 raise damaged(self.region, "it ends within a tensor")
-        blocks = np.frombuffer(buffer, dtype=np.uint8).reshape(stop - start, self.row_bytes)
-        return torch.from_numpy(np.ascontiguousarray(quants.dequantize(blocks, self.kind), dtype=np.float32))
+        return np.frombuffer(buffer, dtype=np.uint8).reshape(stop - start, self.row_bytes)
 
 
 @dataclass(frozen=True)

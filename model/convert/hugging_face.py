@@ -12,13 +12,14 @@ import torch
 from persimmon.model.chat_template_files import TEMPLATE_FOLDER
 from persimmon.model.checkpoint import equal_rows
 from persimmon.model.config import PersimmonConfig
-from persimmon.model.convert.check import check_tensors
-from persimmon.model.convert.sources import TensorSource, read_safetensors
+from persimmon.model.convert.check import FLOATS, check_tensors
+from persimmon.model.convert.sources import TensorSource
 from persimmon.model.convert.writer import Conversion
 from persimmon.model.errors import CheckpointError
 from persimmon.model.json_object import JsonObject
 from persimmon.model.leftovers import EMBEDDING, HEAD, settle
 from persimmon.model.regular_file import check_regular
+from persimmon.model.safetensors_file import read_safetensors_file
 from persimmon.model.stored import Region, small_file
 from persimmon.model.torch_file import named_tensors
 from persimmon.model.vocabulary import VOCABULARY_FILE, VocabularyMap
@@ -86,7 +87,7 @@ def plan_from_hugging_face(folder: Path, dtype: torch.dtype | None, max_shard_by
 
 def _read(path: Path) -> dict[str, TensorSource]:
     if path.suffix == ".safetensors":
-        return read_safetensors(path)
+        return dict(read_safetensors_file(path, allowed=FLOATS))
     return dict(named_tensors(path))
 
 

@@ -13,7 +13,6 @@ import torch
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.convert.check import check_tensors
 from persimmon.model.convert.hugging_face import config_json, other_files, same_head
-from persimmon.model.convert.new_config import SMALL_AGAIN
 from persimmon.model.convert.openvino_graph import GraphReader
 from persimmon.model.convert.openvino_weights import Weight
 from persimmon.model.convert.writer import Conversion
@@ -89,7 +88,7 @@ def plan_from_openvino(folder: Path, dtype: torch.dtype | None, max_shard_bytes:
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         files=files,
-        notes=(*settled.notes, *_notes(kept, dtype, folder, files)),
+        notes=(*settled.notes, *_notes(folder, files)),
     )
 
 
@@ -101,16 +100,7 @@ def _common_dtype(weights: Mapping[str, Weight]) -> torch.dtype:
     return torch.float16 if compressed or len(dtypes) != 1 else dtypes.pop()
 
 
-def _notes(
-    weights: Mapping[str, Weight], dtype: torch.dtype, folder: Path, files: Mapping[str, bytes]
-) -> Iterator[str]:
-    compressed = sum(weight.compressed for weight in weights.values())
-    if compressed:
-        stored = str(dtype).removeprefix("torch.")
-        yield (
-            f"{compressed} matrices are compressed; (number - zero point) x scale is written, in {stored}: "
-            f"{SMALL_AGAIN}"
-        )
+def _notes(folder: Path, files: Mapping[str, bytes]) -> Iterator[str]:
     if TOKENIZER_JSON in files and not any(name in files for name in MODEL_FILES):
         values = JsonObject.parse(folder / TOKENIZER_JSON, files[TOKENIZER_JSON]).values
         kind = model.get("type") if isinstance(model := values.get("model"), dict) else None

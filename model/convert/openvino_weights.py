@@ -9,6 +9,7 @@ exact.  (Seen in exports of NNCF 2.12, 2.14 and 3.4.)
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -16,12 +17,16 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from persimmon.kernels import QuantizedFormat, QuantizedMatrix
+from persimmon.kernels.quantized import Bits
+from persimmon.model.convert.sources import exact_format, exact_matrix
 from persimmon.model.errors import CheckpointError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _FLOATS = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 _CODES = {"u4": 4, "i4": 4, "nf4": 4, "f4e2m1": 4, "u8": 8, "i8": 8, "f8e4m3": 8, "f8e5m2": 8, "f8e8m0": 8}
+_SIGNED: Mapping[str, Bits] = {"i8": 8, "i4": 4}
 _ARITHMETIC = {"Multiply": np.multiply, "Subtract": np.subtract}
 
 
@@ -117,7 +122,7 @@ class _Codebook:
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight as `TensorSource`, in the type it is stored in or, where it is compressed, in float32.
+    """A weight as `QuantizedSource`, in the type it is stored in or, where it is compressed, in float32.
 
     Attributes:
         node: the last operation that makes it, for messages.
@@ -141,11 +146,75 @@ class Weight:
             return _FLOATS[self.expression.kind]
         return torch.float32
 
+    @property
+    def form(self) -> QuantizedFormat | None:
+        """As in `QuantizedSource`, like matrix."""
+        found = _Integers.of(self.expression)
+        if found is None or len(self.shape) != 2 or self.shape != self.expression.shape:
+            return None
+        columns, scales = self.shape[1], found.scales
+        return exact_format(found.bits, columns // math.prod(scales.shape[1:]), columns, _FLOATS[scales.kind])
+
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """As in `TensorSource`."""
         if isinstance(self.expression, _Constant) and not self.compressed:
             return self.expression.stored(start, stop)
         return torch.from_numpy(np.ascontiguousarray(self.expression.rows(start, stop)))
+
+    def matrix(self, start: int, stop: int) -> QuantizedMatrix:
+        """Numbers, less their zero points, and scales as stored."""
+        found, form = _Integers.of(self.expression), self.form
+        if found is None or form is None:
+            raise ValueError(f"{self.node} is not made of symmetric integers")
+        integers = torch.from_numpy(found.numbers.rows(start, stop).astype(np.int8))
+        scales = found.scales.stored(start, stop)
+        return exact_matrix(integers.reshape(stop - start, -1), scales.reshape(stop - start, -1), form)
+
+
+@dataclass(frozen=True)
+class _Integers:
+    """Numbers times scales, one for each row or group of a row.
+
+    Attributes:
+        numbers: whole numbers that `bits` hold with a sign, zero points subtracted.
+        scales: as stored.
+        bits: 8 or 4.
+    """
+
+    numbers: _Expression
+    scales: _Constant
+    bits: Bits
+
+    @classmethod
+    def of(cls, expression: _Expression) -> "_Integers | None":
+        """The parts of an expression; None where it is made in another way, or of integers of too many bits."""
+        if isinstance(expression, _Reshape):
+            expression = expression.operand
+        if not isinstance(expression, _Operation) or expression.name != "Multiply":
+            return None
+        numbers, scales = expression.operands
+        if not isinstance(scales, _Constant) or scales.kind not in _FLOATS:
+            return None
+        if len(scales.shape) < 2 or scales.shape != (*numbers.shape[:-1], 1):
+            return None
+        if isinstance(numbers, _Constant):
+            bits = _SIGNED.get(numbers.kind)
+        elif isinstance(numbers, _Operation) and numbers.name == "Subtract":
+            bits = _bits_after(*numbers.operands)
+        else:
+            bits = None
+        return None if bits is None else cls(numbers, scales, bits)
+
+
+def _bits_after(numbers: _Expression, zeros: _Expression) -> Bits | None:
+    """Bits of numbers, with a sign, from which zero points are subtracted; None where they are more than 8."""
+    if not isinstance(numbers, _Constant) or not isinstance(zeros, _Constant):
+        return None
+    middle = {"u8": 128, "u4": 8}.get(numbers.kind)
+    if middle is not None and math.prod(zeros.shape) == 1 and float(_whole(zeros).item()) == middle:
+        return 8 if numbers.kind == "u8" else 4
+    # Unsigned numbers of 4 bits and their zero points differ by at most 15.
+    return 8 if numbers.kind == zeros.kind == "u4" else None
 
 
 def is_weight(output: Any) -> bool:

@@ -5,21 +5,17 @@ Knows nothing of which tensors a network has or of where they go.
 
 import bisect
 import itertools
-import json
-import math
-import struct
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from persimmon.model.errors import CheckpointError
-from persimmon.model.stored import LFS_POINTER, Region, Storage, StoredTensor, damaged, lfs_pointer
+from persimmon.kernels import QuantizedFormat, QuantizedMatrix
+from persimmon.kernels.quantized import Bits, pack_int4
 
-SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""The names of the types that a network's tensors may have."""
+EXACT_GROUP_SIZES = (128, 32)
+"""Of formats that hold other groups: a group of 64 is two of 32 with one scale."""
 
 
 class TensorSource(Protocol):
@@ -35,6 +31,22 @@ class TensorSource(Protocol):
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Rows start to stop, contiguous, on the CPU, in the stored type; shape [stop - start, ...]."""
+
+
+@runtime_checkable
+class QuantizedSource(TensorSource, Protocol):
+    """A matrix whose file may hold small numbers and scales; its rows are what these stand for."""
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the file holds it so."""
+
+    @property
+    def form(self) -> QuantizedFormat | None:
+        """The format that holds the file's numbers as they are; None where there is no such format."""
+
+    def matrix(self, start: int, stop: int) -> QuantizedMatrix:
+        """Rows start to stop in that format."""
 
 
 @dataclass(frozen=True)
@@ -98,46 +110,70 @@ class SelectedRows:
         """Of the tensor."""
         return self.source.dtype
 
+    @property
+    def compressed(self) -> bool:
+        """As in `QuantizedSource`, like form."""
+        return isinstance(self.source, QuantizedSource) and self.source.compressed
+
+    @property
+    def form(self) -> QuantizedFormat | None:
+        """Of the tensor."""
+        return self.source.form if isinstance(self.source, QuantizedSource) else None
+
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """As in `TensorSource`, of the rows that are selected."""
-        pieces, begins = [], 0
+        pieces = [self.source.rows(part.start, part.stop) for part in self._parts(start, stop)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def matrix(self, start: int, stop: int) -> QuantizedMatrix:
+        """As in `QuantizedSource`, of the rows that are selected."""
+        if not isinstance(self.source, QuantizedSource):
+            raise TypeError(f"{type(self.source).__name__} has no quantized format")
+        pieces = [self.source.matrix(part.start, part.stop) for part in self._parts(start, stop)]
+        return replace(
+            pieces[0],
+            numbers=torch.cat([piece.numbers for piece in pieces]),
+            scales=torch.cat([piece.scales for piece in pieces]),
+        )
+
+    def _parts(self, start: int, stop: int) -> Iterator[range]:
+        """The source's rows of those from start to stop."""
+        begins = 0
         for rows in self.kept:
             part = rows[max(0, start - begins) : max(0, stop - begins)]
             if part:
-                pieces.append(self.source.rows(part.start, part.stop))
+                yield part
             begins += len(rows)
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def read_safetensors(path: Path) -> dict[str, TensorSource]:
-    """The tensors of a safetensors file, in file order.
+def exact_format(bits: Bits, group_size: int, columns: int, scale_dtype: torch.dtype) -> QuantizedFormat | None:
+    """The format that holds symmetric numbers in groups of any size as they are; None where there is none.
 
-    The safetensors library checks the file's header.  The numbers are read without it, since a mapping of the file
-    would stay in memory as far as it was read.
-
-    Raises:
-        CheckpointError: the file cannot be read, is damaged, or has tensors of another type than floats.
+    Args:
+        bits: of a number.
+        group_size: neighbouring inputs that share a scale.
+        columns: inputs.
+        scale_dtype: of the scales.
     """
-    region = Region.of_file(path)
-    with region.opened() as file:
-        if file.read(64).startswith(LFS_POINTER):
-            raise lfs_pointer(region)
-        try:
-            with safe_open(path, framework="pt", device="cpu"):
-                pass
-        except SafetensorError as error:
-            raise damaged(region, str(error)) from error
-        except RuntimeError as error:  # PyTorch could not map it
-            raise CheckpointError(f"{path} is too large to be mapped into memory: {error}") from error
-        file.seek(0)
-        (size,) = struct.unpack("<Q", file.read(8))
-        header: dict[str, Any] = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    tensors: dict[str, TensorSource] = {}
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        if entry["dtype"] not in SAFETENSORS_DTYPES:
-            raise CheckpointError(f"{path}: tensor {name} is {entry['dtype']}; expected F16, BF16 or F32")
-        shape = tuple(entry["shape"])
-        storage = Storage(SAFETENSORS_DTYPES[entry["dtype"]], math.prod(shape), 8 + size + entry["data_offsets"][0])
-        tensors[name] = StoredTensor.contiguous(region, shape, storage)
-    return tensors
+    if bits == 8 and group_size == columns and columns % 8 == 0:
+        return QuantizedFormat(8, None, scale_dtype)
+    size = next((size for size in EXACT_GROUP_SIZES if group_size % size == 0), None)
+    return None if size is None else QuantizedFormat(bits, size, scale_dtype)
+
+
+def exact_matrix(integers: torch.Tensor, scales: torch.Tensor, form: QuantizedFormat) -> QuantizedMatrix:
+    """A matrix in the format that `exact_format` has for it.
+
+    Args:
+        integers: [out, in] int8.
+        scales: [out, groups], of any groups.
+        form: the format.
+    """
+    columns = integers.shape[1]
+    groups = 1 if form.group_size is None else columns // form.group_size
+    return QuantizedMatrix(
+        numbers=integers if form.bits == 8 else pack_int4(integers),
+        scales=scales.repeat_interleave(groups // scales.shape[1], dim=1),
+        bits=form.bits,
+        group_size=columns // groups,
+    )

@@ -74,15 +74,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     quantizing.add_argument(
         "--quantize-vocab",
         action="store_true",
-        help="write the embedding and lm_head in 8 bits too. Readers on a CPU other than this server and Transformers "
-        "may not support it",
+        help="write the embedding and lm_head in 8 bits too. Readers other than this server and Transformers may not "
+        "support it",
     )
     quantizing.add_argument(
         "--calibrate",
         type=Path,
         metavar="TEXT.jsonl",
         help="choose numbers by what they do to products with these texts' inputs (GPTQ), not by rounding to nearest; "
-        'each line is {"text": "…"}',
+        'each line is {"text": "…"}, {"prompt": "…"} or {"messages": […]}',
     )
 
 

@@ -55,7 +55,7 @@ def in_4_bits(kind: str, group: int | None, zero: str = "none") -> Compress:
     Args:
         kind: OpenVINO's type of the numbers.
         group: numbers that share a scale; None for a row.
-        zero: "none", "each" for one per group, "one" for all together, as older NNCF wrote it.
+        zero: "none", "each" for one per group, "one" for all together, as older NNCF wrote it, or "middle": one of 8.
     """
 
     def compress(matrix: torch.Tensor) -> tuple[Any, torch.Tensor]:
@@ -68,6 +68,8 @@ def in_4_bits(kind: str, group: int | None, zero: str = "none") -> Compress:
         node = ops.convert(packed(codes, kind), "f16")
         if zero != "none":
             zeros = generator.integers(0, 16, scales.shape if zero == "each" else (1,) * len(shape), dtype=np.uint8)
+            if zero == "middle":
+                zeros[:] = 8
             values = values - CODES_OF[kind][zeros]
             node = ops.subtract(node, ops.convert(packed(zeros, kind), "f16"))
         node = ops.multiply(node, ops.constant(scales))

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
+from persimmon.kernels import QuantizedMatrix
+from persimmon.model.checkpoint import Checkpoint
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.convert import convert_checkpoint, writer
 from persimmon.model.convert.gguf_file import GGUFFile
@@ -62,10 +64,30 @@ def test_the_network_comes_back(original, kind, dtype, tmp_path):
     assert ours == PersimmonConfig(**(vars(theirs) | {"dtype": str(dtype).removeprefix("torch.")}))
 
 
-@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q8_0])
-def test_quantized_matrices_are_decoded_and_stored_in_16_bits(original, kind, tmp_path):
+@pytest.mark.parametrize(("kind", "form"), [(Kind.Q4_0, "int4, groups of 32"), (Kind.Q8_0, "int8, groups of 32")])
+def test_symmetric_blocks_keep_their_numbers_and_scales(original, kind, form, tmp_path):
     source = make_gguf(original, tmp_path / "model.gguf", kind)
-    convert(source, tmp_path / "out")
+    lines = convert(source, tmp_path / "out")
+    assert any(f"9 matrices keep their numbers and scales: {form}" in line for line in lines)
+    assert any("model.embed_tokens.weight become float16, because no format" in line for line in lines)
+    parameters = dict(Checkpoint.open(tmp_path / "out", PersimmonConfig.from_folder(tmp_path / "out")).parameters())
+    for name, tensor in load_file(original / "model.safetensors").items():
+        numbers, actual = tensor.float().numpy(), parameters[name]
+        decoded = torch.from_numpy(
+            gguf.dequantize(gguf.quantize(numbers, kind), kind) if numbers.ndim == 2 else numbers
+        )
+        if isinstance(actual, QuantizedMatrix):
+            assert str(actual.format) == form
+            assert torch.equal(actual.dequantized(), decoded), name
+        else:
+            assert torch.equal(actual, decoded.half()), name
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q8_0, Kind.Q5_0])
+def test_quantized_matrices_are_decoded_where_a_type_is_asked_for(original, kind, tmp_path):
+    source = make_gguf(original, tmp_path / "model.gguf", kind)
+    lines = convert(source, tmp_path / "out", "float16")
+    assert any("and 7 more become float16: persimmon serve --quantization" in line for line in lines)
     actual = load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in load_file(original / "model.safetensors").items():
         numbers = tensor.float().numpy()

@@ -6,11 +6,13 @@ The same code was run on exports by optimum-intel; docs/guides/convert.md says w
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from persimmon.model.checkpoint import Checkpoint
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.convert import convert_checkpoint
 from persimmon.model.errors import CheckpointError
@@ -23,10 +25,15 @@ def original(tmp_path_factory):
     return plain_checkpoint(tmp_path_factory.mktemp("original"))
 
 
-def convert(source: Path, out: Path, dtype: str | None = None) -> list[str]:
+def convert(source: Path, out: Path, dtype: str | None = None, **more: Any) -> list[str]:
     lines: list[str] = []
-    convert_checkpoint(str(source), out, layout="openvino", dtype=dtype, max_shard_bytes=10**9, print_line=lines.append)
+    given: dict[str, Any] = {"layout": "openvino", "dtype": dtype, "max_shard_bytes": 10**9, **more}
+    convert_checkpoint(str(source), out, print_line=lines.append, **given)
     return lines
+
+
+def parameters(folder: Path) -> dict[str, Any]:
+    return dict(Checkpoint.open(folder, PersimmonConfig.from_folder(folder)).parameters())
 
 
 @pytest.mark.parametrize("older", [False, True], ids=["newer", "older"])
@@ -63,18 +70,72 @@ def test_compressed_matrices_are_decoded_exactly(original, compress, tmp_path):
     export = Export(original, compress)
     source = export.write(tmp_path / "export")
     lines = convert(source, tmp_path / "out", "float32")
-    assert "10 matrices are compressed" in lines[0]
+    assert "and 7 more become float32" in lines[0]
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(tensor, export.expected[name].float()), name
 
 
-def test_compressed_matrices_are_stored_in_16_bits_by_default(original, tmp_path):
-    export = Export(original, in_8_bits(symmetric=False))
+KEPT = {
+    "8 bits, symmetric": (8, 8),
+    "4 bits": (8, None),  # numbers less zero points are at most 15
+    "4 bits, symmetric": (4, None),
+    "4 bits, rows": (4, None),
+}
+"""Bits of matrices and of the embedding; None where it is stored in 16 bits.
+
+Groups of 64 and of whole rows become groups of 32 or 128 that share a scale.
+"""
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_symmetric_matrices_keep_their_numbers_and_scales(original, kind, tmp_path):
+    export = Export(original, COMPRESSIONS[kind])
+    convert(export.write(tmp_path / "export"), tmp_path / "out")
+    for name, actual in parameters(tmp_path / "out").items():
+        expected, bits = export.expected[name], KEPT[kind][1 if name == "model.embed_tokens.weight" else 0]
+        if bits is None or expected.ndim == 1:
+            assert torch.equal(actual, expected.half()), name
+        else:
+            assert actual.bits == bits, name
+            assert torch.equal(actual.dequantized(), expected), name
+
+
+@pytest.mark.parametrize("kind", ["8 bits", "4 bits, one zero point", "floating point of 4 bits", "codebook"])
+def test_other_compressed_matrices_are_stored_in_16_bits(original, kind, tmp_path):
+    export = Export(original, COMPRESSIONS[kind])
     lines = convert(export.write(tmp_path / "export"), tmp_path / "out")
-    assert "--quantization int8 or int4" in lines[0]
+    assert "because no format that is read holds their numbers as they are: persimmon serve --quantization" in lines[0]
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(tensor, export.expected[name].half()), name
     assert PersimmonConfig.from_folder(tmp_path / "out").dtype == "float16"
+
+
+def test_a_zero_point_in_the_middle_is_symmetric(original, tmp_path):
+    """As older NNCF wrote symmetric matrices of 4 bits."""
+    export = Export(original, in_4_bits("u4", 32, "middle"))
+    lines = convert(export.write(tmp_path / "export"), tmp_path / "out")
+    assert "9 matrices keep their numbers and scales: int4, groups of 32" in lines[0]
+    head = parameters(tmp_path / "out")["lm_head.weight"]
+    assert torch.equal(head.dequantized(), export.expected["lm_head.weight"])
+
+
+def test_a_kept_embedding_that_was_trimmed_has_the_rows_that_are_left(tmp_path):
+    original = plain_checkpoint(tmp_path / "original", vocab_size=4160)
+    export = Export(original, in_8_bits(symmetric=True))
+    source = export.write(tmp_path / "export")
+    convert(source, tmp_path / "out", drop_ids=[range(4100, 4132)])
+    made, kept = parameters(tmp_path / "out"), [*range(4100), *range(4132, 4160)]
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(made[name].dequantized(), export.expected[name][kept])
+
+
+def test_a_shared_embedding_is_stored_in_16_bits(tmp_path):
+    original = plain_checkpoint(tmp_path / "original", tie_word_embeddings=True)
+    export = Export(original, in_8_bits(symmetric=True))
+    convert(export.write(tmp_path / "export"), tmp_path / "out")
+    made, name = parameters(tmp_path / "out"), "model.embed_tokens.weight"
+    assert torch.equal(made[name], export.expected[name].half())
+    assert "lm_head.weight" not in made
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from persimmon.kernels import QuantizedMatrix
 from persimmon.model.checkpoint import Checkpoint
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.convert import calibrate, convert_checkpoint, writer
+from persimmon.model.convert.calibration_texts import read_calibration_texts
 from persimmon.model.convert.quantize import QuantizationRequest
 from persimmon.model.errors import CheckpointError
 from persimmon.model.persimmon import Persimmon
@@ -107,7 +108,11 @@ def test_matrices_come_back_rounded_to_nearest_and_all_else_as_it_was(original, 
             assert torch.equal(matrix, tensor), name
 
 
-@pytest.mark.parametrize("request_", [INT8, INT4], ids=["int8", "int4"])
+@pytest.mark.parametrize(
+    "request_",
+    [INT8, INT4, QuantizationRequest("int8", vocabulary=True), QuantizationRequest("int4", vocabulary=True)],
+    ids=["int8", "int4", "int8 throughout", "int4 with an int8 vocabulary"],
+)
 def test_transformers_computes_the_same_with_it(original, request_, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -213,17 +218,47 @@ def test_a_trimmed_vocabulary_is_quantized_and_calibrated(texts, tmp_path):
     [
         ("{", "line 1: expected an object like"),
         ("[]", "line 1: expected an object like"),
-        ('{"prompt": "x"}', "line 1: expected an object like"),
-        ('{"text": 5}', "line 1: expected an object like"),
+        ('{"input": "x"}', "line 1: expected an object like"),
+        ('{"text": "a", "prompt": "b"}', "line 1: expected an object like"),
+        ('\n{"text": 5}', 'line 2: "text" is not a string'),
+        ('{"prompt": [1, "a"]}', 'line 1: "prompt" is not a string or a list of token ids'),
+        ('{"prompt": [1, 4096]}', "line 1: the token id 4096 does not exist; expected 0 to 4,095"),
+        ('{"messages": []}', 'line 1: "messages" is not a list of messages'),
+        ('{"messages": [{"role": "user"}]}', 'line 1: "messages" is not a list of messages'),
+        ('{"messages": [{"role": "poet", "content": "x"}]}', "line 1: the chat format cannot hold the conversation"),
         ("", "has no texts of at least two tokens"),
     ],
 )
-def test_a_line_that_is_no_text_is_refused(original, line, message, tmp_path):
+def test_a_line_that_is_not_a_text_is_refused(original, line, message, tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text(line)
     with pytest.raises(CheckpointError, match=message):
         convert(original, tmp_path / "out", QuantizationRequest("int8", calibration=path))
     assert not (tmp_path / "out").exists()
+
+
+def test_texts_are_read_as_prompts_and_conversations(original, tmp_path):
+    question = {"role": "user", "content": "What is a tree?"}
+    answer = {"role": "assistant", "content": "A plant."}
+    parts = {"role": "user", "content": [{"type": "text", "text": "What is a tree?"}]}
+    text = "human: What is a tree?\n\nadept:"
+    lines: list[tuple[dict[str, Any], str]] = [
+        ({"text": text}, text),
+        ({"prompt": text, "max_tokens": 5}, text),
+        ({"messages": [question]}, text),
+        ({"messages": [parts]}, text),
+        ({"messages": [question, answer]}, f"{text} A plant."),
+        ({"text": "a line\u2028separator"}, "a line\u2028separator"),
+    ]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line, _ in lines) + '\n{"prompt": [1, 7, 9]}\n')
+    config = PersimmonConfig.from_folder(original)
+    files = {
+        name: (original / name).read_bytes() for name in ("tokenizer.model", "tokenizer_config.json", "config.json")
+    }
+    tokenizer = Tokenizer.from_folder(original)
+    expected = [*(tokenizer.encode(text) for _, text in lines), [1, 7, 9]]
+    assert read_calibration_texts(path, files, config) == expected
 
 
 def test_a_weight_that_is_not_finite_is_refused_by_its_name_and_row(tmp_path):
