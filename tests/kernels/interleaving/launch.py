@@ -70,9 +70,12 @@ class Launch:
             self._error = error
             for program in self._programs:
                 program.turn.release()
-        for program in self._programs:
-            if program.thread is not None:
-                program.thread.join()
+        # A program that was running when the wait was interrupted may since have started another one.
+        joined: set[threading.Thread] = set()
+        while threads := {own.thread for own in self._programs if own.thread and own.thread.ident} - joined:
+            for thread in threads:
+                thread.join()
+            joined |= threads
         if self._error is not None:
             raise self._error
         self._memory.finish()
@@ -149,12 +152,14 @@ class Launch:
 
     def _live(self, program: _Program) -> None:
         try:
+            if self._error is not None:
+                raise _Abandoned
             self._resume(program.place)
             self._kernel()
         except _Abandoned:
             return
         except BaseException as error:  # noqa: BLE001  raised again where the launch was made
-            self._error = error
+            self._error = self._error or error
         self._unfinished.remove(program)
         if self._error is not None:
             for other in self._unfinished:
