@@ -30,6 +30,7 @@ HEADERS = (
     "rounding",
     "sampling",
     "team",
+    "tiles",
     "vectors",
     "weight_rounding",
 )

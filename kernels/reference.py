@@ -195,7 +195,8 @@ def prepare_weight(weight: torch.Tensor | QuantizedMatrix, *, sparse_input: bool
 
     Args:
         weight: [out, in], in the dtype that `stored_dtype` says, or quantized.
-        sparse_input: whether most numbers it is multiplied by are zero, of which nothing is made here.
+        sparse_input: whether it is multiplied by squared ReLU, which is never negative and mostly zero; nothing is
+            made of that here.
     """
     del sparse_input
     if isinstance(weight, QuantizedMatrix):

@@ -30,15 +30,6 @@
 #endif
 #define MAX_VALUE_VECTORS 8
 
-/* LANES pairs of bytes as pairs of 16 bits. */
-INLINE Integers load_pairs(const int8_t *from) {
-#if LANES == 16
-    return (Integers)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)from));
-#else
-    return (Integers)_mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)from));
-#endif
-}
-
 INLINE Integers repeat_pair(const int16_t *from) {
     int32_t pair;
     memcpy(&pair, from, sizeof pair);

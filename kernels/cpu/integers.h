@@ -1,8 +1,9 @@
 /* Vectors of integers as wide as the machine's registers, and their dot products.
  *
  * A processor with VNNI multiplies four unsigned bytes of weights by four signed bytes of inputs in one instruction.
- * Others multiply 8-bit weights as pairs of 16 bits; 4-bit weights are small enough to be multiplied as bytes, sums of
- * sixteen products fitting in 16 bits.  The sums are exact, so they are the same integers on every processor.
+ * Others have an instruction for pairs of bytes, one unsigned, whose sum saturates at 16 bits.  It is exact for 8-bit
+ * weights where inputs are never negative, and for 4-bit weights, of which sums of sixteen products fit.  All else they
+ * multiply as pairs of 16 bits.  The sums are exact, so they are the same integers on every processor.
  */
 #ifndef PERSIMMON_INTEGERS_H
 #define PERSIMMON_INTEGERS_H
@@ -16,14 +17,13 @@
 #define BYTE_DOTS 0
 #endif
 
-/* 8-bit weights of an output that lie together and are multiplied at once, and bytes of an input that multiplies them: a
- * step takes four bytes of inputs.  Of 4-bit weights four lie together everywhere, each half of a byte. */
+/* 8-bit weights of an output that lie together and are multiplied at once: a step takes four bytes of inputs, of one or two
+ * each.  Of 4-bit weights four lie together everywhere, each half of a byte. */
 #define TOGETHER (BYTE_DOTS ? 4 : 2)
-#define INPUT_BYTES (4 / TOGETHER)
-/* Inputs of a step. */
-#define STEP_INPUTS(type) ((type) == INT4 ? 4 : TOGETHER)
-/* Lines of weights (packing.h) of a step. */
-#define STEP_LINES(type) ((type) == INT4 ? 2 : TOGETHER)
+INLINE int64_t step_inputs(const Operation *op) { return op->type == INT4 || op->sparse ? 4 : TOGETHER; }
+INLINE int64_t item_bytes_of(const Operation *op) { return 4 / step_inputs(op); }
+/* Lines of weights (packing.h) of a step whose weights lie in lines. */
+#define STEP_LINES(type) ((type) == INT4 ? 2 : 4)
 /* Dot products of four bytes that fit in 16 bits, the weights being of 4 bits: 8 * 2 * 15 * 127 < 2^15. */
 #define NARROW_DOTS 8
 
@@ -68,38 +68,47 @@ INLINE void store_words(void *to, Integers v) { _mm_storeu_si128(to, in_words(v)
 INLINE void store_bytes(void *to, Integers v) { _mm_storel_epi64(to, _mm_packs_epi16(in_words(v), in_words(v))); }
 #endif
 
-/* What a step adds to sums: four bytes of weights and of inputs, or two of 16 bits. */
-INLINE Integers dot(Integers sums, Integers weights, Integers inputs) {
+/* LANES pairs of bytes as pairs of 16 bits. */
+INLINE Integers load_pairs(const int8_t *from) {
+#if LANES == 16
+    return (Integers)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)from));
+#else
+    return (Integers)_mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)from));
+#endif
+}
+
+/* How a step multiplies: four bytes, unsigned weights by signed inputs; two of 16 bits; four bytes as the first, but added
+ * up in 16 bits; four bytes, signed weights by unsigned inputs of 7 bits: 2 * 127 * 128 < 2^15. */
+enum { DOT_BYTES, DOT_PAIRS, DOT_NARROW, DOT_POSITIVE };
+
+#if LANES == 16
+#define PAIR_SUMS(a, b) ((Integers)_mm512_madd_epi16(RAW(a), RAW(b)))
+#define BYTE_PAIR_SUMS(unsigned_bytes, bytes) (_mm512_maddubs_epi16(RAW(unsigned_bytes), RAW(bytes)))
+#define ONES _mm512_set1_epi16(1)
+#else
+#define PAIR_SUMS(a, b) ((Integers)_mm256_madd_epi16(RAW(a), RAW(b)))
+#define BYTE_PAIR_SUMS(unsigned_bytes, bytes) (_mm256_maddubs_epi16(RAW(unsigned_bytes), RAW(bytes)))
+#define ONES _mm256_set1_epi16(1)
+#endif
+
+/* What a step adds to sums. */
+INLINE Integers dot(Integers sums, Integers weights, Integers inputs, const int how) {
 #if LANES == 16 && BYTE_DOTS
     return (Integers)_mm512_dpbusd_epi32(RAW(sums), RAW(weights), RAW(inputs));
 #elif BYTE_DOTS
     return (Integers)_mm256_dpbusd_avx_epi32(RAW(sums), RAW(weights), RAW(inputs));
-#elif LANES == 16
-    return sums + (Integers)_mm512_madd_epi16(RAW(weights), RAW(inputs));
 #else
-    return sums + (Integers)_mm256_madd_epi16(RAW(weights), RAW(inputs));
+    return sums + (how == DOT_PAIRS ? PAIR_SUMS(weights, inputs) : PAIR_SUMS(BYTE_PAIR_SUMS(inputs, weights), ONES));
 #endif
 }
 
 #if !BYTE_DOTS
 /* Sums of 16 bits, two for each output. */
-#if LANES == 16
-typedef int16_t Words __attribute__((vector_size(64)));
+typedef int16_t Words __attribute__((vector_size(LANES * 4)));
 INLINE Words dot_narrow(Words sums, Integers weights, Integers inputs) {
-    return sums + (Words)_mm512_maddubs_epi16(RAW(weights), RAW(inputs));
+    return sums + (Words)BYTE_PAIR_SUMS(weights, inputs);
 }
-INLINE Integers add_narrow(Integers sums, Words narrow) {
-    return sums + (Integers)_mm512_madd_epi16(RAW(narrow), _mm512_set1_epi16(1));
-}
-#else
-typedef int16_t Words __attribute__((vector_size(32)));
-INLINE Words dot_narrow(Words sums, Integers weights, Integers inputs) {
-    return sums + (Words)_mm256_maddubs_epi16(RAW(weights), RAW(inputs));
-}
-INLINE Integers add_narrow(Integers sums, Words narrow) {
-    return sums + (Integers)_mm256_madd_epi16(RAW(narrow), _mm256_set1_epi16(1));
-}
-#endif
+INLINE Integers add_narrow(Integers sums, Words narrow) { return sums + PAIR_SUMS(narrow, ONES); }
 #endif
 
 /* Sixteen bytes of each of four vectors, put together four by four: in every part of 16 bytes, first[0..3], then
@@ -133,11 +142,9 @@ INLINE int64_t place_in_line(int64_t column) {
 INLINE Integers low_halves(Integers v) { return v & repeat(0x0f0f0f0f); }
 INLINE Integers high_halves(Integers v) { return (Integers)((uint32_t __attribute__((vector_size(LANES * 4))))v >> 4) & repeat(0x0f0f0f0f); }
 
-/* Four bytes of inputs in every lane, kept in a register for all the weights that they multiply. */
-INLINE Integers repeat_inputs(const char *from) {
-    int32_t bits;
-    memcpy(&bits, from, sizeof bits);
-    Integers v = repeat(bits);
+/* A word of inputs in every lane, kept in a register for all the weights that it multiplies. */
+INLINE Integers repeat_word(const uint32_t *from) {
+    Integers v = repeat((int32_t)*from);
 #if LANES == 16
     __asm__("" : "+v"(v));
 #else

@@ -11,39 +11,15 @@
 #define PERSIMMON_LINEAR_H
 
 #include "network.h"
+#include "tiles.h"
 #include "vectors.h"
 
 /* Inputs of a slice: [128, 64] float32 are 32 KiB. */
 #define DEPTH 128
-/* Rows whose sums wait together. */
-#define ROWS_AT_ONCE 96
-/* Rows that share the weights in registers. */
-#define TILE_ROWS 6
-/* Vectors of outputs that a tile of this many rows computes: as many sums as fit in the registers, and enough of them
- * that additions need not wait for one another. */
-#if LANES == 16
-#define MAX_VECTORS 4
-#define TILE_VECTORS(rows) 4
-#else
-#define MAX_VECTORS 8
-#define TILE_VECTORS(rows) ((rows) == 1 ? 8 : (rows) <= 3 ? 4 : 2)
-#endif
-/* How many pairs ahead weights are fetched: 4 KiB. */
-#define AHEAD 16
+/* Words of inputs between two fetches.  A single row reads memory fast enough as it is. */
+#define FETCH_DEPTH 8
 /* With at most this many rows, inputs that are zero in all rows are skipped if they are at least a quarter of all. */
 #define SPARSE_ROWS 4
-
-/* What is fetched while something else is multiplied: from `at` on, `stride` bytes for each input, up to two lines. */
-typedef struct {
-    const char *at;
-    int64_t stride;
-} Fetch;
-
-INLINE void fetch_more(Fetch *fetch) {
-    __builtin_prefetch(fetch->at);
-    if (fetch->stride > 64) __builtin_prefetch(fetch->at + 64);
-    fetch->at += fetch->stride;
-}
 
 /* Whose memory one thread uses: sums [ROWS_AT_ONCE, PANEL], a slice [DEPTH, PANEL] in another form, and which inputs of
  * a slice are not zero. */
@@ -53,9 +29,9 @@ typedef struct {
     int32_t nonzero[DEPTH];
 } Workspace;
 
-/* sums[row, :] += inputs[row, k] * slice[k, :] for `depth` values of k, in order; all, or those in `nonzero`. */
-INLINE void multiply_tile(const float *inputs, int64_t stride, const void *slice, int64_t depth, const int32_t *nonzero,
-                          float *sums, Fetch *fetch, const int type, const int rows, const int sparse) {
+/* sums[row, :] += inputs[k, row] * slice[k, :] for `depth` values of k, in order; all, or those in `nonzero`. */
+INLINE void multiply_tile(const float *inputs, const void *slice, int64_t depth, const int32_t *nonzero, float *sums,
+                          Fetch *fetch, const int type, const int rows, const int sparse) {
     const int vectors = TILE_VECTORS(rows);
     for (int column = 0; column < PANEL; column += vectors * LANES) {
         Vector total[TILE_ROWS][MAX_VECTORS];
@@ -63,17 +39,20 @@ INLINE void multiply_tile(const float *inputs, int64_t stride, const void *slice
         for (int row = 0; row < rows; row++)
 #pragma GCC unroll 8
             for (int v = 0; v < vectors; v++) total[row][v] = load(sums + row * PANEL + column + v * LANES);
-        for (int64_t i = 0; i < depth; i++) {
-            const int64_t k = sparse ? nonzero[i] : i;
-            if (rows > 4) fetch_more(fetch);
-            Vector weights[MAX_VECTORS];
+        for (int64_t first = 0; first < depth; first += FETCH_DEPTH) {
+            if (rows > 1) fetch_more(fetch);
+            const int64_t end = depth - first < FETCH_DEPTH ? depth : first + FETCH_DEPTH;
+            for (int64_t i = first; i < end; i++) {
+                const int64_t k = sparse ? nonzero[i] : i;
+                Vector weights[MAX_VECTORS];
 #pragma GCC unroll 8
-            for (int v = 0; v < vectors; v++) weights[v] = load_as(slice, k * PANEL + column + v * LANES, type);
+                for (int v = 0; v < vectors; v++) weights[v] = load_as(slice, k * PANEL + column + v * LANES, type);
 #pragma GCC unroll 6
-            for (int row = 0; row < rows; row++) {
-                const Vector input = broadcast(inputs[row * stride + k]);
+                for (int row = 0; row < rows; row++) {
+                    const Vector input = broadcast(inputs[k * rows + row]);
 #pragma GCC unroll 8
-                for (int v = 0; v < vectors; v++) total[row][v] = multiply_add(input, weights[v], total[row][v]);
+                    for (int v = 0; v < vectors; v++) total[row][v] = multiply_add(input, weights[v], total[row][v]);
+                }
             }
         }
 #pragma GCC unroll 6
@@ -84,32 +63,32 @@ INLINE void multiply_tile(const float *inputs, int64_t stride, const void *slice
 }
 
 #if defined(__AVX512BF16__)
-/* The same for pairs: inputs [*, stride] and slice [depth, PANEL, 2] of bfloat16. */
-INLINE void multiply_pairs_tile(const uint16_t *inputs, int64_t stride, const uint16_t *slice, int64_t depth,
-                                const int32_t *nonzero, float *sums, Fetch *fetch, const int rows, const int sparse) {
+/* The same for pairs: inputs [depth, rows, 2] and slice [depth, PANEL, 2] of bfloat16. */
+INLINE void multiply_pairs_tile(const uint16_t *inputs, const uint16_t *slice, int64_t depth, const int32_t *nonzero,
+                                float *sums, Fetch *fetch, const int rows, const int sparse) {
     Vector total[TILE_ROWS][MAX_VECTORS];
 #pragma GCC unroll 6
     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 4
         for (int v = 0; v < MAX_VECTORS; v++) total[row][v] = load(sums + row * PANEL + v * LANES);
-    for (int64_t i = 0; i < depth; i++) {
-        const int64_t k = sparse ? nonzero[i] : i;
-        if (rows > 4) fetch_more(fetch);
-        __m512bh weights[MAX_VECTORS];
-#pragma GCC unroll 4
-        for (int v = 0; v < MAX_VECTORS; v++) {
-            weights[v] = (__m512bh)_mm512_loadu_si512(slice + (k * PANEL + v * LANES) * 2);
-            /* With few rows the time goes to memory, and a single row reads it fast enough as it is. */
-            if (rows > 1 && rows <= 4) __builtin_prefetch(slice + ((k + AHEAD) * PANEL + v * LANES) * 2);
-        }
-#pragma GCC unroll 6
-        for (int row = 0; row < rows; row++) {
-            int32_t pair;
-            memcpy(&pair, inputs + row * stride + 2 * k, sizeof pair);
-            const __m512bh input = (__m512bh)_mm512_set1_epi32(pair);
+    for (int64_t first = 0; first < depth; first += FETCH_DEPTH) {
+        if (rows > 1) fetch_more(fetch);
+        const int64_t end = depth - first < FETCH_DEPTH ? depth : first + FETCH_DEPTH;
+        for (int64_t i = first; i < end; i++) {
+            const int64_t k = sparse ? nonzero[i] : i;
+            __m512bh weights[MAX_VECTORS];
 #pragma GCC unroll 4
             for (int v = 0; v < MAX_VECTORS; v++)
-                total[row][v] = _mm512_dpbf16_ps(total[row][v], input, weights[v]);
+                weights[v] = (__m512bh)_mm512_loadu_si512(slice + (k * PANEL + v * LANES) * 2);
+#pragma GCC unroll 6
+            for (int row = 0; row < rows; row++) {
+                int32_t pair;
+                memcpy(&pair, inputs + (k * rows + row) * 2, sizeof pair);
+                const __m512bh input = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+                for (int v = 0; v < MAX_VECTORS; v++)
+                    total[row][v] = _mm512_dpbf16_ps(total[row][v], input, weights[v]);
+            }
         }
     }
 #pragma GCC unroll 6
@@ -119,26 +98,16 @@ INLINE void multiply_pairs_tile(const uint16_t *inputs, int64_t stride, const ui
 }
 #endif
 
-#define FOR_ROWS(rows, call)                                                                                          \
-    switch (rows) {                                                                                                   \
-        case 1: call(1); break;                                                                                       \
-        case 2: call(2); break;                                                                                       \
-        case 3: call(3); break;                                                                                       \
-        case 4: call(4); break;                                                                                       \
-        case 5: call(5); break;                                                                                       \
-        default: call(6); break;                                                                                      \
-    }
-
-/* Where a slice's inputs are not zero in any row, if enough are zero to be worth it; else -1.  `pairs`: the inputs are
- * bfloat16 and taken two by two. */
-static int64_t find_nonzero(const void *inputs, int64_t stride, int64_t rows, int64_t depth, int pairs, int32_t *found) {
+/* Where a slice's inputs, the words of one tile, are not zero in any row, if enough are zero to be worth it; else -1.
+ * `magnitude`: the bits of a word that are not signs. */
+static int64_t find_nonzero(const void *inputs, int64_t rows, int64_t depth, uint32_t magnitude, int32_t *found) {
     int64_t count = 0;
     for (int64_t k = 0; k < depth; k++) {
         uint32_t bits = 0;
         for (int64_t row = 0; row < rows; row++) {
-            uint32_t item;
-            memcpy(&item, (const char *)inputs + (row * stride * (pairs ? 2 : 4)) + k * 4, sizeof item);
-            bits |= item & (pairs ? 0x7fff7fffu : 0x7fffffffu);
+            uint32_t word;
+            memcpy(&word, (const char *)inputs + (k * rows + row) * sizeof word, sizeof word);
+            bits |= word & magnitude;
         }
         found[count] = (int32_t)k;
         count += bits != 0;
@@ -163,40 +132,32 @@ static void widen_pairs(const uint16_t *weights, int64_t depth, int64_t width, u
         for (int64_t i = 0; i < 2 * PANEL; i++) slice[k * 2 * PANEL + i] = i < 2 * width ? weights[k * 2 * width + i] : 0;
 }
 
-/* The largest share of `rows` that tiles of TILE_ROWS can have alike. */
-INLINE int64_t tile_rows(int64_t rows) {
-    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    return (rows + tiles - 1) / tiles;
-}
-
-INLINE void multiply_slice(const float *inputs, int64_t stride, int64_t rows, const void *slice, int64_t depth,
-                           int64_t nonzero_count, const int32_t *nonzero, float *sums, Fetch fetch, const int type) {
-    const int64_t step = tile_rows(rows);
-    for (int64_t row = 0; row < rows; row += step) {
-        const int64_t some = rows - row < step ? rows - row : step;
-        const float *own = inputs + row * stride;
+/* All rows times a slice, whose first input is word number `word`. */
+INLINE void multiply_slice(const Inputs *in, int64_t word, const void *slice, int64_t depth, int64_t nonzero_count,
+                           const int32_t *nonzero, float *sums, Fetch fetch, const int type) {
+    for (int64_t row = 0; row < in->rows; row += in->tile) {
+        const float *own = (const float *)tile_words(in, row, word);
         float *own_sums = sums + row * PANEL;
         if (nonzero_count >= 0) {
-#define SPARSE(n) multiply_tile(own, stride, slice, nonzero_count, nonzero, own_sums, &fetch, type, n, 1)
-            FOR_ROWS(some, SPARSE)
+#define SPARSE(n) multiply_tile(own, slice, nonzero_count, nonzero, own_sums, &fetch, type, n, 1)
+            FOR_ROWS(rows_of_tile(in, row), SPARSE)
         } else {
-#define DENSE(n) multiply_tile(own, stride, slice, depth, nonzero, own_sums, &fetch, type, n, 0)
-            FOR_ROWS(some, DENSE)
+#define DENSE(n) multiply_tile(own, slice, depth, nonzero, own_sums, &fetch, type, n, 0)
+            FOR_ROWS(rows_of_tile(in, row), DENSE)
         }
     }
 }
 
 /* The same for a slice in its own type.  What one tile reads, it widens itself; more tiles read what is widened once. */
-static void multiply_any_slice(const float *inputs, int64_t stride, int64_t rows, const void *weights, int64_t depth,
-                               int64_t width, int64_t type, int64_t nonzero_count, Fetch fetch, Workspace *own) {
-    const int direct = width == PANEL && (type == FLOAT32 || rows <= TILE_ROWS);
+static void multiply_any_slice(const Inputs *in, int64_t word, const void *weights, int64_t depth, int64_t width,
+                               int64_t type, int64_t nonzero_count, Fetch fetch, Workspace *own) {
+    const int direct = width == PANEL && (type == FLOAT32 || in->rows <= in->tile);
     if (!direct) {
         if (type == FLOAT16) widen_slice(weights, depth, width, FLOAT16, own->slice);
         else if (type == BFLOAT16) widen_slice(weights, depth, width, BFLOAT16, own->slice);
         else widen_slice(weights, depth, width, FLOAT32, own->slice);
     }
-#define MULTIPLY(slice, as) \
-    multiply_slice(inputs, stride, rows, slice, depth, nonzero_count, own->nonzero, own->sums, fetch, as)
+#define MULTIPLY(slice, as) multiply_slice(in, word, slice, depth, nonzero_count, own->nonzero, own->sums, fetch, as)
     if (!direct) MULTIPLY(own->slice, FLOAT32);
     else if (type == FLOAT16) MULTIPLY(weights, FLOAT16);
     else if (type == BFLOAT16) MULTIPLY(weights, BFLOAT16);
@@ -204,19 +165,17 @@ static void multiply_any_slice(const float *inputs, int64_t stride, int64_t rows
 }
 
 #if defined(__AVX512BF16__)
-static void multiply_pairs_slice(const uint16_t *inputs, int64_t stride, int64_t rows, const uint16_t *slice,
-                                 int64_t depth, int64_t nonzero_count, const int32_t *nonzero, float *sums, Fetch fetch) {
-    const int64_t step = tile_rows(rows);
-    for (int64_t row = 0; row < rows; row += step) {
-        const int64_t some = rows - row < step ? rows - row : step;
-        const uint16_t *own = inputs + row * stride;
+static void multiply_pairs_slice(const Inputs *in, int64_t word, const uint16_t *slice, int64_t depth,
+                                 int64_t nonzero_count, const int32_t *nonzero, float *sums, Fetch fetch) {
+    for (int64_t row = 0; row < in->rows; row += in->tile) {
+        const uint16_t *own = (const uint16_t *)tile_words(in, row, word);
         float *own_sums = sums + row * PANEL;
         if (nonzero_count >= 0) {
-#define SPARSE_PAIRS(n) multiply_pairs_tile(own, stride, slice, nonzero_count, nonzero, own_sums, &fetch, n, 1)
-            FOR_ROWS(some, SPARSE_PAIRS)
+#define SPARSE_PAIRS(n) multiply_pairs_tile(own, slice, nonzero_count, nonzero, own_sums, &fetch, n, 1)
+            FOR_ROWS(rows_of_tile(in, row), SPARSE_PAIRS)
         } else {
-#define DENSE_PAIRS(n) multiply_pairs_tile(own, stride, slice, depth, nonzero, own_sums, &fetch, n, 0)
-            FOR_ROWS(some, DENSE_PAIRS)
+#define DENSE_PAIRS(n) multiply_pairs_tile(own, slice, depth, nonzero, own_sums, &fetch, n, 0)
+            FOR_ROWS(rows_of_tile(in, row), DENSE_PAIRS)
         }
     }
 }
@@ -224,41 +183,34 @@ static void multiply_pairs_slice(const uint16_t *inputs, int64_t stride, int64_t
 
 /* One panel's sums for up to ROWS_AT_ONCE rows.  Each slice is fetched while the one before is multiplied, the first of
  * panel number `next_panel` during the last. */
-static void multiply_panel(const Operation *op, const void *inputs, int64_t rows, int64_t panel, int64_t next_panel,
-                           Workspace *own) {
-    const int64_t in = op->in, first = panel * PANEL;
-    const int64_t width = op->out - first < PANEL ? op->out - first : PANEL;
-    const int64_t item_bytes = op->type == FLOAT32 ? 4 : 2;
-    const char *weights = (const char *)op->weight + first * in * item_bytes;
-    const int may_be_sparse = op->sparse && rows <= SPARSE_ROWS;
-    const char *next_weights = (const char *)op->weight + next_panel * PANEL * in * item_bytes;
-    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    memset(own->sums, 0, (size_t)(rows * PANEL) * sizeof(float));
-    for (int64_t start = 0; start < in; start += DEPTH) {
-        const int64_t depth = in - start < DEPTH ? in - start : DEPTH;
+static void multiply_panel(const Operation *op, const Inputs *in, int64_t panel, int64_t next_panel, Workspace *own) {
+    const int64_t first = panel * PANEL, width = op->out - first < PANEL ? op->out - first : PANEL;
+    const int64_t item_bytes = op->type == FLOAT32 ? 4 : 2, word_inputs = op->rounds ? 2 : 1;
+    const char *weights = (const char *)op->weight + first * op->in * item_bytes;
+    const int may_be_sparse = op->sparse && in->rows <= SPARSE_ROWS;
+    const char *next_weights = (const char *)op->weight + next_panel * PANEL * op->in * item_bytes;
+    memset(own->sums, 0, (size_t)(in->rows * PANEL) * sizeof(float));
+    for (int64_t start = 0; start < op->in; start += DEPTH) {
+        const int64_t depth = op->in - start < DEPTH ? op->in - start : DEPTH;
+        const int64_t word = start / word_inputs, words = depth / word_inputs;
         const void *slice = weights + start * width * item_bytes;
-        /* A tile takes one input or one pair of inputs at a time, for TILE_VECTORS vectors of outputs. */
-        const int64_t turns = (op->rounds ? depth / 2 : depth * (PANEL / (TILE_VECTORS(TILE_ROWS) * LANES))) * tiles;
-        const Fetch fetch = {
-            .at = start + DEPTH < in ? (const char *)slice + depth * width * item_bytes : next_weights,
-            .stride = DEPTH * width * item_bytes / turns,
-        };
+        const char *next = start + DEPTH < op->in ? (const char *)slice + depth * width * item_bytes : next_weights;
+        const Fetch fetch = fetch_of(next, DEPTH * width * item_bytes, in, (words + FETCH_DEPTH - 1) / FETCH_DEPTH);
         int64_t count = -1;
+        if (may_be_sparse)
+            count = find_nonzero(tile_words(in, 0, word), in->rows, words, op->rounds ? 0x7fff7fffu : 0x7fffffffu,
+                                 own->nonzero);
 #if defined(__AVX512BF16__)
         if (op->rounds) {
-            const uint16_t *some = (const uint16_t *)inputs + start;
-            if (may_be_sparse) count = find_nonzero(some, in, rows, depth / 2, 1, own->nonzero);
             if (width < PANEL) {
-                widen_pairs(slice, depth / 2, width, (uint16_t *)own->slice);
+                widen_pairs(slice, words, width, (uint16_t *)own->slice);
                 slice = own->slice;
             }
-            multiply_pairs_slice(some, in, rows, slice, depth / 2, count, own->nonzero, own->sums, fetch);
+            multiply_pairs_slice(in, word, slice, words, count, own->nonzero, own->sums, fetch);
             continue;
         }
 #endif
-        const float *some = (const float *)inputs + start;
-        if (may_be_sparse) count = find_nonzero(some, in, rows, depth, 0, own->nonzero);
-        multiply_any_slice(some, in, rows, slice, depth, width, op->type, count, fetch, own);
+        multiply_any_slice(in, word, slice, depth, width, op->type, count, fetch, own);
     }
 }
 

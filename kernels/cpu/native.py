@@ -64,7 +64,7 @@ class NativeWeight:
         format: "panels" as linear.h has them; "panels of pairs" for inputs rounded to bfloat16; "quantized panels" as
             packing.h has them, with their scales; "rows" is [out, in], an embedding that is also the head, which torch
             multiplies unless it is quantized.
-        sparse_input: whether most numbers that it is multiplied by are zero.
+        sparse_input: whether it is multiplied by squared ReLU, which is never negative and mostly zero.
         quantized: what quantized panels are made of, or rows of 8 bits.
         scales: of quantized rows, [out, 1].
     """

@@ -30,7 +30,7 @@ typedef struct {
 typedef struct {
     const Operation *program;
     const Step *step;
-    void *inputs;         /* [max_tokens, widest_input] floats: a projection's inputs, normalised or rounded */
+    void *inputs;         /* [max_tokens, widest_input] floats: a projection's inputs, in tiles, normalised or rounded */
     OwnMemory *memories;  /* one a thread */
     int64_t threads;
 } Run;
@@ -46,46 +46,72 @@ static void embed(const Operation *op, const Step *step, int64_t row) {
 static int is_quantized(const Operation *op) { return op->type == INT8 || op->type == INT4; }
 
 /* Whether a product has inputs in another form than what comes in. */
-static int prepares(const Operation *op) { return op->norm_weight || op->rounds || op->integer; }
+static int prepares(const Operation *op, int64_t rows) {
+    return op->norm_weight || op->rounds || op->integer || rows > 1;
+}
 
-/* One row of a projection's inputs, normalised or rounded. */
-static void prepare_row(const Operation *op, int64_t row, int64_t rows, void *inputs) {
+/* One row of a projection's inputs, normalised where there is a norm; in `buffer`, or as it came. */
+static const float *normed_row(const Operation *op, int64_t row, float *buffer) {
     const float *from = op->input + row * op->in;
-    if (!op->rounds && !op->integer) {
-        layer_norm(from, (float *)inputs + row * op->in, op->norm_weight, op->norm_bias, (float)op->eps, op->in);
-        return;
-    }
-    float normed[op->in];
-    if (op->norm_weight) {
-        layer_norm(from, normed, op->norm_weight, op->norm_bias, (float)op->eps, op->in);
-        from = normed;
-    }
+    if (!op->norm_weight) return from;
+    layer_norm(from, buffer, op->norm_weight, op->norm_bias, (float)op->eps, op->in);
+    return buffer;
+}
+
+static void round_items(const Operation *op, const Rounded *rounded, int64_t row, char *items) {
+    float buffer[op->in];
+    const float *from = normed_row(op, row, buffer);
+    /* Bytes of weights are stored as unsigned numbers. */
+    if (op->type == INT4) round_row(from, op->in, rounded, row, items, 1, 8);
+    else if (item_bytes_of(op) == 2) round_row(from, op->in, rounded, row, items, 2, 0);
+    else round_row(from, op->in, rounded, row, items, 1, BYTE_DOTS ? 128 : 0);
+}
+
+/* One row of a projection's inputs, normalised or rounded, for its tile. */
+static void prepare_row(const Operation *op, int64_t row, int64_t rows, void *inputs) {
     if (op->integer) {
         const Rounded rounded = rounded_inputs(op, rows, inputs);
-        /* Bytes of weights are stored as unsigned numbers. */
-        if (op->type == INT4) round_row(from, op->in, &rounded, row, 1, 8);
-        else round_row(from, op->in, &rounded, row, INPUT_BYTES, BYTE_DOTS ? 128 : 0);
+        char items[ROW_BUFFER_BYTES(rounded)];
+        round_items(op, &rounded, row, items);
+        place_row(inputs, rounded.row_bytes / 4, rows, row, items);
         return;
     }
-    uint16_t *to = (uint16_t *)inputs + row * op->in;
-    for (int64_t i = 0; i < op->in; i++) to[i] = to_bfloat16(from[i]);
+    float buffer[op->in];
+    const float *from = normed_row(op, row, buffer);
+    if (op->rounds) {
+        uint16_t rounded[op->in];
+        for (int64_t i = 0; i < op->in; i++) rounded[i] = to_bfloat16(from[i]);
+        place_row(inputs, op->in / 2, rows, row, rounded);
+    } else {
+        place_row(inputs, op->in, rows, row, from);
+    }
+}
+
+/* The rows of one tile. */
+static void prepare_tile(const Operation *op, int64_t tile, int64_t rows, void *inputs) {
+    const int64_t first = tile * tile_rows(rows), end = first + tile_rows(rows);
+    for (int64_t row = first; row < end && row < rows; row++) prepare_row(op, row, rows, inputs);
 }
 
 /* All rows at once, without the inputs that are zero in all. */
 static void prepare_few_rows(const Operation *op, int64_t rows, void *inputs) {
-    for (int64_t row = 0; row < rows; row++) prepare_row(op, row, rows, inputs);
     const Rounded rounded = rounded_inputs(op, rows, inputs);
-    if (op->type == INT4) gather_nonzero(op, &rounded, rows, 2, STEP_LINES(INT4));
-    else gather_nonzero(op, &rounded, rows, INPUT_BYTES, STEP_LINES(INT8));
+    const int64_t stride = ROW_BUFFER_BYTES(rounded);
+    char items[rows * stride];
+    for (int64_t row = 0; row < rows; row++) round_items(op, &rounded, row, items + row * stride);
+    if (op->type == INT4) gather_nonzero(op, &rounded, rows, items, stride, 2, STEP_LINES(INT4));
+    else gather_nonzero(op, &rounded, rows, items, stride, 1, STEP_LINES(INT8));
+    for (int64_t row = 0; row < rows; row++) place_row(inputs, rounded.row_bytes / 4, rows, row, items + row * stride);
 }
 
 /* How many rows of a product one thread takes together: alike in all parts, whole tiles, and few enough that every thread
  * has some parts, as long as a part still shares each weight between two tiles. */
 static int64_t rows_together(const Operation *op, const Run *run) {
     const int64_t rows = run->step->tokens, panels = (op->out + PANEL - 1) / PANEL;
-    int64_t blocks = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
-    while (blocks * panels < 2 * run->threads && rows >= 2 * TILE_ROWS * (blocks + 1)) blocks++;
-    return ((rows + blocks - 1) / blocks + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+    const int64_t tiles = tile_count(rows), most = ROWS_AT_ONCE / tile_rows(rows);
+    int64_t blocks = (tiles + most - 1) / most;
+    while (blocks * panels < 2 * run->threads && tiles >= 2 * (blocks + 1)) blocks++;
+    return (tiles + blocks - 1) / blocks * tile_rows(rows);
 }
 
 /* Some rows of one panel. */
@@ -93,18 +119,18 @@ static void linear(const Operation *op, const Run *run, int64_t part, int64_t th
     const int64_t rows = run->step->tokens, panels = (op->out + PANEL - 1) / PANEL;
     const int64_t together = rows_together(op, run), first = part / panels * together, panel = part % panels;
     const int64_t some = rows - first < together ? rows - first : together;
-    const char *inputs = prepares(op) ? run->inputs : (const void *)op->input;
+    const void *inputs = prepares(op, rows) ? run->inputs : (const void *)op->input;
     OwnMemory *own = run->memories + thread;
     /* Threads take panels in turn. */
     const int64_t next_panel = (panel + run->threads) % panels;
     if (op->integer) {
         const Rounded rounded = rounded_inputs(op, rows, run->inputs);
-        multiply_integers(op, &rounded, first, some, panel, next_panel, own->floats.sums, &own->quantized);
-    } else if (is_quantized(op)) {
-        const float *own_inputs = (const float *)inputs + first * op->in;
-        multiply_floats(op, own_inputs, some, panel, next_panel, &own->floats, &own->quantized);
+        const Inputs in = some_inputs(inputs, rounded.row_bytes / 4, rows, first, some);
+        multiply_integers(op, &rounded, &in, first, panel, next_panel, own->floats.sums, &own->quantized);
     } else {
-        multiply_panel(op, inputs + first * op->in * (op->rounds ? 2 : 4), some, panel, next_panel, &own->floats);
+        const Inputs in = some_inputs(inputs, op->rounds ? op->in / 2 : op->in, rows, first, some);
+        if (is_quantized(op)) multiply_floats(op, &in, panel, next_panel, &own->floats, &own->quantized);
+        else multiply_panel(op, &in, panel, next_panel, &own->floats);
     }
     finish_panel(op, first, some, panel, own->floats.sums);
 }
@@ -168,7 +194,7 @@ static void count_parts(const Operation *op, const Run *run, uint32_t parts[2]) 
     parts[0] = parts[1] = 0;
     switch (op->kind) {
         case LINEAR:
-            parts[0] = leaves_zeros_out(op, step->tokens) ? 1 : prepares(op) ? (uint32_t)step->tokens : 0;
+            parts[0] = prepares(op, step->tokens) ? (uint32_t)tile_count(step->tokens) : 0;
             together = rows_together(op, run);
             parts[1] = (uint32_t)((step->tokens + together - 1) / together * ((op->out + PANEL - 1) / PANEL));
             break;
@@ -186,7 +212,7 @@ static void run_part(const void *context, int64_t phase, int64_t part, int64_t t
         case LINEAR:
             if (phase % 2) linear(op, run, part, thread);
             else if (leaves_zeros_out(op, run->step->tokens)) prepare_few_rows(op, run->step->tokens, run->inputs);
-            else prepare_row(op, part, run->step->tokens, run->inputs);
+            else prepare_tile(op, part, run->step->tokens, run->inputs);
             break;
         case ATTENTION: attention(op, run, part); break;
         case NORM_ROWS: norm_row(op, run->step, part); break;
@@ -235,7 +261,7 @@ void persimmon_pack_quantized(const Operation *op, const void *numbers, const vo
         .group = op->group,
         .scale_type = op->scale_type,
         .lines = !op->integer || op->sparse,
-        .joined = op->integer && op->sparse && (op->type == INT4 || BYTE_DOTS),
+        .joined = op->integer && op->sparse,
     };
     const uint32_t panels = (uint32_t)((op->out + PANEL - 1) / PANEL);
     work_together((Work){pack_part, &packing, 1, threads}, &panels);

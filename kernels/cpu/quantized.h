@@ -17,22 +17,15 @@
 /* Inputs of a slice, and groups of them at most. */
 #define SLICE_INPUTS 128
 #define SLICE_GROUPS (SLICE_INPUTS / 8)
-/* How many bytes ahead weights are fetched with few rows. */
+/* How many bytes ahead weights are fetched with fewer rows than FETCH_ROWS; with more, the next slice is. */
+#define FETCH_ROWS 4
 #define BYTES_AHEAD 4096
 #define LINES_AHEAD (BYTES_AHEAD / PANEL)
-/* Rows that share the weights in registers, and vectors of outputs of a tile. */
-#define DOT_ROWS 6
-#if LANES == 16
-#define DOT_VECTORS(rows) 4
-#else
-#define DOT_VECTORS(rows) ((rows) == 1 ? 8 : (rows) <= 3 ? 4 : 2)
-#endif
-
 /* Whose memory one thread uses, next to the sums. */
 typedef struct {
-    uint8_t numbers[SLICE_INPUTS * PANEL * 2]; /* a slice as dot products read it */
+    uint8_t numbers[SLICE_INPUTS * PANEL]; /* a slice as dot products read it */
     float scales[SLICE_GROUPS * PANEL];
-    float sums[ROWS_AT_ONCE * PANEL];           /* of one group, in products of floats */
+    float sums[ROWS_AT_ONCE * PANEL];      /* of one group, in products of floats */
 } QuantizedWorkspace;
 
 /* Some groups of a panel's numbers, and the inputs that they multiply. */
@@ -43,54 +36,48 @@ typedef struct {
     int64_t scales_stride;  /* from group to group */
     int64_t groups;
     int64_t first;          /* number of the first group among all */
+    int64_t group_words;    /* words of a group's inputs */
     const uint32_t *counts; /* steps of each group, or null for the same everywhere */
     int64_t steps;
 } Slice;
 
-/* As `fetch_more`, up to four lines. */
-INLINE void fetch_lines(Fetch *fetch) {
-    if (fetch->stride > 128) {
-        __builtin_prefetch(fetch->at + 128);
-        __builtin_prefetch(fetch->at + 192);
-    }
-    fetch_more(fetch);
-}
-
-/* sums[row, :] += what a slice's groups add, for `rows` rows.  `narrow`: sums of 16 bits, see integers.h. */
-INLINE void dot_tile(const Rounded *in, int64_t first_row, const Slice *slice, float *sums, Fetch *fetch, const int rows,
-                     const int narrow) {
-    const int vectors = DOT_VECTORS(rows);
-    const char *items = in->items + first_row * in->row_bytes;
-    const float *input_scales = in->scales + first_row * in->groups;
-    const int32_t *corrections = in->corrections + first_row * in->groups;
+/* sums[row, :] += what a slice's groups add, for one tile's rows, of which the first is number `first_row`.  `words`: the
+ * tile's; `how`: see integers.h. */
+INLINE void dot_tile(const Rounded *in, int64_t first_row, const uint32_t *words, const Slice *slice, float *sums,
+                     Fetch *fetch, const int rows, const int how) {
+    const int step_bytes = how == DOT_PAIRS ? 2 : 4; /* of weights, for each output */
+    const int vectors = TILE_VECTORS(rows);
+    const float *input_scales = in->scales + first_row * in->groups + slice->first;
+    const int32_t *corrections = in->corrections + first_row * in->groups + slice->first;
     for (int column = 0; column < PANEL; column += vectors * LANES)
-        for (int64_t i = 0; i < slice->groups; i++) {
-            const int64_t group = slice->first + i, steps = slice->counts ? slice->counts[i] : slice->steps;
-            const uint8_t *numbers = slice->numbers + i * slice->numbers_stride + column * 4;
-            const char *own = items + group * in->group * (narrow ? 1 : INPUT_BYTES);
-            Integers total[DOT_ROWS][MAX_VECTORS];
+        for (int64_t group = 0; group < slice->groups; group++) {
+            const int64_t steps = slice->counts ? slice->counts[group] : slice->steps;
+            const uint8_t *numbers = slice->numbers + group * slice->numbers_stride + column * step_bytes;
+            const uint32_t *inputs = words + group * slice->group_words * rows;
+            Integers total[TILE_ROWS][MAX_VECTORS];
 #pragma GCC unroll 6
             for (int row = 0; row < rows; row++)
 #pragma GCC unroll 8
                 for (int v = 0; v < vectors; v++) total[row][v] = repeat(corrections[row * in->groups + group]);
+            if (rows >= FETCH_ROWS) fetch_more(fetch);
 #if !BYTE_DOTS
-            if (narrow)
-                for (int64_t step = 0; step < steps; step += NARROW_DOTS) {
-                    const int64_t end = steps - step < NARROW_DOTS ? steps - step : NARROW_DOTS;
-                    Words part[DOT_ROWS][MAX_VECTORS];
+            if (how == DOT_NARROW)
+                for (int64_t left = steps; left > 0; left -= NARROW_DOTS) {
+                    const int64_t some = left < NARROW_DOTS ? left : NARROW_DOTS;
+                    Words part[TILE_ROWS][MAX_VECTORS];
 #pragma GCC unroll 6
                     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 8
                         for (int v = 0; v < vectors; v++) part[row][v] = (Words){0};
-                    for (int64_t j = 0; j < end; j++) {
-                        if (rows > 4) fetch_lines(fetch);
+#pragma GCC unroll 2
+                    for (int64_t i = 0; i < some; i++, numbers += PANEL * step_bytes, inputs += rows) {
                         Integers weights[MAX_VECTORS];
 #pragma GCC unroll 8
                         for (int v = 0; v < vectors; v++)
-                            weights[v] = load_integers(numbers + (step + j) * PANEL * 4 + v * LANES * 4);
+                            weights[v] = load_integers(numbers + v * LANES * step_bytes);
 #pragma GCC unroll 6
                         for (int row = 0; row < rows; row++) {
-                            const Integers input = repeat_inputs(own + row * in->row_bytes + (step + j) * 4);
+                            const Integers input = repeat_word(inputs + row);
 #pragma GCC unroll 8
                             for (int v = 0; v < vectors; v++) part[row][v] = dot_narrow(part[row][v], weights[v], input);
                         }
@@ -102,59 +89,51 @@ INLINE void dot_tile(const Rounded *in, int64_t first_row, const Slice *slice, f
                 }
             else
 #endif
-                for (int64_t step = 0; step < steps; step++) {
-                    if (rows > 4) fetch_lines(fetch);
+#pragma GCC unroll 2
+                for (int64_t i = 0; i < steps; i++, numbers += PANEL * step_bytes, inputs += rows) {
                     Integers weights[MAX_VECTORS];
 #pragma GCC unroll 8
                     for (int v = 0; v < vectors; v++) {
-                        const uint8_t *at = numbers + step * PANEL * 4 + v * LANES * 4;
-                        weights[v] = load_integers(at);
-                        if (BYTE_DOTS && rows <= 4) __builtin_prefetch(at + BYTES_AHEAD);
+                        const uint8_t *at = numbers + v * LANES * step_bytes;
+                        weights[v] = how == DOT_PAIRS ? load_pairs((const int8_t *)at) : load_integers(at);
+                        if (rows < FETCH_ROWS && v * LANES * step_bytes % LINE_BYTES == 0)
+                            __builtin_prefetch(at + BYTES_AHEAD);
                     }
 #pragma GCC unroll 6
                     for (int row = 0; row < rows; row++) {
-                        const Integers input = repeat_inputs(own + row * in->row_bytes + step * 4);
+                        const Integers input = repeat_word(inputs + row);
 #pragma GCC unroll 8
-                        for (int v = 0; v < vectors; v++) total[row][v] = dot(total[row][v], weights[v], input);
+                        for (int v = 0; v < vectors; v++) total[row][v] = dot(total[row][v], weights[v], input, how);
                     }
                 }
-            float *to = sums + column;
-            if (slice->scales) {
-                Vector scales[MAX_VECTORS];
-#pragma GCC unroll 8
-                for (int v = 0; v < vectors; v++) scales[v] = load(slice->scales + i * slice->scales_stride + column + v * LANES);
+            const float *own_scales = slice->scales ? slice->scales + group * slice->scales_stride + column : NULL;
 #pragma GCC unroll 6
-                for (int row = 0; row < rows; row++) {
-                    const Vector input_scale = broadcast(input_scales[row * in->groups + group]);
+            for (int row = 0; row < rows; row++) {
+                const Vector input_scale = broadcast(input_scales[row * in->groups + group]);
+                float *to = sums + row * PANEL + column;
+                if (own_scales)
 #pragma GCC unroll 8
                     for (int v = 0; v < vectors; v++) {
                         const Vector some = multiply(to_floats(total[row][v]), input_scale);
-                        float *own_sums = to + row * PANEL + v * LANES;
-                        store(own_sums, multiply_add(some, scales[v], load(own_sums)));
+                        store(to + v * LANES, multiply_add(some, load(own_scales + v * LANES), load(to + v * LANES)));
                     }
-                }
-            } else {
-#pragma GCC unroll 6
-                for (int row = 0; row < rows; row++) {
-                    const Vector input_scale = broadcast(input_scales[row * in->groups + group]);
+                else
 #pragma GCC unroll 8
-                    for (int v = 0; v < vectors; v++) {
-                        float *own_sums = to + row * PANEL + v * LANES;
-                        store(own_sums, multiply_add(to_floats(total[row][v]), input_scale, load(own_sums)));
-                    }
-                }
+                    for (int v = 0; v < vectors; v++)
+                        store(to + v * LANES,
+                              multiply_add(to_floats(total[row][v]), input_scale, load(to + v * LANES)));
             }
         }
 }
 
-INLINE void dot_slice(const Rounded *in, int64_t first_row, int64_t rows, const Slice *slice, float *sums, Fetch fetch,
-                      const int narrow) {
-    const int64_t most = tile_rows(rows);
-    for (int64_t row = 0; row < rows; row += most) {
-        const int64_t some = rows - row < most ? rows - row : most;
+/* A slice times all rows, of which the first is number `first_row` of the step. */
+INLINE void dot_slice(const Rounded *rounded, const Inputs *in, int64_t first_row, const Slice *slice, float *sums,
+                      Fetch fetch, const int how) {
+    for (int64_t row = 0; row < in->rows; row += in->tile) {
+        const uint32_t *words = tile_words(in, row, slice->first * slice->group_words);
         float *own_sums = sums + row * PANEL;
-#define DOTS(n) dot_tile(in, first_row + row, slice, own_sums, &fetch, n, narrow)
-        FOR_ROWS(some, DOTS)
+#define DOTS(n) dot_tile(rounded, first_row + row, words, slice, own_sums, &fetch, n, how)
+        FOR_ROWS(rows_of_tile(in, row), DOTS)
     }
 }
 
@@ -171,17 +150,6 @@ static void split_together(const uint8_t *restrict from, int64_t inputs, uint8_t
         }
     }
 }
-
-#if !BYTE_DOTS
-/* Pairs of numbers of 8 bits, in 16 bits. */
-static void widen_together(const int8_t *restrict from, int64_t inputs, int16_t *restrict to) {
-    for (int64_t k = 0; k < inputs; k += 2, from += PANEL * 2, to += PANEL * 2) {
-        __builtin_prefetch(from + BYTES_AHEAD);
-        __builtin_prefetch(from + BYTES_AHEAD + 64);
-        for (int i = 0; i < PANEL * 2; i++) to[i] = from[i];
-    }
-}
-#endif
 
 /* Lines that lie one after the other, or those of a list. */
 typedef struct {
@@ -212,23 +180,14 @@ static void join_lines(Lines *own, int64_t steps, uint8_t *restrict to, const in
                 const Integers a = load_integers(from[0] + i), b = load_integers(from[1] + i);
                 join_four(low_halves(a), high_halves(a), low_halves(b), high_halves(b), to + 4 * i);
             }
-        } else if (BYTE_DOTS) {
-            const Integers unsign = repeat((int32_t)0x80808080);
+        } else {
+            const Integers unsign = repeat(BYTE_DOTS ? (int32_t)0x80808080 : 0);
             for (int i = 0; i < PANEL; i += LANES * 4)
                 join_four(load_integers(from[0] + i) ^ unsign, load_integers(from[1] + i) ^ unsign,
                           load_integers(from[2] + i) ^ unsign, load_integers(from[3] + i) ^ unsign, to + 4 * i);
-        } else {
-            const int8_t *restrict a = (const int8_t *)from[0], *restrict b = (const int8_t *)from[1];
-            int16_t *restrict pairs = (int16_t *)to;
-            for (int i = 0; i < PANEL; i++) {
-                pairs[2 * i] = a[i];
-                pairs[2 * i + 1] = b[i];
-            }
         }
     }
 }
-
-#undef DOTS
 
 /* Numbers of 8 bits of a panel whose outputs lie in rows, as a slice of `inputs` inputs from `first` on. */
 static void join_rows(const Operation *op, int64_t panel, int64_t first, int64_t inputs, uint8_t *to,
@@ -239,10 +198,8 @@ static void join_rows(const Operation *op, int64_t panel, int64_t first, int64_t
         const int8_t *from = (const int8_t *)op->weight + row * op->in + first;
         for (int64_t k = 0; k < inputs; k++) {
             const int8_t number = row < op->out && k < known ? from[k] : 0;
-            const int64_t at = (k / together * PANEL + column) * together + k % together;
-            if (together == 1) to[at] = (uint8_t)number;
-            else if (BYTE_DOTS) to[at] = (uint8_t)number ^ 0x80;
-            else ((int16_t *)to)[at] = number;
+            const uint8_t unsign = together > 1 && BYTE_DOTS ? 0x80 : 0;
+            to[(k / together * PANEL + column) * together + k % together] = (uint8_t)number ^ unsign;
         }
     }
 }
@@ -274,35 +231,35 @@ static void scale_panel(const Operation *op, int64_t rows, int64_t panel, const 
         for (int64_t i = 0; i < PANEL; i++) sums[row * PANEL + i] *= scales[i];
 }
 
-/* A panel's sums for up to ROWS_AT_ONCE rows of rounded inputs. */
-static void multiply_integers(const Operation *op, const Rounded *in, int64_t first_row, int64_t rows, int64_t panel,
-                              int64_t next_panel, float *sums, QuantizedWorkspace *own) {
+/* A panel's sums for up to ROWS_AT_ONCE rows of rounded inputs, of which the first is number `first_row` of the step. */
+static void multiply_integers(const Operation *op, const Rounded *rounded, const Inputs *in, int64_t first_row,
+                              int64_t panel, int64_t next_panel, float *sums, QuantizedWorkspace *own) {
     const Layout layout = layout_of(op->in, op->group, op->type, op->scale_type);
-    const int type = (int)op->type, in_rows = op->scales != NULL;
+    const int type = (int)op->type, in_rows = op->scales != NULL, few = rounded->leaves_out;
     const char *weights = (const char *)op->weight + panel * layout.panel_bytes;
     const char *next = (const char *)op->weight + next_panel * layout.panel_bytes;
-    const int few = in->leaves_out;
-    const int64_t tiles = (rows + DOT_ROWS - 1) / DOT_ROWS;
+    const int64_t step_bytes = PANEL * step_inputs(op);
     /* A slice is several groups, each of inputs and of the weight, or some groups of inputs of one group of the weight. */
-    const int64_t at_once = SLICE_INPUTS / in->group, alike = op->group == in->group;
+    const int64_t at_once = SLICE_INPUTS / rounded->group, alike = op->group == rounded->group;
     const int64_t number_bytes = PANEL / (type == INT4 ? 2 : 1); /* of an input */
-    Lines list = {(const uint8_t *)weights, in->lines, (const uint8_t *)next, 0, few ? *in->line_count : 0};
-    memset(sums, 0, (size_t)(rows * PANEL) * sizeof(float));
-    for (int64_t group = 0, some; group < in->groups; group += some) {
-        const int64_t input = group * in->group;
+    Lines list = {(const uint8_t *)weights, rounded->lines, (const uint8_t *)next, 0, few ? *rounded->line_count : 0};
+    memset(sums, 0, (size_t)(in->rows * PANEL) * sizeof(float));
+    for (int64_t group = 0, some; group < rounded->groups; group += some) {
+        const int64_t input = group * rounded->group;
         /* The last group of all may be shorter, and is a slice by itself. */
-        const int64_t end = layout.groups == 1 || alike ? in->inputs : (input / op->group + 1) * op->group;
-        const int64_t whole = (end - input) / in->group;
+        const int64_t end = layout.groups == 1 || alike ? rounded->inputs : (input / op->group + 1) * op->group;
+        const int64_t whole = (end - input) / rounded->group;
         some = whole < 1 ? 1 : whole < at_once ? whole : at_once;
-        const int64_t inputs = in->inputs - input < in->group ? in->inputs - input : in->group;
+        const int64_t left = rounded->inputs - input, inputs = left < rounded->group ? left : rounded->group;
         const char *numbers = weights + numbers_at(&layout, type, input);
         Slice slice = {
             .numbers = (const uint8_t *)numbers,
-            .numbers_stride = alike ? layout.group_bytes : in->group * number_bytes,
+            .numbers_stride = alike ? layout.group_bytes : rounded->group * number_bytes,
             .groups = some,
             .first = group,
-            .counts = few ? in->counts + group : NULL,
-            .steps = inputs / STEP_INPUTS(type),
+            .group_words = rounded->group / step_inputs(op),
+            .counts = few ? rounded->counts + group : NULL,
+            .steps = inputs / step_inputs(op),
         };
         if (layout.groups > 1) {
             const char *scales = weights + input / op->group * layout.group_bytes;
@@ -311,33 +268,33 @@ static void multiply_integers(const Operation *op, const Rounded *in, int64_t fi
             slice.scales = own->scales;
             slice.scales_stride = alike ? PANEL : 0;
         }
-        if (op->sparse || in_rows || type == INT4 || !BYTE_DOTS) {
+        if (op->sparse || in_rows || type == INT4) {
             const int64_t stride = slice.numbers_stride;
             slice.numbers = own->numbers;
-            slice.numbers_stride = slice.steps * PANEL * 4;
+            slice.numbers_stride = slice.steps * step_bytes;
             for (int64_t i = 0; i < some; i++) {
                 const uint8_t *from = (const uint8_t *)numbers + i * stride;
                 uint8_t *to = own->numbers + i * slice.numbers_stride;
                 Lines all = {.panel = from}, *lines = few ? &list : &all;
                 const int64_t steps = few ? slice.counts[i] : slice.steps;
-                if (in_rows) join_rows(op, panel, input + i * in->group, inputs, to, TOGETHER);
+                if (in_rows) join_rows(op, panel, input + i * rounded->group, inputs, to, TOGETHER);
                 else if (op->sparse && type == INT4) join_lines(lines, steps, to, INT4);
                 else if (op->sparse) join_lines(lines, steps, to, INT8);
-                else if (type == INT4) split_together(from, inputs, to);
-#if !BYTE_DOTS
-                else widen_together((const int8_t *)from, inputs, (int16_t *)to);
-#endif
+                else split_together(from, inputs, to);
             }
         }
-        const int64_t bytes = some * inputs * number_bytes;
-        const Fetch fetch = {
-            .at = group + some < in->groups ? weights + numbers_at(&layout, type, input + some * in->group) : next,
-            .stride = bytes / (tiles * some * slice.steps * (PANEL / (DOT_VECTORS(DOT_ROWS) * LANES))),
-        };
-        if (!BYTE_DOTS && type == INT4) dot_slice(in, first_row, rows, &slice, sums, fetch, 1);
-        else dot_slice(in, first_row, rows, &slice, sums, fetch, 0);
+        const char *after = weights + numbers_at(&layout, type, input + some * rounded->group);
+        const Fetch fetch =
+            fetch_of(group + some < rounded->groups ? after : next, some * inputs * number_bytes, in, some);
+#if BYTE_DOTS
+        dot_slice(rounded, in, first_row, &slice, sums, fetch, DOT_BYTES);
+#else
+        if (type == INT4) dot_slice(rounded, in, first_row, &slice, sums, fetch, DOT_NARROW);
+        else if (op->sparse) dot_slice(rounded, in, first_row, &slice, sums, fetch, DOT_POSITIVE);
+        else dot_slice(rounded, in, first_row, &slice, sums, fetch, DOT_PAIRS);
+#endif
     }
-    if (layout.groups == 1) scale_panel(op, rows, panel, weights, sums, own->scales);
+    if (layout.groups == 1) scale_panel(op, in->rows, panel, weights, sums, own->scales);
 }
 
 /* Lines of numbers of 4 bits, each number in a byte with its sign; those that `wanted` lists, or all. */
@@ -354,15 +311,15 @@ static void split_lines(const uint8_t *restrict from, int64_t inputs, int64_t wa
     }
 }
 
-/* A panel's sums for up to ROWS_AT_ONCE rows of floats, [*, in]. */
-static void multiply_floats(const Operation *op, const float *inputs, int64_t rows, int64_t panel, int64_t next_panel,
-                            Workspace *floats, QuantizedWorkspace *own) {
+/* A panel's sums for up to ROWS_AT_ONCE rows of floats. */
+static void multiply_floats(const Operation *op, const Inputs *in, int64_t panel, int64_t next_panel, Workspace *floats,
+                            QuantizedWorkspace *own) {
     const Layout layout = layout_of(op->in, op->group, op->type, op->scale_type);
     const int type = (int)op->type;
     const char *weights = (const char *)op->weight + panel * layout.panel_bytes;
     const char *next = (const char *)op->weight + next_panel * layout.panel_bytes;
-    const int few = op->sparse && rows <= SPARSE_ROWS, widened = rows > TILE_ROWS;
-    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    const int few = op->sparse && in->rows <= SPARSE_ROWS, widened = in->rows > in->tile;
+    const int64_t rows = in->rows;
     float *sums = layout.groups == 1 ? floats->sums : own->sums;
     memset(floats->sums, 0, (size_t)(rows * PANEL) * sizeof(float));
     for (int64_t group = 0; group < layout.groups; group++) {
@@ -370,24 +327,22 @@ static void multiply_floats(const Operation *op, const float *inputs, int64_t ro
         for (int64_t start = 0; start < op->group; start += DEPTH) {
             const int64_t depth = op->group - start < DEPTH ? op->group - start : DEPTH;
             const int64_t first = group * op->group + start;
-            const float *some = inputs + first;
             const char *numbers = weights + numbers_at(&layout, type, first);
             const int8_t *slice = (const int8_t *)numbers;
-            const int64_t count = few ? find_nonzero(some, op->in, rows, depth, 0, floats->nonzero) : -1;
+            const uint32_t *words = tile_words(in, 0, first);
+            const int64_t count = few ? find_nonzero(words, rows, depth, 0x7fffffffu, floats->nonzero) : -1;
             int8_t *widened_once = (int8_t *)own->numbers;
             if (op->scales || type == INT4) slice = widened_once;
             if (op->scales) join_rows(op, panel, first, depth, own->numbers, 1);
             else if (type == INT4)
                 split_lines((const uint8_t *)numbers, depth, count, floats->nonzero, widened_once);
             if (widened) widen_slice(slice, depth, PANEL, INT8, floats->slice);
-            const Fetch fetch = {
-                .at = first + depth < op->in ? weights + numbers_at(&layout, type, first + depth) : next,
-                .stride = depth * PANEL / (type == INT4 ? 2 : 1) /
-                          (tiles * depth * (PANEL / (TILE_VECTORS(TILE_ROWS) * LANES))),
-            };
+            const char *after = first + depth < op->in ? weights + numbers_at(&layout, type, first + depth) : next;
+            const Fetch fetch = fetch_of(after, depth * PANEL / (type == INT4 ? 2 : 1), in,
+                                         (depth + FETCH_DEPTH - 1) / FETCH_DEPTH);
             const int32_t *nonzero = floats->nonzero;
-            if (widened) multiply_slice(some, op->in, rows, floats->slice, depth, count, nonzero, sums, fetch, FLOAT32);
-            else multiply_slice(some, op->in, rows, slice, depth, count, nonzero, sums, fetch, INT8);
+            if (widened) multiply_slice(in, first, floats->slice, depth, count, nonzero, sums, fetch, FLOAT32);
+            else multiply_slice(in, first, slice, depth, count, nonzero, sums, fetch, INT8);
         }
         if (layout.groups == 1) continue;
         load_scales(op, panel, weights + group * layout.group_bytes, own->scales);

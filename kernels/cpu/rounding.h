@@ -19,8 +19,8 @@ typedef struct {
     int64_t groups;
     int64_t group;        /* inputs of each but the last, which may be shorter */
     int64_t inputs;       /* all, padded to a multiple of 8 */
-    int64_t row_bytes;
-    char *items;          /* [rows, row_bytes], of INPUT_BYTES each for weights of 8 bits, else of one */
+    int64_t row_bytes;    /* of the items, padded to whole words */
+    void *items;          /* their words, see tiles.h */
     float *scales;        /* [rows, groups] */
     int32_t *corrections; /* [rows, groups], what sums begin with because weights are stored as unsigned numbers */
     /* Whether inputs that are zero in all rows are left out; then what remains lies at the beginning of each group. */
@@ -38,8 +38,6 @@ INLINE int64_t rounded_group(int64_t in, int64_t group) {
     return 8;
 }
 
-INLINE int64_t item_bytes_of(const Operation *op) { return op->type == INT4 ? 1 : INPUT_BYTES; }
-
 /* Whether a step of `rows` rows leaves out inputs that are zero in all of them. */
 INLINE int leaves_zeros_out(const Operation *op, int64_t rows) {
     return op->integer && op->sparse && rows <= SPARSE_ROWS;
@@ -49,9 +47,8 @@ INLINE Rounded rounded_inputs(const Operation *op, int64_t rows, void *memory) {
     Rounded own = {.group = rounded_group(op->in, op->group), .inputs = (op->in + 7) / 8 * 8, .items = memory};
     own.leaves_out = leaves_zeros_out(op, rows);
     own.groups = (own.inputs + own.group - 1) / own.group;
-    /* A group's last vector may go beyond it by half. */
-    own.row_bytes = ((own.inputs + LANES / 2) * item_bytes_of(op) + 63) / 64 * 64;
-    own.scales = (float *)(own.items + rows * own.row_bytes);
+    own.row_bytes = own.inputs * item_bytes_of(op);
+    own.scales = (float *)((char *)memory + rows * own.row_bytes);
     own.corrections = (int32_t *)(own.scales + rows * own.groups);
     own.line_count = (uint32_t *)(own.corrections + rows * own.groups);
     own.counts = own.line_count + 1;
@@ -59,8 +56,12 @@ INLINE Rounded rounded_inputs(const Operation *op, int64_t rows, void *memory) {
     return own;
 }
 
-INLINE void round_row(const float *from, int64_t in, const Rounded *own, int64_t row, const int bytes, int offset) {
-    char *items = own->items + row * own->row_bytes;
+/* A rounded row's items one after the other, with room for half a vector that the last group may go beyond. */
+#define ROW_BUFFER_BYTES(rounded) ((rounded).row_bytes + LANES * 2)
+
+/* Rounds one row to `items`, one after the other, of `bytes` each; `offset` is what weights are stored with. */
+INLINE void round_row(const float *from, int64_t in, const Rounded *own, int64_t row, char *items, const int bytes,
+                      int offset) {
     for (int64_t group = 0; group < own->groups; group++) {
         const int64_t first = group * own->group, left = in - first;
         const int64_t count = left < own->group ? left : own->group;
@@ -94,10 +95,11 @@ INLINE void round_row(const float *from, int64_t in, const Rounded *own, int64_t
     memset(items + in * bytes, 0, (size_t)((own->inputs - in) * bytes));
 }
 
-/* Moves the inputs that are not zero in all rows to the beginning of their group.  `unit`: bytes of the inputs that one
- * line of weights multiplies; `step_lines`: lines of a step. */
-INLINE void gather_nonzero(const Operation *op, const Rounded *own, int64_t rows, const int unit,
-                           const int step_lines) {
+/* Moves the inputs that are not zero in all rows to the beginning of their group.  items: of all rows, one row after the
+ * other, `stride` bytes apart; `unit`: bytes of the inputs that one line of weights multiplies; `step_lines`: lines of a
+ * step. */
+INLINE void gather_nonzero(const Operation *op, const Rounded *own, int64_t rows, char *items, int64_t stride,
+                           const int unit, const int step_lines) {
     const Layout layout = layout_of(op->in, op->group, op->type, op->scale_type);
     const int64_t line_inputs = op->type == INT4 ? 2 : 1;
     uint32_t *lines = own->lines;
@@ -105,14 +107,14 @@ INLINE void gather_nonzero(const Operation *op, const Rounded *own, int64_t rows
         const int64_t first = group * own->group, left = own->inputs - first;
         const int64_t some = (left < own->group ? left : own->group) / line_inputs;
         const uint32_t first_line = (uint32_t)(numbers_at(&layout, op->type, first) / PANEL);
-        char *items = own->items + first / line_inputs * unit;
+        char *own_items = items + first / line_inputs * unit;
         int64_t count = 0;
         for (int64_t i = 0; i < some; i++) {
             uint16_t any = 0;
             for (int64_t row = 0; row < rows; row++) {
                 uint16_t item = 0;
-                memcpy(&item, items + row * own->row_bytes + i * unit, unit);
-                memcpy(items + row * own->row_bytes + count * unit, &item, unit);
+                memcpy(&item, own_items + row * stride + i * unit, unit);
+                memcpy(own_items + row * stride + count * unit, &item, unit);
                 any |= item;
             }
             lines[count] = first_line + (uint32_t)i;
@@ -121,7 +123,7 @@ INLINE void gather_nonzero(const Operation *op, const Rounded *own, int64_t rows
         /* The last step's other lines are multiplied by zero. */
         const int64_t steps = (count + step_lines - 1) / step_lines;
         for (; count < steps * step_lines; count++) {
-            for (int64_t row = 0; row < rows; row++) memset(items + row * own->row_bytes + count * unit, 0, unit);
+            for (int64_t row = 0; row < rows; row++) memset(own_items + row * stride + count * unit, 0, unit);
             lines[count] = first_line;
         }
         own->counts[group] = (uint32_t)steps;

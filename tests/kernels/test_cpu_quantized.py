@@ -150,8 +150,10 @@ class TestAProductOfIntegers:
         numbers = integers if bits == 8 else pack_int4(integers)
         weight = QuantizedMatrix(numbers, torch.ones(64, 2), 8 if bits == 8 else 4, 128)
         for sign in (1.0, -1.0):
-            rows = torch.full((5, 256), sign)
-            assert torch.equal(product(build, weight, rows, "int8"), modelled(weight, rows))
+            rows, expected = torch.full((5, 256), sign), modelled(weight, torch.full((5, 256), sign))
+            assert torch.equal(product(build, weight, rows, "int8"), expected)
+            if sign > 0:  # as behind squared ReLU, for which there is another instruction
+                assert torch.equal(product(build, weight, rows, "int8", sparse_input=True), expected)
 
     def test_of_a_row_that_is_not_finite_is_not_a_number(self, build: str) -> None:
         weight, rows = matrix(8, 64, 256, None), rows_of(4, 256)
@@ -177,6 +179,8 @@ class TestARow:
         count = data.draw(st.integers(2, 110))
         rows = rows_of(count, 256, zeros=data.draw(st.sampled_from([0.0, 0.5, 0.95, 1.0])))
         rows[rows.abs() < data.draw(st.sampled_from([0.0, 1.5]))] = 0.0
+        if sparse_input:
+            rows = rows.relu().square()
         together = product(build, weight, rows, activations, sparse_input=sparse_input)
         for some in (slice(0, 1), slice(1, 4), slice(count - 7 if count > 7 else 0, count)):
             assert torch.equal(
