@@ -40,7 +40,5 @@ def allocate_layer(
         empty: makes a tensor of a shape and dtype.
     """
     keys, values = empty(shape, dtype), empty(shape, dtype)
-    if dtype != torch.int8:
-        return LayerCache(keys, values)
-    key_scales, value_scales = empty(shape[:3], SCALE_DTYPE), empty(shape[:3], SCALE_DTYPE)
-    return LayerCache(keys=keys, values=values, key_scales=key_scales, value_scales=value_scales)
+    scales = empty((*shape[:3], 2), SCALE_DTYPE) if dtype == torch.int8 else None
+    return LayerCache(keys, values, scales)

@@ -12,6 +12,17 @@ import torch
 import triton
 import triton.language as tl
 
+from persimmon.kernels.cached_rows import (
+    cache_row,
+    check_cache,
+    key_scale,
+    magnitude_bits,
+    narrowed,
+    scale_bits,
+    scale_pairs,
+    scaled_to_int8,
+    value_scale,
+)
 from persimmon.kernels.launch import Limits, launch_options, next_power_of_2, num_sms
 from persimmon.kernels.operands import LayerCache
 from persimmon.kernels.prefetch import LINE_BYTES, prefetch_lines
@@ -35,7 +46,13 @@ LIMITS = {
     "_decode_attention": Limits(registers=128, shared_bytes=56 * 1024),
 }
 
-_PROGRAMS_PER_SM = {torch.float16: 6, torch.bfloat16: 5, torch.float32: 4}
+_PROGRAMS_PER_SM = {
+    torch.float16: 6,
+    torch.bfloat16: 5,
+    torch.float32: 4,
+    torch.int8: 6,
+    torch.float8_e4m3fn: 5,
+}
 """Programs of the default launch that are on a multiprocessor of sm_90 at once; by its machine code."""
 
 _MAX_TILE = 32
@@ -201,11 +218,15 @@ def _query_key_value(
 
 
 @triton.jit
-def _add(maxima, totals, outputs, new_maxima, new_totals, new_outputs):
-    """Row by row, the softmax states of two disjoint sets of tokens become the state of their union."""
+def _add(maxima, totals, outputs, new_maxima, new_totals, new_outputs, new_scales):
+    """Row by row, the softmax states of two disjoint sets of tokens become the state of their union.
+
+    The new outputs are multiplied by `new_scales`.
+    """
     higher = tl.maximum(maxima, new_maxima)
     keep, add = tl.exp2(maxima - higher), tl.exp2(new_maxima - higher)
-    return higher, totals * keep + new_totals * add, outputs * keep[:, None] + new_outputs * add[:, None]
+    totals = totals * keep + new_totals * add
+    return higher, totals, outputs * keep[:, None] + new_outputs * (add * new_scales)[:, None]
 
 
 @triton.jit
@@ -234,15 +255,9 @@ def _merge_splits(
         new_totals = tl.load(partial_totals + row, mask=live, other=0.0, cache_modifier=".cg")
         place = row[:, None] * D + dim[None, :]
         new_outputs = tl.load(partial_outputs + place, mask=live[:, None], other=0.0, cache_modifier=".cg")
-        maxima, totals, outputs = _add(maxima, totals, outputs, new_maxima, new_totals, new_outputs)
+        maxima, totals, outputs = _add(maxima, totals, outputs, new_maxima, new_totals, new_outputs, 1.0)
     _, total, output = _merge(maxima, totals, outputs)
     return output / total
-
-
-@triton.jit
-def _page_offset(block, head, slot, H: tl.constexpr, S: tl.constexpr, D: tl.constexpr):
-    """Where a head's row of a block begins in the cache; in 64 bits, because a cache holds more than 2^31 numbers."""
-    return ((block.to(tl.int64) * H + head) * S + slot) * D
 
 
 @triton.jit(do_not_specialize=["table_width"])
@@ -255,6 +270,7 @@ def _decode_attention(
     sin,
     k_cache,
     v_cache,
+    cache_scales,
     lengths,
     block_tables,
     num_items,
@@ -292,6 +308,7 @@ def _decode_attention(
     slot = tl.arange(0, TILE)
     dim = tl.arange(0, D)
     in_tile = slot[:, None] * D + dim[None, :]
+    nothing = tl.zeros([TILE, D], k_cache.dtype.element_ty)
     num_work = tl.load(num_items) * H
     for work in tl.range(tl.program_id(0), num_work, tl.num_programs(0), disable_licm=True):
         item, head = work // H, work % H
@@ -314,27 +331,42 @@ def _decode_attention(
         end = tl.minimum(begin + SPLIT, position)
         if position < begin + SPLIT:
             # The new token is this split's: its row of the tile starts from it, and it goes into the cache.
-            stored = rows.to(k_cache.dtype.element_ty)
-            place = _page_offset(tl.load(table + position // S), head, position % S, H, S, D)
-            place = tl.broadcast_to(dim[None, :], [4, D]) + place
-            which = tl.arange(0, 4)[:, None]
-            tl.store(k_cache + place, stored, mask=which == 1)
-            tl.store(v_cache + place, stored, mask=which == 2)
+            row = cache_row(tl.load(table + position // S), head, position % S, H, S)
+            which = tl.arange(0, 4)
+            if cache_scales is not None:
+                bits = scale_bits(tl.max(magnitude_bits(rows), 1))
+                pair = tl.sum(tl.where(which == 1, bits, tl.where(which == 2, bits << 16, 0)), 0)
+                tl.store(cache_scales + row, pair)
+                rows = scaled_to_int8(rows, key_scale(bits)[:, None])
+            stored = narrowed(rows, k_cache.dtype.element_ty)
+            place = tl.broadcast_to(dim[None, :], [4, D]) + row * D
+            tl.store(k_cache + place, stored, mask=which[:, None] == 1)
+            tl.store(v_cache + place, stored, mask=which[:, None] == 2)
             flat = tl.reshape(stored.to(tl.float32), [4 * D])
             k, v = tl.gather(flat, D + dim, 0), tl.gather(flat, 2 * D + dim, 0)
             own = slot == position % TILE
             score = tl.sum(tl.where(own[:, None], k[None, :], 0.0) * q[None, :], 1)
+            if cache_scales is not None:
+                score *= key_scale(pair)
+                v *= value_scale(pair)
             maxima = tl.where(own, score, maxima)
             totals = own.to(tl.float32)
             outputs = tl.where(own[:, None], v[None, :], outputs)
 
         for start in tl.range(begin, end, TILE, num_stages=STAGES):
-            page = _page_offset(tl.load(table + start // S), head, start % S, H, S, D)
-            live = (slot < end - start)[:, None]
-            k = tl.load(k_cache + page + in_tile, mask=live, other=0.0)
-            v = tl.load(v_cache + page + in_tile, mask=live, other=0.0)
-            scores = tl.where(slot + start < end, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))
-            maxima, totals, outputs = _add(maxima, totals, outputs, scores, 1.0, v.to(tl.float32))
+            row = cache_row(tl.load(table + start // S), head, start % S, H, S)
+            live = slot < end - start
+            k = tl.load(k_cache + row * D + in_tile, mask=live[:, None], other=nothing)
+            v = tl.load(v_cache + row * D + in_tile, mask=live[:, None], other=nothing)
+            scores = tl.sum(k.to(tl.float32) * q[None, :], 1)
+            own_scales = 1.0
+            if cache_scales is not None:
+                pairs = tl.load(cache_scales + row + slot, mask=live, other=0)
+                scores *= key_scale(pairs)
+                own_scales = value_scale(pairs)
+            # Not `live`, which would stay in registers from the load, some iterations ago, until here.
+            scores = tl.where(slot + start < end, scores, float("-inf"))
+            maxima, totals, outputs = _add(maxima, totals, outputs, scores, 1.0, v.to(tl.float32), own_scales)
         maximum, total, output = _merge(maxima, totals, outputs)
 
         splits = tl.cdiv(length, SPLIT)
@@ -413,14 +445,14 @@ def decode_attention(
     """Attention of one new token a sequence over its cached tokens and itself.
 
     q and k become rotary(LayerNorm(.)) in float32; k and v are rounded to the cache's dtype and written to their
-    page; then softmax(q k^T / sqrt(D)) v.  Splits are attended to by themselves and combined by the program that
-    finishes last, always in the order of the splits (Flash-Decoding: Dao et al., pytorch.org/blog/flash-decoding;
-    the online softmax is Milakov and Gimelshein's, arXiv:1805.02867).  A sequence's bits depend on nothing but its
-    own tokens.
+    page, in int8 with their scales; then softmax(q k^T / sqrt(D)) v, of what was rounded.  Splits are attended to by
+    themselves and combined by the program that finishes last, always in the order of the splits (Flash-Decoding: Dao et
+    al., pytorch.org/blog/flash-decoding; the online softmax is Milakov and Gimelshein's, arXiv:1805.02867).  A
+    sequence's bits depend on nothing but its own tokens.
 
-    Bytes, for each head of a sequence of L tokens in n splits, with elements of e bytes: 2 * D * e * (L - 1) of K and
-    V and n * 3 * D * e of qkv are read, 3 * D * e written; where n > 1, another 4 * (D + 2) * n are written and read,
-    which the L2 cache holds.
+    Bytes, for each head of a sequence of L tokens in n splits, with elements of e bytes in qkv and c in the cache:
+    2 * D * c * (L - 1) of K and V, with int8 another 4 * (L - 1) of scales, and n * 3 * D * e of qkv are read,
+    D * (e + 2 * c) written; where n > 1, another 4 * (D + 2) * n are written and read, which the L2 cache holds.
 
     Args:
         qkv: [B, H, 3, D], the fused projection as it comes: per head its query, key and value.
@@ -458,6 +490,7 @@ def decode_attention(
         sin,
         cache.keys,
         cache.values,
+        scale_pairs(cache),
         lengths,
         block_tables,
         *workspace.tensors,
@@ -491,16 +524,13 @@ def _check(
     workspace: DecodeWorkspace,
 ) -> None:
     num_sequences, num_heads, _, head_dim = qkv.shape
-    keys, values, block_size = cache.keys, cache.values, cache.block_size
+    block_size = cache.block_size
     if head_dim not in (16, 32, 64, 128) or block_size not in (16, 32, 64) or not 0 < 2 * cos.shape[1] <= head_dim:
         raise ValueError(
             f"heads of {head_dim} dimensions, {2 * cos.shape[1]} of them rotary, and blocks of {block_size} tokens;"
             " the kernel takes heads of 16, 32, 64 or 128, of which some or all are rotary, and blocks of 16, 32 or 64"
         )
-    if keys.shape != values.shape or (keys.shape[1], keys.shape[3]) != (num_heads, head_dim):
-        raise ValueError(
-            f"qkv has {num_heads} heads of {head_dim}, but the caches are {[*keys.shape]} and {[*values.shape]}"
-        )
+    check_cache(cache, num_heads, head_dim)
     if lengths.shape != (num_sequences,) or block_tables.shape[0] != num_sequences:
         raise ValueError(f"{num_sequences} sequences, {[*lengths.shape]} lengths, {block_tables.shape[0]} block tables")
     most, heads, dim = *workspace.arrivals.shape, workspace.partial_outputs.shape[1]
@@ -509,5 +539,5 @@ def _check(
             f"{num_sequences} sequences of {num_heads} heads of {head_dim}; the workspace is for at most {most}"
             f" sequences of {heads} heads of {dim}"
         )
-    if not all(tensor.is_contiguous() for tensor in (qkv, cos, keys, values, lengths, block_tables)):
-        raise ValueError("qkv, cos, sin, the caches, lengths and block tables must be contiguous")
+    if not all(tensor.is_contiguous() for tensor in (qkv, cos, lengths, block_tables)):
+        raise ValueError("qkv, cos, sin, lengths and block tables must be contiguous")

@@ -27,7 +27,7 @@ from persimmon.kernels.fused_weight import (
     is_columns,
     numbers_of,
 )
-from persimmon.kernels.launch import generation, upload
+from persimmon.kernels.launch import converts_fp8, generation, upload
 from persimmon.kernels.layer_norm import bias_relu_squared_, embed, layer_norm
 from persimmon.kernels.operands import (
     Activation,
@@ -139,8 +139,10 @@ class FusedKernels:
         return dtype
 
     def cache_dtypes(self, dtype: torch.dtype) -> Sequence[torch.dtype]:
-        """As `reference.cache_dtypes`: the network's own only."""
-        return (dtype,)
+        """As `reference.cache_dtypes`: 8 bits for a network of 16, float8_e4m3fn where the GPU converts it."""
+        if dtype.itemsize != 2:  # tiles of pages are for 16-bit queries
+            return (dtype,)
+        return (dtype, torch.int8, *([torch.float8_e4m3fn] if converts_fp8(self.device) else []))
 
     def prepare_bias(self, bias: torch.Tensor) -> torch.Tensor:
         """As it is."""

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from persimmon.kernels.cached_rows import check_cache, scale_pairs
 from persimmon.kernels.chunk_plan import ChunkPlan, PrefillConfig
 from persimmon.kernels.decode_attention import SPLIT_TOKENS, DecodeWorkspace
 from persimmon.kernels.launch import Limits, num_sms
@@ -41,7 +42,7 @@ _PROGRAMS_PER_SM = 4
 
 
 def config_of(dtype: torch.dtype) -> PrefillConfig:
-    """The one tile shape of a cache's type: with two, a token's bits would depend on who shares its step."""
+    """The one tile shape for queries of a type: with two, a token's bits would depend on who shares its step."""
     return FLOAT32_CONFIG if dtype == torch.float32 else CONFIG
 
 
@@ -74,9 +75,11 @@ def _split_state(
     end,
     k_cache,
     v_cache,
+    cache_scales,
+    head,
     block_table,
     score_scale,
-    BLOCK_STRIDE: tl.constexpr,
+    HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -88,8 +91,8 @@ def _split_state(
     maximum, total, weighted = _empty_state(BLOCK_Q, HEAD_DIM)
     first = split * SPLIT
     return attend(
-        q, positions, maximum, total, weighted, k_cache, v_cache, block_table, first, tl.minimum(first + SPLIT, end),
-        score_scale, BLOCK_STRIDE, HEAD_DIM, BLOCK_SIZE, BLOCK_K, STAGES, True,
+        q, positions, maximum, total, weighted, k_cache, v_cache, cache_scales, head, block_table,
+        first, tl.minimum(first + SPLIT, end), score_scale, HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_K, STAGES, True,
     )  # fmt: skip
 
 
@@ -99,6 +102,7 @@ def _chunk_attention_kernel(
     queries,
     k_cache,
     v_cache,
+    cache_scales,
     out,
     tiles,
     query_starts,
@@ -132,16 +136,13 @@ def _chunk_attention_kernel(
     places = rows[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
     q = tl.load(queries + places, mask=live, other=0.0)
 
-    BLOCK_STRIDE: tl.constexpr = HEADS * BLOCK_SIZE * HEAD_DIM
-    k_cache += head * (BLOCK_SIZE * HEAD_DIM)
-    v_cache += head * (BLOCK_SIZE * HEAD_DIM)
     block_table = block_tables + sequence * table_width
     end = start + tl.minimum(first + BLOCK_Q, count)
     maximum, total, weighted = _empty_state(BLOCK_Q, HEAD_DIM)
     for split in tl.range(0, tl.cdiv(end, SPLIT)):
         new_maximum, new_total, new_weighted = _split_state(
-            q, start + query, split, end, k_cache, v_cache, block_table, score_scale,
-            BLOCK_STRIDE, HEAD_DIM, BLOCK_SIZE, BLOCK_Q, BLOCK_K, SPLIT, STAGES,
+            q, start + query, split, end, k_cache, v_cache, cache_scales, head, block_table, score_scale,
+            HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_Q, BLOCK_K, SPLIT, STAGES,
         )  # fmt: skip
         maximum, total, weighted = _join(maximum, total, weighted, new_maximum, new_total, new_weighted)
     tl.store(out + places, _attended(total, weighted).to(out.dtype.element_ty), mask=live)
@@ -152,6 +153,7 @@ def _split_attention_kernel(
     queries,
     k_cache,
     v_cache,
+    cache_scales,
     out,
     lengths,
     block_tables,
@@ -178,7 +180,6 @@ def _split_attention_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    BLOCK_STRIDE: tl.constexpr = HEADS * BLOCK_SIZE * HEAD_DIM
     is_query = tl.arange(0, BLOCK_Q) == 0
     row = tl.arange(0, 1)
     dims = tl.arange(0, HEAD_DIM)[None, :]
@@ -192,10 +193,9 @@ def _split_attention_kernel(
         places = token * HEAD_DIM + dims
         q = tl.load(queries + tl.broadcast_to(places, [BLOCK_Q, HEAD_DIM]), mask=is_query[:, None], other=0.0)
         maximum, total, weighted = _split_state(
-            q, tl.where(is_query, length - 1, -1), split, length,
-            k_cache + head * (BLOCK_SIZE * HEAD_DIM), v_cache + head * (BLOCK_SIZE * HEAD_DIM),
+            q, tl.where(is_query, length - 1, -1), split, length, k_cache, v_cache, cache_scales, head,
             block_tables + sequence.to(tl.int64) * table_width, score_scale,
-            BLOCK_STRIDE, HEAD_DIM, BLOCK_SIZE, BLOCK_Q, BLOCK_K, SPLIT, STAGES,
+            HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_Q, BLOCK_K, SPLIT, STAGES,
         )  # fmt: skip
         splits = tl.cdiv(length, SPLIT)
         if splits == 1:
@@ -236,7 +236,7 @@ def chunk_attention(
     Args:
         q: [T, H, D] contiguous, as `qk_norm_rotary_store` made them.
         cache: the layer's, contiguous, this step's keys and values stored already.
-        plan: the step's chunks, in tiles of `config_of(cache.keys.dtype)`.
+        plan: the step's chunks, in tiles of `config_of(q.dtype)`.
         out: [T, H * D] contiguous in q's dtype, written.
         pdl: whether the kernel may start while its predecessor ends (sm_90 and later).
 
@@ -244,7 +244,7 @@ def chunk_attention(
         out.
     """
     heads, dim = q.shape[1:]
-    config = config_of(cache.keys.dtype)
+    config = config_of(q.dtype)
     _check(q, cache, out, len(plan.slots))
     if any(launch.config != config for launch in plan.launches):
         raise ValueError(f"the plan's tiles are {[launch.config for launch in plan.launches]}, not {config}")
@@ -253,6 +253,7 @@ def chunk_attention(
             q,
             cache.keys,
             cache.values,
+            scale_pairs(cache),
             out,
             launch.tiles,
             plan.query_starts,
@@ -306,6 +307,7 @@ def decode_attention(
         q,
         cache.keys,
         cache.values,
+        scale_pairs(cache),
         out,
         lengths,
         block_tables,
@@ -313,7 +315,7 @@ def decode_attention(
         *workspace.tensors,
         math.log2(math.e) / math.sqrt(dim),
         PDL=pdl,
-        **_shape(heads, dim, cache, config_of(cache.keys.dtype)),
+        **_shape(heads, dim, cache, config_of(q.dtype)),
         **exact_launch_options(pdl),
     )
     return out
@@ -337,8 +339,6 @@ def _check(q: torch.Tensor, cache: LayerCache, out: torch.Tensor, tokens: int) -
     heads, dim = q.shape[1:]
     if len(q) != tokens or out.shape != (tokens, heads * dim) or out.dtype != q.dtype:
         raise ValueError(f"q {[*q.shape]} {q.dtype} and out {[*out.shape]} {out.dtype} do not hold {tokens} tokens")
-    for stored in (cache.keys, cache.values):
-        if (stored.shape[1], stored.shape[3], stored.dtype) != (heads, dim, q.dtype):
-            raise ValueError(f"K and V must be [blocks, {heads}, block size, {dim}] {q.dtype}, got {[*stored.shape]}")
-    if not all(tensor.is_contiguous() for tensor in (q, out, cache.keys, cache.values)):
-        raise ValueError("q, out and the caches must be contiguous")
+    check_cache(cache, heads, dim, q.dtype)
+    if not q.is_contiguous() or not out.is_contiguous():
+        raise ValueError("q and out must be contiguous")

@@ -60,6 +60,12 @@ def generation(device: torch.device) -> int:
     return _device_facts(device)[1] or 9
 
 
+def converts_fp8(device: torch.device) -> bool:
+    """Whether the GPU converts float8_e4m3fn: from 8.9 on; Triton does not compile the type for older ones."""
+    capability = _device_facts(device)[1:]
+    return capability == (0, 0) or capability >= (8, 9)
+
+
 def max_shared_bytes(device: torch.device) -> int:
     """Shared memory that one program may take.
 

@@ -86,19 +86,18 @@ class LayerCache:
 
     Attributes:
         keys, values: [N, H, S, D] of N blocks of S tokens, H heads and head_dim D; of 8 bits, int8 or float8_e4m3fn.
-        key_scales, value_scales: [N, H, S] bfloat16, what a token's int8 numbers are multiplied by; None for others.
+        scales: [N, H, S, 2] bfloat16, what int8 numbers are multiplied by: of each token its key's and its value's, so
+            that a GPU loads both as one word; None for other types.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
-    key_scales: torch.Tensor | None = None
-    value_scales: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All of them, each with N blocks: what copying a block copies."""
-        scales = [part for part in (self.key_scales, self.value_scales) if part is not None]
-        return (self.keys, self.values, *scales)
+        return (self.keys, self.values) if self.scales is None else (self.keys, self.values, self.scales)
 
     @property
     def block_size(self) -> int:

@@ -9,6 +9,18 @@ import torch
 import triton
 import triton.language as tl
 
+from persimmon.kernels.cached_rows import (
+    cache_row,
+    check_cache,
+    key_scale,
+    magnitude_bits,
+    narrowed,
+    scale_bits,
+    scale_pairs,
+    scaled_to_int8,
+    value_scale,
+    widened,
+)
 from persimmon.kernels.chunk_plan import ChunkPlan, LastTokens, PrefillConfig, plan_chunks
 from persimmon.kernels.launch import Limits, launch_options, next_power_of_2
 from persimmon.kernels.layer_norm import exact_launch_options
@@ -26,6 +38,12 @@ LIMITS = {
 
 _STORE_TILE = 1024
 """Elements of a query that one program of the store kernel takes: 16 bytes for each thread of 4 warps."""
+
+
+@triton.jit
+def _row_scale_bits(x):
+    """`scale_bits` of heads [*, groups, members], one each: [*, 1, 1]."""
+    return scale_bits(tl.max(tl.max(magnitude_bits(x), 2, keep_dims=True), 1, keep_dims=True))
 
 
 @triton.jit
@@ -75,6 +93,7 @@ def _qk_norm_rotary_store_kernel(
     queries,
     k_cache,
     v_cache,
+    cache_scales,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
@@ -129,10 +148,15 @@ def _qk_norm_rotary_store_kernel(
 
     q = _norm_and_turn(q, q_partner, norm_weight, norm_bias, eps, dims, partner_dims, turns, cos, sin, 0, HEAD_DIM)
     k = _norm_and_turn(k, k_partner, norm_weight, norm_bias, eps, dims, partner_dims, turns, cos, sin, 1, HEAD_DIM)
-    cache_row = (slot // BLOCK_SIZE * HEADS + head) * BLOCK_SIZE + slot % BLOCK_SIZE
+    place = cache_row(slot // BLOCK_SIZE, head, slot % BLOCK_SIZE, HEADS, BLOCK_SIZE)
     tl.store(queries + row * HEAD_DIM + dims, q.to(queries.dtype.element_ty), mask=live)
-    tl.store(k_cache + cache_row * HEAD_DIM + dims, k.to(k_cache.dtype.element_ty), mask=stored)
-    tl.store(v_cache + cache_row * HEAD_DIM + dims, v, mask=stored)
+    v = v.to(tl.float32)
+    if cache_scales is not None:
+        k_bits, v_bits = _row_scale_bits(k), _row_scale_bits(v)
+        tl.store(cache_scales + place, k_bits | (v_bits << 16), mask=stored)
+        k, v = scaled_to_int8(k, key_scale(k_bits)), scaled_to_int8(v, key_scale(v_bits))
+    tl.store(k_cache + place * HEAD_DIM + dims, narrowed(k, k_cache.dtype.element_ty), mask=stored)
+    tl.store(v_cache + place * HEAD_DIM + dims, narrowed(v, v_cache.dtype.element_ty), mask=stored)
 
 
 def qk_norm_rotary_store(
@@ -153,8 +177,8 @@ def qk_norm_rotary_store(
 
     The maths of `reference.qk_norm_rotary_store`: rotary turns dimension i against i + R/2 for i < R/2 by
     position * theta^(-2i/R) (Su et al., RoFormer, arXiv:2104.09864).  One program takes one token and several heads.
-    Reads T * (H * 3 * D * itemsize + 4 * R + 12) bytes, writes T * H * 3 * D * itemsize; norms come from a cache
-    after the first read.
+    Reads T * (H * 3 * D * e + 4 * R + 12) bytes and writes T * H * D * (e + 2 * c), with elements of e bytes in qkv and
+    c in the cache, and with int8 another T * H * 4 of scales; norms come from a cache after the first read.
 
     Args:
         qkv: [T, H, 3, D] contiguous, the fused projection as it comes: per head its query, key and value.
@@ -162,8 +186,8 @@ def qk_norm_rotary_store(
             no QK-norm.
         eps: of the LayerNorms.
         cos, sin: [max_position, R/2] float32 contiguous, of every position's angles; [T, R/2] with `angles_by_row`.
-        cache: the layer's, contiguous, written where the plan's tokens belong, keys in the values they are rounded to;
-            not where a slot is negative.
+        cache: the layer's, contiguous, of qkv's dtype or of 8 bits; written where the plan's tokens belong, not where a
+            slot is negative.
         plan: the tokens of chunks, or the last ones of sequences.
         angles_by_row: whether `cos` and `sin` have a row for each token instead of each position.
         exact: whether the bits must not depend on which of the two kinds of plan a token is in.
@@ -174,7 +198,7 @@ def qk_norm_rotary_store(
     """
     tokens, heads, _, dim = qkv.shape
     half = cos.shape[-1]
-    _check_cache(heads, dim, qkv.dtype, cache)
+    _check_shapes(heads, dim, qkv.dtype, cache)
     last = plan if isinstance(plan, LastTokens) else None
     chunks = plan if isinstance(plan, ChunkPlan) else None
     _check_tokens("qkv", qkv, len(plan.lengths if isinstance(plan, LastTokens) else plan.slots))
@@ -199,6 +223,7 @@ def qk_norm_rotary_store(
         queries,
         cache.keys,
         cache.values,
+        scale_pairs(cache),
         HEADS=heads,
         HEAD_DIM=dim,
         HALF=half,
@@ -222,37 +247,53 @@ def attend(
     weighted,
     k_cache,
     v_cache,
+    cache_scales,
+    head,
     block_table,
     first_key,
     end_key,
     score_scale,
-    BLOCK_STRIDE: tl.constexpr,
+    HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Online softmax of a tile's queries over the keys from first_key to end_key."""
+    """Online softmax of a tile's queries over the keys from first_key to end_key of one head.
+
+    Keys and values of 8 bits are widened to the queries' type, so that a chunk's own tokens are what later chunks read.
+    """
     dims = tl.arange(0, HEAD_DIM)[None, :]
+    nothing = tl.zeros([BLOCK_K, HEAD_DIM], k_cache.dtype.element_ty)
+    BLOCK_ROWS: tl.constexpr = HEADS * BLOCK_SIZE
+    k_cache += head * (BLOCK_SIZE * HEAD_DIM)
+    v_cache += head * (BLOCK_SIZE * HEAD_DIM)
     # Tiles begin at multiples of BLOCK_K, so that one never spans blocks at least as large.
     LOOKUPS: tl.constexpr = BLOCK_K if BLOCK_K > BLOCK_SIZE else 1
     ahead = first_key + tl.arange(0, LOOKUPS)
     block = tl.load(block_table + ahead // BLOCK_SIZE, mask=ahead < end_key, other=0)
     for tile in tl.range(first_key, end_key, BLOCK_K, num_stages=STAGES):
         keys = tile + tl.arange(0, BLOCK_K)
-        rows = (block.to(tl.int64) * BLOCK_STRIDE + keys % BLOCK_SIZE * HEAD_DIM)[:, None] + dims
+        places = (block.to(tl.int64) * (BLOCK_ROWS * HEAD_DIM) + keys % BLOCK_SIZE * HEAD_DIM)[:, None] + dims
+        block_row = block.to(tl.int64) * BLOCK_ROWS + head * BLOCK_SIZE
         # One turn ahead, in registers: read in the turn that needs it, the block table would take a stage of the
         # pipeline, and K and V would be waited for as soon as they are asked for.
         ahead = tile + BLOCK_K + tl.arange(0, LOOKUPS)
         block = tl.load(block_table + ahead // BLOCK_SIZE, mask=ahead < end_key, other=0)
         if MASKED:
             # Behind the sequence's end lies anything, NaN included, which a weight of zero would not remove from V.
-            k = tl.load(k_cache + rows, mask=keys[:, None] < end_key, other=0.0)
-            v = tl.load(v_cache + rows, mask=keys[:, None] < end_key, other=0.0)
+            k = tl.load(k_cache + places, mask=keys[:, None] < end_key, other=nothing)
+            v = tl.load(v_cache + places, mask=keys[:, None] < end_key, other=nothing)
         else:
-            k = tl.load(k_cache + rows)
-            v = tl.load(v_cache + rows)
+            k = tl.load(k_cache + places)
+            v = tl.load(v_cache + places)
+        if cache_scales is not None:
+            rows = block_row + keys % BLOCK_SIZE
+            pairs = tl.load(cache_scales + rows, mask=keys < end_key, other=0)
+            k, v = widened(k, key_scale(pairs), q.dtype), widened(v, value_scale(pairs), q.dtype)
+        else:
+            k, v = widened(k, None, q.dtype), widened(v, None, q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
             scores = tl.where(keys[None, :] <= positions[:, None], scores, float("-inf"))
@@ -271,6 +312,7 @@ def _prefill_attention_kernel(
     queries,
     k_cache,
     v_cache,
+    cache_scales,
     out,
     tiles,
     query_starts,
@@ -302,9 +344,6 @@ def _prefill_attention_kernel(
     places = rows[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
     q = tl.load(queries + places, mask=live, other=0.0)
 
-    BLOCK_STRIDE: tl.constexpr = HEADS * BLOCK_SIZE * HEAD_DIM
-    k_cache += head * (BLOCK_SIZE * HEAD_DIM)
-    v_cache += head * (BLOCK_SIZE * HEAD_DIM)
     block_table = block_tables + sequence * table_width
     positions = start + query
     end = start + tl.minimum(first + BLOCK_Q, count)
@@ -315,12 +354,12 @@ def _prefill_attention_kernel(
     total = tl.zeros([BLOCK_Q], tl.float32)
     weighted = tl.zeros([BLOCK_Q, HEAD_DIM], tl.float32)
     maximum, total, weighted = attend(
-        q, positions, maximum, total, weighted, k_cache, v_cache, block_table, 0, unmasked_end, score_scale,
-        BLOCK_STRIDE, HEAD_DIM, BLOCK_SIZE, BLOCK_K, STAGES, False,
+        q, positions, maximum, total, weighted, k_cache, v_cache, cache_scales, head, block_table, 0, unmasked_end,
+        score_scale, HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_K, STAGES, False,
     )  # fmt: skip
     maximum, total, weighted = attend(
-        q, positions, maximum, total, weighted, k_cache, v_cache, block_table, unmasked_end, end, score_scale,
-        BLOCK_STRIDE, HEAD_DIM, BLOCK_SIZE, BLOCK_K, STAGES, True,
+        q, positions, maximum, total, weighted, k_cache, v_cache, cache_scales, head, block_table, unmasked_end, end,
+        score_scale, HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_K, STAGES, True,
     )  # fmt: skip
     tl.store(out + places, (weighted / total[:, None]).to(out.dtype.element_ty), mask=live)
 
@@ -336,16 +375,18 @@ def prefill_attention(
     """Causal softmax(q k^T / sqrt(D)) v of every chunk over its own sequence's blocks.
 
     Online softmax over tiles of keys (Milakov and Gimelshein, arXiv:1805.02867; Dao, FlashAttention-2,
-    arXiv:2307.08691), in float32; the weights are rounded to the cache's dtype for their product with V.  Rows that
+    arXiv:2307.08691), in float32; keys and values of 8 bits are widened to q's dtype, and the weights are rounded to it
+    for their product with V.  Rows that
     the sequence has not written are never used, so what they hold, NaN included, is harmless.  A token's bits depend
     only on its own sequence, and not on how its context was cut into chunks, as long as these take the same config.
 
-    Reads (T + 2 * sum(start + count)) * H * D * itemsize bytes, K and V once for every tile of a sequence, though from
-    L2 where its tiles run side by side; writes T * H * D * itemsize.
+    Reads T * H * D * e bytes of queries and 2 * sum(start + count) * H * D * c of K and V, with elements of e bytes in
+    q and c in the cache, with int8 another 4 * sum(start + count) * H of scales; K and V once for every tile of a
+    sequence, though from L2 where its tiles run side by side.  Writes T * H * D * e.
 
     Args:
         q: [T, H, D] contiguous.
-        cache: the layer's, contiguous, this step's keys and values stored already.
+        cache: the layer's, contiguous, of q's dtype or of 8 bits, this step's keys and values stored already.
         plan: the step's.
         out: [T, H * D] contiguous in q's dtype, to write to; a new tensor where None.
         pdl: whether the kernel may start while its predecessor ends (sm_90 and later).
@@ -354,7 +395,7 @@ def prefill_attention(
         [T, H * D] in q's dtype.
     """
     tokens, heads, dim = q.shape
-    _check_cache(heads, dim, q.dtype, cache)
+    _check_shapes(heads, dim, q.dtype, cache)
     _check_tokens("q", q, len(plan.slots))
     if out is None:
         out = torch.empty((tokens, heads * dim), dtype=q.dtype, device=q.device)
@@ -370,6 +411,7 @@ def prefill_attention(
             q,
             cache.keys,
             cache.values,
+            scale_pairs(cache),
             out,
             launch.tiles,
             plan.query_starts,
@@ -390,16 +432,9 @@ def prefill_attention(
     return out
 
 
-def _check_cache(heads: int, dim: int, dtype: torch.dtype, cache: LayerCache) -> None:
-    for stored in (cache.keys, cache.values):
-        _, cache_heads, block_size, cache_dim = stored.shape
-        if (cache_heads, cache_dim, stored.dtype) != (heads, dim, dtype) or not stored.is_contiguous():
-            raise ValueError(
-                f"K and V must be [blocks, {heads}, block size, {dim}] {dtype} and contiguous, "
-                f"got {list(stored.shape)} {stored.dtype}"
-            )
-    if cache.keys.shape != cache.values.shape:
-        raise ValueError(f"K and V must have one shape, got {list(cache.keys.shape)} and {list(cache.values.shape)}")
+def _check_shapes(heads: int, dim: int, dtype: torch.dtype, cache: LayerCache) -> None:
+    check_cache(cache, heads, dim, dtype)
+    block_size = cache.block_size
     if block_size & (block_size - 1) or dim & (dim - 1) or not 16 <= dim <= 128:
         raise ValueError(
             f"block size and head_dim must be powers of two, head_dim from 16 to 128, got {block_size} and {dim}"

@@ -53,10 +53,10 @@ def store_rows(cache: LayerCache, places: torch.Tensor, keys: torch.Tensor, valu
         keys, values: [R, D].
     """
     dim = keys.shape[-1]
-    for stored, scales, rows in ((cache.keys, cache.key_scales, keys), (cache.values, cache.value_scales, values)):
-        if scales is not None:
+    for which, (stored, rows) in enumerate(((cache.keys, keys), (cache.values, values))):
+        if cache.scales is not None:
             numbers, own = quantize_rows(rows)
-            scales.view(-1).index_copy_(0, places, own)
+            cache.scales.view(-1, 2)[:, which].index_copy_(0, places, own)
             stored.view(-1, dim).index_copy_(0, places, numbers)
         elif stored.dtype == torch.float8_e4m3fn:
             # Copied as bytes: torch copies few things of such a type.
@@ -80,13 +80,14 @@ def gather_tiles(cache: LayerCache, tiles: torch.Tensor, heads: int) -> tuple[to
     size = cache.block_size
     dim = cache.keys.shape[-1]
 
-    def gather(stored: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    def gather(stored: torch.Tensor) -> torch.Tensor:
         if stored.dtype == torch.float8_e4m3fn:
             bits = stored.view(torch.uint8).view(-1, size * dim).index_select(0, tiles)
             return bits.view(torch.float8_e4m3fn).float().view(heads, -1, dim)
-        numbers = stored.view(-1, size * dim).index_select(0, tiles).view(heads, -1, dim)
-        if scales is None:
-            return numbers
-        return dequantize_rows(numbers, scales.view(-1, size).index_select(0, tiles).view(heads, -1))
+        return stored.view(-1, size * dim).index_select(0, tiles).view(heads, -1, dim)
 
-    return gather(cache.keys, cache.key_scales), gather(cache.values, cache.value_scales)
+    keys, values = gather(cache.keys), gather(cache.values)
+    if cache.scales is None:
+        return keys, values
+    key_scales, value_scales = cache.scales.view(-1, size * 2).index_select(0, tiles).view(heads, -1, 2).unbind(-1)
+    return dequantize_rows(keys, key_scales), dequantize_rows(values, value_scales)

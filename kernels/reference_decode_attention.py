@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from persimmon.kernels.operands import LayerCache
+from persimmon.kernels.reference_cache import gather_tiles, store_rows
 
 
 def decode_attention(
@@ -32,7 +33,7 @@ def decode_attention(
         norm_weight, norm_bias: [2, D], for queries and for keys; both None where the model has no QK-norm.
         eps: of the LayerNorms.
         cos, sin: [max_position, R / 2] float32.
-        cache: the layer's; each sequence's row for position length - 1 is written, no other.
+        cache: the layer's, of any type; each sequence's row for position length - 1 is written, no other.
         lengths: [B] int32, tokens of each sequence including the new one; zero where the row is padding.
         block_tables: [B, W] int32, the blocks of each sequence, its new token's included.
         inside: the type that everything is computed in.
@@ -52,12 +53,12 @@ def decode_attention(
         if norm_weight is not None and norm_bias is not None:
             qk = F.layer_norm(qk, (head_dim,), eps=eps) * norm_weight.to(inside) + norm_bias.to(inside)
         q, k = _rotary(qk, cos[position].to(inside), sin[position].to(inside)).unbind(1)
-        cache.keys[blocks[-1], :, position % block_size] = k.to(cache.keys.dtype)
-        cache.values[blocks[-1], :, position % block_size] = qkv[sequence, :, 2].to(cache.values.dtype)
-        keys, values = (
-            stored[blocks].transpose(0, 1).reshape(num_heads, -1, head_dim)[:, :length].to(inside)
-            for stored in (cache.keys, cache.values)
-        )
+        own = k, qkv[sequence, :, 2]
+        if cache.keys.dtype.itemsize > 1:
+            own = own[0].to(cache.keys.dtype), own[1].to(cache.values.dtype)
+        tiles = blocks * num_heads + torch.arange(num_heads, device=blocks.device)[:, None]
+        store_rows(cache, tiles[:, -1] * block_size + position % block_size, *own)
+        keys, values = (rows[:, :length].to(inside) for rows in gather_tiles(cache, tiles.reshape(-1), num_heads))
         weights = (torch.einsum("hd,hld->hl", q, keys) / math.sqrt(head_dim)).softmax(-1)
         out[sequence] = torch.einsum("hl,hld->hd", weights, values).to(out.dtype)
     return out.view(num_sequences, -1)

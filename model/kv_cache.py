@@ -61,7 +61,9 @@ class KVCache:
         """Copies whole blocks in every layer, all of them as they were before: (from, to) pairs, no two to the same."""
         places = upload(np.array(pairs, dtype=np.int64), self.device)
         for tensor in self.tensors:
-            tensor[places[:, 1]] = tensor[places[:, 0]]
+            # As bytes what torch may not index.
+            own = tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+            own[places[:, 1]] = own[places[:, 0]]
 
     @property
     def num_blocks(self) -> int:

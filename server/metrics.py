@@ -271,7 +271,11 @@ class _EngineCollector(Collector):
         yield _gauge("persimmon_engine_ready", "1 while the engine serves, else 0.", self._engine.ready)
         info = self._engine.info
         if info is not None:
-            config = {"block_size": str(info.block_size), "num_gpu_blocks": str(info.total_blocks)}
+            config = {
+                "block_size": str(info.block_size),
+                "cache_dtype": info.cache_dtype,
+                "num_gpu_blocks": str(info.total_blocks),
+            }
             described = GaugeMetricFamily(
                 "persimmon_kv_cache_config", "Always 1; its labels describe the KV cache.", labels=list(config)
             )

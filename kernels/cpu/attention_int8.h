@@ -5,7 +5,8 @@
  * to the cache's 2^-8.  Sums of integers have the same bits in any order.
  *
  * So that pairs lie side by side, a head's tile of a block holds keys as [head_dim / 2, block_size, 2], pairs of dimensions,
- * and of an odd head_dim the last dimension after them; values as [block_size / 2, head_dim, 2], pairs of tokens.
+ * and of an odd head_dim the last dimension after them; values as [block_size / 2, head_dim, 2], pairs of tokens.  Of a
+ * tile's scales, first come those of all keys, then those of all values.
  */
 #ifndef PERSIMMON_ATTENTION_INT8_H
 #define PERSIMMON_ATTENTION_INT8_H
@@ -83,9 +84,10 @@ INLINE uint16_t round_for_cache(const float *row, int8_t *numbers, const int64_t
     return rounded;
 }
 
-/* The place of a head's first scale of a block. */
-INLINE int64_t scales_of(const Head *own, int64_t block) {
-    return ((int64_t)own->table[block] * own->op->heads + own->head) * own->op->block_size;
+/* Where the scales of a head's keys of a block begin; those of its values come block_size later. */
+INLINE uint16_t *scales_of(const Head *own, int64_t block) {
+    const Operation *op = own->op;
+    return op->cache_scales + ((int64_t)own->table[block] * op->heads + own->head) * 2 * op->block_size;
 }
 
 /* Writes the keys and values of all of the sequence's tokens in this step. */
@@ -97,16 +99,17 @@ INLINE void store_keys_values_int8(const Head *own, const int64_t dim) {
     for (int64_t i = 0; i < own->count; i++) {
         const float *qkv = own->qkv + i * own->stride;
         const int64_t position = own->start + i, place = position % block_size, block = position / block_size;
-        const int64_t tile = tile_of(own, block, dim), scales = scales_of(own, block);
+        const int64_t tile = tile_of(own, block, dim);
+        uint16_t *scales = scales_of(own, block);
         norm_and_turn(own, qkv + dim, i, 1, key, dim);
-        op->key_scales[scales + place] = round_for_cache(key, numbers, dim);
+        scales[place] = round_for_cache(key, numbers, dim);
         int8_t *keys = (int8_t *)op->keys + tile;
         for (int64_t d = 0; d + 2 <= dim; d += 2) {
             keys[d * block_size + 2 * place] = numbers[d];
             keys[d * block_size + 2 * place + 1] = numbers[d + 1];
         }
         if (dim % 2) keys[(dim - 1) * block_size + place] = numbers[dim - 1];
-        op->value_scales[scales + place] = round_for_cache(qkv + 2 * dim, numbers, dim);
+        scales[block_size + place] = round_for_cache(qkv + 2 * dim, numbers, dim);
         int8_t *values = (int8_t *)op->values + tile + place / 2 * 2 * dim + place % 2;
         for (int64_t d = 0; d < dim; d++) values[2 * d] = numbers[d];
     }
@@ -128,9 +131,9 @@ INLINE const char *tile_ahead(const Head *own, int64_t begin, int64_t end, int64
         if (head) block -= first + blocks;
         if (block * block_size >= length || (head && !own->next)) return NULL;
     }
-    const int64_t scales = scales_of(own, block) + head * block_size;
-    __builtin_prefetch(op->key_scales + scales);
-    __builtin_prefetch(op->value_scales + scales);
+    const uint16_t *scales = scales_of(own, block) + head * 2 * block_size;
+    __builtin_prefetch(scales);
+    __builtin_prefetch(scales + block_size);
     return (const char *)op->keys + tile_of(own, block, dim) + head * tile_bytes;
 }
 
@@ -147,7 +150,7 @@ INLINE void score_int8(const Head *own, const int16_t query[][MAX_DIM], const fl
     for (int64_t at = begin; at < end; at += vectors * LANES) {
         const int64_t block = at / block_size, place = at % block_size;
         const int8_t *keys = (const int8_t *)op->keys + tile_of(own, block, dim) + 2 * place;
-        const uint16_t *scales = op->key_scales + scales_of(own, block) + place;
+        const uint16_t *scales = scales_of(own, block) + place;
         if (queries == 1 && place == 0) {
             ahead = tile_ahead(own, begin, end, length, block - begin / block_size, dim);
             if (!ahead) ahead = (const char *)keys;
@@ -214,7 +217,7 @@ INLINE float weigh_int8(const Head *own, const float *scores, int64_t begin, int
     Vector some = zero, finite = zero;
     for (int64_t block = begin; block < end; block += block_size) {
         const int64_t count = end - block < block_size ? end - block : block_size, first = block - begin;
-        const uint16_t *scales = op->value_scales + scales_of(own, block / block_size);
+        const uint16_t *scales = scales_of(own, block / block_size) + block_size;
         float scaled[64];
         Vector most = zero;
         for (int64_t at = 0; at < count; at += LANES) {

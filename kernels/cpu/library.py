@@ -37,7 +37,7 @@ class Operation(ctypes.Structure):
         ("eps", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("input", "output", "norm_weight", "norm_bias", "weight", "bias")),
         *((name, ctypes.c_void_p) for name in ("cosine", "sine", "keys", "values")),
-        *((name, ctypes.c_void_p) for name in ("scales", "key_scales", "value_scales")),
+        *((name, ctypes.c_void_p) for name in ("scales", "cache_scales")),
     )
 
 

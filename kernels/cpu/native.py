@@ -294,8 +294,8 @@ class NativeKernels:
             keys=cache.keys.data_ptr(),
             values=cache.values.data_ptr(),
         )
-        if cache.key_scales is not None and cache.value_scales is not None:
-            operation.key_scales, operation.value_scales = cache.key_scales.data_ptr(), cache.value_scales.data_ptr()
+        if cache.scales is not None:
+            operation.cache_scales = cache.scales.data_ptr()
         if qk_norm is not None:
             operation.norm_weight, operation.norm_bias = qk_norm.weight.data_ptr(), qk_norm.bias.data_ptr()
             operation.eps = qk_norm.eps

@@ -29,7 +29,7 @@ typedef struct {
      *         `integer`: inputs are rounded to 8 bits too.
      * ATTENTION: input [T, heads, 3, head_dim] -> output [T, heads * head_dim]; norm_weight, norm_bias [2, head_dim]
      *         or null; cosine, sine [*, rotary / 2], of every position; keys, values: the cache, of type; of INT8,
-     *         key_scales and value_scales: bfloat16, one for each token of a head.
+     *         scales of keys and values, cache_scales: bfloat16, as attention_int8.h says.
      * NORM_ROWS: rows of input [T, width] -> the step's hidden [R, width].
      * DRAW: input [T, in] logits -> the step's drawn tokens [T], as its draws say. */
     int64_t type;
@@ -57,8 +57,7 @@ typedef struct {
     void *keys;
     void *values;
     const void *scales;
-    uint16_t *key_scales;
-    uint16_t *value_scales;
+    uint16_t *cache_scales;
 } Operation;
 
 /* How a row draws; temperature 0 takes the most probable token, the lowest id among equals. */

@@ -180,6 +180,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
         dtype: "float32", "float16" or "bfloat16".
         stats: the engine's state now.
         weights: how they are quantized, for people, like "int4 in groups of 32 and int8"; empty where they are not.
+        cache_dtype: the value of --kv-cache-dtype that the KV cache follows.
     """
 
     max_model_len: int
@@ -189,6 +190,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     dtype: str
     stats: EngineStats
     weights: str = ""
+    cache_dtype: str = "auto"
 
 
 ToEngine = Hello | Submit | Abort

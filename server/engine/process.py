@@ -85,6 +85,7 @@ def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Pat
         dtype=str(loaded.dtype).removeprefix("torch."),
         stats=scheduler.stats(),
         weights=loaded.weights,
+        cache_dtype=settings.kv_cache_dtype,
     )
     # At the start, because with a large vocabulary it takes a second in which no step could run.
     runner: StepRunner = PlanRunner(loaded.runner, _grammar_compiler(folder))

@@ -5,7 +5,8 @@ float16, and for older and newer GPUs only the kernels that multiply matrices, w
 registers.  `make compat` compiles the whole matrix, without MAKE_TEST_ONLY: tests/compat/test_machine_code.py.
 
 Each module of calls has:
-    CALLS: what to launch, by name; "dependent" ones may start while their predecessor ends, which takes sm_90.
+    CALLS: what to launch, by name; "dependent" ones may start while their predecessor ends, which takes sm_90, and
+        "fp8" ones convert such numbers, which takes sm_89.
     EXPECTED: patterns that the machine code for sm_90 must contain, by name of the call.
     COMPAT_ONLY: names of calls that only `make compat` compiles.
     EVERY_GENERATION: names of calls that `make test` compiles for sm_80 and sm_100 too.
@@ -18,6 +19,8 @@ from collections.abc import Callable
 from types import ModuleType
 
 CAPABILITIES = (80, 90, 100)
+TAKES = {"dependent": 90, "fp8": 89}
+"""The compute capability that calls with such a word in their names take."""
 MODULES = (
     *("decode_attention", "prefill_attention", "projection", "layer_norm", "sampling", "truncation"),
     *("invariant_attention", "invariant_projection", "packed_projection", "packed_head", "dequantize"),
@@ -39,7 +42,7 @@ def selected(module: str, capability: int, *, whole: bool) -> dict[str, Callable
     if whole and module in MAKE_TEST_ONLY:
         return {}
     if whole:
-        names = {name for name in calls.CALLS if capability >= 90 or "dependent" not in name}
+        names = {name for name in calls.CALLS if all(capability >= TAKES[word] for word in TAKES if word in name)}
     else:
         names = set(calls.CALLS) - calls.COMPAT_ONLY if capability == 90 else calls.EVERY_GENERATION
     return {name: call for name, call in calls.CALLS.items() if name in names}

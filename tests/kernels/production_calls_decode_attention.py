@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from persimmon.kernels.cache_types import allocate_layer
 from persimmon.kernels.decode_attention import DecodeWorkspace, build_work_list, decode_attention
 from persimmon.kernels.operands import LayerCache
 
@@ -20,8 +21,19 @@ def work_list(pdl: bool = False) -> None:
     build_work_list(torch.empty(SEQUENCES, dtype=torch.int32, device=META), workspace(), pdl=pdl)
 
 
-def decode(block_size: int, dtype: torch.dtype, normed: bool = True, pdl: bool = False) -> None:
-    pages = torch.empty(4096, HEADS, block_size, DIM, dtype=dtype, device=META)
+def layer_cache(block_size: int, dtype: torch.dtype) -> LayerCache:
+    shape = (4096, HEADS, block_size, DIM)
+    return allocate_layer(shape, dtype, lambda shape, dtype: torch.empty(shape, dtype=dtype, device=META))
+
+
+def decode(
+    block_size: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None = None,
+    *,
+    normed: bool = True,
+    pdl: bool = False,
+) -> None:
     norm = torch.empty(2, DIM, dtype=torch.float32, device=META) if normed else None
     table = torch.empty(MAX_LENGTH, DIM // 4, device=META)
     width = HEADS * DIM
@@ -32,7 +44,7 @@ def decode(block_size: int, dtype: torch.dtype, normed: bool = True, pdl: bool =
         1e-5,
         table,
         table,
-        LayerCache(pages, pages),
+        layer_cache(block_size, cache_dtype or dtype),
         torch.empty(SEQUENCES, dtype=torch.int32, device=META),
         torch.empty(SEQUENCES, MAX_LENGTH // block_size, dtype=torch.int32, device=META),
         workspace(),
@@ -48,14 +60,31 @@ CALLS: dict[str, Callable[[], None]] = {
     "decode, blocks of 64": partial(decode, 64, torch.float16),
     "decode, bfloat16": partial(decode, 32, torch.bfloat16),
     "decode, float32": partial(decode, 32, torch.float32),
+    "decode, int8": partial(decode, 32, torch.float16, torch.int8),
+    "decode, int8, blocks of 16": partial(decode, 16, torch.float16, torch.int8),
+    "decode, int8, blocks of 64": partial(decode, 64, torch.float16, torch.int8),
+    "decode, int8, bfloat16": partial(decode, 32, torch.bfloat16, torch.int8),
+    "decode, fp8": partial(decode, 32, torch.float16, torch.float8_e4m3fn),
+    "decode, fp8, bfloat16": partial(decode, 32, torch.bfloat16, torch.float8_e4m3fn),
     "work list, dependent": partial(work_list, pdl=True),
     "decode, dependent": partial(decode, 32, torch.float16, pdl=True),
 }
-# Pages arrive in 16-byte asynchronous copies; partial results are read where other multiprocessors put them.
+# Pages arrive in 16-byte asynchronous copies, or 8-byte ones where a block's tile is 1 KiB, and scales in 4-byte ones;
+# partial results are read where other multiprocessors put them.
 EXPECTED: dict[str, tuple[str, ...]] = {
-    name: (r"LDGSTS\.E\.BYPASS\.128", r"ATOMG\.E\.ADD\.STRONG\.GPU", r"LDG\.E\.128\.STRONG\.GPU")
+    name: (
+        r"LDGSTS\.E\.64" if "int8, blocks of 16" in name else r"LDGSTS\.E\.BYPASS\.128",
+        r"ATOMG\.E\.ADD\.STRONG\.GPU",
+        r"LDG\.E\.128\.STRONG\.GPU",
+    )
     for name in CALLS
     if "decode" in name
 }
-COMPAT_ONLY = {"work list, dependent", "decode, blocks of 64", "decode, bfloat16", "decode, float32"}
-EVERY_GENERATION = {"decode, blocks of 32"}
+EVERY_GENERATION = {"decode, blocks of 32", "decode, int8"}
+COMPAT_ONLY = (
+    set(CALLS)
+    - EVERY_GENERATION
+    - {
+        *("work list", "decode, blocks of 16", "decode, dependent", "decode, fp8"),
+    }
+)

@@ -6,19 +6,25 @@ from functools import partial
 import torch
 
 from persimmon.kernels.invariant_attention import chunk_attention, config_of, decode_attention
-from persimmon.kernels.operands import LayerCache
 from persimmon.kernels.prefill_attention import plan_chunks
-from tests.kernels.production_calls_decode_attention import DIM, HEADS, MAX_LENGTH, META, SEQUENCES, workspace
+from tests.kernels.production_calls_decode_attention import (
+    DIM,
+    HEADS,
+    MAX_LENGTH,
+    META,
+    SEQUENCES,
+    layer_cache,
+    workspace,
+)
 
 
-def _stored(tokens: int, block_size: int, dtype: torch.dtype) -> tuple[torch.Tensor, LayerCache]:
-    pages = torch.empty(4096, HEADS, block_size, DIM, dtype=dtype, device=META)
-    return torch.empty(tokens, HEADS, DIM, dtype=dtype, device=META), LayerCache(pages, pages)
+def _queries(tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(tokens, HEADS, DIM, dtype=dtype, device=META)
 
 
-def chunks(block_size: int, dtype: torch.dtype) -> None:
+def chunks(block_size: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
     counts = [2048, 77, 1]
-    q, cache = _stored(sum(counts), block_size, dtype)
+    q, cache = _queries(sum(counts), dtype), layer_cache(block_size, cache_dtype)
     tables = [range(-(-(1000 + count) // block_size)) for count in counts]
     plan = plan_chunks(
         tables, [1000] * 3, counts, block_size=block_size, device=META, dtype=dtype, configs=[config_of(dtype)]
@@ -26,8 +32,8 @@ def chunks(block_size: int, dtype: torch.dtype) -> None:
     chunk_attention(q, cache, plan, out=torch.empty(len(q), HEADS * DIM, dtype=dtype, device=META))
 
 
-def decodes(block_size: int, dtype: torch.dtype) -> None:
-    q, cache = _stored(SEQUENCES, block_size, dtype)
+def decodes(block_size: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+    q, cache = _queries(SEQUENCES, dtype), layer_cache(block_size, cache_dtype)
     decode_attention(
         q,
         cache,
@@ -39,14 +45,16 @@ def decodes(block_size: int, dtype: torch.dtype) -> None:
 
 
 CALLS: dict[str, Callable[[], None]] = {
-    f"{name}, {kind}": partial(call, block_size, dtype)
+    f"{name}, {kind}": partial(call, block_size, dtype, cache_dtype)
     for name, call in (("chunks", chunks), ("decodes", decodes))
-    for kind, block_size, dtype in (
-        ("blocks of 16", 16, torch.float16),
-        ("blocks of 32", 32, torch.float16),
-        ("blocks of 64", 64, torch.float16),
-        ("bfloat16", 32, torch.bfloat16),
-        ("float32", 32, torch.float32),
+    for kind, block_size, dtype, cache_dtype in (
+        ("blocks of 16", 16, torch.float16, torch.float16),
+        ("blocks of 32", 32, torch.float16, torch.float16),
+        ("blocks of 64", 64, torch.float16, torch.float16),
+        ("bfloat16", 32, torch.bfloat16, torch.bfloat16),
+        ("float32", 32, torch.float32, torch.float32),
+        ("int8", 32, torch.float16, torch.int8),
+        ("fp8", 32, torch.float16, torch.float8_e4m3fn),
     )
 }
 COMPAT_ONLY = {name for name in CALLS if "blocks of 32" not in name}

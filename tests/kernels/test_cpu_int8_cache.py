@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from persimmon.kernels import LayerCache, reference
 from persimmon.kernels.cpu import library
 from persimmon.kernels.reference_cache import dequantize_rows
+from tests.kernels.stored_rows import empty_layer
 from tests.kernels.test_cpu import Sequences, random
-from tests.kernels.test_reference_cache import empty_layer
 
 NAN = float("nan")
 LENGTHS = (1, 5, 17, 70, 33)
@@ -35,7 +35,7 @@ def sequences_of(
 
 
 def as_the_reference_has_it(cache: LayerCache) -> LayerCache:
-    """A cache of the C kernels with its numbers in the order of the reference; see attention_int8.h."""
+    """A cache of the C kernels with its numbers and scales in the order of the reference; see attention_int8.h."""
     blocks, heads, size, dim = cache.keys.shape
     flat = cache.keys.view(blocks, heads, -1)
     pairs = dim // 2 * 2
@@ -47,12 +47,13 @@ def as_the_reference_has_it(cache: LayerCache) -> LayerCache:
     )
     keys = torch.cat((keys, flat[..., pairs * size :, None]), dim=-1) if dim % 2 else keys
     values = cache.values.view(blocks, heads, size // 2, dim, 2).transpose(3, 4).reshape(blocks, heads, size, dim)
-    return LayerCache(
-        keys=keys.contiguous(),
-        values=values.contiguous(),
-        key_scales=cache.key_scales,
-        value_scales=cache.value_scales,
-    )
+    scales = scales_of(cache).view(blocks, heads, 2, size).transpose(2, 3)
+    return LayerCache(keys.contiguous(), values.contiguous(), scales.contiguous())
+
+
+def scales_of(cache: LayerCache) -> torch.Tensor:
+    assert cache.scales is not None
+    return cache.scales
 
 
 @dataclass
@@ -108,8 +109,8 @@ def test_rows_are_stored_as_plain_torch_rounds_them(build: str, dim: int) -> Non
     own, other = as_the_reference_has_it(both.own.cache), both.other.cache
     # Values come as they are.  Keys have passed a LayerNorm, whose last bits may decide about a number.
     assert torch.equal(own.values, other.values)
-    assert torch.equal(own.value_scales.nan_to_num(-1), other.value_scales.nan_to_num(-1))  # type: ignore[union-attr]
-    keys, expected = (dequantize_rows(cache.keys, cache.key_scales) for cache in (own, other))  # type: ignore[arg-type]
+    assert torch.equal(scales_of(own)[..., 1].nan_to_num(-1), scales_of(other)[..., 1].nan_to_num(-1))
+    keys, expected = (dequantize_rows(cache.keys, scales_of(cache)[..., 0]) for cache in (own, other))
     assert torch.equal(keys.isnan(), expected.isnan())
     difference = (keys - expected).nan_to_num().abs()
     assert difference.max() <= 1.01 * expected.nan_to_num().abs().max() / 127

@@ -5,6 +5,7 @@ import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from persimmon.kernels import LayerCache
 from persimmon.kernels import decode_attention as module
 from persimmon.kernels import reference_decode_attention as reference
+from persimmon.kernels.cache_types import EIGHT_BIT_CACHES
 from persimmon.kernels.decode_attention import (
     SPLIT_TOKENS,
     DecodeConfig,
@@ -21,6 +23,8 @@ from persimmon.kernels.decode_attention import (
     build_work_list,
     decode_attention,
 )
+from persimmon.kernels.reference_cache import store_rows
+from tests.kernels.stored_rows import assert_stored_alike, empty_layer
 
 CPU = torch.device("cpu")
 NAN = float("nan")
@@ -31,13 +35,13 @@ TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 5e-6}
 
 @dataclass(frozen=True)
 class Step:
-    """One decode step of a layer, its caches inside guard bands of NaN."""
+    """One decode step of a layer, its cache inside guard bands of NaN."""
 
     qkv: torch.Tensor
     norm: tuple[torch.Tensor, torch.Tensor] | tuple[None, None]
     cos: torch.Tensor
     sin: torch.Tensor
-    guarded_caches: tuple[torch.Tensor, torch.Tensor]
+    guarded: LayerCache
     lengths: torch.Tensor
     block_tables: torch.Tensor
     eps: float = 1e-5
@@ -48,6 +52,7 @@ class Step:
         lengths: list[int],
         *,
         dtype: torch.dtype = torch.float16,
+        cache_dtype: torch.dtype | None = None,
         block_size: int = 16,
         heads: int = 2,
         dim: int = 16,
@@ -65,8 +70,7 @@ class Step:
         num_blocks = sum(-(-length // block_size) for length in lengths) + 3
         free = list(range(num_blocks))
         random.Random(seed).shuffle(free)
-        k_guarded = torch.full((num_blocks + 2, heads, block_size, dim), NAN, dtype=dtype)
-        guarded = (k_guarded, k_guarded.clone())
+        guarded = empty_layer((num_blocks + 2, heads, block_size, dim), cache_dtype or dtype)
         tables = torch.full((len(lengths), width), -(2**30), dtype=torch.int32)
         qkv = normal(len(lengths), heads, 3, dim)
         for sequence, length in enumerate(lengths):
@@ -77,8 +81,8 @@ class Step:
                 tables[sequence, page] = block
                 # The new token's own row stays NaN: the step is what writes it.
                 cached = min(block_size, length - 1 - page * block_size)
-                for cache in guarded:
-                    cache[block + 1, :, :cached] = normal(heads, cached, dim)
+                rows = ((block + 1) * heads + torch.arange(heads)[:, None]) * block_size + torch.arange(cached)
+                store_rows(guarded, rows.reshape(-1), normal(heads * cached, dim), normal(heads * cached, dim))
         half = (rotary_dim if rotary_dim is not None else dim // 2) // 2
         angles = torch.rand(max(*lengths, 1), half, generator=generator) * 6
         norm = (normal(2, dim) * 0.3 + 1, normal(2, dim)) if normed else (None, None)
@@ -86,13 +90,11 @@ class Step:
         return cls(qkv, norm, angles.cos(), angles.sin(), guarded, lengths_tensor, tables)
 
     @property
-    def caches(self) -> tuple[torch.Tensor, torch.Tensor]:
-        k, v = self.guarded_caches
-        return k[1:-1], v[1:-1]
+    def cache(self) -> LayerCache:
+        return LayerCache(*(tensor[1:-1] for tensor in self.guarded.tensors))
 
     def copy(self) -> "Step":
-        k, v = self.guarded_caches
-        return replace(self, guarded_caches=(k.clone(), v.clone()))
+        return replace(self, guarded=LayerCache(*(tensor.clone() for tensor in self.guarded.tensors)))
 
     def only(self, sequence: int) -> "Step":
         """The same step of one of its sequences alone."""
@@ -110,7 +112,7 @@ class Step:
         return {
             **{name: getattr(self, name) for name in own},
             **dict(zip(("norm_weight", "norm_bias"), self.norm, strict=True)),
-            "cache": LayerCache(*self.caches),
+            "cache": self.cache,
         }
 
     def run(
@@ -151,8 +153,22 @@ def assert_is_the_reference(step: Step) -> None:
     live = step.lengths > 0
     assert_close(out[live], expected[live])
     assert out[~live].isnan().all()
-    for cache, expected_cache in zip(step.guarded_caches, other.guarded_caches, strict=True):
-        assert_close(cache, expected_cache)
+    for stored, expected_stored in zip(step.guarded.tensors, other.guarded.tensors, strict=True):
+        assert_close(stored, expected_stored)
+
+
+def assert_is_the_reference_of_eight_bits(step: Step) -> None:
+    """The same rows stored, none but those, and the same output over what was stored."""
+    before, other = step.copy(), step.copy()
+    out = step.run()
+    other.run_reference()
+    # A key's last bits decide about a number, so plain torch attends to what the kernel has stored.
+    with mock.patch.object(reference, "store_rows"):
+        expected = step.run_reference()
+    live = step.lengths > 0
+    assert_close(out[live], expected[live])
+    assert out[~live].isnan().all()
+    assert_stored_alike(step.guarded, other.guarded, before.guarded)
 
 
 def few_programs(monkeypatch: pytest.MonkeyPatch, programs: int) -> DecodeConfig:
@@ -231,7 +247,7 @@ class TestDecodeAttention:
 
     def test_sharp_scores_do_not_overflow(self) -> None:
         step = Step.make([40, 270], dtype=torch.float32)
-        step.caches[0].mul_(1000.0)
+        step.cache.keys.mul_(1000.0)
         assert_is_the_reference(step)
 
     def test_eps_is_added_to_the_variance(self) -> None:
@@ -244,7 +260,7 @@ class TestDecodeAttention:
         step = Step.make([1, 33, 256, 257], block_size=16)
         before = step.copy()
         step.run()
-        for cache, old in zip(step.guarded_caches, before.guarded_caches, strict=True):
+        for cache, old in zip(step.guarded.tensors, before.guarded.tensors, strict=True):
             changed = (cache.nan_to_num(7.0) != old.nan_to_num(7.0)).any(-1).nonzero().tolist()
             expected = [
                 [int(step.block_tables[row, (length - 1) // 16]) + 1, head, (length - 1) % 16]
@@ -255,15 +271,15 @@ class TestDecodeAttention:
 
     def test_attends_to_its_own_key_and_value_as_the_cache_holds_them(self) -> None:
         step = Step.make([2, 20], dtype=torch.float32)
-        k, v = step.guarded_caches
-        assert_is_the_reference(replace(step, guarded_caches=(k.half(), v.half())))
+        halves = LayerCache(*(tensor.half() for tensor in step.guarded.tensors))
+        assert_is_the_reference(replace(step, guarded=halves))
 
     def test_values_are_stored_as_they_came(self) -> None:
         step = Step.make([5, 40], dtype=torch.bfloat16)
         step.run()
         for row, position in enumerate([4, 39]):
             block = step.block_tables[row, position // 16]
-            assert torch.equal(step.caches[1][block, :, position % 16], step.qkv[row, :, 2])
+            assert torch.equal(step.cache.values[block, :, position % 16], step.qkv[row, :, 2])
 
     def test_pages_are_found_beyond_2_32_numbers(self, tmp_path: Path) -> None:
         small = Step.make([20], block_size=16, heads=1, dim=16)
@@ -276,12 +292,12 @@ class TestDecodeAttention:
         )
         tables = small.block_tables.clone()
         tables[0, :2] = torch.tensor([2**24 + 1, 2**24])
-        large = replace(small, guarded_caches=(k_guarded, v_guarded), block_tables=tables)
+        large = replace(small, guarded=LayerCache(k_guarded, v_guarded), block_tables=tables)
         pages, large_pages = small.block_tables[0, :2].long(), tables[0, :2].long()
-        for cache, large_cache in zip(small.caches, large.caches, strict=True):
+        for cache, large_cache in zip(small.cache.tensors, large.cache.tensors, strict=True):
             large_cache[large_pages] = cache[pages]
         assert torch.equal(large.run(), small.run())
-        for cache, large_cache in zip(small.caches, large.caches, strict=True):
+        for cache, large_cache in zip(small.cache.tensors, large.cache.tensors, strict=True):
             assert torch.equal(large_cache[large_pages].nan_to_num(7.0), cache[pages].nan_to_num(7.0))
 
     def test_a_second_step_finds_the_counters_as_the_first_did(self) -> None:
@@ -310,8 +326,29 @@ class TestDecodeAttention:
         by_row = replace(by_position.copy(), cos=by_position.cos[rows], sin=by_position.sin[rows])
         actual, expected = by_row.run(angles_by_row=True), by_position.run()
         torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
-        for one, other in zip(by_row.caches, by_position.caches, strict=True):
+        for one, other in zip(by_row.cache.tensors, by_position.cache.tensors, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("cache_dtype", EIGHT_BIT_CACHES.values(), ids=EIGHT_BIT_CACHES)
+class TestEightBits:
+    @pytest.mark.parametrize(("dtype", "block_size"), [(torch.float16, 16), (torch.bfloat16, 64), (torch.float32, 32)])
+    def test_is_attention_over_what_was_rounded(
+        self, cache_dtype: torch.dtype, dtype: torch.dtype, block_size: int
+    ) -> None:
+        lengths = [1, 2, block_size, block_size + 1, 0, 100]
+        step = Step.make(lengths, dtype=dtype, cache_dtype=cache_dtype, block_size=block_size)
+        assert_is_the_reference_of_eight_bits(step)
+
+    def test_over_several_splits(self, cache_dtype: torch.dtype) -> None:
+        step = Step.make([513, 40], dtype=torch.float32, cache_dtype=cache_dtype, block_size=32, heads=1, dim=64)
+        assert_is_the_reference_of_eight_bits(step)
+
+    def test_a_sequence_s_bits_do_not_depend_on_the_others(self, cache_dtype: torch.dtype) -> None:
+        step = Step.make([300, 17, 257], cache_dtype=cache_dtype, heads=1)
+        together = step.copy().run()
+        for sequence in range(3):
+            assert torch.equal(step.only(sequence).run()[0], together[sequence])
 
 
 class TestBits:

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from persimmon.kernels import LayerCache, reference
+from persimmon.kernels.cache_types import EIGHT_BIT_CACHES, allocate_layer
 from persimmon.kernels.chunk_plan import CONFIGS, FLOAT32_CONFIGS
 from persimmon.kernels.prefill_attention import (
     ChunkPlan,
@@ -20,7 +21,9 @@ from persimmon.kernels.prefill_attention import (
     prefill_attention,
     qk_norm_rotary_store,
 )
+from persimmon.kernels.reference_cache import dequantize_rows, quantize_rows, saturate_to_fp8, store_rows
 from tests.interpreter import multiply_as_matrix_units, multiply_bfloat16
+from tests.kernels.stored_rows import assert_stored_alike, empty_layer
 from tests.kernels.test_reference import (
     CPU,
     DTYPES,
@@ -177,6 +180,24 @@ class TestQkNormRotaryStore:
         assert torch.equal(bits(k_cache), bits(expected_k))
         assert torch.equal(bits(v_cache), bits(expected_v))
 
+    @pytest.mark.parametrize(("dtype", "dim", "rotary_dim"), [(torch.float16, 64, 32), (torch.float32, 32, 24)])
+    @pytest.mark.parametrize("cache_dtype", EIGHT_BIT_CACHES.values(), ids=EIGHT_BIT_CACHES)
+    def test_stores_8_bits_as_plain_torch_does(
+        self, cache_dtype: torch.dtype, dtype: torch.dtype, dim: int, rotary_dim: int
+    ) -> None:
+        layout, heads = Layout.make(self.SPANS, 16, seed=dim), 3
+        plan, theirs = plan_of(layout), layout.plan(3, cache_dtype)
+        generator = torch.Generator().manual_seed(dim)
+        qkv = torch.randn(len(plan.positions), heads, 3, dim, generator=generator).to(dtype)
+        angles = torch.rand(80, rotary_dim // 2, generator=generator) * 6
+        weight, bias = (torch.randn(2, dim, generator=generator) for _ in range(2))
+        own, other, before = (empty_layer((layout.num_blocks, heads, 16, dim), cache_dtype) for _ in range(3))
+        q = qk_norm_rotary_store(qkv, weight, bias, 1e-5, angles.cos(), angles.sin(), own, plan)
+        cos, sin = (table[plan.positions.long()][:, None, None] for table in (angles.cos(), angles.sin()))
+        expected = reference.qk_norm_rotary_store(qkv, weight, bias, 1e-5, cos, sin, other, theirs)
+        assert_close(q, exact(expected), dtype, factor=2)
+        assert_stored_alike(own, other, before)
+
     def test_angles_may_be_those_of_rows_instead_of_positions(self) -> None:
         layout = Layout.make([Span(3, 4), Span(40, 1), Span(0, 7)], 16, seed=3)
         positions = np.array([position for span in layout.spans for position in range(span.start, span.length)])
@@ -245,6 +266,7 @@ class Filled:
         cls,
         layout: Layout,
         dtype: torch.dtype = torch.float16,
+        cache_dtype: torch.dtype | None = None,
         *,
         heads: int = 2,
         dim: int = 64,
@@ -253,7 +275,7 @@ class Filled:
     ) -> "Filled":
         generator = np.random.default_rng(seed)
         shape = (layout.num_blocks, heads, layout.block_size, dim)
-        cache = LayerCache(*(guarded(shape, dtype) for _ in range(2)))
+        cache = allocate_layer(shape, cache_dtype or dtype, guarded)
         q = guarded((sum(span.count for span in layout.spans), heads, dim), dtype)
         expected: list[np.ndarray] = []
         for sequence, span in enumerate(layout.spans):
@@ -262,10 +284,11 @@ class Filled:
             )
             for position in range(span.length):
                 block, slot = layout.place(sequence, position)
-                cache.keys[block, :, slot] = k[position]
-                cache.values[block, :, slot] = v[position]
+                rows = (block * heads + torch.arange(heads)) * layout.block_size + slot
+                store_rows(cache, rows, k[position], v[position])
             q[len(expected) : len(expected) + span.count] = queries
-            k_exact, v_exact = exact(k), exact(v)
+            round_trip = ROUND_TRIPS.get(cache.keys.dtype, torch.Tensor.float)
+            k_exact, v_exact = exact(round_trip(k)), exact(round_trip(v))
             for i, query in enumerate(exact(queries)):
                 seen = span.start + i + 1
                 expected.append(naive_attention(query, k_exact[:seen], v_exact[:seen]))
@@ -275,10 +298,18 @@ class Filled:
         return prefill_attention(self.q, self.cache, plan or plan_of(self.layout))
 
 
+ROUND_TRIPS: dict[torch.dtype, Callable[[torch.Tensor], torch.Tensor]] = {
+    torch.int8: lambda rows: dequantize_rows(*quantize_rows(rows)),
+    torch.float8_e4m3fn: lambda rows: saturate_to_fp8(rows).float(),
+}
+"""What is read of rows that have been stored in 8 bits."""
+
+
 def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of NaN with a thousand more of them on either side."""
+    """A tensor of NaN, or of int8 numbers that none rounds to, with a thousand more of them on either side."""
     size = int(np.prod(shape))
-    return torch.full((size + 2048,), NAN, dtype=dtype)[1024 : 1024 + size].view(shape)
+    tensor = torch.empty(size + 2048, dtype=dtype).fill_(-128 if dtype == torch.int8 else NAN)
+    return tensor[1024 : 1024 + size].view(shape)
 
 
 class TestPrefillAttention:
@@ -298,6 +329,15 @@ class TestPrefillAttention:
         self, dtype: torch.dtype, block_size: int, dim: int, spans: list[Span]
     ) -> None:
         filled = Filled.make(Layout.make(spans, block_size, seed=len(spans)), dtype, heads=2, dim=dim)
+        assert_close(filled.attend(), filled.expected, dtype, factor=2)
+
+    @pytest.mark.parametrize(("dtype", "block_size", "dim"), [(torch.float32, 16, 64), (torch.bfloat16, 64, 16)])
+    @pytest.mark.parametrize("cache_dtype", EIGHT_BIT_CACHES.values(), ids=EIGHT_BIT_CACHES)
+    def test_reads_what_was_rounded_to_8_bits(
+        self, cache_dtype: torch.dtype, dtype: torch.dtype, block_size: int, dim: int
+    ) -> None:
+        layout = Layout.make(self.MIXTURES["chunks and drafts"], block_size, seed=1)
+        filled = Filled.make(layout, dtype, cache_dtype, heads=2, dim=dim)
         assert_close(filled.attend(), filled.expected, dtype, factor=2)
 
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -365,13 +405,16 @@ class TestPrefillAttention:
             assert torch.equal(alone, together[tokens])
             first += span.count
 
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        ("dtype", "cache_dtype"),
+        [*((own, own) for own in DTYPES), *((torch.float16, own) for own in EIGHT_BIT_CACHES.values())],
+    )
     def test_how_a_prompt_is_cut_into_chunks_does_not_change_a_bit(
-        self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+        self, dtype: torch.dtype, cache_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # A token lies in another row of its tile in each cut, and on some CPUs BLAS rounds rows differently.
         multiply_as_matrix_units(monkeypatch)
-        filled = Filled.make(Layout.make([Span(0, 107)], 16, seed=5), dtype)
+        filled = Filled.make(Layout.make([Span(0, 107)], 16, seed=5), dtype, cache_dtype)
         whole = filled.attend()
         table = filled.layout.tables[0]
         parts = []
@@ -381,7 +424,8 @@ class TestPrefillAttention:
             cache = LayerCache(*(stored.clone() for stored in filled.cache.tensors))
             for position in range(end, 107):
                 for stored in cache.tensors:
-                    stored[table[position // 16], :, position % 16] = NAN
+                    unwritten = -128 if stored.dtype == torch.int8 else NAN
+                    stored[table[position // 16], :, position % 16] = unwritten
             parts.append(prefill_attention(filled.q[start:end], cache, plan))
         assert torch.equal(torch.cat(parts), whole)
 
@@ -436,7 +480,7 @@ class TestPrefillAttention:
             ),
             (
                 lambda f: {"cache": dataclasses.replace(f.cache, keys=f.cache.keys.float())},
-                r"torch.float16 and contiguous, got .* torch.float32",
+                r"torch.float16 or 8 bits, and contiguous, got .* torch.float32",
             ),
             (
                 lambda f: {"cache": dataclasses.replace(f.cache, values=f.cache.values[1:])},

@@ -8,21 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from persimmon.kernels import LayerCache, reference
-from persimmon.kernels.cache_types import EIGHT_BIT_CACHES, allocate_layer, row_bytes
+from persimmon.kernels import reference
+from persimmon.kernels.cache_types import EIGHT_BIT_CACHES, row_bytes
 from persimmon.kernels.reference_cache import dequantize_rows, quantize_rows, saturate_to_fp8
+from tests.kernels.stored_rows import empty_layer
 from tests.kernels.test_reference import Layout, Span, exact, naive_attention
 
 NAN, INFINITY = float("nan"), float("inf")
 LARGEST_FP8 = 448.0
-
-
-def empty_layer(shape: tuple[int, int, int, int], dtype: torch.dtype) -> LayerCache:
-    """Full of NaN, where its type has it, and otherwise of numbers that none rounds to."""
-    layer = allocate_layer(shape, dtype, lambda shape, dtype: torch.empty(shape, dtype=dtype))
-    for tensor in layer.tensors:
-        tensor.fill_(-128 if tensor.dtype == torch.int8 else NAN)
-    return layer
 
 
 class TestRoundingToInt8:

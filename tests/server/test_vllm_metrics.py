@@ -12,7 +12,15 @@ from persimmon.server.sequence_metrics import FinishedSequence
 from persimmon.server.vllm_metrics import TRANSLATIONS
 from tests.server.http.fake_engine import MAX_MODEL_LEN, STATS
 
-READY = Ready(MAX_MODEL_LEN, block_size=32, total_blocks=100, device="cpu", dtype="float32", stats=STATS)
+READY = Ready(
+    MAX_MODEL_LEN,
+    block_size=32,
+    total_blocks=100,
+    device="cpu",
+    dtype="float32",
+    stats=STATS,
+    cache_dtype="int8",
+)
 MODEL = {"model_name": "demo", "engine": "0"}
 SEQUENCE = FinishedSequence(
     prompt_tokens=64,
@@ -183,7 +191,8 @@ def test_the_values_of_levels_and_counters_are_ours(metrics: Metrics) -> None:
     assert values(families["vllm:num_requests_running"]) == {"": STATS.running}
     assert values(families["vllm:kv_cache_usage_perc"]) == values(families["vllm:gpu_cache_usage_perc"]) == {"": 0.75}
     assert values(families["vllm:generation_tokens"], "_total") == {"": STATS.generated_tokens}
-    assert families["vllm:cache_config_info"].samples[0].labels == MODEL | {"block_size": "32", "num_gpu_blocks": "100"}
+    config = {"block_size": "32", "cache_dtype": "int8", "num_gpu_blocks": "100"}
+    assert families["vllm:cache_config_info"].samples[0].labels == MODEL | config
     finished = values(families["vllm:request_success"], "_total", "finished_reason")
     assert finished == {"stop": 0, "length": 1, "abort": 0, "error": 0}
 

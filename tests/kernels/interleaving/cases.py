@@ -8,12 +8,14 @@ fails while a kernel of a LIMITS table has no case.
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
 
 from persimmon.kernels import decode_attention as decode_module
 from persimmon.kernels import invariant_attention, packed_head, packed_projection
+from persimmon.kernels.cache_types import EIGHT_BIT_CACHES
 from persimmon.kernels.chunk_plan import LastTokens
 from persimmon.kernels.decode_attention import DecodeWorkspace, build_work_list
 from persimmon.kernels.dequantize import dequantize
@@ -24,6 +26,7 @@ from persimmon.kernels.packed_projection import PackedConfig
 from persimmon.kernels.packed_weight import pack
 from persimmon.kernels.prefill_attention import prefill_attention, qk_norm_rotary_store
 from persimmon.kernels.projection_config import ProjectionConfig, Workspace
+from persimmon.kernels.reference_cache import store_rows
 from persimmon.kernels.sampling import Workspace as SamplingWorkspace
 from persimmon.kernels.sampling import sample_head, sample_logits
 from persimmon.kernels.truncation import TruncationWorkspace, apply_penalties, sample_truncated
@@ -35,12 +38,14 @@ from tests.kernels import (
     test_sampling,
 )
 from tests.kernels.quantized_matrices import random_matrix
+from tests.kernels.stored_rows import empty_layer
 from tests.kernels.test_layer_norm import affine
 from tests.kernels.test_reference import Layout, Span
 
 CPU = torch.device("cpu")
 NAN = float("nan")
 DTYPES = [torch.float16, torch.float32]
+EIGHT_BITS = list(EIGHT_BIT_CACHES.values())
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ def projection_without_splits(rng: random.Random) -> Outcome:
     return Outcome([out] if flags is None else [out, flags], [])
 
 
-def decode_attention(rng: random.Random) -> Outcome:
+def decode_attention(rng: random.Random, *, eight_bits: bool = False) -> Outcome:
     """Two steps, each of a work list and two layers twice, on one workspace; sequences end and begin between them."""
     most, most_tokens, split = rng.randint(1, 5), rng.randint(1, 140), 32
     heads, dim, block_size = rng.randint(1, 2), 16, rng.choice([16, 32])
@@ -108,9 +113,16 @@ def decode_attention(rng: random.Random) -> Outcome:
             sequences = range(rng.randint(1, most))
             lengths = [rng.choice([0, rng.randint(1, most_tokens), most_tokens]) for _ in sequences]
             dtype = rng.choice(DTYPES)
+            cache_dtype = rng.choice(EIGHT_BITS) if eight_bits else dtype
             layers = [
                 test_decode_attention.Step.make(
-                    lengths, dtype=dtype, block_size=block_size, heads=heads, dim=dim, seed=rng.randrange(1000)
+                    lengths,
+                    dtype=dtype,
+                    cache_dtype=cache_dtype,
+                    block_size=block_size,
+                    heads=heads,
+                    dim=dim,
+                    seed=rng.randrange(1000),
                 )
                 for _ in range(2)
             ]
@@ -118,21 +130,21 @@ def decode_attention(rng: random.Random) -> Outcome:
             items = int(workspace.num_items)
             results += [each[:items].clone() for each in (workspace.item_sequences, workspace.item_splits)]
             for layer in layers * 2:
-                results += [layer.run(workspace, config), *(cache.clone() for cache in layer.caches)]
+                results += [layer.run(workspace, config), *(each.clone() for each in layer.cache.tensors)]
     return Outcome(results, [workspace.arrivals])
 
 
-def prefill(rng: random.Random) -> Outcome:
+def prefill(rng: random.Random, *, eight_bits: bool = False) -> Outcome:
     spans = [Span(rng.randint(0, 70), rng.randint(1, 36)) for _ in range(rng.randint(1, 2))]
     layout = Layout.make(spans, rng.choice([16, 32, 64]), rng.randrange(1000))
     heads, dim, half, dtype = rng.randint(1, 2), 16, rng.choice([2, 4, 8]), rng.choice(DTYPES)
     plan = test_prefill_attention.plan_of(layout)
-    shape = (layout.num_blocks, heads, layout.block_size, dim)
-    cache = LayerCache(*(torch.full(shape, NAN, dtype=dtype) for _ in range(2)))
+    cache_dtype = rng.choice(EIGHT_BITS) if eight_bits else dtype
+    cache = empty_layer((layout.num_blocks, heads, layout.block_size, dim), cache_dtype)
     for sequence, span in enumerate(spans):
         for block, slot in (layout.place(sequence, position) for position in range(span.start)):
-            for stored in cache.tensors:
-                stored[block, :, slot] = _numbers(rng, heads, dim, dtype=dtype)
+            rows = (block * heads + torch.arange(heads)) * layout.block_size + slot
+            store_rows(cache, rows, *(_numbers(rng, heads, dim, dtype=dtype) for _ in range(2)))
     qkv = _numbers(rng, len(plan.positions), heads, 3, dim, dtype=dtype)
     weight, bias = (_numbers(rng, 2, dim), _numbers(rng, 2, dim)) if rng.random() < 0.5 else (None, None)
     by_row = rng.random() < 0.5
@@ -221,7 +233,7 @@ def invariant_decode(rng: random.Random) -> Outcome:
         layers = [test_decode_attention.Step.make(lengths, dtype=dtype, heads=heads, seed=seed + n) for n in range(2)]
         build_work_list(layers[0].lengths, workspace)
         for layer in [*layers, layers[0]]:
-            tokens, cache = LastTokens(layer.lengths, layer.block_tables), LayerCache(*layer.caches)
+            tokens, cache = LastTokens(layer.lengths, layer.block_tables), layer.cache
             weight, bias = layer.norm
             q = qk_norm_rotary_store(layer.qkv, weight, bias, 1e-5, layer.cos, layer.sin, cache, tokens, exact=True)
             out = torch.zeros(len(lengths), heads * dim, dtype=dtype)
@@ -296,6 +308,8 @@ MERGES: dict[str, Case] = {
 CASES: dict[str, Case] = MERGES | {
     "projection without splits": projection_without_splits,
     "prefill": prefill,
+    "decode attention over 8 bits": partial(decode_attention, eight_bits=True),
+    "prefill over 8 bits": partial(prefill, eight_bits=True),
     "elementwise": elementwise,
     "sampling": sampling,
     "head": head,

@@ -7,13 +7,19 @@ from tests.kernels.machine_code import rules
 from tests.kernels.machine_code.compiled import Compiled, Matrix
 
 RULES: dict[str, Callable[[Compiled], list[str]]] = {
-    "merge_protocol": rules.merge_protocol,
+    "merge_protocol": partial(rules.merge_protocol, except_for=("k_cache", "v_cache", "cache_scales")),
     "no_non_coherent_load": rules.no_non_coherent_load,
     "proxy_fence": rules.proxy_fence,
     "barrier_before_shared_stores": rules.barrier_before_shared_stores,
     "nothing_before_grid_wait": partial(rules.nothing_before_grid_wait, except_for=("weight", "scales")),
 }
-"""Rules over one kernel.  No launch of a step writes a weight or its scales, so a dependent launch may prefetch it."""
+"""Rules over one kernel.
+
+A program that stores a new token's key, value and scales is the only one of its launch that attends to them, from
+registers; the interleaving interpreter would find another.  What a thread copies less than 16 bytes of passes through
+the L1 cache.
+No launch of a step writes a weight or its scales, so a dependent launch may prefetch it.
+"""
 
 
 def violations(matrix: Matrix, rule: str) -> dict[str, list[str]]:

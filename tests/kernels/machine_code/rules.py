@@ -28,8 +28,13 @@ def _shown(code: Code, places: Iterable[int]) -> list[str]:
     return [code.instructions[place].text for place in sorted(places)]
 
 
-def merge_protocol(kernel: Compiled) -> list[str]:
-    """Store, barrier, acq_rel.gpu atomic, barrier, load past the L1 cache, on every path."""
+def merge_protocol(kernel: Compiled, except_for: Sequence[str] = ()) -> list[str]:
+    """Store, barrier, acq_rel.gpu atomic, barrier, load past the L1 cache, on every path.
+
+    Args:
+        kernel: any; one without an atomic merges nothing, and breaks no rule.
+        except_for: tensors of which no program reads what another one of the launch stores.
+    """
     code = Code.of_ptx(kernel.ptx)
     tensors = Tensors(code, argument_names(kernel.ttgir))
     arrivals, stores, barriers = code.find(r"atom\.|red\."), code.find(r"st\.global\."), _always(code, r"bar\.sync")
@@ -42,6 +47,7 @@ def merge_protocol(kernel: Compiled) -> list[str]:
     ]
     behind = code.reached(arrivals)
     shared = set().union(*(tensors.at(store) for store in stores if code.reached([store]) & set(arrivals)))
+    shared -= set(except_for)
     merged = [load for load in code.find(_GLOBAL_LOAD) if load in behind and tensors.at(load) & shared]
     unpublished = [store for store in stores if code.reached([store], barriers) & set(arrivals)]
     found += [f"no barrier between a store and the arrival: {text}" for text in _shown(code, unpublished)]
