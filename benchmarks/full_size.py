@@ -1,18 +1,21 @@
 """The 8B model's shape on this machine's CPU: speed, memory and start of each precision, with random weights.
 
-    python -m benchmarks.full_size [--precision bfloat16 int8 int4] [--instructions avx2] [--out FILE]
+    python -m benchmarks.full_size [--precision bfloat16 int8 int4] [--kv-cache-dtype auto int8] [--out FILE]
 
 Starts `persimmon serve --load-format dummy` for each, one after the other, and sends it one request at a time.  Prints
 what it reaches next to what the memory's bandwidth allows.  Knows no other server.
 """
 
 import argparse
+import itertools
 import json
 import math
+import random
 import shlex
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +27,15 @@ from benchmarks.checkpoint import CONFIG, DEMO, TOKENIZER_FILES
 from benchmarks.instruction_sets import INSTRUCTION_SETS, masked_environment, view_of_checkout
 from benchmarks.machine import device, measure_rates
 from benchmarks.peer_servers import OURS, PRECISIONS, QUANTIZED, our_server, precision_flags
-from benchmarks.serve import Workload, measure
 from benchmarks.servers import RunningServer, ServerFailedError, running
 from persimmon.model.checkpoint import expected_shapes
 from persimmon.model.config import PersimmonConfig
+from persimmon.model.kv_cache import block_bytes
 from persimmon.model.leftovers import EMBEDDING
 from persimmon.model.quantization.scheme import quantized_formats
+from persimmon.server.bench.http_client import Connection
 from persimmon.server.bench.probe import served_model
+from persimmon.server.settings.engine import EngineSettings
 
 CONFIG_8B: dict[str, Any] = CONFIG | {
     "dtype": "bfloat16",
@@ -42,7 +47,19 @@ CONFIG_8B: dict[str, Any] = CONFIG | {
     "max_position_embeddings": 16384,
 }
 DECODED = 24
-"""Tokens of an answer whose inter-token latency is measured."""
+"""Tokens of an answer that are timed, after its first one."""
+
+CACHED_TOKENS = 4096
+"""That the KV cache holds."""
+
+STEP_TOKENS = 512
+"""Tokens of a step at most: with more, activations take more memory."""
+
+SHORT_PROMPT = 16
+"""Tokens of its prompt."""
+
+DEMO_TOKENS = 4096
+"""Of the tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +68,18 @@ class Figures:
 
     Attributes:
         precision: of the weights.
+        kv_cache_dtype: of keys and values, as its flag has it.
         flags: of the server.
         start_s: seconds from its start to its first healthy answer, random weights included.
         resident_gb: 10^9 bytes of memory that its processes hold after all requests, shared pages counted once.
-        tokens_per_s: of one stream, by its median inter-token latency.
+        tokens_per_s: of one stream, after its first token.
         read_gb: 10^9 bytes of weights that a token reads.
         bandwidth_tokens_per_s: that reading those allows.
         prompt_tokens_per_s: by the length of the prompt, its first token included.
     """
 
     precision: str
+    kv_cache_dtype: str
     flags: str
     start_s: float
     resident_gb: float
@@ -83,30 +102,48 @@ def read_bytes(config: PersimmonConfig, precision: str) -> int:
     return total
 
 
-async def latencies(server: RunningServer, prompt_lengths: list[int]) -> tuple[float, dict[int, float]]:
-    """Seconds between the tokens of one stream, the median, and until the first token of prompts by their length."""
-    model = await served_model(server.endpoint)
+async def latencies(server: RunningServer, prompt_lengths: Sequence[int]) -> tuple[float, dict[int, float]]:
+    """Seconds for each further token of one stream, and for the first token of prompts by their length.
 
-    async def send(prompts: int, input_len: int, output_len: int, seed: int) -> Any:
-        workload = Workload(
-            prompts=prompts,
-            streams=1,
-            input_len=(input_len, input_len),
-            output_len=(output_len, output_len),
-            seed=seed,
-        )
-        report = (await measure(server.endpoint, model, workload)).report
-        if report.errors:
-            raise ServerFailedError(f"{report.errors}", server.log)
-        return report
+    Answers are not streamed: what random weights say is mostly ids that stand for no text.
 
-    await send(1, 16, 4, 1)
-    gap = (await send(1, 16, DECODED, 2)).itl_ms.median / 1e3
-    firsts = {length: (await send(1, length, 1, 3 + length)).ttft_ms.median / 1e3 for length in prompt_lengths}
-    return gap, firsts
+    Raises:
+        ServerFailedError: a request was refused, or its answer has another length.
+    """
+    model, draw = await served_model(server.endpoint), random.Random(0)
+    async with Connection(server.endpoint) as connection:
+
+        async def seconds(prompt_tokens: int, max_tokens: int) -> float:
+            asked = {
+                "model": model,
+                "prompt": [draw.randrange(2, DEMO_TOKENS) for _ in range(prompt_tokens)],
+                "max_tokens": max_tokens,
+                "ignore_eos": True,
+                "temperature": 0,
+            }
+            response = await connection.post("/v1/completions", json.dumps(asked).encode())
+            answer = json.loads(response.body)
+            if response.status != 200 or answer["usage"]["completion_tokens"] != max_tokens:
+                raise ServerFailedError(f"a request was answered with {response.body[:200]!r}", server.log)
+            return response.finished - response.started
+
+        await seconds(SHORT_PROMPT, 4)
+        first, whole = await seconds(SHORT_PROMPT, 1), await seconds(SHORT_PROMPT, 1 + DECODED)
+        firsts = {length: await seconds(length, 1) for length in prompt_lengths}
+    return (whole - first) / DECODED, firsts
 
 
-def measure_precision(precision: str, folder: Path, scratch: Path, arguments: argparse.Namespace) -> Figures:
+def cache_bytes(config: PersimmonConfig, precision: str, kv_cache_dtype: str) -> int:
+    """Bytes of CACHED_TOKENS and of the block in which the next one lies."""
+    own = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    dtype = torch.int8 if kv_cache_dtype == "int8" else own
+    block_size: int = EngineSettings.model_fields["block_size"].default
+    return (CACHED_TOKENS // block_size + 1) * block_bytes(config, block_size, dtype)
+
+
+def measure_server(
+    precision: str, kv_cache_dtype: str, folder: Path, scratch: Path, arguments: argparse.Namespace
+) -> Figures:
     """Starts the server, measures it and stops it.
 
     Raises:
@@ -117,13 +154,16 @@ def measure_precision(precision: str, folder: Path, scratch: Path, arguments: ar
     view = scratch / f"only-{level.build}"
     shutil.rmtree(view, ignore_errors=True)
     environment = {**masked_environment(level, scratch), "PYTHONPATH": str(view_of_checkout(view, level.build))}
+    config = PersimmonConfig.from_folder(folder)
     flags = (
-        *("--load-format", "dummy", "--max-model-len", "4096", "--max-num-seqs", "4"),
+        *("--load-format", "dummy", "--max-model-len", str(CACHED_TOKENS), "--max-num-seqs", "4"),
+        *("--max-num-batched-tokens", str(STEP_TOKENS), "--kv-cache-dtype", kv_cache_dtype),
+        *("--kv-cache-memory", str(cache_bytes(config, precision, kv_cache_dtype))),
         *precision_flags(OURS, precision),
+        *(("--dtype", "float32") if precision in QUANTIZED else ()),
         *shlex.split(arguments.flags),
     )
     server = our_server(environment, flags)
-    config = PersimmonConfig.from_folder(folder)
     with running(server, folder, scratch / "log", arguments.start_timeout) as live:
         gap, firsts = uvloop.run(latencies(live, arguments.prompt_lengths))
         resident = live.resident_bytes()
@@ -131,6 +171,7 @@ def measure_precision(precision: str, folder: Path, scratch: Path, arguments: ar
     read = read_bytes(config, precision)
     return Figures(
         precision=precision,
+        kv_cache_dtype=kv_cache_dtype,
         flags=" ".join(flags),
         start_s=live.start_s,
         resident_gb=round(resident / 1e9, 2),
@@ -145,16 +186,16 @@ def table(measured: list[Figures]) -> str:
     """The figures as Markdown."""
     lengths = list(measured[0].prompt_tokens_per_s) if measured else []
     lines = [
-        "| weights | resident, GB | tokens/s | bandwidth allows | "
+        "| weights | cache | resident, GB | tokens/s | bandwidth allows | "
         + "".join(f"prompt of {length}, tokens/s | " for length in lengths)
         + "start to healthy, s |",
-        "| --- |" + " ---: |" * (4 + len(lengths)),
+        "| --- | --- |" + " ---: |" * (4 + len(lengths)),
     ]
     for own in measured:
         prompts = "".join(f"{own.prompt_tokens_per_s[length]:.1f} | " for length in lengths)
         lines.append(
-            f"| {own.precision} | {own.resident_gb:.1f} | {own.tokens_per_s:.2f} | {own.bandwidth_tokens_per_s:.2f} "
-            f"| {prompts}{own.start_s:.0f} |"
+            f"| {own.precision} | {own.kv_cache_dtype} | {own.resident_gb:.1f} | {own.tokens_per_s:.2f} "
+            f"| {own.bandwidth_tokens_per_s:.2f} | {prompts}{own.start_s:.0f} |"
         )
     return "\n".join(lines)
 
@@ -162,6 +203,7 @@ def table(measured: list[Figures]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.full_size", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["int8", "int4"])
+    parser.add_argument("--kv-cache-dtype", nargs="+", choices=("auto", "int8"), default=["int8"])
     parser.add_argument("--instructions", choices=INSTRUCTION_SETS, default="native")
     parser.add_argument("--prompt-lengths", type=int, nargs="+", default=[512, 2048], metavar="N")
     parser.add_argument("--flags", default="", metavar="WORDS", help="more flags of the server, as one argument")
@@ -177,12 +219,14 @@ def main() -> int:
         (folder / "config.json").write_text(json.dumps(CONFIG_8B))
         for name in TOKENIZER_FILES:
             shutil.copyfile(DEMO / name, folder / name)
-        for precision in arguments.precision:
+        for precision, cache in itertools.product(arguments.precision, arguments.kv_cache_dtype):
             try:
-                measured.append(measure_precision(precision, folder, scratch, arguments))
+                measured.append(measure_server(precision, cache, folder, scratch, arguments))
             except ServerFailedError as error:
-                print(f"{precision}: {error}", file=sys.stderr)
-                failed[precision] = str(error).splitlines()[-1].strip()
+                print(f"{precision}, {cache} cache: {error}", file=sys.stderr)
+                failed[f"{precision}, {cache} cache"] = str(error).splitlines()[-1].strip()
+            else:
+                print(table(measured[-1:]).splitlines()[-1], flush=True)
     print(table(measured))
     if arguments.out:
         content = {"device": device(), "instructions": arguments.instructions, "failed": failed}

@@ -1,0 +1,40 @@
+"""The 8B model's shape: what a token reads, and the table."""
+
+import json
+
+import pytest
+
+from benchmarks.checkpoint import DEMO, TOKENIZER_FILES
+from benchmarks.full_size import CONFIG_8B, Figures, read_bytes, table
+from persimmon.model.config import PersimmonConfig
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> PersimmonConfig:
+    folder = tmp_path_factory.mktemp("8b")
+    (folder / "config.json").write_text(json.dumps(CONFIG_8B))
+    for name in TOKENIZER_FILES:
+        (folder / name).write_bytes((DEMO / name).read_bytes())
+    return PersimmonConfig.from_folder(folder)
+
+
+@pytest.mark.parametrize(("precision", "gigabytes"), [("bfloat16", 16.6), ("int8", 8.3), ("int4", 5.15)])
+def test_a_token_reads_all_weights_but_the_embedding(config: PersimmonConfig, precision: str, gigabytes: float) -> None:
+    assert read_bytes(config, precision) / 1e9 == pytest.approx(gigabytes, abs=0.05)
+
+
+def test_the_table_has_a_row_for_each_precision() -> None:
+    own = Figures(
+        precision="int4",
+        kv_cache_dtype="int8",
+        flags="",
+        start_s=31.2,
+        resident_gb=6.46,
+        tokens_per_s=4.321,
+        read_gb=5.1,
+        bandwidth_tokens_per_s=5.012,
+        prompt_tokens_per_s={128: 40.04},
+    )
+    lines = table([own, own]).splitlines()
+    assert "| prompt of 128, tokens/s |" in lines[0]
+    assert lines[2:] == ["| int4 | int8 | 6.5 | 4.32 | 5.01 | 40.0 | 31 |"] * 2
