@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from persimmon.kernels import QuantizedFormat, QuantizedMatrix
+from persimmon.kernels import KernelsUnavailableError, QuantizedFormat, QuantizedMatrix
 from persimmon.model.convert.compressed_layout import MadeMatrix, with_quantized
 from persimmon.model.convert.sources import TensorSource
 from persimmon.model.convert.writer import Conversion
@@ -81,7 +81,7 @@ def _rounded(name: str, source: TensorSource, form: QuantizedFormat) -> MadeMatr
     def make(start: int, stop: int) -> QuantizedMatrix:
         try:
             return quantize(source.rows(start, stop), form, first_row=start)
-        except CheckpointError as error:
+        except (CheckpointError, KernelsUnavailableError) as error:
             raise CheckpointError(f"tensor {name}: {error}") from error
 
     return MadeMatrix(name=name, shape=source.shape, form=form, make=make)

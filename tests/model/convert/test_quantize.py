@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from persimmon import kernels
-from persimmon.kernels import QuantizedMatrix
+from persimmon.kernels import KernelsUnavailableError, QuantizedMatrix
+from persimmon.kernels.cpu import library
 from persimmon.model.checkpoint import Checkpoint
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.convert import calibrate, convert_checkpoint, writer
@@ -273,6 +274,17 @@ def test_a_weight_that_is_not_finite_is_refused_by_its_name_and_row(tmp_path):
         CheckpointError, match=r"tensor model.layers.0.mlp.dense_4h_to_h.weight: row 100 has the weight"
     ):
         convert(source, tmp_path / "out", INT8)
+
+
+def test_a_build_of_other_sources_is_one_line(original, tmp_path, monkeypatch):
+    def refuse(build: str) -> None:
+        raise KernelsUnavailableError(f"{build} was compiled from a different version of the C kernels")
+
+    if not library.builds():
+        pytest.skip("no build of the C kernels for this processor")
+    monkeypatch.setattr(library, "load", refuse)
+    with pytest.raises(CheckpointError, match="was compiled from a different version"):
+        convert(original, tmp_path / "out", INT8)
 
 
 def test_a_shared_embedding_is_refused_where_it_would_be_quantized(tmp_path):
