@@ -18,6 +18,7 @@ import torch
 from triton import knobs
 from triton.runtime.jit import JitFunctionInfo
 
+from persimmon.kernels.cache_types import EIGHT_BIT_CACHES
 from persimmon.kernels.fused import FusedKernels
 from persimmon.kernels.invariant import InvariantKernels
 from persimmon.kernels.quantized import Bits, QuantizedMatrix
@@ -105,7 +106,8 @@ def make_runner(settings: Settings, config: PersimmonConfig, bits: Bits | None =
     executor = MetaExecutor(kernels, _graph_sizes(settings, config))
     model = Persimmon(config, tensors_of(config, bits), torch.float16, META, kernels)
     executor.reserve(_limits(settings, config, _max_model_len(settings)))
-    cache = KVCache.allocate(config, NUM_BLOCKS, BLOCK_SIZE, torch.float16, META)
+    cache_dtype = EIGHT_BIT_CACHES.get(settings.kv_cache_dtype, torch.float16)
+    cache = KVCache.allocate(config, NUM_BLOCKS, BLOCK_SIZE, cache_dtype, META)
     return MetaRunner(executor.start(model, cache))
 
 
@@ -167,7 +169,7 @@ BITS: dict[str, Bits] = {"int4": 4}
 SERVERS: dict[str, tuple[Settings, dict[str, Any]]] = {
     "default": (Settings(), {}),
     "eager": (Settings(enforce_eager=True, max_num_seqs=1), {}),
-    "few": (Settings(max_num_seqs=8), {}),
+    "int8 cache": (Settings(max_num_seqs=8, kv_cache_dtype="int8"), {}),
     "batch-invariant": (Settings(batch_invariant=True), {}),
     "int4": (Settings(max_num_seqs=66), {}),
     "short": (Settings(enforce_eager=True, max_num_seqs=32, max_model_len=40), {}),

@@ -24,7 +24,7 @@ def compiled() -> dict[str, dict[str, list[str]]]:
 
 
 @pytest.mark.parametrize(
-    "server", ["default", "eager", "few", "batch-invariant", "int4", "short", "long prompts", "classifier"]
+    "server", ["default", "eager", "int8 cache", "batch-invariant", "int4", "short", "long prompts", "classifier"]
 )
 def test_no_step_after_the_warm_up_compiles_a_kernel(compiled: dict[str, dict[str, list[str]]], server: str) -> None:
     warm_up = compiled[server]["warm-up"]
