@@ -1,36 +1,42 @@
-"""Predicted time of each launch of a decode step of the 8B model with 8-bit and 4-bit weights, from its machine code.
+"""Predicted times of a decode step of the 8B model with fewer bits, of weights and of the KV cache, from machine code.
 
     TRITON_INTERPRET=0 python -m benchmarks.roofline_quantized [--out FILE]
 
 As `benchmarks.roofline`, whose assumptions it shares: nothing runs, and nothing was measured.  Unpacking takes
-instructions, so there is a sixth stream: those of the loop, at the rate that the warps of a multiprocessor issue them.
+instructions, so there is a sixth stream: those of the loop, at the rate that the warps of a multiprocessor issue them;
+in attention, whose programs take one item after the other, those around the loop too.
 The RTX 4090 stands for cards of 24 GB, which are what quantized weights are for; its kernels are compiled for sm_89.
 """
 
 import argparse
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from benchmarks.floors import ITEM_BYTES, PERSIMMON_8B
-from benchmarks.roofline import ASSUMED, CONTEXT, Card, attention_launch, waits_before
+from benchmarks.roofline import ASSUMED, CONTEXT, TILE_TOKENS, Card, waits_before
+from persimmon.kernels.decode_attention import SPLIT_TOKENS
 from persimmon.kernels.packed_weight import Packing
 from persimmon.kernels.quantized import QuantizedFormat
 from tests.kernels.ahead_of_time import compile_calls
 from tests.kernels.machine_code import latency
 from tests.kernels.machine_code.compiled import Compiled
 from tests.kernels.machine_code.instructions import Code
+from tests.kernels.machine_code.tensors import Tensors, argument_names
 from tests.kernels.production import calls_of
 from tests.kernels.production_calls_packed_projection import FORMATS
 
 RESULTS = Path(__file__).parent / "results" / "roofline_quantized_8b.json"
-"""Where `--out` belongs, for `benchmarks.gpu` to show next to what it measures; not written yet."""
+"""What `--out` wrote last; docs/design/gpu-kernels.md and `benchmarks.gpu` show it."""
 
 BATCHES = (1, 16, 64)
 STORED = {"int8": "int8", "int4, groups of 32": "int4_g32"}
 """What `--quantization` makes of a layer's matrices, by the name of the format among the production calls."""
+
+CACHES = {"auto": ("decode, blocks of 32", 16), "int8": ("decode, int8", 8), "fp8_e4m3": ("decode, fp8", 8)}
+"""By the value of --kv-cache-dtype: the production call, and the bits of a number."""
 
 HEAD, MASKED = "lm_head", "down + residual, 90% zeros"
 
@@ -128,7 +134,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One launch with quantized weights.
+    """One launch that reads fewer bits.
 
     Attributes:
         name: of the launch.
@@ -180,18 +186,29 @@ class Launch:
         return ASSUMED.gap_us + start + max(self.streams(gpu).values()) + end
 
 
-def loop_instructions(kernel: Compiled) -> int:
-    """Instructions of the shortest way through the smallest loop with a product, which skips what is done once."""
+def loop_instructions(kernel: Compiled, pattern: str = r"HGMMA|HMMA") -> list[int]:
+    """Instructions of the shortest way through each loop with a matrix product, which skips what is done once.
+
+    Args:
+        kernel: a compiled one.
+        pattern: what a loop must hold.
+
+    Returns:
+        One number for each loop, the smallest first; never empty.
+    """
     code = Code.of_sass(kernel.sass)
-    best: int | None = None
-    for end, following in enumerate(code.successors):
-        for head in following:
-            products = [place for place in code.find(r"HGMMA|HMMA") if head <= place <= end]
-            if head <= end and products and (steps := _shortest(code, head, end)) is not None:
-                best = steps if best is None else min(best, steps)
-    if best is None:
-        raise ValueError(f"{kernel.kernel} has no loop with a matrix product")
-    return best
+    wanted = code.find(pattern)
+    found = [
+        steps
+        for end, following in enumerate(code.successors)
+        for head in following
+        if head <= end
+        and any(head <= place <= end for place in wanted)
+        and (steps := _shortest(code, head, end)) is not None
+    ]
+    if not found:
+        raise ValueError(f"{kernel.kernel} has no loop with {pattern}")
+    return sorted(found)
 
 
 def _shortest(code: Code, head: int, end: int) -> int | None:
@@ -219,7 +236,7 @@ def facts_of(kernel: Compiled) -> Facts:
         in_flight=latency.bytes_in_flight(kernel) / latency.programs_per_sm(kernel),
         instructions=before,
         waits=waits_before(kernel, before),
-        loop=loop_instructions(kernel),
+        loop=loop_instructions(kernel)[0],
     )
 
 
@@ -272,6 +289,55 @@ def _launch(
     )
 
 
+def attention(kernel: Compiled, batch: int, bits: int) -> Launch:
+    """Decode attention of `batch` sequences of CONTEXT tokens over a cache of that many bits."""
+    config, warps = PERSIMMON_8B, kernel.num_warps
+    heads, splits, turns = batch * config.num_attention_heads, -(-CONTEXT // SPLIT_TOKENS), SPLIT_TOKENS // TILE_TOKENS
+    code = Code.of_ptx(kernel.ptx)
+    tensors = Tensors(code, argument_names(kernel.ttgir))
+    copies = [place for place in code.find(r"cp\.async\.cg\.") if tensors.at(place) & {"k_cache", "v_cache"}]
+    before = latency.instructions_before(kernel, "k_cache")
+    if before is None:
+        raise ValueError("decode attention never asks for its keys")
+    scales = 4 * heads * CONTEXT if "cache_scales" in argument_names(kernel.ttgir) else 0
+    read = 2 * heads * CONTEXT * config.head_dim * bits // 8 + scales
+    loops = loop_instructions(kernel, r"LDGSTS")
+    facts = Facts(
+        registers=kernel.registers,
+        warps=warps,
+        shared_bytes=kernel.shared_bytes,
+        programs=heads * splits,
+        # All tiles but one, which the loop asks for: these are on their way when it begins.
+        in_flight=16 * 32 * warps * len(copies) - 2 * TILE_TOKENS * config.head_dim * bits // 8,
+        instructions=before,
+        waits=waits_before(kernel, before),
+        loop=loops[0] + (loops[-1] - loops[0]) // turns,
+    )
+    return Launch(
+        "attention",
+        facts,
+        iterations=heads * splits * turns,
+        memory_bytes=read,
+        drawn_bytes=0,
+        shared_bytes=2 * read,
+        partial_bytes=4 * (config.head_dim + 2) * heads * splits,
+        tiles=heads,
+    )
+
+
+def predict_attention(gpu: Gpu, cache: str, batch: int, launch: Launch) -> dict[str, object]:
+    """Its predicted time, the least that its bytes take, and what limits it."""
+    streams = launch.streams(gpu)
+    shown = {"us": round(launch.us(gpu), 1), "floor_us": round(streams["memory"], 1)}
+    return {
+        "card": gpu.card.name,
+        "cache": cache,
+        "batch": batch,
+        **shown,
+        "limit": max(streams, key=streams.__getitem__),
+    }
+
+
 def predict(gpu: Gpu, stored: str, batch: int, step: Iterable[Launch], attention_us: float) -> list[dict[str, object]]:
     """A row for each launch, and for the step with and without zeros, of its predicted time and least time."""
     found: list[dict[str, object]] = []
@@ -304,6 +370,46 @@ def dequantizing_ms(gpu: Gpu, stored: str) -> float:
     return PERSIMMON_8B.num_hidden_layers * (moved / gpu.card.memory_tb_s / 1e9 + 4 * ASSUMED.small_launch_us / 1e3)
 
 
+def decode_kernels(capability: int) -> dict[str, Compiled]:
+    """The attention kernels of a decode step, by --kv-cache-dtype."""
+    calls = {cache: calls_of("decode_attention").CALLS[call] for cache, (call, _) in CACHES.items()}
+    return {
+        cache: next(kernel for kernel in kernels if kernel.kernel == "_decode_attention")
+        for cache, kernels in compile_calls(calls, capability).items()
+    }
+
+
+def predictions(
+    code: Mapping[str, Sequence[Launch]], attended: Mapping[str, Launch]
+) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+    """`predict` and `predict_attention` of all cards; steps have the network's own cache.
+
+    Args:
+        code: by "capability weights batch".
+        attended: by "capability cache batch".
+    """
+    rows = [
+        row
+        for gpu in GPUS
+        for title in STORED
+        for batch in BATCHES
+        for row in predict(
+            gpu,
+            title,
+            batch,
+            code[f"{gpu.capability} {title} {batch}"],
+            attended[f"{gpu.capability} auto {batch}"].us(gpu),
+        )
+    ]
+    caches = [
+        predict_attention(gpu, cache, batch, attended[f"{gpu.capability} {cache} {batch}"])
+        for gpu in GPUS
+        for cache in CACHES
+        for batch in BATCHES
+    ]
+    return rows, caches
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.roofline_quantized", description=(__doc__ or "").splitlines()[0]
@@ -312,24 +418,22 @@ def main() -> None:
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("Triton interprets kernels in this process: set TRITON_INTERPRET=0")
-    call = calls_of("decode_attention").CALLS["decode, blocks of 32"]
-    [decode] = [kernel for kernel in compile_calls({"decode": call}, 90)["decode"] if "attention" in kernel.kernel]
-    attention = {batch: attention_launch(decode, batch) for batch in BATCHES}
+    capabilities = sorted({gpu.capability for gpu in GPUS})
+    attended = {
+        f"{capability} {cache} {batch}": attention(kernel, batch, CACHES[cache][1])
+        for capability in capabilities
+        for cache, kernel in decode_kernels(capability).items()
+        for batch in BATCHES
+    }
     code = {
         f"{capability} {title} {batch}": list(launches(capability, name, batch))
-        for capability in sorted({gpu.capability for gpu in GPUS})
+        for capability in capabilities
         for title, name in STORED.items()
         for batch in BATCHES
     }
-    rows = [
-        row
-        for gpu in GPUS
-        for title in STORED
-        for batch in BATCHES
-        for row in predict(gpu, title, batch, code[f"{gpu.capability} {title} {batch}"], attention[batch].us(gpu.card))
-    ]
+    rows, caches = predictions(code, attended)
     print(f"predicted, not measured; sequences of {CONTEXT} tokens")
-    for row in rows:
+    for row in [*rows, *caches]:
         print(" ", *row.values())
     dequantizing = {
         gpu.card.name: {title: round(dequantizing_ms(gpu, name), 1) for title, name in STORED.items()} for gpu in GPUS
@@ -339,11 +443,10 @@ def main() -> None:
             "device": "none: predicted from machine code for sm_89 and sm_90",
             "context": CONTEXT,
             "assumptions": asdict(ASSUMED) | {"issue": asdict(ISSUE), "gpus": [asdict(gpu) for gpu in GPUS]},
-            "attention_us": {
-                gpu.card.name: {b: round(a.us(gpu.card), 1) for b, a in attention.items()} for gpu in GPUS
-            },
             "code": {name: [asdict(launch) for launch in step] for name, step in code.items()},
+            "attention_code": {name: asdict(launch) for name, launch in attended.items()},
             "predicted": rows,
+            "attention": caches,
             "dequantizing_ms": dequantizing,
         }
         arguments.out.write_text(json.dumps(content, indent=1) + "\n")

@@ -8,7 +8,7 @@ import ast
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from persimmon.server import config
@@ -71,7 +71,26 @@ def roofline_table() -> str:
     for row in recorded["predicted"]:
         times = " → ".join(f"{row[key]:,.1f}" for key in ("before_us", "us") if key in row)
         cells.setdefault(row["launch"], {})[row["card"], row["batch"]] = f"{times}, {row['share']:.0%}"
-    places = sorted({place for launch in cells.values() for place in launch})
+    return _table(cells, sorted({place for launch in cells.values() for place in launch}))
+
+
+def fewer_bits_table() -> str:
+    """Predicted times of steps with quantized weights, and of attention over 8-bit caches.
+
+    As `python -m benchmarks.roofline_quantized` wrote them.
+    """
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "roofline_quantized_8b.json").read_text())
+    named = [(f"step, {row['launch'][6:] or 'dense'}, {row['weights']}", row) for row in recorded["predicted"]]
+    named = [(name, row) for name, row in named if row["launch"].startswith("step")]
+    named += [(f"attention, cache {row['cache']}", row) for row in recorded["attention"]]
+    cells: dict[str, dict[tuple[str, int], str]] = {}
+    for name, row in named:
+        share = f", {row['floor_us'] / row['us']:.0%}" if "floor_us" in row else ""
+        cells.setdefault(name, {})[row["card"], row["batch"]] = f"{row['us']:,.1f}{share}"
+    return _table(cells, sorted({place for at in cells.values() for place in at}))
+
+
+def _table(cells: Mapping[str, Mapping[tuple[str, int], str]], places: Sequence[tuple[str, int]]) -> str:
     heading = " | ".join(f"{card}, batch {batch}" for card, batch in places)
     lines = [f"| µs | {heading} |", f"| --- |{' ---: |' * len(places)}"]
     lines += [f"| {name} | {' | '.join(at.get(place, '') for place in places)} |" for name, at in cells.items()]
@@ -83,7 +102,7 @@ GENERATED: Mapping[str, Callable[[], str]] = {
     "reference/metrics.md": metrics_table,
     "reference/fields.md": field_table,
     "design/files.md": file_list,
-    "design/gpu-kernels.md": roofline_table,
+    "design/gpu-kernels.md": lambda: f"{roofline_table()}\n\n{fewer_bits_table()}",
 }
 """Pages under docs/, and what makes their generated part."""
 
