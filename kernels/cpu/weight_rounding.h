@@ -20,7 +20,6 @@ typedef struct {
     const void *weights;
     int64_t first;   /* its first weight among these */
     int64_t count;
-    int type;
     float lowest, highest; /* number that a weight may become */
 } WeightGroup;
 
@@ -142,7 +141,6 @@ INLINE int round_group(const WeightRounding *own, int64_t group, const int type,
     const WeightGroup some = {.weights = own->weights,
                               .first = group * own->group,
                               .count = own->group,
-                              .type = type,
                               .lowest = bits == 8 ? -128.0f : -8.0f,
                               .highest = bits == 8 ? 127.0f : 7.0f};
     const float largest = largest_weight(&some, type);

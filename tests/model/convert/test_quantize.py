@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from safetensors.torch import load_file
 
 from persimmon import kernels
@@ -23,6 +24,8 @@ from persimmon.model.quantization.rounding import quantize
 from persimmon.model.tokenizer import Tokenizer
 from tests.engine_harness import CPU
 from tests.model.checkpoints import DEMO, DEMO_VOCAB_SIZE, make_checkpoint
+from tests.model.convert.gguf_layout import make_gguf
+from tests.model.convert.plain_checkpoint import plain_checkpoint
 from tests.model.forward_pass import hidden_states
 
 INT8 = QuantizationRequest("int8")
@@ -124,6 +127,19 @@ def test_transformers_computes_the_same_with_it(original, request_, tmp_path):
     actual = log_probabilities(network(tmp_path / "out"), TOKENS)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(actual.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("kind", [GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0], ids=["Q8_0", "Q4_0"])
+def test_transformers_computes_the_same_with_numbers_of_a_gguf_file(kind, tmp_path):
+    """They are kept as they are: of lm_head in 8 bits in groups, which are not packed."""
+    from transformers import AutoModelForCausalLM
+
+    source = make_gguf(plain_checkpoint(tmp_path / "plain"), tmp_path / "model.gguf", kind)
+    convert(source, tmp_path / "out", None, layout="gguf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(torch.tensor([TOKENS])).logits[0].log_softmax(-1)
+    torch.testing.assert_close(log_probabilities(network(tmp_path / "out"), TOKENS), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_calibrated_numbers_lose_less_than_rounded_ones(tmp_path):
