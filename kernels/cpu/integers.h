@@ -80,6 +80,7 @@ INLINE Integers load_pairs(const int8_t *from) {
 /* How a step multiplies: four bytes, unsigned weights by signed inputs; two of 16 bits; four bytes as the first, but added
  * up in 16 bits; four bytes, signed weights by unsigned inputs of 7 bits: 2 * 127 * 128 < 2^15. */
 enum { DOT_BYTES, DOT_PAIRS, DOT_NARROW, DOT_POSITIVE };
+typedef int16_t Words __attribute__((vector_size(LANES * 4)));
 
 #if LANES == 16
 #define PAIR_SUMS(a, b) ((Integers)_mm512_madd_epi16(RAW(a), RAW(b)))
@@ -94,21 +95,21 @@ enum { DOT_BYTES, DOT_PAIRS, DOT_NARROW, DOT_POSITIVE };
 /* What a step adds to sums. */
 INLINE Integers dot(Integers sums, Integers weights, Integers inputs, const int how) {
 #if LANES == 16 && BYTE_DOTS
+    (void)how;
     return (Integers)_mm512_dpbusd_epi32(RAW(sums), RAW(weights), RAW(inputs));
 #elif BYTE_DOTS
+    (void)how;
     return (Integers)_mm256_dpbusd_avx_epi32(RAW(sums), RAW(weights), RAW(inputs));
 #else
-    return sums + (how == DOT_PAIRS ? PAIR_SUMS(weights, inputs) : PAIR_SUMS(BYTE_PAIR_SUMS(inputs, weights), ONES));
+    if (how == DOT_PAIRS) return sums + PAIR_SUMS(weights, inputs);
+    if (how == DOT_NARROW) return (Integers)((Words)sums + (Words)BYTE_PAIR_SUMS(weights, inputs));
+    return sums + PAIR_SUMS(BYTE_PAIR_SUMS(inputs, weights), ONES);
 #endif
 }
 
 #if !BYTE_DOTS
-/* Sums of 16 bits, two for each output. */
-typedef int16_t Words __attribute__((vector_size(LANES * 4)));
-INLINE Words dot_narrow(Words sums, Integers weights, Integers inputs) {
-    return sums + (Words)BYTE_PAIR_SUMS(weights, inputs);
-}
-INLINE Integers add_narrow(Integers sums, Words narrow) { return sums + PAIR_SUMS(narrow, ONES); }
+/* Adds sums of 16 bits, two for each output. */
+INLINE Integers add_narrow(Integers sums, Integers narrow) { return sums + PAIR_SUMS(narrow, ONES); }
 #endif
 
 /* Sixteen bytes of each of four vectors, put together four by four: in every part of 16 bytes, first[0..3], then

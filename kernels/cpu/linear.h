@@ -16,8 +16,8 @@
 
 /* Inputs of a slice: [128, 64] float32 are 32 KiB. */
 #define DEPTH 128
-/* Words of inputs between two fetches.  A single row reads memory fast enough as it is. */
-#define FETCH_DEPTH 8
+/* Words of inputs between two fetches. */
+#define FETCH_DEPTH(rows) ((rows) > 1 ? 8 : DEPTH)
 /* With at most this many rows, inputs that are zero in all rows are skipped if they are at least a quarter of all. */
 #define SPARSE_ROWS 4
 
@@ -39,9 +39,9 @@ INLINE void multiply_tile(const float *inputs, const void *slice, int64_t depth,
         for (int row = 0; row < rows; row++)
 #pragma GCC unroll 8
             for (int v = 0; v < vectors; v++) total[row][v] = load(sums + row * PANEL + column + v * LANES);
-        for (int64_t first = 0; first < depth; first += FETCH_DEPTH) {
-            if (rows > 1) fetch_more(fetch);
-            const int64_t end = depth - first < FETCH_DEPTH ? depth : first + FETCH_DEPTH;
+        for (int64_t first = 0; first < depth; first += FETCH_DEPTH(rows)) {
+            if (rows > 1 && !sparse) fetch_more(fetch);
+            const int64_t end = depth - first < FETCH_DEPTH(rows) ? depth : first + FETCH_DEPTH(rows);
             for (int64_t i = first; i < end; i++) {
                 const int64_t k = sparse ? nonzero[i] : i;
                 Vector weights[MAX_VECTORS];
@@ -71,9 +71,9 @@ INLINE void multiply_pairs_tile(const uint16_t *inputs, const uint16_t *slice, i
     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 4
         for (int v = 0; v < MAX_VECTORS; v++) total[row][v] = load(sums + row * PANEL + v * LANES);
-    for (int64_t first = 0; first < depth; first += FETCH_DEPTH) {
-        if (rows > 1) fetch_more(fetch);
-        const int64_t end = depth - first < FETCH_DEPTH ? depth : first + FETCH_DEPTH;
+    for (int64_t first = 0; first < depth; first += FETCH_DEPTH(rows)) {
+        if (rows > 1 && !sparse) fetch_more(fetch);
+        const int64_t end = depth - first < FETCH_DEPTH(rows) ? depth : first + FETCH_DEPTH(rows);
         for (int64_t i = first; i < end; i++) {
             const int64_t k = sparse ? nonzero[i] : i;
             __m512bh weights[MAX_VECTORS];
@@ -100,19 +100,25 @@ INLINE void multiply_pairs_tile(const uint16_t *inputs, const uint16_t *slice, i
 
 /* Where a slice's inputs, the words of one tile, are not zero in any row, if enough are zero to be worth it; else -1.
  * `magnitude`: the bits of a word that are not signs. */
-static int64_t find_nonzero(const void *inputs, int64_t rows, int64_t depth, uint32_t magnitude, int32_t *found) {
+INLINE int64_t nonzero_words(const uint32_t *inputs, int64_t depth, uint32_t magnitude, int32_t *found, const int rows) {
     int64_t count = 0;
     for (int64_t k = 0; k < depth; k++) {
         uint32_t bits = 0;
-        for (int64_t row = 0; row < rows; row++) {
-            uint32_t word;
-            memcpy(&word, (const char *)inputs + (k * rows + row) * sizeof word, sizeof word);
-            bits |= word & magnitude;
-        }
+#pragma GCC unroll 4
+        for (int row = 0; row < rows; row++) bits |= inputs[k * rows + row];
         found[count] = (int32_t)k;
-        count += bits != 0;
+        count += (bits & magnitude) != 0;
     }
     return count * 4 <= depth * 3 ? count : -1;
+}
+
+static int64_t find_nonzero(const uint32_t *inputs, int64_t rows, int64_t depth, uint32_t magnitude, int32_t *found) {
+    switch (rows) {
+        case 1: return nonzero_words(inputs, depth, magnitude, found, 1);
+        case 2: return nonzero_words(inputs, depth, magnitude, found, 2);
+        case 3: return nonzero_words(inputs, depth, magnitude, found, 3);
+        default: return nonzero_words(inputs, depth, magnitude, found, SPARSE_ROWS);
+    }
 }
 
 /* A slice of a panel as multiply_tile reads it: float32, PANEL wide. */
@@ -130,6 +136,13 @@ INLINE void widen_slice(const void *weights, int64_t depth, int64_t width, const
 static void widen_pairs(const uint16_t *weights, int64_t depth, int64_t width, uint16_t *slice) {
     for (int64_t k = 0; k < depth; k++)
         for (int64_t i = 0; i < 2 * PANEL; i++) slice[k * 2 * PANEL + i] = i < 2 * width ? weights[k * 2 * width + i] : 0;
+}
+
+/* What is fetched during a slice of `depth` words.  The processor itself fetches well ahead where memory is read once and
+ * from front to back; and inputs that are left out, -1 for none, need no weights. */
+INLINE Fetch fetch_during(const Inputs *in, int64_t depth, int64_t nonzero_count, const char *at, int64_t bytes) {
+    if (passes_of(in) == 1 || nonzero_count >= 0) return (Fetch){at, at, 0};
+    return fetch_of(at, bytes, in, (depth + FETCH_DEPTH(in->tile) - 1) / FETCH_DEPTH(in->tile));
 }
 
 /* All rows times a slice, whose first input is word number `word`. */
@@ -195,11 +208,11 @@ static void multiply_panel(const Operation *op, const Inputs *in, int64_t panel,
         const int64_t word = start / word_inputs, words = depth / word_inputs;
         const void *slice = weights + start * width * item_bytes;
         const char *next = start + DEPTH < op->in ? (const char *)slice + depth * width * item_bytes : next_weights;
-        const Fetch fetch = fetch_of(next, DEPTH * width * item_bytes, in, (words + FETCH_DEPTH - 1) / FETCH_DEPTH);
         int64_t count = -1;
         if (may_be_sparse)
             count = find_nonzero(tile_words(in, 0, word), in->rows, words, op->rounds ? 0x7fff7fffu : 0x7fffffffu,
                                  own->nonzero);
+        const Fetch fetch = fetch_during(in, words, count, next, DEPTH * width * item_bytes);
 #if defined(__AVX512BF16__)
         if (op->rounds) {
             if (width < PANEL) {

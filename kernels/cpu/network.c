@@ -67,41 +67,36 @@ static void round_items(const Operation *op, const Rounded *rounded, int64_t row
     else round_row(from, op->in, rounded, row, items, 1, BYTE_DOTS ? 128 : 0);
 }
 
-/* One row of a projection's inputs, normalised or rounded, for its tile. */
-static void prepare_row(const Operation *op, int64_t row, int64_t rows, void *inputs) {
+/* The inputs of one tile's rows, normalised or rounded; with few rows, without those that are zero in all. */
+static void prepare_tile(const Operation *op, int64_t tile, int64_t rows, void *inputs) {
+    const int64_t first = tile * tile_rows(rows), left = rows - first, some = left < tile_rows(rows) ? left : tile_rows(rows);
+    const char *from[TILE_ROWS];
     if (op->integer) {
         const Rounded rounded = rounded_inputs(op, rows, inputs);
-        char items[ROW_BUFFER_BYTES(rounded)];
-        round_items(op, &rounded, row, items);
-        place_row(inputs, rounded.row_bytes / 4, rows, row, items);
-        return;
-    }
-    float buffer[op->in];
-    const float *from = normed_row(op, row, buffer);
-    if (op->rounds) {
-        uint16_t rounded[op->in];
-        for (int64_t i = 0; i < op->in; i++) rounded[i] = to_bfloat16(from[i]);
-        place_row(inputs, op->in / 2, rows, row, rounded);
+        const int64_t stride = ROW_BUFFER_BYTES(rounded), words = rounded.row_bytes / 4;
+        char items[some * stride];
+        for (int64_t row = 0; row < some; row++) {
+            from[row] = items + row * stride;
+            round_items(op, &rounded, first + row, items + row * stride);
+        }
+        if (rounded.leaves_out && op->type == INT4) gather_nonzero(op, &rounded, rows, items, stride, 2, STEP_LINES(INT4));
+        else if (rounded.leaves_out) gather_nonzero(op, &rounded, rows, items, stride, 1, STEP_LINES(INT8));
+        place_tile((uint32_t *)inputs + first * words, words, from, some);
+    } else if (op->rounds) {
+        uint16_t items[some * op->in];
+        float buffer[op->in];
+        for (int64_t row = 0; row < some; row++) {
+            const float *normed = normed_row(op, first + row, buffer);
+            from[row] = (const char *)(items + row * op->in);
+            for (int64_t i = 0; i < op->in; i++) items[row * op->in + i] = to_bfloat16(normed[i]);
+        }
+        place_tile((uint32_t *)inputs + first * op->in / 2, op->in / 2, from, some);
     } else {
-        place_row(inputs, op->in, rows, row, from);
+        float buffers[op->norm_weight ? some * op->in : 1];
+        for (int64_t row = 0; row < some; row++)
+            from[row] = (const char *)normed_row(op, first + row, op->norm_weight ? buffers + row * op->in : buffers);
+        place_tile((uint32_t *)inputs + first * op->in, op->in, from, some);
     }
-}
-
-/* The rows of one tile. */
-static void prepare_tile(const Operation *op, int64_t tile, int64_t rows, void *inputs) {
-    const int64_t first = tile * tile_rows(rows), end = first + tile_rows(rows);
-    for (int64_t row = first; row < end && row < rows; row++) prepare_row(op, row, rows, inputs);
-}
-
-/* All rows at once, without the inputs that are zero in all. */
-static void prepare_few_rows(const Operation *op, int64_t rows, void *inputs) {
-    const Rounded rounded = rounded_inputs(op, rows, inputs);
-    const int64_t stride = ROW_BUFFER_BYTES(rounded);
-    char items[rows * stride];
-    for (int64_t row = 0; row < rows; row++) round_items(op, &rounded, row, items + row * stride);
-    if (op->type == INT4) gather_nonzero(op, &rounded, rows, items, stride, 2, STEP_LINES(INT4));
-    else gather_nonzero(op, &rounded, rows, items, stride, 1, STEP_LINES(INT8));
-    for (int64_t row = 0; row < rows; row++) place_row(inputs, rounded.row_bytes / 4, rows, row, items + row * stride);
 }
 
 /* How many rows of a product one thread takes together: alike in all parts, whole tiles, and few enough that every thread
@@ -211,7 +206,6 @@ static void run_part(const void *context, int64_t phase, int64_t part, int64_t t
         case EMBED: embed(op, run->step, part); break;
         case LINEAR:
             if (phase % 2) linear(op, run, part, thread);
-            else if (leaves_zeros_out(op, run->step->tokens)) prepare_few_rows(op, run->step->tokens, run->inputs);
             else prepare_tile(op, part, run->step->tokens, run->inputs);
             break;
         case ATTENTION: attention(op, run, part); break;

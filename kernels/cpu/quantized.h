@@ -18,7 +18,7 @@
 #define SLICE_INPUTS 128
 #define SLICE_GROUPS (SLICE_INPUTS / 8)
 /* How many bytes ahead weights are fetched with fewer rows than FETCH_ROWS; with more, the next slice is. */
-#define FETCH_ROWS 4
+#define FETCH_ROWS 5
 #define BYTES_AHEAD 4096
 #define LINES_AHEAD (BYTES_AHEAD / PANEL)
 /* Whose memory one thread uses, next to the sums. */
@@ -39,73 +39,75 @@ typedef struct {
     int64_t group_words;    /* words of a group's inputs */
     const uint32_t *counts; /* steps of each group, or null for the same everywhere */
     int64_t steps;
+    int64_t ahead;          /* where numbers come from memory, how many bytes ahead they are fetched with few rows; else 0 */
 } Slice;
 
+/* Adds the products of some steps to a tile's sums.  `ahead`: see `Slice`; `how`: see integers.h; `halves`: weights of
+ * 4 bits as they are stored, those of two steps in each byte. */
+INLINE void add_steps(Integers sums[][MAX_VECTORS], const uint8_t *numbers, const uint32_t *inputs, int64_t steps,
+                      int64_t ahead, const int rows, const int how, const int halves) {
+    const int vectors = TILE_VECTORS(rows), together = halves ? 2 : 1;
+    const int weight_bytes = how == DOT_PAIRS ? 2 : 4; /* for each output, of steps together */
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < steps; i += together, numbers += PANEL * weight_bytes, inputs += together * rows) {
+        Integers weights[MAX_VECTORS];
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++) {
+            const uint8_t *at = numbers + v * LANES * weight_bytes;
+            weights[v] = how == DOT_PAIRS ? load_pairs((const int8_t *)at) : load_integers(at);
+            if (rows < FETCH_ROWS && v * LANES * weight_bytes % LINE_BYTES == 0) __builtin_prefetch(at + ahead);
+        }
+#pragma GCC unroll 2
+        for (int half = 0; half < together; half++)
+#pragma GCC unroll 6
+            for (int row = 0; row < rows; row++) {
+                const Integers input = repeat_word(inputs + half * rows + row);
+#pragma GCC unroll 8
+                for (int v = 0; v < vectors; v++) {
+                    const Integers own = !halves ? weights[v] : half ? high_halves(weights[v]) : low_halves(weights[v]);
+                    sums[row][v] = dot(sums[row][v], own, input, how);
+                }
+            }
+    }
+}
+
 /* sums[row, :] += what a slice's groups add, for one tile's rows, of which the first is number `first_row`.  `words`: the
- * tile's; `how`: see integers.h. */
+ * tile's; `how`, `halves`: see `add_steps`. */
 INLINE void dot_tile(const Rounded *in, int64_t first_row, const uint32_t *words, const Slice *slice, float *sums,
-                     Fetch *fetch, const int rows, const int how) {
-    const int step_bytes = how == DOT_PAIRS ? 2 : 4; /* of weights, for each output */
-    const int vectors = TILE_VECTORS(rows);
+                     Fetch *fetch, const int rows, const int how, const int halves) {
+    if (halves && rows >= FETCH_ROWS) return; /* never so; the compiler makes nothing of it */
+    const int vectors = TILE_VECTORS(rows), weight_bytes = how == DOT_PAIRS ? 2 : 4;
     const float *input_scales = in->scales + first_row * in->groups + slice->first;
     const int32_t *corrections = in->corrections + first_row * in->groups + slice->first;
     for (int column = 0; column < PANEL; column += vectors * LANES)
         for (int64_t group = 0; group < slice->groups; group++) {
             const int64_t steps = slice->counts ? slice->counts[group] : slice->steps;
-            const uint8_t *numbers = slice->numbers + group * slice->numbers_stride + column * step_bytes;
+            const uint8_t *numbers = slice->numbers + group * slice->numbers_stride + column * weight_bytes;
             const uint32_t *inputs = words + group * slice->group_words * rows;
+            if (rows >= FETCH_ROWS) fetch_more(fetch);
             Integers total[TILE_ROWS][MAX_VECTORS];
 #pragma GCC unroll 6
             for (int row = 0; row < rows; row++)
 #pragma GCC unroll 8
                 for (int v = 0; v < vectors; v++) total[row][v] = repeat(corrections[row * in->groups + group]);
-            if (rows >= FETCH_ROWS) fetch_more(fetch);
 #if !BYTE_DOTS
-            if (how == DOT_NARROW)
-                for (int64_t left = steps; left > 0; left -= NARROW_DOTS) {
-                    const int64_t some = left < NARROW_DOTS ? left : NARROW_DOTS;
-                    Words part[TILE_ROWS][MAX_VECTORS];
+            if (how == DOT_NARROW) {
+                for (int64_t step = 0; step < steps; step += NARROW_DOTS) {
+                    Integers part[TILE_ROWS][MAX_VECTORS];
 #pragma GCC unroll 6
                     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 8
-                        for (int v = 0; v < vectors; v++) part[row][v] = (Words){0};
-#pragma GCC unroll 2
-                    for (int64_t i = 0; i < some; i++, numbers += PANEL * step_bytes, inputs += rows) {
-                        Integers weights[MAX_VECTORS];
-#pragma GCC unroll 8
-                        for (int v = 0; v < vectors; v++)
-                            weights[v] = load_integers(numbers + v * LANES * step_bytes);
-#pragma GCC unroll 6
-                        for (int row = 0; row < rows; row++) {
-                            const Integers input = repeat_word(inputs + row);
-#pragma GCC unroll 8
-                            for (int v = 0; v < vectors; v++) part[row][v] = dot_narrow(part[row][v], weights[v], input);
-                        }
-                    }
+                        for (int v = 0; v < vectors; v++) part[row][v] = repeat(0);
+                    add_steps(part, numbers + step * PANEL * 4 / (halves ? 2 : 1), inputs + step * rows,
+                              steps - step < NARROW_DOTS ? steps - step : NARROW_DOTS, slice->ahead, rows, how, halves);
 #pragma GCC unroll 6
                     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 8
                         for (int v = 0; v < vectors; v++) total[row][v] = add_narrow(total[row][v], part[row][v]);
                 }
-            else
+            } else
 #endif
-#pragma GCC unroll 2
-                for (int64_t i = 0; i < steps; i++, numbers += PANEL * step_bytes, inputs += rows) {
-                    Integers weights[MAX_VECTORS];
-#pragma GCC unroll 8
-                    for (int v = 0; v < vectors; v++) {
-                        const uint8_t *at = numbers + v * LANES * step_bytes;
-                        weights[v] = how == DOT_PAIRS ? load_pairs((const int8_t *)at) : load_integers(at);
-                        if (rows < FETCH_ROWS && v * LANES * step_bytes % LINE_BYTES == 0)
-                            __builtin_prefetch(at + BYTES_AHEAD);
-                    }
-#pragma GCC unroll 6
-                    for (int row = 0; row < rows; row++) {
-                        const Integers input = repeat_word(inputs + row);
-#pragma GCC unroll 8
-                        for (int v = 0; v < vectors; v++) total[row][v] = dot(total[row][v], weights[v], input, how);
-                    }
-                }
+                add_steps(total, numbers, inputs, steps, slice->ahead, rows, how, halves);
             const float *own_scales = slice->scales ? slice->scales + group * slice->scales_stride + column : NULL;
 #pragma GCC unroll 6
             for (int row = 0; row < rows; row++) {
@@ -128,11 +130,11 @@ INLINE void dot_tile(const Rounded *in, int64_t first_row, const uint32_t *words
 
 /* A slice times all rows, of which the first is number `first_row` of the step. */
 INLINE void dot_slice(const Rounded *rounded, const Inputs *in, int64_t first_row, const Slice *slice, float *sums,
-                      Fetch fetch, const int how) {
+                      Fetch fetch, const int how, const int halves) {
     for (int64_t row = 0; row < in->rows; row += in->tile) {
         const uint32_t *words = tile_words(in, row, slice->first * slice->group_words);
         float *own_sums = sums + row * PANEL;
-#define DOTS(n) dot_tile(rounded, first_row + row, words, slice, own_sums, &fetch, n, how)
+#define DOTS(n) dot_tile(rounded, first_row + row, words, slice, own_sums, &fetch, n, how, halves)
         FOR_ROWS(rows_of_tile(in, row), DOTS)
     }
 }
@@ -236,6 +238,8 @@ static void multiply_integers(const Operation *op, const Rounded *rounded, const
                               int64_t panel, int64_t next_panel, float *sums, QuantizedWorkspace *own) {
     const Layout layout = layout_of(op->in, op->group, op->type, op->scale_type);
     const int type = (int)op->type, in_rows = op->scales != NULL, few = rounded->leaves_out;
+    /* What one tile of few rows reads, it splits itself. */
+    const int halves = type == INT4 && !op->sparse && in->rows < FETCH_ROWS;
     const char *weights = (const char *)op->weight + panel * layout.panel_bytes;
     const char *next = (const char *)op->weight + next_panel * layout.panel_bytes;
     const int64_t step_bytes = PANEL * step_inputs(op);
@@ -260,6 +264,7 @@ static void multiply_integers(const Operation *op, const Rounded *rounded, const
             .group_words = rounded->group / step_inputs(op),
             .counts = few ? rounded->counts + group : NULL,
             .steps = inputs / step_inputs(op),
+            .ahead = BYTES_AHEAD,
         };
         if (layout.groups > 1) {
             const char *scales = weights + input / op->group * layout.group_bytes;
@@ -268,9 +273,10 @@ static void multiply_integers(const Operation *op, const Rounded *rounded, const
             slice.scales = own->scales;
             slice.scales_stride = alike ? PANEL : 0;
         }
-        if (op->sparse || in_rows || type == INT4) {
+        if (op->sparse || in_rows || (type == INT4 && !halves)) {
             const int64_t stride = slice.numbers_stride;
             slice.numbers = own->numbers;
+            slice.ahead = 0;
             slice.numbers_stride = slice.steps * step_bytes;
             for (int64_t i = 0; i < some; i++) {
                 const uint8_t *from = (const uint8_t *)numbers + i * stride;
@@ -286,13 +292,11 @@ static void multiply_integers(const Operation *op, const Rounded *rounded, const
         const char *after = weights + numbers_at(&layout, type, input + some * rounded->group);
         const Fetch fetch =
             fetch_of(group + some < rounded->groups ? after : next, some * inputs * number_bytes, in, some);
-#if BYTE_DOTS
-        dot_slice(rounded, in, first_row, &slice, sums, fetch, DOT_BYTES);
-#else
-        if (type == INT4) dot_slice(rounded, in, first_row, &slice, sums, fetch, DOT_NARROW);
-        else if (op->sparse) dot_slice(rounded, in, first_row, &slice, sums, fetch, DOT_POSITIVE);
-        else dot_slice(rounded, in, first_row, &slice, sums, fetch, DOT_PAIRS);
-#endif
+        if (type == INT4 && halves) dot_slice(rounded, in, first_row, &slice, sums, fetch, DOT_NARROW, 1);
+        else if (BYTE_DOTS) dot_slice(rounded, in, first_row, &slice, sums, fetch, DOT_BYTES, 0);
+        else if (type == INT4) dot_slice(rounded, in, first_row, &slice, sums, fetch, DOT_NARROW, 0);
+        else if (op->sparse) dot_slice(rounded, in, first_row, &slice, sums, fetch, DOT_POSITIVE, 0);
+        else dot_slice(rounded, in, first_row, &slice, sums, fetch, DOT_PAIRS, 0);
     }
     if (layout.groups == 1) scale_panel(op, in->rows, panel, weights, sums, own->scales);
 }
@@ -338,8 +342,7 @@ static void multiply_floats(const Operation *op, const Inputs *in, int64_t panel
                 split_lines((const uint8_t *)numbers, depth, count, floats->nonzero, widened_once);
             if (widened) widen_slice(slice, depth, PANEL, INT8, floats->slice);
             const char *after = first + depth < op->in ? weights + numbers_at(&layout, type, first + depth) : next;
-            const Fetch fetch = fetch_of(after, depth * PANEL / (type == INT4 ? 2 : 1), in,
-                                         (depth + FETCH_DEPTH - 1) / FETCH_DEPTH);
+            const Fetch fetch = fetch_during(in, depth, count, after, depth * PANEL / (type == INT4 ? 2 : 1));
             const int32_t *nonzero = floats->nonzero;
             if (widened) multiply_slice(in, first, floats->slice, depth, count, nonzero, sums, fetch, FLOAT32);
             else multiply_slice(in, first, slice, depth, count, nonzero, sums, fetch, INT8);

@@ -43,16 +43,27 @@ INLINE int64_t tile_rows(int64_t rows) {
 
 INLINE int64_t tile_count(int64_t rows) { return (rows + tile_rows(rows) - 1) / tile_rows(rows); }
 
-/* Copies a row's words to where its tile reads them; `rows` of all tiles. */
-INLINE void place_row(void *inputs, int64_t words, int64_t rows, int64_t row, const void *from) {
-    const int64_t tile = tile_rows(rows), first = row - row % tile;
-    const int64_t stride = rows - first < tile ? rows - first : tile;
-    uint32_t *to = (uint32_t *)inputs + first * words + row % tile;
-    if (stride == 1) {
-        memcpy(to, from, (size_t)words * sizeof *to);
-        return;
+/* Puts the words of a tile's rows side by side. */
+INLINE void place_tile(uint32_t *to, int64_t words, const char *const *from, int64_t rows) {
+    const int64_t size = sizeof *to, whole = words - words % 4;
+    int64_t row = 0;
+    for (; row + 2 <= rows; row += 2) { /* four words of two rows at a time */
+        for (int64_t i = 0; i < whole; i += 4) {
+            const __m128i one = _mm_loadu_si128((const void *)(from[row] + i * size));
+            const __m128i other = _mm_loadu_si128((const void *)(from[row + 1] + i * size));
+            const __m128d first = _mm_castsi128_pd(_mm_unpacklo_epi32(one, other));
+            const __m128d last = _mm_castsi128_pd(_mm_unpackhi_epi32(one, other));
+            _mm_storel_pd((double *)(to + i * rows + row), first);
+            _mm_storeh_pd((double *)(to + (i + 1) * rows + row), first);
+            _mm_storel_pd((double *)(to + (i + 2) * rows + row), last);
+            _mm_storeh_pd((double *)(to + (i + 3) * rows + row), last);
+        }
+        for (int64_t i = whole; i < words; i++)
+            for (int64_t j = row; j < row + 2; j++) memcpy(to + i * rows + j, from[j] + i * size, (size_t)size);
     }
-    for (int64_t i = 0; i < words; i++) memcpy(to + i * stride, (const char *)from + i * sizeof *to, sizeof *to);
+    if (rows == 1) memcpy(to, from[0], (size_t)(words * size));
+    else if (row < rows)
+        for (int64_t i = 0; i < words; i++) memcpy(to + i * rows + row, from[row] + i * size, (size_t)size);
 }
 
 /* Some rows of a product's inputs: whole tiles. */
@@ -78,8 +89,12 @@ INLINE const uint32_t *tile_words(const Inputs *own, int64_t row, int64_t word) 
     return own->at + row * own->words + word * rows_of_tile(own, row);
 }
 
-/* Memory that is fetched while something else is multiplied: a processor's own prefetching stops where a slice is read
- * again by the next tile. */
+/* How often a slice of PANEL outputs is read: once by each tile for each of its vectors of outputs. */
+INLINE int64_t passes_of(const Inputs *own) {
+    return (own->rows + own->tile - 1) / own->tile * (PANEL / (TILE_VECTORS(own->tile) * LANES));
+}
+
+/* Memory that is fetched while something else is multiplied. */
 typedef struct {
     const char *at, *end;
     int64_t lines; /* at once */
@@ -87,10 +102,9 @@ typedef struct {
 
 #define LINE_BYTES 64
 
-/* `times`: how often each tile calls `fetch_more` for the same outputs. */
+/* `times`: how often `fetch_more` is called in each pass. */
 INLINE Fetch fetch_of(const char *at, int64_t bytes, const Inputs *in, int64_t times) {
-    const int64_t tiles = (in->rows + in->tile - 1) / in->tile, passes = PANEL / (TILE_VECTORS(in->tile) * LANES);
-    const int64_t calls = times * tiles * passes, lines = (bytes + LINE_BYTES - 1) / LINE_BYTES;
+    const int64_t calls = times * passes_of(in), lines = (bytes + LINE_BYTES - 1) / LINE_BYTES;
     return (Fetch){at, at + bytes, (lines + calls - 1) / calls};
 }
 
