@@ -24,6 +24,9 @@ from persimmon.model.weight_files import BYTES, Header, WeightFile, and_more, fi
 SCORE = "score.weight"
 
 _COMPARED_ROWS = 4096
+_NUMBERS_DRAWN = (1 << 20) - 3
+"""Random numbers of a dummy tensor.  A larger one repeats them, since a CPU would take minutes to draw those of the 8B
+model.  It is a prime, so that no two rows are the same."""
 
 
 def expected_shapes(config: PersimmonConfig) -> dict[str, tuple[int, ...]]:
@@ -70,7 +73,8 @@ def dummy_tensors(
     """Random tensors in place of a checkpoint's, to measure speed: same names, shapes and order.
 
     Weights and biases are drawn from N(0, 0.02²) as at the start of training, norm weights from N(1, 0.1²),
-    so that nothing overflows or vanishes.  They are made on the device, one at a time.
+    so that nothing overflows or vanishes; a large tensor repeats a million of them.  They are made on the device, one
+    at a time.
 
     Args:
         config: the network.
@@ -106,7 +110,13 @@ def dummy_parameters(
 
 def _normal(name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     mean, deviation = (1.0, 0.1) if name.endswith("layernorm.weight") else (0.0, 0.02)
-    return torch.empty(shape, dtype=dtype, device=generator.device).normal_(mean, deviation, generator=generator)
+    tensor = torch.empty(shape, dtype=dtype, device=generator.device)
+    flat = tensor.view(-1)
+    drawn = flat[:_NUMBERS_DRAWN].normal_(mean, deviation, generator=generator)
+    for start in range(_NUMBERS_DRAWN, len(flat), _NUMBERS_DRAWN):
+        rest = flat[start : start + _NUMBERS_DRAWN]
+        rest.copy_(drawn[: len(rest)])
+    return tensor
 
 
 def scheme_of(config: PersimmonConfig, name: str) -> MatrixScheme | None:

@@ -478,6 +478,14 @@ def test_dummy_tensors_are_those_of_the_network() -> None:
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
 
+def test_large_dummy_tensors_have_no_two_rows_alike() -> None:
+    config = replace(CONFIG, vocab_size=6000, hidden_size=256)
+    table = next(tensor for name, tensor in dummy_tensors(config, torch.float32, "cpu", seed=1) if len(tensor) == 6000)
+    assert table.numel() > 1 << 20
+    assert len(table.unique(dim=0)) == 6000
+    assert abs(table.std().item() - 0.02) < 1e-4
+
+
 def test_dummy_tensors_follow_from_the_seed() -> None:
     assert_same(random_tensors(), random_tensors())
     other = dict(dummy_tensors(CONFIG, torch.float32, "cpu", seed=2**63 - 1))
