@@ -153,6 +153,22 @@ class TestBarrierBeforeSharedStores:
         assert rules.barrier_before_shared_stores(fragment(sass=lines, num_warps=8)) == []
         assert rules.barrier_before_shared_stores(fragment(sass=self.LINES, num_warps=4)) == []
 
+    @pytest.mark.parametrize(
+        ("copied", "is_widened"), [(("i8", "i32"), True), (("f8E4M3FN",), True), (("i8", "f16"), False)]
+    )
+    def test_is_not_needed_for_copies_of_what_products_do_not_read(
+        self, copied: Sequence[str], is_widened: bool
+    ) -> None:
+        lines = [*self.LINES[:2], "LDGSTS.E.BYPASS.128 [R2], desc[UR4][R4.64] ;"]
+        ttgir = "\n".join(
+            f"%k = ttg.async_copy_global_to_local %a, %b : tensor<64x64x!tt.ptr<{dtype}>, #blocked> -> <64x64x{dtype}>"
+            for dtype in copied
+        )
+        found = rules.barrier_before_shared_stores(fragment(sass=lines, ttgir=ttgir, num_warps=8))
+        assert (found == []) == is_widened
+        stored = fragment(sass=self.LINES, ttgir=ttgir, num_warps=8)
+        assert rules.barrier_before_shared_stores(stored)
+
 
 class TestNothingBeforeGridWait:
     WAIT = "griddepcontrol.wait;"
