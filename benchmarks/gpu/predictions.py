@@ -52,7 +52,16 @@ def predicted_quantized_us(setting: Setting, weights: str, batch: int, launch: s
     return next((float(row["us"]) for row in found if row["card"] in device), None)
 
 
+def predicted_cache_us(setting: Setting, cache_type: str, batch: int, context: int) -> float | None:
+    """The same of decode attention over a cache that --kv-cache-dtype names."""
+    if not setting.on_gpu or context != CONTEXT:
+        return None
+    device, wanted = torch.cuda.get_device_name(), (cache_type, batch)
+    found = (row for row in _rows(PREDICTED_QUANTIZED, "attention") if (row["cache"], row["batch"]) == wanted)
+    return next((float(row["us"]) for row in found if row["card"] in device), None)
+
+
 @cache
-def _rows(path: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads(path.read_text())["predicted"] if path.exists() else []
+def _rows(path: Path, kind: str = "predicted") -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(path.read_text())[kind] if path.exists() else []
     return rows

@@ -38,6 +38,9 @@ SECTIONS = {
         "benchmarks.gpu.engine", 40, about="200 mixed requests through scheduler and engine, each feature on and off"
     ),
     "kernels": Section("benchmarks.gpu.speed", 45, about="each kernel by itself, next to cuBLAS and torch"),
+    "eight-bit-cache": Section(
+        "benchmarks.gpu.eight_bit_cache", 40, is_default=False, about="attention over 8-bit caches: right, and how fast"
+    ),
     "quantized": Section(
         "benchmarks.gpu.quantized", 60, is_default=False, about="8-bit and 4-bit weights: right, and how fast"
     ),

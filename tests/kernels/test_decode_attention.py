@@ -345,9 +345,9 @@ class TestEightBits:
         assert_is_the_reference_of_eight_bits(step)
 
     def test_a_sequence_s_bits_do_not_depend_on_the_others(self, cache_dtype: torch.dtype) -> None:
-        step = Step.make([300, 17, 257], cache_dtype=cache_dtype, heads=1)
+        step = Step.make([17, 257], cache_dtype=cache_dtype, heads=1)
         together = step.copy().run()
-        for sequence in range(3):
+        for sequence in range(2):
             assert torch.equal(step.only(sequence).run()[0], together[sequence])
 
 

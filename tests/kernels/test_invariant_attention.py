@@ -98,7 +98,6 @@ class Sequence:
         (torch.float16, torch.float16),
         (torch.float32, torch.float32),
         (torch.float16, torch.int8),
-        (torch.float16, torch.float8_e4m3fn),
     ],
     ids=str,
 )

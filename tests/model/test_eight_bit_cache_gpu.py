@@ -83,7 +83,7 @@ def test_forks_and_prefix_hits_get_the_tokens_of_each_sample_by_itself(folder: P
     drawn = SamplingParams(temperature=1.0, seed=3, top_p=0.95)
 
     def sample(index: int, forks: list[Sequence] | None = None) -> Sequence:
-        return Sequence(index, list(PROMPT), 3, sampling=drawn, sample_index=index, forks=forks or [])
+        return Sequence(index, list(PROMPT), 2, sampling=drawn, sample_index=index, forks=forks or [])
 
     def engine() -> Harness:
         runner = runner_on_gpu(model, kernels, torch.int8, num_blocks=8)

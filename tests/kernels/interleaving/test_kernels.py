@@ -24,8 +24,14 @@ from tests.kernels.interleaving.rewritten import rewritten
 # numpy warns where a GPU does not: of log(0), and of 0 / 0 that is then not chosen.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-SEEDS = {"projections": (2, 8), "decode attention": (4, 0, 5), "batch-invariant decode": (1, 0)}
-"""For MERGES, with which several programs meet; the first, which costs least, is used for planted faults."""
+SEEDS = {
+    "projections": (2, 8),
+    "decode attention": (4, 0, 5),
+    "batch-invariant decode": (1, 0),
+    "decode attention over 8 bits": (1,),
+    "prefill over 8 bits": (1,),
+}
+"""Of MERGES, with which several programs meet; the first, which costs least, is used for planted faults."""
 
 EVERY_CASE = [(name, seed) for name in CASES for seed in SEEDS.get(name, range(2))]
 
