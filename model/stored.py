@@ -21,6 +21,7 @@ LFS_POINTER = b"version https://git-lfs"
 """How a file begins that stands for another one."""
 
 _MAX_SMALL_FILE = 64 << 20
+_OWN_PAGES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,10 @@ class StoredTensor:
         """
         shape = (stop - start, *self.shape[1:])
         span = spanned(shape, self.stride)
-        buffer = bytearray(span * self.dtype.itemsize)
+        size = span * self.dtype.itemsize
+        # Large ones have pages of their own, which the system gets back: freed between what stays, they would not be
+        # used again for others, and loading would take more memory than the result and a few rows.
+        buffer = mmap.mmap(-1, size) if size >= _OWN_PAGES else bytearray(size)
         with self.region.opened() as file:
             file.seek(self.storage.start + (self.offset + start * self.stride[0]) * self.dtype.itemsize)
             if file.readinto(buffer) != len(buffer):
