@@ -101,7 +101,7 @@ class Timing:
 class Steps:
     """A network in one format, and its steps."""
 
-    def __init__(self, name: str, config: PersimmonConfig, build: str) -> None:
+    def __init__(self, name: str, config: PersimmonConfig, build: str, cache_dtype: torch.dtype | None) -> None:
         self.name, self.build = name, build
         form = FORMATS[name]
         # With weights of bfloat16 activations are bfloat16 too where the build multiplies such numbers, as in serving.
@@ -110,7 +110,7 @@ class Steps:
         formats = quantized_formats(config, form.quantization, form.group_size) if form.quantization else {}
         tensors = dummy_parameters(config, form.stored, CPU, 0, formats)
         model = Persimmon(config=config, tensors=tensors, dtype=self.dtype, device=CPU, kernels=operations)
-        cache = KVCache.allocate(config, STEPS[2][0] * BLOCKS_EACH, BLOCK_SIZE, self.dtype, CPU)
+        cache = KVCache.allocate(config, STEPS[2][0] * BLOCKS_EACH, BLOCK_SIZE, cache_dtype or self.dtype, CPU)
         for layer in cache.layers:
             for tensor in layer.tensors:
                 tensor.zero_()
@@ -139,9 +139,20 @@ class Steps:
         )
 
 
-def measure(build: str, names: Sequence[str], config: PersimmonConfig, rounds: int, seconds: float) -> list[Timing]:
-    """All formats in turn, `rounds` times, each kind of step for `seconds`."""
-    networks = [Steps(name, config, build) for name in names]
+def measure(
+    build: str,
+    names: Sequence[str],
+    config: PersimmonConfig,
+    *,
+    rounds: int,
+    seconds: float,
+    cache_dtype: torch.dtype | None = None,
+) -> list[Timing]:
+    """All formats in turn, `rounds` times, each kind of step for `seconds`.
+
+    Without a `cache_dtype` the cache is of the activations' type.
+    """
+    networks = [Steps(name=name, config=config, build=build, cache_dtype=cache_dtype) for name in names]
     best: dict[tuple[str, int, int], float] = {}
     for _ in range(rounds):
         for network in networks:
@@ -199,6 +210,9 @@ def main() -> None:
     parser.add_argument(
         "--formats", nargs="+", choices=FORMATS, default=list(FORMATS), metavar="NAME", help=", ".join(FORMATS)
     )
+    parser.add_argument(
+        "--kv-cache-dtype", choices=("auto", "int8"), default="auto", help="of the KV cache [default: %(default)s]"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of all formats in turn [default: %(default)s]")
     parser.add_argument("--seconds", type=float, default=0.4, help="of each step and round [default: %(default)s]")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all results as JSON")
@@ -208,13 +222,21 @@ def main() -> None:
         config = PersimmonConfig.from_folder(Path(folder))
     timings = []
     for build in arguments.builds:
-        timings += measure(build, arguments.formats, config, arguments.rounds, arguments.seconds)
+        timings += measure(
+            build,
+            arguments.formats,
+            config,
+            rounds=arguments.rounds,
+            seconds=arguments.seconds,
+            cache_dtype=torch.int8 if arguments.kv_cache_dtype == "int8" else None,
+        )
     print(table(timings))
     if arguments.out:
         content = {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "device": device() | {"threads": torch.get_num_threads()},
             "network": arguments.network,
+            "kv_cache_dtype": arguments.kv_cache_dtype,
             "timings": [asdict(timing) for timing in timings],
         }
         arguments.out.write_text(json.dumps(content, indent=1) + "\n")
