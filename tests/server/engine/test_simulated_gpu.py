@@ -49,6 +49,7 @@ SETTINGS = read_settings(
         "max_num_batched_tokens": "20",
         "max_model_len": "96",
         "block_size": "16",
+        "kv_cache_dtype": "int8",  # tests/end_to_end/test_simulated_gpu.py has the network's own
         "kv_cache_memory": str(24 * 4096),
     }
 ).of_engine()
@@ -150,7 +151,7 @@ def on_cpu(folder: Path, sizes: tuple[int, ...] = ()) -> tuple[Persimmon, Runner
     model = Persimmon(config, Checkpoint.open(folder, config).tensors(), torch.float16, CPU, kernels)
     executor = FusedExecutor(kernels, sizes)
     executor.reserve(loading._limits(SETTINGS, config, 96))
-    return model, Runner(executor.start(model, poisoned_cache(model, NUM_BLOCKS, SETTINGS.block_size)))
+    return model, Runner(executor.start(model, poisoned_cache(model, NUM_BLOCKS, SETTINGS.block_size, torch.int8)))
 
 
 def harness_of(model: Persimmon, runner: Runner, *, overlap: bool) -> Harness:
@@ -198,6 +199,11 @@ class TestTheStart:
     def test_captures_graphs_and_names_the_gpu(self, started: Started) -> None:
         assert "cuda:0 (NVIDIA H200)" in started.lines
         assert any(line.lstrip().startswith("CUDA graphs") for line in started.lines)
+
+    def test_shows_what_each_type_of_cache_takes_and_holds(self, started: Started) -> None:
+        [choices] = [line for line in started.lines if "--kv-cache-dtype" in line]
+        assert [choice.split()[0] for choice in choices.partition(": ")[2].split("), ")] == ["int8", "auto", "fp8_e4m3"]
+        assert f"int8 holds {started.loaded.plan.kv_tokens} (" in choices
 
     def test_plans_with_a_share_of_the_gpu_s_memory(self, started: Started) -> None:
         assert started.loaded.plan.available == int(H200_BYTES * SETTINGS.gpu_memory_utilization)
