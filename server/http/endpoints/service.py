@@ -93,7 +93,8 @@ class Service:
     def system_fingerprint(self) -> str:
         """Changes when answers to the same request with the same seed may: with the server, the model or the device."""
         info = self.engine.info
-        served = (_VERSION, self.served_model_name, info and info.dtype, info and info.weights, info and info.device)
+        computed = info and (info.dtype, info.weights, info.cache_dtype, info.device)
+        served = (_VERSION, self.served_model_name, computed)
         return "fp_" + blake2b(repr(served).encode(), digest_size=5).hexdigest()
 
     def check_model(self, name: str | None) -> None:
