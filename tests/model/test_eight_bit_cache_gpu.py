@@ -16,7 +16,6 @@ from persimmon.kernels.invariant import InvariantKernels
 from persimmon.model.checkpoint import Checkpoint
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.fused_executor import FusedExecutor
-from persimmon.model.kv_cache import KVCache
 from persimmon.model.persimmon import Persimmon
 from persimmon.model.runner import Runner, SequenceInput
 from persimmon.model.sampling_params import SamplingParams
@@ -103,17 +102,6 @@ def test_forks_and_prefix_hits_get_the_tokens_of_each_sample_by_itself(folder: P
     together.run([again])
     assert new_tokens(again) == alone[0]
     assert together.scheduler.stats().cached_tokens > 0
-
-
-@pytest.mark.parametrize("name", EIGHT_BIT_CACHES)
-def test_copies_of_blocks_bring_their_scales(folder: Path, name: str) -> None:
-    config, dtype = PersimmonConfig.from_folder(folder), EIGHT_BIT_CACHES[name]
-    cache = KVCache.allocate(config, 4, 16, dtype, CPU)
-    for index, tensor in enumerate(cache.tensors):
-        tensor.copy_((torch.arange(4) + index).view(-1, 1, 1, 1).expand(tensor.shape))
-    cache.copy([(1, 3), (3, 0)])
-    for index, tensor in enumerate(cache.tensors):
-        assert tensor[:, 0, 0, 0].tolist() == [3 + index, 1 + index, 2 + index, 1 + index]
 
 
 @pytest.mark.parametrize(
