@@ -192,13 +192,18 @@ def floors_of(
     rates: Rates,
     arguments: argparse.Namespace,
 ) -> list[Floor]:
-    """The machine's floor next to each server's output tokens per second."""
+    """The machine's floor next to each server's output tokens per second.
+
+    The rate of integer products is not measured: with quantized weights only one stream has a floor, memory's.
+    """
     precisions = {contender.name: contender.precision for contender in contenders}
     floors = []
     for summary in summaries:
         if summary.figure != "output tokens/s":
             continue
         precision = precisions[summary.server]
+        if precision in QUANTIZED and summary.streams > 1:
+            continue
         most = floor_tokens_per_s(
             config,
             replace(rates, matmul_gflop_s=math.inf) if precision in QUANTIZED else rates,

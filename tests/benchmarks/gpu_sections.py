@@ -17,8 +17,8 @@ from benchmarks.gpu.suite import SUITES, Setting
 COMPILED_AHEAD = ("smoke", "steps", "engine")
 """Sections all of whose kernels are compiled before they run."""
 
-SLOW = ("steps", "engine", "checks", "eight-bit-cache")
-"""Sections that take about ten seconds each; tests/compat runs them."""
+SLOW = ("smoke", "steps", "engine", "checks", "eight-bit-cache")
+"""Sections that take ten to twenty seconds each; tests/compat runs them."""
 
 
 @contextmanager

@@ -58,7 +58,7 @@ CALLS: dict[str, Callable[[], None]] = {
     )
 }
 COMPAT_ONLY = {name for name in CALLS if "blocks of 32" not in name}
-EVERY_GENERATION = {"chunks, blocks of 32", "decodes, blocks of 32"}
+EVERY_GENERATION: set[str] = set()
 
 _MERGES = (r"ATOMG\.E\.ADD\.STRONG\.GPU", r"LDG\.E\.\d*\.?STRONG\.GPU")
 # One and the same instruction multiplies for both, which is what makes their bits equal.

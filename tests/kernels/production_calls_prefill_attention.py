@@ -79,4 +79,4 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     if name != "store of decodes"
 }
 COMPAT_ONLY = set(CALLS) - {"prompts", "drafts", "prompts in blocks of 16", "store of decodes"}
-EVERY_GENERATION = {"prompts", "drafts"}
+EVERY_GENERATION = {"prompts"}
