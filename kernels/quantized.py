@@ -4,9 +4,12 @@ Symmetric only: a weight is its number times the scale of its output and its gro
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
+
+from persimmon.kernels.cpu import pages
 
 Bits = Literal[4, 8]
 
@@ -79,14 +82,15 @@ class QuantizedMatrix:
     def empty(
         cls, shape: tuple[int, int], format: QuantizedFormat, device: torch.device | str = "cpu"
     ) -> "QuantizedMatrix":
-        """An (out, in) matrix whose numbers and scales are still to be written."""
+        """An (out, in) matrix whose numbers and scales are still to be written; on a CPU in pages of its own."""
         rows, columns = shape
         group_size = columns if format.group_size is None else format.group_size
+        empty = pages.empty if torch.device(device).type == "cpu" else partial(torch.empty, device=device)
         return cls(
-            numbers=torch.empty(rows, columns, dtype=torch.int8, device=device)
+            numbers=empty((rows, columns), dtype=torch.int8)
             if format.bits == 8
-            else torch.empty(rows, columns // 2, dtype=torch.uint8, device=device),
-            scales=torch.empty(rows, columns // group_size, dtype=format.scale_dtype, device=device),
+            else empty((rows, columns // 2), dtype=torch.uint8),
+            scales=empty((rows, columns // group_size), dtype=format.scale_dtype),
             bits=format.bits,
             group_size=group_size,
         )

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from persimmon.kernels.cpu import pages
 from persimmon.model.errors import CheckpointError
 from persimmon.model.regular_file import check_regular
 
@@ -21,7 +22,6 @@ LFS_POINTER = b"version https://git-lfs"
 """How a file begins that stands for another one."""
 
 _MAX_SMALL_FILE = 64 << 20
-_OWN_PAGES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -152,14 +152,12 @@ class StoredTensor:
         shape = (stop - start, *self.shape[1:])
         span = spanned(shape, self.stride)
         size = span * self.dtype.itemsize
-        # Large ones have pages of their own, which the system gets back: freed between what stays, they would not be
-        # used again for others, and loading would take more memory than the result and a few rows.
-        buffer = mmap.mmap(-1, size) if size >= _OWN_PAGES else bytearray(size)
+        numbers = pages.empty((span,), self.dtype)
         with self.region.opened() as file:
             file.seek(self.storage.start + (self.offset + start * self.stride[0]) * self.dtype.itemsize)
-            if file.readinto(buffer) != len(buffer):
+            if file.readinto(numbers.view(torch.uint8).numpy().data) != size:
                 raise damaged(self.region, "it ends within a tensor")
-        return torch.frombuffer(buffer, dtype=self.dtype).as_strided(shape, self.stride).contiguous()
+        return numbers.as_strided(shape, self.stride).contiguous()
 
     def mapped(self) -> torch.Tensor:
         """The whole tensor, as a view of a mapping of the file: its pages go when the tensor does.

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from persimmon.kernels.cpu import library
-from persimmon.kernels.cpu.pages import advise_large_pages
+from persimmon.kernels.cpu import library, pages
 from persimmon.kernels.cpu.program import Program, step_of
 from persimmon.kernels.launch import KernelsUnavailableError
 from persimmon.kernels.operands import Activation, LayerCache, Linear, Norm, Residual, Rotary, StepLimits
@@ -140,7 +139,7 @@ class NativeKernels:
         weight = weight.contiguous()
         rows, columns = weight.shape
         pairs = self._rounds and weight.dtype == torch.bfloat16 and columns % 2 == 0
-        packed = advise_large_pages(torch.empty(rows * columns, dtype=weight.dtype))
+        packed = pages.advise_large_pages(pages.empty((rows * columns,), weight.dtype))
         size, threads = weight.dtype.itemsize, torch.get_num_threads()
         self.library.persimmon_pack(weight.data_ptr(), packed.data_ptr(), rows, columns, size, int(pairs), threads)
         return NativeWeight(
@@ -164,7 +163,7 @@ class NativeKernels:
     def _prepare_quantized(self, weight: QuantizedMatrix, sparse_input: bool) -> NativeWeight:
         operation = self._quantized_operation(weight.shape, weight.format, sparse_input)
         size = self.library.persimmon_packed_bytes(ctypes.byref(operation))
-        packed = advise_large_pages(torch.empty(size, dtype=torch.uint8))
+        packed = pages.advise_large_pages(pages.empty((size,), torch.uint8))
         numbers, scales = weight.numbers.contiguous(), weight.scales.contiguous()
         self.library.persimmon_pack_quantized(
             ctypes.byref(operation), numbers.data_ptr(), scales.data_ptr(), packed.data_ptr(), torch.get_num_threads()

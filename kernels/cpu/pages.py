@@ -1,8 +1,9 @@
-"""Memory for large tensors on a CPU: in large pages, before it is needed, and back to the system when it is free."""
+"""Memory for large tensors on a CPU: pages of their own, large ones, before they are needed, and back to the system."""
 
 import ctypes
 import errno
 import logging
+import math
 import mmap
 import os
 import threading
@@ -15,11 +16,27 @@ logger = logging.getLogger(__name__)
 
 _LARGE_PAGE = 2 << 20
 
+_OWN_PAGES = 128 << 10
+"""Bytes from which a tensor has pages of its own: glibc's first limit for memory that it maps."""
+
 POPULATE = "populate"
 """Name of the threads that `populate` starts."""
 
 _POPULATE_WRITE = 23
 """MADV_POPULATE_WRITE, of Linux 5.14, which `mmap` does not name."""
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised tensor on the CPU whose memory goes back to the system as soon as the tensor is freed.
+
+    malloc maps large pieces too, but only until it has freed one: from then on it takes pieces of that size from its
+    heap.  What loading borrows would leave holes there, of a size that differs from run to run.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < _OWN_PAGES:
+        return torch.empty(*shape, dtype=dtype)
+    pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(*shape)
 
 
 def advise_large_pages(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@ import ctypes
 import errno
 import logging
 import mmap
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,3 +87,24 @@ def test_free_memory_between_what_is_in_use_goes_back_to_the_system() -> None:
     pages.return_free_memory()
     assert before - resident() > 32 * MIB
     libc.free(last)
+
+
+@pytest.mark.parametrize("numel", [0, 100, 40_000, 5_000_000])
+def test_an_empty_tensor_can_be_written(numel: int) -> None:
+    tensor = pages.empty((numel, 2), torch.float32)
+    assert (tensor.shape, tensor.dtype) == ((numel, 2), torch.float32)
+    assert tensor.fill_(2).sum() == 4 * numel
+
+
+def test_memory_of_a_large_tensor_goes_back_when_it_is_freed() -> None:
+    # malloc maps what is as large as what it has unmapped before no longer: it takes it from its heap.
+    torch.empty(16 * MIB, dtype=torch.uint8)
+    tensor = pages.empty((8 * MIB,), torch.uint8).fill_(1)
+    resident = resident_kib()
+    del tensor
+    assert resident_kib() < resident - 7 * 1024
+
+
+def resident_kib() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
