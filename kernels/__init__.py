@@ -59,6 +59,8 @@ class Kernels(Protocol[Plan, W]):
 
     def tied_weight(self, table: torch.Tensor | QuantizedMatrix) -> W: ...  # noqa: D102
 
+    def tied_bytes(self, shape: tuple[int, int], stored: torch.dtype | QuantizedFormat) -> int: ...  # noqa: D102
+
     def weight_bytes(self, shape: tuple[int, int], stored: torch.dtype | QuantizedFormat) -> int: ...  # noqa: D102
 
     def plan_attention(  # noqa: D102

@@ -103,7 +103,6 @@ class FusedKernels:
         self.pdl = pdl
         self.sparse_step = sparse_step
         self._reserved: _Workspaces | None = None
-        self._has_packed = False
 
     def workspace_bytes(self, limits: StepLimits) -> int:
         """Bytes that `reserve` takes."""
@@ -116,8 +115,7 @@ class FusedKernels:
 
     def reserve(self, limits: StepLimits) -> None:
         """Makes the buffers that steps within these limits share, one after the other."""
-        packed = limits.quantized or self._has_packed
-        partials, counters = _workspace_sizes(limits, packed=packed)
+        partials, counters = _workspace_sizes(limits, packed=limits.quantized)
         self._reserved = _Workspaces(
             DecodeWorkspace.allocate(
                 limits.max_num_seqs, limits.max_model_len, limits.num_heads, limits.head_dim, self.device
@@ -129,7 +127,7 @@ class FusedKernels:
             sampling.Workspace.allocate(limits.max_num_seqs, limits.vocab_size, self.device),
             truncation.TruncationWorkspace.allocate(limits.max_num_seqs, limits.vocab_size, self.device),
             DequantizingBuffer(buffer_bytes(limits.hidden_size, limits.intermediate_size), self.device)
-            if packed
+            if limits.quantized
             else None,
         )
 
@@ -155,13 +153,16 @@ class FusedKernels:
             ValueError: it is quantized in groups that have no layout.
         """
         if isinstance(weight, QuantizedMatrix):
-            self._has_packed = True
             return pack(weight, columns=sparse_input, generation=generation(self.device))
         return FusedWeight(weight.t().contiguous(), "columns") if sparse_input else FusedWeight(weight)
 
     def tied_weight(self, table: torch.Tensor | QuantizedMatrix) -> GpuWeight:
         """As `reference.tied_weight`; of a quantized table a packed copy, since rows are looked up in the table."""
         return self.prepare_weight(table)
+
+    def tied_bytes(self, shape: tuple[int, int], stored: torch.dtype | QuantizedFormat) -> int:
+        """As `reference.tied_bytes`."""
+        return self.weight_bytes(shape, stored) if isinstance(stored, QuantizedFormat) else 0
 
     def weight_bytes(self, shape: tuple[int, int], stored: torch.dtype | QuantizedFormat) -> int:
         """As `reference.weight_bytes`; which inputs are sparse does not change it.
@@ -477,9 +478,7 @@ class FusedKernels:
     def _dequantized(self) -> DequantizingBuffer:
         buffer = self._workspaces.dequantized
         if buffer is None:
-            raise RuntimeError(
-                "reserve() comes after the weights or with limits.quantized: no buffer was made for them"
-            )
+            raise RuntimeError("limits.quantized was false: no buffer was reserved for quantized weights")
         return buffer
 
     @property

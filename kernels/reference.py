@@ -212,6 +212,17 @@ def tied_weight(table: torch.Tensor | QuantizedMatrix) -> ReferenceWeight:
     return QuantizedWeight(table) if isinstance(table, QuantizedMatrix) else DenseWeight(table)
 
 
+def tied_bytes(shape: tuple[int, int], stored: torch.dtype | QuantizedFormat) -> int:
+    """Bytes that `tied_weight` takes beyond the table: none.
+
+    Args:
+        shape: (vocab_size, hidden).
+        stored: the table's dtype or format.
+    """
+    del shape, stored
+    return 0
+
+
 def weight_bytes(shape: tuple[int, int], stored: torch.dtype | QuantizedFormat) -> int:
     """Bytes of what `prepare_weight` makes of a matrix.
 

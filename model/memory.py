@@ -21,7 +21,7 @@ from persimmon.model.sampler import rows_at_once
 from persimmon.model.sizes import readable
 
 WeightBytes = Callable[[tuple[int, int], torch.dtype | QuantizedFormat], int]
-"""What kernels keep the (out, in) matrix of a product in, by what it is stored in, see `Kernels.weight_bytes`."""
+"""What kernels take for an (out, in) matrix, by what it is stored in: `Kernels.weight_bytes`, `Kernels.tied_bytes`."""
 
 GIB = 1 << 30
 
@@ -98,6 +98,7 @@ def plan_memory(
     kv_cache_bytes: int | None,
     step_buffers: int = 0,
     weight_bytes: WeightBytes | None = None,
+    tied_bytes: WeightBytes | None = None,
     stored: Mapping[str, torch.dtype | QuantizedFormat] | None = None,
     cache_dtypes: Sequence[torch.dtype] = (),
     limited_by: object = "left of this machine's memory",
@@ -117,7 +118,8 @@ def plan_memory(
         max_model_len: None for as much as the model is made for and the cache holds.
         kv_cache_bytes: None for what is left.
         step_buffers: bytes of kernels' workspaces and CUDA graphs.
-        weight_bytes: the kernels' own; by default a matrix takes its numbers in `dtype`.
+        weight_bytes: of the matrix of a product; by default its numbers in `dtype`.
+        tied_bytes: of an embedding that is lm_head too, what that takes beyond the table; by default nothing.
         stored: what they are given a parameter in, by its name: a format where it is quantized, or the dtype that they
             keep it in; by default `dtype`.
         cache_dtypes: what keys and values may be stored in: first the type to use, by default `dtype`, then others,
@@ -132,7 +134,7 @@ def plan_memory(
         raise MemoryPlanError(
             f"--max-model-len is {max_model_len} but the model supports {made_for} tokens: give at most {made_for}"
         )
-    weights = _parameter_bytes(config, dtype, weight_bytes, stored or {})
+    weights = _parameter_bytes(config, dtype, weight_bytes, tied_bytes, stored or {})
     step = _Step(max_num_seqs, max_num_batched_tokens, max_model_len or made_for)
     cache_dtype = cache_dtypes[0] if cache_dtypes else dtype
     activations = _activations(config, dtype, cache_dtype, step)
@@ -212,9 +214,12 @@ def _parameter_bytes(
     config: PersimmonConfig,
     dtype: torch.dtype,
     weight_bytes: WeightBytes | None,
+    tied_bytes: WeightBytes | None,
     stored: Mapping[str, torch.dtype | QuantizedFormat],
 ) -> int:
     total = 0
+    if tied_bytes is not None and config.generates and config.tie_word_embeddings:
+        total += tied_bytes((config.vocab_size, config.hidden_size), stored.get(EMBEDDING, dtype))
     for name, shape in expected_shapes(config).items():
         form = stored.get(name, dtype)
         if weight_bytes is not None and is_matrix(name):

@@ -160,6 +160,11 @@ class NativeKernels:
             return NativeWeight(table.numbers, table.shape, "rows", quantized=table.format, scales=table.scales)
         return NativeWeight(table, (table.shape[0], table.shape[1]), "rows")
 
+    def tied_bytes(self, shape: tuple[int, int], stored: torch.dtype | QuantizedFormat) -> int:
+        """As `reference.tied_bytes`."""
+        del shape, stored
+        return 0
+
     def _prepare_quantized(self, weight: QuantizedMatrix, sparse_input: bool) -> NativeWeight:
         operation = self._quantized_operation(weight.shape, weight.format, sparse_input)
         size = self.library.persimmon_packed_bytes(ctypes.byref(operation))

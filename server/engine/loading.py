@@ -93,6 +93,7 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
     stored: dict[str, torch.dtype | QuantizedFormat] = {} if checkpoint is None else dict(checkpoint.stored)
     for name, kept in (stored | formats).items():
         stored[name] = kept if isinstance(kept, QuantizedFormat) else operations.stored_dtype(kept, dtype)
+    quantized = any(isinstance(form, QuantizedFormat) for form in stored.values())
     reserved = still_to_be_taken(config, settings.api_workers, settings.max_body_size)
     left = available_memory(device, settings.gpu_memory_utilization, reserved)
     plan = plan_memory(
@@ -106,8 +107,9 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=settings.max_model_len,
         kv_cache_bytes=settings.kv_cache_memory,
-        step_buffers=executor.step_buffers(config, dtype, _limits(settings, config, longest, quantized=bool(formats))),
+        step_buffers=executor.step_buffers(config, dtype, _limits(settings, config, longest, quantized=quantized)),
         weight_bytes=operations.weight_bytes,
+        tied_bytes=operations.tied_bytes,
         stored=stored,
         cache_dtypes=cache_dtypes,
     )
@@ -144,7 +146,7 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         else:
             return_free_memory()
     cache = cache or allocate()
-    executor.reserve(_limits(settings, config, plan.max_model_len, quantized=bool(formats)))
+    executor.reserve(_limits(settings, config, plan.max_model_len, quantized=quantized))
     with _phase(executor.preparation, print_line) if executor.preparation else nullcontext():
         executor.start(model, cache, _graph_progress)
     runner = Runner(executor)

@@ -70,7 +70,7 @@ def on_gpu(folder: Path, kernels: FusedKernels, bits: Bits) -> Runner:
     model = load(folder, kernels, bits)
     assert isinstance(model.layers[0].mlp_down.weight, PackedWeight)
     executor = FusedExecutor(kernels, (1,))
-    executor.reserve(replace(limits(model.config, 4), max_model_len=64))
+    executor.reserve(replace(limits(model.config, 4), max_model_len=64, quantized=True))
     return Runner(executor.start(model, poisoned_cache(model, 4, 16)))
 
 

@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from persimmon import kernels
 from persimmon.kernels import Kernels, QuantizedFormat, QuantizedMatrix, reference
+from persimmon.kernels.fused import FusedKernels
 from persimmon.model.checkpoint import Checkpoint, dummy_parameters, expected_shapes
 from persimmon.model.config import Architecture, PersimmonConfig
 from persimmon.model.errors import CheckpointError
+from persimmon.model.leftovers import EMBEDDING
 from persimmon.model.memory import plan_memory
 from persimmon.model.persimmon import Persimmon
 from persimmon.model.quantization import tensors
@@ -149,27 +152,45 @@ def test_kernels_compute_what_plain_torch_does_on_the_widened_weights(
     torch.testing.assert_close(logits_of(own, cpu_kernels), logits_of(exact, reference), rtol=5e-3, atol=5e-3)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
-def test_the_memory_plan_counts_each_tensor_in_its_format(quantization: Quantization, tied: bool) -> None:
-    config = replace(CONFIG, tie_word_embeddings=tied)
-    formats = quantized_formats(config, quantization)
+def planned_weights(
+    config: PersimmonConfig, dtype: torch.dtype, stored: Mapping[str, QuantizedFormat], operations: Kernels[Any, Any]
+) -> int:
+    """Bytes of the parameters in the memory plan."""
     plan = plan_memory(
         config,
         available=1 << 30,
-        dtype=torch.float32,
+        dtype=dtype,
         device=CPU,
         block_size=16,
         max_num_seqs=4,
         max_num_batched_tokens=64,
         max_model_len=None,
         kv_cache_bytes=None,
-        weight_bytes=reference.weight_bytes,
-        stored=formats,
+        weight_bytes=operations.weight_bytes,
+        tied_bytes=operations.tied_bytes,
+        stored=stored,
     )
+    return plan.weights
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_the_memory_plan_counts_each_tensor_in_its_format(quantization: Quantization, tied: bool) -> None:
+    config = replace(CONFIG, tie_word_embeddings=tied)
+    formats = quantized_formats(config, quantization)
     made = dict(dummy_parameters(config, torch.float32, CPU, 0, formats))
     # The embedding's scales have the network's dtype, which is what its rows come out in.
-    assert plan.weights == sum(tensor.nbytes for tensor in made.values()) + 2 * config.vocab_size
+    expected = sum(tensor.nbytes for tensor in made.values()) + 2 * config.vocab_size
+    assert planned_weights(config, torch.float32, formats, reference) == expected
+
+
+def test_the_memory_plan_counts_the_head_that_a_gpu_packs_of_a_tied_table() -> None:
+    config, operations = replace(CONFIG, tie_word_embeddings=True), FusedKernels(CPU)
+    shape, form = (config.vocab_size, config.hidden_size), QuantizedFormat(8, None, torch.float16)
+    table = QuantizedMatrix.empty(shape, form)
+    dense = planned_weights(config, torch.float16, {}, operations)
+    quantized = planned_weights(config, torch.float16, {EMBEDDING: form}, operations)
+    assert quantized - dense == table.nbytes + operations.tied_weight(table).nbytes - 2 * math.prod(shape)
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
@@ -223,6 +244,7 @@ from pathlib import Path
 import torch
 
 from persimmon import kernels
+from persimmon.kernels.fused import FusedKernels
 from persimmon.model.checkpoint import Checkpoint
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.persimmon import Persimmon

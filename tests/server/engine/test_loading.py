@@ -10,7 +10,10 @@ import torch
 from persimmon import kernels
 from persimmon.kernels.cpu import library
 from persimmon.model.config import Architecture, PersimmonConfig
-from persimmon.model.executor import executor_for
+from persimmon.model.convert.hugging_face import plan_from_hugging_face
+from persimmon.model.convert.quantize import QuantizationRequest, formats, quantize_conversion
+from persimmon.model.convert.writer import write
+from persimmon.model.executor import Executor, executor_for
 from persimmon.model.rope_scaling import RopeScaling
 from persimmon.model.runner import PooledStates
 from persimmon.server.config import read_settings
@@ -39,6 +42,8 @@ SCALED = PersimmonConfig(
     rope_scaling=RopeScaling(kind="dynamic", factor=4.0, original_length=512),
 )
 CLASSIFIER = PersimmonConfig(**SHAPE, architecture=Architecture.TOKEN_CLASSIFICATION, labels=("a", "b"))  # type: ignore[arg-type]
+
+SMALL = {"kv_cache_memory": "1MiB", "max_model_len": "64", "block_size": "16"}
 
 
 @pytest.mark.parametrize(
@@ -111,8 +116,7 @@ class TestTheCacheType:
     def test_shows_what_each_choice_takes_and_holds(self, tmp_path: Path) -> None:
         folder = make_checkpoint(tmp_path, num_hidden_layers=1)
         lines: list[str] = []
-        settings = {"kv_cache_dtype": "int8", "kv_cache_memory": "1MiB", "max_model_len": "64", "block_size": "16"}
-        loaded = load_model(read_settings(settings), folder, lines.append)
+        loaded = load_model(read_settings(SMALL | {"kv_cache_dtype": "int8"}), folder, lines.append)
         assert loaded.executor.cache.dtype == torch.int8
         config = loaded.executor.model.config
         own, other = (2 * config.num_attention_heads * size for size in (config.head_dim + 2, 4 * config.head_dim))
@@ -121,6 +125,34 @@ class TestTheCacheType:
         choices = next(line for line in lines if "--kv-cache-dtype" in line)
         assert f"int8 holds {held[0]:,} (" in choices
         assert f"auto holds {held[1]:,} (" in choices
+
+
+def quantized_copy(folder: Path, out: Path) -> Path:
+    """A checkpoint with its matrices in 8 bits, as persimmon convert writes it."""
+    conversion, request = plan_from_hugging_face(folder, None, 1 << 30), QuantizationRequest("int8")
+    write(quantize_conversion(conversion, request, formats(conversion, request)), out, lambda line: None)
+    return out
+
+
+def test_buffers_for_quantized_weights_are_planned_and_made_wherever_those_come_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_checkpoint(tmp_path / "dense", num_hidden_layers=1)
+    seen: list[bool] = []
+
+    def step_buffers(self: Executor, config: PersimmonConfig, dtype: torch.dtype, limits: kernels.StepLimits) -> int:
+        seen.append(limits.quantized)
+        return 0
+
+    monkeypatch.setattr(Executor, "step_buffers", step_buffers)
+    monkeypatch.setattr(Executor, "reserve", lambda self, limits: seen.append(limits.quantized))
+    for settings, own in (
+        ({}, folder),
+        ({"quantization": "int8"}, folder),
+        ({}, quantized_copy(folder, tmp_path / "quantized")),
+    ):
+        load_model(read_settings(settings | SMALL), own, lambda line: None)
+    assert seen == [False, False, True, True, True, True]
 
 
 def test_a_classifier_has_no_buffers_for_draws() -> None:
