@@ -17,7 +17,6 @@ import torch
 from persimmon import kernels
 from persimmon.kernels import QuantizedFormat, QuantizedMatrix
 from persimmon.kernels.cache_types import EIGHT_BIT_CACHES, cache_choice
-from persimmon.kernels.cpu.pages import return_free_memory
 from persimmon.model.checkpoint import Checkpoint, dummy_parameters
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.cores import usable_cores
@@ -143,8 +142,6 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         if device.type == "cuda":
             # What loading has borrowed beyond the weights is the KV cache's.
             torch.cuda.empty_cache()
-        else:
-            return_free_memory()
     cache = cache or allocate()
     executor.reserve(_limits(settings, config, plan.max_model_len, quantized=quantized))
     with _phase(executor.preparation, print_line) if executor.preparation else nullcontext():

@@ -13,6 +13,7 @@ from typing import NoReturn
 import zmq
 
 from persimmon.kernels import KernelsUnavailableError
+from persimmon.kernels.cpu.pages import return_free_memory
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.errors import CheckpointError
 from persimmon.model.grammar import GrammarCompiler
@@ -98,6 +99,7 @@ def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Pat
     gc.collect()
     gc.freeze()
     gc.set_threshold(*COLLECTOR_THRESHOLDS)
+    return_free_memory()  # what the start has borrowed
     # A CPU is the host itself: nothing would run at the same time.
     overlap = {"on": True, "off": False, "auto": loaded.executor.overlaps}[settings.async_scheduling]
     costs = StepCostModel(None if settings.max_itl_ms is None else settings.max_itl_ms / 1000)
