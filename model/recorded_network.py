@@ -6,7 +6,7 @@ What CUDA graphs are on a GPU.  Knows nothing of sampling.
 import torch
 
 from persimmon.kernels.cpu import library
-from persimmon.kernels.cpu.native import RESIDUAL_BUFFER, NativeKernels, NativePlan, step_of_plan
+from persimmon.kernels.cpu.native import RESIDUAL_BUFFER, NativeKernels, NativePlan, layer_width, step_of_plan
 from persimmon.kernels.cpu.program import Program
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.persimmon import Persimmon, Step, place_spans
@@ -77,4 +77,5 @@ def record(model: Persimmon, cache: KVCache, kernels: NativeKernels, max_tokens:
     def forward(recorder: NativeKernels, plan: NativePlan) -> None:
         model.forward(Step(nothing, plan, None), cache, recorder)
 
-    return kernels.record(max_tokens, forward)
+    width = layer_width(model.config.hidden_size, model.config.intermediate_size)
+    return kernels.record(max_tokens, forward, width)

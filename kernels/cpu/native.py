@@ -28,6 +28,9 @@ RESIDUAL_BUFFER = "x"
 QuantizedActivations = Literal["auto", "float", "int8"]
 """What products of quantized weights multiply: see `NativeKernels`."""
 
+_LAYER_BUFFERS = ("projected", "attended", "inner")
+"""Names of what a layer makes between its additions to the residual stream."""
+
 _TYPES = {torch.float32: library.FLOAT32, torch.float16: library.FLOAT16, torch.bfloat16: library.BFLOAT16}
 
 
@@ -108,8 +111,8 @@ class NativeKernels:
     def workspace_bytes(self, limits: StepLimits) -> int:
         """Bytes of the buffers of a recorded program, and of a product's inputs next to them."""
         hidden, inner = limits.hidden_size, limits.intermediate_size
-        # x, qkv, what attention makes, the MLP's inner values; then the widest input once more.
-        per_token = hidden + 3 * hidden + hidden + inner + max(hidden, inner)
+        # x, then what a layer makes; then the widest input once more.
+        per_token = hidden + layer_width(hidden, inner) + max(hidden, inner)
         return limits.max_num_batched_tokens * per_token * torch.float32.itemsize
 
     def reserve(self, limits: StepLimits) -> None:
@@ -401,7 +404,9 @@ class NativeKernels:
             operation.eps = norm.eps
         self._run(operation, step, values, norm, linear, out)
 
-    def record(self, max_tokens: int, forward: Callable[["NativeKernels", NativePlan], object]) -> Program:
+    def record(
+        self, max_tokens: int, forward: Callable[["NativeKernels", NativePlan], object], width: int = 0
+    ) -> Program:
         """Records the operations that `forward` asks for.
 
         Args:
@@ -409,11 +414,13 @@ class NativeKernels:
             forward: one pass of the network through the kernels it is given.  It gets a plan that stands for all, and
                 returns nothing that means anything.  Only what the kernels do becomes part of the program, so it calls
                 no `add_` and computes nothing by itself.
+            width: of what a layer makes, see `layer_width`; 0 where nothing but products are recorded.
         """
         program = Program(self.library, max_tokens)
         nothing = np.zeros(1, dtype=np.int32)
         forward(
-            _Recorder(self, program), NativePlan(starts=nothing, firsts=nothing, tables=nothing, table_firsts=nothing)
+            _Recorder(self, program, width),
+            NativePlan(starts=nothing, firsts=nothing, tables=nothing, table_firsts=nothing),
         )
         return program
 
@@ -432,17 +439,28 @@ class NativeKernels:
 class _Recorder(NativeKernels):
     """Writes down what it is asked to do."""
 
-    def __init__(self, kernels: NativeKernels, program: Program) -> None:
+    def __init__(self, kernels: NativeKernels, program: Program, width: int) -> None:
         super().__init__(kernels.build, kernels.dtype, "int8" if kernels.rounds_activations else "float")
         self._program = program
+        self._width = width
 
     def _buffer(self, name: str, rows: int, width: int) -> torch.Tensor:
         del rows
-        return self._program.buffer(name, width)
+        if name not in _LAYER_BUFFERS:
+            return self._program.buffer(name, width)
+        # The MLP's inner values lie where qkv and what attention has made of it were: both have been used by then.
+        layer, size = self._program.buffer("layer", self._width).view(-1), self._program.max_tokens * width
+        place = layer[-size:] if name == "attended" else layer[:size]
+        return place.view(-1, width)
 
     def _run(self, operation: library.Operation, step: library.Step, *operands: object) -> None:
         del step
         self._program.append(operation, operands)
+
+
+def layer_width(hidden_size: int, intermediate_size: int) -> int:
+    """Numbers of a token that a layer has at once: qkv and what attention makes of it, or the MLP's inner values."""
+    return max(3 * hidden_size + hidden_size, intermediate_size)
 
 
 def _check_table(table: QuantizedMatrix) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from persimmon.kernels.cpu import library
+from persimmon.kernels.cpu import library, pages
 
 
 class Program:
@@ -25,9 +25,9 @@ class Program:
         self._ready: tuple[ctypes.Array[library.Operation], torch.Tensor, int, int] | None = None
 
     def buffer(self, name: str, width: int) -> torch.Tensor:
-        """[max_tokens, width] float32, the same for the same name."""
+        """[max_tokens, width] float32, the same for the same name; only what is written takes memory."""
         if name not in self._buffers:
-            self._buffers[name] = torch.empty(self.max_tokens, width)
+            self._buffers[name] = pages.empty((self.max_tokens, width), torch.float32)
         return self._buffers[name]
 
     def append(self, operation: library.Operation, operands: Sequence[object]) -> None:

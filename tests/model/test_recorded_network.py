@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from persimmon.kernels import StepLimits
 from persimmon.kernels.cpu import library
 from persimmon.kernels.cpu.native import NativeKernels
 from persimmon.model.persimmon import Persimmon, Step
-from persimmon.model.recorded_network import RecordedNetwork
+from persimmon.model.recorded_network import RecordedNetwork, record
 from tests.engine_harness import load_model, poisoned_cache
 
 pytestmark = pytest.mark.skipif(not library.builds(), reason="no build of the C kernels for this processor")
@@ -112,3 +113,24 @@ def test_the_recorded_network_is_the_network(model: Persimmon) -> None:
     direct.network.forward = lambda step: model.forward(step, direct.cache, direct.kernels)  # type: ignore[method-assign]
     for parts in steps(seed=0, count=10):
         assert torch.equal(recorded.step(parts), direct.step(parts))
+
+
+def test_buffers_take_what_the_plan_counts(model: Persimmon) -> None:
+    config, operations = model.config, NativeKernels(library.builds()[0])
+    limits = StepLimits(
+        max_num_seqs=1,
+        max_num_batched_tokens=100,
+        max_model_len=100,
+        num_heads=config.num_attention_heads,
+        head_dim=config.head_dim,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+    )
+    program = record(model, poisoned_cache(model, BLOCKS_EACH, BLOCK_SIZE), operations, limits.max_num_batched_tokens)
+    inputs = 100 * max(config.hidden_size, config.intermediate_size) * torch.float32.itemsize
+    buffers = sum(buffer.nbytes for buffer in program._buffers.values())
+    assert buffers + inputs == operations.workspace_bytes(limits)
+    # qkv and what attention makes of it are not needed any more when the MLP's inner values are made.
+    qkv_and_attended, inner = 4 * config.hidden_size, config.intermediate_size
+    assert buffers == 100 * 4 * (config.hidden_size + max(qkv_and_attended, inner))
