@@ -175,7 +175,7 @@ def reserve(limits: StepLimits) -> None:
 
 
 def stored_dtype(stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
-    """What a matrix stored in `stored` is kept in, where the network computes in `dtype`: that."""
+    """What a matrix or an embedding stored in `stored` is kept in, where the network computes in `dtype`: that."""
     del stored
     return dtype
 

@@ -16,7 +16,7 @@ from persimmon.model.config import Architecture, PersimmonConfig
 from persimmon.model.kv_cache import block_bytes
 from persimmon.model.leftovers import EMBEDDING
 from persimmon.model.memory_limits import MemoryLeft, memory_left
-from persimmon.model.persimmon import is_matrix, parameter_dtype
+from persimmon.model.persimmon import is_lookup_table, is_matrix, parameter_dtype
 from persimmon.model.sampler import rows_at_once
 from persimmon.model.sizes import readable
 
@@ -229,7 +229,10 @@ def _parameter_bytes(
             rows, columns = shape
             total += replace(form, scale_dtype=dtype).nbytes((rows, columns))
         else:
-            total += math.prod(shape) * parameter_dtype(name, dtype).itemsize
+            own = parameter_dtype(name, dtype)
+            if is_lookup_table(name, config) and not isinstance(form, QuantizedFormat):
+                own = form
+            total += math.prod(shape) * own.itemsize
     return total
 
 

@@ -105,7 +105,8 @@ class Persimmon:
                 parameter = tensor.to(device)  # which owns its memory, so that it needs no copy
             else:
                 # A copy even where nothing changes: a checkpoint file that is replaced must not change the model.
-                kept = parameter_dtype(name, dtype, kernels.stored_dtype(tensor.dtype, dtype))
+                stored = kernels.stored_dtype(tensor.dtype, dtype)
+                kept = stored if is_matrix(name) or is_lookup_table(name, config) else parameter_dtype(name, dtype)
                 parameter = tensor.to(device=device, dtype=kept, copy=True)
             if is_matrix(name):
                 # Squared ReLU leaves most of the MLP's activations zero.
@@ -272,19 +273,21 @@ def is_matrix(name: str) -> bool:
     return _is_projection(name) and name.endswith(".weight")
 
 
-def parameter_dtype(name: str, dtype: torch.dtype, matrix_dtype: torch.dtype | None = None) -> torch.dtype:
-    """The type that a network keeps a parameter in.
+def is_lookup_table(name: str, config: PersimmonConfig) -> bool:
+    """Whether a parameter is an embedding of which only rows are read, so not one that is lm_head too."""
+    return name == EMBEDDING and not (config.generates and config.tie_word_embeddings)
+
+
+def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The type that a network keeps a parameter in, unless kernels say so: see `Kernels.stored_dtype`.
 
     Norms and classifiers' scores are computed in float32, so their few numbers stay in it.
 
     Args:
         name: the parameter's.
         dtype: that the network computes in.
-        matrix_dtype: what kernels keep the matrices of products in, see `Kernels.stored_dtype`; by default `dtype`.
     """
-    if "norm" in name or name.startswith("score."):
-        return torch.float32
-    return matrix_dtype if matrix_dtype and is_matrix(name) else dtype
+    return torch.float32 if "norm" in name or name.startswith("score.") else dtype
 
 
 def _linear(parameters: dict[str, torch.Tensor], weights: dict[str, Any], name: str) -> Linear[Any]:

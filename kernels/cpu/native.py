@@ -120,7 +120,7 @@ class NativeKernels:
         del limits
 
     def stored_dtype(self, stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
-        """As `reference.stored_dtype`; but 16 bits stay in a float32 network: products widen them exactly."""
+        """As `reference.stored_dtype`; but 16 bits stay in a float32 network: kernels widen them exactly."""
         return stored if dtype == torch.float32 and stored in _TYPES else dtype
 
     def cache_dtypes(self, dtype: torch.dtype) -> Sequence[torch.dtype]:

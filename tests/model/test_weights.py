@@ -4,7 +4,7 @@ The network, the memory plan and the runner see what `Weight` shows and nothing 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from persimmon.kernels import Kernels, Weight, reference
 from persimmon.kernels.reference import ReferenceWeight
 from persimmon.model.checkpoint import Checkpoint
 from persimmon.model.config import PersimmonConfig
+from persimmon.model.leftovers import EMBEDDING, HEAD
 from persimmon.model.memory import plan_memory
 from persimmon.model.persimmon import Layer, Persimmon, is_matrix
 from persimmon.model.runner import SequenceInput
@@ -107,13 +108,31 @@ def test_the_network_runs_on_a_format_that_it_does_not_know(random_checkpoint: P
     assert not torch.allclose(logits_of(model, own), exact, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+def test_an_embedding_of_16_bits_is_widened_row_by_row_unless_it_is_the_head(
+    random_checkpoint: Path, cpu_kernels: Kernels[Any, Any], tied: bool
+) -> None:
+    config, tensors = tensors_of(random_checkpoint)
+    config = replace(config, tie_word_embeddings=tied)
+    narrow = {name: tensor.bfloat16() for name, tensor in tensors.items() if not (tied and name == HEAD)}
+    wide = narrow | {EMBEDDING: narrow[EMBEDDING].float()}
+    models = [Persimmon(config, each.items(), torch.float32, CPU, cpu_kernels) for each in (narrow, wide)]
+    assert torch.equal(*(logits_of(model, cpu_kernels) for model in models))
+    table = models[0]._embedding
+    kept = torch.float32 if tied else cpu_kernels.stored_dtype(torch.bfloat16, torch.float32)
+    assert isinstance(table, torch.Tensor)
+    assert table.dtype == kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("int8", [False, True], ids=["own kernels", "int8"])
 def test_the_memory_plan_counts_what_weights_say_they_take(
-    random_checkpoint: Path, cpu_kernels: Kernels[Any, Any], int8: bool
+    random_checkpoint: Path, cpu_kernels: Kernels[Any, Any], int8: bool, dtype: torch.dtype
 ) -> None:
     kernels = int8_kernels() if int8 else cpu_kernels
     config, tensors = tensors_of(random_checkpoint)
-    stored = kernels.stored_dtype(next(iter(tensors.values())).dtype, torch.float32)
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    stored = kernels.stored_dtype(dtype, torch.float32)
     plan = plan_memory(
         config,
         available=1 << 30,
@@ -128,8 +147,9 @@ def test_the_memory_plan_counts_what_weights_say_they_take(
         stored=dict.fromkeys(tensors, stored),
     )
     model = Persimmon(config, tensors.items(), torch.float32, CPU, kernels)
-    others = sum(4 * tensor.numel() for name, tensor in tensors.items() if not is_matrix(name))
-    assert plan.weights == others + sum(weight.nbytes for weight in weights_of(model))
+    embedding = tensors[EMBEDDING].numel() * stored.itemsize
+    others = sum(4 * tensor.numel() for name, tensor in tensors.items() if not is_matrix(name) and name != EMBEDDING)
+    assert plan.weights == embedding + others + sum(weight.nbytes for weight in weights_of(model))
     for weight, name in zip(weights_of(model)[-2:], ("mlp.dense_4h_to_h", "lm_head"), strict=True):
         assert weight.shape == next(tuple(t.shape) for key, t in tensors.items() if key.endswith(f"{name}.weight"))
 
