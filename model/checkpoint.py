@@ -218,9 +218,9 @@ class Checkpoint:
         )
 
     def parameters(
-        self, formats: Mapping[str, QuantizedFormat] | None = None
+        self, formats: Mapping[str, QuantizedFormat] | None = None, without: Collection[str] = ()
     ) -> Iterator[tuple[str, torch.Tensor | QuantizedMatrix]]:
-        """Every tensor once, quantized ones first.
+        """Every tensor once, except those left out, quantized ones first.
 
         Quantized matrices have memory of their own, and are read and rounded a few rows at a time.  The largest come
         first: while kernels lay one of them out, it is in memory twice, and little else is.  A classifier's score is
@@ -228,13 +228,16 @@ class Checkpoint:
 
         Args:
             formats: by name, of tensors that are not stored quantized, and become so.
+            without: names of tensors that are left out; none of them has a format.
 
         Raises:
             CheckpointError: a file has become unreadable since `open`, or a weight cannot be quantized.
         """
         formats = formats or {}
         sources = self._sources(formats)
-        shapes: dict[str, tuple[int, ...]] = {name: matrix.shape for name, matrix in self.matrices.items()}
+        shapes: dict[str, tuple[int, ...]] = {
+            name: matrix.shape for name, matrix in self.matrices.items() if name not in without
+        }
         shapes |= {name: source.shape for name, source in sources.items()}
         for name in largest_first(shapes, shapes):
             matrix = (
@@ -244,7 +247,36 @@ class Checkpoint:
             )
             yield name, matrix.dequantized() if name == SCORE else matrix
             del matrix
-        yield from self._dense(frozenset(stored for stored, name in self.names.items() if name not in formats))
+        others = {stored for stored, name in self.names.items() if name not in formats and name not in without}
+        yield from self._dense(frozenset(others))
+
+    def mapped_embedding(self) -> torch.Tensor | QuantizedMatrix:
+        """The embedding [vocab_size, hidden], where it lies in its file and in the form that it has there.
+
+        A row takes memory once it is read, and the system may take that back.  While the result is in use, the file
+        must not be written to, and must not become shorter: that would end the process.
+
+        Raises:
+            CheckpointError: rows cannot be looked up in the form that the file has, or the file cannot be mapped.
+        """
+        matrix = self.matrices.get(EMBEDDING)
+        source = self._sources({EMBEDDING})[EMBEDDING] if matrix is None else matrix.numbers
+        problem = None
+        if matrix is not None and matrix.scheme.packed:
+            problem = "is packed into int32 (pack-quantized), and only int-quantized rows can be looked up there"
+        elif source.stride != (source.shape[1], 1):
+            problem = "is not stored row by row"
+        elif source.address % source.dtype.itemsize:
+            problem = f"begins at byte {source.address:,}, not at a multiple of {source.dtype.itemsize}"
+        if problem:
+            raise CheckpointError(
+                f"--embedding-table is file, but in {source.region} {EMBEDDING} {problem}: use --embedding-table memory"
+            )
+        table = source.mapped(scattered=True)
+        if matrix is None:
+            return table
+        scales = matrix.scales.rows(0, matrix.shape[0])
+        return QuantizedMatrix(numbers=table, scales=scales, bits=8, group_size=matrix.shape[1])
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor that is not quantized, once, by name, in the order they lie in the files.

@@ -100,6 +100,7 @@ def plan_memory(
     weight_bytes: WeightBytes | None = None,
     tied_bytes: WeightBytes | None = None,
     stored: Mapping[str, torch.dtype | QuantizedFormat] | None = None,
+    embedding_in_file: bool = False,
     cache_dtypes: Sequence[torch.dtype] = (),
     limited_by: object = "left of this machine's memory",
 ) -> MemoryPlan:
@@ -122,6 +123,7 @@ def plan_memory(
         tied_bytes: of an embedding that is lm_head too, what that takes beyond the table; by default nothing.
         stored: what they are given a parameter in, by its name: a format where it is quantized, or the dtype that they
             keep it in; by default `dtype`.
+        embedding_in_file: whether the embedding's numbers stay in a file, and take none of this memory.
         cache_dtypes: what keys and values may be stored in: first the type to use, by default `dtype`, then others,
             which advice may name.
         limited_by: what makes `available` what it is, for messages.
@@ -134,7 +136,7 @@ def plan_memory(
         raise MemoryPlanError(
             f"--max-model-len is {max_model_len} but the model supports {made_for} tokens: give at most {made_for}"
         )
-    weights = _parameter_bytes(config, dtype, weight_bytes, tied_bytes, stored or {})
+    weights = _parameter_bytes(config, dtype, weight_bytes, tied_bytes, stored or {}, embedding_in_file)
     step = _Step(max_num_seqs, max_num_batched_tokens, max_model_len or made_for)
     cache_dtype = cache_dtypes[0] if cache_dtypes else dtype
     activations = _activations(config, dtype, cache_dtype, step)
@@ -216,6 +218,7 @@ def _parameter_bytes(
     weight_bytes: WeightBytes | None,
     tied_bytes: WeightBytes | None,
     stored: Mapping[str, torch.dtype | QuantizedFormat],
+    embedding_in_file: bool,
 ) -> int:
     total = 0
     if tied_bytes is not None and config.generates and config.tie_word_embeddings:
@@ -225,15 +228,22 @@ def _parameter_bytes(
         if weight_bytes is not None and is_matrix(name):
             rows, columns = shape
             total += weight_bytes((rows, columns), form)
-        elif name == EMBEDDING and isinstance(form, QuantizedFormat):
-            rows, columns = shape
-            total += replace(form, scale_dtype=dtype).nbytes((rows, columns))
+        elif name == EMBEDDING:
+            total += _embedding_bytes(config, dtype, form, in_file=embedding_in_file)
         else:
-            own = parameter_dtype(name, dtype)
-            if is_lookup_table(name, config) and not isinstance(form, QuantizedFormat):
-                own = form
-            total += math.prod(shape) * own.itemsize
+            total += math.prod(shape) * parameter_dtype(name, dtype).itemsize
     return total
+
+
+def _embedding_bytes(
+    config: PersimmonConfig, dtype: torch.dtype, form: torch.dtype | QuantizedFormat, *, in_file: bool
+) -> int:
+    rows, columns = config.vocab_size, config.hidden_size
+    if isinstance(form, QuantizedFormat):
+        whole = replace(form, scale_dtype=dtype).nbytes((rows, columns))
+        return whole - rows * columns * form.bits // 8 if in_file else whole
+    own = form if is_lookup_table(EMBEDDING, config) else dtype
+    return 0 if in_file else rows * columns * own.itemsize
 
 
 def _activations(config: PersimmonConfig, dtype: torch.dtype, cache_dtype: torch.dtype, step: _Step) -> int:

@@ -77,6 +77,8 @@ class Persimmon:
         device: where they live.
         kernels: the operations.
         max_model_len: maximum tokens of a sequence; the network's own by default.
+        embedding: used where it lies, such as in a file, instead of one among the tensors; of a type that
+            `Kernels.stored_dtype` keeps.
         sum_over_ranks: makes of what this rank has of a product, [T, hidden], the sum over all that share the network;
             None where there are no others, and kernels add a product to the residual stream in one launch.
     """
@@ -89,6 +91,7 @@ class Persimmon:
         device: torch.device,
         kernels: Kernels[Any, Any],
         max_model_len: int | None = None,
+        embedding: torch.Tensor | QuantizedMatrix | None = None,
         sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self.config = config
@@ -98,7 +101,7 @@ class Persimmon:
         self._kernels = kernels
         parameters: dict[str, torch.Tensor] = {}
         weights: dict[str, Any] = {}
-        embedding: torch.Tensor | QuantizedMatrix | None = None
+        table = embedding
         for name, tensor in tensors:
             parameter: torch.Tensor | QuantizedMatrix
             if isinstance(tensor, QuantizedMatrix):
@@ -112,15 +115,15 @@ class Persimmon:
                 # Squared ReLU leaves most of the MLP's activations zero.
                 weights[name] = kernels.prepare_weight(parameter, sparse_input=name.endswith("dense_4h_to_h.weight"))
             elif name == EMBEDDING:
-                embedding = _with_scales(parameter, dtype)
+                table = parameter
             elif isinstance(parameter, QuantizedMatrix):
                 raise ValueError(f"{name} is quantized; only the matrices of products and the embedding may be")
             else:
                 parameters[name] = kernels.prepare_bias(parameter) if _is_projection(name) else parameter
             del tensor, parameter  # before the next one is made
-        if embedding is None:
+        if table is None:
             raise ValueError(f"the tensors hold no {EMBEDDING}")
-        self._embedding = embedding
+        self._embedding = _with_scales(table, dtype)
         self.layers = [self._layer(parameters, weights, index) for index in range(config.num_hidden_layers)]
         self._final_norm = self._norm(parameters, "model.final_layernorm")
         self._head: Any = None

@@ -143,6 +143,11 @@ class StoredTensor:
         """Of the stored elements."""
         return self.storage.dtype
 
+    @property
+    def address(self) -> int:
+        """Where the first element lies in the file, in bytes."""
+        return self.region.offset + self.storage.start + self.offset * self.dtype.itemsize
+
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Rows start to stop, contiguous, on the CPU, in the stored type; shape [stop - start, ...].
 
@@ -159,14 +164,16 @@ class StoredTensor:
                 raise damaged(self.region, "it ends within a tensor")
         return numbers.as_strided(shape, self.stride).contiguous()
 
-    def mapped(self) -> torch.Tensor:
+    def mapped(self, *, scattered: bool = False) -> torch.Tensor:
         """The whole tensor, as a view of a mapping of the file: its pages go when the tensor does.
+
+        Args:
+            scattered: whether rows will be read here and there, so that the system reads nothing ahead.
 
         Raises:
             CheckpointError: the file cannot be read, or has become shorter.
         """
-        size = self.dtype.itemsize
-        start = self.region.offset + self.storage.start + self.offset * size
+        size, start = self.dtype.itemsize, self.address
         count = spanned(self.shape, self.stride)
         if not count:
             return torch.empty(self.shape, dtype=self.dtype)
@@ -184,6 +191,8 @@ class StoredTensor:
         except (OSError, ValueError) as error:  # ValueError: the file is shorter
             reason = getattr(error, "strerror", None) or error
             raise CheckpointError(f"{self.region} cannot be read: {reason}") from error
+        if scattered and hasattr(mmap, "MADV_RANDOM"):
+            view.madvise(mmap.MADV_RANDOM)
         numbers = torch.frombuffer(view, dtype=self.dtype, count=count, offset=skipped)
         return numbers.as_strided(self.shape, self.stride)
 

@@ -168,6 +168,8 @@ def _checked(settings: Settings) -> Settings:
     for name in ("max_concurrent_requests_per_key", "requests_per_minute_per_key", "protect_metrics"):
         if getattr(settings, name) and settings.api_key is None and settings.api_key_file is None:
             raise SettingsError(f"{flag(name)} needs keys: give --api-key-file or --api-key")
+    if settings.embedding_table == "file" and settings.load_format == "dummy":
+        raise SettingsError("--embedding-table is file, but --load-format dummy reads no file: leave one of them out")
     sizes = None if settings.enforce_eager else settings.cuda_graph_sizes
     if sizes is not None and not (sizes and all(1 <= size <= settings.max_num_seqs for size in sizes)):
         raise SettingsError(

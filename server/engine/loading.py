@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from persimmon.model.errors import CheckpointError
 from persimmon.model.executor import Executor, executor_for
 from persimmon.model.graph_sizes import MIXED_SIZES, default_sizes
 from persimmon.model.kv_cache import KVCache, block_bytes
+from persimmon.model.leftovers import EMBEDDING
 from persimmon.model.memory import MemoryPlan, available_memory, plan_memory
 from persimmon.model.persimmon import Persimmon
 from persimmon.model.quantization.scheme import described, formats_of_config, quantized_formats
@@ -88,7 +90,12 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         for note in checkpoint.notes:
             print_line(f"  {'':<12} {note}")
     check_batch_invariance(settings, config, device)
+    table = None
+    if checkpoint is not None and settings.embedding_table == "file":
+        table = embedding_in_file(checkpoint, operations, dtype, device)
     formats = formats_to_make(settings, config, dtype if checkpoint is None else checkpoint.dtype)
+    if table is not None:
+        formats.pop(EMBEDDING, None)
     stored: dict[str, torch.dtype | QuantizedFormat] = {} if checkpoint is None else dict(checkpoint.stored)
     for name, kept in (stored | formats).items():
         stored[name] = kept if isinstance(kept, QuantizedFormat) else operations.stored_dtype(kept, dtype)
@@ -110,10 +117,15 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         weight_bytes=operations.weight_bytes,
         tied_bytes=operations.tied_bytes,
         stored=stored,
+        embedding_in_file=table is not None,
         cache_dtypes=cache_dtypes,
     )
     weights = described(stored, config)
     _print_plan(plan, config, cache_dtypes, weights, print_line)
+    if table is not None:
+        print_line(f"               the embedding, {readable(table.nbytes)}, stays in its file")
+        if formats and isinstance(table, torch.Tensor):  # which --quantization rounds otherwise
+            weights = f"{str(table.dtype).removeprefix('torch.')} embedding, {weights}"
 
     def allocate() -> KVCache:
         with _phase("KV cache", print_line):
@@ -126,8 +138,9 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         cache.populate(threads=max(1, usable_cores() // 2))
     with _phase("weights", print_line):
         if checkpoint is not None:
-            total = plan.weights if formats else checkpoint.total_bytes
-            tensors = _with_progress_bar(checkpoint.parameters(formats), total)
+            total = plan.weights if formats else checkpoint.total_bytes - (0 if table is None else table.nbytes)
+            without = () if table is None else (EMBEDDING,)
+            tensors = _with_progress_bar(checkpoint.parameters(formats, without), total)
         else:
             dummies = dummy_parameters(config, dtype, device, settings.seed, formats)
             tensors = _with_progress_bar(dummies, plan.weights)
@@ -138,6 +151,7 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
             device=device,
             kernels=operations,
             max_model_len=plan.max_model_len,
+            embedding=table,
         )
         if device.type == "cuda":
             # What loading has borrowed beyond the weights is the KV cache's.
@@ -165,6 +179,35 @@ def check_batch_invariance(settings: EngineSettings, config: PersimmonConfig, de
             "embedding, whose products torch adds up in an order that depends on the number of rows. Serve it without "
             "the flag, or on a GPU"
         )
+
+
+def embedding_in_file(
+    checkpoint: Checkpoint, operations: kernels.Kernels[Any, Any], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor | QuantizedMatrix:
+    """The embedding for --embedding-table file: see `Checkpoint.mapped_embedding`.
+
+    Raises:
+        KernelsUnavailableError: the device or its kernels cannot read it there.
+        CheckpointError: it cannot be read there in the form that the file has, or is read whole.
+    """
+    if device.type != "cpu":
+        raise kernels.KernelsUnavailableError(
+            "--embedding-table is file, which a GPU cannot read: leave it out, or hide the GPU with "
+            "CUDA_VISIBLE_DEVICES="
+        )
+    if checkpoint.config.generates and checkpoint.config.tie_word_embeddings:
+        raise CheckpointError(
+            "--embedding-table is file, but with tie_word_embeddings each step reads the whole embedding as lm_head: "
+            "leave the flag out"
+        )
+    table = checkpoint.mapped_embedding()
+    if isinstance(table, torch.Tensor) and operations.stored_dtype(table.dtype, dtype) != table.dtype:
+        stored, used = (str(each).removeprefix("torch.") for each in (table.dtype, dtype))
+        raise kernels.KernelsUnavailableError(
+            f"--embedding-table is file, but the file's embedding is {stored}, which is not looked up as it is when "
+            f"activations are {used}: use --dtype {stored}, or leave the flag out"
+        )
+    return table
 
 
 def _graph_sizes(settings: EngineSettings, config: PersimmonConfig) -> list[int]:

@@ -47,6 +47,13 @@ class EngineSettings(LogSettings):
         "quantized checkpoint gives the tokens that Transformers gives. auto is int8.",
         "model",
     )
+    embedding_table: Literal["memory", "file"] = setting(
+        "memory",
+        "Where a CPU looks the embeddings of tokens up. file: in the checkpoint's file, as it stores them, also with "
+        "--quantization. A row takes memory once a prompt or an answer has used it, and the system may take that back. "
+        "While the server runs the file must not be changed in place: if it becomes shorter, the engine dies.",
+        "model",
+    )
     seed: int = setting(
         0,
         "Seed of dummy weights and of requests without a seed.",

@@ -112,3 +112,8 @@ def test_proxies_are_addresses_or_networks(allowed: str) -> None:
 def test_what_is_not_a_proxys_address_is_refused(allowed: str) -> None:
     with pytest.raises(SettingsError, match=r"--forwarded-allow-ips .*give addresses or networks like 10\.0\.0\.0/8"):
         read_settings({"forwarded_allow_ips": allowed})
+
+
+def test_an_embedding_in_a_file_needs_one():
+    with pytest.raises(SettingsError, match=r"--embedding-table is file, but --load-format dummy reads no file"):
+        read_settings({"embedding_table": "file", "load_format": "dummy"})
