@@ -350,6 +350,20 @@ class TestEightBits:
         for sequence in range(2):
             assert torch.equal(step.only(sequence).run()[0], together[sequence])
 
+    def test_what_is_not_finite_stays_with_its_sequence_and_head(self, cache_dtype: torch.dtype) -> None:
+        step = Step.make([3] * 5, cache_dtype=cache_dtype, normed=False)
+        spoiled = replace(step.copy(), qkv=step.qkv.clone())
+        keys_and_values = [(1, math.inf), (2, math.inf), (1, NAN), (2, NAN)]
+        for sequence, (part, bad) in enumerate(keys_and_values, start=1):
+            spoiled.qkv[sequence, 0, part, 3] = bad
+        out, clean = (own.run().view(5, 2, 16) for own in (spoiled, step))
+        assert torch.equal(out[0], clean[0])
+        assert torch.equal(out[:, 1], clean[:, 1])
+        if cache_dtype == torch.int8:
+            assert out[1:, 0].isnan().all()
+        else:  # it saturates; in the interpreter NaN is read as a number
+            assert out[1:3, 0].isfinite().all()
+
 
 class TestBits:
     LENGTHS = (300, 17, 256, 0, 520, 257)

@@ -1,6 +1,7 @@
 """The prompt kernels, interpreted, against float64 formulas; everything that they must not read is NaN."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import ClassVar
@@ -189,6 +190,8 @@ class TestQkNormRotaryStore:
         plan, theirs = plan_of(layout), layout.plan(3, cache_dtype)
         generator = torch.Generator().manual_seed(dim)
         qkv = torch.randn(len(plan.positions), heads, 3, dim, generator=generator).to(dtype)
+        qkv[0, 0, 1, 3] = NAN
+        qkv[1, 1, 2, 3] = math.inf
         angles = torch.rand(80, rotary_dim // 2, generator=generator) * 6
         weight, bias = (torch.randn(2, dim, generator=generator) for _ in range(2))
         own, other, before = (empty_layer((layout.num_blocks, heads, 16, dim), cache_dtype) for _ in range(3))
