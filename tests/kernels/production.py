@@ -2,7 +2,7 @@
 
 A cold compilation takes half a second to a second of CPU, so `make test` compiles for sm_90 what a server launches in
 float16, and for older and newer GPUs only the kernels that multiply matrices, whose code differs there in more than
-registers.  `make compat` compiles the whole matrix, without MAKE_TEST_ONLY: tests/compat/test_machine_code.py.
+registers.  `make compat` compiles the whole matrix: tests/compat/test_machine_code.py.
 
 Each module of calls has:
     CALLS: what to launch, by name; "dependent" ones may start while their predecessor ends, which takes sm_90, and
@@ -27,9 +27,6 @@ MODULES = (
 )
 """Modules of persimmon.kernels that have calls."""
 
-MAKE_TEST_ONLY = ("packed_projection", "packed_head", "dequantize")
-"""Modules that `make compat` leaves out: releases of Triton other than the pinned one have not compiled them yet."""
-
 
 def calls_of(module: str) -> ModuleType:
     """The module of calls that belongs to a module of kernels."""
@@ -39,8 +36,6 @@ def calls_of(module: str) -> ModuleType:
 def selected(module: str, capability: int, *, whole: bool) -> dict[str, Callable[[], None]]:
     """A module's calls that are compiled for a compute capability, all of them or those of `make test`, by name."""
     calls = calls_of(module)
-    if whole and module in MAKE_TEST_ONLY:
-        return {}
     if whole:
         names = {name for name in calls.CALLS if all(capability >= TAKES[word] for word in TAKES if word in name)}
     else:
