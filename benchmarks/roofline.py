@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.floors import ITEM_BYTES, PERSIMMON_8B
-from persimmon.kernels.decode_attention import AHEAD_BYTES, SPLIT_TOKENS
+from persimmon.kernels.decode_attention import AHEAD_BYTES
+from persimmon.kernels.decode_work import SPLIT_TOKENS
 from persimmon.kernels.projection import ATTENTION_OUT, MLP_DOWN, WIDE, ProjectionConfig
 from tests.kernels.ahead_of_time import compile_calls
 from tests.kernels.machine_code import latency

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.floors import ITEM_BYTES, PERSIMMON_8B
 from benchmarks.roofline import ASSUMED, CONTEXT, TILE_TOKENS, Card, waits_before
-from persimmon.kernels.decode_attention import SPLIT_TOKENS
+from persimmon.kernels.decode_work import SPLIT_TOKENS
 from persimmon.kernels.packed_weight import Packing
 from persimmon.kernels.quantized import QuantizedFormat
 from tests.kernels.ahead_of_time import compile_calls

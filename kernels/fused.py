@@ -17,7 +17,8 @@ import torch
 
 from persimmon.kernels import packed_head, packed_projection, projection, sampling, truncation
 from persimmon.kernels.chunk_plan import prefill_configs
-from persimmon.kernels.decode_attention import DecodeWorkspace, build_work_list, decode_attention
+from persimmon.kernels.decode_attention import decode_attention
+from persimmon.kernels.decode_work import DecodeWorkspace, build_work_list
 from persimmon.kernels.fused_weight import (
     DequantizingBuffer,
     FusedWeight,

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from persimmon.kernels.cached_rows import check_cache, scale_pairs
 from persimmon.kernels.chunk_plan import ChunkPlan, PrefillConfig
-from persimmon.kernels.decode_attention import SPLIT_TOKENS, DecodeWorkspace
+from persimmon.kernels.decode_work import SPLIT_TOKENS, DecodeWorkspace
 from persimmon.kernels.launch import Limits, num_sms
 from persimmon.kernels.layer_norm import exact_launch_options
 from persimmon.kernels.operands import LayerCache

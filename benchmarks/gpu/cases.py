@@ -21,7 +21,8 @@ from benchmarks.gpu.inputs import (
 )
 from benchmarks.gpu.suite import Setting
 from benchmarks.gpu.timing import Call, rotate, rotations
-from persimmon.kernels.decode_attention import DecodeConfig, DecodeWorkspace, build_work_list, decode_attention
+from persimmon.kernels.decode_attention import DecodeConfig, decode_attention
+from persimmon.kernels.decode_work import DecodeWorkspace, build_work_list
 from persimmon.kernels.projection import project, project_add_
 from persimmon.kernels.projection_config import ATTENTION_OUT, MLP_DOWN, WIDE, Norm, ProjectionConfig, Workspace
 

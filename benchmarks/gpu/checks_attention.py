@@ -11,7 +11,8 @@ from benchmarks.gpu.inputs import AttentionInputs, Pages, make_attention_inputs,
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.suite import Setting
 from persimmon.kernels.chunk_plan import plan_chunks
-from persimmon.kernels.decode_attention import DecodeConfig, DecodeWorkspace, build_work_list, decode_attention
+from persimmon.kernels.decode_attention import DecodeConfig, decode_attention
+from persimmon.kernels.decode_work import DecodeWorkspace, build_work_list
 from persimmon.kernels.operands import LayerCache
 from persimmon.kernels.prefill_attention import prefill_attention, qk_norm_rotary_store
 from persimmon.kernels.reference_decode_attention import decode_attention as exact_decode_attention

@@ -18,7 +18,8 @@ from benchmarks.gpu.suite import Setting
 from benchmarks.gpu.timing import Call, time_variants
 from persimmon.kernels.cache_types import EIGHT_BIT_CACHES, allocate_layer, row_bytes
 from persimmon.kernels.chunk_plan import plan_chunks
-from persimmon.kernels.decode_attention import DecodeWorkspace, build_work_list, decode_attention
+from persimmon.kernels.decode_attention import decode_attention
+from persimmon.kernels.decode_work import DecodeWorkspace, build_work_list
 from persimmon.kernels.fused import FusedKernels
 from persimmon.kernels.operands import LayerCache
 from persimmon.kernels.prefill_attention import prefill_attention, qk_norm_rotary_store

@@ -18,7 +18,8 @@ from benchmarks.gpu.suite import Setting
 from benchmarks.gpu.timing import Call, Timing, rotate, time_variants
 from persimmon.kernels import sampling, truncation
 from persimmon.kernels.chunk_plan import plan_chunks
-from persimmon.kernels.decode_attention import DecodeConfig, build_work_list
+from persimmon.kernels.decode_attention import DecodeConfig
+from persimmon.kernels.decode_work import build_work_list
 from persimmon.kernels.fused import SMALL_STEP, SPARSE_STEP
 from persimmon.kernels.layer_norm import bias_relu_squared_, embed, layer_norm
 from persimmon.kernels.operands import DrawInputs, TruncationInputs

@@ -22,7 +22,7 @@ CAPABILITIES = (80, 90, 100)
 TAKES = {"dependent": 90, "fp8": 89}
 """The compute capability that calls with such a word in their names take."""
 MODULES = (
-    *("decode_attention", "prefill_attention", "projection", "layer_norm", "sampling", "truncation"),
+    *("decode_work", "decode_attention", "prefill_attention", "projection", "layer_norm", "sampling", "truncation"),
     *("invariant_attention", "invariant_projection", "packed_projection", "packed_head", "dequantize"),
 )
 """Modules of persimmon.kernels that have calls."""

@@ -6,7 +6,8 @@ from functools import partial
 import torch
 
 from persimmon.kernels.cache_types import allocate_layer
-from persimmon.kernels.decode_attention import DecodeWorkspace, build_work_list, decode_attention
+from persimmon.kernels.decode_attention import decode_attention
+from persimmon.kernels.decode_work import DecodeWorkspace
 from persimmon.kernels.operands import LayerCache
 
 META = torch.device("meta")
@@ -15,10 +16,6 @@ SEQUENCES, HEADS, DIM, MAX_LENGTH = 64, 64, 64, 16384
 
 def workspace() -> DecodeWorkspace:
     return DecodeWorkspace.allocate(256, MAX_LENGTH, HEADS, DIM, META)
-
-
-def work_list(pdl: bool = False) -> None:
-    build_work_list(torch.empty(SEQUENCES, dtype=torch.int32, device=META), workspace(), pdl=pdl)
 
 
 def layer_cache(block_size: int, dtype: torch.dtype) -> LayerCache:
@@ -54,7 +51,6 @@ def decode(
 
 
 CALLS: dict[str, Callable[[], None]] = {
-    "work list": work_list,
     "decode, blocks of 16": partial(decode, 16, torch.float16),
     "decode, blocks of 32": partial(decode, 32, torch.float16),
     "decode, blocks of 64": partial(decode, 64, torch.float16),
@@ -66,7 +62,6 @@ CALLS: dict[str, Callable[[], None]] = {
     "decode, int8, bfloat16": partial(decode, 32, torch.bfloat16, torch.int8),
     "decode, fp8": partial(decode, 32, torch.float16, torch.float8_e4m3fn),
     "decode, fp8, bfloat16": partial(decode, 32, torch.bfloat16, torch.float8_e4m3fn),
-    "work list, dependent": partial(work_list, pdl=True),
     "decode, dependent": partial(decode, 32, torch.float16, pdl=True),
 }
 # Pages arrive in 16-byte asynchronous copies, or 8-byte ones where a block's tile is 1 KiB, and scales in 4-byte ones;
@@ -78,13 +73,6 @@ EXPECTED: dict[str, tuple[str, ...]] = {
         r"LDG\.E\.128\.STRONG\.GPU",
     )
     for name in CALLS
-    if "decode" in name
 }
 EVERY_GENERATION = {"decode, blocks of 32", "decode, int8"}
-COMPAT_ONLY = (
-    set(CALLS)
-    - EVERY_GENERATION
-    - {
-        *("work list", "decode, blocks of 16", "decode, dependent", "decode, fp8"),
-    }
-)
+COMPAT_ONLY = set(CALLS) - EVERY_GENERATION - {"decode, blocks of 16", "decode, dependent", "decode, fp8"}

@@ -16,13 +16,8 @@ from persimmon.kernels import LayerCache
 from persimmon.kernels import decode_attention as module
 from persimmon.kernels import reference_decode_attention as reference
 from persimmon.kernels.cache_types import EIGHT_BIT_CACHES
-from persimmon.kernels.decode_attention import (
-    SPLIT_TOKENS,
-    DecodeConfig,
-    DecodeWorkspace,
-    build_work_list,
-    decode_attention,
-)
+from persimmon.kernels.decode_attention import DecodeConfig, decode_attention
+from persimmon.kernels.decode_work import SPLIT_TOKENS, DecodeWorkspace, build_work_list
 from persimmon.kernels.reference_cache import store_rows
 from tests.kernels.stored_rows import assert_stored_alike, empty_layer
 

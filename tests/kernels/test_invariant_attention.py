@@ -9,7 +9,7 @@ import torch
 
 from persimmon.kernels import invariant_attention as module
 from persimmon.kernels.chunk_plan import LastTokens
-from persimmon.kernels.decode_attention import DecodeWorkspace, build_work_list
+from persimmon.kernels.decode_work import DecodeWorkspace, build_work_list
 from persimmon.kernels.invariant_attention import chunk_attention, config_of, decode_attention
 from persimmon.kernels.operands import LayerCache
 from persimmon.kernels.prefill_attention import ChunkPlan, plan_chunks, qk_norm_rotary_store

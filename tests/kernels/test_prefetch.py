@@ -5,7 +5,8 @@ import torch
 
 from persimmon.kernels import LayerCache, prefetch
 from persimmon.kernels import decode_attention as module
-from persimmon.kernels.decode_attention import DecodeWorkspace, build_work_list, decode_attention
+from persimmon.kernels.decode_attention import decode_attention
+from persimmon.kernels.decode_work import DecodeWorkspace, build_work_list
 from persimmon.kernels.prefetch import LINE_BYTES
 
 CPU = torch.device("cpu")

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from persimmon.kernels import decode_attention as decode_module
-from persimmon.kernels import invariant_attention, packed_head, packed_projection
+from persimmon.kernels import decode_work, invariant_attention, packed_head, packed_projection
 from persimmon.kernels.cache_types import EIGHT_BIT_CACHES
 from persimmon.kernels.chunk_plan import LastTokens
-from persimmon.kernels.decode_attention import DecodeWorkspace, build_work_list
+from persimmon.kernels.decode_work import DecodeWorkspace, build_work_list
 from persimmon.kernels.dequantize import dequantize
 from persimmon.kernels.invariant_projection import project_rows, project_rows_add_
 from persimmon.kernels.layer_norm import bias_relu_squared_, embed, layer_norm
@@ -104,7 +104,8 @@ def decode_attention(rng: random.Random, *, eight_bits: bool = False) -> Outcome
     heads, dim, block_size = rng.randint(1, 2), 16, rng.choice([16, 32])
     results = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode_module, "SPLIT_TOKENS", split)
+        for module in (decode_work, decode_module):
+            patch.setattr(module, "SPLIT_TOKENS", split)
         config = test_decode_attention.few_programs(patch, rng.randint(2, 7))
         workspace = DecodeWorkspace.allocate(most, most_tokens, heads, dim, CPU)
         for stale in (workspace.partial_outputs, workspace.partial_maxima, workspace.partial_totals):
@@ -220,7 +221,7 @@ def invariant_decode(rng: random.Random) -> Outcome:
     most, most_tokens, heads, dim = rng.randint(1, 4), rng.randint(1, 200), rng.randint(1, 2), 16
     results = []
     with pytest.MonkeyPatch.context() as patch:
-        for module in (decode_module, invariant_attention):
+        for module in (decode_work, invariant_attention):
             patch.setattr(module, "SPLIT_TOKENS", 64)
         programs = rng.randint(2, 6)
         patch.setattr(invariant_attention, "num_sms", lambda device: programs)

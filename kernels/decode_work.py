@@ -1,0 +1,165 @@
+"""How a decode step's attention is divided: the splits of its sequences, their list, and where they leave results.
+
+Knows lengths, not keys and values.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from persimmon.kernels.launch import Limits, launch_options, next_power_of_2
+
+SPLIT_TOKENS = 256
+"""Tokens of one work item.
+
+Splits begin at multiples of it whatever else runs, so how a sequence's sums are grouped, and with it every bit of its
+output, depends only on its own length.
+"""
+
+LIMITS = {
+    "_build_work_list": Limits(registers=40, shared_bytes=256),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeWorkspace:
+    """The work list of a step, and what the programs of one launch tell each other; all layers share it.
+
+    Attributes:
+        num_items: [1] int32, how many items the step has.
+        item_sequences, item_splits: [I] int32, which split of which sequence each item is, in any order.
+        first_splits: [M] int32, how many splits the sequences before each one have together.
+        partial_outputs: [I * H, D] float32, each split's sum of exp2(score - maximum) * v; row
+            first_split * H + head * splits + split.
+        partial_maxima, partial_totals: [I * H] float32, its maximum and its sum of exp2(score - maximum).
+        arrivals: [M, H] int32, how many of a sequence's splits are done; zero between launches.
+
+    M is the most sequences, I the most items: M * ceil(max_length / SPLIT_TOKENS).
+    """
+
+    num_items: torch.Tensor
+    item_sequences: torch.Tensor
+    item_splits: torch.Tensor
+    first_splits: torch.Tensor
+    partial_outputs: torch.Tensor
+    partial_maxima: torch.Tensor
+    partial_totals: torch.Tensor
+    arrivals: torch.Tensor
+
+    @classmethod
+    def allocate(
+        cls, max_sequences: int, max_length: int, num_heads: int, head_dim: int, device: torch.device
+    ) -> "DecodeWorkspace":
+        """Room for any step of at most `max_sequences` sequences of at most `max_length` tokens each."""
+        items = max_sequences * triton.cdiv(max_length, SPLIT_TOKENS)
+        rows = items * num_heads
+
+        def int32(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        def float32(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=device)
+
+        return cls(
+            num_items=int32(1),
+            item_sequences=int32(items),
+            item_splits=int32(items),
+            first_splits=int32(max_sequences),
+            partial_outputs=float32(rows, head_dim),
+            partial_maxima=float32(rows),
+            partial_totals=float32(rows),
+            arrivals=int32(max_sequences, num_heads),
+        )
+
+    @classmethod
+    def bytes(cls, max_sequences: int, max_length: int, num_heads: int, head_dim: int) -> int:
+        """Size of what `allocate` makes: about 4 * (D + 2) * H bytes for every 256 tokens of every sequence."""
+        workspace = cls.allocate(max_sequences, max_length, num_heads, head_dim, torch.device("meta"))
+        return sum(tensor.nbytes for tensor in workspace.tensors)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All of them, in the order in which the kernels take them."""
+        return tuple(getattr(self, name) for name in self.__slots__)
+
+    @property
+    def max_sequences(self) -> int:
+        """Most sequences of a step."""
+        return self.arrivals.shape[0]
+
+    @property
+    def max_splits(self) -> int:
+        """Most splits of a sequence."""
+        return self.item_sequences.shape[0] // self.max_sequences
+
+
+@triton.jit(do_not_specialize=["num_sequences"])
+def _build_work_list(
+    lengths,
+    num_sequences,
+    num_items,
+    item_sequences,
+    item_splits,
+    first_splits,
+    MAX_SEQUENCES: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program b writes the items of sequence b: see `build_work_list`."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    this = tl.program_id(0)
+    others = tl.arange(0, MAX_SEQUENCES)
+    length = tl.load(lengths + others, mask=others < num_sequences, other=0)
+    full, tail = length // SPLIT, length % SPLIT
+    own = tl.load(lengths + this)
+    own_full, own_tail = own // SPLIT, own % SPLIT
+    before = others < this
+    total_full = tl.sum(full, 0)
+
+    tl.store(first_splits + this, tl.sum(tl.where(before, full + (tail > 0).to(tl.int32), 0), 0))
+    split = tl.arange(0, MAX_SPLITS)
+    place = tl.sum(tl.where(before, full, 0), 0) + split
+    tl.store(item_sequences + place, this, mask=split < own_full)
+    tl.store(item_splits + place, split, mask=split < own_full)
+    ahead = (tail > own_tail) | ((tail == own_tail) & before)
+    place = total_full + tl.sum(ahead.to(tl.int32), 0)
+    tl.store(item_sequences + place, this, mask=own_tail > 0)
+    tl.store(item_splits + place, own_full, mask=own_tail > 0)
+    tl.store(num_items, total_full + tl.sum((tail > 0).to(tl.int32), 0), mask=this == 0)
+
+
+def build_work_list(lengths: torch.Tensor, workspace: DecodeWorkspace, *, pdl: bool = False) -> None:
+    """Turns a step's lengths into its items: one for each SPLIT_TOKENS tokens, begun or full, of each sequence.
+
+    Full splits come first and the shorter last ones after them, longest first, so that the programs that share the
+    items end at about the same time.  Nothing but speed depends on the order.
+
+    Reads 4 * B bytes in each of B programs; writes 8 bytes an item and 4 * B + 4.
+
+    Args:
+        lengths: [B] int32, tokens of each sequence including this step's; zero where the row is padding.  At most
+            the length that the workspace has room for.
+        workspace: its work list is written.
+        pdl: launched so that it may start while its predecessor ends.
+    """
+    (num_sequences,) = lengths.shape
+    if num_sequences > workspace.max_sequences:
+        raise ValueError(f"{num_sequences} sequences, but the workspace has room for {workspace.max_sequences}")
+    max_sequences = next_power_of_2(workspace.max_sequences)
+    _build_work_list[(num_sequences,)](
+        lengths,
+        num_sequences,
+        *workspace.tensors[:4],
+        MAX_SEQUENCES=max_sequences,
+        MAX_SPLITS=next_power_of_2(workspace.max_splits),
+        SPLIT=SPLIT_TOKENS,
+        PDL=pdl,
+        # Every program holds all lengths.
+        num_warps=min(32, max(4, max_sequences // 256)),
+        **launch_options(pdl),
+    )
