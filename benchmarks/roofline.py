@@ -223,7 +223,7 @@ def launches(rows: int) -> Iterator[Launch]:
     bucket = max(16, rows)
     names = ["query_key_value", "attention_out", "mlp_up", "mlp_down", *(["mlp_down_masked"] if rows <= 16 else [])]
     calls = {name: calls_of("projection").CALLS[f"{name}_fp16_{bucket}"] for name in names}
-    calls["head"] = calls_of("sampling").CALLS["head, 1 row" if rows <= 16 else "head, 64 rows"]
+    calls["head"] = calls_of("head").CALLS["head, 1 row" if rows <= 16 else "head, 64 rows"]
     calls["attention"] = calls_of("decode_attention").CALLS["decode, blocks of 32"]
     kernels = {
         name: next(kernel for kernel in compiled if kernel.kernel in READERS)

@@ -252,9 +252,9 @@ def launches(capability: int, stored: str, batch: int) -> Iterator[Launch]:
         **({"mlp_down_masked": (MASKED, inner, hidden)} if rows <= 16 else {}),
     }
     calls = {name: calls_of("packed_projection").CALLS[f"{name}_{stored}_fp16_{rows}"] for name in widths}
-    calls[HEAD] = calls_of("packed_head").CALLS["int8 head, 1 row" if rows <= 16 else "int8 head, 64 rows"]
+    calls[HEAD] = calls_of("head").CALLS["int8 head, 1 row" if rows <= 16 else "int8 head, 64 rows"]
     kernels = {
-        name: next(kernel for kernel in compiled if kernel.kernel.startswith("packed_"))
+        name: next(kernel for kernel in compiled if kernel.kernel.startswith(("packed_", "_head")))
         for name, compiled in compile_calls(calls, capability).items()
     }
     for name, kernel in kernels.items():

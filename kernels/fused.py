@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from persimmon.kernels import packed_head, packed_projection, projection, sampling, truncation
+from persimmon.kernels import packed_projection, projection, sampling, truncation
 from persimmon.kernels.chunk_plan import prefill_configs
 from persimmon.kernels.decode_attention import decode_attention
 from persimmon.kernels.decode_work import DecodeWorkspace, build_work_list
@@ -27,7 +27,9 @@ from persimmon.kernels.fused_weight import (
     float32_product,
     is_columns,
     numbers_of,
+    operand_of,
 )
+from persimmon.kernels.head import sample_head
 from persimmon.kernels.launch import converts_fp8, generation, upload
 from persimmon.kernels.layer_norm import bias_relu_squared_, embed, layer_norm
 from persimmon.kernels.operands import (
@@ -380,11 +382,8 @@ class FusedKernels:
             [R] int64, the first of `sampled`.
         """
         rows, workspace = len(hidden), self._workspaces.sampling
-        if isinstance(head, PackedWeight) and rows <= PACKED_STEP:
-            tokens, _ = packed_head.sample_head(hidden, head, draw, live, workspace, logits=logits, pdl=self.pdl)
-            return tokens
-        if isinstance(head, FusedWeight) and rows <= SMALL_STEP:
-            tokens, _ = sampling.sample_head(hidden, head.matrix, draw, live, workspace, logits=logits, pdl=self.pdl)
+        if rows <= small_step(head):
+            tokens, _ = sample_head(hidden, operand_of(head), draw, live, workspace, logits=logits, pdl=self.pdl)
             return tokens
         all_logits = self.logits(hidden, head, out=logits)
         tokens, _ = sampling.sample_logits(all_logits, draw, live, workspace, pdl=self.pdl)

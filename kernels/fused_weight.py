@@ -53,6 +53,11 @@ def numbers_of(weight: GpuWeight) -> torch.Tensor:
     return weight.numbers if isinstance(weight, PackedWeight) else weight.matrix
 
 
+def operand_of(weight: GpuWeight) -> torch.Tensor | PackedWeight:
+    """The matrix as kernels take it that read either kind."""
+    return weight if isinstance(weight, PackedWeight) else weight.matrix
+
+
 class DequantizingBuffer:
     """Memory in which a quantized matrix gets its 16 bits for one product; all matrices share it.
 

@@ -17,10 +17,11 @@ from typing import Literal
 
 import torch
 
-from persimmon.kernels import packed_head, packed_projection, projection, sampling
+from persimmon.kernels import packed_projection, projection
 from persimmon.kernels.chunk_plan import LastTokens, PrefillConfig
 from persimmon.kernels.fused import FusedKernels, FusedPlan, angles_of, small_step
-from persimmon.kernels.fused_weight import FusedWeight, GpuWeight, is_columns
+from persimmon.kernels.fused_weight import FusedWeight, GpuWeight, is_columns, operand_of
+from persimmon.kernels.head import sample_head
 from persimmon.kernels.invariant_attention import chunk_attention, config_of, decode_attention
 from persimmon.kernels.invariant_projection import project_rows, project_rows_add_, row_statistics
 from persimmon.kernels.layer_norm import layer_norm
@@ -189,10 +190,7 @@ class InvariantKernels(FusedKernels):
     ) -> torch.Tensor:
         """As `FusedKernels.sample`."""
         workspace = self._workspaces.sampling
-        if isinstance(head, PackedWeight):
-            tokens, _ = packed_head.sample_head(hidden, head, draw, live, workspace, logits=logits, pdl=self.pdl)
-        else:
-            tokens, _ = sampling.sample_head(hidden, head.matrix, draw, live, workspace, logits=logits, pdl=self.pdl)
+        tokens, _ = sample_head(hidden, operand_of(head), draw, live, workspace, logits=logits, pdl=self.pdl)
         return tokens
 
     def chunk_configs(self, dtype: torch.dtype) -> Sequence[PrefillConfig]:

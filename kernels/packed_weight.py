@@ -133,6 +133,20 @@ class Packing:
             return 0
         return FEATURES // self.group // (1 if self.scale_kind == "float32" else 2)
 
+    @property
+    def constants(self) -> dict[str, int | str]:
+        """What kernels that read such a weight are compiled for, by the names of their parameters."""
+        return {
+            "BITS": self.bits,
+            "GROUP": self.group or 0,
+            "SCALES": self.scale_kind,
+            "WORDS": self.words,
+            "COLUMNS": self.columns,
+            "UNIT": self.unit,
+            "RUN": self.run,
+            "TILE_OUTPUTS": self.outputs,
+        }
+
     def padded(self, shape: tuple[int, int]) -> tuple[int, int]:
         """(out, in) with what fills the last tiles and iterations."""
         out_features, in_features = shape

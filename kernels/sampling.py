@@ -1,4 +1,4 @@
-"""Draws tokens with Gumbel noise, in the output projection's epilogue or from logits that already exist.
+"""Draws tokens with Gumbel noise from logits that exist, tile by tile, and merges the tiles of a row.
 
 Knows nothing of truncation, penalties or requests.  A draw depends on (seed, sample_index, position), the token ids and
 the row's own logits: never on the row's place in the batch, the tile a token falls into, or how many rows run.
@@ -13,19 +13,14 @@ import triton.language as tl
 from persimmon.kernels.launch import Limits, launch_options, next_power_of_2
 from persimmon.kernels.operands import DrawInputs
 
-__all__ = ["DrawInputs", "LIMITS", "SamplingConfig", "Workspace", "sample_head", "sample_logits"]
-
 LIMITS = {
-    "_head_kernel, sm_80": Limits(registers=132, shared_bytes=113_000),
-    "_head_kernel, sm_90": Limits(registers=148, shared_bytes=113_000),
-    "_head_kernel, sm_100": Limits(registers=248, shared_bytes=113_000),
     "_logits_kernel": Limits(registers=76, shared_bytes=64),
     "_merge_kernel": Limits(registers=112, shared_bytes=64),
 }
 """Most that the machine code may take."""
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_NO_TOKEN = tl.constexpr(2**31 - 1)
+LOG2_E = tl.constexpr(1.4426950408889634)
+NO_TOKEN = tl.constexpr(2**31 - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,80 +109,6 @@ def _most_tiles(vocab_size: int, config: SamplingConfig) -> int:
     return -(-vocab_size // min(config.head_tokens, config.slice_tokens))
 
 
-def sample_head(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    draw: DrawInputs,
-    live: torch.Tensor,
-    workspace: Workspace,
-    *,
-    logits: torch.Tensor | None = None,
-    config: SamplingConfig | None = None,
-    pdl: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits = hidden @ weight.T and a token drawn from them, without the logits ever being written.
-
-    The token is the argmax of logit + temperature * Gumbel noise, which is a draw from softmax(logits / temperature)
-    (the Gumbel-max trick, in the projection's epilogue as in FlashSampling, arXiv:2603.15854); the noise is
-    `reference_sampling.gumbel`.  Temperature 0 is greedy, the lowest id among equals.  A NaN counts as -inf.
-
-    Reads vocab_size * K * itemsize bytes of weights once for each config.head_rows rows, and for each tile R * K *
-    itemsize of hidden from the L2 cache; writes and reads back 20 * R * ceil(vocab_size / head_tokens) bytes, and
-    writes 4 * vocab_size for each row that wants its logits.  Above 64 rows a plain matmul and `sample_logits` take
-    over: two tiles of rows would share each weight through the L2 cache at best.
-
-    Args:
-        hidden: [R, K] contiguous, normalised, float16, bfloat16 or float32.
-        weight: [vocab_size, K] contiguous, hidden's dtype.
-        draw: R rows of it.
-        live: [1] int32; rows from there on are padding, are not read and get no token.
-        workspace: for R rows or more; its results are what is returned.
-        logits: [R, vocab_size] float32, written where `draw.wants_logits` says so; None when no row does.
-        config: launch settings; the defaults where None.
-        pdl: whether the launch overlaps the end of its predecessor.
-
-    Returns:
-        tokens [R] int64, and their log-probabilities [R] float32 under softmax(logits), that is without temperature.
-    """
-    config = config or SamplingConfig()
-    rows, depth = hidden.shape
-    check_rows(rows, workspace)
-    vocab_size = weight.shape[0]
-    tiles = triton.cdiv(vocab_size, config.head_tokens)
-    block_m = min(max(16, next_power_of_2(rows)), config.head_rows)
-    row_blocks = triton.cdiv(rows, block_m)
-    launch = launch_options(pdl)
-    _head_kernel[(tiles * row_blocks,)](
-        hidden,
-        weight,
-        draw.temperature,
-        draw.seed,
-        draw.sample_index,
-        draw.position,
-        draw.wants_logits,
-        live,
-        logits,
-        workspace.scores,
-        workspace.ids,
-        workspace.winner_logits,
-        workspace.maxima,
-        workspace.sums,
-        vocab_size,
-        tiles,
-        row_blocks,
-        rows,
-        K=depth,
-        BLOCK_N=config.head_tokens,
-        BLOCK_M=block_m,
-        BLOCK_K=config.head_depth_bytes // hidden.element_size(),
-        STAGES=config.head_stages,
-        PDL=pdl,
-        num_warps=config.head_warps if block_m <= 32 else 2 * config.head_warps,
-        **launch,
-    )
-    return merge(workspace, None, live, rows, tiles, config=config, pdl=pdl)
-
-
 def sample_logits(
     logits: torch.Tensor,
     draw: DrawInputs,
@@ -197,14 +118,14 @@ def sample_logits(
     config: SamplingConfig | None = None,
     pdl: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A token a row from logits that exist: the draws of `sample_head`, for batches that a plain matmul serves better.
+    """A token a row from logits that exist: the draws of `head.sample_head`, where a plain matmul serves better.
 
     Reads R * vocab_size * itemsize bytes, and writes and reads back 20 * R * ceil(vocab_size / slice_tokens).
 
     Args:
         logits: [R, vocab_size] contiguous, float16, bfloat16 or float32.
         draw: R rows of it; wants_logits does not matter.
-        live, workspace, config, pdl: as in `sample_head`.
+        live, workspace, config, pdl: as in `head.sample_head`.
 
     Returns:
         What `sample_head` does.
@@ -310,14 +231,14 @@ def store_tile(x, score, ids, row, tile, tiles, scores, winner_ids, winner_logit
     """Writes what a slice of one row leaves for the merge; `score` is -inf where a token may not win."""
     entry = row.to(tl.int64) * tiles + tile
     best = tl.max(score, axis=0)
-    winner = tl.min(tl.where(score == best, ids, _NO_TOKEN), axis=0)
+    winner = tl.min(tl.where(score == best, ids, NO_TOKEN), axis=0)
     maximum = tl.max(x, axis=0)
     tl.store(scores + entry, best)
     tl.store(winner_ids + entry, winner)
     tl.store(winner_logits + entry, tl.max(tl.where(ids == winner, x, float("-inf")), axis=0))
     tl.store(maxima + entry, maximum)
     # Where a slice has no finite logit, its highest is -inf, and -inf - -inf would be NaN.
-    tl.store(sums + entry, tl.sum(tl.where(x == maximum, 1.0, tl.exp2((x - maximum) * _LOG2_E)), axis=0))
+    tl.store(sums + entry, tl.sum(tl.where(x == maximum, 1.0, tl.exp2((x - maximum) * LOG2_E)), axis=0))
 
 
 @triton.jit
@@ -328,128 +249,6 @@ def slice_noise(first, seed, sample_index, position, SLICE: tl.constexpr):
     # [group, low bit of the word's number, high bit] -> id = 4 * group + word.
     words = tl.join(tl.join(w0, w1), tl.join(w2, w3))
     return gumbel_from_word(tl.reshape(tl.permute(words, (0, 2, 1)), (SLICE,)))
-
-
-@triton.jit
-def draw_from_tile(
-    x,
-    tile,
-    row,
-    is_live,
-    temperature,
-    seed,
-    sample_index,
-    position,
-    wants_logits,
-    logits,
-    scores,
-    winner_ids,
-    winner_logits,
-    maxima,
-    sums,
-    vocab_size,
-    tiles,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """What one tile of logits x [BLOCK_N, BLOCK_M] float32 leaves for the merge, and the logits that rows want."""
-    ids = (tile * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
-    x = tl.where((ids < vocab_size) & (x == x), x, float("-inf"))
-    if logits is not None:
-        wanted = is_live & (tl.load(wants_logits + row, mask=is_live, other=0) != 0)
-        out = logits + row.to(tl.int64)[None, :] * vocab_size + ids
-        tl.store(out, x, mask=wanted[None, :] & (ids < vocab_size))
-
-    group = tile * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
-    own_seed = tl.load(seed + row, mask=is_live, other=0)
-    own_index = tl.load(sample_index + row, mask=is_live, other=0)
-    own_position = tl.load(position + row, mask=is_live, other=0)
-    w0, w1, w2, w3 = tl.philox(
-        own_seed[None, :],
-        group[:, None],
-        own_position[None, :],
-        own_index[None, :],
-        tl.zeros((1, 1), dtype=tl.int32),
-    )
-    words = tl.join(tl.join(w0, w1), tl.join(w2, w3))
-    noise = gumbel_from_word(tl.reshape(tl.permute(words, (0, 3, 2, 1)), (BLOCK_N, BLOCK_M)))
-    score = x + tl.load(temperature + row, mask=is_live, other=0.0)[None, :] * noise
-
-    best = tl.max(score, axis=0)
-    winner = tl.min(tl.where(score == best[None, :], ids, _NO_TOKEN), axis=0)
-    winner_logit = tl.max(tl.where(ids == winner[None, :], x, float("-inf")), axis=0)
-    maximum = tl.max(x, axis=0)
-    # In whole numbers the order of the sum cannot matter, and that order is the compiler's choice for each BLOCK_M.
-    share = tl.where(x == maximum[None, :], 1.0, tl.exp2((x - maximum[None, :]) * _LOG2_E))
-    one: tl.constexpr = 2**30 // BLOCK_N
-    total = tl.sum((share * one + 0.5).to(tl.int32), axis=0)
-
-    entry = row.to(tl.int64) * tiles + tile
-    tl.store(scores + entry, best, mask=is_live)
-    tl.store(winner_ids + entry, winner, mask=is_live)
-    tl.store(winner_logits + entry, winner_logit, mask=is_live)
-    tl.store(maxima + entry, maximum, mask=is_live)
-    tl.store(sums + entry, total.to(tl.float32) / one, mask=is_live)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _head_kernel(
-    hidden,
-    weight,
-    temperature,
-    seed,
-    sample_index,
-    position,
-    wants_logits,
-    live,
-    logits,
-    scores,
-    winner_ids,
-    winner_logits,
-    maxima,
-    sums,
-    vocab_size,
-    tiles,
-    row_blocks,
-    rows,
-    K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    # Row blocks of one tile are neighbours, so that the second finds the weights in the L2 cache.
-    tile = tl.program_id(0) // row_blocks
-    first_row = (tl.program_id(0) % row_blocks) * BLOCK_M
-    live_rows = tl.minimum(tl.load(live), rows)
-    if first_row >= live_rows:
-        return
-    row = first_row + tl.arange(0, BLOCK_M)
-    is_live = row < live_rows
-    id_ = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    # Ids beyond the vocabulary read its last row, and cannot win below: the loads need no mask.
-    weight_rows = weight + tl.minimum(id_, vocab_size - 1).to(tl.int64)[:, None] * K
-    hidden_rows = hidden + row.to(tl.int64)[:, None] * K
-    x = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for first in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        if K % BLOCK_K == 0:
-            w = tl.load(weight_rows + (first + k)[None, :])
-            h = tl.load(hidden_rows + (first + k)[None, :], mask=is_live[:, None], other=0.0)
-        else:
-            inside = (first + k)[None, :] < K
-            w = tl.load(weight_rows + (first + k)[None, :], mask=inside, other=0.0)
-            h = tl.load(hidden_rows + (first + k)[None, :], mask=is_live[:, None] & inside, other=0.0)
-        x = tl.dot(w, tl.trans(h), x, input_precision="ieee")
-
-    draw_from_tile(
-        x, tile, row, is_live, temperature, seed, sample_index, position, wants_logits, logits, scores, winner_ids,
-        winner_logits, maxima, sums, vocab_size, tiles, BLOCK_N, BLOCK_M,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -511,15 +310,15 @@ def _merge_kernel(
     inside = tile < tiles
     entry = row.to(tl.int64) * tiles + tile
     score = tl.load(scores + entry, mask=inside, other=float("-inf"))
-    ids = tl.load(winner_ids + entry, mask=inside, other=_NO_TOKEN)
+    ids = tl.load(winner_ids + entry, mask=inside, other=NO_TOKEN)
     winner_logit = tl.load(winner_logits + entry, mask=inside, other=float("-inf"))
     tile_maximum = tl.load(maxima + entry, mask=inside, other=float("-inf"))
     total = tl.load(sums + entry, mask=inside, other=0.0)
 
-    winner = tl.min(tl.where(score == tl.max(score, axis=0), ids, _NO_TOKEN), axis=0)
+    winner = tl.min(tl.where(score == tl.max(score, axis=0), ids, NO_TOKEN), axis=0)
     logit = tl.max(tl.where(ids == winner, winner_logit, float("-inf")), axis=0)
     maximum = tl.max(tile_maximum, axis=0)
-    share = tl.where(tile_maximum == maximum, 1.0, tl.exp2((tile_maximum - maximum) * _LOG2_E))
+    share = tl.where(tile_maximum == maximum, 1.0, tl.exp2((tile_maximum - maximum) * LOG2_E))
     below = tl.where(logit == maximum, 0.0, logit - maximum)
     tl.store(tokens + row, winner.to(tl.int64))
     tl.store(logprobs + row, below - tl.log(tl.sum(share * total, axis=0)))

@@ -145,7 +145,7 @@ def sample_truncated(
     """Draws the active rows anew, each from the tokens it keeps; all others keep what the workspace holds.
 
     min-p, then top-k, then top-p, each on what the one before kept; `reference_sampling.kept` is the definition.  The
-    noise is that of `sampling.sample_head`, so a row that keeps every token draws the same one again.
+    noise is that of `head.sample_head`, so a row that keeps every token draws the same one again.
 
     Each rule keeps a first part of the tokens ordered by gap, (highest - logit) / temperature, and id: one gap, and how
     many of the tokens that have it, say what is kept.  A gap is 28 bits in units of 2**-23 (closer ones count as

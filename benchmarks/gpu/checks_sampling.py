@@ -10,6 +10,7 @@ from benchmarks.gpu.inputs import normal
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.suite import Setting
 from persimmon.kernels import reference_sampling, sampling, truncation
+from persimmon.kernels.head import sample_head
 from persimmon.kernels.operands import DrawInputs, TruncationInputs
 
 VOCABULARY_AT_ONCE = 1 << 15
@@ -46,7 +47,7 @@ def check_sampling(setting: Setting, report: Report, dtype: torch.dtype, name: s
     logits = torch.full((rows, vocab_size), float("nan"), dtype=torch.float32, device=device)
 
     def head(pdl: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        return sampling.sample_head(hidden, weight, draw, live, workspace, logits=logits, pdl=pdl)
+        return sample_head(hidden, weight, draw, live, workspace, logits=logits, pdl=pdl)
 
     tokens, logprobs = (result.clone() for result in head())
     exact, spread = _exact_logits(hidden, weight, dtype)
@@ -66,7 +67,7 @@ def check_sampling(setting: Setting, report: Report, dtype: torch.dtype, name: s
     one = torch.ones(1, dtype=torch.int32, device=device)
     pairs = []
     for row in sorted({0, rows // 2, rows - 1}):
-        own = sampling.sample_head(hidden[row : row + 1].clone(), weight, _rows(draw, row), one, alone)
+        own = sample_head(hidden[row : row + 1].clone(), weight, _rows(draw, row), one, alone)
         pairs.append(
             (
                 torch.stack((own[0].double(), own[1].double())),

@@ -18,9 +18,9 @@ from benchmarks.gpu.suite import Setting
 from benchmarks.gpu.timing import Call, rotate, time_variants
 from persimmon.kernels.dequantize import dequantize
 from persimmon.kernels.fused import SPARSE_STEP
+from persimmon.kernels.head import sample_head
 from persimmon.kernels.launch import generation
 from persimmon.kernels.operands import DrawInputs
-from persimmon.kernels.packed_head import sample_head
 from persimmon.kernels.packed_projection import BLOCK_ROWS, MAX_SPLITS, project, project_add_
 from persimmon.kernels.packed_weight import PackedWeight, pack
 from persimmon.kernels.projection_config import Norm, Workspace

@@ -21,6 +21,7 @@ from persimmon.kernels.chunk_plan import plan_chunks
 from persimmon.kernels.decode_attention import DecodeConfig
 from persimmon.kernels.decode_work import build_work_list
 from persimmon.kernels.fused import SMALL_STEP, SPARSE_STEP
+from persimmon.kernels.head import sample_head
 from persimmon.kernels.layer_norm import bias_relu_squared_, embed, layer_norm
 from persimmon.kernels.operands import DrawInputs, TruncationInputs
 from persimmon.kernels.prefill_attention import prefill_attention, qk_norm_rotary_store
@@ -228,7 +229,7 @@ def _sampling(setting: Setting, report: Report, rows: int) -> None:
     }
     if rows <= SMALL_STEP:
         for name, how in (("greedy", greedy), ("temperature", draw)):
-            fused = partial(sampling.sample_head, hidden, weight, how, live, workspace)
+            fused = partial(sample_head, hidden, weight, how, live, workspace)
             variants[f"projection and {name}"] = [fused]
     logits.copy_(alone())
     timed = time_variants(variants, device, setting.suite.seconds_per_figure)

@@ -22,8 +22,8 @@ CAPABILITIES = (80, 90, 100)
 TAKES = {"dependent": 90, "fp8": 89}
 """The compute capability that calls with such a word in their names take."""
 MODULES = (
-    *("decode_work", "decode_attention", "prefill_attention", "projection", "layer_norm", "sampling", "truncation"),
-    *("invariant_attention", "invariant_projection", "packed_projection", "packed_head", "dequantize"),
+    *("decode_work", "decode_attention", "prefill_attention", "projection", "layer_norm", "head", "sampling"),
+    *("truncation", "invariant_attention", "invariant_projection", "packed_projection", "dequantize"),
 )
 """Modules of persimmon.kernels that have calls."""
 

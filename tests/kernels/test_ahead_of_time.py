@@ -69,7 +69,7 @@ BROKEN = [
     ("no_non_coherent_load", "layer_norm", "merged_norm_fp16", "sass", r"LDG\.E\.128", "LDG.E.128.CONSTANT"),
     ("proxy_fence", "projection", "mlp_down_fp16_64", "ptx", r"fence\.proxy\.async\S*;", ""),
     ("proxy_fence", "prefill_attention", "prompts", "ptx", r"fence\.proxy\.async\S*;", ""),
-    ("barrier_before_shared_stores", "sampling", "head, 64 rows", "sass", r"BAR\.SYNC\S*", "NOP"),
+    ("barrier_before_shared_stores", "head", "head, 64 rows", "sass", r"BAR\.SYNC\S*", "NOP"),
     ("nothing_before_grid_wait", "decode_attention", "decode, dependent", "ptx", "(griddepcontrol.wait)", r"@%p1 \1"),
 ]
 

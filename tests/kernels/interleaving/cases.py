@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from persimmon.kernels import decode_attention as decode_module
-from persimmon.kernels import decode_work, invariant_attention, packed_head, packed_projection
+from persimmon.kernels import decode_work, invariant_attention, packed_projection
 from persimmon.kernels.cache_types import EIGHT_BIT_CACHES
 from persimmon.kernels.chunk_plan import LastTokens
 from persimmon.kernels.decode_work import DecodeWorkspace, build_work_list
 from persimmon.kernels.dequantize import dequantize
+from persimmon.kernels.head import sample_head
 from persimmon.kernels.invariant_projection import project_rows, project_rows_add_
 from persimmon.kernels.layer_norm import bias_relu_squared_, embed, layer_norm
 from persimmon.kernels.operands import LayerCache, PenaltyInputs, TruncationInputs
@@ -28,10 +29,11 @@ from persimmon.kernels.prefill_attention import prefill_attention, qk_norm_rotar
 from persimmon.kernels.projection_config import ProjectionConfig, Workspace
 from persimmon.kernels.reference_cache import store_rows
 from persimmon.kernels.sampling import Workspace as SamplingWorkspace
-from persimmon.kernels.sampling import sample_head, sample_logits
+from persimmon.kernels.sampling import sample_logits
 from persimmon.kernels.truncation import TruncationWorkspace, apply_penalties, sample_truncated
 from tests.kernels import (
     test_decode_attention,
+    test_head,
     test_packed_projection,
     test_prefill_attention,
     test_projection,
@@ -172,7 +174,7 @@ def sampling(rng: random.Random) -> Outcome:
     rows, vocab_size, config = rng.randint(1, 3), rng.randint(1, 300), test_sampling.SMALL
     config = replace(config, slice_tokens=128)
     live = torch.tensor([rng.choice([rows, rng.randint(0, rows)])], dtype=torch.int32)
-    hidden, weight = test_sampling.random_head(rows, vocab_size, rng.randint(1, 80), rng.choice(DTYPES))
+    hidden, weight = test_head.random_head(rows, vocab_size, rng.randint(1, 80), rng.choice(DTYPES))
     draw = test_sampling.draws([rng.choice([0.0, 0.7, 2.0]) for _ in range(rows)], seed=rng.randrange(1000))
     draw = replace(draw, wants_logits=torch.ones_like(draw.wants_logits))
     workspace = SamplingWorkspace.allocate(rows, vocab_size, CPU, config)
@@ -204,7 +206,7 @@ def head(rng: random.Random) -> Outcome:
     """The output projection over several blocks of rows, with and without its logits."""
     rows, vocab_size = rng.randint(1, 40), rng.randint(1, 150)
     config = replace(test_sampling.SMALL, head_rows=16)
-    hidden, weight = test_sampling.random_head(rows, vocab_size, rng.randint(1, 80), rng.choice(DTYPES))
+    hidden, weight = test_head.random_head(rows, vocab_size, rng.randint(1, 80), rng.choice(DTYPES))
     draw = test_sampling.draws([rng.choice([0.0, 0.7]) for _ in range(rows)], seed=rng.randrange(1000))
     wanted = torch.tensor([rng.randint(0, 1) for _ in range(rows)], dtype=torch.int32)
     logits = torch.zeros(rows, vocab_size) if rng.random() < 0.5 else None
@@ -289,7 +291,7 @@ def packed(rng: random.Random) -> Outcome:
     results = [out[:count], alive, x[:count], statistics[:, :, :count]]
     draw = test_sampling.draws([rng.choice([0.0, 0.7]) for _ in range(rows)], seed=rng.randrange(1000))
     workspace = SamplingWorkspace.allocate(rows, 150, CPU)
-    tokens, totals = packed_head.sample_head(_numbers(rng, rows, hidden, dtype=dtype), head, draw, live, workspace)
+    tokens, totals = sample_head(_numbers(rng, rows, hidden, dtype=dtype), head, draw, live, workspace)
     results += [tokens[:count], totals[:count]]
     results.append(dequantize(down, torch.zeros(hidden * width, dtype=dtype), 0, hidden).clone())
     return Outcome(results, [made.counters])
