@@ -1,21 +1,26 @@
 """The 8B model's shape on this machine's CPU: speed, memory and start of each precision, with random weights.
 
-    python -m benchmarks.full_size [--precision bfloat16 int8 int4] [--kv-cache-dtype auto int8] [--out FILE]
+    python -m benchmarks.full_size [--precision bfloat16 int8 int4] [--kv-cache-dtype auto int8]
+                                   [--embedding-table memory file] [--out FILE]
 
-Starts `persimmon serve --load-format dummy` for each, one after the other, and sends it one request at a time.  Prints
-what it reaches next to what the memory's bandwidth allows.  Knows no other server.
+Starts `persimmon serve` for each, one after the other, and sends it one request at a time.  With the embedding in
+memory weights are those of `--load-format dummy`.  For one in a file a checkpoint of random integers is written first,
+into the folder for temporary files (TMPDIR), which must be on a disk with room for it.  Prints what each reaches next
+to what the memory's bandwidth allows.  Knows no other server.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
+import os
 import random
 import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +32,7 @@ from benchmarks.checkpoint import CONFIG, DEMO, TOKENIZER_FILES
 from benchmarks.instruction_sets import INSTRUCTION_SETS, masked_environment, view_of_checkout
 from benchmarks.machine import device, measure_rates
 from benchmarks.peer_servers import OURS, PRECISIONS, QUANTIZED, our_server, precision_flags
+from benchmarks.quantized_checkpoint import write_quantized_checkpoint
 from benchmarks.servers import RunningServer, ServerFailedError, running
 from persimmon.model.checkpoint import expected_shapes
 from persimmon.model.config import PersimmonConfig
@@ -69,8 +75,10 @@ class Figures:
     Attributes:
         precision: of the weights.
         kv_cache_dtype: of keys and values, as its flag has it.
+        embedding_table: where the embedding is, as its flag has it.
         flags: of the server.
-        start_s: seconds from its start to its first healthy answer, random weights included.
+        start_s: seconds from its start to its first healthy answer: it makes random weights, or reads them from a disk
+            whose files are not in memory.
         resident_gb: 10^9 bytes of memory that its processes hold after all requests, shared pages counted once.
         tokens_per_s: of one stream, after its first token.
         read_gb: 10^9 bytes of weights that a token reads.
@@ -80,6 +88,7 @@ class Figures:
 
     precision: str
     kv_cache_dtype: str
+    embedding_table: str
     flags: str
     start_s: float
     resident_gb: float
@@ -141,8 +150,41 @@ def cache_bytes(config: PersimmonConfig, precision: str, kv_cache_dtype: str) ->
     return (CACHED_TOKENS // block_size + 1) * block_bytes(config, block_size, dtype)
 
 
+def weight_flags(precision: str, embedding_table: str) -> tuple[str, ...]:
+    """The flags by which the server has weights of a precision: a written checkpoint says by itself what it is."""
+    if embedding_table == "file":
+        return ("--embedding-table", "file")
+    return ("--load-format", "dummy", *precision_flags(OURS, precision))
+
+
+@contextlib.contextmanager
+def checkpoint_for(precision: str, embedding_table: str, folder: Path, scratch: Path) -> Iterator[Path]:
+    """The folder to serve: that without weights, or one that is written, and deleted in the end."""
+    if embedding_table == "memory":
+        yield folder
+        return
+    written = scratch / f"{folder.name}-{precision}"
+    write_quantized_checkpoint(folder, written, "int8" if precision == "int8" else "int4")
+    try:
+        yield written
+    finally:
+        shutil.rmtree(written)
+
+
+def forget_cached(folder: Path) -> None:
+    """Asks the system to drop what it has cached of a folder's weights, as after a boot."""
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def measure_server(
-    precision: str, kv_cache_dtype: str, folder: Path, scratch: Path, arguments: argparse.Namespace
+    precision: str,
+    kv_cache_dtype: str,
+    embedding_table: str,
+    folder: Path,
+    scratch: Path,
+    arguments: argparse.Namespace,
 ) -> Figures:
     """Starts the server, measures it and stops it.
 
@@ -156,14 +198,15 @@ def measure_server(
     environment = {**masked_environment(level, scratch), "PYTHONPATH": str(view_of_checkout(view, level.build))}
     config = PersimmonConfig.from_folder(folder)
     flags = (
-        *("--load-format", "dummy", "--max-model-len", str(CACHED_TOKENS), "--max-num-seqs", "4"),
+        *weight_flags(precision, embedding_table),
+        *("--max-model-len", str(CACHED_TOKENS), "--max-num-seqs", "4"),
         *("--max-num-batched-tokens", str(STEP_TOKENS), "--kv-cache-dtype", kv_cache_dtype),
         *("--kv-cache-memory", str(cache_bytes(config, precision, kv_cache_dtype))),
-        *precision_flags(OURS, precision),
         *(("--dtype", "float32") if precision in QUANTIZED else ()),
         *shlex.split(arguments.flags),
     )
     server = our_server(environment, flags)
+    forget_cached(folder)
     with running(server, folder, scratch / "log", arguments.start_timeout) as live:
         gap, firsts = uvloop.run(latencies(live, arguments.prompt_lengths))
         resident = live.resident_bytes()
@@ -172,6 +215,7 @@ def measure_server(
     return Figures(
         precision=precision,
         kv_cache_dtype=kv_cache_dtype,
+        embedding_table=embedding_table,
         flags=" ".join(flags),
         start_s=live.start_s,
         resident_gb=round(resident / 1e9, 2),
@@ -186,16 +230,16 @@ def table(measured: list[Figures]) -> str:
     """The figures as Markdown."""
     lengths = list(measured[0].prompt_tokens_per_s) if measured else []
     lines = [
-        "| weights | cache | resident, GB | tokens/s | bandwidth allows | "
+        "| weights | cache | embedding in | resident, GB | tokens/s | bandwidth allows | "
         + "".join(f"prompt of {length}, tokens/s | " for length in lengths)
         + "start to healthy, s |",
-        "| --- | --- |" + " ---: |" * (4 + len(lengths)),
+        "| --- | --- | --- |" + " ---: |" * (4 + len(lengths)),
     ]
     for own in measured:
         prompts = "".join(f"{own.prompt_tokens_per_s[length]:.1f} | " for length in lengths)
         lines.append(
-            f"| {own.precision} | {own.kv_cache_dtype} | {own.resident_gb:.1f} | {own.tokens_per_s:.2f} "
-            f"| {own.bandwidth_tokens_per_s:.2f} | {prompts}{own.start_s:.0f} |"
+            f"| {own.precision} | {own.kv_cache_dtype} | {own.embedding_table} | {own.resident_gb:.1f} "
+            f"| {own.tokens_per_s:.2f} | {own.bandwidth_tokens_per_s:.2f} | {prompts}{own.start_s:.0f} |"
         )
     return "\n".join(lines)
 
@@ -204,29 +248,42 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.full_size", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["int8", "int4"])
     parser.add_argument("--kv-cache-dtype", nargs="+", choices=("auto", "int8"), default=["int8"])
+    parser.add_argument("--embedding-table", nargs="+", choices=("memory", "file"), default=["memory"])
+    parser.add_argument(
+        "--num-layers",
+        type=int,
+        default=CONFIG_8B["num_hidden_layers"],
+        metavar="N",
+        help="fewer than the model has, to try this out [default: %(default)s]",
+    )
     parser.add_argument("--instructions", choices=INSTRUCTION_SETS, default="native")
     parser.add_argument("--prompt-lengths", type=int, nargs="+", default=[512, 2048], metavar="N")
     parser.add_argument("--flags", default="", metavar="WORDS", help="more flags of the server, as one argument")
     parser.add_argument("--start-timeout", type=float, default=600.0, help="seconds [default: %(default)s]")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all results as JSON")
     arguments = parser.parse_args()
+    if "file" in arguments.embedding_table and not set(arguments.precision) <= set(QUANTIZED):
+        parser.error(f"--embedding-table file is measured with --precision {' '.join(QUANTIZED)}")
     measured: list[Figures] = []
     failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="persimmon-full-size-") as temporary:
         scratch = Path(temporary)
         folder = scratch / "8b"
         folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(CONFIG_8B))
+        (folder / "config.json").write_text(json.dumps(CONFIG_8B | {"num_hidden_layers": arguments.num_layers}))
         for name in TOKENIZER_FILES:
             shutil.copyfile(DEMO / name, folder / name)
-        for precision, cache in itertools.product(arguments.precision, arguments.kv_cache_dtype):
-            try:
-                measured.append(measure_server(precision, cache, folder, scratch, arguments))
-            except ServerFailedError as error:
-                print(f"{precision}, {cache} cache: {error}", file=sys.stderr)
-                failed[f"{precision}, {cache} cache"] = str(error).splitlines()[-1].strip()
-            else:
-                print(table(measured[-1:]).splitlines()[-1], flush=True)
+        for precision, embedding in itertools.product(arguments.precision, arguments.embedding_table):
+            with checkpoint_for(precision, embedding, folder, scratch) as served:
+                for cache in arguments.kv_cache_dtype:
+                    try:
+                        measured.append(measure_server(precision, cache, embedding, served, scratch, arguments))
+                    except ServerFailedError as error:
+                        what = f"{precision}, {cache} cache, embedding in {embedding}"
+                        print(f"{what}: {error}", file=sys.stderr)
+                        failed[what] = str(error).splitlines()[-1].strip()
+                    else:
+                        print(table(measured[-1:]).splitlines()[-1], flush=True)
     print(table(measured))
     if arguments.out:
         content = {"device": device(), "instructions": arguments.instructions, "failed": failed}

@@ -1,12 +1,16 @@
-"""The 8B model's shape: what a token reads, and the table."""
+"""The 8B model's shape: what a token reads, what is written to be served, and the table."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from benchmarks.checkpoint import DEMO, TOKENIZER_FILES
-from benchmarks.full_size import CONFIG_8B, Figures, read_bytes, table
+from benchmarks.full_size import CONFIG_8B, Figures, checkpoint_for, read_bytes, table
+from persimmon.kernels import QuantizedFormat, QuantizedMatrix
+from persimmon.model.checkpoint import Checkpoint
 from persimmon.model.config import PersimmonConfig
+from persimmon.model.quantization.scheme import Quantization, quantized_formats
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +27,25 @@ def test_a_token_reads_all_weights_but_the_embedding(config: PersimmonConfig, pr
     assert read_bytes(config, precision) / 1e9 == pytest.approx(gigabytes, abs=0.05)
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_written_checkpoint_holds_what_a_converted_one_does(tmp_path: Path, precision: Quantization) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    shape = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    (source / "config.json").write_text(json.dumps(CONFIG_8B | shape | {"num_attention_heads": 2}))
+    with checkpoint_for(precision, "file", source, tmp_path) as folder:
+        checkpoint = Checkpoint.open(folder, PersimmonConfig.from_folder(folder))
+        formats = quantized_formats(PersimmonConfig.from_folder(source), precision)
+        assert {name: form for name, form in checkpoint.stored.items() if isinstance(form, QuantizedFormat)} == formats
+        assert isinstance(checkpoint.mapped_embedding(), QuantizedMatrix)
+    assert not folder.exists()
+
+
 def test_the_table_has_a_row_for_each_precision() -> None:
     own = Figures(
         precision="int4",
         kv_cache_dtype="int8",
+        embedding_table="file",
         flags="",
         start_s=31.2,
         resident_gb=6.46,
@@ -37,4 +56,4 @@ def test_the_table_has_a_row_for_each_precision() -> None:
     )
     lines = table([own, own]).splitlines()
     assert "| prompt of 128, tokens/s |" in lines[0]
-    assert lines[2:] == ["| int4 | int8 | 6.5 | 4.32 | 5.01 | 40.0 | 31 |"] * 2
+    assert lines[2:] == ["| int4 | int8 | file | 6.5 | 4.32 | 5.01 | 40.0 | 31 |"] * 2
