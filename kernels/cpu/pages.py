@@ -52,17 +52,6 @@ def advise_large_pages(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def return_free_memory() -> None:
-    """Gives memory that was freed, but lies between pieces that are still in use, back to the system.
-
-    Otherwise what loading has borrowed stays resident, hundreds of megabytes of a large model's.  Nothing happens where
-    the C library has no malloc_trim.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(ctypes.c_size_t(0))
-
-
 def populate(tensors: Sequence[torch.Tensor], threads: int) -> list[threading.Thread]:
     """Makes the system back tensors with memory now, in background threads; their contents do not change.
 

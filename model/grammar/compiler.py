@@ -103,7 +103,10 @@ class GrammarCompiler:
         ends = sorted(end_of_text) or [next((token_id for token_id, word in enumerate(text) if not word), 0)]
         for token_id in ends:
             text[token_id] = b""
-        self._engine = LLTokenizer(TokenizerWrapper(_Words(text, ends[0])), eos_token=ends)
+        words = _Words(text, ends[0])
+        wrapper = TokenizerWrapper(words)
+        self._engine = LLTokenizer(wrapper, eos_token=ends)
+        words.tokens = wrapper.tokens = []  # copied by the engine, which keeps both objects
         self._vocabulary = Vocabulary(
             text=pack_bits(np.array([bool(word) for word in text])),
             end_of_text=pack_bits(np.isin(np.arange(vocab_size), sorted(end_of_text))),

@@ -30,6 +30,7 @@ def run(given: dict[str, Any]) -> int:
         RuntimeFolderError: the folder for the sockets of the server's processes cannot be created.
     """
     # Not for a help text.
+    from persimmon.server.free_memory import return_free_memory
     from persimmon.server.http.middleware.access import check as check_access
     from persimmon.server.http.middleware.gate import Limits
     from persimmon.server.served_model import ServedModel
@@ -43,6 +44,7 @@ def run(given: dict[str, Any]) -> int:
     if warning is not None:
         print_line(f"persimmon: warning: {warning}")
     served = ServedModel.find(settings, settings.api_workers)
+    return_free_memory()  # the tokenizer's, which was only checked
     for line in served.notices:
         print_line(line)
     return supervise(settings, served.folder, served.name, served.use)

@@ -13,7 +13,6 @@ from typing import NoReturn
 import zmq
 
 from persimmon.kernels import KernelsUnavailableError
-from persimmon.kernels.cpu.pages import return_free_memory
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.errors import CheckpointError
 from persimmon.model.grammar import GrammarCompiler
@@ -31,6 +30,7 @@ from persimmon.server.engine.profiling import ProfiledRunner
 from persimmon.server.engine.scheduler import Scheduler
 from persimmon.server.engine.step_cost import StepCostModel
 from persimmon.server.engine.step_runner import StepRunner
+from persimmon.server.free_memory import return_free_memory
 from persimmon.server.settings.engine import EngineSettings
 from persimmon.server.vitals import Vitals
 

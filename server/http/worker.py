@@ -20,6 +20,7 @@ from persimmon.server.child_process import follow_supervisor
 from persimmon.server.config import Settings
 from persimmon.server.engine.client import EngineClient
 from persimmon.server.engine.load import Load
+from persimmon.server.free_memory import return_free_memory
 from persimmon.server.http.app import application
 from persimmon.server.http.heartbeat import beat
 from persimmon.server.http.middleware import observer
@@ -166,6 +167,7 @@ async def _report_ready(server: HttpServer, engine: EngineClient, report: Connec
     await server.accepting.wait()
     await engine.wait_until_ready()
     _settle_garbage_collector()
+    return_free_memory()  # what reading the tokenizer has borrowed
     report.send(READY)
 
 
