@@ -52,11 +52,7 @@ class DecodeCase:
             partial(
                 decode_attention,
                 inputs.qkv,
-                inputs.norm_weight,
-                inputs.norm_bias,
-                inputs.eps,
-                inputs.rotary.cos,
-                inputs.rotary.sin,
+                *inputs.norm_and_rotary,
                 self.pages.cache,
                 self.lengths,
                 tables,

@@ -68,11 +68,7 @@ class _Decode:
         inputs = self.inputs
         return decode_attention(
             qkv,
-            inputs.norm_weight,
-            inputs.norm_bias,
-            inputs.eps,
-            inputs.rotary.cos,
-            inputs.rotary.sin,
+            *inputs.norm_and_rotary,
             self.pages.cache,
             lengths,
             tables,
@@ -95,11 +91,7 @@ class _Decode:
         def attend(double_qkv: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
             return exact_decode_attention(
                 double_qkv,
-                inputs.norm_weight,
-                inputs.norm_bias,
-                inputs.eps,
-                inputs.rotary.cos,
-                inputs.rotary.sin,
+                *inputs.norm_and_rotary,
                 LayerCache(pages.keys, values),
                 lengths,
                 tables,
@@ -141,11 +133,7 @@ def check_decode_attention(setting: Setting, report: Report, dtype: torch.dtype,
             return [
                 decode_attention(
                     held[0],
-                    inputs.norm_weight,
-                    inputs.norm_bias,
-                    inputs.eps,
-                    inputs.rotary.cos,
-                    inputs.rotary.sin,
+                    *inputs.norm_and_rotary,
                     decode.pages.cache,
                     held[1],
                     held[2],
@@ -179,11 +167,7 @@ def check_prompt_attention(setting: Setting, report: Report, dtype: torch.dtype,
     def call(pdl: bool) -> Sequence[torch.Tensor]:
         q = qk_norm_rotary_store(
             inputs.qkv,
-            inputs.norm_weight,
-            inputs.norm_bias,
-            inputs.eps,
-            inputs.rotary.cos,
-            inputs.rotary.sin,
+            *inputs.norm_and_rotary,
             pages.cache,
             plan,
             pdl=pdl,

@@ -76,11 +76,7 @@ class _Decode:
         inputs = self.inputs
         return decode_attention(
             inputs.qkv,
-            inputs.norm_weight,
-            inputs.norm_bias,
-            inputs.eps,
-            inputs.rotary.cos,
-            inputs.rotary.sin,
+            *inputs.norm_and_rotary,
             cache,
             self.lengths,
             self.tables,
@@ -91,11 +87,7 @@ class _Decode:
         inputs = self.inputs
         return exact_decode_attention(
             inputs.qkv.double(),
-            inputs.norm_weight,
-            inputs.norm_bias,
-            inputs.eps,
-            inputs.rotary.cos,
-            inputs.rotary.sin,
+            *inputs.norm_and_rotary,
             cache,
             self.lengths,
             self.tables,
@@ -134,11 +126,7 @@ def _check_chunks(setting: Setting, report: Report, name: str, dtype: torch.dtyp
         )
         q = qk_norm_rotary_store(
             inputs.qkv[first:end],
-            inputs.norm_weight,
-            inputs.norm_bias,
-            inputs.eps,
-            inputs.rotary.cos,
-            inputs.rotary.sin,
+            *inputs.norm_and_rotary,
             cache,
             plan,
         )

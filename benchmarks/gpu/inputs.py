@@ -117,6 +117,11 @@ class AttentionInputs:
     eps: float
     rotary: Rotary
 
+    @property
+    def norm_and_rotary(self) -> tuple[torch.Tensor, torch.Tensor, float, torch.Tensor, torch.Tensor]:
+        """What kernels take between qkv and the cache."""
+        return self.norm_weight, self.norm_bias, self.eps, self.rotary.cos, self.rotary.sin
+
 
 def make_attention_inputs(
     config: PersimmonConfig, tokens: int, dtype: torch.dtype, generator: torch.Generator

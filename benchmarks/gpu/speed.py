@@ -145,11 +145,7 @@ def _prompt_attention(setting: Setting, report: Report, start: int, count: int) 
             partial(
                 qk_norm_rotary_store,
                 inputs.qkv,
-                inputs.norm_weight,
-                inputs.norm_bias,
-                inputs.eps,
-                inputs.rotary.cos,
-                inputs.rotary.sin,
+                *inputs.norm_and_rotary,
                 pages.cache,
                 plan,
             )
