@@ -98,16 +98,13 @@ class Server(Start):
     def children(self) -> dict[str, int]:
         """Process ids of the engine and the API workers ("api", "api-1" …), distinguished by the modules they have
         loaded."""
-        ids = self._spawned()
+        ids = self.spawned()
         (engine,) = (pid for pid in ids if _has_torch(pid))
         first, *others = sorted(pid for pid in ids if pid != engine)
         return {"engine": engine, "api": first} | {f"api-{index}": pid for index, pid in enumerate(others, 1)}
 
-    def engines(self) -> set[int]:
-        """Process ids of engines: one, none while it is dead or has not begun to load."""
-        return {pid for pid in self._spawned() if _has_torch(pid)}
-
-    def _spawned(self) -> list[int]:
+    def spawned(self) -> list[int]:
+        """Process ids of engine and API workers, also of those that have loaded nothing yet."""
         return [
             int(entry)
             for entry in os.listdir("/proc")

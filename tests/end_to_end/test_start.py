@@ -58,21 +58,6 @@ def truncated_weights(folder: Path) -> str:
     return str(folder)
 
 
-def missing_tensor(folder: Path) -> str:
-    change_config(folder, num_hidden_layers=7)
-    return str(folder)
-
-
-def unexpected_tensor(folder: Path) -> str:
-    change_config(folder, num_hidden_layers=5)
-    return str(folder)
-
-
-def wrong_shape(folder: Path) -> str:
-    change_config(folder, intermediate_size=2048)
-    return str(folder)
-
-
 def ids_beyond_the_embedding(folder: Path) -> str:
     change_config(folder, vocab_size=4000)
     return str(folder)
@@ -94,6 +79,7 @@ def damaged_chat_template(folder: Path) -> str:
     return str(folder)
 
 
+# The engine finds the truncated weights; tests/model/test_checkpoint.py has the other faults of tensors.
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
@@ -101,9 +87,6 @@ def damaged_chat_template(folder: Path) -> str:
         (no_config, "config.json"),
         (another_architecture, "LlamaForCausalLM"),
         (truncated_weights, "model.safetensors"),
-        (missing_tensor, "model.layers.6."),
-        (unexpected_tensor, "model.layers.5."),
-        (wrong_shape, "config.json needs [256, 2048]"),
         (ids_beyond_the_embedding, "4096"),
         (no_tokenizer, "tokenizer.model"),
         (damaged_tokenizer_json, "tokenizer.json"),
@@ -120,13 +103,11 @@ def test_a_bad_checkpoint_is_one_line_and_exit_code_2(damage, named, tmp_path):
     assert named in errors[0]
 
 
+# The first is refused by the engine's memory plan, whose other errors are in tests/model/test_memory.py.
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--max-model-len", "4096"], ["--max-model-len", "4096", "2048"]),
-        (["--max-model-len", "1024", "--kv-cache-memory", "1MB"], ["--max-model-len", "--kv-cache-memory"]),
         (["--kv-cache-memory", "900TB"], ["--kv-cache-memory", "available", "give at most"]),
-        (["--kv-cache-memory", "1KiB"], ["--kv-cache-memory", "1.0 KiB", "384.0 KiB", "give at least 393216"]),
         (["--max-num-seqs", "64", "--max-num-batched-tokens", "32"], ["--max-num-batched-tokens", "--max-num-seqs"]),
         (["--dtype", "int8"], ["--dtype", "int8", "float16"]),
         (["--block-size", "17"], ["--block-size", "17"]),
