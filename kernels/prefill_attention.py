@@ -175,7 +175,7 @@ def qk_norm_rotary_store(
 ) -> torch.Tensor:
     """LayerNorm of queries and keys, rotary embedding of their first dimensions, keys and values into the cache.
 
-    The maths of `reference.qk_norm_rotary_store`: rotary turns dimension i against i + R/2 for i < R/2 by
+    The maths of `reference_attention.qk_norm_rotary_store`: rotary turns dimension i against i + R/2 for i < R/2 by
     position * theta^(-2i/R) (Su et al., RoFormer, arXiv:2104.09864).  One program takes one token and several heads.
     Reads T * (H * 3 * D * e + 4 * R + 12) bytes and writes T * H * D * (e + 2 * c), with elements of e bytes in qkv and
     c in the cache, and with int8 another T * H * 4 of scales; norms come from a cache after the first read.

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from persimmon.kernels import LayerCache, reference
+from persimmon.kernels import LayerCache, reference_attention
 from persimmon.kernels.cache_types import EIGHT_BIT_CACHES, allocate_layer
 from persimmon.kernels.chunk_plan import CONFIGS, FLOAT32_CONFIGS
 from persimmon.kernels.prefill_attention import (
@@ -25,19 +25,8 @@ from persimmon.kernels.prefill_attention import (
 from persimmon.kernels.reference_cache import dequantize_rows, quantize_rows, saturate_to_fp8, store_rows
 from tests.interpreter import multiply_as_matrix_units, multiply_bfloat16
 from tests.kernels.stored_rows import assert_stored_alike, empty_layer
-from tests.kernels.test_reference import (
-    CPU,
-    DTYPES,
-    NAN,
-    Layout,
-    Span,
-    assert_close,
-    exact,
-    naive_attention,
-    naive_layer_norm,
-    naive_rotary,
-    rounded,
-)
+from tests.kernels.test_reference import CPU, DTYPES, NAN, assert_close, exact, naive_layer_norm, rounded
+from tests.kernels.test_reference_attention import Layout, Span, naive_attention, naive_rotary
 
 SMALL = (PrefillConfig(16, 32, 4, 3), PrefillConfig(32, 32, 4, 3))
 """Tiles that give short chunks several of them."""
@@ -197,7 +186,7 @@ class TestQkNormRotaryStore:
         own, other, before = (empty_layer((layout.num_blocks, heads, 16, dim), cache_dtype) for _ in range(3))
         q = qk_norm_rotary_store(qkv, weight, bias, 1e-5, angles.cos(), angles.sin(), own, plan)
         cos, sin = (table[plan.positions.long()][:, None, None] for table in (angles.cos(), angles.sin()))
-        expected = reference.qk_norm_rotary_store(qkv, weight, bias, 1e-5, cos, sin, other, theirs)
+        expected = reference_attention.qk_norm_rotary_store(qkv, weight, bias, 1e-5, cos, sin, other, theirs)
         assert_close(q, exact(expected), dtype, factor=2)
         assert_stored_alike(own, other, before)
 
@@ -466,8 +455,8 @@ class TestPrefillAttention:
 
         theirs = layout.plan(heads, torch.float32)
         cos, sin = (table[plan.positions.long()][:, None, None] for table in (angles.cos(), angles.sin()))
-        q = reference.qk_norm_rotary_store(qkv, weight, bias, 1e-5, cos, sin, expected_cache, theirs)
-        expected = reference.paged_attention(q, expected_cache, theirs)
+        q = reference_attention.qk_norm_rotary_store(qkv, weight, bias, 1e-5, cos, sin, expected_cache, theirs)
+        expected = reference_attention.paged_attention(q, expected_cache, theirs)
         assert_close(attended, exact(expected), torch.float32, factor=4)
         assert_close(cache.keys, exact(expected_cache.keys), torch.float32, factor=4)
         assert torch.equal(cache.values, expected_cache.values)

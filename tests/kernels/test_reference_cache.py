@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from persimmon.kernels import reference
+from persimmon.kernels import reference_attention
 from persimmon.kernels.cache_types import EIGHT_BIT_CACHES, row_bytes
 from persimmon.kernels.reference_cache import dequantize_rows, quantize_rows, saturate_to_fp8
 from tests.kernels.stored_rows import empty_layer
-from tests.kernels.test_reference import Layout, Span, exact, naive_attention
+from tests.kernels.test_reference import exact
+from tests.kernels.test_reference_attention import Layout, Span, naive_attention
 
 NAN, INFINITY = float("nan"), float("inf")
 LARGEST_FP8 = 448.0
@@ -82,7 +83,7 @@ def test_attention_reads_what_was_rounded(name: str, dtype: torch.dtype, block_s
     }[name]
     cache = empty_layer((layout.num_blocks, heads, block_size, dim), EIGHT_BIT_CACHES[name])
     unturned = torch.ones(1, 1, 1, 0), torch.zeros(1, 1, 1, 0)
-    store = partial(reference.qk_norm_rotary_store, norm_weight=None, norm_bias=None, eps=0.0)
+    store = partial(reference_attention.qk_norm_rotary_store, norm_weight=None, norm_bias=None, eps=0.0)
     qkv = [torch.randn(span.length, heads, 3, dim).to(dtype) for span in spans]
     before = Layout([Span(0, span.start) for span in spans if span.start], [], layout.num_blocks, block_size)
     tables = [table for table, span in zip(layout.tables, spans, strict=True) if span.start]
@@ -93,7 +94,7 @@ def test_attention_reads_what_was_rounded(name: str, dtype: torch.dtype, block_s
     plan = layout.plan(heads, cache.keys.dtype)
     step = torch.cat([own[span.start :] for own, span in zip(qkv, spans, strict=True)])
     q = store(step, cos=unturned[0], sin=unturned[1], cache=cache, plan=plan)
-    attended = reference.paged_attention(q, cache, plan)
+    attended = reference_attention.paged_attention(q, cache, plan)
 
     expected = []
     for own, span in zip(qkv, spans, strict=True):

@@ -42,7 +42,7 @@ from tests.kernels import (
 from tests.kernels.quantized_matrices import random_matrix
 from tests.kernels.stored_rows import empty_layer
 from tests.kernels.test_layer_norm import affine
-from tests.kernels.test_reference import Layout, Span
+from tests.kernels.test_reference_attention import Layout, Span
 
 CPU = torch.device("cpu")
 NAN = float("nan")
