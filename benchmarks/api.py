@@ -29,168 +29,22 @@ from typing import Any
 import msgspec
 import psutil
 import uvloop
-import zmq
 
 import persimmon.model.demo
 from benchmarks.machine import device
+from benchmarks.scripted_engine import EngineReport, run_scripted_engine
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.server.bench.http_client import Endpoint
 from persimmon.server.bench.report import Distribution
 from persimmon.server.config import Settings
-from persimmon.server.engine.client import WARM_UP_ID
-from persimmon.server.engine.messages import (
-    Abort,
-    EngineStats,
-    Hello,
-    Ready,
-    SequenceOutput,
-    StepOutput,
-    Submit,
-    ToEngine,
-)
 from persimmon.server.http.transport.siblings import WorkerPlace
 from persimmon.server.http.worker import run_api_worker
 from persimmon.server.listening import listen
 
 CHECKPOINT = Path(next(iter(persimmon.model.demo.__path__)))
 MODEL = "bench"
-MAX_MODEL_LEN = 2**20
 PATIENCE_SECONDS = 60.0
 ENDPOINTS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
-STATS = EngineStats(
-    running=1,
-    waiting=0,
-    free_blocks=1,
-    total_blocks=1,
-    steps=1,
-    prompt_tokens=1,
-    generated_tokens=1,
-    cached_tokens=1,
-    queried_tokens=1,
-    preemptions=0,
-    recomputed_tokens=0,
-)
-
-
-class News(msgspec.Struct, array_like=True, frozen=True):
-    """What the engine reports to the benchmark.
-
-    Attributes:
-        live: sequences that have not ended.
-        own_s: from a submission's arrival to its first token's departure; None when it has just arrived.
-    """
-
-    live: int
-    own_s: float | None
-
-
-class ScriptedEngine:
-    """An engine that says one token again and again.
-
-    Args:
-        socket: a bound ROUTER socket.
-        control: brings steps that may be run, as numbers in bytes; takes `News`.
-        token_id: the token.
-    """
-
-    def __init__(self, socket: zmq.Socket[bytes], control: Connection, token_id: int) -> None:
-        self._socket = socket
-        self._control = control
-        self._token_ids = [token_id]
-        self._granted = 0
-        self._arrived_at: float | None = None
-        # By worker, and there by sequence: the tokens that it still gets.
-        self._live: dict[bytes, dict[int, int]] = {}
-        self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(ToEngine).decode
-        self._poller = zmq.Poller()
-        self._poller.register(socket, zmq.POLLIN)
-        self._poller.register(control.fileno(), zmq.POLLIN)
-
-    def serve_forever(self) -> None:
-        """Runs until the benchmark ends."""
-        while True:
-            self._poller.poll()
-            self._drain_inbox(time.perf_counter())
-            try:
-                while self._control.poll():
-                    self._granted += int(self._control.recv_bytes())
-            except EOFError:
-                return
-            while self._granted and any(self._live.values()):
-                self._granted -= 1
-                self._step()
-
-    def _drain_inbox(self, now: float) -> None:
-        submitted = False
-        while True:
-            try:
-                worker, body = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            live = self._live.setdefault(worker, {})
-            match self._decode(body):
-                case Hello():
-                    self._send(
-                        worker,
-                        Ready(
-                            max_model_len=MAX_MODEL_LEN,
-                            block_size=32,
-                            total_blocks=1,
-                            device="cpu",
-                            dtype="float32",
-                            stats=STATS,
-                        ),
-                    )
-                case Submit() as submit if submit.sequence_id == WARM_UP_ID:
-                    self._send(worker, StepOutput([SequenceOutput(WARM_UP_ID, self._token_ids, "length")], STATS))
-                case Submit() as submit:
-                    submitted = True
-                    live |= dict.fromkeys(submit.sequence_ids, submit.max_tokens)
-                case Abort(sequence_ids):
-                    for sequence_id in sequence_ids:
-                        live.pop(sequence_id, None)
-        if submitted:
-            self._arrived_at = now
-            self._tell(None)
-
-    def _step(self) -> None:
-        for worker, live in self._live.items():
-            if not live:
-                continue
-            outputs = []
-            for sequence_id, left in live.items():
-                live[sequence_id] = left - 1
-                outputs.append(SequenceOutput(sequence_id, self._token_ids, "length" if left == 1 else None))
-            self._send(worker, StepOutput(outputs, STATS))
-            self._live[worker] = {sequence_id: left for sequence_id, left in live.items() if left}
-        if self._arrived_at is not None:
-            own_s, self._arrived_at = time.perf_counter() - self._arrived_at, None
-            self._tell(own_s)
-
-    def _send(self, worker: bytes, message: Ready | StepOutput) -> None:
-        self._socket.send_multipart((worker, self._encode(message)))
-
-    def _tell(self, own_s: float | None) -> None:
-        self._control.send_bytes(msgspec.msgpack.encode(News(sum(map(len, self._live.values())), own_s)))
-
-
-def run_scripted_engine(core: int, address: str, token_id: int, control: Connection) -> None:
-    """Entry point of the engine's process.
-
-    Args:
-        core: to run on.
-        address: the ZeroMQ endpoint to bind.
-        token_id: what it says.
-        control: the benchmark's.
-    """
-    os.sched_setaffinity(0, {core})
-    context = zmq.Context()
-    socket = context.socket(zmq.ROUTER)
-    socket.set_hwm(0)
-    socket.bind(address)
-    ScriptedEngine(socket, control, token_id).serve_forever()
-    context.destroy(linger=0)
 
 
 def run_pinned_worker(core: int, *arguments: Any) -> None:
@@ -379,7 +233,7 @@ class Bench:
         self.step_tokens = streams
         for reader in readers:
             reader.ask(request(endpoint, "What is a persimmon?", max_tokens))
-        while (await self._news()).live < streams:
+        while (await self._report()).live < streams:
             pass
         before, own_before, started = self._worker_cpu(), time.process_time(), time.perf_counter()
         self._grant(1)
@@ -388,7 +242,7 @@ class Bench:
         wall, own, cpu = time.perf_counter() - started, time.process_time() - own_before, self._worker_cpu() - before
         if self.tokens != streams * max_tokens:
             raise ConnectionError(f"{self.tokens} tokens came of {streams * max_tokens}")
-        await self._news()  # of the first step
+        await self._report()  # of the first step
         self._grant(-1)
         return Throughput(
             endpoint=endpoint,
@@ -418,7 +272,7 @@ class Bench:
             reader.ask(request(endpoint, f"{turn}" + f" {self.word.decode()}" * (prompt_tokens - 2), 1))
             async with asyncio.timeout(PATIENCE_SECONDS):
                 await reader.ended
-            while (own := (await self._news()).own_s) is None:
+            while (own := (await self._report()).own_s) is None:
                 pass
             if reader.first_at is None:
                 raise ConnectionError("a stream ended without a token")
@@ -438,7 +292,7 @@ class Bench:
     def _grant(self, steps: int) -> None:
         self.control.send_bytes(b"%d" % steps)
 
-    async def _news(self) -> News:
+    async def _report(self) -> EngineReport:
         loop = asyncio.get_running_loop()
         readable = asyncio.Event()
         loop.add_reader(self.control.fileno(), readable.set)
@@ -447,7 +301,7 @@ class Bench:
                 await readable.wait()
         finally:
             loop.remove_reader(self.control.fileno())
-        return msgspec.msgpack.decode(self.control.recv_bytes(), type=News)
+        return msgspec.msgpack.decode(self.control.recv_bytes(), type=EngineReport)
 
     def _worker_cpu(self) -> float:
         times = [psutil.Process(worker.pid).cpu_times() for worker in self.workers]
