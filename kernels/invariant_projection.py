@@ -25,8 +25,8 @@ from persimmon.kernels.layer_norm import (
     statistics_shape,
     store_statistics,
 )
-from persimmon.kernels.projection import add_terms, finish_tile
 from persimmon.kernels.projection_config import ProjectionConfig
+from persimmon.kernels.projection_ends import add_terms, check_residual, finish_tile
 
 LIMITS = {
     "rows_projection_kernel": Limits(registers=255, shared_bytes=100_000),
@@ -143,7 +143,7 @@ def rows_projection_kernel(
             SPLIT_FEATURES, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
         )  # fmt: skip
     else:
-        # As `projection.sum_splits` adds them.
+        # As `projection_ends.sum_splits` adds them.
         total = tl.zeros((BLOCK_M, BLOCK_N) if ROWS_FIRST else (BLOCK_N, BLOCK_M), tl.float32)
         for split in tl.range(0, SPLITS):
             total += split_total(
@@ -245,11 +245,7 @@ def project_rows_add_(
         [2, tiles, M] float32, see `row_statistics`.
     """
     rows, out_features = _check(activation, weight, bias, transposed)
-    if x.shape != (rows, out_features) or x.dtype != activation.dtype or not x.is_contiguous():
-        raise ValueError(
-            f"x must be a contiguous [{rows}, {out_features}] {activation.dtype} tensor, "
-            f"not {tuple(x.shape)} {x.dtype} strided {x.stride()}"
-        )
+    check_residual(x, rows, out_features, activation.dtype)
     _launch(x, activation, weight, bias, transposed, "none", True, config, pdl)
     return row_statistics(x, pdl=pdl)
 

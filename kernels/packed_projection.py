@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 
 from persimmon.kernels.launch import Limits, max_shared_bytes, next_power_of_2
-from persimmon.kernels.layer_norm import TILE_ROWS, exact_launch_options, layer_norm, statistics_shape
+from persimmon.kernels.layer_norm import TILE_ROWS, exact_launch_options, statistics_shape
 from persimmon.kernels.packed_product import packed_total, prefetch_tiles
 from persimmon.kernels.packed_weight import FEATURES, PackedWeight, Packing
-from persimmon.kernels.projection import store_or_merge
 from persimmon.kernels.projection_config import Norm, Workspace
+from persimmon.kernels.projection_ends import check_residual, normed_before, store_or_merge
 
 MAX_ROWS = 256
 """Rows that one launch takes; with more, a matrix that is dequantized once is multiplied faster (predicted)."""
@@ -192,15 +192,8 @@ def project(
         out [M, out], and for relu_squared of up to 64 rows the flags [out] int8.
     """
     config = config or PackedConfig()
-    rows, in_features = _check(x, weight, bias)
-    if norm is not None and (rows > TILE_ROWS or not config.norm_in_prologue):
-        x = layer_norm(x, norm.statistics, norm.weight, norm.bias, norm.eps, pdl=pdl)
-        norm = None
-    elif norm is not None and norm.statistics.shape != statistics_shape(rows, in_features):
-        raise ValueError(
-            f"statistics of x [{rows}, {in_features}] have the shape {statistics_shape(rows, in_features)}, "
-            f"not {tuple(norm.statistics.shape)}"
-        )
+    rows, _ = _check(x, weight, bias)
+    x, norm = normed_before(x, norm, in_prologue=config.norm_in_prologue, pdl=pdl)
     out = torch.empty(rows, weight.shape[0], dtype=dtype or x.dtype, device=x.device)
     alive = None
     if activation == "relu_squared" and rows <= BLOCK_ROWS:
@@ -238,11 +231,7 @@ def project_add_(
     config = config or added_config(weight.packing)
     rows, in_features = _check(activation, weight, bias)
     out_features = weight.shape[0]
-    if x.shape != (rows, out_features) or x.dtype != activation.dtype or not x.is_contiguous():
-        raise ValueError(
-            f"x must be a contiguous [{rows}, {out_features}] {activation.dtype} tensor, "
-            f"not {tuple(x.shape)} {x.dtype} strided {x.stride()}"
-        )
+    check_residual(x, rows, out_features, activation.dtype)
     if alive is not None and (not weight.packing.columns or alive.shape != (in_features,)):
         raise ValueError(f"flags [{in_features}] belong to a weight in columns, not {tuple(alive.shape)}")
     statistics = torch.empty(statistics_shape(rows, out_features), dtype=torch.float32, device=x.device)
@@ -286,12 +275,7 @@ def _launch(
     block_n = config.block_n(block_m, packing)
     tiles, splits, warps = triton.cdiv(out_features, block_n), config.splits, config.warps_of(block_m, packing)
     if splits > 1 or residual:
-        needed = splits * rows * out_features
-        if workspace.partials.numel() < needed or workspace.counters.numel() < tiles * row_blocks:
-            raise ValueError(
-                f"the workspace has {workspace.partials.numel()} partials and {workspace.counters.numel()} counters, "
-                f"{splits} splits of [{rows}, {out_features}] need {needed} and {tiles * row_blocks}"
-            )
+        workspace.check(splits, rows, out_features, tiles * row_blocks)
     packed_projection_kernel[(tiles, splits, row_blocks)](
         out,
         x,

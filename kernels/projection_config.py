@@ -129,6 +129,19 @@ class Workspace:
     partials: torch.Tensor
     counters: torch.Tensor
 
+    def check(self, splits: int, rows: int, out_features: int, counters: int) -> None:
+        """Makes sure that there is room for the splits of a [rows, out_features] result, and for their counters.
+
+        Raises:
+            ValueError: there is not.
+        """
+        needed = splits * rows * out_features
+        if self.partials.numel() < needed or self.counters.numel() < counters:
+            raise ValueError(
+                f"the workspace has {self.partials.numel()} partials and {self.counters.numel()} counters, "
+                f"{splits} splits of [{rows}, {out_features}] need {needed} and {counters}"
+            )
+
     @staticmethod
     def sizes(projections: Iterable[tuple[int, ProjectionConfig]], max_rows: int) -> tuple[int, int]:
         """Elements of partials and of counters for projections to a number of output features."""

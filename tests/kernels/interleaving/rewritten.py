@@ -15,10 +15,12 @@ from triton.runtime.interpreter import InterpretedFunction
 
 @contextmanager
 def rewritten(module: ModuleType, replacements: Mapping[str, str]) -> Iterator[None]:
-    """In the block, the module's wrappers launch kernels of its source in which every `replacements` key is replaced.
+    """In the block, launches are of kernels in whose source every `replacements` key is replaced.
+
+    That holds for the module and for those that have imported its functions.
 
     Args:
-        module: one with Triton kernels.
+        module: one with Triton kernels, or with functions that they call.
         replacements: regular expressions and what stands in their place.
 
     Raises:
@@ -42,5 +44,8 @@ def rewritten(module: ModuleType, replacements: Mapping[str, str]) -> Iterator[N
         spec.loader.exec_module(faulty)
         for attribute, kernel in vars(faulty).items():
             if isinstance(kernel, InterpretedFunction) and hasattr(module, attribute):
-                patch.setattr(module, attribute, kernel)
+                original = getattr(module, attribute)
+                for user in [own for title, own in sys.modules.items() if title.startswith("persimmon.kernels.")]:
+                    if vars(user).get(attribute) is original:
+                        patch.setattr(user, attribute, kernel)
         yield

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import persimmon.kernels
-from persimmon.kernels import decode_attention, invariant_attention, layer_norm, projection, sampling
+from persimmon.kernels import decode_attention, invariant_attention, layer_norm, projection_ends, sampling
 from tests.kernels.interleaving.address_space import AddressError
 from tests.kernels.interleaving.cases import CASES, MERGES, Outcome
 from tests.kernels.interleaving.happens_before import DataRaceError
@@ -36,7 +36,7 @@ SEEDS = {
 EVERY_CASE = [(name, seed) for name in CASES for seed in SEEDS.get(name, range(2))]
 
 MODULES: dict[str, ModuleType] = {
-    "projections": projection,
+    "projections": projection_ends,
     "decode attention": decode_attention,
     "batch-invariant decode": invariant_attention,
 }
@@ -56,7 +56,7 @@ FAULTS = {
 
 ASTRAY = {
     "partial sums of rows that do not exist": (
-        ("projections", projection),
+        ("projections", projection_ends),
         (r", mask=is_live\[:, None\] & known\[None, :\]\)", ")"),
     ),
     "the block after a sequence's last": (
