@@ -69,6 +69,11 @@ class DequantizingBuffer:
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self._bytes = torch.empty(nbytes, dtype=torch.uint8, device=device)
 
+    @property
+    def nbytes(self) -> int:
+        """Of the memory."""
+        return self._bytes.nbytes
+
     def linear(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
         """X [M, in] @ weight.T + bias: [M, out] in x's dtype, of weights that are rounded to it.
 

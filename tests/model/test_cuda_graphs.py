@@ -19,7 +19,7 @@ from triton.runtime.interpreter import GridExecutor
 
 from persimmon.kernels import reference, reference_sampling
 from persimmon.kernels.fused import SMALL_STEP, FusedKernels
-from persimmon.kernels.fused_weight import FusedWeight
+from persimmon.kernels.fused_weight import DequantizingBuffer, FusedWeight
 from persimmon.kernels.operands import DrawInputs, TruncationInputs
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.fused_sampler import FusedSampler
@@ -101,10 +101,11 @@ def greedily(folder: Path, asked: Sequence[list[int]]) -> list[list[int]]:
     return generate(runner, scattered_tables(runner._cache), asked, [GREEDY] * len(asked))
 
 
-def test_buffers_take_what_was_announced(shallow: Path) -> None:
+@pytest.mark.parametrize("quantized", [False, True])
+def test_buffers_take_what_was_announced(shallow: Path, quantized: bool) -> None:
     kernels = FusedKernels(CPU)
     for max_num_seqs in (1, 24):
-        largest = limits(PersimmonConfig.from_folder(shallow), max_num_seqs)
+        largest = replace(limits(PersimmonConfig.from_folder(shallow), max_num_seqs), quantized=quantized)
         kernels.reserve(largest)
         assert held_bytes(kernels._reserved) == kernels.workspace_bytes(largest)
 
@@ -113,7 +114,7 @@ def held_bytes(held: Any) -> int:
     """Of every tensor within dataclasses and tuples."""
     if held is None:
         return 0
-    if isinstance(held, torch.Tensor):
+    if isinstance(held, torch.Tensor | DequantizingBuffer):
         return held.nbytes
     parts = held if isinstance(held, tuple) else [getattr(held, part.name) for part in fields(held)]
     return sum(held_bytes(part) for part in parts)
