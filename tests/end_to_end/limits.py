@@ -5,17 +5,9 @@ field.  Limits are those of docs/reference/fields.md and of the constants that a
 """
 
 import gzip
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from persimmon.model.grammar.compiler import MAX_CHOICES as MAX_LISTED_CHOICES
-from persimmon.model.grammar.compiler import MAX_REGEX_BYTES, MAX_SCHEMA_TEXT_BYTES
-from persimmon.model.grammar.context_free import MAX_BYTES as MAX_GRAMMAR_BYTES
-from persimmon.model.grammar.context_free import MAX_RULES
-from persimmon.model.grammar.json_text import MAX_DEPTH
-from persimmon.model.grammar.schema_reader import MAX_DIVISOR, MAX_PATTERN_BYTES, MAX_PROPERTIES
 from persimmon.server.http.endpoints.preparation import MAX_ECHOED
 from persimmon.server.http.endpoints.service import MAX_CHOICES
 from persimmon.server.http.generation.prompt_encoder import MAX_CHARACTERS
@@ -32,14 +24,22 @@ from persimmon.server.http.schemas.generation import MAX_SAMPLES
 from persimmon.server.http.schemas.parsing import MAX_OBJECTS, MAX_VALUES
 from persimmon.server.http.schemas.tool_fields import MAX_TOOLS
 from persimmon.server.settings.engine import MAX_BODY_BYTES
-
-COMPLETIONS = "/v1/completions"
-CHAT = "/v1/chat/completions"
-TOKENIZE = "/tokenize"
-DETOKENIZE = "/detokenize"
-EMBEDDINGS = "/v1/embeddings"
-CLASSIFY = "/classify"
-ADEPT = "/api"
+from tests.end_to_end.limit_case import (
+    ADEPT,
+    CHAT,
+    CLASSIFY,
+    COMPLETIONS,
+    DETOKENIZE,
+    EMBEDDINGS,
+    HALF_PAIR,
+    NOT_JSON,
+    TOKENIZE,
+    Case,
+    raw,
+    refused,
+    served,
+)
+from tests.end_to_end.limits_of_grammars import GRAMMARS
 
 # Of the demo checkpoint.
 VOCABULARY = 4096
@@ -48,63 +48,6 @@ HIDDEN_SIZE = 256
 
 TINY = 5e-324
 """The smallest number above zero that a float holds."""
-
-_NOT_JSON = "not valid JSON"
-
-HALF_PAIR = "\ud800"
-"""Half of a surrogate pair, which no text holds; JSON can spell it as an escape."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One request.
-
-    Attributes:
-        name: unique within its path, for people.
-        path: the endpoint.
-        content: makes the body; some are too large to keep.
-        status: of the answer.
-        says: what an error's message contains.
-        headers: sent with it, besides those that every client sends.
-    """
-
-    name: str
-    path: str
-    content: Callable[[], bytes]
-    status: int
-    says: str = ""
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def method(self) -> str:
-        """The HTTP method."""
-        return "PUT" if self.path == ADEPT else "POST"
-
-
-_BODIES: Mapping[str, Mapping[str, object]] = {
-    COMPLETIONS: {"prompt": "Hello", "max_tokens": 2},
-    CHAT: {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2},
-    EMBEDDINGS: {"input": "Hello"},
-    ADEPT: {"prompts": ["Hello"], "tokens_to_generate": 2},
-}
-
-
-def _served(name: str, path: str = COMPLETIONS, /, **fields: object) -> Case:
-    return _request(name, path, 200, "", fields)
-
-
-def _refused(name: str, says: str, path: str = COMPLETIONS, /, **fields: object) -> Case:
-    return _request(name, path, 400, says, fields)
-
-
-def _request(name: str, path: str, status: int, says: str, fields: Mapping[str, object]) -> Case:
-    # json writes NaN and Infinity, which JSON does not have, and half pairs as escapes.
-    return Case(name, path, lambda: json.dumps({**_BODIES.get(path, {}), **fields}).encode(), status, says)
-
-
-def _raw(name: str, content: bytes, status: int, says: str = "", path: str = COMPLETIONS, **headers: str) -> Case:
-    sent = {key.replace("_", "-"): value for key, value in headers.items()}
-    return Case(name, path, lambda: content, status, says, sent)
 
 
 @dataclass(frozen=True)
@@ -127,9 +70,9 @@ class Range:
     def cases(self) -> Iterable[Case]:
         """A request for each number."""
         for number in self.served:
-            yield _served(f"{self.name} = {number}", self.path, **{**self.others, self.name: number})
+            yield served(f"{self.name} = {number}", self.path, **{**self.others, self.name: number})
         for number, limit in self.refused:
-            yield _refused(f"{self.name} = {number}", limit, self.path, **{**self.others, self.name: number})
+            yield refused(f"{self.name} = {number}", limit, self.path, **{**self.others, self.name: number})
 
 
 RANGES = (
@@ -194,19 +137,19 @@ _WRONG_VALUES: tuple[tuple[tuple[str, ...], tuple[object, ...]], ...] = (
 VALUES = [
     *(case for each in RANGES for case in each.cases()),
     *(
-        _refused(f"{name} = {value!r}", f"'{name}'", **{name: value})
+        refused(f"{name} = {value!r}", f"'{name}'", **{name: value})
         for names, values in _WRONG_VALUES
         for name in names
         for value in values
     ),
-    *(_raw(f"{name} = 1e400", b'{"prompt": "a", "%b": 1e400}' % name.encode(), 400, f"'{name}'") for name in _NUMBERS),
-    _raw("an integer of 400 digits for a number", b'{"prompt": "a", "top_p": 1' + b"0" * 400 + b"}", 400, "'top_p'"),
-    _raw("an integer of 4,000 digits", b'{"prompt": "a", "max_tokens": 1, "seed": 1' + b"0" * 4000 + b"}", 200),
-    _refused("best_of of a stream", "best_of", best_of=2, stream=True),
-    _refused("stream_options without a stream", "stream is true", stream_options={"include_usage": True}),
-    _refused("two limits of a chat", "give one of the two", CHAT, max_tokens=1, max_completion_tokens=2),
-    _refused("top_logprobs without logprobs", "logprobs is true", CHAT, top_logprobs=1),
-    _refused("top_k and top_p of Adept's", "give one of the two", ADEPT, top_k=1, top_p=0.5),
+    *(raw(f"{name} = 1e400", b'{"prompt": "a", "%b": 1e400}' % name.encode(), 400, f"'{name}'") for name in _NUMBERS),
+    raw("an integer of 400 digits for a number", b'{"prompt": "a", "top_p": 1' + b"0" * 400 + b"}", 400, "'top_p'"),
+    raw("an integer of 4,000 digits", b'{"prompt": "a", "max_tokens": 1, "seed": 1' + b"0" * 4000 + b"}", 200),
+    refused("best_of of a stream", "best_of", best_of=2, stream=True),
+    refused("stream_options without a stream", "stream is true", stream_options={"include_usage": True}),
+    refused("two limits of a chat", "give one of the two", CHAT, max_tokens=1, max_completion_tokens=2),
+    refused("top_logprobs without logprobs", "logprobs is true", CHAT, top_logprobs=1),
+    refused("top_k and top_p of Adept's", "give one of the two", ADEPT, top_k=1, top_p=0.5),
 ]
 
 
@@ -229,8 +172,8 @@ def _pair(
         others: fields that go with it.
     """
     return [
-        _served(f"{name} of {most}", path, **{**(others or {}), name: make(most)}),
-        _refused(f"{name} of {most + 1}", says, path, **{**(others or {}), name: make(most + 1)}),
+        served(f"{name} of {most}", path, **{**(others or {}), name: make(most)}),
+        refused(f"{name} of {most + 1}", says, path, **{**(others or {}), name: make(most + 1)}),
     ]
 
 
@@ -253,16 +196,16 @@ _SHORT = [{"role": "user", "content": "a"}]
 COUNTS = [
     *_pair("stop", lambda size: ["a"] * size, MAX_STOP_STRINGS, str(MAX_STOP_STRINGS)),
     *_pair("stop", lambda size: "a" * size, MAX_STOP_STRING_LENGTH, str(MAX_STOP_STRING_LENGTH)),
-    _refused("stop of no characters", "at least 1 character", stop=[""]),
-    _served("stop of no strings", stop=[]),
+    refused("stop of no characters", "at least 1 character", stop=[""]),
+    served("stop of no strings", stop=[]),
     *_pair("stop_token_ids", lambda size: [5] * size, MAX_STOP_TOKENS, str(MAX_STOP_TOKENS)),
     *_pair(
         "logit_bias", lambda size: {str(number): 1 for number in range(size)}, MAX_BIASED_TOKENS, f"{MAX_BIASED_TOKENS}"
     ),
     *_pair("cache_salt", lambda size: "s" * size, MAX_SALT_LENGTH, str(MAX_SALT_LENGTH)),
-    _refused("cache_salt of 0", "at least 1 character", cache_salt=""),
+    refused("cache_salt of 0", "at least 1 character", cache_salt=""),
     *_pair("messages", lambda size: _SHORT * size, MAX_MESSAGES, str(MAX_MESSAGES), TOKENIZE),
-    _refused("messages of 0", "at least 1 item", CHAT, messages=[]),
+    refused("messages of 0", "at least 1 item", CHAT, messages=[]),
     *_pair(
         "messages",
         lambda size: [*_SHORT, _message(size), {"role": "tool", "tool_call_id": "call", "content": "a"}],
@@ -272,14 +215,14 @@ COUNTS = [
     ),
     *_pair("tools", _tools, MAX_TOOLS, str(MAX_TOOLS), TOKENIZE, {"messages": _SHORT}),
     *_pair("prompts", lambda size: ["a"] * size, MAX_PROMPTS, str(MAX_PROMPTS), ADEPT, {"tokens_to_generate": 1}),
-    _refused("prompts of 0", "not empty", ADEPT, prompts=[]),
-    _served("300 prompts", prompt=["a"] * 300, max_tokens=1),
-    _refused("one answer too many", str(MAX_CHOICES), prompt=["a"] * (MAX_CHOICES // MAX_SAMPLES + 1), n=MAX_SAMPLES),
-    _refused("one prompt too many", str(MAX_CHOICES), prompt=["a"] * (MAX_CHOICES + 1)),
-    _served("300 inputs", EMBEDDINGS, input=["a"] * 300, encoding_format="base64"),
-    _refused("one input too many", str(MAX_CHOICES), EMBEDDINGS, input=["a"] * (MAX_CHOICES + 1)),
-    _served("echo of a long prompt", prompt=[5] * 2000, echo=True, logprobs=5),
-    _refused("echo of more than is written", str(MAX_ECHOED), prompt=[5] * 1366, echo=True, logprobs=5, n=128),
+    refused("prompts of 0", "not empty", ADEPT, prompts=[]),
+    served("300 prompts", prompt=["a"] * 300, max_tokens=1),
+    refused("one answer too many", str(MAX_CHOICES), prompt=["a"] * (MAX_CHOICES // MAX_SAMPLES + 1), n=MAX_SAMPLES),
+    refused("one prompt too many", str(MAX_CHOICES), prompt=["a"] * (MAX_CHOICES + 1)),
+    served("300 inputs", EMBEDDINGS, input=["a"] * 300, encoding_format="base64"),
+    refused("one input too many", str(MAX_CHOICES), EMBEDDINGS, input=["a"] * (MAX_CHOICES + 1)),
+    served("echo of a long prompt", prompt=[5] * 2000, echo=True, logprobs=5),
+    refused("echo of more than is written", str(MAX_ECHOED), prompt=[5] * 1366, echo=True, logprobs=5, n=128),
 ]
 
 TOKENS = [
@@ -293,20 +236,20 @@ TOKENS = [
             (DETOKENIZE, "tokens"),
         )
         for case in (
-            _served(f"{name}: the last token id", path, **{name: [VOCABULARY - 1]}),
+            served(f"{name}: the last token id", path, **{name: [VOCABULARY - 1]}),
             *(
-                _refused(f"{name}: token id {wrong}", f"0 to {VOCABULARY - 1}", path, **{name: [wrong]})
+                refused(f"{name}: token id {wrong}", f"0 to {VOCABULARY - 1}", path, **{name: [wrong]})
                 for wrong in (-1, VOCABULARY, 2**31, 2**63, 10**30)
             ),
             *(
-                _refused(f"{name}: {wrong!r}", name, path, **{name: wrong})
+                refused(f"{name}: {wrong!r}", name, path, **{name: wrong})
                 for wrong in ([True], [1.5], [None], [[[1]]], {"1": 1})
             ),
         )
     ),
-    _served("logit_bias: the last token id", logit_bias={str(VOCABULARY - 1): 100}),
+    served("logit_bias: the last token id", logit_bias={str(VOCABULARY - 1): 100}),
     *(
-        _refused(f"logit_bias: {key}: {bias}", says, logit_bias={key: bias})
+        refused(f"logit_bias: {key}: {bias}", says, logit_bias={key: bias})
         for key, bias, says in (
             (str(VOCABULARY), 1, f"0 to {VOCABULARY - 1}"),
             (str(10**17), 1, f"0 to {VOCABULARY - 1}"),
@@ -323,33 +266,33 @@ TOKENS = [
             ("5", "1", "-100 to 100"),
         )
     ),
-    _refused("logit_bias: one token twice", "two biases", logit_bias={"5": 1, "05": 2}),
-    _served("prompt: no characters", prompt=""),
-    _refused("prompt: no token ids", "not empty", prompt=[]),
-    _refused("prompt: no token ids in a list", "not empty", prompt=[[5], []]),
-    _refused("prompt: texts and token ids", "list of token ids", prompt=["a", [5]]),
-    _served("prompt: the context but for one token", prompt=[5] * (CONTEXT - 1), max_tokens=1),
-    _refused("prompt: the context", str(CONTEXT), prompt=[5] * CONTEXT, max_tokens=1),
-    _refused("prompt: a text beyond the context", str(CONTEXT), prompt="a word " * CONTEXT),
-    _refused("messages: beyond the context", str(CONTEXT), CHAT, messages=[{"role": "user", "content": "a " * 3000}]),
-    _refused("min_tokens: beyond the context", "at most", CHAT, max_tokens=None, min_tokens=CONTEXT),
-    _served("input: the context", EMBEDDINGS, input=[5] * CONTEXT),
-    _refused("input: beyond the context", str(CONTEXT), EMBEDDINGS, input=[5] * (CONTEXT + 1)),
-    _served("input: no characters", EMBEDDINGS, input=""),
-    _refused("input: no token ids", "not empty", EMBEDDINGS, input=[]),
-    _refused("prompts: beyond the context", str(CONTEXT), ADEPT, prompts=["a word " * CONTEXT]),
-    _refused("prompts: no characters", "add_BOS", ADEPT, prompts=[""]),
-    _served("prompts: no characters after BOS", ADEPT, prompts=[""], add_BOS=True),
-    _served("tokens: none", DETOKENIZE, tokens=[]),
-    _served("tokens: half a character", DETOKENIZE, tokens=[200]),
-    _served("tokens: 200,000", DETOKENIZE, tokens=[5] * 200_000),
+    refused("logit_bias: one token twice", "two biases", logit_bias={"5": 1, "05": 2}),
+    served("prompt: no characters", prompt=""),
+    refused("prompt: no token ids", "not empty", prompt=[]),
+    refused("prompt: no token ids in a list", "not empty", prompt=[[5], []]),
+    refused("prompt: texts and token ids", "list of token ids", prompt=["a", [5]]),
+    served("prompt: the context but for one token", prompt=[5] * (CONTEXT - 1), max_tokens=1),
+    refused("prompt: the context", str(CONTEXT), prompt=[5] * CONTEXT, max_tokens=1),
+    refused("prompt: a text beyond the context", str(CONTEXT), prompt="a word " * CONTEXT),
+    refused("messages: beyond the context", str(CONTEXT), CHAT, messages=[{"role": "user", "content": "a " * 3000}]),
+    refused("min_tokens: beyond the context", "at most", CHAT, max_tokens=None, min_tokens=CONTEXT),
+    served("input: the context", EMBEDDINGS, input=[5] * CONTEXT),
+    refused("input: beyond the context", str(CONTEXT), EMBEDDINGS, input=[5] * (CONTEXT + 1)),
+    served("input: no characters", EMBEDDINGS, input=""),
+    refused("input: no token ids", "not empty", EMBEDDINGS, input=[]),
+    refused("prompts: beyond the context", str(CONTEXT), ADEPT, prompts=["a word " * CONTEXT]),
+    refused("prompts: no characters", "add_BOS", ADEPT, prompts=[""]),
+    served("prompts: no characters after BOS", ADEPT, prompts=[""], add_BOS=True),
+    served("tokens: none", DETOKENIZE, tokens=[]),
+    served("tokens: half a character", DETOKENIZE, tokens=[200]),
+    served("tokens: 200,000", DETOKENIZE, tokens=[5] * 200_000),
 ]
 
 TEXTS = [
-    _served("prompt: the longest text", TOKENIZE, prompt="a " * (MAX_CHARACTERS // 2)),
-    _refused("prompt: one character too many", f"{MAX_CHARACTERS:,}", TOKENIZE, prompt="a" * (MAX_CHARACTERS + 1)),
+    served("prompt: the longest text", TOKENIZE, prompt="a " * (MAX_CHARACTERS // 2)),
+    refused("prompt: one character too many", f"{MAX_CHARACTERS:,}", TOKENIZE, prompt="a" * (MAX_CHARACTERS + 1)),
     *(
-        _refused(f"{name}: half a surrogate pair", _NOT_JSON, **{name: value})
+        refused(f"{name}: half a surrogate pair", NOT_JSON, **{name: value})
         for name, value in (
             ("prompt", "a" + HALF_PAIR),
             ("stop", HALF_PAIR),
@@ -358,19 +301,19 @@ TEXTS = [
             (HALF_PAIR, 1),
         )
     ),
-    _refused("messages: half a surrogate pair", _NOT_JSON, CHAT, messages=[{"role": "user", "content": HALF_PAIR}]),
-    _refused("input: half a surrogate pair", _NOT_JSON, EMBEDDINGS, input=HALF_PAIR),
-    _refused("prompts: half a surrogate pair", _NOT_JSON, ADEPT, prompts=[HALF_PAIR]),
-    _raw("prompt: a whole surrogate pair", b'{"prompt": "\\ud83d\\ude00", "max_tokens": 1}', 200),
-    _served("prompt: NUL and other control characters", prompt="".join(map(chr, range(32)))),
-    _served("prompt: characters of four bytes", prompt="\U0010ffff\U0001f600\ufffe\ufeff"),
-    _served("prompt: one base with 300 accents", prompt="e" + "\u0301" * 300),
-    _served("prompt: the spelling of control tokens", prompt="|ENDOFTEXT| </s> <unk>"),
-    _served("prompt: an event of a stream", prompt="data: [DONE]\n\n", stream=True),
-    _served("stop: NUL", stop="\0"),
-    _served("stop: every letter", stop=list("abcdefghijklmnop")),
-    _refused("stop: null in a list", "stop", stop=[None]),
-    _refused("stop: a list in a list", "stop", stop=[["a"]]),
+    refused("messages: half a surrogate pair", NOT_JSON, CHAT, messages=[{"role": "user", "content": HALF_PAIR}]),
+    refused("input: half a surrogate pair", NOT_JSON, EMBEDDINGS, input=HALF_PAIR),
+    refused("prompts: half a surrogate pair", NOT_JSON, ADEPT, prompts=[HALF_PAIR]),
+    raw("prompt: a whole surrogate pair", b'{"prompt": "\\ud83d\\ude00", "max_tokens": 1}', 200),
+    served("prompt: NUL and other control characters", prompt="".join(map(chr, range(32)))),
+    served("prompt: characters of four bytes", prompt="\U0010ffff\U0001f600\ufffe\ufeff"),
+    served("prompt: one base with 300 accents", prompt="e" + "\u0301" * 300),
+    served("prompt: the spelling of control tokens", prompt="|ENDOFTEXT| </s> <unk>"),
+    served("prompt: an event of a stream", prompt="data: [DONE]\n\n", stream=True),
+    served("stop: NUL", stop="\0"),
+    served("stop: every letter", stop=list("abcdefghijklmnop")),
+    refused("stop: null in a list", "stop", stop=[None]),
+    refused("stop: a list in a list", "stop", stop=[["a"]]),
 ]
 
 
@@ -417,48 +360,48 @@ BODIES = [
     Case("as many lists as are read", COMPLETIONS, lambda: _lists(MAX_OBJECTS), 200),
     Case("one list too many", COMPLETIONS, lambda: _lists(MAX_OBJECTS + 1), 400, f"{MAX_OBJECTS:,}"),
     Case("100 lists in lists", COMPLETIONS, lambda: _nested_lists(100), 200),
-    Case("1,000 lists in lists", COMPLETIONS, lambda: _nested_lists(1000), 400, _NOT_JSON),
-    Case("as many lists in lists as are read", COMPLETIONS, lambda: _nested_lists(MAX_OBJECTS - 1), 400, _NOT_JSON),
-    _raw("nothing", b"", 400, _NOT_JSON),
-    _raw("half an object", b"{", 400, _NOT_JSON),
-    _raw("null", b"null", 400, "must be a JSON object"),
-    _raw("a list", b"[]", 400, "must be a JSON object"),
-    _raw("a string", b'"prompt"', 400, "must be a JSON object"),
-    _raw("an empty object", b"{}", 400, "'prompt'"),
-    _raw("an empty object for a chat", b"{}", 400, "'messages'", CHAT),
-    _raw("bytes that are not UTF-8", b'{"prompt": "\xff"}', 400, _NOT_JSON),
-    _raw("an overlong character", b'{"prompt": "\xc0\xaf"}', 400, _NOT_JSON),
-    _raw("half a surrogate pair in UTF-8", b'{"prompt": "\xed\xa0\x80"}', 400, _NOT_JSON),
-    _raw("UTF-16", '{"prompt": "a"}'.encode("utf-16"), 400, _NOT_JSON),
-    _raw("two objects", b'{"prompt": "a"} {"prompt": "b"}', 400, _NOT_JSON),
-    _raw("a comma too many", b'{"prompt": "a",}', 400, _NOT_JSON),
-    _raw("single quotes", b"{'prompt': 'a'}", 400, _NOT_JSON),
-    _raw("a line break in a string", b'{"prompt": "a\nb"}', 400, _NOT_JSON),
-    _raw("a hexadecimal number", b'{"prompt": "a", "max_tokens": 0x1}', 400, _NOT_JSON),
-    _refused("an unknown field", "'unknown'", unknown=1),
-    _refused("an unknown field with a name of 1 MB", "xxx", **{"x" * 2**20: 1}),
-    _refused("a field without a name", "''", **{"": 1}),
-    _raw("a form", b"prompt=a", 415, "application/json", content_type="application/x-www-form-urlencoded"),
-    _raw("a text", b'{"prompt": "a"}', 415, "application/json", content_type="text/plain"),
-    _raw("an empty type", b'{"prompt": "a"}', 415, "application/json", content_type=""),
-    _raw("another packing", b'{"prompt": "a"}', 415, "gzip", content_encoding="deflate"),
-    _raw("packed in name only", b'{"prompt": "a"}', 400, "not valid gzip", content_encoding="gzip"),
-    _raw("packed and cut off", gzip.compress(b'{"prompt": "a"}')[:-4], 400, "ends too early", content_encoding="gzip"),
+    Case("1,000 lists in lists", COMPLETIONS, lambda: _nested_lists(1000), 400, NOT_JSON),
+    Case("as many lists in lists as are read", COMPLETIONS, lambda: _nested_lists(MAX_OBJECTS - 1), 400, NOT_JSON),
+    raw("nothing", b"", 400, NOT_JSON),
+    raw("half an object", b"{", 400, NOT_JSON),
+    raw("null", b"null", 400, "must be a JSON object"),
+    raw("a list", b"[]", 400, "must be a JSON object"),
+    raw("a string", b'"prompt"', 400, "must be a JSON object"),
+    raw("an empty object", b"{}", 400, "'prompt'"),
+    raw("an empty object for a chat", b"{}", 400, "'messages'", CHAT),
+    raw("bytes that are not UTF-8", b'{"prompt": "\xff"}', 400, NOT_JSON),
+    raw("an overlong character", b'{"prompt": "\xc0\xaf"}', 400, NOT_JSON),
+    raw("half a surrogate pair in UTF-8", b'{"prompt": "\xed\xa0\x80"}', 400, NOT_JSON),
+    raw("UTF-16", '{"prompt": "a"}'.encode("utf-16"), 400, NOT_JSON),
+    raw("two objects", b'{"prompt": "a"} {"prompt": "b"}', 400, NOT_JSON),
+    raw("a comma too many", b'{"prompt": "a",}', 400, NOT_JSON),
+    raw("single quotes", b"{'prompt': 'a'}", 400, NOT_JSON),
+    raw("a line break in a string", b'{"prompt": "a\nb"}', 400, NOT_JSON),
+    raw("a hexadecimal number", b'{"prompt": "a", "max_tokens": 0x1}', 400, NOT_JSON),
+    refused("an unknown field", "'unknown'", unknown=1),
+    refused("an unknown field with a name of 1 MB", "xxx", **{"x" * 2**20: 1}),
+    refused("a field without a name", "''", **{"": 1}),
+    raw("a form", b"prompt=a", 415, "application/json", content_type="application/x-www-form-urlencoded"),
+    raw("a text", b'{"prompt": "a"}', 415, "application/json", content_type="text/plain"),
+    raw("an empty type", b'{"prompt": "a"}', 415, "application/json", content_type=""),
+    raw("another packing", b'{"prompt": "a"}', 415, "gzip", content_encoding="deflate"),
+    raw("packed in name only", b'{"prompt": "a"}', 400, "not valid gzip", content_encoding="gzip"),
+    raw("packed and cut off", gzip.compress(b'{"prompt": "a"}')[:-4], 400, "ends too early", content_encoding="gzip"),
 ]
 
 STREAMS = [
-    _served("a stream of 64 answers", stream=True, n=64, max_tokens=1),
-    _served("a stream of 100 prompts", stream=True, prompt=["a"] * 100, max_tokens=1),
-    _served("a stream without text", stream=True, stop=[" "]),
-    _served("a stream with usage", CHAT, stream=True, stream_options={"include_usage": True}),
-    _served("a stream past the answer's end", CHAT, stream=True, ignore_eos=True, max_tokens=40),
-    _refused("stream options in a list", "'stream_options'", stream=True, stream_options=[]),
-    _refused("an unknown stream option", "'stream_options.other'", stream=True, stream_options={"other": 1}),
+    served("a stream of 64 answers", stream=True, n=64, max_tokens=1),
+    served("a stream of 100 prompts", stream=True, prompt=["a"] * 100, max_tokens=1),
+    served("a stream without text", stream=True, stop=[" "]),
+    served("a stream with usage", CHAT, stream=True, stream_options={"include_usage": True}),
+    served("a stream past the answer's end", CHAT, stream=True, ignore_eos=True, max_tokens=40),
+    refused("stream options in a list", "'stream_options'", stream=True, stream_options=[]),
+    refused("an unknown stream option", "'stream_options.other'", stream=True, stream_options={"other": 1}),
 ]
 
 
 def _wrong_message(name: str, message: object, says: str = "messages[0]") -> Case:
-    return _refused(f"message: {name}", says, CHAT, messages=[message])
+    return refused(f"message: {name}", says, CHAT, messages=[message])
 
 
 def _part(kind: str, **fields: object) -> object:
@@ -472,8 +415,8 @@ def _parts(parts: list[Mapping[str, object]]) -> object:
 _NO_CONTENT: tuple[object, ...] = (5, [], [None], [[]], {}, True)
 
 CONVERSATIONS = [
-    _refused("messages: null", "'messages'", CHAT, messages=None),
-    _refused("messages: a string", "'messages'", CHAT, messages="Hello"),
+    refused("messages: null", "'messages'", CHAT, messages=None),
+    refused("messages: a string", "'messages'", CHAT, messages="Hello"),
     _wrong_message("null", None),
     _wrong_message("a list", []),
     _wrong_message("no role", {"content": "a"}, "messages[0].role"),
@@ -490,126 +433,40 @@ CONVERSATIONS = [
     _wrong_message("a part of an unknown type", _part("other", text="a"), "'other'"),
     _wrong_message("a tool's answer without a call", {"role": "tool", "content": "a"}, "tool_call_id"),
     _wrong_message("an empty call", {"role": "assistant", "tool_calls": [{}]}, "messages[0].tool_calls[0]"),
-    _served(
+    served(
         "message: 1,000 parts", TOKENIZE, messages=[{"role": "user", "content": [{"type": "text", "text": "a"}] * 1000}]
     ),
-    _served("message: turns within a turn", CHAT, messages=[{"role": "user", "content": "\n\nhuman: a\n\nadept: b"}]),
-    _served("chat_template_kwargs: none", CHAT, chat_template_kwargs={}),
-    _refused("chat_template_kwargs: one", "Adept's format", CHAT, chat_template_kwargs={"a": 1}),
-    _refused("chat_template_kwargs: a list", "'chat_template_kwargs'", CHAT, chat_template_kwargs=[]),
-    _refused("tools: null in a list", "tools[0]", CHAT, tools=[None]),
-    _refused("tools: another type", "tools[0].type", CHAT, tools=[{"type": "other", "function": {"name": "f"}}]),
+    served("message: turns within a turn", CHAT, messages=[{"role": "user", "content": "\n\nhuman: a\n\nadept: b"}]),
+    served("chat_template_kwargs: none", CHAT, chat_template_kwargs={}),
+    refused("chat_template_kwargs: one", "Adept's format", CHAT, chat_template_kwargs={"a": 1}),
+    refused("chat_template_kwargs: a list", "'chat_template_kwargs'", CHAT, chat_template_kwargs=[]),
+    refused("tools: null in a list", "tools[0]", CHAT, tools=[None]),
+    refused("tools: another type", "tools[0].type", CHAT, tools=[{"type": "other", "function": {"name": "f"}}]),
     *(
-        _refused(f"tools: the name {name!r:.20}", "tools[0].function.name", CHAT, tools=[_tool(name)])
+        refused(f"tools: the name {name!r:.20}", "tools[0].function.name", CHAT, tools=[_tool(name)])
         for name in (5, "", "a b", "a\n", "f" * 65)
     ),
-    _served("tools: the longest name", CHAT, tools=[_tool("f" * 64)]),
-    _refused("tools: one name twice", "have the name", CHAT, tools=[_tool("f")] * 2),
-    _refused("tool_choice: an unknown function", "no function", CHAT, tools=_tools(1), tool_choice=_tool("g")),
-    _refused("tool_choice: no tools", "no tools", CHAT, tool_choice="required"),
-    _refused("tool_choice: a number", "tool_choice", CHAT, tools=_tools(1), tool_choice=5),
+    served("tools: the longest name", CHAT, tools=[_tool("f" * 64)]),
+    refused("tools: one name twice", "have the name", CHAT, tools=[_tool("f")] * 2),
+    refused("tool_choice: an unknown function", "no function", CHAT, tools=_tools(1), tool_choice=_tool("g")),
+    refused("tool_choice: no tools", "no tools", CHAT, tool_choice="required"),
+    refused("tool_choice: a number", "tool_choice", CHAT, tools=_tools(1), tool_choice=5),
 ]
 
-
-def _schema(name: str, schema: object, says: str = "") -> Case:
-    """A chat whose answer must be valid under a schema; served where nothing is said."""
-    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
-    return _request(f"schema: {name}", CHAT, 400 if says else 200, says, {"response_format": form})
-
-
-def _form(name: str, says: str = "", /, **constraint: object) -> Case:
-    """A completion whose answer must have a form; served where nothing is said."""
-    return _request(name, COMPLETIONS, 400 if says else 200, says, {"structured_outputs": constraint})
-
-
-def _levels(depth: int) -> dict[str, Any]:
-    """A schema of objects within objects."""
-    schema: dict[str, Any] = {"type": "string"}
-    for _ in range(depth):
-        schema = {"type": "array", "items": schema}
-    return schema
-
-
-def _properties(size: int) -> dict[str, Any]:
-    return {"type": "object", "properties": {f"p{number}": {"type": "null"} for number in range(size)}}
-
-
-def _rules(size: int) -> str:
-    chain = [f'r{number}: "a" r{number + 1}' for number in range(1, size - 1)]
-    return "\n".join(["start: r1", *chain, f'r{size - 1}: "b"'])
-
-
-_CHOICES = [f"c{number}" for number in range(MAX_LISTED_CHOICES + 1)]
-_PATTERN = "a" * MAX_PATTERN_BYTES
-
-GRAMMARS = [
-    _form("the longest regex", regex="a" * MAX_REGEX_BYTES),
-    _form("a regex one byte too long", str(MAX_REGEX_BYTES), regex="a" * (MAX_REGEX_BYTES + 1)),
-    _form("as many choices as are read", choice=_CHOICES[1:]),
-    _form("one choice too many", f"{MAX_LISTED_CHOICES}", choice=_CHOICES),
-    _form("as many rules as are read", grammar=_rules(MAX_RULES)),
-    _form("one rule too many", str(MAX_RULES), grammar=_rules(MAX_RULES + 1)),
-    _form("a grammar that is too long", str(MAX_GRAMMAR_BYTES), grammar='root ::= "a"' + " " * MAX_GRAMMAR_BYTES),
-    _schema("as many properties as are read", _properties(MAX_PROPERTIES)),
-    _schema("one property too many", _properties(MAX_PROPERTIES + 1), f"{MAX_PROPERTIES}"),
-    _schema("as many levels as are read", _levels(MAX_DEPTH - 1)),
-    _schema("one level too many", _levels(MAX_DEPTH), str(MAX_DEPTH)),
-    _schema("the longest pattern", {"type": "string", "pattern": _PATTERN}),
-    _schema(
-        "a pattern one byte too long",
-        {"type": "string", "pattern": _PATTERN + "a"},
-        f"{MAX_PATTERN_BYTES}",
-    ),
-    _schema("the largest divisor", {"type": "integer", "multipleOf": MAX_DIVISOR}),
-    _schema("a larger divisor", {"type": "integer", "multipleOf": MAX_DIVISOR + 1}, str(MAX_DIVISOR)),
-    _schema("a description of nearly 1 MB", {"description": "a" * (MAX_SCHEMA_TEXT_BYTES - 100)}),
-    _schema("a longer text than is read", {"description": "a" * MAX_SCHEMA_TEXT_BYTES}, str(MAX_SCHEMA_TEXT_BYTES)),
-    _schema("not an object", "object", "response_format"),
-    _schema("an unknown type", {"type": "other"}, "response_format"),
-    _schema("a property that is not a schema", {"type": "object", "properties": {"a": 5}}, "response_format"),
-    _schema("a reference to nothing", {"$ref": "#/$defs/missing"}, "response_format"),
-    _schema("a reference out of the schema", {"$ref": "http://127.0.0.1:9/schema.json"}, "response_format"),
-    _schema("a reference to itself", {"$ref": "#"}, "response_format"),
-    _schema("no value that fits", {"type": "integer", "minimum": 5, "maximum": 1}, "response_format"),
-    _schema("an empty enum", {"enum": []}, "response_format"),
-    _schema("an infinite bound", {"type": "number", "maximum": float("inf")}, "response_format"),
-    _schema("half a pattern", {"type": "string", "pattern": "("}, "response_format"),
-    _schema("half a surrogate pair", {"type": "string", "pattern": HALF_PAIR}, _NOT_JSON),
-    _refused("response_format: another type", "response_format.type", CHAT, response_format={"type": "other"}),
-    _refused("response_format: no schema", "json_schema", CHAT, response_format={"type": "json_schema"}),
-    _form("an empty regex", "is empty", regex=""),
-    _form("half a regex", "structured_outputs.regex", regex="("),
-    _form("half an escape", "middle of an escape", regex="a\\"),
-    _form("a regex that refers back", "structured_outputs.regex", regex="(a)\\1"),
-    _form("no choices", "one or more", choice=[]),
-    _form("an empty choice", "one or more", choice=[""]),
-    _form("a choice that is null", "choice", choice=[None]),
-    _form("an empty grammar", "structured_outputs.grammar", grammar=""),
-    _form("a grammar without a rule that it names", "structured_outputs.grammar", grammar="root ::= missing"),
-    _form("a grammar without an end", "structured_outputs.grammar", grammar="root ::= root"),
-    _form("half a schema", "structured_outputs.json", json="{"),
-    _form("no form", "exactly one"),
-    _form("two forms", "exactly one", regex="a", choice=["a"]),
-    _served(
-        "a form, biases and stop tokens", structured_outputs={"regex": "a+"}, logit_bias={"5": 100}, stop_token_ids=[5]
-    ),
-    _served("a form that ends before min_tokens", structured_outputs={"choice": ["a"]}, min_tokens=2),
-    _served("a stream of 16 forms", structured_outputs={"json": {}}, stream=True, n=16),
-]
 
 OTHERS = [
-    _refused("tokenize: nothing", "either prompt or messages", TOKENIZE),
-    _refused("tokenize: both", "either prompt or messages", TOKENIZE, prompt="a", messages=_SHORT),
-    _refused("tokenize: a number", "'prompt'", TOKENIZE, prompt=5),
-    _served("tokenize: no characters", TOKENIZE, prompt=""),
-    _served("tokenize: NULs", TOKENIZE, prompt="\0" * 1000, return_token_strs=True),
-    _refused("classify: a model that writes", "needs a model that", CLASSIFY, input="a"),
-    _refused("embeddings: another encoding", "'encoding_format'", EMBEDDINGS, encoding_format="hex"),
-    _served("Adept's: log-probabilities of a long prompt", ADEPT, prompts=["word " * 1500], logprobs=True),
-    _served("Adept's: log-probabilities only", ADEPT, tokens_to_generate=0, logprobs=True),
+    refused("tokenize: nothing", "either prompt or messages", TOKENIZE),
+    refused("tokenize: both", "either prompt or messages", TOKENIZE, prompt="a", messages=_SHORT),
+    refused("tokenize: a number", "'prompt'", TOKENIZE, prompt=5),
+    served("tokenize: no characters", TOKENIZE, prompt=""),
+    served("tokenize: NULs", TOKENIZE, prompt="\0" * 1000, return_token_strs=True),
+    refused("classify: a model that writes", "needs a model that", CLASSIFY, input="a"),
+    refused("embeddings: another encoding", "'encoding_format'", EMBEDDINGS, encoding_format="hex"),
+    served("Adept's: log-probabilities of a long prompt", ADEPT, prompts=["word " * 1500], logprobs=True),
+    served("Adept's: log-probabilities only", ADEPT, tokens_to_generate=0, logprobs=True),
     Case("another model", COMPLETIONS, lambda: b'{"prompt": "a", "model": "other"}', 404, "does not exist"),
-    _refused("beam search", "'use_beam_search'", use_beam_search=True),
-    _refused("text to insert", "'suffix'", suffix="a"),
+    refused("beam search", "'use_beam_search'", use_beam_search=True),
+    refused("text to insert", "'suffix'", suffix="a"),
 ]
 
 CASES = [*VALUES, *COUNTS, *TOKENS, *TEXTS, *BODIES, *STREAMS, *CONVERSATIONS, *GRAMMARS, *OTHERS]

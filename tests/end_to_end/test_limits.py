@@ -9,7 +9,8 @@ import pytest
 
 from persimmon.server.http.errors import ErrorBody
 from tests.end_to_end.canary import SECONDS, Canary
-from tests.end_to_end.limits import CASES, Case
+from tests.end_to_end.limit_case import Case
+from tests.end_to_end.limits import CASES
 from tests.end_to_end.serving import Server
 
 
