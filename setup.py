@@ -23,6 +23,7 @@ HEADERS = (
     "head",
     "integers",
     "linear",
+    "listed",
     "network",
     "norm",
     "packing",

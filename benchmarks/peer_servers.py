@@ -110,13 +110,14 @@ def precision_flags(program: str, precision: str) -> tuple[str, ...]:
     """The flags by which a program computes a checkpoint at a precision.
 
     OpenVINO's weights have theirs from the export; by default it would compute in bfloat16 where the processor does.
-    Next to quantized weights both have a cache of 8 bits, which is OpenVINO's default there.
+    Its defaults choose a cache of 16 bits next to float32 weights and one of 8 bits next to quantized ones, so this
+    server gets the same.
     """
     if program == OPENVINO:
         return ("--precision", "f32") if precision == "float32" else ("--kv-cache-precision", "u8")
     if precision in QUANTIZED:
         return ("--quantization", precision, "--kv-cache-dtype", "int8")
-    return ("--dtype", precision)
+    return ("--dtype", precision, *(("--kv-cache-dtype", "float16") if precision == "float32" else ()))
 
 
 def export_to_openvino(python: Path, checkpoint: Path, precision: str, scratch: Path) -> Path:

@@ -65,6 +65,7 @@ INT8_CACHE = {"kv_cache_dtype": "int8"}
 
 CHOICES = (
     Choice("bfloat16", {"dtype": "bfloat16"}),
+    Choice("float32, float16 cache", {"kv_cache_dtype": "float16"}),
     Choice("float32, int8 cache", INT8_CACHE),
     Choice("int8", {"quantization": "int8"}),
     Choice("int8, float activations", {"quantization": "int8", **EXACT_INPUTS}),

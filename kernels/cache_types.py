@@ -1,6 +1,6 @@
 """In which numbers a KV cache holds keys and values, what they take, and how a layer's tensors are made.
 
-A type is a dtype: the network's own, or one of 8 bits.  Knows no operation and no layout within a block.
+A type is a dtype: the network's own, or one with fewer bits.  Knows no operation and no layout within a block.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,10 +18,17 @@ int8: a token's numbers of a head have one scale.  fp8_e4m3: numbers have none, 
 SCALE_DTYPE = torch.bfloat16
 """Of the scales of int8 numbers."""
 
+_CHOICES: Mapping[str, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16, **EIGHT_BIT_CACHES}
 
-def cache_choice(dtype: torch.dtype) -> str:
-    """The value of --kv-cache-dtype that chooses a type: its name if it has 8 bits, auto for the network's own."""
-    return next((name for name, own in EIGHT_BIT_CACHES.items() if own == dtype), "auto")
+
+def chosen_dtype(choice: str, dtype: torch.dtype) -> torch.dtype:
+    """The type that a value of --kv-cache-dtype chooses, where the network computes in `dtype`."""
+    return _CHOICES.get(choice, dtype)
+
+
+def cache_choice(cache_dtype: torch.dtype, dtype: torch.dtype) -> str:
+    """The value of --kv-cache-dtype that chooses a type, where the network computes in `dtype`: auto for that."""
+    return next((name for name, own in _CHOICES.items() if own == cache_dtype != dtype), "auto")
 
 
 def row_bytes(dtype: torch.dtype, head_dim: int) -> int:

@@ -194,7 +194,7 @@ def plan_memory(
         larger = f", or set --kv-cache-memory to {one_sequence}" if one_sequence <= left else ""
         for other in cache_dtypes[1:]:
             if cache // block_bytes(config, block_size, other) * block_size >= max_model_len:
-                larger += f", or set --kv-cache-dtype to {cache_choice(other)}"
+                larger += f", or set --kv-cache-dtype to {cache_choice(other, dtype)}"
                 break
         raise MemoryPlanError(
             f"--max-model-len is {max_model_len}, but the KV cache of {readable(cache)} holds {holds} tokens: "

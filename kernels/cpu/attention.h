@@ -19,6 +19,14 @@
 #define MAX_PAIRS 1
 #define SCORE_WIDTH(queries) ((queries) == 1 ? 2 * LANES : LANES)
 #endif
+
+/* What a cache of `type` holds of a number: float16 saturates, since one infinity makes all that its sequence computes
+ * later NaN. */
+INLINE float storable(float value, const int type) {
+    if (type != FLOAT16) return value;
+    return value > 65504.0f ? 65504.0f : value < -65504.0f ? -65504.0f : value;
+}
+
 /* Writes the keys and values of all of the sequence's tokens in this step. */
 INLINE void store_keys_values(const Head *own, const int64_t dim, const int type) {
     const int64_t block_size = own->op->block_size;
@@ -28,8 +36,10 @@ INLINE void store_keys_values(const Head *own, const int64_t dim, const int type
         const int64_t position = own->start + i, place = position % block_size;
         const int64_t tile = tile_of(own, position / block_size, dim);
         norm_and_turn(own, qkv + dim, i, 1, key, dim);
-        for (int64_t d = 0; d < dim; d++) store_as(own->op->keys, tile + d * block_size + place, key[d], type);
-        for (int64_t d = 0; d < dim; d++) store_as(own->op->values, tile + place * dim + d, qkv[2 * dim + d], type);
+        for (int64_t d = 0; d < dim; d++)
+            store_as(own->op->keys, tile + d * block_size + place, storable(key[d], type), type);
+        for (int64_t d = 0; d < dim; d++)
+            store_as(own->op->values, tile + place * dim + d, storable(qkv[2 * dim + d], type), type);
     }
 }
 

@@ -132,6 +132,12 @@ INLINE void widen_slice(const void *weights, int64_t depth, int64_t width, const
             slice[k * PANEL + column] = column < width ? item_as(weights, k * width + column, type) : 0.0f;
 }
 
+static void widen_any_slice(const void *weights, int64_t depth, int64_t width, int64_t type, float *slice) {
+    if (type == FLOAT16) widen_slice(weights, depth, width, FLOAT16, slice);
+    else if (type == BFLOAT16) widen_slice(weights, depth, width, BFLOAT16, slice);
+    else widen_slice(weights, depth, width, FLOAT32, slice);
+}
+
 /* A slice of pairs, PANEL wide. */
 static void widen_pairs(const uint16_t *weights, int64_t depth, int64_t width, uint16_t *slice) {
     for (int64_t k = 0; k < depth; k++)
@@ -165,11 +171,7 @@ INLINE void multiply_slice(const Inputs *in, int64_t word, const void *slice, in
 static void multiply_any_slice(const Inputs *in, int64_t word, const void *weights, int64_t depth, int64_t width,
                                int64_t type, int64_t nonzero_count, Fetch fetch, Workspace *own) {
     const int direct = width == PANEL && (type == FLOAT32 || in->rows <= in->tile);
-    if (!direct) {
-        if (type == FLOAT16) widen_slice(weights, depth, width, FLOAT16, own->slice);
-        else if (type == BFLOAT16) widen_slice(weights, depth, width, BFLOAT16, own->slice);
-        else widen_slice(weights, depth, width, FLOAT32, own->slice);
-    }
+    if (!direct) widen_any_slice(weights, depth, width, type, own->slice);
 #define MULTIPLY(slice, as) multiply_slice(in, word, slice, depth, nonzero_count, own->nonzero, own->sums, fetch, as)
     if (!direct) MULTIPLY(own->slice, FLOAT32);
     else if (type == FLOAT16) MULTIPLY(weights, FLOAT16);

@@ -31,6 +31,7 @@ QuantizedActivations = Literal["auto", "float", "int8"]
 _LAYER_BUFFERS = ("projected", "attended", "inner")
 """Names of what a layer makes between its additions to the residual stream."""
 
+_HALVES = (torch.float16, torch.bfloat16)
 _TYPES = {torch.float32: library.FLOAT32, torch.float16: library.FLOAT16, torch.bfloat16: library.BFLOAT16}
 
 
@@ -124,8 +125,8 @@ class NativeKernels:
         return stored if dtype == torch.float32 and stored in _TYPES else dtype
 
     def cache_dtypes(self, dtype: torch.dtype) -> Sequence[torch.dtype]:
-        """As `reference.cache_dtypes`."""
-        return (dtype, torch.int8)
+        """As `reference.cache_dtypes`: a float32 network's may have 16 bits, since attention widens what it reads."""
+        return (dtype, *(_HALVES if dtype == torch.float32 else ()), torch.int8)
 
     def prepare_bias(self, bias: torch.Tensor) -> torch.Tensor:
         """In float32, like all activations."""

@@ -11,6 +11,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "listed.h"
 #include "norm.h"
 #include "packing.h"
 #include "quantized.h"
@@ -30,7 +31,7 @@ typedef struct {
 typedef struct {
     const Operation *program;
     const Step *step;
-    void *inputs;         /* [max_tokens, widest_input] floats: a projection's inputs, in tiles, normalised or rounded */
+    void *inputs;         /* a projection's inputs, in tiles, normalised, rounded or in lists */
     OwnMemory *memories;  /* one a thread */
     int64_t threads;
 } Run;
@@ -95,7 +96,9 @@ static void prepare_tile(const Operation *op, int64_t tile, int64_t rows, void *
         float buffers[op->norm_weight ? some * op->in : 1];
         for (int64_t row = 0; row < some; row++)
             from[row] = (const char *)normed_row(op, first + row, op->norm_weight ? buffers + row * op->in : buffers);
-        place_tile((uint32_t *)inputs + first * op->in, op->in, from, some);
+        if (lists_nonzero(op, rows))
+            place_listed_tile((uint32_t *)inputs + first * LISTED_WORDS(op->in), op->in, from, some);
+        else place_tile((uint32_t *)inputs + first * op->in, op->in, from, some);
     }
 }
 
@@ -122,6 +125,9 @@ static void linear(const Operation *op, const Run *run, int64_t part, int64_t th
         const Rounded rounded = rounded_inputs(op, rows, run->inputs);
         const Inputs in = some_inputs(inputs, rounded.row_bytes / 4, rows, first, some);
         multiply_integers(op, &rounded, &in, first, panel, next_panel, own->floats.sums, &own->quantized);
+    } else if (lists_nonzero(op, rows)) {
+        const Inputs in = some_inputs(inputs, LISTED_WORDS(op->in), rows, first, some);
+        multiply_listed_panel(op, &in, panel, next_panel, &own->floats);
     } else {
         const Inputs in = some_inputs(inputs, op->rounds ? op->in / 2 : op->in, rows, first, some);
         if (is_quantized(op)) multiply_floats(op, &in, panel, next_panel, &own->floats, &own->quantized);
@@ -216,8 +222,11 @@ static void run_part(const void *context, int64_t phase, int64_t part, int64_t t
 
 static int64_t align(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
+/* Of inputs, in the largest of their forms. */
+static int64_t input_bytes(int64_t inputs) { return align(LISTED_WORDS(inputs) * (int64_t)sizeof(float)); }
+
 int64_t persimmon_scratch_bytes(int64_t inputs, int64_t threads) {
-    return align(inputs * (int64_t)sizeof(float)) + (threads < MAX_THREADS ? threads : MAX_THREADS) * sizeof(OwnMemory);
+    return input_bytes(inputs) + (threads < MAX_THREADS ? threads : MAX_THREADS) * sizeof(OwnMemory);
 }
 
 int64_t persimmon_run(const Operation *program, int64_t operations, const Step *step, void *scratch, int64_t inputs,
@@ -227,7 +236,7 @@ int64_t persimmon_run(const Operation *program, int64_t operations, const Step *
     uint32_t parts[MAX_PHASES];
     for (int64_t first = 0; first < operations; first += MAX_PHASES / 2) {
         const int64_t some = operations - first < MAX_PHASES / 2 ? operations - first : MAX_PHASES / 2;
-        void *memories = (char *)scratch + align(inputs * (int64_t)sizeof(float));
+        void *memories = (char *)scratch + input_bytes(inputs);
         const Run run = {program + first, step, scratch, memories, threads};
         for (int64_t i = 0; i < some; i++) count_parts(program + first + i, &run, parts + 2 * i);
         work_together((Work){run_part, &run, 2 * some, threads}, parts);

@@ -24,8 +24,9 @@ typedef struct {
     /* EMBED: table [rows, width] of type -> output; of INT8, times scales [rows] of scale_type.
      * LINEAR: input [T, in] -> LayerNorm where norm_weight is given -> times weight, plus bias where given -> output
      *         [T, out], as `finish` says.  `rounds`: inputs are rounded to bfloat16 and multiplied as such.
-     *         `sparse`: inputs come from squared ReLU: none is negative, and most are zero.  Of a quantized weight, INT8 or INT4, packed with its scales, of
-     *         scale_type, one for each output and `group` inputs; or of INT8 in rows [out, in] with scales [out].
+     *         `sparse`: inputs come from squared ReLU: none is negative, and most are zero.  Of a quantized weight,
+     *         INT8 or INT4, packed with its scales, of scale_type, one for each output and `group` inputs; or of INT8 in
+     *         rows [out, in] with scales [out].
      *         `integer`: inputs are rounded to 8 bits too.
      * ATTENTION: input [T, heads, 3, head_dim] -> output [T, heads * head_dim]; norm_weight, norm_bias [2, head_dim]
      *         or null; cosine, sine [*, rotary / 2], of every position; keys, values: the cache, of type; of INT8,

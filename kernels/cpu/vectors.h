@@ -38,6 +38,7 @@ INLINE Vector zero_below(Vector x, Vector limit, Vector v) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_GE_OQ), v);
 }
 INLINE Vector divide(Vector a, Vector b) { return _mm512_div_ps(a, b); }
+INLINE uint32_t nonzero_lanes(Vector v) { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ); }
 INLINE Vector bfloat16_evens(const uint16_t *from) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512((const void *)from), 16));
 }
@@ -103,6 +104,9 @@ INLINE Vector zero_below(Vector x, Vector limit, Vector v) {
     return _mm256_and_ps(_mm256_cmp_ps(x, limit, _CMP_GE_OQ), v);
 }
 INLINE Vector divide(Vector a, Vector b) { return _mm256_div_ps(a, b); }
+INLINE uint32_t nonzero_lanes(Vector v) {
+    return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_UQ));
+}
 INLINE Vector bfloat16_evens(const uint16_t *from) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const void *)from), 16));
 }
@@ -155,6 +159,7 @@ INLINE float from_bfloat16(uint16_t value) {
     return result;
 }
 
+/* Infinity beyond 65504. */
 INLINE uint16_t to_float16(float value) { return (uint16_t)_cvtss_sh(value, 0); }
 INLINE float from_float16(uint16_t value) { return _cvtsh_ss(value); }
 

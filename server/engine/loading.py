@@ -17,7 +17,7 @@ import torch
 
 from persimmon import kernels
 from persimmon.kernels import QuantizedFormat, QuantizedMatrix
-from persimmon.kernels.cache_types import EIGHT_BIT_CACHES, cache_choice
+from persimmon.kernels.cache_types import cache_choice, chosen_dtype
 from persimmon.model.checkpoint import Checkpoint, dummy_parameters
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.cores import usable_cores
@@ -121,7 +121,7 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         cache_dtypes=cache_dtypes,
     )
     weights = described(stored, config)
-    _print_plan(plan, config, cache_dtypes, weights, print_line)
+    _print_plan(plan, config, dtype, cache_dtypes, weights, print_line)
     if table is not None:
         print_line(f"               the embedding, {readable(table.nbytes)}, stays in its file")
         if formats and isinstance(table, torch.Tensor):  # which --quantization rounds otherwise
@@ -264,12 +264,12 @@ def choose_cache_dtypes(asked: str, offered: Sequence[torch.dtype], device: torc
     Raises:
         KernelsUnavailableError: the kernels do not offer what is asked for.
     """
-    chosen = EIGHT_BIT_CACHES[asked] if asked in EIGHT_BIT_CACHES else offered[0]
+    chosen = chosen_dtype(asked, offered[0])
     if chosen not in offered:
-        names = [cache_choice(own) for own in offered]
+        names = [cache_choice(own, offered[0]) for own in offered]
         raise kernels.KernelsUnavailableError(
             f"--kv-cache-dtype is {asked}, which this {'GPU' if device.type == 'cuda' else 'CPU'}'s kernels do not "
-            f"have: use {' or '.join(names)}"
+            f"have for --dtype {str(offered[0]).removeprefix('torch.')}: use {' or '.join(names)}"
         )
     return [chosen, *(own for own in offered if own != chosen)]
 
@@ -380,6 +380,7 @@ def _phase(name: str, print_line: Callable[[str], None]) -> Iterator[None]:
 def _print_plan(
     plan: MemoryPlan,
     config: PersimmonConfig,
+    dtype: torch.dtype,
     cache_dtypes: Sequence[torch.dtype],
     weights: str,
     print_line: Callable[[str], None],
@@ -396,7 +397,7 @@ def _print_plan(
         f"hold {plan.kv_tokens:,} tokens"
     )
     if len(cache_dtypes) > 1:
-        print_line("               " + _cache_choices(plan, config, cache_dtypes))
+        print_line("               " + _cache_choices(plan, config, dtype, cache_dtypes))
     if plan.max_model_len < config.context_length:
         print_line(
             f"               sequences are limited to {plan.max_model_len:,} tokens "
@@ -404,9 +405,11 @@ def _print_plan(
         )
 
 
-def _cache_choices(plan: MemoryPlan, config: PersimmonConfig, cache_dtypes: Sequence[torch.dtype]) -> str:
+def _cache_choices(
+    plan: MemoryPlan, config: PersimmonConfig, dtype: torch.dtype, cache_dtypes: Sequence[torch.dtype]
+) -> str:
     """What a token of the KV cache takes in each type, and how many of them its memory holds; the one in use first."""
-    sizes = {cache_choice(own): block_bytes(config, plan.block_size, own) for own in cache_dtypes}
+    sizes = {cache_choice(own, dtype): block_bytes(config, plan.block_size, own) for own in cache_dtypes}
     choices = [
         f"{name} holds {plan.kv_cache // size * plan.block_size:,} ({readable(size // plan.block_size)} each)"
         for name, size in sizes.items()

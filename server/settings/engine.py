@@ -172,12 +172,14 @@ class EngineSettings(LogSettings):
     )
 
     block_size: Literal[16, 32, 64] = setting(32, "Tokens in one block of the KV cache.", "memory")
-    kv_cache_dtype: Literal["auto", "int8", "fp8_e4m3"] = setting(
+    kv_cache_dtype: Literal["auto", "float16", "bfloat16", "int8", "fp8_e4m3"] = setting(
         "auto",
-        "Type of the KV cache's keys and values. auto: that of the activations, see --dtype. int8: 8 bits with a scale "
-        "for each token and head, which holds nearly twice the tokens of 16 bits in the same memory, and four times "
-        "those of float32. fp8_e4m3: 8 bits without scales, saturating at 448, on a GPU from compute capability 8.9 on "
-        "(L4, RTX 40, H100). On a GPU both need a --dtype of 16 bits. Prompts and answers read what was rounded.",
+        "Type of the KV cache's keys and values. auto: that of the activations, see --dtype. float16, bfloat16: 16 "
+        "bits for a float32 network on a CPU, half the memory to hold and to read; float16 saturates at 65504. int8: 8 "
+        "bits with a scale for each token and head, which holds nearly twice the tokens of 16 bits in the same memory, "
+        "and four times those of float32. fp8_e4m3: 8 bits without scales, saturating at 448, on a GPU from compute "
+        "capability 8.9 on (L4, RTX 40, H100). On a GPU int8 and fp8_e4m3 need a --dtype of 16 bits. Prompts and "
+        "answers read what was rounded.",
         "memory",
     )
     kv_cache_memory: ByteSize | None = setting(

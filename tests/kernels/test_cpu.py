@@ -24,7 +24,7 @@ from persimmon.kernels import (
     reference,
 )
 from persimmon.kernels.cpu import library
-from persimmon.kernels.cpu.native import NativeKernels, NativePlan
+from persimmon.kernels.cpu.native import NativeKernels, NativePlan, NativeWeight
 from persimmon.kernels.cpu.program import Program, step_of
 from tests.cpu_builds import FLOAT_BUILDS
 
@@ -139,16 +139,26 @@ class TestProjection:
         torch.testing.assert_close(actual.values, expected, rtol=0, atol=4 * TOLERANCE[dtype] * scale)
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_leaves_zeros_out_without_changing_a_bit(self, build: str, dtype: torch.dtype) -> None:
+    @pytest.mark.parametrize("inputs", [256, 200])
+    def test_leaves_zeros_out_without_changing_a_bit(self, build: str, dtype: torch.dtype, inputs: int) -> None:
         operations = NativeKernels(build, dtype)
-        down = Linear(operations.prepare_weight(random(64, 256, dtype=dtype), sparse_input=True), None)
-        x = random(1, 256, seed=11)
-        x[:, torch.rand(256, generator=torch.Generator().manual_seed(12)) < 0.9] = 0.0
-        one, many = Residual(torch.zeros(1, 64)), Residual(torch.zeros(8, 64))
-        for residual in (one, many):  # eight rows are too many to look for zeros
-            inner = x.expand(len(residual.values), -1).contiguous()
-            operations.add_product_(residual, Activation(inner), down, rows_plan(len(inner)))
-        assert torch.equal(one.values.expand(8, -1), many.values)
+        weight, bias = random(100, inputs, dtype=dtype), random(100, seed=10)
+        leaving, reading = (Linear(operations.prepare_weight(weight, sparse_input=own), bias) for own in (True, False))
+        x = random(29, inputs, seed=11).abs()
+        zeros = torch.tensor([0.0, 0.2, 0.5, 0.9, 0.99, 1.0]).repeat_interleave(5)[:29, None]
+        x[torch.rand(x.shape, generator=torch.Generator().manual_seed(12)) < zeros] = 0.0
+
+        def multiplied(rows: torch.Tensor, by: Linear[NativeWeight]) -> torch.Tensor:
+            residual = Residual(torch.zeros(len(rows), 100))
+            operations.add_product_(residual, Activation(rows.contiguous()), by, rows_plan(len(rows)))
+            return residual.values
+
+        expected = multiplied(x, reading)
+        assert torch.equal(multiplied(x, leaving), expected)
+        shuffled = torch.randperm(29, generator=torch.Generator().manual_seed(13))
+        assert torch.equal(multiplied(x[shuffled], leaving), expected[shuffled])
+        for rows in (1, 3, 7):
+            assert torch.equal(torch.cat([multiplied(some, leaving) for some in x.split(rows)]), expected)
 
     def test_of_an_embedding_that_is_the_head_is_torch_s(self, build: str) -> None:
         table, hidden = random(50, 32), random(4, 32, seed=13)

@@ -197,6 +197,8 @@ class TestErrors:
         asked: dict[str, Any] = {"max_model_len": 400, "kv_cache_bytes": 10 * plan().block_bytes}
         assert "set --kv-cache-dtype to int8" in self.error(**asked, cache_dtypes=[torch.float32, torch.int8])
         assert "--kv-cache-dtype" not in self.error(**asked, cache_dtypes=[torch.float32, torch.float16])
+        less = asked | {"max_model_len": 300}
+        assert "set --kv-cache-dtype to float16" in self.error(**less, cache_dtypes=[torch.float32, torch.float16])
         assert plan(**asked, cache_dtypes=[torch.int8, torch.float32]).max_model_len == 400
 
     def test_a_larger_cache_is_not_advised_where_there_is_no_memory_for_it(self) -> None:

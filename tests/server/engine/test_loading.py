@@ -104,12 +104,18 @@ class TestTheCacheType:
     def test_comes_first_and_then_what_could_be_chosen(self) -> None:
         assert choose_cache_dtypes("int8", [torch.float32, torch.int8], CPU) == [torch.int8, torch.float32]
 
+    def test_may_be_named_where_it_is_the_network_s_own(self) -> None:
+        assert choose_cache_dtypes("bfloat16", [torch.bfloat16, torch.int8], CPU) == [torch.bfloat16, torch.int8]
+
     def test_that_the_device_lacks_is_refused_before_anything_is_loaded(self, tmp_path: Path) -> None:
         folder = make_checkpoint(tmp_path, num_hidden_layers=1)
         for weights in folder.glob("*.safetensors"):
             weights.unlink()
         asked = read_settings({"kv_cache_dtype": "fp8_e4m3"})
-        refusal = r"--kv-cache-dtype is fp8_e4m3, which this CPU's kernels do not have: use auto or int8$"
+        refusal = (
+            r"--kv-cache-dtype is fp8_e4m3, which this CPU's kernels do not have for --dtype float32: use auto or "
+            r"(float16 or bfloat16 or )?int8$"
+        )
         with pytest.raises(kernels.KernelsUnavailableError, match=refusal):
             load_model(asked, folder, lambda line: None)
 
