@@ -1,7 +1,7 @@
 """What the server's processes take besides the model, and whether there is room for them.  Imports no torch.
 
-The numbers are the private memory of each process with the demo (RssAnon in /proc/PID/status), rounded up.  They grow
-with the vocabulary, since each process holds a tokenizer.
+The numbers are the private memory of each process with the demo (RssAnon in /proc/PID/status), rounded up.  Those of
+the engine and the API workers grow with the vocabulary.
 """
 
 import psutil
@@ -19,8 +19,10 @@ ENGINE_BYTES = 176 * MIB
 """With torch imported, and nothing loaded."""
 ENGINE_GROWTH_BYTES = 32 * MIB
 """What an engine takes after it has planned, beyond its plan: threads' stacks, and what the allocator cannot reuse."""
-BYTES_PER_TOKEN = 256
-"""Of the vocabulary, in each process that holds it."""
+WORKER_BYTES_PER_TOKEN = 256
+"""Of the vocabulary: the tokenizer."""
+ENGINE_BYTES_PER_TOKEN = 512
+"""Of the vocabulary: what answers with a grammar need, which is made after the plan."""
 
 
 def check_memory(config: PersimmonConfig, api_workers: int, left: MemoryLeft) -> None:
@@ -38,7 +40,7 @@ def check_memory(config: PersimmonConfig, api_workers: int, left: MemoryLeft) ->
     """
     # This process is the supervisor, and has most of its memory already.
     needed = ENGINE_BYTES + ENGINE_GROWTH_BYTES + api_workers * WORKER_BYTES
-    needed += (1 + api_workers) * BYTES_PER_TOKEN * config.vocab_size
+    needed += (ENGINE_BYTES_PER_TOKEN + api_workers * WORKER_BYTES_PER_TOKEN) * config.vocab_size
     if left.bytes < needed:
         workers = f"{api_workers} API worker{'s' if api_workers != 1 else ''}"
         raise SettingsError(
@@ -55,10 +57,9 @@ def still_to_be_taken(config: PersimmonConfig, api_workers: int, max_body_bytes:
         api_workers: how many there are.
         max_body_bytes: of one request; each worker may receive several of them at once.
     """
-    vocabulary = BYTES_PER_TOKEN * config.vocab_size
-    worker = WORKER_BYTES + vocabulary + BODIES_TOGETHER * max_body_bytes
+    worker = WORKER_BYTES + WORKER_BYTES_PER_TOKEN * config.vocab_size + BODIES_TOGETHER * max_body_bytes
     others = SUPERVISOR_BYTES + api_workers * worker
-    return ENGINE_GROWTH_BYTES + vocabulary + max(0, others - _taken_by_others())
+    return ENGINE_GROWTH_BYTES + ENGINE_BYTES_PER_TOKEN * config.vocab_size + max(0, others - _taken_by_others())
 
 
 def _taken_by_others() -> int:
