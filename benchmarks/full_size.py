@@ -18,6 +18,7 @@ import os
 import random
 import shlex
 import shutil
+import string
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ from typing import Any
 
 import torch
 import uvloop
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from benchmarks.checkpoint import CONFIG, DEMO, TOKENIZER_FILES
 from benchmarks.instruction_sets import INSTRUCTION_SETS, masked_environment, view_of_checkout
@@ -157,6 +159,24 @@ def weight_flags(precision: str, embedding_table: str) -> tuple[str, ...]:
     return ("--load-format", "dummy", *precision_flags(OURS, precision))
 
 
+def write_tokenizer(folder: Path, size: int) -> None:
+    """The demo's tokenizer, with pieces of random letters up to a size: in memory it is as large as a real one."""
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(DEMO / name, folder / name)
+    if size == DEMO_TOKENS:
+        return
+    (folder / "tokenizer.json").unlink()  # which says the same in another form
+    model, draw = ModelProto(), random.Random(0)
+    model.ParseFromString((folder / "tokenizer.model").read_bytes())
+    known = {piece.piece for piece in model.pieces}
+    while len(model.pieces) < size:
+        text = "".join(draw.choices(string.ascii_lowercase, k=draw.randint(3, 10)))
+        if text not in known:
+            known.add(text)
+            model.pieces.add(piece=text, score=-20.0)
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+
+
 @contextlib.contextmanager
 def checkpoint_for(precision: str, embedding_table: str, folder: Path, scratch: Path) -> Iterator[Path]:
     """The folder to serve: that without weights, or one that is written, and deleted in the end."""
@@ -256,6 +276,13 @@ def main() -> int:
         metavar="N",
         help="fewer than the model has, to try this out [default: %(default)s]",
     )
+    parser.add_argument(
+        "--tokenizer-size",
+        type=int,
+        default=DEMO_TOKENS,
+        metavar="N",
+        help=f"tokens of the tokenizer; the model's has {CONFIG_8B['vocab_size']} [default: the demo's %(default)s]",
+    )
     parser.add_argument("--instructions", choices=INSTRUCTION_SETS, default="native")
     parser.add_argument("--prompt-lengths", type=int, nargs="+", default=[512, 2048], metavar="N")
     parser.add_argument("--flags", default="", metavar="WORDS", help="more flags of the server, as one argument")
@@ -271,8 +298,7 @@ def main() -> int:
         folder = scratch / "8b"
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(CONFIG_8B | {"num_hidden_layers": arguments.num_layers}))
-        for name in TOKENIZER_FILES:
-            shutil.copyfile(DEMO / name, folder / name)
+        write_tokenizer(folder, arguments.tokenizer_size)
         for precision, embedding in itertools.product(arguments.precision, arguments.embedding_table):
             with checkpoint_for(precision, embedding, folder, scratch) as served:
                 for cache in arguments.kv_cache_dtype:
@@ -287,6 +313,7 @@ def main() -> int:
     print(table(measured))
     if arguments.out:
         content = {"device": device(), "instructions": arguments.instructions, "failed": failed}
+        content["tokenizer_size"] = arguments.tokenizer_size
         arguments.out.write_text(json.dumps(content | {"measured": [asdict(own) for own in measured]}, indent=1) + "\n")
     return 1 if failed else 0
 

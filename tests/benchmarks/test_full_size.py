@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.checkpoint import DEMO, TOKENIZER_FILES
-from benchmarks.full_size import CONFIG_8B, Figures, checkpoint_for, read_bytes, table
+from benchmarks.full_size import CONFIG_8B, DEMO_TOKENS, Figures, checkpoint_for, read_bytes, table, write_tokenizer
 from persimmon.kernels import QuantizedFormat, QuantizedMatrix
 from persimmon.model.checkpoint import Checkpoint
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.quantization.scheme import Quantization, quantized_formats
+from persimmon.model.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,12 @@ def test_a_written_checkpoint_holds_what_a_converted_one_does(tmp_path: Path, pr
         assert {name: form for name, form in checkpoint.stored.items() if isinstance(form, QuantizedFormat)} == formats
         assert isinstance(checkpoint.mapped_embedding(), QuantizedMatrix)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("size", [DEMO_TOKENS, DEMO_TOKENS + 100])
+def test_the_tokenizer_has_the_asked_size(tmp_path: Path, size: int) -> None:
+    write_tokenizer(tmp_path, size)
+    assert Tokenizer.from_folder(tmp_path).vocab_size == size
 
 
 def test_the_table_has_a_row_for_each_precision() -> None:
