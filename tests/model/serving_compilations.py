@@ -105,7 +105,7 @@ def make_runner(settings: Settings, config: PersimmonConfig, bits: Bits | None =
     kernels = (InvariantKernels if settings.batch_invariant else FusedKernels)(META)
     executor = MetaExecutor(kernels, _graph_sizes(settings, config))
     model = Persimmon(config, tensors_of(config, bits), torch.float16, META, kernels)
-    executor.reserve(_limits(settings, config, _max_model_len(settings)))
+    executor.reserve(_limits(settings, config, _max_model_len(settings), quantized=bits is not None))
     cache_dtype = EIGHT_BIT_CACHES.get(settings.kv_cache_dtype, torch.float16)
     cache = KVCache.allocate(config, NUM_BLOCKS, BLOCK_SIZE, cache_dtype, META)
     return MetaRunner(executor.start(model, cache))
