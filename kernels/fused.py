@@ -18,12 +18,11 @@ import torch
 from persimmon.kernels import packed_projection, projection, sampling, truncation
 from persimmon.kernels.chunk_plan import prefill_configs
 from persimmon.kernels.decode_attention import decode_attention
-from persimmon.kernels.decode_work import DecodeWorkspace, build_work_list
+from persimmon.kernels.decode_work import build_work_list
 from persimmon.kernels.fused_weight import (
     DequantizingBuffer,
     FusedWeight,
     GpuWeight,
-    buffer_bytes,
     float32_product,
     is_columns,
     numbers_of,
@@ -53,6 +52,7 @@ from persimmon.kernels.prefill_attention import (
     qk_norm_rotary_store,
 )
 from persimmon.kernels.quantized import QuantizedFormat, QuantizedMatrix
+from persimmon.kernels.workspaces import Workspaces
 
 SMALL_STEP = 64
 """Most tokens of a step whose projections read weights rather than multiply; not yet run on a GPU."""
@@ -82,15 +82,6 @@ class FusedPlan:
     chunks: ChunkPlan | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Workspaces:
-    decode: DecodeWorkspace
-    projection: projection.Workspace
-    sampling: sampling.Workspace
-    truncation: truncation.TruncationWorkspace
-    dequantized: DequantizingBuffer | None
-
-
 class FusedKernels:
     """The operations, and the buffers that launches share.
 
@@ -105,34 +96,15 @@ class FusedKernels:
         self.device = device
         self.pdl = pdl
         self.sparse_step = sparse_step
-        self._reserved: _Workspaces | None = None
+        self._reserved: Workspaces | None = None
 
     def workspace_bytes(self, limits: StepLimits) -> int:
         """Bytes that `reserve` takes."""
-        decode = DecodeWorkspace.bytes(limits.max_num_seqs, limits.max_model_len, limits.num_heads, limits.head_dim)
-        small = 4 * sum(_workspace_sizes(limits, packed=limits.quantized))
-        rows, vocab_size = limits.max_num_seqs, limits.vocab_size
-        draws = sampling.Workspace.bytes(rows, vocab_size) + truncation.TruncationWorkspace.bytes(rows, vocab_size)
-        dequantized = buffer_bytes(limits.hidden_size, limits.intermediate_size) if limits.quantized else 0
-        return decode + small + draws + dequantized
+        return Workspaces.bytes(limits, SMALL_STEP)
 
     def reserve(self, limits: StepLimits) -> None:
         """Makes the buffers that steps within these limits share, one after the other."""
-        partials, counters = _workspace_sizes(limits, packed=limits.quantized)
-        self._reserved = _Workspaces(
-            DecodeWorkspace.allocate(
-                limits.max_num_seqs, limits.max_model_len, limits.num_heads, limits.head_dim, self.device
-            ),
-            projection.Workspace(
-                torch.empty(partials, dtype=torch.float32, device=self.device),
-                torch.zeros(counters, dtype=torch.int32, device=self.device),
-            ),
-            sampling.Workspace.allocate(limits.max_num_seqs, limits.vocab_size, self.device),
-            truncation.TruncationWorkspace.allocate(limits.max_num_seqs, limits.vocab_size, self.device),
-            DequantizingBuffer(buffer_bytes(limits.hidden_size, limits.intermediate_size), self.device)
-            if limits.quantized
-            else None,
-        )
+        self._reserved = Workspaces.allocate(limits, SMALL_STEP, self.device)
 
     def stored_dtype(self, stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
         """As `reference.stored_dtype`."""
@@ -482,7 +454,7 @@ class FusedKernels:
         return buffer
 
     @property
-    def _workspaces(self) -> _Workspaces:
+    def _workspaces(self) -> Workspaces:
         if self._reserved is None:
             raise RuntimeError("reserve() comes before the first step: no buffers have been made")
         return self._reserved
@@ -496,23 +468,3 @@ def angles_of(rotary: Rotary, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
 def small_step(weight: GpuWeight) -> int:
     """Most tokens of a step whose product with this weight reads it as it is stored."""
     return PACKED_STEP if isinstance(weight, PackedWeight) else SMALL_STEP
-
-
-def _workspace_sizes(limits: StepLimits, *, packed: bool) -> tuple[int, int]:
-    """Elements of the partial sums and counters of a layer's projections."""
-    partials, counters = projection.Workspace.sizes(_projections(limits), SMALL_STEP)
-    if packed:
-        more = packed_projection.workspace_sizes(limits.hidden_size)
-        partials, counters = max(partials, more[0]), max(counters, more[1])
-    return partials, counters
-
-
-def _projections(limits: StepLimits) -> list[tuple[int, projection.ProjectionConfig]]:
-    """The output widths of a layer's projections and how they are cut up."""
-    hidden = limits.hidden_size
-    return [
-        (3 * hidden, projection.WIDE),
-        (limits.intermediate_size, projection.WIDE),
-        (hidden, projection.ATTENTION_OUT),
-        (hidden, projection.MLP_DOWN),
-    ]
