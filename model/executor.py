@@ -36,11 +36,13 @@ class Executor(ABC):
     Attributes:
         overlaps: whether a step is best launched while the one before it runs.
         compiles: whether each kind of step is compiled when it first runs, so that a warm-up has to run all of them.
+        checks_guesses: whether it computes a sequence's guesses with the bits of its single tokens.
         model, cache: what it runs, from `start` on.
     """
 
     overlaps: ClassVar[bool] = False
     compiles: ClassVar[bool] = False
+    checks_guesses: ClassVar[bool] = True
     model: Persimmon
     cache: KVCache
 

@@ -39,6 +39,7 @@ class FusedExecutor(Executor):
     # It computes while the host plans.
     overlaps: ClassVar[bool] = True
     compiles: ClassVar[bool] = True
+    checks_guesses: ClassVar[bool] = False
     kernels: FusedKernels
 
     def __init__(

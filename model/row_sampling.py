@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from persimmon.model.sampling_params import SamplingParams
-from persimmon.model.token_counts import TokenCounts
+from persimmon.model.token_counts import SeenTokens
 
 
 # Not frozen: of a sequence that decodes, `position` is changed in place from step to step.
@@ -30,7 +30,7 @@ class RowSampling:
     asked: SamplingParams
     sample_index: int = 0
     position: int = 0
-    seen: TokenCounts | None = None
+    seen: SeenTokens | None = None
     banned: tuple[int, ...] = ()
     allowed: Callable[[], np.ndarray] | None = None
 

@@ -71,11 +71,12 @@ class SequenceInput:
         start: position of the first of them; all before it are in the cache.
         block_table: the blocks that hold the sequence, those for these tokens included.
         samplings: how next tokens are drawn, one for each sample that goes on from here; none when these tokens are
-            not the last known ones.
+            not the last known ones.  With guesses, how the one sample draws at the last known token and at each guess.
         report: what else is wanted of these tokens.
         prompt_length: how many of the sequence's first tokens are its prompt, where that is more than the network's
             `rope_limit`; 0 where not.
         embedded: the tokens among them that do not get their embeddings from the table.
+        guesses: how many of the last tokens are guesses at what follows the known ones.
     """
 
     token_ids: Sequence[int]
@@ -85,6 +86,12 @@ class SequenceInput:
     report: Report | None = None
     prompt_length: int = 0
     embedded: Sequence[EmbeddedSpan] = ()
+    guesses: int = 0
+
+    @property
+    def draws(self) -> Sequence[int]:
+        """For each of its samples, at how many positions a token is drawn."""
+        return [len(self.samplings)] if self.guesses else [1] * len(self.samplings)
 
 
 class PendingStep:
@@ -95,6 +102,7 @@ class PendingStep:
         samples: what was drawn; its tokens in the order of the result, its log-probabilities in that of the device.
         places: where each of those rows stands in the result.
         params: how each of those rows was drawn.
+        draws: of how many rows of the result each sample has drawn, in order; None where each has drawn of one.
         prompt_logprobs: by the place of a sequence in the batch, with the number of most probable tokens asked for.
         pooled: by the place of a sequence in the batch, float32.
 
@@ -107,6 +115,7 @@ class PendingStep:
         samples: Samples,
         places: Sequence[int],
         params: Sequence[RowSampling],
+        draws: Sequence[int] | None,
         prompt_logprobs: dict[int, tuple[LogprobRows, int]],
         pooled: dict[int, torch.Tensor],
     ) -> None:
@@ -114,6 +123,7 @@ class PendingStep:
         self._samples = samples
         self._places = places
         self._params = params
+        self._draws = draws
         self._prompt_logprobs = prompt_logprobs
         self._pooled = pooled
 
@@ -124,14 +134,17 @@ class PendingStep:
         """
         if self._copied is not None:
             self._copied.synchronize()
+        tokens = [[token] for token in self._samples.tokens.tolist()]
         logprobs: dict[int, list[TokenLogprobs]] = {}
         if self._samples.logprobs is not None:
             reported = self._samples.reported
             entries = self._samples.logprobs.fetch([self._params[row].asked.logprobs or 0 for row in reported])
             for row, entry in zip(reported, entries, strict=True):
                 logprobs[self._places[row]] = [entry]
+        if self._draws is not None:
+            tokens, logprobs = _by_sample(tokens, logprobs, self._draws)
         return StepOutcome(
-            tokens=[[token] for token in self._samples.tokens.tolist()],
+            tokens=tokens,
             logprobs=logprobs,
             prompt_logprobs={
                 place: rows.fetch([top] * len(rows.token_ids)) for place, (rows, top) in self._prompt_logprobs.items()
@@ -200,7 +213,7 @@ class Runner:
         drawn = self._executor.decode(batch)
         if drawn is not None:
             params = [own for item in batch for own in item.samplings]
-            return self._pending(drawn, range(len(batch)), params, {}, {})
+            return self._pending(drawn, range(len(batch)), params, None, {}, {})
         # Single tokens first and by length, as `plan_attention` wants them.
         order = sorted(range(len(batch)), key=lambda i: (len(batch[i].token_ids) != 1, batch[i].start))
         inputs = [batch[i] for i in order]
@@ -223,7 +236,7 @@ class Runner:
                 pooled[place] = self._pooled(own, report)
         if not sampling_rows:
             nothing = Samples(torch.empty(0, dtype=torch.int64, device=hidden.device))
-            return self._pending(nothing, (), (), prompt_logprobs, pooled)
+            return self._pending(nothing, (), (), None, prompt_logprobs, pooled)
         params = [own for item in inputs for own in item.samplings]
         samples = self._sampler(hidden[: len(sampling_rows)], params)
         places = _places(batch, order)
@@ -231,7 +244,8 @@ class Runner:
             tokens = samples.tokens
             samples = replace(samples, tokens=tokens[upload(np.argsort(places), tokens.device)])
         self._executor.keep(samples.tokens)
-        return self._pending(samples, places, params, prompt_logprobs, pooled)
+        draws = [count for item in batch for count in item.draws] if any(item.guesses for item in batch) else None
+        return self._pending(samples, places, params, draws, prompt_logprobs, pooled)
 
     @torch.inference_mode()
     def logits(self, batch: Sequence[SequenceInput]) -> torch.Tensor:
@@ -248,6 +262,7 @@ class Runner:
         samples: Samples,
         places: Sequence[int],
         params: Sequence[RowSampling],
+        draws: Sequence[int] | None,
         prompt_logprobs: dict[int, tuple[LogprobRows, int]],
         pooled: dict[int, torch.Tensor],
     ) -> PendingStep:
@@ -264,6 +279,7 @@ class Runner:
             samples=Samples(tokens, samples.reported, None if samples.logprobs is None else next(rows_on_host)),
             places=places,
             params=params,
+            draws=draws,
             prompt_logprobs={place: (next(rows_on_host), top) for place, (_, top) in prompt_logprobs.items()},
             pooled=dict(zip(pooled, parts, strict=True)),
         )
@@ -324,13 +340,16 @@ class Runner:
 
 
 def _wanted_rows(inputs: Sequence[SequenceInput]) -> tuple[list[int], list[int]]:
-    """The rows of a step that are sampled from, one as often as it has samples, and those of which is reported."""
+    """The rows of a step that are sampled from, the last as often as it has samples, and those of which is reported."""
     sampling: list[int] = []
     reported: list[int] = []
     begin = 0
     for item in inputs:
         end = begin + len(item.token_ids)
-        sampling += [end - 1] * len(item.samplings)
+        if item.guesses:
+            sampling += range(end - 1 - item.guesses, end)
+        else:
+            sampling += [end - 1] * len(item.samplings)
         if item.report is not None:
             reported += [begin + row for row in item.report.rows]
         begin = end
@@ -351,3 +370,19 @@ def _places(batch: Sequence[SequenceInput], order: Sequence[int]) -> list[int]:
     """Where each sampled row stands in the order of the batch, when its sequences ran in another."""
     firsts = np.cumsum([0, *(len(item.samplings) for item in batch)]).tolist()
     return [place for i in order for place in range(firsts[i], firsts[i + 1])]
+
+
+def _by_sample(
+    tokens: Sequence[list[int]], logprobs: dict[int, list[TokenLogprobs]], draws: Sequence[int]
+) -> tuple[list[list[int]], dict[int, list[TokenLogprobs]]]:
+    """What rows have drawn and reported, put together for the samples, each of which has drawn of `draws` rows."""
+    tokens_of: list[list[int]] = []
+    logprobs_of: dict[int, list[TokenLogprobs]] = {}
+    begin = 0
+    for sample, count in enumerate(draws):
+        rows = range(begin, begin + count)
+        tokens_of.append([token for row in rows for token in tokens[row]])
+        if begin in logprobs:
+            logprobs_of[sample] = [entry for row in rows for entry in logprobs[row]]
+        begin += count
+    return tokens_of, logprobs_of

@@ -12,7 +12,8 @@ class StepOutcome:
 
     Attributes:
         tokens: for each of the step's samples, in order, the tokens drawn for it: one, or one for each of several
-            positions, of which the later ones count only if the tokens before them were guessed right.
+            positions, of which the later ones count only if the tokens before them were guessed right.  Those after
+            guesses that cannot be right may be missing.
         logprobs: by a sample's place in that list, where it asked for them: one for each of its tokens.
         prompt_logprobs: by a sequence's place in the step.
         pooled: by a sequence's place in the step, its rows one after the other: float32, little-endian.

@@ -1,8 +1,31 @@
 """Which tokens a sequence holds, and how often its output holds each: what penalties look at.  Knows no logits."""
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+
+
+class SeenTokens(Protocol):
+    """The distinct tokens of a sequence up to a position."""
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """[N] int32, each id once."""
+
+    @property
+    def output_counts(self) -> np.ndarray:
+        """[N] int32, how often the output holds each of `token_ids`; 0 where only the prompt does."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokensAt:
+    """`SeenTokens` of a sequence as it was at some position, or may become."""
+
+    token_ids: np.ndarray
+    output_counts: np.ndarray
 
 
 class TokenCounts:
@@ -45,3 +68,14 @@ class TokenCounts:
             self._size += 1
         self._counts[place] += 1
         self.output_length += 1
+
+    def followed_by(self, token_ids: Sequence[int]) -> TokensAt:
+        """What would be seen if these tokens came next in the output; it does not change with the sequence."""
+        more = Counter(token_ids)
+        new = [token_id for token_id in more if token_id not in self._places]
+        ids = np.append(self.token_ids, np.array(new, dtype=np.int32))
+        counts = np.append(self.output_counts, np.zeros(len(new), dtype=np.int32))
+        new_places = {token_id: self._size + place for place, token_id in enumerate(new)}
+        for token_id, count in more.items():
+            counts[new_places[token_id] if token_id in new_places else self._places[token_id]] += count
+        return TokensAt(ids, counts)

@@ -137,7 +137,8 @@ def read_settings(given: dict[str, Any]) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
-        rule = _RULES.get(first["type"]) or first["msg"][0].lower() + first["msg"][1:]
+        message = first["msg"].removeprefix("Value error, ")
+        rule = _RULES.get(first["type"]) or message[0].lower() + message[1:]
         secret = "SecretStr" in repr(Settings.model_fields[name].annotation)
         given_value = "not shown" if secret else first["input"]
         raise SettingsError(f"{flag(name)} (or {environment_variable(name)}) is {given_value}: {rule}") from None
@@ -170,6 +171,11 @@ def _checked(settings: Settings) -> Settings:
             raise SettingsError(f"{flag(name)} needs keys: give --api-key-file or --api-key")
     if settings.embedding_table == "file" and settings.load_format == "dummy":
         raise SettingsError("--embedding-table is file, but --load-format dummy reads no file: leave one of them out")
+    if settings.speculative_config is not None and settings.async_scheduling == "on":
+        raise SettingsError(
+            "--speculative-config and --async-scheduling on exclude each other: the tokens of a step with guesses must "
+            "be known before the next one is planned"
+        )
     sizes = None if settings.enforce_eager else settings.cuda_graph_sizes
     if sizes is not None and not (sizes and all(1 <= size <= settings.max_num_seqs for size in sizes)):
         raise SettingsError(

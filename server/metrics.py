@@ -46,6 +46,9 @@ _COUNTERS = {
     "persimmon_prefix_cache_hit_tokens": ("cached_tokens", "Prompt tokens taken from the prefix cache."),
     "persimmon_preemptions": ("preemptions", "Times a sequence lost its KV blocks to others and was queued again."),
     "persimmon_recomputed_tokens": ("recomputed_tokens", "Computed tokens discarded by preemptions."),
+    "persimmon_spec_decode_drafts": ("drafts", "Times a step computed guesses at the next tokens of a sequence."),
+    "persimmon_spec_decode_draft_tokens": ("draft_tokens", "Guessed tokens computed."),
+    "persimmon_spec_decode_accepted_tokens": ("accepted_tokens", "Guessed tokens that were right."),
     "persimmon_graph_replays": ("graph_replays", "Steps run as CUDA graphs."),
 }
 """Metric name without the _total that Prometheus adds -> the field of EngineStats, and the help text."""

@@ -24,6 +24,7 @@ from persimmon.model.runner import Runner
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.server.engine.blocks import BlockPool
+from persimmon.server.engine.guesses import Speculation
 from persimmon.server.engine.messages import EngineStats
 from persimmon.server.engine.plan_runner import PlanRunner
 from persimmon.server.engine.scheduler import Scheduler
@@ -87,6 +88,7 @@ class Harness:
         runner: runs the steps, with as many blocks; one on the CPU by default.
         typical_output: tokens that an answer is expected to have; with few, more sequences are preempted.
         cache_dtype: of keys and values; the model's by default.
+        speculation: how next tokens are guessed; None for no guesses.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Harness:
         runner: Runner | None = None,
         typical_output: int = 256,
         cache_dtype: torch.dtype | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching)
         self.scheduler = Scheduler(
@@ -113,6 +116,7 @@ class Harness:
             max_model_len=min(num_blocks * block_size, model.config.context_length),
             rope_limit=model.config.rope_limit,
             typical_output=typical_output,
+            speculation=speculation,
         )
         if runner is None:
             runner = runner_of(model, poisoned_cache(model, num_blocks, block_size, cache_dtype), operations)
@@ -196,7 +200,7 @@ class Harness:
                 self.failures[advance.sequence] = outcome.failures[advance.row]
                 self.scheduler.abort(advance.sequence.key)
             elif advance.row in outcome.logprobs and advance.tokens:
-                self.reports[advance.sequence].logprobs.extend(outcome.logprobs[advance.row])
+                self.reports[advance.sequence].logprobs += outcome.logprobs[advance.row][: len(advance.tokens)]
 
     def outputs(self, prompts: Ids[list[int]], max_tokens: int, arrivals: Ids[int] | None = None) -> list[list[int]]:
         """Greedy continuations."""

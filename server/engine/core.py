@@ -350,7 +350,7 @@ class Engine:
         now = self._clock()
         # A device begins a step when the one before it has ended.
         seconds = now - max(step.started, self._last_end)
-        self._step_counts.add(seconds, plan.work.decodes + plan.work.chunk_tokens)
+        self._step_counts.add(seconds, plan.work.tokens)
         if self._costs is not None:
             self._costs.observe(plan.work, seconds)
         self._last_end = now
@@ -381,6 +381,7 @@ class Engine:
                 ms=round(seconds * 1000, 3),
                 decodes=step.plan.work.decodes,
                 chunk_tokens=step.plan.work.chunk_tokens,
+                guesses=step.plan.num_guesses,
                 running=stats.running,
                 waiting=stats.waiting,
                 free_blocks=stats.free_blocks,

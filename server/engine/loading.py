@@ -82,6 +82,7 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
     )
     cache_dtypes = choose_cache_dtypes(settings.kv_cache_dtype, operations.cache_dtypes(dtype), device)
     executor = executor_for(operations, device, _graph_sizes(settings, config))
+    check_speculation(settings, executor)
     longest = settings.max_model_len or config.context_length
     with _phase("checkpoint", print_line):
         checkpoint = Checkpoint.open(folder, config) if settings.load_format == "auto" else None
@@ -208,6 +209,19 @@ def embedding_in_file(
             f"activations are {used}: use --dtype {stored}, or leave the flag out"
         )
     return table
+
+
+def check_speculation(settings: EngineSettings, executor: Executor) -> None:
+    """Makes sure that guesses are checked on this device where --speculative-config asks for them.
+
+    Raises:
+        KernelsUnavailableError: they are not.
+    """
+    if settings.speculative_config is not None and not executor.checks_guesses:
+        raise kernels.KernelsUnavailableError(
+            f"--speculative-config asks for guesses ({settings.speculative_config.method}), which are not supported on "
+            f"a GPU yet: leave it out, or hide the GPU with CUDA_VISIBLE_DEVICES="
+        )
 
 
 def _graph_sizes(settings: EngineSettings, config: PersimmonConfig) -> list[int]:

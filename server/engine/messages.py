@@ -50,6 +50,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag="su
         priority: a lower one goes first, and gives its blocks up last.
         cache_salt: prompts share their prefixes in the cache only with those of the same salt.
         request_id: what logs call the request that it belongs to.
+        speculate: whether its next tokens may be guessed, where the engine does so.
         owner: the client that asks, which shares the engine with the others: the name of its API key.
         weight: of that client's share; one of weight 2 gets twice as much as one of weight 1.
     """
@@ -67,6 +68,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag="su
     priority: int = 0
     cache_salt: bytes = b""
     request_id: str = ""
+    speculate: bool = True
     owner: str = ""
     weight: Annotated[int, msgspec.Meta(ge=1)] = 1
 
@@ -137,6 +139,9 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
         queried_tokens: tokens looked up in the prefix cache at admission.
         preemptions: times a sequence lost its blocks to others and was queued again.
         recomputed_tokens: computed tokens that preemptions threw away.
+        drafts: times that a step computed guesses at what a sequence gets next.
+        draft_tokens: guesses that were computed.
+        accepted_tokens: guesses that were right: the sequence got these tokens.
         graph_replays: steps that were CUDA graphs.
         step_seconds: what all steps took together.
         step_counts: how many took up to each of STEP_SECONDS and more than the one before it, and how many longer.
@@ -155,6 +160,9 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     queried_tokens: int
     preemptions: int
     recomputed_tokens: int
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     graph_replays: int = 0
     step_seconds: float = 0.0
     step_counts: tuple[int, ...] = (0,) * (len(STEP_SECONDS) + 1)

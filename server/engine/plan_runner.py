@@ -6,7 +6,9 @@ the tokens that penalties look at, where its grammar stands, and its row of a de
 
 from collections import OrderedDict
 from collections.abc import Callable
+from collections.abc import Sequence as Ids
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,7 @@ from persimmon.model.grammar_spec import GrammarError, GrammarSpec
 from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import PendingStep, PooledStates, PromptLogprobs, Report, Runner, SequenceInput
 from persimmon.model.step_outcome import StepOutcome
-from persimmon.model.token_counts import TokenCounts
+from persimmon.model.token_counts import SeenTokens, TokenCounts
 from persimmon.server.engine.sequence import Sequence
 from persimmon.server.engine.step_plan import ScheduledSequence, StepPlan
 from persimmon.server.engine.step_runner import LaunchedStep
@@ -85,13 +87,19 @@ class PlanRunner:
         if item.count == 1 and item.samples == (sequence,) and state.is_plain and item.report_from is None:
             return state.decode(item)
         token_ids = sequence.token_ids[item.start : item.end]
+        if item.guesses:
+            token_ids += item.guesses
+            samplings = self._samplings_at_guesses(sequence, item.guesses)
+        else:
+            samplings = [self._sampling(sample, item.end - sample.prompt_length) for sample in item.samples]
         return SequenceInput(
             token_ids=token_ids if item.pending_row is None else [-1 - item.pending_row],
             start=item.start,
             block_table=sequence.block_table,
-            samplings=[self._sampling(sample, item.end - sample.prompt_length) for sample in item.samples],
+            samplings=samplings,
             report=_report(item),
             prompt_length=self._long_prompt(sequence),
+            guesses=len(item.guesses),
         )
 
     def _long_prompt(self, sequence: Sequence) -> int:
@@ -101,17 +109,27 @@ class PlanRunner:
 
     def _sampling(self, sequence: Sequence, position: int) -> RowSampling:
         """How the token at a position of a sequence's output is drawn."""
-        asked = sequence.sampling
-        if asked.is_plain:
+        if sequence.sampling.is_plain:
             return _plain_sampling(sequence, position)
-        return RowSampling(
-            asked=asked,
-            sample_index=sequence.sample_index,
-            position=position,
-            seen=self._seen(sequence) if asked.penalizes else None,
-            banned=tuple(sequence.stop_token_ids) if position < asked.min_tokens else (),
-            allowed=self._allowed(sequence) if asked.grammar is not None else None,
-        )
+        seen = self._seen(sequence) if sequence.sampling.penalizes else None
+        allowed = self._allowed(sequence) if sequence.sampling.grammar is not None else None
+        return _sampling_at(sequence, position, seen, allowed)
+
+    def _samplings_at_guesses(self, sequence: Sequence, guesses: Ids[int]) -> list[RowSampling]:
+        """How tokens are drawn after the last known token and after each guess, as if those before had been drawn."""
+        first, count = sequence.num_output_tokens, 1 + len(guesses)
+        if sequence.sampling.is_plain:
+            return [_plain_sampling(sequence, position) for position in range(first, first + count)]
+        seen: list[SeenTokens | None] = [None] * count
+        if sequence.sampling.penalizes:
+            counts = self._seen(sequence)
+            seen = [counts, *(counts.followed_by(guesses[:known]) for known in range(1, count))]
+        allowed: list[Callable[[], np.ndarray] | None] = [None] * count
+        if sequence.sampling.grammar is not None:
+            progress, new_ids = self._progress(sequence)
+            masks = self._masking.submit(partial(progress.advance_with_guesses, new_ids, guesses))
+            allowed = [partial(_item, masks, place) for place in range(count)]
+        return [_sampling_at(sequence, first + place, seen[place], allowed[place]) for place in range(count)]
 
     def _seen(self, sequence: Sequence) -> TokenCounts:
         state = _state(sequence)
@@ -122,13 +140,17 @@ class PlanRunner:
         return state.counts
 
     def _allowed(self, sequence: Sequence) -> Callable[[], np.ndarray]:
+        progress, new_ids = self._progress(sequence)
+        return self._masking.submit(partial(progress.advance, new_ids)).result
+
+    def _progress(self, sequence: Sequence) -> "tuple[GrammarProgress, list[int]]":
+        """Where a sequence stands in its grammar, and the tokens that it has got since."""
         state = _state(sequence)
         if state.progress is None:
             if state.matcher is None:
                 raise ValueError("the grammar of a sequence was not prepared")
             state.progress = GrammarProgress(state.matcher.result().copy())
-        new_ids = sequence.token_ids[sequence.prompt_length + state.progress.num_tokens :]
-        return self._masking.submit(partial(state.progress.advance, new_ids)).result
+        return state.progress, sequence.token_ids[sequence.prompt_length + state.progress.num_tokens :]
 
     def failures(self, plan: StepPlan) -> dict[int, str]:
         """By the place of a sample among all of a step: why its sequence cannot go on."""
@@ -143,6 +165,18 @@ class PlanRunner:
                     self._compiled.pop(sample.sampling.grammar, None)
         return failures
 
+    def drawn(self, plan: StepPlan, tokens: Ids[list[int]]) -> Ids[list[int]]:
+        """What a step has drawn, without what was drawn after guesses that a grammar does not allow or follow."""
+        if plan.num_guesses == 0:
+            return tokens
+        kept = list(tokens)
+        samples = [(item, sample) for item in plan.scheduled for sample in item.samples]
+        for row, (item, sample) in enumerate(samples):
+            progress = _state(sample).progress
+            if item.guesses and progress is not None:
+                kept[row] = kept[row][: 1 + progress.num_guesses]
+        return kept
+
 
 class GrammarProgress:
     """Where one sequence stands in its grammar.
@@ -152,6 +186,7 @@ class GrammarProgress:
 
     Attributes:
         num_tokens: output tokens that it has seen.
+        num_guesses: how many guesses after those it could follow when it last got some.
         error: why it cannot go on, if so.
     """
 
@@ -159,6 +194,7 @@ class GrammarProgress:
         self._matcher = matcher
         self._mask = matcher.mask()
         self.num_tokens = 0
+        self.num_guesses = 0
         self.error: str | None = None
 
     def advance(self, token_ids: list[int]) -> np.ndarray:
@@ -175,6 +211,22 @@ class GrammarProgress:
         except GrammarError as error:
             self.error = str(error)
         return self._mask
+
+    def advance_with_guesses(self, token_ids: list[int], guesses: Ids[int]) -> list[np.ndarray]:
+        """Takes the output's next tokens; which may follow them, and which each of the guesses after them.
+
+        Guesses are not remembered.  From the first on that cannot be followed, because the grammar does not allow it or
+        becomes too complex, it gives the mask of the place before: what is drawn there does not count.
+        """
+        masks = [self.advance(token_ids)]
+        if self.error is None:
+            ahead = self._matcher.copy()
+            with suppress(GrammarError):  # a right guess brings it again in the next step, which ends the sequence
+                for guess in guesses:
+                    ahead.consume(guess)
+                    masks.append(ahead.mask())
+        self.num_guesses = len(masks) - 1
+        return masks + masks[-1:] * (1 + len(guesses) - len(masks))
 
 
 class _SequenceState:
@@ -232,11 +284,29 @@ class _Launched:
     def wait(self) -> StepOutcome:
         outcome = self._pending.wait()
         outcome.failures = self._owner.failures(self._plan)
+        outcome.tokens = self._owner.drawn(self._plan, outcome.tokens)
         return outcome
 
 
 def _plain_sampling(sequence: Sequence, position: int) -> RowSampling:
     return RowSampling(asked=sequence.sampling, sample_index=sequence.sample_index, position=position)
+
+
+def _sampling_at(
+    sequence: Sequence, position: int, seen: SeenTokens | None, allowed: Callable[[], np.ndarray] | None
+) -> RowSampling:
+    return RowSampling(
+        asked=sequence.sampling,
+        sample_index=sequence.sample_index,
+        position=position,
+        seen=seen,
+        banned=tuple(sequence.stop_token_ids) if position < sequence.sampling.min_tokens else (),
+        allowed=allowed,
+    )
+
+
+def _item(masks: "Future[list[np.ndarray]]", place: int) -> np.ndarray:
+    return masks.result()[place]
 
 
 def _report(item: ScheduledSequence) -> Report | None:

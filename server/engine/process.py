@@ -23,6 +23,7 @@ from persimmon.server import logs
 from persimmon.server.child_process import CannotStart, follow_supervisor, ignore
 from persimmon.server.engine.blocks import BlockPool
 from persimmon.server.engine.core import Engine
+from persimmon.server.engine.guesses import Speculation
 from persimmon.server.engine.loading import load_model
 from persimmon.server.engine.messages import Ready
 from persimmon.server.engine.plan_runner import PlanRunner
@@ -77,6 +78,7 @@ def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Pat
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=plan.max_model_len,
         rope_limit=loaded.runner.rope_limit,
+        speculation=Speculation.of(settings.speculative_config),
     )
     ready = Ready(
         max_model_len=plan.max_model_len,

@@ -9,6 +9,7 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Hashable, Set
 from collections.abc import Sequence as Ids
+from dataclasses import replace
 from itertools import islice
 from math import inf
 from operator import attrgetter
@@ -16,6 +17,7 @@ from operator import attrgetter
 from persimmon.server.engine.admission import Admission, Growing
 from persimmon.server.engine.blocks import BlockPool, salted_with_length
 from persimmon.server.engine.chunks import share_chunks
+from persimmon.server.engine.guesses import Guesses, Speculation
 from persimmon.server.engine.messages import EngineStats
 from persimmon.server.engine.preemption import lost_least, owed_to
 from persimmon.server.engine.promises import Promises
@@ -46,6 +48,7 @@ class Scheduler:
         typical_output: output tokens that a sequence may be expected to get, until some have finished.
         rope_limit: prompts longer than this have keys that depend on their length, so they share blocks only with
             prompts of the same length; None where there are none.
+        speculation: how next tokens are guessed; None where none is.
 
     Raises:
         ValueError: the limits contradict each other.
@@ -60,6 +63,7 @@ class Scheduler:
         max_model_len: int,
         typical_output: int = TYPICAL_OUTPUT,
         rope_limit: int | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
@@ -75,6 +79,12 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_model_len = max_model_len
         self._rope_limit = rope_limit
+        self._guesses = Guesses(
+            pool,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            speculation=speculation,
+        )
         self._waiting = WaitingQueue()
         self._arrivals = 0
         # By rank.
@@ -125,6 +135,9 @@ class Scheduler:
             queried_tokens=self._queried_tokens,
             preemptions=self._preemptions,
             recomputed_tokens=self._recomputed_tokens,
+            drafts=self._guesses.drafts,
+            draft_tokens=self._guesses.draft_tokens,
+            accepted_tokens=self._guesses.accepted_tokens,
         )
 
     def check(self, sequence: Sequence) -> None:
@@ -172,6 +185,7 @@ class Scheduler:
             self._by_key[own.key] = own
             own.arrival = self._arrivals
             own.share = share
+            self._guesses.begin(own)
             if self._rope_limit is not None and own.prompt_length > self._rope_limit:
                 own.cache_salt = salted_with_length(own.cache_salt, own.prompt_length)
         self._arrivals += 1
@@ -276,7 +290,7 @@ class Scheduler:
             max_seconds: time for prompts.
         """
         plan = StepPlan()
-        self._plan_decodes(plan, clients)
+        self._plan_decodes(plan, costs, clients)
         self._admit(clients)
         self._plan_chunks(plan, costs, clients, max_seconds)
         if plan.scheduled:
@@ -288,7 +302,8 @@ class Scheduler:
 
         Args:
             plan: what ran.
-            drawn: for each of the plan's samples, in their order, a token for each of its draws.
+            drawn: for each of the plan's samples, in their order, a token for each of its draws; those after guesses
+                that cannot be right may be missing.
 
         Returns:
             Each sequence that got a token or ended.  Sequences that ended since the plan was made are left out.
@@ -376,22 +391,10 @@ class Scheduler:
         """Applies what was drawn at guesses; the tokens that count."""
         sequence = item.sequence
         sequence.num_pending -= item.draws
-        taken = sequence.accept(drawn, item.guesses)
-        self._take_back(sequence, item.draws - len(taken))
+        taken = self._guesses.commit(item, drawn)
         if self._pool.prefix_caching:
             self._index_full_blocks(sequence, item.start, sequence.num_computed)
         return taken
-
-    def _take_back(self, sequence: Sequence, count: int) -> None:
-        """Forgets the last tokens that a sequence has computed, because it does not hold them.
-
-        Blocks that only these tokens needed are free.  None of them is in the prefix index, since they were not full of
-        tokens that the sequence holds.
-        """
-        sequence.num_computed -= count
-        kept = self._pool.blocks_for(sequence.num_computed)
-        self._pool.release(sequence.block_table[kept:])
-        del sequence.block_table[kept:]
 
     def _missing_blocks(self) -> int:
         """How many blocks more than there are free ones the next tokens of all that decode need."""
@@ -411,38 +414,30 @@ class Scheduler:
         needed += sum(min(count, self._pool.references(block) - 1) for block, count in writers.items())
         return needed - free
 
-    def _plan_decodes(self, plan: StepPlan, clients: Set[Share] | None) -> None:
-        for sequence in list(self._running):  # forks that begin in this step join those that run
-            if clients is not None and sequence.share not in clients:
-                continue
-            if sequence.num_uncomputed == 1 and not sequence.awaits_its_last_token:
-                self._reserve_next(plan, sequence)
-                guesses = self._usable_guesses(plan, sequence) if sequence.guesses else ()
+    def _plan_decodes(self, plan: StepPlan, costs: StepCosts | None, clients: Set[Share] | None) -> None:
+        decoding = [
+            sequence
+            for sequence in self._running
+            if sequence.num_uncomputed == 1
+            and not sequence.awaits_its_last_token
+            and (clients is None or sequence.share in clients)
+        ]
+        for sequence in decoding:
+            self._reserve_next(plan, sequence)
+        if any(sequence.proposer is not None for sequence in decoding):
+            chosen = self._guesses.plan(plan, decoding, len(self._running), costs)
+            for sequence, guesses in zip(decoding, chosen, strict=True):
                 self._schedule(plan, sequence, 1 + len(guesses), guesses)
+        else:
+            for sequence in decoding:
+                self._schedule(plan, sequence, 1)
         context = sum([item.start for item in plan.scheduled])
-        # To the device a guess is one more token of a chunk.
-        plan.work = StepWork(decodes=len(plan.scheduled), decode_context=context, chunk_tokens=plan.num_guesses)
-
-    def _usable_guesses(self, plan: StepPlan, sequence: Sequence) -> Ids[int]:
-        """The guesses that a sequence, whose next token has its block, computes in this step.
-
-        As many as its limit on tokens, the step's room and the free blocks allow.  Each sequence that may run can still
-        have a token, since the oldest may be admitted in this step, and each that runs a block.  None where a draw
-        depends on the tokens before it, whose effect would be needed row by row, nor where forks begin, each of which
-        draws at the last known token.
-        """
-        if sequence.draws_from_output or sequence.num_pending or sequence.forks:
-            return ()
-        count = min(
-            len(sequence.guesses),
-            sequence.max_tokens - sequence.num_output_tokens - 1,
-            self._max_num_batched_tokens - self._max_num_seqs - plan.num_guesses,
+        plan.work = StepWork(
+            decodes=len(plan.scheduled),
+            decode_context=context,
+            guess_tokens=plan.num_guesses,
+            guess_context=sum([item.start * len(item.guesses) for item in plan.scheduled]) if plan.num_guesses else 0,
         )
-        table, free = sequence.block_table, max(0, self._pool.num_free - len(self._running))
-        count = max(0, min(count, (len(table) + free) * self._pool.block_size - sequence.num_tokens))
-        table += self._pool.allocate(max(0, self._pool.blocks_for(sequence.num_tokens + count) - len(table)))
-        plan.num_guesses += count
-        return sequence.guesses[:count]
 
     def _plan_chunks(
         self, plan: StepPlan, costs: StepCosts | None, clients: Set[Share] | None, max_seconds: float
@@ -457,19 +452,13 @@ class Scheduler:
         tokens = self._max_num_batched_tokens - work.decodes - plan.num_guesses
         if clients is not None and costs is not None:
             tokens = int(min(tokens, costs.most_tokens))  # others decode, though not in this step
-        chunk_tokens, chunk_context, chunk_reach = plan.num_guesses, 0, 0
+        chunk_tokens, chunk_context, chunk_reach = 0, 0, 0
         for sequence, count in share_chunks(prompts, tokens, work, costs, max_seconds).items():
             chunk_tokens += count
             chunk_reach += sequence.num_computed
             chunk_context += count * sequence.num_computed + count * (count + 1) // 2
             self._schedule(plan, sequence, count)
-        plan.work = StepWork(
-            decodes=work.decodes,
-            decode_context=work.decode_context,
-            chunk_tokens=chunk_tokens,
-            chunk_context=chunk_context,
-            chunk_reach=chunk_reach,
-        )
+        plan.work = replace(work, chunk_tokens=chunk_tokens, chunk_context=chunk_context, chunk_reach=chunk_reach)
 
     def _schedule(self, plan: StepPlan, sequence: Sequence, count: int, guesses: Ids[int] = ()) -> None:
         start = sequence.num_computed

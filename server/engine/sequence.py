@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from persimmon.model.sampling_params import SamplingParams
+from persimmon.server.engine.acceptance import Acceptance
 from persimmon.server.engine.blocks import ROOT_HASH, hash_block
 from persimmon.server.engine.messages import Pooling, PromptSpan
+from persimmon.server.engine.proposers import Proposer
 from persimmon.server.engine.shares import NO_SHARE, Share
 
 
@@ -39,9 +41,9 @@ class Sequence:
         num_computed: the number of first tokens whose keys and values are in the blocks, or are written by the steps
             under way.
         num_pending: tokens that the steps under way will draw, not known yet; of those at guesses some may not count.
-        guesses: tokens that may follow the last known one.  The next step computes them with it, if there is room, and
-            draws a token at each, so that the sequence gets several in one step where they are right.  Set between two
-            steps; whatever token comes next, they are gone.
+        speculate: whether its next tokens may be guessed.
+        proposer: guesses them; None where nothing does.
+        acceptance: how often the guesses are right; None where that does not count.
         row: of such a token, the place among all that its step samples.
         steps_under_way: number of running steps that may write its blocks.
         block_table: the blocks that hold its tokens, in order.
@@ -76,7 +78,9 @@ class Sequence:
     num_reported: int = field(init=False)
     num_computed: int = 0
     num_pending: int = 0
-    guesses: Ids[int] = ()
+    speculate: bool = True
+    proposer: Proposer | None = None
+    acceptance: Acceptance | None = None
     row: int = 0
     steps_under_way: int = 0
     block_table: list[int] = field(default_factory=list)
@@ -192,7 +196,7 @@ class Sequence:
         A token counts if the guesses before it were right, and if no token before it ended the sequence.
 
         Args:
-            drawn: one token more than guesses.
+            drawn: one token, and one for each guess, or for the first ones.
             guesses: the tokens that were computed after the last known one.
 
         Returns:
@@ -208,8 +212,6 @@ class Sequence:
     def append(self, token_id: int) -> bool:
         """Takes the next sampled token and applies the stop rules; whether it was the last."""
         self.token_ids.append(token_id)
-        if self.guesses:
-            self.guesses = ()
         if token_id in self.stop_token_ids:
             self.finish_reason = "stop"
         elif self.num_output_tokens >= self.max_tokens:

@@ -40,6 +40,8 @@ class StepWork:
         chunk_tokens: tokens of prompt chunks.
         chunk_context: tokens that each of those attends to, in all.
         chunk_reach: tokens before each chunk, in all: they are read once for it, however short it is.
+        guess_tokens: guesses that decoding sequences compute with their one token.
+        guess_context: tokens that each of those attends to, in all.
     """
 
     decodes: int
@@ -47,9 +49,41 @@ class StepWork:
     chunk_tokens: int = 0
     chunk_context: int = 0
     chunk_reach: int = 0
+    guess_tokens: int = 0
+    guess_context: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the step computes."""
+        return self.decodes + self.chunk_tokens + self.guess_tokens
 
 
 NO_WORK = StepWork(0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class GuessCosts:
+    """What guesses cost, in seconds, and a step without them.
+
+    Attributes:
+        step, decode, decode_context: as of `StepCosts`.
+        observed: whether steps with guesses were observed; else the others are 0.
+        fixed: of having guesses at all.
+        token: of a guess.
+        context: of a token that it attends to.
+    """
+
+    step: float
+    decode: float
+    decode_context: float
+    observed: bool = False
+    fixed: float = 0.0
+    token: float = 0.0
+    context: float = 0.0
+
+    def seconds(self, work: StepWork) -> float:
+        """How much longer a step takes for its guesses, of which it has some."""
+        return self.fixed + self.token * work.guess_tokens + self.context * work.guess_context
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +101,7 @@ class StepCosts:
         longest: limit on the time of a step that runs prompts with decodes; None leaves it to QUIET_SHARE.
         most_tokens: maximum tokens of chunks that run with decodes: more than twice what was tried lately would be a
             guess.
+        guesses: what guesses cost; None while too little is known of steps without them.
     """
 
     step: float
@@ -78,6 +113,7 @@ class StepCosts:
     chunk_reach: float = 0.0
     longest: float | None = None
     most_tokens: float = inf
+    guesses: GuessCosts | None = None
 
     @property
     def shared_seconds(self) -> float:
@@ -94,6 +130,7 @@ class StepCosts:
             + self.chunk_token * work.chunk_tokens
             + self.chunk_context * work.chunk_context
             + self.chunk_reach * work.chunk_reach
+            + (self.guesses.seconds(work) if self.guesses is not None and work.guess_tokens else 0.0)
         )
 
     def chunk_tokens(self, decodes: int, prompts: int) -> float:
@@ -141,9 +178,9 @@ class StepCosts:
 class StepCostModel:
     """Learns `StepCosts` as the server runs.
 
-    Steps without chunks teach what steps and decodes cost; steps with chunks teach, by what they take beyond that, what
-    chunks cost.  Two small fits instead of one, because while no prompts come the second learns nothing and must not
-    forget.
+    Steps without chunks and guesses teach what steps and decodes cost; steps with chunks teach, by what they take
+    beyond that, what chunks cost, and steps with guesses what those cost.  Small fits instead of one large one, because
+    while no prompts come theirs learns nothing and must not forget.
 
     Args:
         longest: see `StepCosts`.
@@ -154,26 +191,41 @@ class StepCostModel:
         # Contexts count by the thousand, so that all figures are of similar size.
         self._quiet = LinearFit(3)
         self._chunks = LinearFit(4)
+        self._guesses = LinearFit(3)
         self._most_tokens = float(FIRST_CHUNK)
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """Takes notice of a step that ran."""
         quiet = (1.0, float(work.decodes), work.decode_context / 1000)
-        if work.chunk_tokens == 0:
+        if work.chunk_tokens == 0 and work.guess_tokens == 0:
             self._quiet.observe(quiet, seconds)
+            return
+        expected = self._quiet.predict(quiet)
+        guesses = (1.0, float(work.guess_tokens), work.guess_context / 1000)
+        if work.chunk_tokens == 0:
+            self._guesses.observe(guesses, max(0.0, seconds - expected), base=expected)
         else:
+            if work.guess_tokens:
+                expected += self._guesses.predict(guesses)
             if work.decodes > 0 and min(self._quiet.seen, self._chunks.seen) >= ENOUGH:
                 self._most_tokens = max(FIRST_CHUNK, 2 * work.chunk_tokens, 0.95 * self._most_tokens)
-            expected = self._quiet.predict(quiet)
             chunks = (1.0, float(work.chunk_tokens), work.chunk_context / 1000, work.chunk_reach / 1000)
             self._chunks.observe(chunks, max(0.0, seconds - expected), base=expected)
 
     @property
     def costs(self) -> StepCosts:
         """What is known now; while that is too little, the time does not count and chunks remain short."""
+        guesses = self._guess_costs()
         if min(self._quiet.seen, self._chunks.seen) < ENOUGH:
             return StepCosts(
-                step=0, decode=0, decode_context=0, chunks=0, chunk_token=0, chunk_context=0, most_tokens=FIRST_CHUNK
+                step=0,
+                decode=0,
+                decode_context=0,
+                chunks=0,
+                chunk_token=0,
+                chunk_context=0,
+                most_tokens=FIRST_CHUNK,
+                guesses=guesses,
             )
         step, decode, decode_context = self._quiet.coefficients
         chunks, chunk_token, chunk_context, chunk_reach = self._chunks.coefficients
@@ -187,6 +239,24 @@ class StepCostModel:
             chunk_reach=chunk_reach / 1000,
             longest=self._longest,
             most_tokens=self._most_tokens,
+            guesses=guesses,
+        )
+
+    def _guess_costs(self) -> GuessCosts | None:
+        if self._quiet.seen < ENOUGH:
+            return None
+        step, decode, context = self._quiet.coefficients
+        if self._guesses.seen < ENOUGH:
+            return GuessCosts(step=step, decode=decode, decode_context=context / 1000)
+        fixed, token, guess_context = self._guesses.coefficients
+        return GuessCosts(
+            step=step,
+            decode=decode,
+            decode_context=context / 1000,
+            observed=True,
+            fixed=fixed,
+            token=token,
+            context=guess_context / 1000,
         )
 
 

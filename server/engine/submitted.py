@@ -23,6 +23,7 @@ def sequence_of(worker: bytes, submit: Submit, now: float) -> Sequence:
             sample_index=index,
             spans=submit.spans,
             priority=submit.priority,
+            speculate=submit.speculate,
             owner=submit.owner,
             weight=submit.weight,
             cache_salt=submit.cache_salt,

@@ -7,6 +7,7 @@ from pydantic import ByteSize, field_validator
 
 from persimmon.server.settings.logs import LogSettings
 from persimmon.server.settings.section import setting
+from persimmon.server.settings.speculation import SpeculativeConfig
 
 MAX_BODY_BYTES = 32 * 2**20
 """Default limit of a request's body: a text of 16,384 tokens is some 100 KB, and a request may hold many texts."""
@@ -122,6 +123,17 @@ class EngineSettings(LogSettings):
     enable_prefix_caching: bool = setting(
         True, "Reuse the KV blocks of prompt prefixes that were seen before.", "engine"
     )
+    speculative_config: SpeculativeConfig | None = setting(
+        None,
+        "Guess the tokens that come next and check several in one step (speculative decoding); answers stay the same, "
+        "token for token. JSON in vLLM's spelling: method is ngram (the last prompt_lookup_max to prompt_lookup_min "
+        "tokens are looked for in prompt and answer), suffix (as many of the last tokens as occurred before) or auto "
+        "(suffix, with only as many guesses as pay); num_speculative_tokens is the maximum number of guesses of a "
+        "sequence in a step, 16 by default with auto. Faster where answers repeat their prompts or themselves; with "
+        "ngram and suffix slower where guesses are wrong. Not yet on a GPU. Default: no guesses.",
+        "engine",
+        "JSON",
+    )
     batch_invariant: bool = setting(
         False,
         "Compute a request's tokens and log-probabilities with the same bits alone, in any batch, from a prefix-cache "
@@ -206,6 +218,11 @@ class EngineSettings(LogSettings):
     def _number(cls, value: Any) -> Any:
         # Flags and variables are text, and the allowed values are numbers.
         return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+    @field_validator("speculative_config", mode="before")
+    @classmethod
+    def _speculation(cls, value: Any) -> Any:
+        return SpeculativeConfig.from_json(value) if isinstance(value, str) else value
 
     @field_validator("cuda_graph_sizes", mode="before")
     @classmethod

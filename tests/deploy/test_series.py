@@ -31,7 +31,8 @@ Scrape = dict[Series, float]
 @pytest.fixture(scope="module")
 def scrapes() -> Iterator[list[Scrape]]:
     """What /metrics said before, during and after a load that a small cache cannot hold at once."""
-    with serving("--kv-cache-memory", "8MB", "--max-num-seqs", "8") as server:
+    guesses = '{"method": "suffix", "num_speculative_tokens": 4}'
+    with serving("--kv-cache-memory", "8MB", "--max-num-seqs", "8", "--speculative-config", guesses) as server:
         seen = [_scrape(server.url)]
         with ThreadPoolExecutor(16) as clients:
             answers = [clients.submit(_complete, server.url, number) for number in range(16)]

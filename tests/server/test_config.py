@@ -2,6 +2,7 @@ import pytest
 
 from persimmon.server.config import environment_variable, flag, read_settings
 from persimmon.server.settings.section import SettingsError
+from persimmon.server.settings.speculation import MOST_THAT_PAY, SpeculativeConfig
 
 
 def test_a_flag_wins_over_its_environment_variable_which_wins_over_the_default(monkeypatch):
@@ -95,6 +96,71 @@ def test_graph_sizes_outside_the_number_of_sequences_are_refused(sizes, shown):
 def test_a_graph_size_that_is_no_number_is_refused():
     with pytest.raises(SettingsError, match=r"--cuda-graph-sizes .* is many"):
         read_settings({"cuda_graph_sizes": "1,many"})
+
+
+def test_guesses_are_configured_in_vllms_spelling(monkeypatch):
+    assert read_settings({}).speculative_config is None
+    asked = '{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4, "prompt_lookup_min": 2}'
+    config = read_settings({"speculative_config": asked}).speculative_config
+    assert config is not None
+    assert (config.method, config.num_speculative_tokens, config.lookup) == ("ngram", 5, (2, 4))
+    monkeypatch.setenv("PERSIMMON_SPECULATIVE_CONFIG", '{"method": "suffix", "num_speculative_tokens": 8}')
+    assert read_settings({}).speculative_config == SpeculativeConfig.from_json(
+        '{"num_speculative_tokens": 8, "method": "suffix"}'
+    )
+
+
+def test_how_many_guesses_pay_may_be_left_to_the_server():
+    config = read_settings({"speculative_config": '{"method": "auto"}'}).speculative_config
+    assert config is not None
+    assert config.max_guesses == MOST_THAT_PAY
+
+
+@pytest.mark.parametrize(
+    ("given", "lookup"), [("", (5, 5)), (', "prompt_lookup_max": 4', (4, 4)), (', "prompt_lookup_min": 2', (2, 2))]
+)
+def test_an_n_that_is_not_given_is_vllms(given, lookup):
+    asked = f'{{"method": "ngram", "num_speculative_tokens": 5{given}}}'
+    config = read_settings({"speculative_config": asked}).speculative_config
+    assert config is not None
+    assert config.lookup == lookup
+
+
+@pytest.mark.parametrize(
+    ("asked", "refusal"),
+    [
+        ("ngram", "expected JSON, for example {"),
+        ("[5]", "expected an object"),
+        ('{"method": "ngram"}', "num_speculative_tokens is missing"),
+        ('{"method": "eagle", "num_speculative_tokens": 5}', "method is \"eagle\"; expected 'ngram', 'suffix' or"),
+        ('{"method": "ngram", "num_speculative_tokens": 0}', "num_speculative_tokens is 0; expected greater than or"),
+        ('{"method": "ngram", "num_speculative_tokens": "5"}', 'num_speculative_tokens is "5"; expected integer'),
+        (
+            '{"method": "ngram", "num_speculative_tokens": 5, "model": "m"}',
+            "model is not supported; allowed are method",
+        ),
+        (
+            '{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 2, "prompt_lookup_min": 3}',
+            "prompt_lookup_min is 3, more than prompt_lookup_max, which is 2",
+        ),
+        (
+            '{"method": "suffix", "num_speculative_tokens": 5, "prompt_lookup_max": 2}',
+            "prompt_lookup_max is only allowed if method is ngram",
+        ),
+    ],
+)
+def test_guesses_that_cannot_be_made_are_refused(asked, refusal):
+    with pytest.raises(SettingsError) as error:
+        read_settings({"speculative_config": asked})
+    assert str(error.value).startswith("--speculative-config (or PERSIMMON_SPECULATIVE_CONFIG) is ")
+    assert f": {refusal}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_steps_with_guesses_do_not_overlap():
+    asked = {"speculative_config": '{"method": "suffix", "num_speculative_tokens": 5}', "async_scheduling": "on"}
+    with pytest.raises(SettingsError, match=r"--speculative-config and --async-scheduling on exclude each other"):
+        read_settings(asked)
 
 
 def test_add_bos_follows_the_checkpoint_by_default():

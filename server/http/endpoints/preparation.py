@@ -113,6 +113,7 @@ async def prepare(
         record=record,
         calls=form.calls,
         priority=request.priority,
+        speculate=request.speculate,
     )
 
 

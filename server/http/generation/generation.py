@@ -40,6 +40,7 @@ class Generation:
         record: of the request; what its sequences come to is written into it.
         calls: the tools that an answer may call; None if its text is never read as calls.
         priority: requests of a lower one go first.
+        speculate: whether next tokens may be guessed.
         begins_with_space: whether a chat's answer begins with a space that belongs to the format.
     """
 
@@ -54,6 +55,7 @@ class Generation:
     record: RequestRecord
     calls: CallForm | None = None
     priority: int = 0
+    speculate: bool = True
     begins_with_space: bool = True
 
     @property
@@ -75,6 +77,7 @@ class Generation:
             samples=self.samples if prompt.max_tokens else 1,  # without new tokens all samples are the same
             prompt_logprobs=self.logprobs if self.echo else None,
             priority=self.priority,
+            speculate=self.speculate,
             cache_salt=self.record.cache_salt,
             request_id=self.record.request_id,
             owner=self.record.owner,

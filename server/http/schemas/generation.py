@@ -107,6 +107,11 @@ class GenerationRequest(TruncatingRequest):
         description="Requests with lower numbers run first and are preempted last. The server limits how far below 0 "
         "it may be.",
     )
+    speculate: bool = Field(
+        True,
+        description="Whether next tokens may be guessed, if the server has a --speculative-config. The tokens are the "
+        "same either way.",
+    )
     stream: bool = Field(False, description="Stream the answer as server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="Only allowed with stream.")
     return_token_ids: bool = Field(False, description="Add the token ids of prompts and answers.")

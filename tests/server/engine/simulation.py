@@ -16,7 +16,9 @@ import msgspec
 
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.server.engine.blocks import BlockPool
+from persimmon.server.engine.guesses import Speculation
 from persimmon.server.engine.messages import EngineStats, Pooling
+from persimmon.server.engine.proposers import NO_PROPOSAL, Proposal
 from persimmon.server.engine.scheduler import Scheduler
 from persimmon.server.engine.sequence import Sequence
 from persimmon.server.engine.short_steps import MAX_SHORT_STEPS
@@ -45,6 +47,34 @@ def generate_alone(
         if token_ids[-1] in stops:
             return token_ids[len(prompt) :], "stop"
     return token_ids[len(prompt) :], "length"
+
+
+@dataclass(frozen=True)
+class OneProposal:
+    """Guesses once: what comes after a sequence of this many tokens."""
+
+    num_tokens: int
+    guesses: list[int]
+
+    def propose(self, token_ids: Ids[int], count: int) -> Proposal:
+        assert count > 0
+        return Proposal(self.guesses[:count], 1) if len(token_ids) == self.num_tokens else NO_PROPOSAL
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """Guesses what comes next in every step; every so many tokens it is wrong."""
+
+    sample_index: int
+    max_guesses: int
+    right_in_a_row: int
+
+    def propose(self, token_ids: Ids[int], count: int) -> Proposal:
+        known = list(token_ids)
+        for _ in range(min(count, self.max_guesses)):
+            right = next_token(known, self.sample_index)
+            known.append(right if len(known) % (self.right_in_a_row + 1) else (right + 1) % VOCABULARY)
+        return Proposal(known[len(token_ids) :], 1)
 
 
 @dataclass(frozen=True)
@@ -213,6 +243,9 @@ class Simulation:
         prefix_caching: bool = True,
         overlap: bool = False,
         typical_output: int = 1,
+        max_guesses: int = 0,
+        right_in_a_row: int = 0,
+        adaptive: bool = False,
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching)
         self.scheduler = WatchedScheduler(
@@ -221,6 +254,11 @@ class Simulation:
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             typical_output=typical_output,
+            speculation=(
+                Speculation(lambda own: Oracle(own.sample_index, max_guesses, right_in_a_row), adaptive=adaptive)
+                if max_guesses
+                else None
+            ),
         )
         self.max_model_len = max_model_len
         self.live: dict[int, Sequence] = {}
@@ -230,8 +268,6 @@ class Simulation:
         self.costs: StepCosts | None = None
         self.aborts: Counter[str] = Counter()
         """How many sequences were aborted in which state."""
-        self.right_guesses = self.wrong_guesses = 0
-        """Guessed tokens that counted, and those that did not."""
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._model = FakeModel(num_blocks, block_size)
@@ -246,7 +282,8 @@ class Simulation:
         self._reported: Counter[Hashable] = Counter()
         self._expected = EngineStats(
             running=0, waiting=0, free_blocks=num_blocks, total_blocks=num_blocks, steps=0, prompt_tokens=0,
-            generated_tokens=0, cached_tokens=0, queried_tokens=0, preemptions=0, recomputed_tokens=0,
+            generated_tokens=0, cached_tokens=0, queried_tokens=0, preemptions=0, recomputed_tokens=0, drafts=0,
+            draft_tokens=0, accepted_tokens=0,
         )  # fmt: skip
 
     @property
@@ -282,7 +319,7 @@ class Simulation:
         for place in range(count):
             right = next_token(known, sequence.sample_index)
             known.append(right if place != wrong_at else (right + 1) % VOCABULARY)
-        sequence.guesses = known[sequence.num_tokens :]
+        sequence.proposer = OneProposal(sequence.num_tokens, known[sequence.num_tokens :])
 
     def add(
         self,
@@ -447,9 +484,13 @@ class Simulation:
             if not sequence.finished and sequence.max_tokens == 0 and item.end == sequence.prompt_length:
                 expected.append(Advance(sequence, [], row))
             if item.guesses and not sequence.finished:
-                right = len(expected[-1].tokens) - 1
-                self.right_guesses += right
-                self.wrong_guesses += len(item.guesses) - right
+                right = sum(token == guess for token, guess in zip(expected[-1].tokens, item.guesses, strict=False))
+                self._expected = msgspec.structs.replace(
+                    self._expected,
+                    drafts=self._expected.drafts + 1,
+                    draft_tokens=self._expected.draft_tokens + len(item.guesses),
+                    accepted_tokens=self._expected.accepted_tokens + right,
+                )
         advanced = self.scheduler.commit(plan, drawn)
         assert advanced == expected
         generated = sum(len(advance.tokens) for advance in advanced)

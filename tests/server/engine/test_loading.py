@@ -14,6 +14,7 @@ from persimmon.model.convert.hugging_face import plan_from_hugging_face
 from persimmon.model.convert.quantize import QuantizationRequest, formats, quantize_conversion
 from persimmon.model.convert.writer import write
 from persimmon.model.executor import Executor, executor_for
+from persimmon.model.fused_executor import FusedExecutor
 from persimmon.model.rope_scaling import RopeScaling
 from persimmon.model.runner import PooledStates
 from persimmon.server.config import read_settings
@@ -21,6 +22,7 @@ from persimmon.server.engine.loading import (
     _graph_sizes,
     _limits,
     check_batch_invariance,
+    check_speculation,
     choose_cache_dtypes,
     load_model,
     warm_up_steps,
@@ -95,6 +97,15 @@ def test_batch_invariance_is_refused_on_a_cpu_whose_head_torch_multiplies(tmp_pa
     check_batch_invariance(asked, tied, torch.device("cuda"))
     check_batch_invariance(asked, GENERATOR, CPU)
     check_batch_invariance(read_settings({}), tied, CPU)
+
+
+def test_guesses_are_refused_on_a_gpu() -> None:
+    asked = read_settings({"speculative_config": '{"method": "suffix", "num_speculative_tokens": 4}'})
+    gpu = object.__new__(FusedExecutor)
+    with pytest.raises(kernels.KernelsUnavailableError, match=r"--speculative-config .*\(suffix\).* on a GPU yet"):
+        check_speculation(asked, gpu)
+    check_speculation(read_settings({}), gpu)
+    check_speculation(asked, executor_for(kernels.for_device(CPU), CPU))
 
 
 class TestTheCacheType:

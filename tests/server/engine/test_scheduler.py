@@ -13,7 +13,7 @@ from persimmon.server.engine.chunks import MIN_CHUNK
 from persimmon.server.engine.messages import Pooling
 from persimmon.server.engine.scheduler import Scheduler
 from persimmon.server.engine.sequence import Sequence
-from persimmon.server.engine.step_cost import StepCosts
+from persimmon.server.engine.step_cost import GuessCosts, StepCosts
 from persimmon.server.engine.step_plan import Advance
 from tests.server.engine.simulation import VOCABULARY, Simulation, generate_alone
 
@@ -53,11 +53,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix_caching=st.sampled_from([True, True, False]),
         overlap=st.booleans(),
         typical_output=st.sampled_from([1, 16]),
+        guessing=st.sampled_from([(0, 0, False), (0, 0, False), (3, 1, False), (7, 5, False), (7, 3, True)]),
         costs=st.sampled_from(
             [
                 None,
                 None,
-                StepCosts(step=1, decode=0.1, decode_context=0, chunks=0.1, chunk_token=0.3, chunk_context=0.01),
+                StepCosts(
+                    step=1,
+                    decode=0.1,
+                    decode_context=0,
+                    chunks=0.1,
+                    chunk_token=0.3,
+                    chunk_context=0.01,
+                    guesses=GuessCosts(step=1, decode=0.1, decode_context=0, observed=True, token=0.2),
+                ),
                 StepCosts(step=1, decode=0, decode_context=0, chunks=1, chunk_token=1, chunk_context=0),
             ]
         ),
@@ -73,6 +82,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix_caching: bool,
         overlap: bool,
         typical_output: int,
+        guessing: tuple[int, int, bool],
         costs: StepCosts | None,
         arrivals: list[Request],
     ) -> None:
@@ -85,6 +95,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             prefix_caching=prefix_caching,
             overlap=overlap,
             typical_output=typical_output,
+            max_guesses=guessing[0],
+            right_in_a_row=guessing[1],
+            adaptive=guessing[2],
         )
         self.simulation.costs = costs
         # Hypothesis leaves rules out of many runs to explore the others; without sequences there is nothing to see.
@@ -153,8 +166,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             stats = self.simulation.stats
             event(f"preemptions: {min(stats.preemptions, 3)}")
             event(f"prefix hits: {stats.cached_tokens > 0}")
-            event(f"right guesses: {min(self.simulation.right_guesses, 3)}")
-            event(f"wrong guesses: {min(self.simulation.wrong_guesses, 3)}")
+            event(f"right guesses: {min(stats.accepted_tokens, 3)}")
+            event(f"wrong guesses: {min(stats.draft_tokens - stats.accepted_tokens, 3)}")
             for state in self.simulation.aborts:
                 event(f"aborted: {state}")
 
@@ -170,7 +183,14 @@ TestScheduler.settings = settings(
 def test_random_traffic_preempts_hits_aborts_and_still_yields_the_right_tokens(seed: int, overlap: bool) -> None:
     rng = random.Random(seed)
     simulation = Simulation(
-        num_blocks=14, block_size=3, max_model_len=36, max_num_seqs=6, max_num_batched_tokens=10, overlap=overlap
+        num_blocks=14,
+        block_size=3,
+        max_model_len=36,
+        max_num_seqs=6,
+        max_num_batched_tokens=10,
+        overlap=overlap,
+        max_guesses=seed % 2 * 4,
+        right_in_a_row=2,
     )
 
     def abort_sometimes() -> None:
@@ -265,12 +285,12 @@ def test_guesses_take_no_block_that_a_running_sequence_needs() -> None:
     assert min(first.num_output_tokens, second.num_output_tokens) >= 2
 
 
-def test_a_draw_that_depends_on_the_tokens_before_it_is_made_without_guesses() -> None:
+def test_a_draw_that_depends_on_the_tokens_before_it_is_made_at_guesses_too() -> None:
     simulation = Simulation(num_blocks=20, block_size=4, max_model_len=40)
     simulation.add([0, 1], 8, penalized=True)
     simulation.step()
     simulation.guess(0, 4)
-    assert simulation.step().num_tokens == 1
+    assert simulation.step().num_tokens == 5
 
 
 def test_guesses_leave_a_token_for_each_sequence_that_may_run() -> None:

@@ -104,6 +104,9 @@ async def test_the_engines_last_report_is_scraped(http: httpx.AsyncClient) -> No
         "persimmon_prefix_cache_queried_tokens_total": 19,
         "persimmon_preemptions_total": 23,
         "persimmon_recomputed_tokens_total": 29,
+        "persimmon_spec_decode_drafts_total": 37,
+        "persimmon_spec_decode_draft_tokens_total": 43,
+        "persimmon_spec_decode_accepted_tokens_total": 41,
         "persimmon_graph_replays_total": 31,
     } | {name: value for name, value in metrics.items() if name.endswith("_created")}
 

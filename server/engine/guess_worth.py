@@ -1,0 +1,82 @@
+"""How many guesses pay in a step: what they may bring against what a wider step takes.
+
+A guess is computed if it brings tokens faster than the step brings them without it.  Knows no blocks, and no tokens.
+"""
+
+from persimmon.server.engine.acceptance import KEEP_OF_ALL, Acceptance, Rates
+from persimmon.server.engine.proposers import Proposal
+from persimmon.server.engine.step_cost import StepCosts
+
+MAX_STEPS_WITH_GUESSES = 32
+"""After this many steps with guesses one has none, so that it stays known what that takes."""
+
+LEAST_PROBABILITY, MAX_GUESSES = 0.02, 64
+"""Limits that hold even for guesses that cost nothing."""
+
+UNKNOWN_PROBABILITY, UNKNOWN_GUESSES = 0.5, 4
+"""While it is not known what guesses cost: the least probability of those that are computed, and how many they are."""
+
+
+class GuessWorth:
+    """Decides how many guesses steps have, from what their costs and earlier guesses teach."""
+
+    def __init__(self) -> None:
+        self._rates = Rates(KEEP_OF_ALL)
+        self._steps = 0
+        self._decodes = 0
+        # How much faster tokens came with the guesses of the last step that had some; others must keep up with those.
+        self._gain = 1.0
+        self._tokens = self._gained = self._seconds = self._quiet = self._each = self._least = 0.0
+
+    def acceptance(self) -> Acceptance:
+        """Of a new sequence."""
+        return Acceptance(self._rates)
+
+    def begin(self, costs: StepCosts | None, decodes: int, context: int) -> bool:
+        """Begins a step; whether any guess may pay.
+
+        Args:
+            costs: what steps cost; None where nothing is known of that.
+            decodes: sequences that decode in the step, at least one.
+            context: tokens that those attend to, in all.
+        """
+        known = None if costs is None else costs.guesses
+        similar = self._decodes / 2 <= decodes <= 2 * self._decodes
+        if known is None or not similar or self._steps >= MAX_STEPS_WITH_GUESSES:
+            self._decodes = decodes
+            return self._without()
+        self._tokens, self._gained = float(decodes), 0.0
+        self._quiet = known.step + known.decode * decodes + known.decode_context * context
+        self._seconds = self._quiet + known.fixed
+        self._each = known.token + known.context * context / decodes
+        self._least = UNKNOWN_PROBABILITY
+        self._limit = UNKNOWN_GUESSES
+        if known.observed:
+            self._least = max(LEAST_PROBABILITY, self._gain * self._each * decodes / self._quiet)
+            self._limit = MAX_GUESSES
+        return self._least < 1 or self._without()
+
+    def count(self, acceptance: Acceptance, proposal: Proposal) -> int:
+        """How many of a sequence's proposed guesses may pay."""
+        count, chance = 0, 1.0
+        for place in range(min(len(proposal.token_ids), self._limit)):
+            chance *= acceptance.probability(proposal.matched + place)
+            if chance < self._least:
+                break
+            self._gained += chance
+            count += 1
+        self._seconds += count * self._each
+        return count
+
+    def pays(self) -> bool:
+        """Whether the guesses that were counted in this step, together, bring tokens faster than a step without any."""
+        self._gain = (1 + self._gained / self._tokens) * self._quiet / self._seconds
+        if self._gained == 0 or self._gain <= 1:
+            return self._without()
+        self._steps += 1
+        return True
+
+    def _without(self) -> bool:
+        """The step has no guesses: False."""
+        self._steps, self._gain = 0, 1.0
+        return False

@@ -1,0 +1,155 @@
+"""Guesses at what sequences get next: how many a step computes, and what becomes of them.
+
+A token is drawn at the last known token and at each guess that follows it.  It counts if the guesses before it were
+right, so the answer is the same as with a token a step.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass
+from operator import eq
+
+from persimmon.server.engine.blocks import BlockPool
+from persimmon.server.engine.guess_worth import GuessWorth
+from persimmon.server.engine.proposers import NgramProposer, Proposer, SuffixProposer
+from persimmon.server.engine.sequence import Sequence
+from persimmon.server.engine.step_cost import StepCosts
+from persimmon.server.engine.step_plan import ScheduledSequence, StepPlan
+from persimmon.server.settings.speculation import SpeculativeConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """How next tokens are guessed.
+
+    Attributes:
+        make_proposer: makes what guesses the next tokens of a sequence.
+        adaptive: whether a step has as many guesses as pay; else as many as are proposed.
+    """
+
+    make_proposer: Callable[[Sequence], Proposer]
+    adaptive: bool = False
+
+    @classmethod
+    def of(cls, config: SpeculativeConfig | None) -> "Speculation | None":
+        """What a configuration asks for; None where it asks for no guesses."""
+        if config is None:
+            return None
+        most = config.max_guesses
+        if config.method == "ngram":
+            shortest, longest = config.lookup
+            return cls(lambda _: NgramProposer(most, shortest, longest))
+        if config.method == "suffix":
+            return cls(lambda _: SuffixProposer(most))
+        return cls(lambda _: SuffixProposer(most, as_many_as_matched=False), adaptive=True)
+
+
+class Guesses:
+    """Guesses within the limits of steps and of a block pool.
+
+    Args:
+        pool: the KV blocks.
+        max_num_seqs: sequences that hold blocks at once, at most.
+        max_num_batched_tokens: token budget of a step.
+        speculation: how tokens are guessed; None where none is.
+
+    Attributes:
+        drafts: times that a sequence had guesses in a step.
+        draft_tokens: guesses that were computed.
+        accepted_tokens: of these, those that the sequence then got.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        speculation: Speculation | None = None,
+    ) -> None:
+        self.drafts = 0
+        self.draft_tokens = 0
+        self.accepted_tokens = 0
+        self._pool = pool
+        self._max_in_step = max_num_batched_tokens - max_num_seqs
+        self._speculation = speculation
+        self._worth = GuessWorth() if speculation is not None and speculation.adaptive else None
+
+    def begin(self, sequence: Sequence) -> None:
+        """Gives a new sequence what guesses its tokens."""
+        if self._speculation is not None and sequence.speculate:
+            sequence.proposer = self._speculation.make_proposer(sequence)
+            sequence.acceptance = None if self._worth is None else self._worth.acceptance()
+
+    def plan(self, plan: StepPlan, decoding: Ids[Sequence], num_running: int, costs: StepCosts | None) -> Ids[Ids[int]]:
+        """The guesses that each sequence that decodes computes in a step; reserves their blocks.
+
+        As many as a sequence's limit on tokens, the step's room and the free blocks allow, and as pay.  Each sequence
+        that may run can still have a token, since the oldest may be admitted in this step, and each that runs a block.
+        None where forks begin, each of which draws at the last known token.
+
+        Args:
+            plan: the step.
+            decoding: the sequences, whose next tokens have their blocks; at least one.
+            num_running: sequences that hold blocks.
+            costs: what steps cost; None where nothing is known of that.
+        """
+        none: list[Ids[int]] = [()] * len(decoding)
+        worth = self._worth
+        if worth is not None:
+            context = sum([sequence.num_computed for sequence in decoding])
+            if not worth.begin(costs, len(decoding), context):
+                return none
+        size, free, left = self._pool.block_size, self._pool.num_free - num_running, self._max_in_step
+        chosen = list(none)
+        for place, sequence in enumerate(decoding):
+            proposer = sequence.proposer
+            if proposer is None or sequence.num_pending or sequence.forks:
+                continue
+            known, blocks = sequence.num_tokens, len(sequence.block_table)
+            room = min(
+                sequence.max_tokens - sequence.num_output_tokens - 1, left, (blocks + max(0, free)) * size - known
+            )
+            if room <= 0:
+                continue
+            proposal = proposer.propose(sequence.token_ids, room)
+            guesses = proposal.token_ids
+            acceptance = sequence.acceptance
+            if worth is not None and acceptance is not None:
+                acceptance.compare(sequence.token_ids)
+                if guesses:
+                    acceptance.expect(proposal, known)
+                    guesses = guesses[: worth.count(acceptance, proposal)]
+            if guesses:
+                chosen[place] = guesses
+                left -= len(guesses)
+                free -= max(0, self._pool.blocks_for(known + len(guesses)) - blocks)
+        if worth is not None and not worth.pays():
+            return none
+        for sequence, guesses in zip(decoding, chosen, strict=True):
+            if guesses:
+                table = sequence.block_table
+                end = sequence.num_tokens + len(guesses)
+                table += self._pool.allocate(max(0, self._pool.blocks_for(end) - len(table)))
+                plan.num_guesses += len(guesses)
+        return chosen
+
+    def commit(self, item: ScheduledSequence, drawn: list[int]) -> list[int]:
+        """Gives a sequence what was drawn at its last known token and at its guesses, as far as it counts.
+
+        It forgets the guesses that were computed in vain.  Blocks that only these needed are free; none of them is in
+        the prefix index, since they were not full of tokens that the sequence holds.
+
+        Returns:
+            The tokens that count, at least one.
+        """
+        sequence = item.sequence
+        taken = sequence.accept(drawn, item.guesses)
+        self.drafts += 1
+        self.draft_tokens += len(item.guesses)
+        self.accepted_tokens += sum(map(eq, taken, item.guesses))
+        sequence.num_computed -= item.draws - len(taken)
+        kept = self._pool.blocks_for(sequence.num_computed)
+        self._pool.release(sequence.block_table[kept:])
+        del sequence.block_table[kept:]
+        return taken
