@@ -36,7 +36,7 @@ def test_the_engine_process_imports_nothing_of_http_and_no_settings_but_its_own(
     assert "torch" in modules
     assert modules.isdisjoint(HTTP_MODULES)
     settings = {name for name in modules if name.startswith("persimmon.server.settings.")}
-    assert settings == {f"persimmon.server.settings.{name}" for name in ("engine", "logs", "section")}
+    assert settings == {f"persimmon.server.settings.{name}" for name in ("engine", "logs", "section", "speculation")}
     assert "persimmon.server.config" not in modules
 
 
