@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from persimmon.kernels import LayerCache, reference
+from persimmon.kernels import LayerCache, reference_attention
 from persimmon.kernels.cpu import library
 from persimmon.kernels.reference_cache import dequantize_rows
 from tests.kernels.stored_rows import empty_layer
@@ -68,7 +68,7 @@ class Both:
         attended = self.own.attend(parts, seed)
         self.other.attend(parts, seed)
         stored, self.other.cache = self.other.cache, as_the_reference_has_it(self.own.cache)
-        with mock.patch.object(reference, "store_rows"):
+        with mock.patch.object(reference_attention, "store_rows"):
             expected = self.other.attend(parts, seed)
         self.other.cache = stored
         return attended, expected
