@@ -283,7 +283,8 @@ def choose_cache_dtypes(asked: str, offered: Sequence[torch.dtype], device: torc
         names = [cache_choice(own, offered[0]) for own in offered]
         raise kernels.KernelsUnavailableError(
             f"--kv-cache-dtype is {asked}, which this {'GPU' if device.type == 'cuda' else 'CPU'}'s kernels do not "
-            f"have for --dtype {str(offered[0]).removeprefix('torch.')}: use {' or '.join(names)}"
+            f"have for --dtype {str(offered[0]).removeprefix('torch.')}: use "
+            f"{' or '.join(filter(None, (', '.join(names[:-1]), names[-1])))}"
         )
     return [chosen, *(own for own in offered if own != chosen)]
 

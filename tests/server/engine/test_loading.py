@@ -124,8 +124,8 @@ class TestTheCacheType:
             weights.unlink()
         asked = read_settings({"kv_cache_dtype": "fp8_e4m3"})
         refusal = (
-            r"--kv-cache-dtype is fp8_e4m3, which this CPU's kernels do not have for --dtype float32: use auto or "
-            r"(float16 or bfloat16 or )?int8$"
+            r"--kv-cache-dtype is fp8_e4m3, which this CPU's kernels do not have for --dtype float32: use auto(, "
+            r"float16, bfloat16)? or int8$"
         )
         with pytest.raises(kernels.KernelsUnavailableError, match=refusal):
             load_model(asked, folder, lambda line: None)
