@@ -10,7 +10,7 @@ from persimmon.server.engine.step_cost import StepCosts
 MAX_STEPS_WITH_GUESSES = 32
 """After this many steps with guesses one has none, so that it stays known what that takes."""
 
-LEAST_PROBABILITY, MAX_GUESSES = 0.02, 64
+MIN_PROBABILITY, MAX_GUESSES = 0.02, 64
 """Limits that hold even for guesses that cost nothing."""
 
 UNKNOWN_PROBABILITY, UNKNOWN_GUESSES = 0.5, 4
@@ -52,7 +52,7 @@ class GuessWorth:
         self._least = UNKNOWN_PROBABILITY
         self._limit = UNKNOWN_GUESSES
         if known.observed:
-            self._least = max(LEAST_PROBABILITY, self._gain * self._each * decodes / self._quiet)
+            self._least = max(MIN_PROBABILITY, self._gain * self._each * decodes / self._quiet)
             self._limit = MAX_GUESSES
         return self._least < 1 or self._without()
 

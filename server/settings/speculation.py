@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 DEFAULT_LOOKUP = 5
 """The n of n-grams where none is given; vLLM's."""
 
-MOST_THAT_PAY = 16
+DEFAULT_MAX_GUESSES = 16
 """Maximum guesses of a sequence in a step where only their worth limits them otherwise."""
 
 
@@ -49,7 +49,7 @@ class SpeculativeConfig(BaseModel):
     @property
     def max_guesses(self) -> int:
         """Maximum guesses of a sequence in a step."""
-        return self.num_speculative_tokens or MOST_THAT_PAY
+        return self.num_speculative_tokens or DEFAULT_MAX_GUESSES
 
     @property
     def lookup(self) -> tuple[int, int]:

@@ -2,7 +2,7 @@ import pytest
 
 from persimmon.server.config import environment_variable, flag, read_settings
 from persimmon.server.settings.section import SettingsError
-from persimmon.server.settings.speculation import MOST_THAT_PAY, SpeculativeConfig
+from persimmon.server.settings.speculation import DEFAULT_MAX_GUESSES, SpeculativeConfig
 
 
 def test_a_flag_wins_over_its_environment_variable_which_wins_over_the_default(monkeypatch):
@@ -113,7 +113,7 @@ def test_guesses_are_configured_in_vllms_spelling(monkeypatch):
 def test_how_many_guesses_pay_may_be_left_to_the_server():
     config = read_settings({"speculative_config": '{"method": "auto"}'}).speculative_config
     assert config is not None
-    assert config.max_guesses == MOST_THAT_PAY
+    assert config.max_guesses == DEFAULT_MAX_GUESSES
 
 
 @pytest.mark.parametrize(
