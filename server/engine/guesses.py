@@ -137,7 +137,7 @@ class Guesses:
     def commit(self, item: ScheduledSequence, drawn: list[int]) -> list[int]:
         """Gives a sequence what was drawn at its last known token and at its guesses, as far as it counts.
 
-        It forgets the guesses that were computed in vain.  Blocks that only these needed are free; none of them is in
+        It discards the guesses that do not count.  Blocks that only these needed are free; none of them is in
         the prefix index, since they were not full of tokens that the sequence holds.
 
         Returns:

@@ -63,7 +63,7 @@ class OneProposal:
 
 @dataclass(frozen=True)
 class Oracle:
-    """Guesses what comes next in every step; every so many tokens it is wrong."""
+    """Makes guesses in every step; those at regular intervals are wrong."""
 
     sample_index: int
     max_guesses: int
