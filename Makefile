@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 # Installed again when one of these changes; the last are the C kernels, which the installation compiles.
 INSTALLED_FROM := pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*.[ch])
 
-.PHONY: serve test test-fast compat lint types contracts format docs audit clean
+.PHONY: serve test test-fast compat exhaustive lint types contracts format docs audit clean
 
 serve: $(VENV)/.installed
 	$(BIN)/persimmon serve $(ARGS)
@@ -27,6 +27,11 @@ test-fast: $(VENV)/.installed-dev
 
 compat: $(VENV)/.installed-compat
 	$(BIN)/python -m pytest tests/compat $(ARGS)
+
+# More cases of what `make test` checks of the GPU kernels: before a release, and after a change in kernels/.  CI does not
+# run it: it takes longer than all the rest.
+exhaustive: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(ALL_CORES) tests/exhaustive $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ COMPILED_AHEAD = ("smoke", "steps", "engine")
 """Sections all of whose kernels are compiled before they run."""
 
 SLOW = ("smoke", "steps", "engine", "checks", "eight-bit-cache")
-"""Sections that take ten to twenty seconds each; tests/compat runs them."""
+"""Sections that take ten to twenty seconds each; tests/exhaustive runs them."""
 
 
 @contextmanager

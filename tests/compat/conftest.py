@@ -1,7 +1,7 @@
 """Programs of other people against a live server; `make compat` installs them and runs this.
 
 No program here may reach the network; settings for that are made before it is imported.  Only test_uvicorn.py
-and test_machine_code.py fetch something: releases of uvicorn and of Triton, from the package index.
+fetches something: releases of uvicorn, from the package index.
 """
 
 import os

@@ -2,13 +2,13 @@
 
 A cold compilation takes half a second to a second of CPU, so `make test` compiles for sm_90 what a server launches in
 float16, and for older and newer GPUs only the kernels that multiply matrices, whose code differs there in more than
-registers.  `make compat` compiles the whole matrix: tests/compat/test_machine_code.py.
+registers.  `make exhaustive` compiles the whole matrix: tests/exhaustive/test_machine_code.py.
 
 Each module of calls has:
     CALLS: what to launch, by name; "dependent" ones may start while their predecessor ends, which takes sm_90, and
         "fp8" ones convert such numbers, which takes sm_89.
     EXPECTED: patterns that the machine code for sm_90 must contain, by name of the call.
-    COMPAT_ONLY: names of calls that only `make compat` compiles.
+    EXHAUSTIVE_ONLY: names of calls that only `make exhaustive` compiles.
     EVERY_GENERATION: names of calls that `make test` compiles for sm_80 and sm_100 too.
     SCALARS: optionally, names of calls that read single 16-bit numbers.
     KINDS: optionally, by name, the kind of call that the kernel's bounds distinguish.
@@ -39,5 +39,5 @@ def selected(module: str, capability: int, *, whole: bool) -> dict[str, Callable
     if whole:
         names = {name for name in calls.CALLS if all(capability >= TAKES[word] for word in TAKES if word in name)}
     else:
-        names = set(calls.CALLS) - calls.COMPAT_ONLY if capability == 90 else calls.EVERY_GENERATION
+        names = set(calls.CALLS) - calls.EXHAUSTIVE_ONLY if capability == 90 else calls.EVERY_GENERATION
     return {name: call for name, call in calls.CALLS.items() if name in names}

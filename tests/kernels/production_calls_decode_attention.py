@@ -75,4 +75,4 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     for name in CALLS
 }
 EVERY_GENERATION = {"decode, blocks of 32", "decode, int8"}
-COMPAT_ONLY = set(CALLS) - EVERY_GENERATION - {"decode, blocks of 16", "decode, dependent", "decode, fp8"}
+EXHAUSTIVE_ONLY = set(CALLS) - EVERY_GENERATION - {"decode, blocks of 16", "decode, dependent", "decode, fp8"}

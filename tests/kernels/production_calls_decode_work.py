@@ -16,4 +16,4 @@ def _work_list(pdl: bool = False) -> None:
 CALLS: dict[str, Callable[[], None]] = {"work list": _work_list, "dependent": partial(_work_list, pdl=True)}
 EXPECTED: dict[str, tuple[str, ...]] = {}
 EVERY_GENERATION: set[str] = set()
-COMPAT_ONLY = {"dependent"}
+EXHAUSTIVE_ONLY = {"dependent"}

@@ -25,4 +25,4 @@ CALLS: dict[str, Callable[[], None]] = {
 CALLS["up_int8_bf16"] = partial(_dequantize, FORMATS["int8"], columns=False, dtype=torch.bfloat16)
 EXPECTED: dict[str, tuple[str, ...]] = dict.fromkeys(CALLS, (r"LDG\.E\.128", r"STG\.E\.128"))
 EVERY_GENERATION: set[str] = set()
-COMPAT_ONLY = set(CALLS) - {"up_int4_g128"}
+EXHAUSTIVE_ONLY = set(CALLS) - {"up_int4_g128"}

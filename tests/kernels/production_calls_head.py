@@ -59,4 +59,4 @@ EXPECTED: dict[str, tuple[str, ...]] = dict.fromkeys(
     CALLS, (r"HGMMA\.64x\d+x16\.F32(\.BF16)? R", r"LDGSTS\.E\.BYPASS\.128")
 )
 EVERY_GENERATION = {"head, 64 rows"}
-COMPAT_ONLY = (QUANTIZED.keys() - {"int8 head, 64 rows"}) | {"head, dependent", "head, 16 rows, bfloat16"}
+EXHAUSTIVE_ONLY = (QUANTIZED.keys() - {"int8 head, 64 rows"}) | {"head, dependent", "head, 16 rows, bfloat16"}

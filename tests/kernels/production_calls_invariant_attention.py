@@ -57,7 +57,7 @@ CALLS: dict[str, Callable[[], None]] = {
         ("fp8", 32, torch.float16, torch.float8_e4m3fn),
     )
 }
-COMPAT_ONLY = {name for name in CALLS if "blocks of 32" not in name}
+EXHAUSTIVE_ONLY = {name for name in CALLS if "blocks of 32" not in name}
 EVERY_GENERATION: set[str] = set()
 
 _MERGES = (r"ATOMG\.E\.ADD\.STRONG\.GPU", r"LDG\.E\.\d*\.?STRONG\.GPU")

@@ -68,7 +68,7 @@ _LOADS = (r"LDG\.E\.128", r"STG\.E\.128")
 EXPECTED: dict[str, tuple[str, ...]] = {
     name: (r"LDG\.E\.64", r"STG\.E\.128") if "bytes" in name else _LOADS for name in CALLS
 }
-COMPAT_ONLY = {name for name in CALLS if not name.endswith("fp16") or "bytes" in name}
+EXHAUSTIVE_ONLY = {name for name in CALLS if not name.endswith("fp16") or "bytes" in name}
 EVERY_GENERATION: set[str] = set()
 SCALARS = {name for name in CALLS if "bytes" in name}
 """A row of an 8-bit embedding has one scale."""

@@ -122,4 +122,4 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     for name in CALLS
 }
 EVERY_GENERATION = {"mlp_up_int4_g128_fp16_16"}
-COMPAT_ONLY = set(CALLS) - EVERY_GENERATION - {"mlp_down_masked_int8_fp16_16", "attention_out_int4_g32_fp16_64"}
+EXHAUSTIVE_ONLY = set(CALLS) - EVERY_GENERATION - {"mlp_down_masked_int8_fp16_16", "attention_out_int4_g32_fp16_64"}

@@ -78,5 +78,5 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     for name in CALLS
     if name != "store of decodes"
 }
-COMPAT_ONLY = set(CALLS) - {"prompts", "drafts", "prompts in blocks of 16", "store of decodes"}
+EXHAUSTIVE_ONLY = set(CALLS) - {"prompts", "drafts", "prompts in blocks of 16", "store of decodes"}
 EVERY_GENERATION = {"prompts"}

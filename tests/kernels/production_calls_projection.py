@@ -98,7 +98,7 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     name: (r"LDGSTS\.E\.BYPASS\.128",) if "fp32" in name else (r"LDGSTS\.E\.BYPASS\.128", r"HGMMA\.64x\d+x16\.F32")
     for name in CALLS
 }
-COMPAT_ONLY = {
+EXHAUSTIVE_ONLY = {
     name
     for name in CALLS
     if name.endswith("_256")

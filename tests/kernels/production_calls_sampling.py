@@ -40,5 +40,5 @@ CALLS: dict[str, Callable[[], None]] = {
     "logits, dependent": partial(from_logits, 128, torch.float32, pdl=True),
 }
 EXPECTED: dict[str, tuple[str, ...]] = dict.fromkeys(CALLS, (r"LDG\.E\.128",))
-COMPAT_ONLY = {"logits, dependent", "logits, float16"}
+EXHAUSTIVE_ONLY = {"logits, dependent", "logits, float16"}
 EVERY_GENERATION: set[str] = set()

@@ -44,5 +44,5 @@ CALLS: dict[str, Callable[[], None]] = {
     "penalised, dependent": partial(penalised, 64, 2**17, pdl=True),
 }
 EXPECTED: dict[str, tuple[str, ...]] = {"truncated": (r"LDG\.E\.128",)}
-COMPAT_ONLY = {"truncated, dependent", "penalised, dependent"}
+EXHAUSTIVE_ONLY = {"truncated, dependent", "penalised, dependent"}
 EVERY_GENERATION: set[str] = set()

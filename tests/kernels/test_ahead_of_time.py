@@ -1,6 +1,6 @@
 """The kernels' machine code for three generations of GPUs, which need not be there.
 
-tests/compat/test_machine_code.py reads the whole matrix.
+tests/exhaustive/test_machine_code.py reads the whole matrix.
 """
 
 import re

@@ -1,7 +1,7 @@
 """A GPU's batch-invariant mode through Triton's interpreter: the same bits in any batch and any chunking.
 
 What is compared are log-probabilities, and the keys and values that were stored, which depend on everything computed
-before them.  tests/compat/test_batch_invariant_sweep.py goes through many more sizes.
+before them.  tests/exhaustive/test_batch_invariant_sweep.py goes through many more sizes.
 """
 
 import random

@@ -1,6 +1,6 @@
 """The kernels on the interleaving interpreter: the same bits in every order, no race, no address outside a tensor.
 
-More schedules of the same: tests/compat/test_many_schedules.py.
+More schedules of the same: tests/exhaustive/test_many_schedules.py.
 """
 
 import importlib

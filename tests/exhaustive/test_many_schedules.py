@@ -1,7 +1,4 @@
-"""The kernels on the interleaving interpreter, in more schedules than `make test` has the time for.
-
-Not about other programs: it is here because these minutes fit the budget of `make compat` and not that of `make test`.
-"""
+"""The kernels on the interleaving interpreter, in more schedules than `make test` has the time for."""
 
 import pytest
 

@@ -1,6 +1,6 @@
 """What the GPU suite compiles ahead lies in Triton's cache for the next process.
 
-In `make compat`, because Triton takes about half a second of processor time for each kernel.
+Not in `make test`, because Triton takes about half a second of processor time for each kernel.
 """
 
 import os
