@@ -6,7 +6,14 @@ What CUDA graphs are on a GPU.  Knows nothing of sampling.
 import torch
 
 from persimmon.kernels.cpu import library
-from persimmon.kernels.cpu.native import RESIDUAL_BUFFER, NativeKernels, NativePlan, layer_width, step_of_plan
+from persimmon.kernels.cpu.native import (
+    LAYER_BUFFER,
+    RESIDUAL_BUFFER,
+    NativeKernels,
+    NativePlan,
+    layer_width,
+    step_of_plan,
+)
 from persimmon.kernels.cpu.program import Program
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.persimmon import Persimmon, Step, place_spans
@@ -34,7 +41,7 @@ class RecordedNetwork:
         self._model = model
         self._cache = cache
         self._kernels = kernels
-        self._program = record(model, cache, kernels, max_tokens)
+        self._record(max_tokens)
 
     @torch.inference_mode()
     def forward(self, step: Step) -> torch.Tensor:
@@ -43,8 +50,9 @@ class RecordedNetwork:
         if plan.num_tokens > self._program.max_tokens:
             # To the next power of two, so that it happens seldom.
             max_tokens = 1 << (plan.num_tokens - 1).bit_length()
-            self._program = record(self._model, self._cache, self._kernels, max_tokens)
+            self._record(max_tokens)
         rows = plan.num_tokens if step.logits_rows is None else len(step.logits_rows)
+        program = self._program if 2 * rows > plan.num_tokens else self._program_of_rows
         width = self._model.config.hidden_size
         hidden = torch.empty(rows, width)
         native_step = step_of_plan(
@@ -57,12 +65,17 @@ class RecordedNetwork:
         )
         if step.embedded:
             # In two calls, so that the embeddings can be changed between them.
-            self._program.part(_embeds).run(native_step)
-            place_spans(self._program.buffer(RESIDUAL_BUFFER, width)[: plan.num_tokens], step.embedded)
-            self._program.part(lambda operation: not _embeds(operation)).run(native_step)
+            program.part(_embeds).run(native_step)
+            place_spans(program.buffer(RESIDUAL_BUFFER, width)[: plan.num_tokens], step.embedded)
+            program.part(lambda operation: not _embeds(operation)).run(native_step)
         else:
-            self._program.run(native_step)
+            program.run(native_step)
         return hidden
+
+    def _record(self, max_tokens: int) -> None:
+        self._program = record(self._model, self._cache, self._kernels, max_tokens)
+        layer = self._program.buffer(LAYER_BUFFER, _layer_width(self._model))
+        self._program_of_rows = self._program.of_wanted_rows(layer.view(-1))
 
 
 def _embeds(operation: library.Operation) -> bool:
@@ -77,5 +90,8 @@ def record(model: Persimmon, cache: KVCache, kernels: NativeKernels, max_tokens:
     def forward(recorder: NativeKernels, plan: NativePlan) -> None:
         model.forward(Step(nothing, plan, None), cache, recorder)
 
-    width = layer_width(model.config.hidden_size, model.config.intermediate_size)
-    return kernels.record(max_tokens, forward, width)
+    return kernels.record(max_tokens, forward, _layer_width(model))
+
+
+def _layer_width(model: Persimmon) -> int:
+    return layer_width(model.config.hidden_size, model.config.intermediate_size)

@@ -22,7 +22,7 @@ BUILDS: Mapping[str, frozenset[str]] = {
 }
 """What each build needs, by the names of /proc/cpuinfo; the fastest first."""
 
-EMBED, LINEAR, ATTENTION, NORM_ROWS, DRAW = range(5)
+EMBED, LINEAR, ATTENTION, NORM_ROWS, DRAW, TAKE_ROWS = range(6)
 STORE, STORE_RELU_SQUARED, ADD = range(3)
 FLOAT32, FLOAT16, BFLOAT16, INT8, INT4 = range(5)
 
@@ -33,7 +33,7 @@ class Operation(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("kind", "type", "finish", "rounds", "sparse", "in_", "out")),
         *((name, ctypes.c_int64) for name in ("heads", "head_dim", "rotary", "block_size")),
-        *((name, ctypes.c_int64) for name in ("group", "scale_type", "integer")),
+        *((name, ctypes.c_int64) for name in ("group", "scale_type", "integer", "of_rows")),
         ("eps", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("input", "output", "norm_weight", "norm_bias", "weight", "bias")),
         *((name, ctypes.c_void_p) for name in ("cosine", "sine", "keys", "values")),

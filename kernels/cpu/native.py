@@ -25,6 +25,9 @@ from persimmon.kernels.quantized import QuantizedFormat, QuantizedMatrix
 RESIDUAL_BUFFER = "x"
 """Name of a program's buffer that holds the residual stream."""
 
+LAYER_BUFFER = "layer"
+"""Name of a program's buffer for what a layer makes on the way."""
+
 QuantizedActivations = Literal["auto", "float", "int8"]
 """What products of quantized weights multiply: see `NativeKernels`."""
 
@@ -450,7 +453,7 @@ class _Recorder(NativeKernels):
         if name not in _LAYER_BUFFERS:
             return self._program.buffer(name, width)
         # The MLP's inner values lie where qkv and what attention has made of it were: both have been used by then.
-        layer, size = self._program.buffer("layer", self._width).view(-1), self._program.max_tokens * width
+        layer, size = self._program.buffer(LAYER_BUFFER, self._width).view(-1), self._program.max_tokens * width
         place = layer[-size:] if name == "attended" else layer[:size]
         return place.view(-1, width)
 

@@ -6,6 +6,7 @@
 #include "network.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 #include "vectors.h"
 
@@ -43,6 +44,9 @@ static void embed(const Operation *op, const Step *step, int64_t row) {
     const float scale = op->scales ? item_as(op->scales, id, (int)op->scale_type) : 1.0f;
     for (int64_t i = 0; i < op->out; i++) to[i] = item_as(op->weight, id * op->out + i, (int)op->type) * scale;
 }
+
+/* How many rows a projection has. */
+static int64_t rows_of(const Operation *op, const Step *step) { return op->of_rows ? step->rows : step->tokens; }
 
 static int is_quantized(const Operation *op) { return op->type == INT8 || op->type == INT4; }
 
@@ -105,7 +109,7 @@ static void prepare_tile(const Operation *op, int64_t tile, int64_t rows, void *
 /* How many rows of a product one thread takes together: alike in all parts, whole tiles, and few enough that every thread
  * has some parts, as long as a part still shares each weight between two tiles. */
 static int64_t rows_together(const Operation *op, const Run *run) {
-    const int64_t rows = run->step->tokens, panels = (op->out + PANEL - 1) / PANEL;
+    const int64_t rows = rows_of(op, run->step), panels = (op->out + PANEL - 1) / PANEL;
     const int64_t tiles = tile_count(rows), most = ROWS_AT_ONCE / tile_rows(rows);
     int64_t blocks = (tiles + most - 1) / most;
     while (blocks * panels < 2 * run->threads && tiles >= 2 * (blocks + 1)) blocks++;
@@ -114,7 +118,7 @@ static int64_t rows_together(const Operation *op, const Run *run) {
 
 /* Some rows of one panel. */
 static void linear(const Operation *op, const Run *run, int64_t part, int64_t thread) {
-    const int64_t rows = run->step->tokens, panels = (op->out + PANEL - 1) / PANEL;
+    const int64_t rows = rows_of(op, run->step), panels = (op->out + PANEL - 1) / PANEL;
     const int64_t together = rows_together(op, run), first = part / panels * together, panel = part % panels;
     const int64_t some = rows - first < together ? rows - first : together;
     const void *inputs = prepares(op, rows) ? run->inputs : (const void *)op->input;
@@ -175,9 +179,13 @@ static void attention(const Operation *op, const Run *run, int64_t part) {
 }
 
 static void norm_row(const Operation *op, const Step *step, int64_t row) {
-    const int64_t from = step->row_ids ? step->row_ids[row] : row;
+    const int64_t from = step->row_ids && !op->of_rows ? step->row_ids[row] : row;
     layer_norm(op->input + from * op->in, step->hidden + row * op->in, op->norm_weight, op->norm_bias, (float)op->eps,
                op->in);
+}
+
+static void take_row(const Operation *op, const Step *step, int64_t row) {
+    memcpy(op->output + row * op->in, op->input + step->row_ids[row] * op->in, (size_t)op->in * sizeof(float));
 }
 
 /* One row's token. */
@@ -191,16 +199,18 @@ static void draw(const Operation *op, const Run *run, int64_t row, int64_t threa
 /* How many parts an operation's two phases have. */
 static void count_parts(const Operation *op, const Run *run, uint32_t parts[2]) {
     const Step *step = run->step;
-    int64_t together;
+    int64_t rows, together;
     parts[0] = parts[1] = 0;
     switch (op->kind) {
         case LINEAR:
-            parts[0] = prepares(op, step->tokens) ? (uint32_t)tile_count(step->tokens) : 0;
+            rows = rows_of(op, step);
+            if (rows == 0) break;
+            parts[0] = prepares(op, rows) ? (uint32_t)tile_count(rows) : 0;
             together = rows_together(op, run);
-            parts[1] = (uint32_t)((step->tokens + together - 1) / together * ((op->out + PANEL - 1) / PANEL));
+            parts[1] = (uint32_t)((rows + together - 1) / together * ((op->out + PANEL - 1) / PANEL));
             break;
         case ATTENTION: parts[1] = (uint32_t)(step->sequences * op->heads / heads_together(op, run)); break;
-        case NORM_ROWS: parts[1] = (uint32_t)step->rows; break;
+        case NORM_ROWS: case TAKE_ROWS: parts[1] = (uint32_t)step->rows; break;
         default: parts[1] = (uint32_t)step->tokens;
     }
 }
@@ -212,11 +222,12 @@ static void run_part(const void *context, int64_t phase, int64_t part, int64_t t
         case EMBED: embed(op, run->step, part); break;
         case LINEAR:
             if (phase % 2) linear(op, run, part, thread);
-            else prepare_tile(op, part, run->step->tokens, run->inputs);
+            else prepare_tile(op, part, rows_of(op, run->step), run->inputs);
             break;
         case ATTENTION: attention(op, run, part); break;
         case NORM_ROWS: norm_row(op, run->step, part); break;
         case DRAW: draw(op, run, part, thread); break;
+        case TAKE_ROWS: take_row(op, run->step, part); break;
     }
 }
 
@@ -232,7 +243,7 @@ int64_t persimmon_scratch_bytes(int64_t inputs, int64_t threads) {
 int64_t persimmon_run(const Operation *program, int64_t operations, const Step *step, void *scratch, int64_t inputs,
                       int64_t threads) {
     for (int64_t i = 0; i < operations; i++)
-        if (program[i].kind < EMBED || program[i].kind > DRAW) return i + 1;
+        if (program[i].kind < EMBED || program[i].kind > TAKE_ROWS) return i + 1;
     uint32_t parts[MAX_PHASES];
     for (int64_t first = 0; first < operations; first += MAX_PHASES / 2) {
         const int64_t some = operations - first < MAX_PHASES / 2 ? operations - first : MAX_PHASES / 2;

@@ -12,7 +12,7 @@
 
 enum { FLOAT32, FLOAT16, BFLOAT16, INT8, INT4 };
 
-enum { EMBED, LINEAR, ATTENTION, NORM_ROWS, DRAW };
+enum { EMBED, LINEAR, ATTENTION, NORM_ROWS, DRAW, TAKE_ROWS };
 
 /* What a projection does with its result. */
 enum { STORE, STORE_RELU_SQUARED, ADD };
@@ -28,10 +28,12 @@ typedef struct {
      *         INT8 or INT4, packed with its scales, of scale_type, one for each output and `group` inputs; or of INT8 in
      *         rows [out, in] with scales [out].
      *         `integer`: inputs are rounded to 8 bits too.
+     *         `of_rows`: for the rows that a TAKE_ROWS took, R instead of T.
      * ATTENTION: input [T, heads, 3, head_dim] -> output [T, heads * head_dim]; norm_weight, norm_bias [2, head_dim]
      *         or null; cosine, sine [*, rotary / 2], of every position; keys, values: the cache, of type; of INT8,
      *         scales of keys and values, cache_scales: bfloat16, as attention_int8.h says.
-     * NORM_ROWS: rows of input [T, width] -> the step's hidden [R, width].
+     * NORM_ROWS: rows of input [T, width] -> the step's hidden [R, width]; `of_rows`: all rows of input [R, width].
+     * TAKE_ROWS: rows of input [T, width] -> output [R, width].
      * DRAW: input [T, in] logits -> the step's drawn tokens [T], as its draws say. */
     int64_t type;
     int64_t finish;
@@ -46,6 +48,7 @@ typedef struct {
     int64_t group;
     int64_t scale_type;
     int64_t integer;
+    int64_t of_rows;
     double eps;
     float *input;
     float *output;

@@ -7,6 +7,9 @@ import torch
 
 from persimmon.kernels.cpu import library, pages
 
+SCRATCH = "scratch"
+"""Name of the buffer that operations use within themselves."""
+
 
 class Program:
     """Operations recorded once, with the buffers between them, to be run on many steps.
@@ -50,6 +53,37 @@ class Program:
                 part.append(operation, operands)
         return part
 
+    def of_wanted_rows(self, spare: torch.Tensor) -> "Program":
+        """The same for steps of which few rows are wanted: after the last attention it computes those alone.
+
+        Of a prompt that is the last token, so nearly all of the last layer's MLP is saved.  Rows keep their bits.
+
+        Args:
+            spare: [*] float32, a buffer of which half a step's rows leave a row's width at both ends once the last
+                attention has read it.
+
+        Returns:
+            A program on the same buffers, for steps with `row_ids`, of at most half of `max_tokens` rows.
+        """
+        kinds = [operation.kind for operation in self._operations]
+        last = len(kinds) - 1 - kinds[::-1].index(library.ATTENTION)
+        # What the last attention has made, which is used up first, and the residual stream: nothing else goes on.
+        first = self._operations[last + 1]
+        attended, residual = spare, spare[-(self.max_tokens // 2) * first.out :]
+        taken = {first.input: attended.data_ptr(), first.output: residual.data_ptr()}
+        rows = Program(self._functions, self.max_tokens)
+        rows._buffers = self._buffers
+        for place, (operation, operands) in enumerate(zip(self._operations, self._operands, strict=True)):
+            if place == last + 1:
+                for (source, to), width in zip(taken.items(), (first.in_, first.out), strict=True):
+                    rows.append(library.Operation(kind=library.TAKE_ROWS, in_=width, input=source, output=to), (spare,))
+            own = library.Operation.from_buffer_copy(operation)
+            if place > last:
+                own.of_rows = 1
+                own.input, own.output = taken.get(own.input, own.input), taken.get(own.output, own.output)
+            rows.append(own, operands)
+        return rows
+
     def run(self, step: library.Step) -> None:
         """Runs all operations, on as many threads as torch uses.
 
@@ -74,8 +108,11 @@ class Program:
             inputs = (self.max_tokens + 1) * -(-widest // 32) * 32
             size = self._functions.persimmon_scratch_bytes(inputs, threads)
             operations = (library.Operation * len(self._operations))(*self._operations)
-            # torch aligns what it allocates to 64 bytes, as the scratch memory's parts are.
-            self._ready = operations, torch.empty(size, dtype=torch.uint8), inputs, threads
+            scratch = self._buffers.get(SCRATCH)
+            if scratch is None or len(scratch) != size:
+                # torch aligns what it allocates to 64 bytes, as the scratch memory's parts are.
+                scratch = self._buffers[SCRATCH] = torch.empty(size, dtype=torch.uint8)
+            self._ready = operations, scratch, inputs, threads
         return self._ready
 
 

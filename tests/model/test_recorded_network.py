@@ -39,8 +39,11 @@ class Network:
         self.cache = poisoned_cache(model, SEQUENCES * BLOCKS_EACH, BLOCK_SIZE)
         self.network = RecordedNetwork(model=model, cache=self.cache, kernels=self.kernels, max_tokens=max_tokens)
 
-    def step(self, parts: list[tuple[int, int, int]]) -> torch.Tensor:
-        """The hidden states of one step: for each part a sequence, its first position and how many tokens."""
+    def step(self, parts: list[tuple[int, int, int]], rows: list[int] | None = None) -> torch.Tensor:
+        """The hidden states of one step: for each part a sequence, its first position and how many tokens.
+
+        Of all its rows, or of those that are wanted.
+        """
         ids = [
             random.Random(1000 * sequence + start + i).randrange(2, 4096)
             for sequence, start, count in parts
@@ -56,7 +59,9 @@ class Network:
             dtype=self.cache.dtype,
             device=self.cache.device,
         )
-        return self.network.forward(Step(torch.tensor(ids), plan, None))
+        return self.network.forward(
+            Step(torch.tensor(ids), plan, None if rows is None else torch.tensor(rows, dtype=torch.int64))
+        )
 
 
 def steps(seed: int, count: int) -> list[list[tuple[int, int, int]]]:
@@ -113,6 +118,15 @@ def test_the_recorded_network_is_the_network(model: Persimmon) -> None:
     direct.network.forward = lambda step: model.forward(step, direct.cache, direct.kernels)  # type: ignore[method-assign]
     for parts in steps(seed=0, count=10):
         assert torch.equal(recorded.step(parts), direct.step(parts))
+
+
+def test_wanted_rows_have_the_bits_they_have_among_all(model: Persimmon) -> None:
+    some, every = Network(model), Network(model)
+    dice = random.Random(7)
+    for parts in steps(seed=1, count=40):
+        total = sum(count for _, _, count in parts)
+        wanted = [dice.randrange(total) for _ in range(dice.randint(0, total))]
+        assert torch.equal(some.step(parts, wanted), every.step(parts)[wanted])
 
 
 def test_buffers_take_what_the_plan_counts(model: Persimmon) -> None:
