@@ -5,7 +5,8 @@
 Prints 10^9 multiplications and additions a second on all cores; with one row, the 10^9 bytes of weights read a second
 say more.  A shape's weight is there several times, so that it comes from memory or the last-level cache, as in a
 network, and not from a core's own.  The figure is the fastest of some tries: other programs only make a product slower.
-Knows no network.
+`--builds torch` measures torch's own products of float32 and bfloat16 next to those, which says how near they are to
+what this processor can do; MKL_ENABLE_INSTRUCTIONS=AVX2 limits it to AVX2.  Knows no network.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import datetime
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 
 from benchmarks.machine import device
 from persimmon.kernels import Activation, Linear, QuantizedMatrix
@@ -29,10 +31,15 @@ from persimmon.kernels.cpu.native import NativeKernels, NativePlan, QuantizedAct
 from persimmon.kernels.cpu.program import Program
 from persimmon.kernels.quantized import pack_int4
 
+CPU = torch.device("cpu")
+
 WEIGHT_BYTES = 16 << 20
 """Of all copies of a weight together: several times what a core's own caches hold."""
 
 ROWS = (1, 2, 4, 8, 16, 64, 256)
+
+TORCH = "torch"
+"""In the place of a build: what torch makes of the same product."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ class Timing:
     """One product.
 
     Attributes:
-        build: of the C kernels.
+        build: of the C kernels, or `TORCH`.
         format: of the weight.
         shape: of the weight, by name.
         rows: of inputs.
@@ -100,37 +107,58 @@ class Product:
     def __init__(self, build: str, form: str, shape: Shape, most_rows: int) -> None:
         self.build, self.form, self.shape = build, form, shape
         stored, group, activations = FORMATS[form]
+        inputs = torch.randn(most_rows, shape.inputs)
+        self.inputs = inputs.relu().square() if shape.squared_relu else inputs
+        self._run: Callable[[int], object]
+        if build == TORCH:
+            self._prepare_torch(_weight(shape, stored, group))
+            return
         # Weights of bfloat16 are multiplied as such where the build does that, as in serving.
         rounds = stored == torch.bfloat16 and build == "avx512_bf16"
-        self.operations = NativeKernels(build, torch.bfloat16 if rounds else torch.float32, activations)
+        operations = NativeKernels(build, torch.bfloat16 if rounds else torch.float32, activations)
         first = _weight(shape, stored, group)
-        prepared = self.operations.prepare_weight(first, sparse_input=shape.squared_relu)
+        prepared = operations.prepare_weight(first, sparse_input=shape.squared_relu)
         self.weight_bytes = prepared.nbytes
         self.copies = max(2, -(-WEIGHT_BYTES // prepared.nbytes))
         weights = [
             prepared,
-            *(self.operations.prepare_weight(first, sparse_input=shape.squared_relu) for _ in range(self.copies - 1)),
+            *(operations.prepare_weight(first, sparse_input=shape.squared_relu) for _ in range(self.copies - 1)),
         ]
-        inputs = torch.randn(most_rows, shape.inputs)
-        self.inputs = inputs.relu().square() if shape.squared_relu else inputs
 
         def forward(kernels: NativeKernels, plan: NativePlan) -> None:
             for weight in weights:
                 kernels.product(Activation(self.inputs), Linear(weight, None), plan)
 
-        self.program: Program = self.operations.record(most_rows, forward)
+        program: Program = operations.record(most_rows, forward)
+
+        def run(rows: int) -> None:
+            plan = operations.plan_attention(
+                *([[0]], [0], [rows]), num_blocks=0, num_heads=0, block_size=0, dtype=torch.float32, device=CPU
+            )
+            program.run(step_of_plan(plan))
+
+        self._run = run
+
+    def _prepare_torch(self, weight: torch.Tensor | QuantizedMatrix) -> None:
+        if isinstance(weight, QuantizedMatrix):
+            raise ValueError(f"torch multiplies no {self.form}; expected float32 or bfloat16")
+        self.weight_bytes = weight.nbytes
+        self.copies = max(2, -(-WEIGHT_BYTES // weight.nbytes))
+        weights, inputs = [weight.clone() for _ in range(self.copies)], self.inputs.to(weight.dtype)
+
+        def run(rows: int) -> None:
+            for own in weights:
+                F.linear(inputs[:rows], own)
+
+        self._run = run
 
     def measure(self, rows: int, seconds: float) -> Timing:
         """Runs for about `seconds`."""
-        plan = self.operations.plan_attention(
-            [[0]], [0], [rows], num_blocks=0, num_heads=0, block_size=0, dtype=torch.float32, device=torch.device("cpu")
-        )
-        step = step_of_plan(plan)
-        self.program.run(step)
+        self._run(rows)
         end = time.perf_counter() + seconds
-        fastest = self._seconds(step)
+        fastest = self._seconds(rows)
         while time.perf_counter() < end:
-            fastest = min(fastest, self._seconds(step))
+            fastest = min(fastest, self._seconds(rows))
         each = fastest / self.copies
         return Timing(
             build=self.build,
@@ -142,9 +170,9 @@ class Product:
             gb_s=round(self.weight_bytes / each / 1e9, 1),
         )
 
-    def _seconds(self, step: library.Step) -> float:
+    def _seconds(self, rows: int) -> float:
         started = time.perf_counter()
-        self.program.run(step)
+        self._run(rows)
         return time.perf_counter() - started
 
 
@@ -175,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.cpu_products", description="Measure the products of the C kernels on this CPU."
     )
-    builds = library.builds()
+    builds = [*library.builds(), TORCH]
     names = [shape.name for shape in SHAPES]
     parser.add_argument(
         "--builds", nargs="+", choices=builds, default=builds[:1], metavar="NAME", help=", ".join(builds)
@@ -191,6 +219,8 @@ def main() -> None:
     timings = []
     for build in arguments.builds:
         for form in arguments.formats:
+            if build == TORCH and not isinstance(FORMATS[form][0], torch.dtype):
+                continue
             for shape in (shape for shape in SHAPES if shape.name in arguments.shapes):
                 product = Product(build=build, form=form, shape=shape, most_rows=max(arguments.rows))
                 timings += [product.measure(rows, arguments.seconds) for rows in arguments.rows]

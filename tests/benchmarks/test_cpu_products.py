@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks.cpu_products import FORMATS, Product, Shape, table
+from benchmarks.cpu_products import FORMATS, TORCH, Product, Shape, table
 from tests.cpu_builds import BUILDS
 
 
@@ -17,3 +17,14 @@ def test_products_of_each_format_are_measured(monkeypatch: pytest.MonkeyPatch) -
     assert [timing.rows for timing in timings[:2]] == [1, 2]
     assert all(timing.us > 0 for timing in timings)
     assert table(timings, (1, 2)).count(BUILDS[-1]) == len(FORMATS)
+
+
+def test_products_of_torch_are_measured_in_the_types_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.cpu_products.WEIGHT_BYTES", 1)
+    shape = Shape("small", 64, 128)
+    timings = [
+        Product(build=TORCH, form=form, shape=shape, most_rows=2).measure(2, 0.0) for form in ("float32", "bfloat16")
+    ]
+    assert all(timing.us > 0 for timing in timings)
+    with pytest.raises(ValueError, match="torch multiplies no int8"):
+        Product(build=TORCH, form="int8", shape=shape, most_rows=2)
