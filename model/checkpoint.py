@@ -23,6 +23,9 @@ from persimmon.model.weight_files import BYTES, Header, WeightFile, and_more, fi
 
 SCORE = "score.weight"
 
+OF_VOCABULARY = (EMBEDDING, HEAD)
+"""The largest tensors: a row for each token that there is."""
+
 _COMPARED_ROWS = 4096
 _NUMBERS_DRAWN = (1 << 20) - 3
 """Random numbers of a dummy tensor.  A larger one repeats them, since a CPU would take minutes to draw those of the 8B
@@ -96,16 +99,16 @@ def dummy_parameters(
 ) -> Iterator[tuple[str, torch.Tensor | QuantizedMatrix]]:
     """`dummy_tensors` of which those with a format are quantized: made so, not rounded, which takes seconds only.
 
-    The quantized ones come first, the largest before the others.
+    They come in the order of `Checkpoint.parameters`: quantized ones first, and the largest of each.
     """
     generator = torch.Generator(device).manual_seed(seed)
     shapes = expected_shapes(config)
     for name in largest_first(formats, shapes):
         rows, columns = shapes[name]
         yield name, random_matrix((rows, columns), formats[name], generator)
-    for name, shape in shapes.items():
-        if name not in formats:
-            yield name, _normal(name, shape, dtype, generator)
+    dense = [name for name in shapes if name not in formats]
+    for name in sorted(dense, key=lambda name: name not in OF_VOCABULARY):
+        yield name, _normal(name, shapes[name], dtype, generator)
 
 
 def _normal(name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
@@ -220,11 +223,11 @@ class Checkpoint:
     def parameters(
         self, formats: Mapping[str, QuantizedFormat] | None = None, without: Collection[str] = ()
     ) -> Iterator[tuple[str, torch.Tensor | QuantizedMatrix]]:
-        """Every tensor once, except those left out, quantized ones first.
+        """Every tensor once, except those left out, quantized ones first; the others in the order of the files.
 
-        Quantized matrices have memory of their own, and are read and rounded a few rows at a time.  The largest come
-        first: while kernels lay one of them out, it is in memory twice, and little else is.  A classifier's score is
-        computed in float32, so it comes as such where it is stored quantized.
+        Quantized matrices have memory of their own, and are read and rounded a few rows at a time.  The largest of each
+        come first: while kernels lay one of them out, it is in memory twice, and little else is.  A classifier's score
+        is computed in float32, so it comes as such where it is stored quantized.
 
         Args:
             formats: by name, of tensors that are not stored quantized, and become so.
@@ -248,7 +251,9 @@ class Checkpoint:
             yield name, matrix.dequantized() if name == SCORE else matrix
             del matrix
         others = {stored for stored, name in self.names.items() if name not in formats and name not in without}
-        yield from self._dense(frozenset(others))
+        large = {stored for stored in others if self.names[stored] in OF_VOCABULARY}
+        yield from self._dense(frozenset(large))
+        yield from self._dense(frozenset(others - large))
 
     def mapped_embedding(self) -> torch.Tensor | QuantizedMatrix:
         """The embedding [vocab_size, hidden], where it lies in its file and in the form that it has there.

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from persimmon.model.checkpoint import Checkpoint, dummy_tensors, expected_shapes
+from persimmon.model.checkpoint import Checkpoint, dummy_parameters, dummy_tensors, expected_shapes
 from persimmon.model.config import Architecture, PersimmonConfig
 from persimmon.model.errors import CheckpointError
 from tests.model.checkpoints import DEMO, make_checkpoint
@@ -166,6 +166,18 @@ def test_dtypes_may_be_mixed(tmp_path: Path) -> None:
     tensors["model.final_layernorm.weight"] = torch.ones(16, dtype=torch.float32)
     write_safetensors(tmp_path, tensors)
     assert_same(dict(Checkpoint.open(tmp_path, CONFIG).tensors()), tensors)
+
+
+def test_the_largest_parameters_come_first_while_little_else_is_in_memory(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, max_shard_size="200KB")
+    config = PersimmonConfig.from_folder(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path, config)
+    names = [name for name, _ in checkpoint.parameters()]
+    assert set(names[:2]) == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert sorted(names) == sorted(expected_shapes(config))
+    dummies = [name for name, _ in dummy_parameters(config, torch.float32, "cpu", 0, {})]
+    assert dummies[:2] == ["model.embed_tokens.weight", "lm_head.weight"]
+    assert sorted(dummies) == sorted(names)
 
 
 def test_tensors_come_shard_by_shard_in_the_order_they_lie(tmp_path: Path) -> None:
