@@ -52,6 +52,7 @@ class Measurement:
                 figures |= {f"{title} median, ms": distribution.median, f"{title} p99, ms": distribution.p99}
         tokens = max(1, self.report.output_tokens)
         return figures | {
+            "tokens at once": 1 / self.report.chunks_per_token,
             "processor ms/token": 1e3 * self.server_cores * self.report.duration_s / tokens,
             "cores busy with serving": self.server_cores,
             "cores busy with other work": self.other_cores,

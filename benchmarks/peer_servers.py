@@ -258,7 +258,9 @@ class Field:
         return {**mask, **self.installed.environments.get(program, {})}
 
     def _flags(self, program: str, precision: str) -> tuple[str, ...]:
-        return (*precision_flags(program, precision), *self.limits.flags, *self.installed.flags.get(program, ()))
+        flags = (*precision_flags(program, precision), *self.limits.flags, *self.installed.flags.get(program, ()))
+        # A server's arguments are filled in by str.format.
+        return tuple(flag.replace("{", "{{").replace("}", "}}") for flag in flags)
 
     def _name(self, program: str, precision: str) -> str:
         return f"{program} {precision}" if self.several else program

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -68,34 +69,38 @@ def measure_server(
     Raises:
         ServerFailedError: a request failed: a round with errors measures nothing.
     """
-    measured = []
-    for streams in arguments.streams:
-        workload = workload_at(streams, arguments, round_number)
-        model = uvloop.run(served_model(server.endpoint))
-        uvloop.run(warm_up(server.endpoint, model, workload, arguments.timeout))
-        server_before, machine_before = server.cpu_seconds(), _machine_cpu_seconds()
-        result = uvloop.run(measure(server.endpoint, model, workload, arguments.timeout))
-        server_cpu, machine_cpu = server.cpu_seconds() - server_before, _machine_cpu_seconds() - machine_before
-        report = result.report
-        if report.errors:
-            raise ServerFailedError(f"{server.name} at {streams} streams: {report.errors}", server.log)
-        print(f"\nround {round_number}, {server.name}:\n{describe(report)}", flush=True)
-        server_cores = round(server_cpu / report.duration_s, 2)
-        other_cores = round(max(0.0, machine_cpu - server_cpu - report.client_cpu_s) / report.duration_s, 2)
-        measured.append(
-            (
-                Measurement(
-                    server=server.name,
-                    round=round_number,
-                    start_s=server.start_s,
-                    report=report,
-                    server_cores=server_cores,
-                    other_cores=other_cores,
-                ),
-                result,
-            )
-        )
-    return measured
+    return [
+        measure_workload(server, workload_at(streams, arguments, round_number), arguments.timeout, round_number)
+        for streams in arguments.streams
+    ]
+
+
+def measure_workload(
+    server: RunningServer, workload: Workload, timeout_s: float, round_number: int
+) -> tuple[Measurement, Round]:
+    """Warms a running server up and measures one workload.
+
+    Raises:
+        ServerFailedError: a request failed.
+    """
+    model = uvloop.run(served_model(server.endpoint))
+    uvloop.run(warm_up(server.endpoint, model, workload, timeout_s))
+    server_before, machine_before = server.cpu_seconds(), _machine_cpu_seconds()
+    result = uvloop.run(measure(server.endpoint, model, workload, timeout_s))
+    server_cpu, machine_cpu = server.cpu_seconds() - server_before, _machine_cpu_seconds() - machine_before
+    report = result.report
+    if report.errors:
+        raise ServerFailedError(f"{server.name} at {workload.streams} streams: {report.errors}", server.log)
+    print(f"\nround {round_number}, {server.name}:\n{describe(report)}", flush=True)
+    measured = Measurement(
+        server=server.name,
+        round=round_number,
+        start_s=server.start_s,
+        report=report,
+        server_cores=round(server_cpu / report.duration_s, 2),
+        other_cores=round(max(0.0, machine_cpu - server_cpu - report.client_cpu_s) / report.duration_s, 2),
+    )
+    return measured, result
 
 
 def _machine_cpu_seconds() -> float:
@@ -136,7 +141,7 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         OSError: a server's program cannot be started.
         subprocess.CalledProcessError: a checkpoint could not be exported.
     """
-    started = _now()
+    started = now()
     checkpoint = DEMO
     if arguments.checkpoint != "demo":
         checkpoint = scratch / arguments.checkpoint
@@ -183,7 +188,7 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         print(f"{same} of {prompts} answers are the same text from {name}")
     return {
         "started": started,
-        "ended": _now(),
+        "ended": now(),
         "device": device(),
         "checkpoint": {
             "weights": arguments.checkpoint,
@@ -214,15 +219,8 @@ def contenders_of(arguments: argparse.Namespace, checkpoint: Path, scratch: Path
         LookupError: no build of the C kernels is within the asked instructions.
         subprocess.CalledProcessError: a checkpoint could not be exported.
     """
-    programs = {OURS: "ours", VLLM: "vllm", OPENVINO: "openvino"}
     field = Field(
-        installed=Installed(
-            vllm=arguments.vllm,
-            openvino=arguments.openvino,
-            openvino_script=arguments.openvino_server,
-            environments={name: dict(getattr(arguments, f"{flag}_env")) for name, flag in programs.items()},
-            flags={name: shlex.split(getattr(arguments, f"{flag}_flags")) for name, flag in programs.items()},
-        ),
+        installed=installed(arguments),
         checkpoint=checkpoint,
         limits=Limits(arguments.max_model_len, arguments.max_num_seqs),
         level=INSTRUCTION_SETS[arguments.instructions],
@@ -233,8 +231,53 @@ def contenders_of(arguments: argparse.Namespace, checkpoint: Path, scratch: Path
     return [contender for contender in contenders if contender.name not in arguments.without]
 
 
-def _now() -> str:
+def installed(arguments: argparse.Namespace, flags: Mapping[str, Sequence[str]] | None = None) -> Installed:
+    """The programs that the command line names.
+
+    Args:
+        arguments: of `add_server_arguments`.
+        flags: more flags, by the name of a program.
+    """
+    programs = {OURS: "ours", VLLM: "vllm", OPENVINO: "openvino"}
+    more = flags or {}
+    return Installed(
+        vllm=arguments.vllm,
+        openvino=arguments.openvino,
+        openvino_script=arguments.openvino_server,
+        environments={name: dict(getattr(arguments, f"{flag}_env")) for name, flag in programs.items()},
+        flags={
+            name: [*shlex.split(getattr(arguments, f"{flag}_flags")), *more.get(name, ())]
+            for name, flag in programs.items()
+        },
+    )
+
+
+def now() -> str:
+    """The time, for reports."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def run(arguments: argparse.Namespace, compare: Callable[[argparse.Namespace, Path], dict[str, Any]]) -> int:
+    """Runs a comparison and writes what it returns; the exit status.
+
+    Args:
+        arguments: of `add_server_arguments`, at least.
+        compare: takes them and an existing folder for checkpoints, exports and logs.
+    """
+    # Like an interrupt, so that the server that is running is stopped, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with tempfile.TemporaryDirectory(prefix="persimmon-peers-") as temporary:
+        scratch = arguments.scratch or Path(temporary)
+        scratch.mkdir(parents=True, exist_ok=True)
+        try:
+            result = compare(arguments, scratch)
+        except (ServerFailedError, LookupError, OSError, subprocess.CalledProcessError) as error:
+            print(error, file=sys.stderr)
+            return 1
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
 
 
 def _name_and_value(text: str) -> tuple[str, str]:
@@ -244,10 +287,8 @@ def _name_and_value(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.peers", description="Measure this server and others on this CPU in turn."
-    )
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say which servers run, and how."""
     parser.add_argument("--vllm", type=Path, metavar="FILE", help="vLLM's command, VENV/bin/vllm; measured if given")
     parser.add_argument(
         "--openvino",
@@ -285,6 +326,29 @@ def _parser() -> argparse.ArgumentParser:
         )
     parser.add_argument("--rounds", type=int, default=3, help="starts of each server [default: %(default)s]")
     parser.add_argument(
+        "--instructions",
+        choices=INSTRUCTION_SETS,
+        default="native",
+        help="what all servers may use: all that this processor has, no AMX, or nothing above AVX2 "
+        "[default: %(default)s]",
+    )
+    parser.add_argument("--max-model-len", default="1024", help="of all servers [default: %(default)s]")
+    parser.add_argument("--max-num-seqs", default="64", help="of all servers [default: %(default)s]")
+    parser.add_argument(
+        "--start-timeout", type=float, default=600.0, help="seconds to become healthy [default: %(default)s]"
+    )
+    parser.add_argument(
+        "--scratch", type=Path, metavar="FOLDER", help="keep checkpoints and exports there, and use them again"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write all results as JSON")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.peers", description="Measure this server and others on this CPU in turn."
+    )
+    add_server_arguments(parser)
+    parser.add_argument(
         "--streams",
         type=int,
         nargs="+",
@@ -308,22 +372,6 @@ def _parser() -> argparse.ArgumentParser:
         help="of the weights of all servers, one after the other; vLLM runs only where nothing is quantized "
         "[default: float32]",
     )
-    parser.add_argument(
-        "--instructions",
-        choices=INSTRUCTION_SETS,
-        default="native",
-        help="what all servers may use: all that this processor has, no AMX, or nothing above AVX2 "
-        "[default: %(default)s]",
-    )
-    parser.add_argument("--max-model-len", default="1024", help="of all servers [default: %(default)s]")
-    parser.add_argument("--max-num-seqs", default="64", help="of all servers [default: %(default)s]")
-    parser.add_argument(
-        "--start-timeout", type=float, default=600.0, help="seconds to become healthy [default: %(default)s]"
-    )
-    parser.add_argument(
-        "--scratch", type=Path, metavar="FOLDER", help="keep checkpoints and exports there, and use them again"
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write all results as JSON")
     return parser
 
 
@@ -339,20 +387,7 @@ def main() -> int:
             workload_at(streams, arguments, round_number=0)
     except ValueError as error:
         parser.error(str(error))
-    # Like an interrupt, so that the server that is running is stopped, too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with tempfile.TemporaryDirectory(prefix="persimmon-peers-") as temporary:
-        scratch = arguments.scratch or Path(temporary)
-        scratch.mkdir(parents=True, exist_ok=True)
-        try:
-            result = compare(arguments, scratch)
-        except (ServerFailedError, LookupError, OSError, subprocess.CalledProcessError) as error:
-            print(error, file=sys.stderr)
-            return 1
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    return 0
+    return run(arguments, compare)
 
 
 if __name__ == "__main__":
