@@ -159,7 +159,9 @@ class Client:
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_model_len=plan.max_model_len,
-            speculation=Speculation.of(None if asked is None else SpeculativeConfig.from_json(asked)),
+            speculation=Speculation.of(
+                None if asked is None else SpeculativeConfig.from_json(asked), settings.max_num_seqs, plan.max_model_len
+            ),
         )
         ready = Ready(
             max_model_len=plan.max_model_len,

@@ -1,83 +1,63 @@
-"""How often guesses are right, learned from what sequences got where tokens had been proposed.
+"""How often guesses are right, learned from what sequences got where tokens were expected.
 
-Counts a proposal whether it was computed or not.  Knows neither what proposes guesses nor what they cost.
+It learns from each token that was expected, whether it was computed as a guess or not.  Knows neither what expects
+tokens nor what guesses cost.
 """
 
-from collections.abc import Sequence as Ids
+KEEP, KEEP_OF_ALL = 0.88, 0.99
+"""What the rate so far still counts after one more observation, of a sequence and of all."""
 
-from persimmon.server.engine.proposers import Proposal
+IDLE, REST = 16, 3
+"""After IDLE steps in a row in which no guess paid for a sequence, REST follow in which none is looked for."""
 
-PRIOR = 3.0
-"""Observations of one sequence that what is known of all counts as."""
-
-KEEP, KEEP_OF_ALL = 0.9, 0.99
-"""What an observation still counts after one more, of a sequence and of all."""
-
-KINDS = 6
+LENGTHS = 6
 """Kinds of guesses, by how many tokens before them occurred before: 1, 2 or 3, 4 to 7, 8 to 15, 16 to 31, more."""
 
+RECENT = LENGTHS
+"""Where the kinds of guesses from recent answers begin; those before are from the sequence itself."""
 
-class Rates:
-    """How often guesses of each kind were right; old observations fade.
+KIND_OF = (0, *(min(length.bit_length(), LENGTHS) - 1 for length in range(1, 128)))
+"""The kind of a guess from the sequence, by the number of tokens before it that occurred before."""
 
-    Args:
-        keep: what an observation still counts after one more.
-    """
 
-    def __init__(self, keep: float) -> None:
-        self._keep = keep
-        self._right = [0.0] * KINDS
-        self._tried = [0.0] * KINDS
-
-    def probability(self, kind: int, prior: float) -> float:
-        """How probable it is that a guess is right, if those before it are."""
-        return (self._right[kind] + PRIOR * prior) / (self._tried[kind] + PRIOR)
-
-    def count(self, kind: int, right: bool) -> None:
-        """Takes notice of a guess."""
-        self._right[kind] = self._keep * self._right[kind] + right
-        self._tried[kind] = self._keep * self._tried[kind] + 1
+def first_rates() -> list[float]:
+    """Of each kind, while nothing is known: the more tokens occurred before, the likelier is the next."""
+    return [0.3 + 0.1 * length for length in range(LENGTHS)] + [0.2 + 0.1 * length for length in range(LENGTHS)]
 
 
 class Acceptance:
-    """How often one sequence's guesses are right.
+    """How often the guesses for one sequence are right.
 
     Args:
-        of_all: what is known of all sequences, which learns from this one.
+        of_all: the rates of all sequences, which learn from this one; its own begin with them.
+
+    Attributes:
+        rates: of each kind, how probable it is that a guess is right if those before it are.
+        rest: steps in which no guess is looked for.
     """
 
-    def __init__(self, of_all: Rates) -> None:
+    def __init__(self, of_all: list[float]) -> None:
+        self.rates = list(of_all)
+        self.rest = 0
         self._of_all = of_all
-        self._own = Rates(KEEP)
-        self._start = 0
-        self._guesses: Ids[int] = ()
-        self._matched = 0
+        self._idle = 0
 
-    def probability(self, matched: int) -> float:
-        """How probable it is that a guess is right, if those before it are.
+    def note(self, *, paid: bool) -> None:
+        """Learns whether a guess paid in a step, as far as it concerns this sequence."""
+        if paid:
+            self._idle = 0
+            return
+        self._idle += 1
+        if self._idle >= IDLE:
+            self.rest = REST
+
+    def observe(self, kind: int, *, right: bool) -> None:
+        """Learns whether an expected token came.
 
         Args:
-            matched: tokens before it that occurred before it there too, right guesses among them; at least one.
+            kind: of the guess that it would have been.
+            right: whether it came.
         """
-        kind = _kind(matched)
-        # Before anything is known: the more tokens occurred before, the likelier is the next.
-        of_all = self._of_all.probability(kind, 0.3 + 0.1 * kind)
-        return self._own.probability(kind, of_all)
-
-    def expect(self, proposal: Proposal, start: int) -> None:
-        """Keeps what is proposed from position `start` on until it is known what came there."""
-        self._start, self._guesses, self._matched = start, proposal.token_ids, proposal.matched
-
-    def compare(self, token_ids: Ids[int]) -> None:
-        """Learns from what came where something was proposed."""
-        for place, (guess, token_id) in enumerate(zip(self._guesses, token_ids[self._start :], strict=False)):
-            kind = _kind(self._matched + place)
-            self._own.count(kind, guess == token_id)
-            self._of_all.count(kind, guess == token_id)
-            if guess != token_id:
-                break
-        self._guesses = ()
-
-
-def _kind(matched: int) -> int:
-    return min(matched.bit_length(), KINDS) - 1
+        rates, of_all = self.rates, self._of_all
+        rates[kind] = KEEP * rates[kind] + (1 - KEEP) * right
+        of_all[kind] = KEEP_OF_ALL * of_all[kind] + (1 - KEEP_OF_ALL) * right

@@ -3,7 +3,7 @@
 A guess is computed if it brings tokens faster than the step brings them without it.  Knows no blocks, and no tokens.
 """
 
-from persimmon.server.engine.acceptance import KEEP_OF_ALL, Acceptance, Rates
+from persimmon.server.engine.acceptance import KIND_OF, RECENT, Acceptance, first_rates
 from persimmon.server.engine.proposers import Proposal
 from persimmon.server.engine.step_cost import StepCosts
 
@@ -21,7 +21,7 @@ class GuessWorth:
     """Decides how many guesses steps have, from what their costs and earlier guesses teach."""
 
     def __init__(self) -> None:
-        self._rates = Rates(KEEP_OF_ALL)
+        self._rates = first_rates()
         self._steps = 0
         self._decodes = 0
         # How much faster tokens came with the guesses of the last step that had some; others must keep up with those.
@@ -58,9 +58,10 @@ class GuessWorth:
 
     def count(self, acceptance: Acceptance, proposal: Proposal) -> int:
         """How many of a sequence's proposed guesses may pay."""
+        rates, matched, first = acceptance.rates, proposal.matched, RECENT if proposal.recent else 0
         count, chance = 0, 1.0
-        for place in range(min(len(proposal.token_ids), self._limit)):
-            chance *= acceptance.probability(proposal.matched + place)
+        for length in range(matched, matched + min(len(proposal.token_ids), self._limit)):
+            chance *= rates[first + KIND_OF[length]]
             if chance < self._least:
                 break
             self._gained += chance

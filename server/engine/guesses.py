@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from operator import eq
 
 from persimmon.server.engine.blocks import BlockPool
+from persimmon.server.engine.guess_memory import GuessMemory
 from persimmon.server.engine.guess_worth import GuessWorth
-from persimmon.server.engine.proposers import NgramProposer, Proposer, SuffixProposer
+from persimmon.server.engine.proposers import Lookup, LookupProposer, Proposer
 from persimmon.server.engine.sequence import Sequence
 from persimmon.server.engine.step_cost import StepCosts
 from persimmon.server.engine.step_plan import ScheduledSequence, StepPlan
 from persimmon.server.settings.speculation import SpeculativeConfig
+
+PROMPT_END = 16
+"""Tokens of a prompt that are kept with its answer, so that the beginning of another answer is found too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,23 +29,44 @@ class Speculation:
     Attributes:
         make_proposer: makes what guesses the next tokens of a sequence.
         adaptive: whether a step has as many guesses as pay; else as many as are proposed.
+        memory: what the proposers share; None where they share nothing.
     """
 
     make_proposer: Callable[[Sequence], Proposer]
     adaptive: bool = False
+    memory: GuessMemory | None = None
 
     @classmethod
-    def of(cls, config: SpeculativeConfig | None) -> "Speculation | None":
-        """What a configuration asks for; None where it asks for no guesses."""
+    def of(cls, config: SpeculativeConfig | None, max_num_seqs: int, max_model_len: int) -> "Speculation | None":
+        """What a configuration asks for; None where it asks for no guesses.
+
+        Args:
+            config: of --speculative-config.
+            max_num_seqs: sequences that run at once, at most.
+            max_model_len: tokens of one, at most.
+        """
         if config is None:
             return None
-        most = config.max_guesses
         if config.method == "ngram":
             shortest, longest = config.lookup
-            return cls(lambda _: NgramProposer(most, shortest, longest))
-        if config.method == "suffix":
-            return cls(lambda _: SuffixProposer(most))
-        return cls(lambda _: SuffixProposer(most, as_many_as_matched=False), adaptive=True)
+            lookup = Lookup(config.max_guesses, shortest, longest)
+        else:
+            lookup = Lookup(config.max_guesses, as_many_as_matched=config.method == "suffix")
+        memory = GuessMemory(max_num_seqs, max_model_len, keeps_answers=config.method != "ngram")
+
+        def make_proposer(sequence: Sequence) -> Proposer:
+            leader = None if sequence.leader is None else sequence.leader.proposer
+            return LookupProposer(
+                lookup,
+                memory,
+                prompt=leader.prompt if isinstance(leader, LookupProposer) else memory.index(sequence.prompt_length),
+                prompt_length=sequence.prompt_length,
+                max_tokens=sequence.max_tokens,
+                salt=sequence.cache_salt,
+                acceptance=sequence.acceptance,
+            )
+
+        return cls(make_proposer, adaptive=config.method == "auto", memory=memory)
 
 
 class Guesses:
@@ -73,13 +98,30 @@ class Guesses:
         self._pool = pool
         self._max_in_step = max_num_batched_tokens - max_num_seqs
         self._speculation = speculation
+        self._memory = None if speculation is None else speculation.memory
         self._worth = GuessWorth() if speculation is not None and speculation.adaptive else None
 
     def begin(self, sequence: Sequence) -> None:
-        """Gives a new sequence what guesses its tokens."""
+        """Gives a sequence that begins to run what guesses its tokens.
+
+        Forks still have their leader then, whose index of the prompt they share.
+        """
         if self._speculation is not None and sequence.speculate:
+            if self._worth is not None and sequence.acceptance is None:
+                sequence.acceptance = self._worth.acceptance()
             sequence.proposer = self._speculation.make_proposer(sequence)
-            sequence.acceptance = None if self._worth is None else self._worth.acceptance()
+
+    def release(self, sequence: Sequence) -> None:
+        """Frees what has been indexed of a sequence that no longer runs.
+
+        The answer of one that has ended is kept for others, with the end of its prompt.
+        """
+        if self._speculation is None or sequence.proposer is None:
+            return
+        sequence.proposer = None
+        if self._memory is not None and sequence.finished and sequence.num_output_tokens > 0:
+            begin = max(0, sequence.prompt_length - PROMPT_END)
+            self._memory.remember(sequence.cache_salt, sequence.token_ids[begin:])
 
     def plan(self, plan: StepPlan, decoding: Ids[Sequence], num_running: int, costs: StepCosts | None) -> Ids[Ids[int]]:
         """The guesses that each sequence that decodes computes in a step; reserves their blocks.
@@ -100,26 +142,30 @@ class Guesses:
             context = sum([sequence.num_computed for sequence in decoding])
             if not worth.begin(costs, len(decoding), context):
                 return none
-        size, free, left = self._pool.block_size, self._pool.num_free - num_running, self._max_in_step
+        if self._memory is not None:
+            self._memory.begin_step()
+        size, left = self._pool.block_size, self._max_in_step
+        free = max(0, self._pool.num_free - num_running)
         chosen = list(none)
         for place, sequence in enumerate(decoding):
             proposer = sequence.proposer
             if proposer is None or sequence.num_pending or sequence.forks:
                 continue
-            known, blocks = sequence.num_tokens, len(sequence.block_table)
-            room = min(
-                sequence.max_tokens - sequence.num_output_tokens - 1, left, (blocks + max(0, free)) * size - known
-            )
+            acceptance = sequence.acceptance
+            if acceptance is not None and acceptance.rest:
+                acceptance.rest -= 1
+                continue
+            token_ids = sequence.token_ids
+            known, blocks = len(token_ids), len(sequence.block_table)
+            last = sequence.prompt_length + sequence.max_tokens - 1
+            room = min(last - known, left, (blocks + free) * size - known)
             if room <= 0:
                 continue
-            proposal = proposer.propose(sequence.token_ids, room)
+            proposal = proposer.propose(token_ids, room)
             guesses = proposal.token_ids
-            acceptance = sequence.acceptance
             if worth is not None and acceptance is not None:
-                acceptance.compare(sequence.token_ids)
-                if guesses:
-                    acceptance.expect(proposal, known)
-                    guesses = guesses[: worth.count(acceptance, proposal)]
+                guesses = guesses[: worth.count(acceptance, proposal)]
+                acceptance.note(paid=bool(guesses))
             if guesses:
                 chosen[place] = guesses
                 left -= len(guesses)

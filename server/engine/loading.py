@@ -35,6 +35,7 @@ from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.sizes import readable
 from persimmon.model.token_counts import TokenCounts
 from persimmon.progress import progress_bar
+from persimmon.server.engine.guess_memory import guess_bytes
 from persimmon.server.memory_need import still_to_be_taken
 from persimmon.server.settings.engine import EngineSettings
 
@@ -101,7 +102,8 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
     for name, kept in (stored | formats).items():
         stored[name] = kept if isinstance(kept, QuantizedFormat) else operations.stored_dtype(kept, dtype)
     quantized = any(isinstance(form, QuantizedFormat) for form in stored.values())
-    reserved = still_to_be_taken(config, settings.api_workers, settings.max_body_size)
+    guesses = guess_bytes(settings.max_num_seqs, longest) if settings.speculative_config is not None else 0
+    reserved = still_to_be_taken(config, settings.api_workers, settings.max_body_size) + guesses
     left = available_memory(device, settings.gpu_memory_utilization, reserved)
     plan = plan_memory(
         config,
@@ -123,6 +125,8 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
     )
     weights = described(stored, config)
     _print_plan(plan, config, dtype, cache_dtypes, weights, print_line)
+    if guesses:
+        print_line(f"               guesses take up to {readable(guesses)} more while sequences run")
     if table is not None:
         print_line(f"               the embedding, {readable(table.nbytes)}, stays in its file")
         if formats and isinstance(table, torch.Tensor):  # which --quantization rounds otherwise

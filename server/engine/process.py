@@ -78,7 +78,7 @@ def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Pat
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=plan.max_model_len,
         rope_limit=loaded.runner.rope_limit,
-        speculation=Speculation.of(settings.speculative_config),
+        speculation=Speculation.of(settings.speculative_config, settings.max_num_seqs, plan.max_model_len),
     )
     ready = Ready(
         max_model_len=plan.max_model_len,

@@ -1,15 +1,20 @@
-"""Which tokens may come next, guessed from what a sequence holds already.
+"""Which tokens may come next, guessed from what a sequence and recent answers hold already.
 
-Answers quote and edit their prompts and repeat themselves.  So where the last tokens occurred before, what followed
-them then is likely to follow again.  Knows token ids only: neither what a guess costs nor whether it was right.
+Answers quote and edit their prompts, and repeat themselves and each other.  So where the last tokens occurred before,
+what followed them then is likely to follow again.  Knows token ids only: neither what a guess costs nor what becomes of
+it.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-MAX_INDEXED = 1024
-"""Tokens that a proposer takes in at once, in about two milliseconds.  It guesses nothing until it has taken in all, so
-that a long prompt does not hold up a step."""
+from persimmon.server.engine.acceptance import KIND_OF, RECENT, Acceptance
+from persimmon.server.engine.guess_memory import GuessMemory
+from persimmon.server.engine.token_index import TokenIndex
+
+MAX_MATCHED = 32
+"""Last tokens that are compared with earlier ones, at most."""
 
 
 class Proposal(NamedTuple):
@@ -18,10 +23,12 @@ class Proposal(NamedTuple):
     Attributes:
         token_ids: the tokens, in order.
         matched: how many of the last tokens occurred before, where these followed them.
+        recent: whether that was in a recent answer; else in the sequence itself.
     """
 
     token_ids: Sequence[int]
     matched: int
+    recent: bool = False
 
 
 NO_PROPOSAL = Proposal((), 0)
@@ -41,120 +48,131 @@ class Proposer(Protocol):
         ...
 
 
-class NgramProposer:
-    """What followed the last occurrence of the longest n-gram that the sequence ends with ('prompt lookup').
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """What is looked for, and how much of what followed it is proposed.
 
-    It takes some 200 bytes for each token and length.
-
-    Args:
+    Attributes:
         max_guesses: most tokens of a proposal.
-        shortest: the least n; at least 1.
-        longest: the greatest n.
+        shortest: the least number of last tokens that must have occurred before; at least 1.
+        longest: how many of them are compared, at most.
+        as_many_as_matched: whether a proposal has no more tokens than match, because a short match says little.
     """
 
-    def __init__(self, max_guesses: int, shortest: int, longest: int) -> None:
-        self._max_guesses = max_guesses
-        self._known = 0
-        # By n, the shortest first: where each n-gram ended last, but for those that the sequence ends with.
-        self._ends: list[tuple[int, dict[tuple[int, ...], int]]] = [(n, {}) for n in range(shortest, longest + 1)]
-
-    def propose(self, token_ids: Sequence[int], count: int) -> Proposal:
-        """As `Proposer.propose`."""
-        known = min(len(token_ids), self._known + MAX_INDEXED)
-        for end in range(max(1, self._known), known):
-            for n, ends in self._ends:
-                if n > end:
-                    break
-                ends[tuple(token_ids[end - n : end])] = end
-        self._known = known
-        if known < len(token_ids):
-            return NO_PROPOSAL
-        last = matched = 0
-        for n, ends in self._ends:
-            found = ends.get(tuple(token_ids[-n:]))
-            if found is None:
-                break  # then longer ones did not occur either
-            last, matched = found, n
-        if not matched:
-            return NO_PROPOSAL
-        return Proposal(_continued(token_ids, last, min(count, self._max_guesses)), matched)
+    max_guesses: int
+    shortest: int = 1
+    longest: int = MAX_MATCHED
+    as_many_as_matched: bool = False
 
 
-class SuffixProposer:
-    """What followed an earlier occurrence of the longest suffix that has one, however long that is.
+class LookupProposer:
+    """What followed an earlier occurrence of a sequence's last tokens.
 
-    It is the last occurrence for which no longer suffix occurred before, or else the first.
-
-    A suffix automaton finds it ([Blumer et al., 1985](https://doi.org/10.1016/0304-3975(85)90157-4)).  It has at most
-    two states a token, some 700 bytes.
+    As long as the tokens come that it expects, it goes on where it is.  When others came, it looks for the place where
+    most of the last tokens occurred before (`TokenIndex.find`): in the answer, in the prompt if more match there, and
+    in recent answers of its cache salt if more match there than in both.  Each token takes a bounded number of
+    operations, however long the sequence is.
 
     Args:
-        max_guesses: most tokens of a proposal.
-        as_many_as_matched: whether it has at most as many tokens as the suffix, because a short one says little.
+        lookup: what is looked for.
+        memory: what the proposers of an engine share.
+        prompt: of the sequence, which samples of one prompt share; it may lack tokens yet.
+        prompt_length: tokens of the prompt.
+        max_tokens: tokens that may follow it.
+        salt: the cache salt; recent answers of another are not looked at.
+        acceptance: learns whether the expected tokens come; None where nothing does.
+
+    Attributes:
+        prompt: as given.
     """
 
-    def __init__(self, max_guesses: int, *, as_many_as_matched: bool = True) -> None:
-        self._max_guesses = max_guesses
-        self._as_many_as_matched = as_many_as_matched
-        self._known = 0
-        # Of each state: where tokens lead, the state of the longest suffix that occurs elsewhere too, the length of its
-        # longest string, and where that first ended.
-        self._next: list[dict[int, int]] = [{}]
-        self._link = [-1]
-        self._length = [0]
-        self._end = [0]
-        self._last = 0
-        # Where the longest suffix that occurred before ended then.
-        self._found = 0
+    def __init__(
+        self,
+        lookup: Lookup,
+        memory: GuessMemory,
+        *,
+        prompt: TokenIndex,
+        prompt_length: int,
+        max_tokens: int,
+        salt: bytes = b"",
+        acceptance: Acceptance | None = None,
+    ) -> None:
+        self.prompt = prompt
+        self._lookup = lookup
+        self._memory = memory
+        self._prompt_length = prompt_length
+        self._answer = memory.index(max_tokens, known=prompt_length)
+        self._salt = salt
+        self._acceptance = acceptance
+        # What a recent answer lets expect; None where the sequence itself does.
+        self._expected: Sequence[int] | None = None
+        # Where in it the next token is expected, and how many of the last ones match the tokens before it; 0 for none.
+        self._place = self._matched = 0
 
     def propose(self, token_ids: Sequence[int], count: int) -> Proposal:
-        """As `Proposer.propose`."""
-        for token_id in token_ids[self._known : self._known + MAX_INDEXED]:
-            self._append(token_id)
-        if self._known < len(token_ids):
+        """As `Proposer.propose`; nothing as long as the steps so far had no time to take in the whole sequence."""
+        if not self._take_in(token_ids):
             return NO_PROPOSAL
-        suffix = self._link[self._last]
-        if suffix <= 0:
+        lookup, matched = self._lookup, self._matched
+        if matched < lookup.shortest:
             return NO_PROPOSAL
-        matched = self._length[suffix]
-        count = min(count, self._max_guesses)
-        if self._as_many_as_matched:
-            count = min(count, matched)
-        return Proposal(_continued(token_ids, self._found, count), matched)
+        count = min(count, lookup.max_guesses, matched if lookup.as_many_as_matched else count)
+        place = self._place
+        if self._expected is not None:
+            return Proposal(self._expected[place : place + count], matched, recent=True)
+        return Proposal(_continued(token_ids, place, count), matched)
 
-    def _append(self, token_id: int) -> None:
-        self._extend(token_id)
-        suffix = self._link[self._last]
-        self._found, self._end[suffix] = self._end[suffix], self._known
+    def _take_in(self, token_ids: Sequence[int]) -> bool:
+        """Takes in the tokens that came since the last call; whether those were all."""
+        answer, total = self._answer, len(token_ids)
+        if self.prompt.known < self._prompt_length:
+            self.prompt.add(token_ids, self._memory.spend(self.prompt.known, self._prompt_length))
+            if self.prompt.known < self._prompt_length:
+                return False
+        known = answer.known
+        if known == total:
+            return True
+        end = self._memory.spend(known, total)
+        if self._matched:
+            self._follow(token_ids, known, end)
+        if end < total:
+            answer.add(token_ids, end)
+            return False
+        if not self._matched:
+            if total - known > 1:
+                answer.add(token_ids, total - 1)
+            self._find(token_ids, total)
+        answer.add(token_ids, total)
+        return True
 
-    def _extend(self, token_id: int) -> None:
-        self._known += 1
-        state = self._new({}, self._length[self._last] + 1, self._known)
-        before, self._last = self._last, state
-        while before >= 0 and token_id not in self._next[before]:
-            self._next[before][token_id] = state
-            before = self._link[before]
-        if before < 0:
-            self._link[state] = 0
-            return
-        there = self._next[before][token_id]
-        if self._length[there] == self._length[before] + 1:
-            self._link[state] = there
-            return
-        # The strings of `there` do not all end where this one does any more.
-        clone = self._new(dict(self._next[there]), self._length[before] + 1, self._end[there])
-        self._link[clone] = self._link[there]
-        self._link[there] = self._link[state] = clone
-        while before >= 0 and self._next[before].get(token_id) == there:
-            self._next[before][token_id] = clone
-            before = self._link[before]
+    def _follow(self, token_ids: Sequence[int], begin: int, end: int) -> None:
+        """Goes on over new tokens as long as they are the expected ones."""
+        expected, acceptance, longest = self._expected, self._acceptance, self._lookup.longest
+        source, first = (token_ids, 0) if expected is None else (expected, RECENT)
+        place, matched = self._place, self._matched
+        for token_id in token_ids[begin:end]:
+            right = source[place] == token_id
+            if acceptance is not None:
+                acceptance.observe(first + KIND_OF[matched], right=right)
+            place += 1
+            if not right or place == len(source):
+                matched = 0
+                break
+            if matched < longest:
+                matched += 1
+        self._place, self._matched = place, matched
 
-    def _new(self, next_states: dict[int, int], length: int, end: int) -> int:
-        self._next.append(next_states)
-        self._link.append(0)
-        self._length.append(length)
-        self._end.append(end)
-        return len(self._next) - 1
+    def _find(self, token_ids: Sequence[int], end: int) -> None:
+        """Looks for where most of the last tokens before `end` occurred before."""
+        longest = self._lookup.longest
+        place, matched = self._answer.find(token_ids, token_ids, end, longest)
+        in_prompt, matched = self.prompt.find(token_ids, token_ids, end, longest, matched)
+        self._expected, self._place, self._matched = None, in_prompt or place, matched
+        answers = self._memory.answers(self._salt)
+        if answers is not None:
+            followed, matched = answers.find(token_ids, end, longest, matched)
+            if followed:
+                self._expected, self._place, self._matched = followed, 0, matched
 
 
 def _continued(token_ids: Sequence[int], end: int, count: int) -> Sequence[int]:

@@ -185,7 +185,6 @@ class Scheduler:
             self._by_key[own.key] = own
             own.arrival = self._arrivals
             own.share = share
-            self._guesses.begin(own)
             if self._rope_limit is not None and own.prompt_length > self._rope_limit:
                 own.cache_salt = salted_with_length(own.cache_salt, own.prompt_length)
         self._arrivals += 1
@@ -495,6 +494,7 @@ class Scheduler:
         self._pending_forks -= len(forks)
         for fork in forks:
             self._pool.share(sequence.block_table)
+            self._guesses.begin(fork)
             fork.leader = None
             fork.block_table = list(sequence.block_table)
             fork.continue_from(sequence)
@@ -545,6 +545,7 @@ class Scheduler:
         sequence.block_table = [*hits, *self._pool.allocate(needed)]
         sequence.num_computed = num_cached
         insort(self._running, sequence, key=_rank)
+        self._guesses.begin(sequence)
         if self._pool.prefix_caching:
             self._promised.make(sequence, len(hits))
         self._pending_forks += len(sequence.forks)
@@ -608,6 +609,7 @@ class Scheduler:
         sequence.hand_over(successor)
         if successor.block_table:
             self._running[self._running.index(sequence)] = successor
+            self._guesses.begin(successor)
             self._pending_forks -= 1
             # What running steps compute of the prompt belongs to the successor.
             for item in (item for plan in self._under_way for item in plan.scheduled):
@@ -657,6 +659,7 @@ class Scheduler:
 
     def _retire(self, sequence: Sequence) -> None:
         """Gives a sequence's blocks back, unless a step under way may write them: then its end does."""
+        self._guesses.release(sequence)
         self._promised.withdraw(sequence)
         if sequence.steps_under_way == 0:
             self._pool.release(sequence.block_table)

@@ -16,8 +16,8 @@ class SpeculativeConfig(BaseModel):
     """Guesses at the tokens that come next.
 
     Attributes:
-        method: ngram looks for the last tokens in prompt and answer, suffix for as many of them as occurred before, and
-            auto too, with as many guesses as pay.
+        method: ngram looks for the last tokens in prompt and answer, suffix for as many of them as occurred before, up
+            to 32, and auto too, with as many guesses as pay.
         num_speculative_tokens: maximum guesses of a sequence in a step; only with auto it may be left out.
         prompt_lookup_max: with ngram, the number of last tokens to look for.
         prompt_lookup_min: with ngram, the number that must have occurred before.
@@ -26,9 +26,9 @@ class SpeculativeConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     method: Literal["ngram", "suffix", "auto"]
-    num_speculative_tokens: int | None = Field(None, ge=1, le=64)
-    prompt_lookup_max: int | None = Field(None, ge=1, le=64)
-    prompt_lookup_min: int | None = Field(None, ge=1, le=64)
+    num_speculative_tokens: int | None = Field(default=None, ge=1, le=64)
+    prompt_lookup_max: int | None = Field(default=None, ge=1, le=64)
+    prompt_lookup_min: int | None = Field(default=None, ge=1, le=64)
 
     @model_validator(mode="after")
     def _number(self) -> Self:

@@ -246,6 +246,7 @@ class Simulation:
         max_guesses: int = 0,
         right_in_a_row: int = 0,
         adaptive: bool = False,
+        speculation: Speculation | None = None,
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching)
         self.scheduler = WatchedScheduler(
@@ -257,7 +258,7 @@ class Simulation:
             speculation=(
                 Speculation(lambda own: Oracle(own.sample_index, max_guesses, right_in_a_row), adaptive=adaptive)
                 if max_guesses
-                else None
+                else speculation
             ),
         )
         self.max_model_len = max_model_len

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from persimmon.server.engine.acceptance import KEEP_OF_ALL, Acceptance, Rates
+from persimmon.server.engine.acceptance import KIND_OF, LENGTHS, RECENT, Acceptance, first_rates
 from persimmon.server.engine.guess_worth import MAX_STEPS_WITH_GUESSES, UNKNOWN_GUESSES, GuessWorth
 from persimmon.server.engine.proposers import Proposal
 from persimmon.server.engine.step_cost import ENOUGH, GuessCosts, StepCostModel, StepCosts, StepWork
@@ -26,9 +26,9 @@ class Likely:
 
     p: float
 
-    def probability(self, matched: int) -> float:
-        assert matched > 0
-        return self.p
+    @property
+    def rates(self) -> list[float]:
+        return [self.p] * LENGTHS
 
 
 def chosen(worth: GuessWorth, of: StepCosts | None, probabilities: list[float], proposed: int = 10) -> list[int]:
@@ -89,28 +89,35 @@ def test_steps_without_guesses_stay_known() -> None:
 
 
 def test_acceptance_follows_what_a_sequence_got() -> None:
-    of_all = Rates(KEEP_OF_ALL)
+    of_all = first_rates()
     good, bad = Acceptance(of_all), Acceptance(of_all)
-    known = [1, 2, 3]
+    kind = KIND_OF[2]
     for _ in range(20):
-        good.expect(Proposal([7, 7], 2), len(known))
-        bad.expect(Proposal([8, 8], 2), len(known))
-        known += [7, 7]
-        good.compare(known)
-        bad.compare(known)
-    assert good.probability(2) > 0.9
-    assert bad.probability(2) < 0.2
-    assert bad.probability(2) < Acceptance(of_all).probability(2) < good.probability(2), "a new one is in between"
+        good.observe(kind, right=True)
+        bad.observe(kind, right=False)
+    assert good.rates[kind] > 0.9
+    assert bad.rates[kind] < 0.2
+    assert bad.rates[kind] < Acceptance(of_all).rates[kind] < good.rates[kind], "a new one begins in between"
 
 
 def test_guesses_of_another_kind_are_judged_apart() -> None:
-    acceptance = Acceptance(Rates(KEEP_OF_ALL))
-    before = acceptance.probability(40)
+    acceptance = Acceptance(first_rates())
     for _ in range(20):
-        acceptance.expect(Proposal([8], 1), 0)
-        acceptance.compare([7])
-    assert acceptance.probability(1) < 0.1
-    assert acceptance.probability(40) == before
+        acceptance.observe(KIND_OF[4], right=False)
+    assert acceptance.rates[KIND_OF[4]] < 0.1
+    others = [kind for kind in range(2 * LENGTHS) if kind != KIND_OF[4]]
+    assert [acceptance.rates[kind] for kind in others] == [first_rates()[kind] for kind in others]
+
+
+def test_guesses_from_recent_answers_are_of_other_kinds() -> None:
+    worth = begun()
+    assert worth.begin(known(0.1), 1, 0)
+    acceptance = Acceptance(first_rates())
+    for _ in range(40):
+        acceptance.observe(KIND_OF[4], right=True)
+        acceptance.observe(RECENT + KIND_OF[4], right=False)
+    assert worth.count(acceptance, Proposal([5, 6], 4)) == 2
+    assert worth.count(acceptance, Proposal([5, 6], 4, recent=True)) == 0
 
 
 def test_what_guesses_cost_is_learned_from_steps_that_had_some() -> None:

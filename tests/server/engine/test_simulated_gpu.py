@@ -75,6 +75,7 @@ OTHERWISE = {
     "names = [cache_choice(own, offered[0]) for own in offered]": "a CPU has two types of cache",
     "table = embedding_in_file(checkpoint, operations, dtype, device)": "a CPU",
     "formats.pop(EMBEDDING, None)": "a CPU",
+    'print_line(f"               guesses take up to {readable(guesses)} more while sequences run")': "a CPU",
     'print_line(f"               the embedding, {readable(table.nbytes)}, stays in its file")': "a CPU",
     "if formats and isinstance(table, torch.Tensor):  # which --quantization rounds otherwise": "a CPU",
     "weights = f\"{str(table.dtype).removeprefix('torch.')} embedding, {weights}\"": "a CPU",

@@ -16,8 +16,9 @@ from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.server.engine.guesses import Speculation
-from persimmon.server.engine.proposers import NgramProposer, Proposal, SuffixProposer
+from persimmon.server.engine.proposers import Proposal
 from persimmon.server.engine.sequence import Sequence
+from persimmon.server.settings.speculation import SpeculativeConfig
 from tests.engine_harness import Harness, load_model, new_tokens
 
 SCHEMA = json.dumps(
@@ -138,18 +139,22 @@ def plain(model: Persimmon, tokenizer: Tokenizer, grammars: GrammarCompiler) -> 
     return answers(Harness(model, num_blocks=200, grammars=grammars), leaders)
 
 
-def speculation(kind: str, plain: Answers, vocab_size: int) -> Speculation:
+CONFIGS = {
+    "ngram": SpeculativeConfig(method="ngram", num_speculative_tokens=5, prompt_lookup_min=1, prompt_lookup_max=3),
+    "suffix": SpeculativeConfig(method="suffix", num_speculative_tokens=8),
+}
+
+
+def speculation(kind: str, plain: Answers, vocab_size: int) -> Speculation | None:
     def make(own: Sequence) -> Any:
         seed = hash(own.key)
         return {
-            "ngram": lambda: NgramProposer(5, 1, 3),
-            "suffix": lambda: SuffixProposer(8),
             "right": lambda: Given(plain[own.key][0], own.prompt_length),
             "half right": lambda: Given(plain[own.key][0], own.prompt_length, random.Random(seed)),
             "hostile": lambda: Hostile(seed, vocab_size),
         }[kind]()
 
-    return Speculation(make)
+    return Speculation.of(CONFIGS[kind], 32, 512) if kind in CONFIGS else Speculation(make)
 
 
 @pytest.mark.parametrize(
