@@ -1,6 +1,6 @@
 """What the engine's own work costs: microseconds a sequence and step, by part, with a model that answers at once.
 
-    python -m benchmarks.engine --running 1 8 64 256 --out benchmarks/results/NAME.json
+    python -m benchmarks.engine --running 1 8 64 256 --guesses --out benchmarks/results/NAME.json
 
 The scheduler, the loop, the translation, the messages and the socket (ZeroMQ over a unix socket) are the server's.
 Sequences of 128 prompt and 128 output tokens finish and are replaced all the time, as in a server's steady state.  The
@@ -15,10 +15,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 import msgspec
 import torch
@@ -31,16 +31,26 @@ from persimmon.model.step_inputs import StepBuffer, write_step
 from persimmon.model.step_outcome import StepOutcome
 from persimmon.server.engine.blocks import BlockPool
 from persimmon.server.engine.core import Engine
+from persimmon.server.engine.guesses import Speculation
 from persimmon.server.engine.messages import EngineStats, FromEngine, Hello, Ready, StepOutput, Submit
 from persimmon.server.engine.plan_runner import PlanRunner
 from persimmon.server.engine.process import COLLECTOR_THRESHOLDS
 from persimmon.server.engine.scheduler import Scheduler
-from persimmon.server.engine.step_cost import StepCostModel
+from persimmon.server.engine.step_cost import GuessCosts, StepCostModel, StepCosts
 from persimmon.server.engine.step_plan import Advance, StepPlan
 from persimmon.server.engine.step_runner import LaunchedStep
+from persimmon.server.settings.speculation import SpeculativeConfig
 
 BLOCK_SIZE = 32
 VOCABULARY = 8192
+PERIOD = 16
+"""Answers that are guessed right repeat themselves after this many tokens."""
+
+GUESSES = SpeculativeConfig(method="auto", num_speculative_tokens=4)
+
+Kind = Literal["none", "wrong", "right"]
+"""What becomes of guesses: none are made, answers repeat nothing, or all guesses are right."""
+
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -91,11 +101,20 @@ class TimedPlanRunner(PlanRunner):
         return self.stopwatch.time("translate", super().launch, plan)
 
 
+class CheapGuesses(StepCostModel):
+    """What steps cost, where a guess costs a tenth of a sequence that decodes: all that are likely to be right pay."""
+
+    @property
+    def costs(self) -> StepCosts:
+        """With given costs of guesses."""
+        return replace(super().costs, guesses=GuessCosts(1.0, 0.01, 0.0, observed=True, token=0.001))
+
+
 class InstantStep:
     """A step that has been computed."""
 
-    def __init__(self, count: int) -> None:
-        self._result = StepOutcome(tokens=[[7] for _ in range(count)])
+    def __init__(self, tokens: list[list[int]]) -> None:
+        self._result = StepOutcome(tokens=tokens)
 
     def wait(self) -> StepOutcome:
         """The tokens."""
@@ -106,16 +125,17 @@ class InstantRunner:
     """Has a step's tokens at once.  What it takes to write a step's inputs for a GPU it measures apart from the rest.
 
     Args:
-        stopwatch: gets the time of that.
-        max_rows: sequences of the largest step.
-        max_tokens: of a sequence.
+        stopwatch: gets the time of that, and of making up the tokens.
+        load: what runs.
     """
 
     rope_limit = None
 
-    def __init__(self, stopwatch: Stopwatch, max_rows: int, max_tokens: int) -> None:
+    def __init__(self, stopwatch: Stopwatch, load: "Load") -> None:
         self._stopwatch = stopwatch
-        self._buffer = StepBuffer(max_rows, -(-max_tokens // BLOCK_SIZE), torch.device("cpu"))
+        self._load = load
+        self._random = Random(1)
+        self._buffer = StepBuffer(load.running, -(-load.tokens // BLOCK_SIZE), torch.device("cpu"))
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies nothing."""
@@ -123,11 +143,22 @@ class InstantRunner:
     def launch(self, batch: Sequence[SequenceInput]) -> InstantStep:
         """Answers."""
         self._stopwatch.time("GPU inputs", self._write, batch)
-        return InstantStep(sum(len(item.samplings) for item in batch))
+        return InstantStep(self._stopwatch.time("answers", self._draw, batch))
 
     def _write(self, batch: Sequence[SequenceInput]) -> None:
         decodes = [item for item in batch if len(item.token_ids) == 1]
-        write_step(self._buffer, decodes, len(decodes))
+        if decodes:
+            write_step(self._buffer, decodes, len(decodes))
+
+    def _draw(self, batch: Sequence[SequenceInput]) -> list[list[int]]:
+        drawn = []
+        for item in batch:
+            end = item.start + len(item.token_ids)
+            drawn += [[self._token(end - later) for later in range(draws - 1, -1, -1)] for draws in item.draws]
+        return drawn
+
+    def _token(self, position: int) -> int:
+        return 1 + (position % PERIOD if self._load.guesses == "right" else self._random.randrange(VOCABULARY - 1))
 
 
 @dataclass(frozen=True)
@@ -139,12 +170,19 @@ class Load:
         prompt_length: of each.
         output_length: of each.
         overlap: whether a step is planned while another is under way.
+        guesses: what becomes of guesses.
     """
 
     running: int
     prompt_length: int = 128
     output_length: int = 128
     overlap: bool = False
+    guesses: Kind = "none"
+
+    @property
+    def tokens(self) -> int:
+        """Of a sequence."""
+        return self.prompt_length + self.output_length
 
 
 @dataclass(frozen=True)
@@ -154,7 +192,8 @@ class Budget:
     Attributes:
         load: what ran.
         steps: measured.
-        sequence_steps: tokens sampled in them.
+        sequence_steps: how often a sequence got a token, and those that were guessed with it.
+        tokens_per_step: tokens that a sequence got in a step.
         plan, translate, commit, messages: microseconds a sequence and step: which tokens run; in the model's words;
             what came of it; outputs, encoding, sending, and reading what arrives.
         gpu_inputs: writing a decode step's inputs for a GPU, which comes on top.
@@ -165,6 +204,7 @@ class Budget:
     load: Load
     steps: int
     sequence_steps: int
+    tokens_per_step: float
     plan: float
     translate: float
     commit: float
@@ -183,7 +223,7 @@ class Bench:
     """An engine at work on a load, and the worker that it works for."""
 
     def __init__(self, load: Load, folder: Path) -> None:
-        tokens = load.prompt_length + load.output_length
+        tokens = load.tokens
         self.load = load
         self.stopwatch = Stopwatch()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -193,12 +233,17 @@ class Bench:
         router.bind(f"ipc://{folder}/engine")
         self._worker.connect(f"ipc://{folder}/engine")
         pool = BlockPool((load.running + 8) * (-(-tokens // BLOCK_SIZE) + 1), BLOCK_SIZE)
+        config = None if load.guesses == "none" else GUESSES
         self._scheduler = TimedScheduler(
-            pool, max_num_seqs=load.running, max_num_batched_tokens=max(2048, load.running), max_model_len=tokens
+            pool,
+            max_num_seqs=load.running,
+            max_num_batched_tokens=max(2048, 8 * load.running),
+            max_model_len=tokens,
+            speculation=Speculation.of(config, load.running, tokens),
         )
         self._scheduler.stopwatch = self.stopwatch
         # The loop asks no more of a runner than these two methods.
-        instant = cast("Runner", InstantRunner(self.stopwatch, load.running, tokens))
+        instant = cast("Runner", InstantRunner(self.stopwatch, load))
         runner = TimedPlanRunner(instant)
         runner.stopwatch = self.stopwatch
         ready = Ready(
@@ -214,7 +259,7 @@ class Bench:
             scheduler=self._scheduler,
             run=runner,
             limits=ready,
-            costs=StepCostModel(),
+            costs=StepCostModel() if load.guesses == "none" else CheapGuesses(),
             overlap=load.overlap,
         )
         self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
@@ -293,20 +338,22 @@ def measure(load: Load, steps: int) -> Budget:
         gc.unfreeze()
         gc.set_threshold(*thresholds)
         tokens = bench.stats.generated_tokens - before.generated_tokens
+        sequence_steps = tokens - (bench.stats.accepted_tokens - before.accepted_tokens)
         seconds = bench.stopwatch.seconds
         gpu_inputs = seconds["GPU inputs"]
         parts = {
             "plan": seconds["plan"],
-            "translate": seconds["translate"] - gpu_inputs,
+            "translate": seconds["translate"] - gpu_inputs - seconds["answers"],
             "commit": seconds["commit"],
             "messages": sum(turns) - seconds["plan"] - seconds["translate"] - seconds["commit"],
             "gpu_inputs": gpu_inputs,
         }
         return Budget(
-            load,
-            steps,
-            tokens,
-            **{part: round(own / tokens * 1e6, 3) for part, own in parts.items()},
+            load=load,
+            steps=steps,
+            sequence_steps=sequence_steps,
+            tokens_per_step=round(tokens / sequence_steps, 3),
+            **{part: round(own / sequence_steps * 1e6, 3) for part, own in parts.items()},
             longest_turn_ms=round(max(turns) * 1e3, 3),
             collections=collections,
         )
@@ -323,8 +370,26 @@ def table(budgets: Sequence[Budget]) -> str:
         figures = (own.plan, own.translate, own.commit, decided, own.messages, own.total, own.gpu_inputs)
         shown = " | ".join(f"{figure:.2f}" for figure in figures)
         name = f"{own.load.running}{', overlapped' if own.load.overlap else ''}"
+        name += f", {own.load.guesses} guesses" if own.load.guesses != "none" else ""
         lines.append(f"| {name} | {shown} | {own.longest_turn_ms:.2f} |")
     return "\n".join(lines)
+
+
+def added_by_guesses(budgets: Sequence[Budget]) -> str:
+    """What guessing adds to plan, translation and commit, as Markdown."""
+    decided = {own.load: own.plan + own.translate + own.commit for own in budgets}
+    lines = ["| running | guesses | added | tokens a step |", "| ---: | --- | ---: | ---: |"]
+    for own in budgets:
+        if own.load.guesses != "none":
+            added = decided[own.load] - decided[load_of(own.load.running, "none", overlap=own.load.overlap)]
+            lines.append(f"| {own.load.running} | {own.load.guesses} | {added:.2f} | {own.tokens_per_step:.2f} |")
+    return "\n".join(lines)
+
+
+def load_of(running: int, guesses: Kind, *, overlap: bool) -> Load:
+    """What main measures: answers as long as others in steps, where all guesses are right."""
+    output_length = 128 * (1 + GUESSES.max_guesses) if guesses == "right" else 128
+    return Load(running, output_length=output_length, overlap=overlap, guesses=guesses)
 
 
 def main() -> None:
@@ -341,13 +406,19 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=1000, help="turns measured of each [default: %(default)s]")
     parser.add_argument("--overlap", action="store_true", help="plan each step while the one before it is under way")
+    parser.add_argument("--guesses", action="store_true", help="measure also with guesses, all wrong and all right")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all results as JSON")
     arguments = parser.parse_args()
     if min(arguments.running) < 1 or arguments.steps < 1:
         parser.error("--running and --steps need at least 1")
-    budgets = [measure(Load(count, overlap=arguments.overlap), arguments.steps) for count in arguments.running]
+    kinds: tuple[Kind, ...] = ("none", "wrong", "right") if arguments.guesses else ("none",)
+    loads = [load_of(count, kind, overlap=arguments.overlap) for count in arguments.running for kind in kinds]
+    budgets = [measure(load, arguments.steps) for load in loads]
     print("Microseconds a sequence and step:\n")
     print(table(budgets))
+    if arguments.guesses:
+        print("\nWhat guessing adds to plan, translation and commit, microseconds a sequence and step:\n")
+        print(added_by_guesses(budgets))
     if arguments.out:
         figures = [asdict(own) | {"total": round(own.total, 3)} for own in budgets]
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
