@@ -89,6 +89,7 @@ class Harness:
         typical_output: tokens that an answer is expected to have; with few, more sequences are preempted.
         cache_dtype: of keys and values; the model's by default.
         speculation: how next tokens are guessed; None for no guesses.
+        guess_forced: whether what grammars force is guessed, too.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Harness:
         typical_output: int = 256,
         cache_dtype: torch.dtype | None = None,
         speculation: Speculation | None = None,
+        guess_forced: bool = False,
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching)
         self.scheduler = Scheduler(
@@ -122,7 +124,7 @@ class Harness:
             runner = runner_of(model, poisoned_cache(model, num_blocks, block_size, cache_dtype), operations)
         self.reports: defaultdict[Sequence, Reports] = defaultdict(Reports)
         """What the steps have reported of each sequence."""
-        self._run: StepRunner = PlanRunner(runner, grammars)
+        self._run: StepRunner = PlanRunner(runner, grammars, guess_forced=guess_forced)
         self._overlap = overlap
         self._under_way: deque[tuple[StepPlan, LaunchedStep]] = deque()
         self.failures: dict[Sequence, str] = {}

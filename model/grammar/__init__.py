@@ -5,7 +5,8 @@ and imports no torch: API workers check a client's grammar here before the engin
 """
 
 from persimmon.model.grammar.compiler import GrammarCompiler
+from persimmon.model.grammar.forced_text import ForcedText
 from persimmon.model.grammar.matcher import Matcher
 from persimmon.model.grammar_spec import KINDS, GrammarError, GrammarKind, GrammarSpec
 
-__all__ = ["KINDS", "GrammarCompiler", "GrammarError", "GrammarKind", "GrammarSpec", "Matcher"]
+__all__ = ["KINDS", "ForcedText", "GrammarCompiler", "GrammarError", "GrammarKind", "GrammarSpec", "Matcher"]

@@ -16,13 +16,17 @@ LENGTHS = 6
 RECENT = LENGTHS
 """Where the kinds of guesses from recent answers begin; those before are from the sequence itself."""
 
+FORCED = 2 * LENGTHS
+"""The kind of guesses that spell text that a grammar forces: they are wrong only where it is split differently."""
+
 KIND_OF = (0, *(min(length.bit_length(), LENGTHS) - 1 for length in range(1, 128)))
 """The kind of a guess from the sequence, by the number of tokens before it that occurred before."""
 
 
 def first_rates() -> list[float]:
     """Of each kind, while nothing is known: the more tokens occurred before, the likelier is the next."""
-    return [0.3 + 0.1 * length for length in range(LENGTHS)] + [0.2 + 0.1 * length for length in range(LENGTHS)]
+    own, recent = ([first + 0.1 * length for length in range(LENGTHS)] for first in (0.3, 0.2))
+    return [*own, *recent, 0.9]
 
 
 class Acceptance:

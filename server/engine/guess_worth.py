@@ -3,7 +3,7 @@
 A guess is computed if it brings tokens faster than the step brings them without it.  Knows no blocks, and no tokens.
 """
 
-from persimmon.server.engine.acceptance import KIND_OF, RECENT, Acceptance, first_rates
+from persimmon.server.engine.acceptance import FORCED, KIND_OF, RECENT, Acceptance, first_rates
 from persimmon.server.engine.proposers import Proposal
 from persimmon.server.engine.step_cost import StepCosts
 
@@ -60,8 +60,8 @@ class GuessWorth:
         """How many of a sequence's proposed guesses may pay."""
         rates, matched, first = acceptance.rates, proposal.matched, RECENT if proposal.recent else 0
         count, chance = 0, 1.0
-        for length in range(matched, matched + min(len(proposal.token_ids), self._limit)):
-            chance *= rates[first + KIND_OF[length]]
+        for place in range(min(len(proposal.token_ids), self._limit)):
+            chance *= rates[FORCED if place < proposal.forced else first + KIND_OF[matched + place]]
             if chance < self._least:
                 break
             self._gained += chance

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from operator import eq
 
 from persimmon.server.engine.blocks import BlockPool
+from persimmon.server.engine.grammar_proposer import GrammarProposer
 from persimmon.server.engine.guess_memory import GuessMemory
 from persimmon.server.engine.guess_worth import GuessWorth
 from persimmon.server.engine.proposers import Lookup, LookupProposer, Proposer
@@ -27,18 +28,18 @@ class Speculation:
     """How next tokens are guessed.
 
     Attributes:
-        make_proposer: makes what guesses the next tokens of a sequence.
+        make_proposer: makes what guesses the next tokens of a sequence; None where only what grammars force is guessed.
         adaptive: whether a step has as many guesses as pay; else as many as are proposed.
         memory: what the proposers share; None where they share nothing.
     """
 
-    make_proposer: Callable[[Sequence], Proposer]
+    make_proposer: Callable[[Sequence], Proposer] | None = None
     adaptive: bool = False
     memory: GuessMemory | None = None
 
     @classmethod
-    def of(cls, config: SpeculativeConfig | None, max_num_seqs: int, max_model_len: int) -> "Speculation | None":
-        """What a configuration asks for; None where it asks for no guesses.
+    def of(cls, config: SpeculativeConfig | None, max_num_seqs: int, max_model_len: int) -> "Speculation":
+        """What a configuration asks for; without one, what grammars force is guessed, as far as it pays.
 
         Args:
             config: of --speculative-config.
@@ -46,7 +47,7 @@ class Speculation:
             max_model_len: tokens of one, at most.
         """
         if config is None:
-            return None
+            return cls(adaptive=True)
         if config.method == "ngram":
             shortest, longest = config.lookup
             lookup = Lookup(config.max_guesses, shortest, longest)
@@ -56,6 +57,8 @@ class Speculation:
 
         def make_proposer(sequence: Sequence) -> Proposer:
             leader = None if sequence.leader is None else sequence.leader.proposer
+            if isinstance(leader, GrammarProposer):
+                leader = leader.other
             return LookupProposer(
                 lookup,
                 memory,
@@ -109,7 +112,11 @@ class Guesses:
         if self._speculation is not None and sequence.speculate:
             if self._worth is not None and sequence.acceptance is None:
                 sequence.acceptance = self._worth.acceptance()
-            sequence.proposer = self._speculation.make_proposer(sequence)
+            make_proposer, forced = self._speculation.make_proposer, sequence.forced
+            proposer = None if make_proposer is None else make_proposer(sequence)
+            if forced is not None:
+                proposer = GrammarProposer(forced, proposer, sequence.acceptance)
+            sequence.proposer = proposer
 
     def release(self, sequence: Sequence) -> None:
         """Frees what has been indexed of a sequence that no longer runs.
@@ -152,7 +159,7 @@ class Guesses:
             if proposer is None or sequence.num_pending or sequence.forks:
                 continue
             acceptance = sequence.acceptance
-            if acceptance is not None and acceptance.rest:
+            if acceptance is not None and acceptance.rest and sequence.forced is None:
                 acceptance.rest -= 1
                 continue
             token_ids = sequence.token_ids

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ from persimmon.server.engine.step_runner import LaunchedStep
 
 if TYPE_CHECKING:
     # Brings llguidance, which an engine that is given no compiler does without.
-    from persimmon.model.grammar import GrammarCompiler, Matcher
+    from persimmon.model.grammar import ForcedText, GrammarCompiler, Matcher
 
 COMPILED_GRAMMARS = 16
 """Compiled grammars that are kept, the most recently used ones.  The caches of one can grow to 25 MB."""
@@ -37,17 +38,21 @@ class PlanRunner:
     Args:
         runner: the model's.
         compiler: compiles grammars; None where no sequence has one.
+        guess_forced: whether what a grammar forces may be guessed.
     """
 
-    def __init__(self, runner: Runner, compiler: "GrammarCompiler | None" = None) -> None:
+    def __init__(
+        self, runner: Runner, compiler: "GrammarCompiler | None" = None, *, guess_forced: bool = False
+    ) -> None:
         self._runner = runner
         self._compiler = compiler
+        self._guess_forced = guess_forced
         # A thread for each, because masks are wanted in every step and a compilation may take long.
         self._compiling = ThreadPoolExecutor(1, thread_name_prefix="grammar-compiler")
         self._masking = ThreadPoolExecutor(1, thread_name_prefix="grammar-masks")
-        self._compiled: OrderedDict[GrammarSpec, Future[Matcher]] = OrderedDict()
+        self._compiled: OrderedDict[GrammarSpec, Future[_Compiled]] = OrderedDict()
 
-    def prepare(self, sequence: Sequence) -> "Future[Matcher] | None":
+    def prepare(self, sequence: Sequence) -> "Future[_Compiled] | None":
         """Starts what a sequence and its forks need before they run; None when that is nothing.
 
         Returns:
@@ -68,7 +73,9 @@ class PlanRunner:
         while len(self._compiled) > COMPILED_GRAMMARS:
             self._compiled.popitem(last=False)
         for own in sequence.family:
-            _state(own).matcher = compiled
+            _state(own).compiled = compiled
+            if self._guess_forced and own.speculate:
+                own.forced = _Forced(compiled, own.prompt_length)
         return compiled
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
@@ -77,10 +84,11 @@ class PlanRunner:
             self._runner.copy_blocks(plan.copies)
         return _Launched(self, plan, self._runner.launch([self._input(item) for item in plan.scheduled]))
 
-    def _compile(self, grammar: GrammarSpec) -> "Matcher":
+    def _compile(self, grammar: GrammarSpec) -> "_Compiled":
         if self._compiler is None:
             raise GrammarError("this model does not support grammars")
-        return self._compiler.compile(grammar)
+        matcher = self._compiler.compile(grammar)
+        return _Compiled(matcher, self._compiler.compile_forced(grammar) if self._guess_forced else None)
 
     def _input(self, item: ScheduledSequence) -> SequenceInput:
         sequence, state = item.sequence, _state(item.sequence)
@@ -147,9 +155,9 @@ class PlanRunner:
         """Where a sequence stands in its grammar, and the tokens that it has got since."""
         state = _state(sequence)
         if state.progress is None:
-            if state.matcher is None:
+            if state.compiled is None:
                 raise ValueError("the grammar of a sequence was not prepared")
-            state.progress = GrammarProgress(state.matcher.result().copy())
+            state.progress = GrammarProgress(state.compiled.result().matcher.copy())
         return state.progress, sequence.token_ids[sequence.prompt_length + state.progress.num_tokens :]
 
     def failures(self, plan: StepPlan) -> dict[int, str]:
@@ -176,6 +184,43 @@ class PlanRunner:
             if item.guesses and progress is not None:
                 kept[row] = kept[row][: 1 + progress.num_guesses]
         return kept
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """A grammar, at the beginning of an answer; copied for each.
+
+    Attributes:
+        matcher: decides which tokens may come.
+        forced: finds what is forced; None where that is not guessed.
+    """
+
+    matcher: "Matcher"
+    forced: "ForcedText | None"
+
+
+class _Forced:
+    """Finds what the grammar of one sequence forces, once that is compiled.
+
+    Args:
+        compiled: the grammar, with what finds that.
+        prompt_length: of the sequence.
+    """
+
+    def __init__(self, compiled: Future[_Compiled], prompt_length: int) -> None:
+        self._compiled = compiled
+        self._known = prompt_length
+        self._own: ForcedText | None = None
+
+    def guess(self, token_ids: Ids[int], count: int, others: Ids[int]) -> tuple[Ids[int], int]:
+        """As `ForcedTokens.guess`."""
+        if self._own is None:
+            shared = self._compiled.result().forced
+            if shared is None:
+                return (), 0
+            self._own = shared.copy()
+        new_ids, self._known = token_ids[self._known :], len(token_ids)
+        return self._own.guess(new_ids, count, others)
 
 
 class GrammarProgress:
@@ -237,16 +282,16 @@ class _SequenceState:
 
     Attributes:
         is_plain: whether each of its draws differs from the one before only in its position.
-        matcher: at the beginning of its grammar, when that is compiled; shared.
+        compiled: its grammar, when that is compiled; shared.
         counts: the tokens that penalties look at.
         progress: where it stands in its grammar.
     """
 
-    __slots__ = ("_input", "_params", "_token_ids", "counts", "is_plain", "matcher", "progress")
+    __slots__ = ("_input", "_params", "_token_ids", "compiled", "counts", "is_plain", "progress")
 
     def __init__(self, sequence: Sequence) -> None:
         self.is_plain = sequence.sampling.is_plain
-        self.matcher: Future[Matcher] | None = None
+        self.compiled: Future[_Compiled] | None = None
         self.counts: TokenCounts | None = None
         self.progress: GrammarProgress | None = None
         self._params = _plain_sampling(sequence, 0)

@@ -72,13 +72,16 @@ def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Pat
         _cannot_start(str(error), report)
     plan = loaded.plan
     pool = BlockPool(plan.num_blocks, plan.block_size, prefix_caching=settings.enable_prefix_caching)
+    speculation = None
+    if loaded.executor.checks_guesses:
+        speculation = Speculation.of(settings.speculative_config, settings.max_num_seqs, plan.max_model_len)
     scheduler = Scheduler(
         pool,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=plan.max_model_len,
         rope_limit=loaded.runner.rope_limit,
-        speculation=Speculation.of(settings.speculative_config, settings.max_num_seqs, plan.max_model_len),
+        speculation=speculation,
     )
     ready = Ready(
         max_model_len=plan.max_model_len,
@@ -91,7 +94,7 @@ def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Pat
         cache_dtype=settings.kv_cache_dtype,
     )
     # At the start, because with a large vocabulary it takes a second in which no step could run.
-    runner: StepRunner = PlanRunner(loaded.runner, _grammar_compiler(folder))
+    runner: StepRunner = PlanRunner(loaded.runner, _grammar_compiler(folder), guess_forced=speculation is not None)
     if settings.profile_steps is not None:
         runner = ProfiledRunner(
             run=runner, parts=loaded.runner, steps=settings.profile_steps, folder=settings.profile_dir

@@ -24,11 +24,13 @@ class Proposal(NamedTuple):
         token_ids: the tokens, in order.
         matched: how many of the last tokens occurred before, where these followed them.
         recent: whether that was in a recent answer; else in the sequence itself.
+        forced: how many of the first spell text that a grammar forces, whatever occurred before.
     """
 
     token_ids: Sequence[int]
     matched: int
     recent: bool = False
+    forced: int = 0
 
 
 NO_PROPOSAL = Proposal((), 0)

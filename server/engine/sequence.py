@@ -9,6 +9,7 @@ from typing import Self
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.server.engine.acceptance import Acceptance
 from persimmon.server.engine.blocks import ROOT_HASH, hash_block
+from persimmon.server.engine.grammar_proposer import ForcedTokens
 from persimmon.server.engine.messages import Pooling, PromptSpan
 from persimmon.server.engine.proposers import Proposer
 from persimmon.server.engine.shares import NO_SHARE, Share
@@ -42,6 +43,7 @@ class Sequence:
             under way.
         num_pending: tokens that the steps under way will draw, not known yet; of those at guesses some may not count.
         speculate: whether its next tokens may be guessed.
+        forced: finds what its grammar forces; None where nothing does.
         proposer: guesses them; None where nothing does.
         acceptance: how often the guesses are right; None where that does not count.
         row: of such a token, the place among all that its step samples.
@@ -79,6 +81,7 @@ class Sequence:
     num_computed: int = 0
     num_pending: int = 0
     speculate: bool = True
+    forced: ForcedTokens | None = None
     proposer: Proposer | None = None
     acceptance: Acceptance | None = None
     row: int = 0

@@ -8,7 +8,12 @@ from tests.end_to_end.serving import serving
 
 CONFIG = json.dumps({"method": "ngram", "num_speculative_tokens": 6, "prompt_lookup_max": 3, "prompt_lookup_min": 1})
 CHAT = "human: What does galaxy mean?\n\nadept: a galaxy is a galaxy of galaxies of a galaxy of galaxies"
-SCHEMA = {"type": "array", "items": {"enum": ["plum", "fig"]}, "minItems": 3, "maxItems": 9}
+SCHEMA = {
+    "type": "array",
+    "items": {"type": "object", "properties": {"fruit": {"enum": ["plum", "fig"]}}, "required": ["fruit"]},
+    "minItems": 2,
+    "maxItems": 4,
+}
 
 BODIES = [
     {"prompt": CHAT, "temperature": 0, "max_tokens": 60, "ignore_eos": True, "logprobs": 2},

@@ -15,6 +15,7 @@ from persimmon.model.grammar import GrammarCompiler, GrammarError, GrammarSpec
 from persimmon.model.persimmon import Persimmon
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.tokenizer import Tokenizer
+from persimmon.server.engine.guesses import Speculation
 from persimmon.server.engine.messages import PromptSpan
 from persimmon.server.engine.plan_runner import COMPILED_GRAMMARS, GrammarProgress, PlanRunner
 from persimmon.server.engine.sequence import Sequence
@@ -213,7 +214,7 @@ def test_a_sequence_whose_grammar_gives_up_fails_alone_and_the_grammar_is_compil
 def test_nothing_of_a_sequence_is_kept_after_its_end(
     model: Persimmon, tokenizer: Tokenizer, config: PersimmonConfig, grammars: GrammarCompiler
 ) -> None:
-    harness = Harness(model, num_blocks=60, grammars=grammars)
+    harness = Harness(model, num_blocks=60, grammars=grammars, speculation=Speculation(), guess_forced=True)
     sequence = constrained(tokenizer, config, 1, GrammarSpec("regex", "a{4}"), forks=2, frequency_penalty=0.1)
     left = [weakref.ref(own) for own in sequence.family]
     harness.run([sequence])
