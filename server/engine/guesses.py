@@ -38,16 +38,18 @@ class Speculation:
     memory: GuessMemory | None = None
 
     @classmethod
-    def of(cls, config: SpeculativeConfig | None, max_num_seqs: int, max_model_len: int) -> "Speculation":
-        """What a configuration asks for; without one, what grammars force is guessed, as far as it pays.
+    def of(cls, config: SpeculativeConfig | None, max_num_seqs: int, max_model_len: int) -> "Speculation | None":
+        """What a configuration asks for; None for no guesses.
 
         Args:
-            config: of --speculative-config.
+            config: how tokens are guessed; None for only what grammars force, as far as it pays.
             max_num_seqs: sequences that run at once, at most.
             max_model_len: tokens of one, at most.
         """
         if config is None:
             return cls(adaptive=True)
+        if config.method == "off":
+            return None
         if config.method == "ngram":
             shortest, longest = config.lookup
             lookup = Lookup(config.max_guesses, shortest, longest)

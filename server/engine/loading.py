@@ -38,19 +38,27 @@ from persimmon.progress import progress_bar
 from persimmon.server.engine.guess_memory import guess_bytes
 from persimmon.server.memory_need import still_to_be_taken
 from persimmon.server.settings.engine import EngineSettings
+from persimmon.server.settings.speculation import SpeculativeConfig
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A runner that has run once, and what it runs on; `weights` is how they are quantized, for people."""
+    """A runner that has run once, and what it runs on.
+
+    Attributes:
+        runner, plan, dtype, executor: of the model.
+        weights: how they are quantized, for people.
+        speculation: how next tokens are guessed; None for only what grammars force.
+    """
 
     runner: Runner
     plan: MemoryPlan
     dtype: torch.dtype
     executor: Executor
     weights: str
+    speculation: SpeculativeConfig | None
 
 
 def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str], None]) -> LoadedModel:
@@ -83,7 +91,7 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
     )
     cache_dtypes = choose_cache_dtypes(settings.kv_cache_dtype, operations.cache_dtypes(dtype), device)
     executor = executor_for(operations, device, _graph_sizes(settings, config))
-    check_speculation(settings, executor)
+    speculation = choose_speculation(settings, config, executor)
     longest = settings.max_model_len or config.context_length
     with _phase("checkpoint", print_line):
         checkpoint = Checkpoint.open(folder, config) if settings.load_format == "auto" else None
@@ -102,7 +110,8 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
     for name, kept in (stored | formats).items():
         stored[name] = kept if isinstance(kept, QuantizedFormat) else operations.stored_dtype(kept, dtype)
     quantized = any(isinstance(form, QuantizedFormat) for form in stored.values())
-    guesses = guess_bytes(settings.max_num_seqs, longest) if settings.speculative_config is not None else 0
+    looks_up = speculation is not None and speculation.method != "off"
+    guesses = guess_bytes(settings.max_num_seqs, longest) if looks_up else 0
     reserved = still_to_be_taken(config, settings.api_workers, settings.max_body_size) + guesses
     left = available_memory(device, settings.gpu_memory_utilization, reserved)
     plan = plan_memory(
@@ -169,7 +178,9 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
     with _phase("warm-up", print_line):
         for batch in warm_up_steps(plan, settings, config, compiles=executor.compiles):
             runner.run(batch)
-    return LoadedModel(runner=runner, plan=plan, dtype=dtype, executor=executor, weights=weights)
+    return LoadedModel(
+        runner=runner, plan=plan, dtype=dtype, executor=executor, weights=weights, speculation=speculation
+    )
 
 
 def check_batch_invariance(settings: EngineSettings, config: PersimmonConfig, device: torch.device) -> None:
@@ -215,17 +226,28 @@ def embedding_in_file(
     return table
 
 
-def check_speculation(settings: EngineSettings, executor: Executor) -> None:
-    """Makes sure that guesses are checked on this device where --speculative-config asks for them.
+def choose_speculation(
+    settings: EngineSettings, config: PersimmonConfig, executor: Executor
+) -> SpeculativeConfig | None:
+    """How next tokens are guessed; None for only what grammars force.
+
+    Without --speculative-config as many as pay, where the next step waits for the one before it anyway.
 
     Raises:
-        KernelsUnavailableError: they are not.
+        KernelsUnavailableError: it asks for guesses that are not checked on this device.
     """
-    if settings.speculative_config is not None and not executor.checks_guesses:
+    asked = settings.speculative_config
+    if asked is None:
+        if not executor.checks_guesses:
+            return SpeculativeConfig(method="off")
+        overlaps = executor.overlaps or settings.async_scheduling == "on"
+        return None if overlaps or not config.generates else SpeculativeConfig(method="auto")
+    if asked.method != "off" and not executor.checks_guesses:
         raise kernels.KernelsUnavailableError(
-            f"--speculative-config asks for guesses ({settings.speculative_config.method}), which are not supported on "
-            f"a GPU yet: leave it out, or hide the GPU with CUDA_VISIBLE_DEVICES="
+            f"--speculative-config asks for guesses ({asked.method}), which are not supported on a GPU yet: leave it "
+            f"out, or hide the GPU with CUDA_VISIBLE_DEVICES="
         )
+    return asked
 
 
 def _graph_sizes(settings: EngineSettings, config: PersimmonConfig) -> list[int]:

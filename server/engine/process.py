@@ -72,9 +72,7 @@ def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Pat
         _cannot_start(str(error), report)
     plan = loaded.plan
     pool = BlockPool(plan.num_blocks, plan.block_size, prefix_caching=settings.enable_prefix_caching)
-    speculation = None
-    if loaded.executor.checks_guesses:
-        speculation = Speculation.of(settings.speculative_config, settings.max_num_seqs, plan.max_model_len)
+    speculation = Speculation.of(loaded.speculation, settings.max_num_seqs, plan.max_model_len)
     scheduler = Scheduler(
         pool,
         max_num_seqs=settings.max_num_seqs,

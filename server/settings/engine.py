@@ -126,12 +126,12 @@ class EngineSettings(LogSettings):
     speculative_config: SpeculativeConfig | None = setting(
         None,
         "Guess the tokens that come next and check several in one step (speculative decoding); answers stay the same, "
-        "token for token. JSON in vLLM's spelling: method is ngram (the last prompt_lookup_max to prompt_lookup_min "
-        "tokens are looked for in prompt and answer), suffix (as many as occurred before, up to 32, also "
-        "in recent answers to the same API key) or auto (suffix, with only as many guesses as pay); "
-        "num_speculative_tokens is the maximum number of guesses of a sequence in a step, 16 by default with auto. "
-        "Faster where answers repeat their prompts, themselves or each other; with ngram and suffix slower where "
-        "guesses are wrong. Not yet on a GPU. Default: no guesses.",
+        "token for token. auto: as many guesses as pay. off: none. Or JSON in vLLM's spelling: method is ngram (the "
+        "last prompt_lookup_max to prompt_lookup_min tokens are looked for in prompt and answer), suffix (as many as "
+        "occurred before, up to 32, also in recent answers to the same API key) or auto (suffix, with only as many "
+        "guesses as pay); num_speculative_tokens is the maximum number of guesses of a sequence in a step, 16 by "
+        "default with auto. Faster where answers repeat their prompts, themselves or each other; with ngram and suffix "
+        "slower where guesses are wrong. Not yet on a GPU. Default: auto on a CPU, unless --async-scheduling is on.",
         "engine",
         "JSON",
     )

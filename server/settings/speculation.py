@@ -1,4 +1,4 @@
-"""How next tokens are guessed: the JSON of --speculative-config, in vLLM's spelling."""
+"""How next tokens are guessed: what --speculative-config gives, auto, off, or JSON in vLLM's spelling."""
 
 import json
 from typing import Any, Literal, Self
@@ -17,22 +17,22 @@ class SpeculativeConfig(BaseModel):
 
     Attributes:
         method: ngram looks for the last tokens in prompt and answer, suffix for as many of them as occurred before, up
-            to 32, and auto too, with as many guesses as pay.
-        num_speculative_tokens: maximum guesses of a sequence in a step; only with auto it may be left out.
+            to 32, and auto too, with as many guesses as pay; with off nothing is guessed.
+        num_speculative_tokens: maximum guesses of a sequence in a step; only with auto and off it may be left out.
         prompt_lookup_max: with ngram, the number of last tokens to look for.
         prompt_lookup_min: with ngram, the number that must have occurred before.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    method: Literal["ngram", "suffix", "auto"]
+    method: Literal["ngram", "suffix", "auto", "off"]
     num_speculative_tokens: int | None = Field(default=None, ge=1, le=64)
     prompt_lookup_max: int | None = Field(default=None, ge=1, le=64)
     prompt_lookup_min: int | None = Field(default=None, ge=1, le=64)
 
     @model_validator(mode="after")
     def _number(self) -> Self:
-        if self.num_speculative_tokens is None and self.method != "auto":
+        if self.num_speculative_tokens is None and self.method not in ("auto", "off"):
             raise ValueError("num_speculative_tokens is missing")
         return self
 
@@ -59,16 +59,18 @@ class SpeculativeConfig(BaseModel):
 
     @classmethod
     def from_json(cls, text: str) -> "SpeculativeConfig":
-        """Reads what --speculative-config gives.
+        """Reads what --speculative-config gives: JSON, or the name of a method that needs no more.
 
         Raises:
             ValueError: a sentence that says what is wrong and what is allowed.
         """
         example = '{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}'
+        if text in ("auto", "off"):
+            return cls.model_validate({"method": text})
         try:
             given: Any = json.loads(text)
         except ValueError:
-            raise ValueError(f"expected JSON, for example {example}") from None
+            raise ValueError(f"expected auto, off or JSON, for example {example}") from None
         if not isinstance(given, dict):
             raise ValueError(f"expected an object, for example {example}")
         try:

@@ -114,6 +114,7 @@ def test_how_many_guesses_pay_may_be_left_to_the_server():
     config = read_settings({"speculative_config": '{"method": "auto"}'}).speculative_config
     assert config is not None
     assert config.max_guesses == DEFAULT_MAX_GUESSES
+    assert read_settings({"speculative_config": "auto"}).speculative_config == config
 
 
 @pytest.mark.parametrize(
@@ -129,10 +130,10 @@ def test_an_n_that_is_not_given_is_vllms(given, lookup):
 @pytest.mark.parametrize(
     ("asked", "refusal"),
     [
-        ("ngram", "expected JSON, for example {"),
+        ("ngram", "expected auto, off or JSON, for example {"),
         ("[5]", "expected an object"),
         ('{"method": "ngram"}', "num_speculative_tokens is missing"),
-        ('{"method": "eagle", "num_speculative_tokens": 5}', "method is \"eagle\"; expected 'ngram', 'suffix' or"),
+        ('{"method": "eagle", "num_speculative_tokens": 5}', "method is \"eagle\"; expected 'ngram', 'suffix', "),
         ('{"method": "ngram", "num_speculative_tokens": 0}', "num_speculative_tokens is 0; expected greater than or"),
         ('{"method": "ngram", "num_speculative_tokens": "5"}', 'num_speculative_tokens is "5"; expected integer'),
         (
@@ -161,6 +162,7 @@ def test_steps_with_guesses_do_not_overlap():
     asked = {"speculative_config": '{"method": "suffix", "num_speculative_tokens": 5}', "async_scheduling": "on"}
     with pytest.raises(SettingsError, match=r"--speculative-config and --async-scheduling on exclude each other"):
         read_settings(asked)
+    read_settings(asked | {"speculative_config": "off"})
 
 
 def test_add_bos_follows_the_checkpoint_by_default():

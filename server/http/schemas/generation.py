@@ -109,8 +109,8 @@ class GenerationRequest(TruncatingRequest):
     )
     speculate: bool = Field(
         True,
-        description="Whether next tokens may be guessed, if the server has a --speculative-config. The tokens are the "
-        "same either way.",
+        description="Whether next tokens may be guessed, if the server does so (--speculative-config). The tokens are "
+        "the same either way.",
     )
     stream: bool = Field(False, description="Stream the answer as server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="Only allowed with stream.")

@@ -18,15 +18,17 @@ from persimmon.model.fused_executor import FusedExecutor
 from persimmon.model.rope_scaling import RopeScaling
 from persimmon.model.runner import PooledStates
 from persimmon.server.config import read_settings
+from persimmon.server.engine.guesses import Speculation
 from persimmon.server.engine.loading import (
     _graph_sizes,
     _limits,
     check_batch_invariance,
-    check_speculation,
     choose_cache_dtypes,
+    choose_speculation,
     load_model,
     warm_up_steps,
 )
+from persimmon.server.settings.speculation import SpeculativeConfig
 from tests.model.checkpoints import make_checkpoint
 
 CPU = torch.device("cpu")
@@ -103,9 +105,20 @@ def test_guesses_are_refused_on_a_gpu() -> None:
     asked = read_settings({"speculative_config": '{"method": "suffix", "num_speculative_tokens": 4}'})
     gpu = object.__new__(FusedExecutor)
     with pytest.raises(kernels.KernelsUnavailableError, match=r"--speculative-config .*\(suffix\).* on a GPU yet"):
-        check_speculation(asked, gpu)
-    check_speculation(read_settings({}), gpu)
-    check_speculation(asked, executor_for(kernels.for_device(CPU), CPU))
+        choose_speculation(asked, GENERATOR, gpu)
+    assert choose_speculation(asked, GENERATOR, executor_for(kernels.for_device(CPU), CPU)) == asked.speculative_config
+
+
+def test_a_cpu_makes_as_many_guesses_as_pay_unless_it_is_asked_otherwise() -> None:
+    cpu, gpu = executor_for(kernels.for_device(CPU), CPU), object.__new__(FusedExecutor)
+    chosen = choose_speculation(read_settings({}), GENERATOR, cpu)
+    assert chosen == SpeculativeConfig(method="auto")
+    off = SpeculativeConfig(method="off")
+    assert choose_speculation(read_settings({"speculative_config": "off"}), GENERATOR, cpu) == off
+    assert choose_speculation(read_settings({}), GENERATOR, gpu) == off
+    assert Speculation.of(off, 8, 512) is None
+    only_of_grammars = [(read_settings({}), CLASSIFIER), (read_settings({"async_scheduling": "on"}), GENERATOR)]
+    assert [choose_speculation(*asked, cpu) for asked in only_of_grammars] == [None, None]
 
 
 class TestTheCacheType:
