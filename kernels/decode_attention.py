@@ -1,6 +1,6 @@
 """Decode attention: QK-norm, rotary, cache write and split-KV attention over pages, in one launch a layer.
 
-Knows one new token a sequence and the paged cache of one layer; knows nothing of prompts, projections or scheduling.
+Knows rows of one new token each and the paged cache of one layer; knows nothing of prompts, projections or scheduling.
 Shapes use B for decoding sequences, H for heads, D for head_dim, R for rotary dimensions, N for blocks in the cache,
 S for tokens in a block and W for the width of a block table.
 """
@@ -51,6 +51,10 @@ _PROGRAMS_PER_SM = {
 _MAX_TILE = 32
 # Where a running maximum starts: below any score, and finite, because -inf - -inf is NaN.
 _LOWEST = tl.constexpr(-1e30)
+# What a launch does of its rows: all of it, only store their keys and values, or all but that.
+_WHOLE = 0
+_STORE = tl.constexpr(1)
+_ATTEND = tl.constexpr(2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +147,8 @@ def _merge_splits(
     return output / total
 
 
-@triton.jit(do_not_specialize=["table_width"])
+# One binary does every part, because a row's bits must not depend on which launches compute it.
+@triton.jit(do_not_specialize=["table_width", "part"])
 def _decode_attention(
     out,
     qkv,
@@ -168,6 +173,7 @@ def _decode_attention(
     eps,
     score_scale,
     table_width,
+    part,
     H: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
@@ -182,6 +188,8 @@ def _decode_attention(
 ):
     """Programs take turns at the (item, head) pairs: see `decode_attention`.
 
+    Where rows are only stored, `num_items` counts rows, and the item of each is its last split.
+
     The softmax state is kept for every row of the tile by itself, TILE states instead of one: no iteration then
     needs a reduction across warps, and they are merged once at the end of the split.
     """
@@ -192,15 +200,17 @@ def _decode_attention(
     dim = tl.arange(0, D)
     in_tile = slot[:, None] * D + dim[None, :]
     nothing = tl.zeros([TILE, D], k_cache.dtype.element_ty)
+    stores_only = part == _STORE
     num_work = tl.load(num_items) * H
     for work in tl.range(tl.program_id(0), num_work, tl.num_programs(0), disable_licm=True):
         item, head = work // H, work % H
-        sequence = tl.load(item_sequences + item)
-        split = tl.load(item_splits + item)
+        sequence = tl.where(stores_only, item, tl.load(item_sequences + item))
         length = tl.load(lengths + sequence)
+        # A row of padding is in no item, and is only passed over where rows are stored.
+        position = tl.maximum(length - 1, 0)
+        split = tl.where(stores_only, position // SPLIT, tl.load(item_splits + item))
         table = block_tables + sequence * table_width
         token = sequence.to(tl.int64) * H + head
-        position = length - 1
         angles = (sequence if BY_ROW else position) * HALF
         rows = _query_key_value(
             qkv + token * (3 * D), norm_weight, norm_bias, eps, cos + angles, sin + angles, D, HALF, HAS_NORM
@@ -211,20 +221,21 @@ def _decode_attention(
         totals = tl.zeros([TILE], tl.float32)
         outputs = tl.zeros([TILE, D], tl.float32)
         begin = split * SPLIT
-        end = tl.minimum(begin + SPLIT, position)
+        end = tl.where(stores_only, begin, tl.minimum(begin + SPLIT, position))
         if position < begin + SPLIT:
             # The new token is this split's: its row of the tile starts from it, and it goes into the cache.
+            stores = (length > 0) & (part != _ATTEND)
             row = cache_row(tl.load(table + position // S), head, position % S, H, S)
             which = tl.arange(0, 4)
             if cache_scales is not None:
                 bits = scale_bits(tl.max(magnitude_bits(rows), 1))
                 pair = tl.sum(tl.where(which == 1, bits, tl.where(which == 2, bits << 16, 0)), 0)
-                tl.store(cache_scales + row, pair)
+                tl.store(cache_scales + row, pair, mask=stores)
                 rows = scaled_to_int8(rows, key_scale(bits)[:, None])
             stored = narrowed(rows, k_cache.dtype.element_ty)
             place = tl.broadcast_to(dim[None, :], [4, D]) + row * D
-            tl.store(k_cache + place, stored, mask=which[:, None] == 1)
-            tl.store(v_cache + place, stored, mask=which[:, None] == 2)
+            tl.store(k_cache + place, stored, mask=stores & (which[:, None] == 1))
+            tl.store(v_cache + place, stored, mask=stores & (which[:, None] == 2))
             flat = tl.reshape(stored.to(tl.float32), [4 * D])
             k, v = tl.gather(flat, D + dim, 0), tl.gather(flat, 2 * D + dim, 0)
             own = slot == position % TILE
@@ -250,25 +261,25 @@ def _decode_attention(
             # Not `live`, which would stay in registers from the load, some iterations ago, until here.
             scores = tl.where(slot + start < end, scores, float("-inf"))
             maxima, totals, outputs = _add(maxima, totals, outputs, scores, 1.0, v.to(tl.float32), own_scales)
-        maximum, total, output = _merge(maxima, totals, outputs)
-
-        splits = tl.cdiv(length, SPLIT)
-        target = out + token * D + dim
-        if splits == 1:
-            tl.store(target, (output / total).to(out.dtype.element_ty))
-        else:
-            first_row = tl.load(first_splits + sequence).to(tl.int64) * H + head * splits
-            row = first_row + split
-            tl.store(partial_outputs + row * D + dim, output)
-            tl.store(partial_maxima + row, maximum)
-            tl.store(partial_totals + row, total)
-            # All of this program's threads have stored before one of them counts the arrival.
-            tl.debug_barrier()
-            arrived = tl.atomic_add(arrivals + token, 1, sem="acq_rel", scope="gpu")
-            if arrived == splits - 1:
-                merged = _merge_splits(partial_outputs, partial_maxima, partial_totals, first_row, splits, D, TILE)
-                tl.store(target, merged.to(out.dtype.element_ty))
-                tl.store(arrivals + token, 0)
+        if part != _STORE:
+            maximum, total, output = _merge(maxima, totals, outputs)
+            splits = tl.cdiv(length, SPLIT)
+            target = out + token * D + dim
+            if splits == 1:
+                tl.store(target, (output / total).to(out.dtype.element_ty))
+            else:
+                first_row = tl.load(first_splits + sequence).to(tl.int64) * H + head * splits
+                row = first_row + split
+                tl.store(partial_outputs + row * D + dim, output)
+                tl.store(partial_maxima + row, maximum)
+                tl.store(partial_totals + row, total)
+                # All of this program's threads have stored before one of them counts the arrival.
+                tl.debug_barrier()
+                arrived = tl.atomic_add(arrivals + token, 1, sem="acq_rel", scope="gpu")
+                if arrived == splits - 1:
+                    merged = _merge_splits(partial_outputs, partial_maxima, partial_totals, first_row, splits, D, TILE)
+                    tl.store(target, merged.to(out.dtype.element_ty))
+                    tl.store(arrivals + token, 0)
     if ahead is not None:
         idle = tl.program_id(0) - num_work
         if idle >= 0:
@@ -291,9 +302,13 @@ def decode_attention(
     config: DecodeConfig = DecodeConfig(),
     angles_by_row: bool = False,
     ahead: torch.Tensor | None = None,
+    shared: bool = False,
     pdl: bool = False,
 ) -> torch.Tensor:
-    """Attention of one new token a sequence over its cached tokens and itself.
+    """Attention of one new token a row over the cached tokens of its sequence and itself.
+
+    A row is a sequence; or, with `shared`, one of several tokens in a row of a sequence, each of which attends to those
+    before it.  A launch of its own then stores the keys and values of all rows first.
 
     q and k become rotary(LayerNorm(.)) in float32; k and v are rounded to the cache's dtype and written to their
     page, in int8 with their scales; then softmax(q k^T / sqrt(D)) v, of what was rounded.  Splits are attended to by
@@ -303,7 +318,9 @@ def decode_attention(
 
     Bytes, for each head of a sequence of L tokens in n splits, with elements of e bytes in qkv and c in the cache:
     2 * D * c * (L - 1) of K and V, with int8 another 4 * (L - 1) of scales, and n * 3 * D * e of qkv are read,
-    D * (e + 2 * c) written; where n > 1, another 4 * (D + 2) * n are written and read, which the L2 cache holds.
+    D * (e + 2 * c) written; where n > 1, another 4 * (D + 2) * n are written and read, which the L2 cache holds.  With
+    `shared` qkv is read once more.  Rows of one sequence read the same K and V at about the same time, so all but the
+    first of them find most of it in the L2 cache.
 
     Args:
         qkv: [B, H, 3, D], the fused projection as it comes: per head its query, key and value.
@@ -319,6 +336,7 @@ def decode_attention(
         angles_by_row: whether `cos` and `sin` have a row for each sequence instead of each position.
         ahead: contiguous, the weight that the next launch reads.  A few sequences occupy a part of the programs and
             leave memory idle; the other programs bring up to `AHEAD_BYTES` of it into the L2 cache.
+        shared: whether rows may be of one sequence: then their block tables are equal and their lengths differ.
         pdl: launched so that it may start while its predecessor ends.
 
     Returns:
@@ -332,37 +350,45 @@ def decode_attention(
     most_work = num_sequences * workspace.max_splits * num_heads
     programs_per_sm = config.programs_per_sm or _PROGRAMS_PER_SM[cache.keys.dtype]
     grid = (min(num_sms(qkv.device) * programs_per_sm, most_work),)
-    _decode_attention[grid](
-        out,
-        qkv,
-        norm_weight if has_norm else qkv,
-        norm_bias if has_norm else qkv,
-        cos,
-        sin,
-        cache.keys,
-        cache.values,
-        scale_pairs(cache),
-        lengths,
-        block_tables,
-        *workspace.tensors,
-        ahead,
-        eps,
-        math.log2(math.e) / math.sqrt(head_dim),
-        block_tables.shape[1],
-        H=num_heads,
-        D=head_dim,
-        HALF=cos.shape[1],
-        S=cache.block_size,
-        TILE=min(cache.block_size, _MAX_TILE),
-        SPLIT=SPLIT_TOKENS,
-        HAS_NORM=has_norm,
-        BY_ROW=angles_by_row,
-        AHEAD_LINES=0 if ahead is None else min(AHEAD_BYTES, ahead.nbytes) // LINE_BYTES,
-        STAGES=config.stages,
-        PDL=pdl,
-        num_warps=config.warps,
-        **launch_options(pdl),
-    )
+    parts = [(_WHOLE, grid, workspace.num_items)]
+    if shared:
+        # Rows of one sequence are stored before any of them attends: programs of one launch do not wait for each other.
+        rows = (num_sequences * num_heads,)
+        parts = [(_STORE.value, rows, workspace.num_rows), (_ATTEND.value, grid, workspace.num_items)]
+    for part, programs, num_items in parts:
+        _decode_attention[programs](
+            out,
+            qkv,
+            norm_weight if has_norm else qkv,
+            norm_bias if has_norm else qkv,
+            cos,
+            sin,
+            cache.keys,
+            cache.values,
+            scale_pairs(cache),
+            lengths,
+            block_tables,
+            num_items,
+            *workspace.tensors[1:],
+            ahead,
+            eps,
+            math.log2(math.e) / math.sqrt(head_dim),
+            block_tables.shape[1],
+            part,
+            H=num_heads,
+            D=head_dim,
+            HALF=cos.shape[1],
+            S=cache.block_size,
+            TILE=min(cache.block_size, _MAX_TILE),
+            SPLIT=SPLIT_TOKENS,
+            HAS_NORM=has_norm,
+            BY_ROW=angles_by_row,
+            AHEAD_LINES=0 if ahead is None else min(AHEAD_BYTES, ahead.nbytes) // LINE_BYTES,
+            STAGES=config.stages,
+            PDL=pdl,
+            num_warps=config.warps,
+            **launch_options(pdl),
+        )
     return out
 
 

@@ -74,12 +74,14 @@ class FusedPlan:
         lengths: [B] int32, context of each single token, itself included; 0 for padding.
         block_tables: [B, W] int32, of the sequences with one token.
         chunks: all others; or every token of the step, those without a chunk having no slot.
+        shared: whether single tokens may be of one sequence, one after the other, as its last known token and guesses.
     """
 
     live: torch.Tensor
     lengths: torch.Tensor
     block_tables: torch.Tensor
     chunks: ChunkPlan | None = None
+    shared: bool = False
 
 
 class FusedKernels:
@@ -188,12 +190,18 @@ class FusedKernels:
         return self.plan_decode(packed[:1], packed[4 : 4 + decodes], packed[tables_at:].view(decodes, width), chunks)
 
     def plan_decode(
-        self, live: torch.Tensor, lengths: torch.Tensor, block_tables: torch.Tensor, chunks: ChunkPlan | None = None
+        self,
+        live: torch.Tensor,
+        lengths: torch.Tensor,
+        block_tables: torch.Tensor,
+        chunks: ChunkPlan | None = None,
+        *,
+        shared: bool = False,
     ) -> FusedPlan:
         """A plan from what is on the device already; launches the kernel that makes the step's work list."""
         if len(lengths):
             build_work_list(lengths, self._workspaces.decode, pdl=self.pdl)
-        return FusedPlan(live=live, lengths=lengths, block_tables=block_tables, chunks=chunks)
+        return FusedPlan(live=live, lengths=lengths, block_tables=block_tables, chunks=chunks, shared=shared)
 
     def rotary_at(self, table: Rotary, plan: FusedPlan) -> Rotary:
         """The whole table: kernels look their tokens' positions up themselves."""
@@ -257,6 +265,7 @@ class FusedKernels:
                 out=out[:decodes],
                 angles_by_row=rotary.by_token,
                 ahead=None if ahead is None or plan.chunks is not None else numbers_of(ahead.weight),
+                shared=plan.shared,
                 pdl=self.pdl,
             )
         if plan.chunks is not None:

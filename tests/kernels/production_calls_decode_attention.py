@@ -29,6 +29,7 @@ def decode(
     cache_dtype: torch.dtype | None = None,
     *,
     normed: bool = True,
+    shared: bool = False,
     pdl: bool = False,
 ) -> None:
     norm = torch.empty(2, DIM, dtype=torch.float32, device=META) if normed else None
@@ -46,6 +47,7 @@ def decode(
         torch.empty(SEQUENCES, MAX_LENGTH // block_size, dtype=torch.int32, device=META),
         workspace(),
         ahead=torch.empty(width, width, dtype=dtype, device=META),
+        shared=shared,
         pdl=pdl,
     )
 
@@ -62,6 +64,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "decode, int8, bfloat16": partial(decode, 32, torch.bfloat16, torch.int8),
     "decode, fp8": partial(decode, 32, torch.float16, torch.float8_e4m3fn),
     "decode, fp8, bfloat16": partial(decode, 32, torch.bfloat16, torch.float8_e4m3fn),
+    "decode, guesses": partial(decode, 32, torch.float16, shared=True),
     "decode, dependent": partial(decode, 32, torch.float16, pdl=True),
 }
 # Pages arrive in 16-byte asynchronous copies, or 8-byte ones where a block's tile is 1 KiB, and scales in 4-byte ones;
@@ -75,4 +78,6 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     for name in CALLS
 }
 EVERY_GENERATION = {"decode, blocks of 32", "decode, int8"}
-EXHAUSTIVE_ONLY = set(CALLS) - EVERY_GENERATION - {"decode, blocks of 16", "decode, dependent", "decode, fp8"}
+EXHAUSTIVE_ONLY = (
+    set(CALLS) - EVERY_GENERATION - {"decode, blocks of 16", "decode, guesses", "decode, dependent", "decode, fp8"}
+)

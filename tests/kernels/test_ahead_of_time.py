@@ -91,6 +91,12 @@ def test_statistics_are_summed_in_one_order_for_every_number_of_rows(matrix: Mat
     assert lint.reduction_layouts({**matrix, (90, "projection", "attention_out_fp16_64"): [other]}) != []
 
 
+def test_guesses_are_computed_by_the_very_code_of_decodes(matrix: Matrix) -> None:
+    [with_guesses] = matrix[90, "decode_attention", "decode, guesses"]
+    [decode] = matrix[90, "decode_attention", "decode, blocks of 32"]
+    assert with_guesses.ptx == decode.ptx
+
+
 MAX_INSTRUCTIONS = 60
 """Before the first request of a weight: a longer prologue leaves memory idle in each of a step's 144 projections."""
 

@@ -54,34 +54,42 @@ class Step:
         rotary_dim: int | None = None,
         normed: bool = True,
         seed: int = 0,
+        tokens: list[int] | None = None,
     ) -> "Step":
-        """Sequences over shuffled blocks; whatever belongs to no sequence is NaN, and tables end in nonsense."""
+        """Sequences over shuffled blocks; whatever belongs to no sequence is NaN, and tables end in nonsense.
+
+        A sequence has one new token, or several, each of which is a row; `lengths` are those up to the first of them.
+        """
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=generator).to(dtype)
 
-        width = max(1, *(-(-length // block_size) for length in lengths)) + 1
-        num_blocks = sum(-(-length // block_size) for length in lengths) + 3
+        counts = tokens or [1] * len(lengths)
+        pages = [-(-(length + count - 1) // block_size) for length, count in zip(lengths, counts, strict=True)]
+        width = max(1, *pages) + 1
+        num_blocks = sum(pages) + 3
         free = list(range(num_blocks))
         random.Random(seed).shuffle(free)
         guarded = empty_layer((num_blocks + 2, heads, block_size, dim), cache_dtype or dtype)
         tables = torch.full((len(lengths), width), -(2**30), dtype=torch.int32)
-        qkv = normal(len(lengths), heads, 3, dim)
+        qkv = normal(sum(counts), heads, 3, dim)
         for sequence, length in enumerate(lengths):
             if length == 0:
-                qkv[sequence] = NAN
-            for page in range(-(-length // block_size)):
+                qkv[sum(counts[:sequence])] = NAN
+            for page in range(pages[sequence]):
                 block = free.pop()
                 tables[sequence, page] = block
-                # The new token's own row stays NaN: the step is what writes it.
-                cached = min(block_size, length - 1 - page * block_size)
+                # The new tokens' own rows stay NaN: the step is what writes them.
+                cached = max(0, min(block_size, length - 1 - page * block_size))
                 rows = ((block + 1) * heads + torch.arange(heads)[:, None]) * block_size + torch.arange(cached)
                 store_rows(guarded, rows.reshape(-1), normal(heads * cached, dim), normal(heads * cached, dim))
         half = (rotary_dim if rotary_dim is not None else dim // 2) // 2
-        angles = torch.rand(max(*lengths, 1), half, generator=generator) * 6
+        by_row = [length + place for length, count in zip(lengths, counts, strict=True) for place in range(count)]
+        angles = torch.rand(max(*by_row, 1), half, generator=generator) * 6
         norm = (normal(2, dim) * 0.3 + 1, normal(2, dim)) if normed else (None, None)
-        lengths_tensor = torch.tensor(lengths, dtype=torch.int32)
+        lengths_tensor = torch.tensor(by_row, dtype=torch.int32)
+        tables = tables.repeat_interleave(torch.tensor(counts), 0)
         return cls(qkv, norm, angles.cos(), angles.sin(), guarded, lengths_tensor, tables)
 
     @property
@@ -92,9 +100,13 @@ class Step:
         return replace(self, guarded=LayerCache(*(tensor.clone() for tensor in self.guarded.tensors)))
 
     def only(self, sequence: int) -> "Step":
-        """The same step of one of its sequences alone."""
-        row = slice(sequence, sequence + 1)
-        return replace(self.copy(), qkv=self.qkv[row], lengths=self.lengths[row], block_tables=self.block_tables[row])
+        """The same step of one of its sequences alone, with a cache of its own."""
+        return self.copy().row(sequence)
+
+    def row(self, number: int) -> "Step":
+        """The same step of one of its rows alone, in the same cache."""
+        row = slice(number, number + 1)
+        return replace(self, qkv=self.qkv[row], lengths=self.lengths[row], block_tables=self.block_tables[row])
 
     def workspace(self) -> DecodeWorkspace:
         _, heads, _, dim = self.qkv.shape
@@ -116,6 +128,7 @@ class Step:
         config: DecodeConfig | None = None,
         *,
         angles_by_row: bool = False,
+        shared: bool = False,
     ) -> torch.Tensor:
         """The kernel's output; rows that it has not written are NaN."""
         if workspace is None:
@@ -128,6 +141,7 @@ class Step:
             out=out,
             config=config or DecodeConfig(),
             angles_by_row=angles_by_row,
+            shared=shared,
         )
         assert returned is out
         return out
@@ -186,6 +200,9 @@ class TestWorkList:
         assert sorted(items) == [(row, split) for row, n in enumerate(splits) for split in range(n)]
         sizes = [min(lengths[row] - split * SPLIT_TOKENS, SPLIT_TOKENS) for row, split in items]
         assert sizes == sorted(sizes, reverse=True)
+        # Whose full splits they are: those who share them read them one after the other.
+        full = [item for item, size in zip(items, sizes, strict=True) if size == SPLIT_TOKENS]
+        assert full == sorted(full, key=lambda item: (item[1], item[0]))
         assert workspace.first_splits[: len(lengths)].tolist() == [sum(splits[:row]) for row in range(len(lengths))]
 
     def test_writes_nothing_behind_its_items(self) -> None:
@@ -392,6 +409,23 @@ class TestBits:
         for sequence, length in enumerate(self.LENGTHS):
             if length:
                 assert torch.equal(step.only(sequence).run()[0], expected[sequence])
+
+
+@pytest.mark.parametrize(
+    ("cache_dtype", "block_size"), [(None, 16), (None, 32), *zip(EIGHT_BIT_CACHES.values(), (16, 32), strict=True)]
+)
+def test_rows_of_one_sequence_have_the_bits_of_single_tokens(cache_dtype: torch.dtype | None, block_size: int) -> None:
+    """Over the ends of blocks and of splits, next to a single token and padding."""
+    lengths, tokens = [14, 252, 0, 40], [4, 8, 1, 1]
+    step = Step.make(lengths, tokens=tokens, cache_dtype=cache_dtype, block_size=block_size, heads=1)
+    alone = step.copy()
+    out = step.run(shared=True)
+    for number, length in enumerate(alone.lengths.tolist()):
+        if length:
+            assert torch.equal(alone.row(number).run()[0], out[number])
+    assert out[sum(tokens[:2])].isnan().all()
+    for stored, expected in zip(step.guarded.tensors, alone.guarded.tensors, strict=True):
+        assert torch.equal(stored.view(torch.uint8), expected.view(torch.uint8))
 
 
 class TestRefuses:

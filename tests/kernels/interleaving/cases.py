@@ -137,6 +137,32 @@ def decode_attention(rng: random.Random, *, eight_bits: bool = False) -> Outcome
     return Outcome(results, [workspace.arrivals])
 
 
+def rows_of_one_sequence(rng: random.Random) -> Outcome:
+    """Several new tokens a sequence, each a row that attends to those before it; two layers on one workspace."""
+    split, most_tokens, heads, dim = 32, 70, rng.randint(1, 2), 16
+    dtype, results = rng.choice(DTYPES), []
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (decode_work, decode_module):
+            patch.setattr(module, "SPLIT_TOKENS", split)
+        config = test_decode_attention.few_programs(patch, rng.randint(2, 5))
+        lengths = [rng.choice([0, rng.randint(1, most_tokens)]), rng.randint(1, most_tokens)]
+        tokens = [rng.randint(1, 3) if lengths[0] else 1, rng.randint(2, 4)]
+        workspace = DecodeWorkspace.allocate(sum(tokens), most_tokens + 4, heads, dim, CPU)
+        for _layer in range(2):
+            layer = test_decode_attention.Step.make(
+                lengths,
+                tokens=tokens,
+                dtype=dtype,
+                cache_dtype=rng.choice([dtype, *EIGHT_BITS]),
+                heads=heads,
+                dim=dim,
+                seed=rng.randrange(1000),
+            )
+            build_work_list(layer.lengths, workspace)
+            results += [layer.run(workspace, config, shared=True), *layer.cache.tensors]
+    return Outcome(results, [workspace.arrivals])
+
+
 def prefill(rng: random.Random, *, eight_bits: bool = False) -> Outcome:
     spans = [Span(rng.randint(0, 70), rng.randint(1, 36)) for _ in range(rng.randint(1, 2))]
     layout = Layout.make(spans, rng.choice([16, 32, 64]), rng.randrange(1000))
@@ -312,6 +338,7 @@ CASES: dict[str, Case] = MERGES | {
     "projection without splits": projection_without_splits,
     "prefill": prefill,
     "decode attention over 8 bits": partial(decode_attention, eight_bits=True),
+    "rows of one sequence": rows_of_one_sequence,
     "prefill over 8 bits": partial(prefill, eight_bits=True),
     "elementwise": elementwise,
     "sampling": sampling,

@@ -29,6 +29,7 @@ SEEDS = {
     "decode attention": (4, 0, 5),
     "batch-invariant decode": (1, 0),
     "decode attention over 8 bits": (1,),
+    "rows of one sequence": (1,),
     "prefill over 8 bits": (1,),
 }
 """Of MERGES, with which several programs meet; the first, which costs least, is used for planted faults."""
@@ -135,6 +136,12 @@ def test_either_an_acquire_or_fresh_loads_suffice(name: str, less: Mapping[str, 
     with rewritten(MODULES[name], less):
         outcome, _ = run(name, SEEDS[name][0], find_races=False)
     assert is_right(outcome, expected)
+
+
+def test_rows_of_one_sequence_are_stored_before_any_is_read() -> None:
+    both_at_once = {r"stores = \(length > 0\) & \(part != _ATTEND\)": "stores = length > 0"}
+    with rewritten(decode_attention, both_at_once), pytest.raises(DataRaceError):
+        run("rows of one sequence", SEEDS["rows of one sequence"][0])
 
 
 @pytest.mark.parametrize(("where", "change"), ASTRAY.values(), ids=ASTRAY)
