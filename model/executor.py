@@ -36,13 +36,11 @@ class Executor(ABC):
     Attributes:
         overlaps: whether a step is best launched while the one before it runs.
         compiles: whether each kind of step is compiled when it first runs, so that a warm-up has to run all of them.
-        checks_guesses: whether it computes a sequence's guesses with the bits of its single tokens.
         model, cache: what it runs, from `start` on.
     """
 
     overlaps: ClassVar[bool] = False
     compiles: ClassVar[bool] = False
-    checks_guesses: ClassVar[bool] = True
     model: Persimmon
     cache: KVCache
 
@@ -58,6 +56,11 @@ class Executor(ABC):
     @property
     def preparation(self) -> str | None:
         """What `start` does that takes a while, for people; None where it takes none."""
+        return None
+
+    @property
+    def max_guess_rows(self) -> int | None:
+        """Maximum tokens of a step with guesses, where it is limited: such a step has no prompts.  0 allows none."""
         return None
 
     def step_buffers(self, config: PersimmonConfig, dtype: torch.dtype, limits: StepLimits) -> int:
@@ -86,6 +89,24 @@ class Executor(ABC):
         self.model, self.cache = model, cache
         return self
 
+    def plan(self, batch: "Sequence[SequenceInput]") -> Any:
+        """Where keys and values of a step go and who attends to what, as `Kernels.plan_attention` makes it.
+
+        Args:
+            batch: sequences with one token come first, then those with guesses, then all others, each by length.
+        """
+        cache = self.cache
+        return self.kernels.plan_attention(
+            [item.block_table for item in batch],
+            [item.start for item in batch],
+            [len(item.token_ids) for item in batch],
+            num_blocks=cache.num_blocks,
+            num_heads=cache.num_heads,
+            block_size=cache.block_size,
+            dtype=cache.dtype,
+            device=cache.device,
+        )
+
     @abstractmethod
     def forward(self, step: Step) -> torch.Tensor:
         """As `Persimmon.forward`."""
@@ -95,7 +116,7 @@ class Executor(ABC):
         """A token a row: [R, hidden] and R settings to R tokens on the same device."""
 
     def decode(self, batch: "Sequence[SequenceInput]") -> Samples | None:
-        """Starts a step for which there is a faster way: such as one where every sequence has one token and draws once.
+        """Starts a step for which there is a faster way: such as one where every sequence draws at each of its tokens.
 
         Returns:
             What is drawn, which is also what `sampled` begins with; None where the step has to go through `forward`.
@@ -187,13 +208,16 @@ class NativeExecutor(Executor):
         return sample(self.model.logits(hidden), params, draw=self._draw)
 
 
-def executor_for(kernels: Kernels[Any, Any], device: torch.device, graph_sizes: Sequence[int] = ()) -> Executor:
+def executor_for(
+    kernels: Kernels[Any, Any], device: torch.device, graph_sizes: Sequence[int] = (), *, guesses: int = 0
+) -> Executor:
     """The executor for a device: a GPU's, or a CPU's with or without the C kernels.
 
     Args:
         kernels: as `kernels.for_device` chose them.
         device: that runs the steps.
         graph_sizes: batch sizes that get a CUDA graph; only a GPU's executor uses them.
+        guesses: maximum guesses of a sequence in a step; a GPU's executor makes buffers and graphs for them.
     """
     if device.type == "cuda":
         # They bring Triton, which a CPU has no use for.
@@ -201,5 +225,5 @@ def executor_for(kernels: Kernels[Any, Any], device: torch.device, graph_sizes: 
         from persimmon.model.fused_executor import FusedExecutor
 
         if isinstance(kernels, FusedKernels):
-            return FusedExecutor(kernels, graph_sizes)
+            return FusedExecutor(kernels, graph_sizes, guesses=guesses)
     return NativeExecutor(kernels) if isinstance(kernels, NativeKernels) else TorchExecutor(kernels)

@@ -1,24 +1,25 @@
 """Steps on a GPU: the fused kernels launched one by one, and decode steps as CUDA graphs.  Brings Triton."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import ClassVar, Self
 
 import torch
 
 from persimmon.kernels import StepLimits
-from persimmon.kernels.fused import FusedKernels
+from persimmon.kernels.fused import SMALL_STEP, FusedKernels, FusedPlan
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.cuda_graphs import DecodeGraphs
 from persimmon.model.executor import Executor
 from persimmon.model.fused_sampler import FusedSampler
-from persimmon.model.graph_sizes import graph_bytes, mixed_sizes
+from persimmon.model.graph_sizes import graph_bytes, guess_sizes, mixed_sizes
 from persimmon.model.graphs import GraphRecorder, Record, capture_all
 from persimmon.model.host_copy import pack, unpack
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.mixed_graphs import MixedGraphs
 from persimmon.model.persimmon import Persimmon, Step
 from persimmon.model.row_sampling import RowSampling
-from persimmon.model.runner import SequenceInput
+from persimmon.model.runner import SequenceInput, apart
 from persimmon.model.sampler import Samples
 
 
@@ -30,6 +31,7 @@ class FusedExecutor(Executor):
         graph_sizes: batch sizes of decode steps that get a CUDA graph; none for a classifier, which decodes nothing.
         mixed_sizes: token counts of steps with prompts that get a CUDA graph, if decode steps do; by default
             `graph_sizes.mixed_sizes`.
+        guesses: maximum guesses of a sequence in a step.
 
     Attributes:
         graphs: runs decode steps up to the largest size, from `start` on; None where there are no sizes.
@@ -39,17 +41,22 @@ class FusedExecutor(Executor):
     # It computes while the host plans.
     overlaps: ClassVar[bool] = True
     compiles: ClassVar[bool] = True
-    checks_guesses: ClassVar[bool] = False
     kernels: FusedKernels
 
     def __init__(
-        self, kernels: FusedKernels, graph_sizes: Sequence[int] = (), mixed_sizes: Sequence[int] | None = None
+        self,
+        kernels: FusedKernels,
+        graph_sizes: Sequence[int] = (),
+        mixed_sizes: Sequence[int] | None = None,
+        *,
+        guesses: int = 0,
     ) -> None:
         super().__init__(kernels)
         self.graphs: DecodeGraphs | None = None
         self.mixed: MixedGraphs | None = None
         self._graph_sizes = list(graph_sizes)
         self._mixed_sizes = mixed_sizes
+        self._guesses = guesses
         self._sampler: FusedSampler | None = None
         self._limits: StepLimits | None = None
 
@@ -64,14 +71,20 @@ class FusedExecutor(Executor):
         """Capturing graphs."""
         return "CUDA graphs" if self._graph_sizes else None
 
+    @property
+    def max_guess_rows(self) -> int:
+        """Up to `SMALL_STEP` tokens a row has the bits that it has alone; 0 before `reserve`."""
+        return 0 if self._limits is None else self._guess_rows(self._limits)
+
     def step_buffers(self, config: PersimmonConfig, dtype: torch.dtype, limits: StepLimits) -> int:
         """What kernels share, and graphs."""
-        graphs = graph_bytes(config, dtype, self._graph_sizes, self._sizes_with_prompts(limits))
-        return super().step_buffers(config, dtype, limits) + graphs
+        with_guesses = self._sizes_with_guesses(limits)
+        graphs = graph_bytes(config, dtype, self._graph_sizes, self._sizes_with_prompts(limits), with_guesses)
+        return super().step_buffers(config, dtype, self._by_row(limits)) + graphs
 
     def reserve(self, limits: StepLimits) -> None:
         """Makes the buffers that steps within these limits share."""
-        super().reserve(limits)
+        super().reserve(self._by_row(limits))
         self._limits = limits
 
     def start(
@@ -84,7 +97,14 @@ class FusedExecutor(Executor):
             self._sampler = FusedSampler(self.kernels, model.head)
         if self._graph_sizes and self._limits is not None:
             longest, most = self._limits.max_model_len, self._limits.max_num_seqs
-            self.graphs = DecodeGraphs(model, cache, self.kernels, sizes=self._graph_sizes, max_model_len=longest)
+            self.graphs = DecodeGraphs(
+                model,
+                cache,
+                self.kernels,
+                sizes=self._graph_sizes,
+                guess_sizes=self._sizes_with_guesses(self._limits),
+                max_model_len=longest,
+            )
             if sizes := self._sizes_with_prompts(self._limits):
                 self.mixed = MixedGraphs(
                     model, cache, self.kernels, sizes=sizes, max_num_seqs=most, max_model_len=longest
@@ -97,6 +117,12 @@ class FusedExecutor(Executor):
     def recorder(self) -> Record | None:
         """What captures graphs; None where nothing can, and each step's launches are made anew."""
         return GraphRecorder() if self.kernels.device.type == "cuda" else None
+
+    def plan(self, batch: Sequence[SequenceInput]) -> FusedPlan:
+        """As `Executor.plan`: a sequence with guesses is as many rows as it has tokens, each decoded as if alone."""
+        rows = apart(batch)
+        plan: FusedPlan = super().plan(rows)
+        return replace(plan, shared=len(rows) > len(batch))
 
     def forward(self, step: Step) -> torch.Tensor:
         """Launch by launch."""
@@ -115,8 +141,11 @@ class FusedExecutor(Executor):
         return self._sampler(hidden, params)
 
     def decode(self, batch: Sequence[SequenceInput]) -> Samples | None:
-        """On fixed buffers where every sequence has one token of its own and draws once, up to the largest size."""
-        if self.graphs is None or not self.graphs.takes(len(batch)) or not _is_decode(batch):
+        """On fixed buffers where every sequence draws at each of its tokens, up to the largest size."""
+        if self.graphs is None or not _is_decode(batch):
+            return None
+        rows = sum(len(item.token_ids) for item in batch)
+        if not self.graphs.takes(rows, guesses=rows > len(batch)):
             return None
         return self.graphs.launch(batch)
 
@@ -129,7 +158,7 @@ class FusedExecutor(Executor):
     @property
     def replays(self) -> int:
         """How many steps were CUDA graphs."""
-        return sum(own.graphs.replays for own in (self.graphs, self.mixed) if own is not None)
+        return sum(own.replays for own in (self.graphs, self.mixed) if own is not None)
 
     @property
     def sampled(self) -> torch.Tensor:
@@ -158,6 +187,16 @@ class FusedExecutor(Executor):
         copied.record()
         return on_host, copied
 
+    def _guess_rows(self, limits: StepLimits) -> int:
+        return min(SMALL_STEP, limits.max_num_seqs * (1 + self._guesses)) if self._guesses else 0
+
+    def _by_row(self, limits: StepLimits) -> StepLimits:
+        """With every guess counted as a sequence, which it is for the kernels."""
+        return replace(limits, max_num_seqs=max(limits.max_num_seqs, self._guess_rows(limits)))
+
+    def _sizes_with_guesses(self, limits: StepLimits) -> Sequence[int]:
+        return guess_sizes(self._guess_rows(limits)) if self._graph_sizes else ()
+
     def _sizes_with_prompts(self, limits: StepLimits) -> Sequence[int]:
         if not self._graph_sizes:
             return ()
@@ -166,6 +205,6 @@ class FusedExecutor(Executor):
 
 def _is_decode(batch: Sequence[SequenceInput]) -> bool:
     return all(
-        len(item.token_ids) == 1 and len(item.samplings) == 1 and item.report is None and not item.embedded
+        len(item.token_ids) == len(item.samplings) == 1 + item.guesses and item.report is None and not item.embedded
         for item in batch
     )

@@ -19,13 +19,22 @@ def default_sizes(max_num_seqs: int) -> list[int]:
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
+def guess_sizes(max_rows: int) -> list[int]:
+    """Numbers of tokens of steps with guesses that are worth a graph: two at least, as of the sizes of decode steps."""
+    return [size for size in default_sizes(max_rows) if size > 1] if max_rows else []
+
+
 def mixed_sizes(max_num_batched_tokens: int) -> list[int]:
     """Numbers of tokens of steps with prompts that are worth a graph."""
     return [size for size in MIXED_SIZES if size <= max_num_batched_tokens]
 
 
 def graph_bytes(
-    config: PersimmonConfig, dtype: torch.dtype, sizes: Sequence[int], with_prompts: Sequence[int] = ()
+    config: PersimmonConfig,
+    dtype: torch.dtype,
+    sizes: Sequence[int],
+    with_prompts: Sequence[int] = (),
+    with_guesses: Sequence[int] = (),
 ) -> int:
     """What graphs take, an upper estimate; 0 for none.
 
@@ -38,10 +47,13 @@ def graph_bytes(
         dtype: that it computes in.
         sizes: batch sizes of decode steps with a graph, each of which has a second one for draws from few tokens.
         with_prompts: numbers of tokens of steps with prompts that have one.
+        with_guesses: numbers of tokens of steps with guesses that have one, and a second one as decode steps.
     """
     if not sizes:
         return 0
     per_token = (10 * config.hidden_size + 2 * config.intermediate_size) * dtype.itemsize
-    buffers = max(sizes) * 4 * config.vocab_size + max(*sizes, *with_prompts, 0) * per_token
+    buffers = max(*sizes, *with_guesses, 0) * 4 * config.vocab_size
+    buffers += max(*sizes, *with_prompts, *with_guesses, 0) * per_token
     states = sum(with_prompts) * config.hidden_size * dtype.itemsize
-    return buffers + states + (2 * len(sizes) + len(with_prompts)) * _BYTES_A_GRAPH
+    graphs = len(sizes) + len(with_prompts) + len(with_guesses) + len({*sizes, *with_guesses})
+    return buffers + states + graphs * _BYTES_A_GRAPH

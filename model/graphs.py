@@ -7,7 +7,7 @@ anew.  Knows no step.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -40,7 +40,7 @@ class Graphs(Generic[T]):
     """The same work in several sizes.
 
     Args:
-        sizes: at least one.
+        sizes: any number, without one nothing fits.
         run: launches the work of a size on fixed buffers; what it returns is overwritten by the next run.
 
     Attributes:
@@ -56,7 +56,7 @@ class Graphs(Generic[T]):
 
     def takes(self, count: int) -> bool:
         """Whether there is a size that holds `count`."""
-        return count <= self.sizes[-1]
+        return bool(self.sizes) and count <= self.sizes[-1]
 
     def size(self, count: int) -> int:
         """The smallest size that holds `count`."""
@@ -84,7 +84,10 @@ class Graphs(Generic[T]):
 class Captures(Protocol):
     """Work with graphs, on buffers that it fills with padding first."""
 
-    graphs: Graphs[Any]
+    @property
+    def sizes(self) -> Sequence[int]:
+        """Those that have a graph, in ascending order."""
+        ...
 
     def capture(self, size: int, record: Record) -> None:
         """Captures one size."""
@@ -101,7 +104,7 @@ def capture_all(
         record: makes the graphs.
         progress: wraps the graphs' numbers, to show progress.
     """
-    graphs = [(own, size) for own in work for size in reversed(own.graphs.sizes)]
+    graphs = [(own, size) for own in work for size in reversed(own.sizes)]
     for place in progress(range(len(graphs))):
         own, size = graphs[place]
         own.capture(size, record)

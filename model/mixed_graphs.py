@@ -55,14 +55,24 @@ class MixedGraphs:
         tables = MAX_CHUNKS + 1 + max_num_seqs
         self._block_tables = torch.zeros(tables, max_blocks, dtype=torch.int32, device=cache.device)
 
+    @property
+    def sizes(self) -> Sequence[int]:
+        """Numbers of tokens that have a graph, in ascending order."""
+        return self.graphs.sizes
+
+    @property
+    def replays(self) -> int:
+        """How many steps were replays of a captured graph."""
+        return self.graphs.replays
+
     def takes(self, batch: Sequence[SequenceInput]) -> bool:
-        """Whether a step fits, and has nothing that changes how its tokens are embedded or rotated."""
+        """Whether a step fits, and has no guesses and nothing that changes how its tokens are embedded or rotated."""
         tokens = sum(len(item.token_ids) for item in batch)
         if not self.graphs.takes(tokens):
             return False
         chunks = sum(len(item.token_ids) != 1 for item in batch)
         return chunks <= max_chunks(self.graphs.size(tokens)) and not any(
-            item.embedded or item.start < item.prompt_length - 1 for item in batch
+            item.embedded or item.guesses or item.start < item.prompt_length - 1 for item in batch
         )
 
     @torch.inference_mode()

@@ -93,6 +93,32 @@ class SequenceInput:
         """For each of its samples, at how many positions a token is drawn."""
         return [len(self.samplings)] if self.guesses else [1] * len(self.samplings)
 
+    @property
+    def tokens_apart(self) -> "Sequence[SequenceInput]":
+        """With guesses, each token with its draw as if it came alone.
+
+        Raises:
+            ValueError: the guesses follow more than one token.
+        """
+        if len(self.token_ids) != 1 + self.guesses:
+            raise ValueError(
+                f"{self.guesses} guesses follow {len(self.token_ids) - self.guesses} tokens; expected one token, the "
+                f"last known one: compute those before it in a step of their own"
+            )
+        return [
+            SequenceInput(
+                token_ids=[token_id], start=self.start + place, block_table=self.block_table, samplings=[sampling]
+            )
+            for place, (token_id, sampling) in enumerate(zip(self.token_ids, self.samplings, strict=True))
+        ]
+
+
+def apart(batch: Sequence[SequenceInput]) -> Sequence[SequenceInput]:
+    """A batch in which each token of a sequence with guesses stands by itself; without guesses it is the same."""
+    if not any(item.guesses for item in batch):
+        return batch
+    return [row for item in batch for row in (item.tokens_apart if item.guesses else [item])]
+
 
 class PendingStep:
     """A step that has been started; the device may still be computing it.
@@ -173,6 +199,11 @@ class Runner:
         return self._model.config.rope_limit
 
     @property
+    def max_guess_rows(self) -> int | None:
+        """As `Executor.max_guess_rows`."""
+        return self._executor.max_guess_rows
+
+    @property
     def graph_replays(self) -> int:
         """How many steps were CUDA graphs."""
         return self._executor.replays
@@ -210,12 +241,13 @@ class Runner:
         Returns:
             What comes of it, later.
         """
+        draws = [count for item in batch for count in item.draws] if any(item.guesses for item in batch) else None
         drawn = self._executor.decode(batch)
         if drawn is not None:
             params = [own for item in batch for own in item.samplings]
-            return self._pending(drawn, range(len(batch)), params, None, {}, {})
-        # Single tokens first and by length, as `plan_attention` wants them.
-        order = sorted(range(len(batch)), key=lambda i: (len(batch[i].token_ids) != 1, batch[i].start))
+            return self._pending(drawn, range(len(params)), params, draws, {}, {})
+        # Single tokens first, then guesses, and by length, as `Executor.plan` wants them.
+        order = sorted(range(len(batch)), key=lambda i: _place_in_step(batch[i]))
         inputs = [batch[i] for i in order]
         sampling_rows, report_rows = _wanted_rows(inputs)
         rows = sampling_rows + report_rows
@@ -244,7 +276,6 @@ class Runner:
             tokens = samples.tokens
             samples = replace(samples, tokens=tokens[upload(np.argsort(places), tokens.device)])
         self._executor.keep(samples.tokens)
-        draws = [count for item in batch for count in item.draws] if any(item.guesses for item in batch) else None
         return self._pending(samples, places, params, draws, prompt_logprobs, pooled)
 
     @torch.inference_mode()
@@ -301,22 +332,11 @@ class Runner:
 
     def _step(self, inputs: Sequence[SequenceInput], rows: Sequence[int]) -> Step:
         device = self._cache.device
-        counts = [len(item.token_ids) for item in inputs]
-        attention = self._executor.kernels.plan_attention(
-            [item.block_table for item in inputs],
-            [item.start for item in inputs],
-            counts,
-            num_blocks=self._cache.num_blocks,
-            num_heads=self._cache.num_heads,
-            block_size=self._cache.block_size,
-            dtype=self._cache.dtype,
-            device=device,
-        )
         token_ids = [token for item in inputs for token in item.token_ids]
         every_row = len(rows) == len(token_ids) and all(row == place for place, row in enumerate(rows))
         return Step(
             token_ids=upload(np.array(token_ids, dtype=np.int64), device),
-            attention=attention,
+            attention=self._executor.plan(inputs),
             logits_rows=None if every_row else upload(np.array(rows, dtype=np.int64), device),
             # Without earlier samples a compiled embedding is another kernel, so it gets them in every step.
             sampled=self._executor.sampled if self._executor.compiles or min(token_ids) < 0 else None,
@@ -337,6 +357,11 @@ class Runner:
         return self._model.rotary_of_tokens(
             torch.from_numpy(np.concatenate(positions)), torch.from_numpy(np.concatenate(lengths))
         )
+
+
+def _place_in_step(item: SequenceInput) -> tuple[bool, bool, int]:
+    """Sorts single tokens first, then tokens with guesses, then chunks, each by length."""
+    return len(item.token_ids) != 1, not item.guesses, item.start
 
 
 def _wanted_rows(inputs: Sequence[SequenceInput]) -> tuple[list[int], list[int]]:

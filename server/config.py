@@ -171,12 +171,6 @@ def _checked(settings: Settings) -> Settings:
             raise SettingsError(f"{flag(name)} needs keys: give --api-key-file or --api-key")
     if settings.embedding_table == "file" and settings.load_format == "dummy":
         raise SettingsError("--embedding-table is file, but --load-format dummy reads no file: leave one of them out")
-    guesses = settings.speculative_config
-    if guesses is not None and guesses.method != "off" and settings.async_scheduling == "on":
-        raise SettingsError(
-            "--speculative-config and --async-scheduling on exclude each other: the tokens of a step with guesses must "
-            "be known before the next one is planned"
-        )
     sizes = None if settings.enforce_eager else settings.cuda_graph_sizes
     if sizes is not None and not (sizes and all(1 <= size <= settings.max_num_seqs for size in sizes)):
         raise SettingsError(

@@ -110,6 +110,8 @@ class Harness:
         speculation: Speculation | None = None,
         guess_forced: bool = False,
     ) -> None:
+        if runner is None:
+            runner = runner_of(model, poisoned_cache(model, num_blocks, block_size, cache_dtype), operations)
         self.pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching)
         self.scheduler = Scheduler(
             self.pool,
@@ -119,9 +121,8 @@ class Harness:
             rope_limit=model.config.rope_limit,
             typical_output=typical_output,
             speculation=speculation,
+            max_guess_rows=runner.max_guess_rows,
         )
-        if runner is None:
-            runner = runner_of(model, poisoned_cache(model, num_blocks, block_size, cache_dtype), operations)
         self.reports: defaultdict[Sequence, Reports] = defaultdict(Reports)
         """What the steps have reported of each sequence."""
         self._run: StepRunner = PlanRunner(runner, grammars, guess_forced=guess_forced)

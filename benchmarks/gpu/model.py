@@ -206,10 +206,18 @@ class Machine:
             order = order[need:]
         return tables
 
-    def graphs(self, sizes: Sequence[int]) -> DecodeGraphs:
-        """Decode steps of these batch sizes: captured on a GPU, made anew each time elsewhere."""
+    def graphs(self, sizes: Sequence[int], guess_sizes: Sequence[int] = ()) -> DecodeGraphs:
+        """Decode steps of these batch sizes, and of these numbers of tokens with guesses among them.
+
+        They are captured on a GPU, and made anew each time elsewhere.
+        """
         graphs = DecodeGraphs(
-            self.model, self.cache, self.kernels, sizes=sizes, max_model_len=self.limits.max_model_len
+            self.model,
+            self.cache,
+            self.kernels,
+            sizes=sizes,
+            guess_sizes=guess_sizes,
+            max_model_len=self.limits.max_model_len,
         )
         if self.cache.device.type == "cuda":
             capture_all([graphs], GraphRecorder())

@@ -37,6 +37,9 @@ SECTIONS = {
     "engine": Section(
         "benchmarks.gpu.engine", 40, about="200 mixed requests through scheduler and engine, each feature on and off"
     ),
+    "guesses": Section(
+        "benchmarks.gpu.guesses", 15, limit_s=30, about="several tokens of a sequence in a step: same bits, and times"
+    ),
     "kernels": Section("benchmarks.gpu.speed", 45, about="each kernel by itself, next to cuBLAS and torch"),
     "eight-bit-cache": Section(
         "benchmarks.gpu.eight_bit_cache", 40, is_default=False, about="attention over 8-bit caches: right, and how fast"

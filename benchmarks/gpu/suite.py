@@ -54,6 +54,8 @@ class Suite:
         step_grid: (batch, context) of decode steps, those that the targets need first.
         sparse_batches: of the steps that are compared with and without skipping.
         sparse_context: their context.
+        guess_grid: (batch, context) of the steps with guesses.
+        guess_widths: tokens of a sequence in them, of which the first is no guess.
         chain_batches, chain_steps, chain_rounds: of the consecutive steps: batch sizes, how many follow each other, and
             how often.
         prompts: lengths.
@@ -96,6 +98,8 @@ class Suite:
     step_grid: tuple[tuple[int, int], ...]
     sparse_batches: tuple[int, ...]
     sparse_context: int
+    guess_grid: tuple[tuple[int, int], ...]
+    guess_widths: tuple[int, ...]
     chain_batches: tuple[int, ...]
     chain_steps: int
     chain_rounds: int
@@ -149,6 +153,8 @@ SUITES = {
         step_grid=((1, 128), (64, 512), (1, 512), (8, 512), (1, 2048), (1, 8192), (16, 512), (64, 1024), (128, 512)),
         sparse_batches=(1, 4, 16),
         sparse_context=128,
+        guess_grid=((1, 250), (8, 509), (1, 8190), (8, 2045)),
+        guess_widths=(1, 2, 3, 4, 6, 8),
         chain_batches=(64, 1),
         chain_steps=24,
         chain_rounds=3,
@@ -195,6 +201,8 @@ SUITES = {
         step_grid=((1, 40), (2, 20)),
         sparse_batches=(2,),
         sparse_context=20,
+        guess_grid=((2, 254),),
+        guess_widths=(1, 4),
         chain_batches=(1,),
         chain_steps=2,
         chain_rounds=1,

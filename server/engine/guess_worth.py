@@ -69,9 +69,14 @@ class GuessWorth:
         self._seconds += count * self._each
         return count
 
+    @property
+    def gain(self) -> float:
+        """How much faster tokens come with the guesses that were counted in this step than without any."""
+        return (1 + self._gained / self._tokens) * self._quiet / self._seconds
+
     def pays(self) -> bool:
         """Whether the guesses that were counted in this step, together, bring tokens faster than a step without any."""
-        self._gain = (1 + self._gained / self._tokens) * self._quiet / self._seconds
+        self._gain = self.gain
         if self._gained == 0 or self._gain <= 1:
             return self._without()
         self._steps += 1

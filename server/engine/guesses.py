@@ -81,9 +81,12 @@ class Guesses:
         pool: the KV blocks.
         max_num_seqs: sequences that hold blocks at once, at most.
         max_num_batched_tokens: token budget of a step.
+        max_rows: most tokens of a step with guesses, which then has no prompts; None where that is not limited.
         speculation: how tokens are guessed; None where none is.
 
     Attributes:
+        enabled: whether tokens are guessed.
+        max_rows: as given.
         drafts: times that a sequence had guesses in a step.
         draft_tokens: guesses that were computed.
         accepted_tokens: of these, those that the sequence then got.
@@ -95,8 +98,11 @@ class Guesses:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        max_rows: int | None = None,
         speculation: Speculation | None = None,
     ) -> None:
+        self.enabled = speculation is not None
+        self.max_rows = max_rows
         self.drafts = 0
         self.draft_tokens = 0
         self.accepted_tokens = 0
@@ -147,13 +153,9 @@ class Guesses:
         """
         none: list[Ids[int]] = [()] * len(decoding)
         worth = self._worth
-        if worth is not None:
-            context = sum([sequence.num_computed for sequence in decoding])
-            if not worth.begin(costs, len(decoding), context):
-                return none
-        if self._memory is not None:
-            self._memory.begin_step()
-        size, left = self._pool.block_size, self._max_in_step
+        if not self._begin_step(decoding, costs):
+            return none
+        size, left = self._pool.block_size, self._room(len(decoding))
         free = max(0, self._pool.num_free - num_running)
         chosen = list(none)
         for place, sequence in enumerate(decoding):
@@ -161,8 +163,7 @@ class Guesses:
             if proposer is None or sequence.num_pending or sequence.forks:
                 continue
             acceptance = sequence.acceptance
-            if acceptance is not None and acceptance.rest and sequence.forced is None:
-                acceptance.rest -= 1
+            if _rests(sequence):
                 continue
             token_ids = sequence.token_ids
             known, blocks = len(token_ids), len(sequence.block_table)
@@ -189,6 +190,46 @@ class Guesses:
                 plan.num_guesses += len(guesses)
         return chosen
 
+    def expected(self, decoding: Ids[Sequence], costs: StepCosts | None) -> bool:
+        """Whether the step after the one under way may have guesses, by what is known before that one has ended.
+
+        The token that a sequence is about to get is taken to be the first that is proposed; guesses come after it.
+
+        Args:
+            decoding: the sequences that decode in the next step; at least one.
+            costs: what steps cost; None where nothing is known of that.
+        """
+        worth, room = self._worth, self._room(len(decoding))
+        if room <= 0 or not self._begin_step(decoding, costs):
+            return False
+        found = False
+        for sequence in decoding:
+            proposer, acceptance = sequence.proposer, sequence.acceptance
+            left = min(sequence.max_tokens - sequence.num_output_tokens - sequence.num_pending - 1, room)
+            if proposer is None or sequence.forks or left <= 0 or _rests(sequence):
+                continue
+            proposal = proposer.propose(sequence.token_ids, 1 + left)
+            paid = len(proposal.token_ids) > 0
+            if worth is not None and acceptance is not None:
+                paid = worth.count(acceptance, proposal) > 1
+                acceptance.note(paid=paid)
+            found |= paid
+        return found and (worth is None or worth.gain > 1)
+
+    def _begin_step(self, decoding: Ids[Sequence], costs: StepCosts | None) -> bool:
+        """Begins to look for guesses; whether any may pay."""
+        if self._worth is not None:
+            context = sum([sequence.num_computed for sequence in decoding])
+            if not self._worth.begin(costs, len(decoding), context):
+                return False
+        if self._memory is not None:
+            self._memory.begin_step()
+        return True
+
+    def _room(self, rows: int) -> int:
+        """Most guesses of a step in which this many sequences decode."""
+        return self._max_in_step if self.max_rows is None else min(self._max_in_step, self.max_rows - rows)
+
     def commit(self, item: ScheduledSequence, drawn: list[int]) -> list[int]:
         """Gives a sequence what was drawn at its last known token and at its guesses, as far as it counts.
 
@@ -208,3 +249,12 @@ class Guesses:
         self._pool.release(sequence.block_table[kept:])
         del sequence.block_table[kept:]
         return taken
+
+
+def _rests(sequence: Sequence) -> bool:
+    """Whether no guess is looked for in a step, because none paid lately."""
+    acceptance = sequence.acceptance
+    if acceptance is None or not acceptance.rest or sequence.forced is not None:
+        return False
+    acceptance.rest -= 1
+    return True

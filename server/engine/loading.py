@@ -90,8 +90,9 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         quantized_activations=settings.quantized_activations,
     )
     cache_dtypes = choose_cache_dtypes(settings.kv_cache_dtype, operations.cache_dtypes(dtype), device)
-    executor = executor_for(operations, device, _graph_sizes(settings, config))
-    speculation = choose_speculation(settings, config, executor)
+    speculation = choose_speculation(settings, config, device)
+    guesses = _max_guesses(speculation, config)
+    executor = executor_for(operations, device, _graph_sizes(settings, config), guesses=guesses)
     longest = settings.max_model_len or config.context_length
     with _phase("checkpoint", print_line):
         checkpoint = Checkpoint.open(folder, config) if settings.load_format == "auto" else None
@@ -111,8 +112,8 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         stored[name] = kept if isinstance(kept, QuantizedFormat) else operations.stored_dtype(kept, dtype)
     quantized = any(isinstance(form, QuantizedFormat) for form in stored.values())
     looks_up = speculation is not None and speculation.method != "off"
-    guesses = guess_bytes(settings.max_num_seqs, longest) if looks_up else 0
-    reserved = still_to_be_taken(config, settings.api_workers, settings.max_body_size) + guesses
+    for_guesses = guess_bytes(settings.max_num_seqs, longest) if looks_up else 0
+    reserved = still_to_be_taken(config, settings.api_workers, settings.max_body_size) + for_guesses
     left = available_memory(device, settings.gpu_memory_utilization, reserved)
     plan = plan_memory(
         config,
@@ -134,8 +135,8 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
     )
     weights = described(stored, config)
     _print_plan(plan, config, dtype, cache_dtypes, weights, print_line)
-    if guesses:
-        print_line(f"               guesses take up to {readable(guesses)} more while sequences run")
+    if for_guesses:
+        print_line(f"               guesses take up to {readable(for_guesses)} more while sequences run")
     if table is not None:
         print_line(f"               the embedding, {readable(table.nbytes)}, stays in its file")
         if formats and isinstance(table, torch.Tensor):  # which --quantization rounds otherwise
@@ -227,27 +228,17 @@ def embedding_in_file(
 
 
 def choose_speculation(
-    settings: EngineSettings, config: PersimmonConfig, executor: Executor
+    settings: EngineSettings, config: PersimmonConfig, device: torch.device
 ) -> SpeculativeConfig | None:
     """How next tokens are guessed; None for only what grammars force.
 
-    Without --speculative-config as many as pay, where the next step waits for the one before it anyway.
-
-    Raises:
-        KernelsUnavailableError: it asks for guesses that are not checked on this device.
+    Without --speculative-config none are on a GPU, and on a CPU as many as pay, where no steps overlap.
     """
-    asked = settings.speculative_config
-    if asked is None:
-        if not executor.checks_guesses:
-            return SpeculativeConfig(method="off")
-        overlaps = executor.overlaps or settings.async_scheduling == "on"
-        return None if overlaps or not config.generates else SpeculativeConfig(method="auto")
-    if asked.method != "off" and not executor.checks_guesses:
-        raise kernels.KernelsUnavailableError(
-            f"--speculative-config asks for guesses ({asked.method}), which are not supported on a GPU yet: leave it "
-            f"out, or hide the GPU with CUDA_VISIBLE_DEVICES="
-        )
-    return asked
+    if settings.speculative_config is not None:
+        return settings.speculative_config
+    if device.type != "cpu":
+        return SpeculativeConfig(method="off")
+    return None if settings.async_scheduling == "on" or not config.generates else SpeculativeConfig(method="auto")
 
 
 def _graph_sizes(settings: EngineSettings, config: PersimmonConfig) -> list[int]:
@@ -255,6 +246,13 @@ def _graph_sizes(settings: EngineSettings, config: PersimmonConfig) -> list[int]
     if settings.enforce_eager or not config.generates:
         return []
     return list(settings.cuda_graph_sizes or default_sizes(settings.max_num_seqs))
+
+
+def _max_guesses(speculation: SpeculativeConfig | None, config: PersimmonConfig) -> int:
+    """Maximum guesses of a sequence in a step, of those that are not only what grammars force."""
+    if speculation is None or speculation.method == "off" or not config.generates:
+        return 0
+    return speculation.max_guesses
 
 
 def _limits(

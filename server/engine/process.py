@@ -80,6 +80,7 @@ def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Pat
         max_model_len=plan.max_model_len,
         rope_limit=loaded.runner.rope_limit,
         speculation=speculation,
+        max_guess_rows=loaded.runner.max_guess_rows,
     )
     ready = Ready(
         max_model_len=plan.max_model_len,

@@ -49,6 +49,7 @@ class Scheduler:
         rope_limit: prompts longer than this have keys that depend on their length, so they share blocks only with
             prompts of the same length; None where there are none.
         speculation: how next tokens are guessed; None where none is.
+        max_guess_rows: most tokens of a step with guesses, which then has no prompts; None where that is not limited.
 
     Raises:
         ValueError: the limits contradict each other.
@@ -64,6 +65,7 @@ class Scheduler:
         typical_output: int = TYPICAL_OUTPUT,
         rope_limit: int | None = None,
         speculation: Speculation | None = None,
+        max_guess_rows: int | None = None,
     ) -> None:
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
@@ -83,6 +85,7 @@ class Scheduler:
             pool,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            max_rows=max_guess_rows,
             speculation=speculation,
         )
         self._waiting = WaitingQueue()
@@ -242,8 +245,9 @@ class Scheduler:
             costs: as for `plan`.
 
         Returns:
-            None where that step must be known first: because a draw depends on its tokens, because it computes guesses,
-            or because a sequence must be preempted, which is not possible while a step may write its blocks.
+            None where that step must be known first: because a draw depends on its tokens, because it computes guesses
+            or the next one may, or because a sequence must be preempted, which is not possible while a step may write
+            its blocks.
         """
         if any(sequence.draws_from_output and sequence.num_pending for sequence in self._running):
             return None
@@ -251,6 +255,10 @@ class Scheduler:
             return None
         if self._missing_blocks() > 0 or self._yielding() is not None:
             return None
+        if self._guesses.enabled:
+            decoding = self._decoding()
+            if self._may_guess(decoding) and self._guesses.expected(decoding, costs):
+                return None
         return self._fill_step(costs)
 
     def _fill_step(self, costs: StepCosts | None) -> StepPlan:
@@ -413,17 +421,31 @@ class Scheduler:
         needed += sum(min(count, self._pool.references(block) - 1) for block, count in writers.items())
         return needed - free
 
-    def _plan_decodes(self, plan: StepPlan, costs: StepCosts | None, clients: Set[Share] | None) -> None:
-        decoding = [
+    def _decoding(self, clients: Set[Share] | None = None) -> list[Sequence]:
+        """The sequences of all clients, or of some, that get a token in the next step."""
+        return [
             sequence
             for sequence in self._running
             if sequence.num_uncomputed == 1
             and not sequence.awaits_its_last_token
             and (clients is None or sequence.share in clients)
         ]
+
+    def _may_guess(self, decoding: Ids[Sequence]) -> bool:
+        """Whether the next step may have guesses; where their number is limited, only if it computes no prompt."""
+        if all(sequence.proposer is None for sequence in decoding):
+            return False
+        if self._guesses.max_rows is None:
+            return True
+        if self._pending_forks or (self._waiting and self.num_running < self._max_num_seqs):
+            return False
+        return not any(sequence.num_pending == 0 and sequence.num_uncomputed > 1 for sequence in self._running)
+
+    def _plan_decodes(self, plan: StepPlan, costs: StepCosts | None, clients: Set[Share] | None) -> None:
+        decoding = self._decoding(clients)
         for sequence in decoding:
             self._reserve_next(plan, sequence)
-        if any(sequence.proposer is not None for sequence in decoding):
+        if self._may_guess(decoding):
             chosen = self._guesses.plan(plan, decoding, len(self._running), costs)
             for sequence, guesses in zip(decoding, chosen, strict=True):
                 self._schedule(plan, sequence, 1 + len(guesses), guesses)

@@ -131,7 +131,7 @@ class EngineSettings(LogSettings):
         "occurred before, up to 32, also in recent answers to the same API key) or auto (suffix, with only as many "
         "guesses as pay); num_speculative_tokens is the maximum number of guesses of a sequence in a step, 16 by "
         "default with auto. Faster where answers repeat their prompts, themselves or each other; with ngram and suffix "
-        "slower where guesses are wrong. Not yet on a GPU. Default: auto on a CPU, unless --async-scheduling is on.",
+        "slower where guesses are wrong. Default: auto on a CPU, unless --async-scheduling is on.",
         "engine",
         "JSON",
     )
@@ -147,7 +147,8 @@ class EngineSettings(LogSettings):
         None,
         "Batch sizes for which decode steps are captured as CUDA graphs at start, for example 1,2,4,8. A step uses the "
         "next larger size; larger steps run without a graph. At most --max-num-seqs. Default: dense up to "
-        "--max-num-seqs. Steps with prompts are captured for up to 512 tokens. Ignored without a GPU.",
+        "--max-num-seqs. Steps with prompts are captured for up to 512 tokens, and those with guesses for up to 64. "
+        "Ignored without a GPU.",
         "gpu",
         "N,N,...",
     )

@@ -17,7 +17,7 @@ from benchmarks.gpu.suite import SUITES, Setting
 COMPILED_AHEAD = ("smoke", "steps", "engine")
 """Sections all of whose kernels are compiled before they run."""
 
-SLOW = ("smoke", "steps", "engine", "checks", "eight-bit-cache")
+SLOW = ("smoke", "steps", "engine", "guesses", "checks", "eight-bit-cache")
 """Sections that take ten to twenty seconds each; tests/exhaustive runs them."""
 
 

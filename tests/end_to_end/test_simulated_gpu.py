@@ -15,6 +15,7 @@ def test_a_request_is_answered_from_cuda_graphs(tmp_path: Path, monkeypatch, cap
     folder = write_checkpoint(tmp_path)
     monkeypatch.setattr("persimmon.server.embedded.engine_main", engine_main)
     limits = {"max_num_seqs": 1, "max_num_batched_tokens": 8, "max_model_len": 64, "kv_cache_memory": "1MB"}
+    limits |= {"speculative_config": '{"method": "ngram", "num_speculative_tokens": 1}'}
 
     async def ask() -> tuple[dict, str]:
         async with persimmon.EmbeddedServer(model=folder, **limits, profile_steps=1, profile_dir=tmp_path) as server:

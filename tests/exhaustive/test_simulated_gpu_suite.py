@@ -12,7 +12,7 @@ from tests.benchmarks.simulated_gpu import run_section
 from tests.interpreter import multiply_as_matrix_units
 
 
-@pytest.mark.parametrize("name", ["smoke", "checks", "engine"])
+@pytest.mark.parametrize("name", ["smoke", "checks", "engine", "guesses"])
 def test_what_a_section_compares_on_a_simulated_gpu_is_the_same(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ class Fused:
     dtype: torch.dtype = torch.float32
     sizes: Sequence[int] = (1, 4)
     mixed_sizes: Sequence[int] = ()
+    guesses: int = 0
     runner: Runner = field(init=False)
     graphs: DecodeGraphs | None = field(init=False, default=None)
     mixed: MixedGraphs | None = field(init=False, default=None)
@@ -77,7 +78,7 @@ class Fused:
         kernels = FusedKernels(CPU)
         self.model = model = load(self.folder, kernels, self.dtype)
         config = model.config
-        executor = FusedExecutor(kernels, self.sizes, self.mixed_sizes)
+        executor = FusedExecutor(kernels, self.sizes, self.mixed_sizes, guesses=self.guesses)
         executor.reserve(limits(config, 24))
         cache = poisoned_cache(model, 8 * MAX_MODEL_LEN // BLOCK_SIZE, BLOCK_SIZE)
         self.runner = Runner(executor.start(model, cache))
@@ -85,14 +86,18 @@ class Fused:
         self.caches = cache.tensors
         self.tables = scattered_tables(cache)
 
-    def decode(self, lengths: Sequence[int], others: int = 0) -> list[int]:
-        """A token for each sequence, from a cache of random keys and values, next to some of one token each."""
+    def fill(self, lengths: Sequence[int]) -> None:
+        """Gives sequences random keys and values, always the same."""
         values = torch.Generator().manual_seed(3)
         for tensor in self.caches:
             for length, table in zip(lengths, self.tables, strict=False):
                 rows = torch.randn(length, *tensor.shape[1::2], generator=values).to(self.dtype)
                 for position, row in enumerate(rows):
                     tensor[table[position // BLOCK_SIZE], :, position % BLOCK_SIZE] = row
+
+    def decode(self, lengths: Sequence[int], others: int = 0) -> list[int]:
+        """A token for each sequence, from a cache of random keys and values, next to some of one token each."""
+        self.fill(lengths)
         batch = [SequenceInput([3], 0, [self.tables[-1][row]], (GREEDY,)) for row in range(others)]
         batch += [SequenceInput([9], n, t, (GREEDY,)) for n, t in zip(lengths, self.tables, strict=False)]
         return self.runner.run(batch)[others:]

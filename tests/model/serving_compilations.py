@@ -35,7 +35,8 @@ from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import PooledStates, PromptLogprobs, Report, Runner, SequenceInput
 from persimmon.model.token_counts import TokenCounts
 from persimmon.server.config import Settings
-from persimmon.server.engine.loading import _graph_sizes, _limits, warm_up_steps
+from persimmon.server.engine.loading import _graph_sizes, _limits, _max_guesses, warm_up_steps
+from persimmon.server.settings.speculation import SpeculativeConfig
 from tests.kernels.ahead_of_time import launches_compile
 from tests.model.rows import row_with
 
@@ -103,7 +104,9 @@ def tensors_of(config: PersimmonConfig, bits: Bits | None) -> Iterator[tuple[str
 def make_runner(settings: Settings, config: PersimmonConfig, bits: Bits | None = None) -> MetaRunner:
     """As the server makes it, on a GPU that is not there."""
     kernels = (InvariantKernels if settings.batch_invariant else FusedKernels)(META)
-    executor = MetaExecutor(kernels, _graph_sizes(settings, config))
+    executor = MetaExecutor(
+        kernels, _graph_sizes(settings, config), guesses=_max_guesses(settings.speculative_config, config)
+    )
     model = Persimmon(config, tensors_of(config, bits), torch.float16, META, kernels)
     executor.reserve(_limits(settings, config, _max_model_len(settings), quantized=bits is not None))
     cache_dtype = EIGHT_BIT_CACHES.get(settings.kv_cache_dtype, torch.float16)
@@ -112,7 +115,7 @@ def make_runner(settings: Settings, config: PersimmonConfig, bits: Bits | None =
 
 
 def random_step(dice: random.Random, settings: Settings, config: PersimmonConfig) -> list[SequenceInput]:
-    """Decodes, prompts or both, short and long, of every kind of draw and report."""
+    """Decodes, prompts or both, short and long, of every kind of draw and report; some decodes have guesses."""
     most, longest = settings.max_num_seqs, _max_model_len(settings)
     decodes = dice.choice([0, 1, 2, 3, 16, 48, dice.randint(1, most)])
     chunks = dice.choice([0, 1, 1, 2, min(8, most)])
@@ -134,7 +137,17 @@ def random_step(dice: random.Random, settings: Settings, config: PersimmonConfig
         limit = config.rope_limit or 0
         prompt_length = limit + 1 if not samplings and start + count < limit else 0
         batch.append(SequenceInput([0] * count, start, table, samplings, report, prompt_length))
+    if settings.speculative_config is not None and chunks == 0 and dice.random() < 0.5:
+        return [with_guesses(item, dice.choice([0, 1, 4])) for item in batch[:12]]
     return batch
+
+
+def with_guesses(item: SequenceInput, guesses: int) -> SequenceInput:
+    """A single token with guesses behind it, as far as its blocks hold them, drawn at all of them."""
+    guesses = min(guesses, len(item.block_table) * BLOCK_SIZE - item.start - 1)
+    if len(item.samplings) != 1:
+        return item
+    return replace(item, token_ids=[0] * (1 + guesses), samplings=list(item.samplings) * (1 + guesses), guesses=guesses)
 
 
 def random_report(dice: random.Random, count: int, config: PersimmonConfig) -> Report | None:
@@ -163,12 +176,14 @@ ADJUSTED = [
 ]
 
 
+GUESSES = SpeculativeConfig.from_json('{"method": "ngram", "num_speculative_tokens": 4}')
+
 BITS: dict[str, Bits] = {"int4": 4}
 """Of servers with quantized weights."""
 
 SERVERS: dict[str, tuple[Settings, dict[str, Any]]] = {
-    "default": (Settings(), {}),
-    "eager": (Settings(enforce_eager=True, max_num_seqs=1), {}),
+    "default": (Settings(speculative_config=GUESSES), {}),
+    "eager": (Settings(enforce_eager=True, max_num_seqs=1, speculative_config=GUESSES), {}),
     "int8 cache": (Settings(max_num_seqs=8, kv_cache_dtype="int8"), {}),
     "batch-invariant": (Settings(batch_invariant=True), {}),
     "int4": (Settings(max_num_seqs=66), {}),

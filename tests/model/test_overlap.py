@@ -5,6 +5,7 @@ the batch.  Steps run on meta tensors here, which stand for a GPU's; kernels are
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -104,7 +105,7 @@ def executor_of(architecture: Architecture = Architecture.CAUSAL_LM, **changes: 
         **changes,
     )
     kernels = FusedKernels(META)
-    executor = Executor(kernels, [MAX_NUM_SEQS] if config.generates else ())
+    executor = Executor(kernels, [MAX_NUM_SEQS] if config.generates else (), guesses=2)
     vocab_size = config.vocab_size if config.generates else 0
     executor.reserve(StepLimits(MAX_NUM_SEQS, 512, MAX_MODEL_LEN, 2, 32, 64, 128, vocab_size))
     tensors = ((name, torch.empty(shape, device=META)) for name, shape in expected_shapes(config).items())
@@ -117,6 +118,11 @@ def sequence(
 ) -> SequenceInput:
     samplings = () if sampling is None else (sampling,)
     return SequenceInput([3] * count, 20, range(-(-(20 + count) // BLOCK_SIZE)), samplings, report, prompt_length)
+
+
+def with_guesses(*samplings: RowSampling) -> SequenceInput:
+    """A token and guesses, at all of which is drawn."""
+    return replace(sequence(len(samplings)), samplings=samplings, guesses=len(samplings) - 1)
 
 
 def allowed() -> np.ndarray:
@@ -143,6 +149,8 @@ REPORTS: dict[str, Report] = {
 }
 STEPS: dict[str, Sequence[SequenceInput]] = {
     **{f"decodes, {name}": [sequence(1), sequence(1, own)] for name, own in DRAWS.items()},
+    **{f"guesses, {name}": [sequence(1), with_guesses(GREEDY, own, own)] for name, own in DRAWS.items()},
+    "guesses next to a prompt": [with_guesses(GREEDY, GREEDY), sequence(20)],
     **{f"mixed, {name}": [sequence(20, own), sequence(1), sequence(1, own)] for name, own in DRAWS.items()},
     **{f"a prompt, {name}": [sequence(20, GREEDY, own), sequence(1)] for name, own in REPORTS.items()},
     **{f"part of a prompt, {name}": [sequence(20, None, own)] for name, own in REPORTS.items()},
@@ -164,7 +172,7 @@ def step(executor: Executor, batch: Sequence[SequenceInput]) -> None:
         outcome = pending.wait()
     assert executor.event.waits == 1
     assert waiting.on_device == []
-    assert len(outcome.tokens) == sum(len(item.samplings) for item in batch)
+    assert [len(tokens) for tokens in outcome.tokens] == [count for item in batch for count in item.draws]
     assert set(outcome.prompt_logprobs) | set(outcome.pooled) == {
         place for place, item in enumerate(batch) if item.report is not None
     }

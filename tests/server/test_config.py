@@ -158,13 +158,6 @@ def test_guesses_that_cannot_be_made_are_refused(asked, refusal):
     assert "\n" not in str(error.value)
 
 
-def test_steps_with_guesses_do_not_overlap():
-    asked = {"speculative_config": '{"method": "suffix", "num_speculative_tokens": 5}', "async_scheduling": "on"}
-    with pytest.raises(SettingsError, match=r"--speculative-config and --async-scheduling on exclude each other"):
-        read_settings(asked)
-    read_settings(asked | {"speculative_config": "off"})
-
-
 def test_add_bos_follows_the_checkpoint_by_default():
     assert read_settings({}).add_bos_token is None
     assert read_settings({"add_bos": "true"}).add_bos_token is True

@@ -247,6 +247,7 @@ class Simulation:
         right_in_a_row: int = 0,
         adaptive: bool = False,
         speculation: Speculation | None = None,
+        max_guess_rows: int | None = None,
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching)
         self.scheduler = WatchedScheduler(
@@ -260,6 +261,7 @@ class Simulation:
                 if max_guesses
                 else speculation
             ),
+            max_guess_rows=max_guess_rows,
         )
         self.max_model_len = max_model_len
         self.live: dict[int, Sequence] = {}
@@ -271,6 +273,7 @@ class Simulation:
         """How many sequences were aborted in which state."""
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_guess_rows = max_guess_rows
         self._model = FakeModel(num_blocks, block_size)
         self._overlap = overlap
         # Ended while steps were under way that may write their blocks.
@@ -396,11 +399,12 @@ class Simulation:
         missing = sum(map(self._needs_a_block, decoding)) - self.pool.num_free
         must_wait = any(own.draws_from_output and own.num_pending for own in self.running)
         must_wait |= any(item.guesses for plan in self.under_way for item in plan.scheduled)
+        may_wait = any(own.proposer is not None for own in decoding)  # for tokens behind which guesses are expected
         self.scheduler.preempted = []
         plan = self.scheduler.plan_ahead(self.costs) if ahead else self.scheduler.plan(self.costs)
         if plan is None:
             several_clients = len({own.owner for own in self.live.values()}) > 1
-            assert missing > 0 or must_wait or (several_clients and self.waiting)
+            assert missing > 0 or must_wait or may_wait or (several_clients and self.waiting)
             self.check()
             return None
         assert not (ahead and must_wait)
@@ -586,6 +590,9 @@ class Simulation:
         scheduled = [item.sequence for item in plan.scheduled]
         assert len(set(map(id, scheduled))) == len(scheduled), "a sequence was scheduled twice"
         assert plan.num_tokens <= self._max_num_batched_tokens
+        if plan.num_guesses and self._max_guess_rows is not None:
+            assert plan.num_tokens <= self._max_guess_rows
+            assert all(own in decoding for own in scheduled), "a step with guesses computes a prompt"
         assert sum(len(item.samples) for item in plan.scheduled) <= self._max_num_seqs
         assert ahead or bool(scheduled) == bool(self.live)
         self._short_in_a_row = self._short_in_a_row + 1 if plan.short else 0

@@ -14,7 +14,6 @@ from persimmon.model.convert.hugging_face import plan_from_hugging_face
 from persimmon.model.convert.quantize import QuantizationRequest, formats, quantize_conversion
 from persimmon.model.convert.writer import write
 from persimmon.model.executor import Executor, executor_for
-from persimmon.model.fused_executor import FusedExecutor
 from persimmon.model.rope_scaling import RopeScaling
 from persimmon.model.runner import PooledStates
 from persimmon.server.config import read_settings
@@ -101,24 +100,17 @@ def test_batch_invariance_is_refused_on_a_cpu_whose_head_torch_multiplies(tmp_pa
     check_batch_invariance(read_settings({}), tied, CPU)
 
 
-def test_guesses_are_refused_on_a_gpu() -> None:
+def test_guesses_are_as_many_as_pay_on_a_cpu_and_none_on_a_gpu_unless_asked_otherwise() -> None:
     asked = read_settings({"speculative_config": '{"method": "suffix", "num_speculative_tokens": 4}'})
-    gpu = object.__new__(FusedExecutor)
-    with pytest.raises(kernels.KernelsUnavailableError, match=r"--speculative-config .*\(suffix\).* on a GPU yet"):
-        choose_speculation(asked, GENERATOR, gpu)
-    assert choose_speculation(asked, GENERATOR, executor_for(kernels.for_device(CPU), CPU)) == asked.speculative_config
-
-
-def test_a_cpu_makes_as_many_guesses_as_pay_unless_it_is_asked_otherwise() -> None:
-    cpu, gpu = executor_for(kernels.for_device(CPU), CPU), object.__new__(FusedExecutor)
-    chosen = choose_speculation(read_settings({}), GENERATOR, cpu)
-    assert chosen == SpeculativeConfig(method="auto")
-    off = SpeculativeConfig(method="off")
-    assert choose_speculation(read_settings({"speculative_config": "off"}), GENERATOR, cpu) == off
+    gpu, off = torch.device("cuda"), SpeculativeConfig(method="off")
+    assert choose_speculation(read_settings({}), GENERATOR, CPU) == SpeculativeConfig(method="auto")
     assert choose_speculation(read_settings({}), GENERATOR, gpu) == off
+    for device in (CPU, gpu):
+        assert choose_speculation(asked, GENERATOR, device) == asked.speculative_config
+        assert choose_speculation(read_settings({"speculative_config": "off"}), GENERATOR, device) == off
     assert Speculation.of(off, 8, 512) is None
     only_of_grammars = [(read_settings({}), CLASSIFIER), (read_settings({"async_scheduling": "on"}), GENERATOR)]
-    assert [choose_speculation(*asked, cpu) for asked in only_of_grammars] == [None, None]
+    assert [choose_speculation(*given, CPU) for given in only_of_grammars] == [None, None]
 
 
 class TestTheCacheType:

@@ -54,6 +54,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         overlap=st.booleans(),
         typical_output=st.sampled_from([1, 16]),
         guessing=st.sampled_from([(0, 0, False), (0, 0, False), (3, 1, False), (7, 5, False), (7, 3, True)]),
+        max_guess_rows=st.sampled_from([None, None, 6]),
         costs=st.sampled_from(
             [
                 None,
@@ -83,6 +84,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         overlap: bool,
         typical_output: int,
         guessing: tuple[int, int, bool],
+        max_guess_rows: int | None,
         costs: StepCosts | None,
         arrivals: list[Request],
     ) -> None:
@@ -98,6 +100,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_guesses=guessing[0],
             right_in_a_row=guessing[1],
             adaptive=guessing[2],
+            max_guess_rows=max_guess_rows,
         )
         self.simulation.costs = costs
         # Hypothesis leaves rules out of many runs to explore the others; without sequences there is nothing to see.

@@ -4,6 +4,7 @@ Results are those of the same kernels on a CPU, where nothing is captured, queue
 """
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Ids
 from dataclasses import asdict, dataclass, field
 from itertools import count, islice
 from pathlib import Path
@@ -28,7 +29,9 @@ from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.token_counts import TokenCounts
 from persimmon.server.config import read_settings
 from persimmon.server.engine import loading
+from persimmon.server.engine.guesses import Speculation
 from persimmon.server.engine.profiling import ProfiledRunner
+from persimmon.server.engine.proposers import Proposal
 from persimmon.server.engine.sequence import Sequence
 from tests.engine_harness import CPU, Harness, Reports, new_tokens, poisoned_cache
 from tests.fake_cuda import FakeDevice, fake_cuda
@@ -51,6 +54,7 @@ SETTINGS = read_settings(
         "block_size": "16",
         "kv_cache_dtype": "int8",  # tests/end_to_end/test_simulated_gpu.py has the network's own
         "kv_cache_memory": str(24 * 4096),
+        "speculative_config": '{"method": "ngram", "num_speculative_tokens": 1}',
     }
 ).of_engine()
 NUM_BLOCKS = 24
@@ -66,7 +70,6 @@ OTHERWISE = {
     "return ()": "without graphs",
     "return Samples(tokens)": "draws from unchanged logits, of more rows than graphs hold",
     "return self.graphs.graph(rows)": "benchmarks.gpu",
-    "return self.graphs.replays": "benchmarks.gpu",
     "captured = self._captured.get(self.size(count))": "benchmarks.gpu",
     "return None if captured is None else captured.graph": "benchmarks.gpu",
     "return super().fetch(tensors)": "a CPU",
@@ -97,6 +100,7 @@ class Started:
     lines: list[str]
     executed: dict[Path, set[int]]
     replays: int = 0
+    guesses: int = 0
     tokens: list[list[int]] = field(default_factory=list)
     reports: list[Reports] = field(default_factory=list)
 
@@ -118,12 +122,15 @@ def started(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             with mock.patch.object(loading, "warm_up_steps", lambda *args, **named: islice(warm_up(*args, **named), 1)):
                 loaded = loading.load_model(SETTINGS, folder, lines.append)
             lines.append(loaded.executor.name)
-            harness = harness_of(on_cpu(folder)[0], loaded.runner, overlap=loaded.executor.overlaps)
+            speculation = Speculation(lambda own: LastAgain())
+            harness = harness_of(
+                on_cpu(folder)[0], loaded.runner, overlap=loaded.executor.overlaps, speculation=speculation
+            )
             harness._run = ProfiledRunner(harness._run, loaded.runner, 1, tmp_path_factory.mktemp("profile"))
             tokens, reports = run_requests(harness)
             write_logits_of_many_rows(loaded.executor)
             replays = loaded.runner.graph_replays
-        yield Started(gpu, loaded, lines, executed, replays, tokens, reports)
+        yield Started(gpu, loaded, lines, executed, replays, harness.stats.draft_tokens, tokens, reports)
 
 
 def write_logits_of_many_rows(executor: Executor) -> None:
@@ -160,7 +167,14 @@ def on_cpu(folder: Path, sizes: tuple[int, ...] = ()) -> tuple[Persimmon, Runner
     return model, Runner(executor.start(model, poisoned_cache(model, NUM_BLOCKS, SETTINGS.block_size, torch.int8)))
 
 
-def harness_of(model: Persimmon, runner: Runner, *, overlap: bool) -> Harness:
+class LastAgain:
+    """Guesses that the last token comes again."""
+
+    def propose(self, token_ids: Ids[int], count: int) -> Proposal:
+        return Proposal(token_ids[-1:], 1)
+
+
+def harness_of(model: Persimmon, runner: Runner, *, overlap: bool, speculation: Speculation | None = None) -> Harness:
     return Harness(
         model,
         num_blocks=NUM_BLOCKS,
@@ -170,6 +184,7 @@ def harness_of(model: Persimmon, runner: Runner, *, overlap: bool) -> Harness:
         prefix_caching=True,
         overlap=overlap,
         runner=runner,
+        speculation=speculation,
     )
 
 
@@ -190,7 +205,7 @@ def requests() -> list[Sequence]:
         sequence(20, greedy),
         sequence(5, drawn, forks=forks),
         *forks,
-        sequence(18, changed, prompt_logprobs=1),
+        sequence(18, changed, max_tokens=4, prompt_logprobs=1),
         sequence(6, greedy, max_tokens=0, pooling="sum"),
     ]
 
@@ -235,6 +250,7 @@ def test_requests_get_what_they_get_on_a_cpu(started: Started, folder: Path) -> 
     assert ids == expected_ids
     assert numbers == pytest.approx(expected_numbers, rel=1e-2, abs=2e-2)
     assert started.replays > 0
+    assert started.guesses > 0
 
 
 def test_all_that_only_a_gpu_runs_has_run(started: Started) -> None:
@@ -256,6 +272,7 @@ class TestSteps:
             "decode": [SequenceInput([5], 0, [1], (GREEDY,)), SequenceInput([6], 0, [2], (row_with(temperature=1.0),))],
             "decode of changed logits": [SequenceInput([5], 0, [1], (changed,))],
             "log-probabilities": [SequenceInput([5], 0, [1], (row_with(logprobs=2),))],
+            "guesses": [SequenceInput([5, 6], 0, [1], (GREEDY, changed), guesses=1)],
             "mixed": [SequenceInput([3, 4, 5], 0, [3], (GREEDY,)), SequenceInput([5], 0, [1], (GREEDY,))],
             "forks": [SequenceInput([3, 4], 0, [3], (GREEDY, row_with(temperature=1.0, sample_index=1)))],
             "pooled": [SequenceInput([3, 4], 0, [3], (), PooledStates(range(2), total=True))],

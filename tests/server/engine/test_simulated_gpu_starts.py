@@ -31,6 +31,8 @@ ENGINES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "bfloat16": ({"dtype": "bfloat16", "load_format": "dummy"}, {"tie_word_embeddings": True}),
     "more rows than a small step": ({"max_num_seqs": "66", "cuda_graph_sizes": "1,66"}, {}),
     "batch-invariant": ({"batch_invariant": "true"}, {}),
+    "guesses": ({"speculative_config": '{"method": "auto"}'}, {}),
+    "guesses, batch-invariant": ({"speculative_config": '{"method": "auto"}', "batch_invariant": "true"}, {}),
     "int4": ({"quantization": "int4", "max_num_batched_tokens": "300", "load_format": "dummy"}, {}),
     "int8, batch-invariant": ({"quantization": "int8", "batch_invariant": "true"}, {}),
     "long prompts": ({}, {"max_position_embeddings": 32, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}),
@@ -49,6 +51,7 @@ def steps(*, generates: bool) -> list[list[SequenceInput]]:
     return [
         [SequenceInput([1, 2, 3], 0, [0], (allowed, allowed), PromptLogprobs(0, [2, 3], 1))],
         [SequenceInput([-1], 3, [0], (row_with(logprobs=2),)), SequenceInput([-2], 3, [6], (allowed,))],
+        [SequenceInput([1, 2], 4, [0], (row_with(), allowed), guesses=1), SequenceInput([3], 4, [6], (row_with(),))],
         [SequenceInput([5] * 70, 0, [1, 2, 3, 4, 5], (row_with(),), prompt_length=70), SequenceInput([-1], 4, [0], ())],
         [SequenceInput([1, 2, 3], 0, [0], (), scores)],
     ]
