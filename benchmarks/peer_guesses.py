@@ -31,6 +31,9 @@ from persimmon.model.tokenizer import Tokenizer
 from persimmon.server.bench.workload import Prompt, Request, request
 
 PRECISION = "float32"
+TEXTS = tuple(name for name in WORKLOADS if name != "schema")
+"""The prompts of "schema" are those of "json"."""
+
 BEGUN = 64
 """Tokens of a given answer that its prompt ends with."""
 
@@ -47,16 +50,19 @@ GUESSES: Mapping[str, Sequence[str]] = {
 }
 """The flags by which a program guesses, by its name."""
 
+NO_GUESSES: Mapping[str, Sequence[str]] = {OURS: ("--speculative-config", "off")}
+"""The flags by which a program does not guess; peers need none."""
+
 
 @dataclass(frozen=True)
 class TextWorkload(Workload):
     """Prompts of one kind of text, and answers of a fixed length.
 
     Attributes:
-        text: the kind, one of benchmarks.speculation.WORKLOADS.
+        text: the kind, one of TEXTS.
     """
 
-    text: str = WORKLOADS[0]
+    text: str = TEXTS[0]
 
     def requests(self, model: str) -> list[Request]:
         """The requests, encoded before the clock starts."""
@@ -92,7 +98,7 @@ def contenders_of(arguments: argparse.Namespace, scratch: Path) -> list[Contende
         subprocess.CalledProcessError: a checkpoint could not be exported.
     """
     contenders: list[Contender] = []
-    for guesses, suffix in ((GUESSES, ", guesses"), ({}, "")):
+    for guesses, suffix in ((GUESSES, ", guesses"), (NO_GUESSES, "")):
         field = Field(
             installed=installed(arguments, guesses),
             checkpoint=DEMO,
@@ -158,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure this server and others on this CPU in turn, with and without guesses at next tokens.",
     )
     add_server_arguments(parser)
-    parser.add_argument("--texts", nargs="+", choices=WORKLOADS, default=WORKLOADS, help="[default: all]")
+    parser.add_argument("--texts", nargs="+", choices=TEXTS, default=TEXTS, help="[default: all]")
     parser.add_argument(
         "--streams", type=int, nargs="+", default=[1, 8], metavar="N", help="requests in flight [default: 1 8]"
     )

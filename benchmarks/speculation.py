@@ -28,6 +28,7 @@ from pydantic import ByteSize
 from benchmarks.checkpoint import DEMO, RANDOM, write_checkpoint
 from benchmarks.machine import device
 from persimmon.kernels.cpu.pages import POPULATE
+from persimmon.model.grammar import GrammarCompiler, GrammarSpec
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.step_outcome import StepOutcome
 from persimmon.model.tokenizer import Tokenizer
@@ -48,11 +49,31 @@ ANSWER = 192
 """Tokens of an answer."""
 
 METHODS = {
-    "none": None,
+    "none": '{"method": "off"}',
     "ngram": '{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4, "prompt_lookup_min": 2}',
     "suffix": '{"method": "suffix", "num_speculative_tokens": 8}',
     "auto": '{"method": "auto"}',
 }
+
+SCHEMA = GrammarSpec(
+    "json_schema",
+    json.dumps(
+        {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {
+                    "name": {"type": "string"},
+                    "count": {"type": "integer"},
+                    "in_stock": {"type": "boolean"},
+                },
+                "required": ["name", "count", "in_stock"],
+            },
+        }
+    ),
+    leading_space=True,
+)
+"""What answers of the workload "schema" must follow, of which the names of properties are forced."""
 
 CODE = Path(__file__).parents[1] / "server" / "engine" / "blocks.py"
 """What answers of code are taken from: a file with repeated names."""
@@ -117,7 +138,8 @@ class _Given:
 
 def workload(name: str, tokenizer: Tokenizer, seed: int) -> tuple[list[int], list[int]]:
     """A prompt and its answer, as token ids."""
-    numbers = random.Random(seed)
+    # A text of another workload would be found among recent answers.
+    numbers = random.Random(f"{name} {seed}")
     words = [word for line in (Path(__file__).parent / "texts" / "calibration.jsonl").read_text().splitlines()
              for word in json.loads(line)["text"].split()]  # fmt: skip
     passage = numbers.choices(words, k=160)
@@ -126,12 +148,12 @@ def workload(name: str, tokenizer: Tokenizer, seed: int) -> tuple[list[int], lis
     elif name == "edit":
         edited = [word if number % 12 else numbers.choice(words) for number, word in enumerate(passage)]
         prompt, answer = " ".join(passage), " ".join(edited)
-    elif name == "json":
+    elif name in ("json", "schema"):
         items = [
             {"name": numbers.choice(words), "count": numbers.randrange(100), "in_stock": numbers.random() < 0.5}
             for _ in range(30)
         ]
-        prompt, answer = "List what there is as JSON.", json.dumps(items)
+        prompt, answer = "List what there is as JSON.", json.dumps(items, ensure_ascii=False)
     elif name == "code":
         text = CODE.read_text()
         begin = numbers.randrange(len(text) // 2)
@@ -141,26 +163,25 @@ def workload(name: str, tokenizer: Tokenizer, seed: int) -> tuple[list[int], lis
     return tokenizer.encode(prompt), tokenizer.encode(answer)[1 : ANSWER + 1]
 
 
-WORKLOADS = ("quote", "edit", "json", "code", "random")
+WORKLOADS = ("quote", "edit", "json", "schema", "code", "random")
 
 
 class Client:
     """An engine that guesses in one way, and a worker that times its tokens."""
 
-    def __init__(self, loaded: LoadedModel, settings: Settings, method: str) -> None:
+    def __init__(self, loaded: LoadedModel, settings: Settings, method: str, compiler: GrammarCompiler) -> None:
         plan = loaded.plan
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         router, self._worker = self._context.socket(zmq.ROUTER), self._context.socket(zmq.DEALER)
         router.bind("inproc://engine")
         self._worker.connect("inproc://engine")
-        asked = METHODS[method]
         self._scheduler = Scheduler(
             BlockPool(plan.num_blocks, plan.block_size, prefix_caching=False),
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_model_len=plan.max_model_len,
             speculation=Speculation.of(
-                None if asked is None else SpeculativeConfig.from_json(asked), settings.max_num_seqs, plan.max_model_len
+                SpeculativeConfig.from_json(METHODS[method]), settings.max_num_seqs, plan.max_model_len
             ),
         )
         ready = Ready(
@@ -171,7 +192,7 @@ class Client:
             dtype="float32",
             stats=self._scheduler.stats(),
         )
-        self._run = GivenAnswers(PlanRunner(loaded.runner))
+        self._run = GivenAnswers(PlanRunner(loaded.runner, compiler, guess_forced=method != "none"))
         self._engine = Engine(
             socket=router, scheduler=self._scheduler, run=self._run, limits=ready, costs=StepCostModel()
         )
@@ -190,7 +211,9 @@ class Client:
                 sequence_id=self._submitted,
                 token_ids=prompt,
                 max_tokens=len(answer),
-                sampling=SamplingParams(temperature=1.0, seed=self._submitted),
+                sampling=SamplingParams(
+                    temperature=1.0, seed=self._submitted, grammar=SCHEMA if name == "schema" else None
+                ),
             )
             self._worker.send(msgspec.msgpack.encode(submit))
             self._submitted += 1
@@ -230,7 +253,9 @@ class Client:
 @contextmanager
 def serving(loaded: LoadedModel, settings: Settings) -> Iterator[dict[str, Client]]:
     """An engine for each way of guessing, all on one network and cache, which only one uses at a time."""
-    clients = {method: Client(loaded, settings, method) for method in METHODS}
+    config = loaded.executor.model.config
+    compiler = GrammarCompiler.for_tokenizer(Tokenizer.from_folder(DEMO), config.vocab_size, config.eos_token_ids)
+    clients = {method: Client(loaded, settings, method=method, compiler=compiler) for method in METHODS}
     try:
         yield clients
     finally:

@@ -3,10 +3,10 @@ from itertools import product
 from pathlib import Path
 
 from benchmarks.instruction_sets import INSTRUCTION_SETS
-from benchmarks.peer_guesses import BEGUN, GUESSES, SEEDS, _parser, workloads
+from benchmarks.peer_guesses import BEGUN, GUESSES, SEEDS, TEXTS, _parser, workloads
 from benchmarks.peer_servers import OURS, Field, Installed, Limits
 from benchmarks.serve import WARM_UP_SEED_OFFSET
-from benchmarks.speculation import WORKLOADS, workload
+from benchmarks.speculation import workload
 from persimmon.model.tokenizer import Tokenizer
 
 
@@ -23,7 +23,7 @@ def test_a_prompt_ends_with_the_beginning_of_its_answer(demo_checkpoint: Path) -
 def test_no_round_has_prompts_of_another_or_of_a_warm_up() -> None:
     arguments = _parser().parse_args(["--streams", "1", "8"])
     rounds = [own for number in (1, 2, 3) for own in workloads(arguments, number)]
-    assert {(own.streams, own.text) for own in rounds} == set(product((1, 8), WORKLOADS))
+    assert {(own.streams, own.text) for own in rounds} == set(product((1, 8), TEXTS))
     seeds = {own.seed for own in rounds}
     assert len(seeds) == 2 * 3
     assert all(abs(one - other) >= SEEDS for one, other in product(seeds, seeds) if one != other)
