@@ -16,6 +16,10 @@ MIN_PROBABILITY, MAX_GUESSES = 0.02, 64
 UNKNOWN_PROBABILITY, UNKNOWN_GUESSES = 0.5, 4
 """While it is not known what guesses cost: the least probability of those that are computed, and how many they are."""
 
+STEPS_TO_TRIAL = 64
+"""After this many steps without guesses one has UNKNOWN_GUESSES likely ones, whatever they seem to cost: what was
+learned on a busy machine, or from slow grammars, would otherwise hold for ever."""
+
 
 class GuessWorth:
     """Decides how many guesses steps have, from what their costs and earlier guesses teach."""
@@ -24,6 +28,8 @@ class GuessWorth:
         self._rates = first_rates()
         self._steps = 0
         self._decodes = 0
+        self._steps_without = 0
+        self._trial = False
         # How much faster tokens came with the guesses of the last step that had some; others must keep up with those.
         self._gain = 1.0
         self._tokens = self._gained = self._seconds = self._quiet = self._each = self._least = 0.0
@@ -51,7 +57,8 @@ class GuessWorth:
         self._each = known.token + known.context * context / decodes
         self._least = UNKNOWN_PROBABILITY
         self._limit = UNKNOWN_GUESSES
-        if known.observed:
+        self._trial = known.observed and self._steps_without >= STEPS_TO_TRIAL
+        if known.observed and not self._trial:
             self._least = max(MIN_PROBABILITY, self._gain * self._each * decodes / self._quiet)
             self._limit = MAX_GUESSES
         return self._least < 1 or self._without()
@@ -67,22 +74,30 @@ class GuessWorth:
             self._gained += chance
             count += 1
         self._seconds += count * self._each
+        if self._trial:
+            self._limit -= count
         return count
 
     @property
-    def gain(self) -> float:
-        """How much faster tokens come with the guesses that were counted in this step than without any."""
-        return (1 + self._gained / self._tokens) * self._quiet / self._seconds
+    def paying(self) -> bool:
+        """Whether the guesses that were counted in this step, together, bring tokens faster than a step without any."""
+        return self._gained > 0 and (self._trial or self._faster() > 1)
 
     def pays(self) -> bool:
-        """Whether the guesses that were counted in this step, together, bring tokens faster than a step without any."""
-        self._gain = self.gain
-        if self._gained == 0 or self._gain <= 1:
+        """Ends a step; whether it has the guesses that were counted, as `paying` says."""
+        if not self.paying:
             return self._without()
+        self._gain = max(1.0, self._faster())
         self._steps += 1
+        self._steps_without = 0
         return True
+
+    def _faster(self) -> float:
+        """How much faster tokens come with the guesses that were counted in this step than without any."""
+        return (1 + self._gained / self._tokens) * self._quiet / self._seconds
 
     def _without(self) -> bool:
         """The step has no guesses: False."""
         self._steps, self._gain = 0, 1.0
+        self._steps_without += 1
         return False

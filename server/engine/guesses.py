@@ -214,7 +214,7 @@ class Guesses:
                 paid = worth.count(acceptance, proposal) > 1
                 acceptance.note(paid=paid)
             found |= paid
-        return found and (worth is None or worth.gain > 1)
+        return found and (worth is None or worth.paying)
 
     def _begin_step(self, decoding: Ids[Sequence], costs: StepCosts | None) -> bool:
         """Begins to look for guesses; whether any may pay."""

@@ -10,6 +10,9 @@ from math import inf, sqrt
 MEMORY = 100
 """Further observations of the same kind after which one counts 1/e of what it did."""
 
+GUESS_MEMORY = 256
+"""Further steps without guesses after which what guesses cost counts 1/e of what it did: few trials correct it."""
+
 ENOUGH = 8
 """Steps of a kind that must be observed before its cost is estimated."""
 
@@ -199,6 +202,7 @@ class StepCostModel:
         quiet = (1.0, float(work.decodes), work.decode_context / 1000)
         if work.chunk_tokens == 0 and work.guess_tokens == 0:
             self._quiet.observe(quiet, seconds)
+            self._guesses.fade(1 - 1 / GUESS_MEMORY)
             return
         expected = self._quiet.predict(quiet)
         guesses = (1.0, float(work.guess_tokens), work.guess_context / 1000)
@@ -309,6 +313,11 @@ class LinearFit:
             self._targets[row] = keep * self._targets[row] + weight * own * value
         self.seen += 1
         self._coefficients = None
+
+    def fade(self, keep: float) -> None:
+        """Lets what was seen count less, next to what will be."""
+        self._products = [[keep * own for own in row] for row in self._products]
+        self._targets = [keep * own for own in self._targets]
 
     def _solve(self) -> list[float]:
         """The normal equations' solution with the coefficients that would be negative left out, the worst first."""

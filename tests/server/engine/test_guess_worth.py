@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from persimmon.server.engine.acceptance import KIND_OF, LENGTHS, RECENT, Acceptance, first_rates
-from persimmon.server.engine.guess_worth import MAX_STEPS_WITH_GUESSES, UNKNOWN_GUESSES, GuessWorth
+from persimmon.server.engine.guess_worth import MAX_STEPS_WITH_GUESSES, STEPS_TO_TRIAL, UNKNOWN_GUESSES, GuessWorth
 from persimmon.server.engine.proposers import Proposal
 from persimmon.server.engine.step_cost import ENOUGH, GuessCosts, StepCostModel, StepCosts, StepWork
 
@@ -86,6 +86,31 @@ def test_steps_without_guesses_stay_known() -> None:
     assert steps.count(True) == 1
     assert chosen(worth, known(0.1), [0.9] * 9) == [0] * 9, "a batch of another size"
     assert sum(chosen(worth, known(0.1), [0.9] * 9)) > 0
+
+
+def test_a_few_likely_guesses_are_tried_from_time_to_time_whatever_they_seem_to_cost() -> None:
+    worth, probabilities = begun(8), [0.4] + [0.9] * 7
+    tried = [sum(chosen(worth, known(50.0), probabilities)) for _ in range(4 * STEPS_TO_TRIAL)]
+    assert 3 <= len([count for count in tried if count]) <= 4
+    assert max(tried) == UNKNOWN_GUESSES
+    assert not any(sum(chosen(worth, known(50.0), [0.4] * 8)) for _ in range(2 * STEPS_TO_TRIAL)), "unlikely ones"
+
+
+def test_what_a_busy_machine_taught_about_guesses_is_unlearned_in_few_trials() -> None:
+    model = StepCostModel()
+    work = StepWork(decodes=2, decode_context=200, guess_tokens=UNKNOWN_GUESSES, guess_context=100 * UNKNOWN_GUESSES)
+    quiet = StepWork(decodes=2, decode_context=200)
+    for _ in range(2 * ENOUGH):
+        model.observe(quiet, 0.010)
+    for _ in range(50):
+        model.observe(work, 0.400)
+    for _ in range(15):
+        for _ in range(STEPS_TO_TRIAL):
+            model.observe(quiet, 0.010)
+        model.observe(work, 0.012)
+    learned = costs_of(model)
+    assert learned is not None
+    assert learned.seconds(work) < 0.005
 
 
 def test_acceptance_follows_what_a_sequence_got() -> None:
