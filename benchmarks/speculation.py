@@ -75,8 +75,11 @@ SCHEMA = GrammarSpec(
 )
 """What answers of the workload "schema" must follow, of which the names of properties are forced."""
 
-CODE = Path(__file__).parents[1] / "server" / "engine" / "blocks.py"
-"""What answers of code are taken from: a file with repeated names."""
+MIN_CODE = 2000
+"""Characters of code that have as many tokens as an answer."""
+
+CODE = sorted((Path(__file__).parents[1] / "server").rglob("*.py"))
+"""What answers of code go on with: each with another file, as far as there are some."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Figures:
         workload: what answers are.
         streams: sequences at once.
         method: how tokens are guessed.
-        tokens_per_s: output tokens a second of all streams.
+        tokens_per_s: output tokens a second of all streams, from the first token to the last.
         itl_p99_ms: 99th percentile of the time between two outputs of a stream, divided by the tokens of the second.
         tokens_per_step: output tokens of a stream in a step.
         acceptance: share of the computed guesses that were right.
@@ -155,9 +158,10 @@ def workload(name: str, tokenizer: Tokenizer, seed: int) -> tuple[list[int], lis
         ]
         prompt, answer = "List what there is as JSON.", json.dumps(items, ensure_ascii=False)
     elif name == "code":
-        text = CODE.read_text()
-        begin = numbers.randrange(len(text) // 2)
-        prompt, answer = "Write the class.", text[begin:]
+        texts = [text for path in CODE if len(text := path.read_text()) > 4 * MIN_CODE]
+        text = texts[seed * 37 % len(texts)]
+        begin = numbers.randrange(MIN_CODE, len(text) - MIN_CODE)
+        prompt, answer = text[begin - MIN_CODE // 2 : begin], text[begin:]
     else:
         return numbers.choices(range(300, 4000), k=160), numbers.choices(range(300, 4000), k=ANSWER)
     return tokenizer.encode(prompt), tokenizer.encode(answer)[1 : ANSWER + 1]
@@ -229,9 +233,9 @@ class Client:
                     times[output.sequence_id - first].append((now, len(output.token_ids)))
                     left -= output.finish_reason is not None
         after = self._scheduler.stats()
-        # From when all have begun until the first has ended: what decoding brings.
-        begin, end = max(own[0][0] for own in times), min(own[-1][0] for own in times)
-        counts = [count for own in times for at, count in own if begin < at <= end]
+        # With many streams, the prompts of the others and the last ones alone count too.
+        begin, end = min(own[0][0] for own in times), max(own[-1][0] for own in times)
+        counts = [count for own in times for at, count in own if at > begin]
         gaps = sorted((later[0] - earlier[0]) / later[1] for own in times for earlier, later in itertools.pairwise(own))
         drafted = after.draft_tokens - before.draft_tokens
         return Figures(
