@@ -48,7 +48,7 @@ SECTIONS = {
         "benchmarks.gpu.quantized", 60, is_default=False, about="8-bit and 4-bit weights: right, and how fast"
     ),
     "checks": Section("benchmarks.gpu.checks", 60, about="each kernel in float16 against exact arithmetic"),
-    "sweep": Section("benchmarks.gpu.sweep", 70, about="the launch settings that were chosen without a GPU"),
+    "sweep": Section("benchmarks.gpu.sweep", 60, about="the launch settings that were chosen without a GPU"),
     "types": Section("benchmarks.gpu.checks_types", 60, is_default=False, about="the checks in bfloat16 and float32"),
     "peer": Section("benchmarks.gpu.peer", 60, is_default=False, about="Hugging Face's Persimmon on the same card"),
 }
