@@ -33,7 +33,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from benchmarks.checkpoint import CONFIG, DEMO, TOKENIZER_FILES
 from benchmarks.instruction_sets import INSTRUCTION_SETS, masked_environment, view_of_checkout
 from benchmarks.machine import device, measure_rates
-from benchmarks.peer_servers import OURS, PRECISIONS, QUANTIZED, our_server, precision_flags
+from benchmarks.peer_servers import NO_GUESSES, OURS, PRECISIONS, QUANTIZED, our_server, precision_flags
 from benchmarks.quantized_checkpoint import write_quantized_checkpoint
 from benchmarks.servers import RunningServer, ServerFailedError, running
 from persimmon.model.checkpoint import expected_shapes
@@ -223,6 +223,7 @@ def measure_server(
         *("--max-num-batched-tokens", str(STEP_TOKENS), "--kv-cache-dtype", kv_cache_dtype),
         *("--kv-cache-memory", str(cache_bytes(config, precision, kv_cache_dtype))),
         *(("--dtype", "float32") if precision in QUANTIZED else ()),
+        *NO_GUESSES[OURS],
         *shlex.split(arguments.flags),
     )
     server = our_server(environment, flags)

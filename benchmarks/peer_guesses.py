@@ -22,7 +22,7 @@ from benchmarks.checkpoint import DEMO
 from benchmarks.instruction_sets import INSTRUCTION_SETS
 from benchmarks.machine import device
 from benchmarks.peer_figures import Measurement, summarize, table
-from benchmarks.peer_servers import OPENVINO, OURS, VLLM, Contender, Field, Limits
+from benchmarks.peer_servers import NO_GUESSES, OPENVINO, OURS, VLLM, Contender, Field, Limits
 from benchmarks.peers import add_server_arguments, installed, measure_workload, now, run
 from benchmarks.serve import Workload
 from benchmarks.servers import running
@@ -49,9 +49,6 @@ GUESSES: Mapping[str, Sequence[str]] = {
     OPENVINO: ("--prompt-lookup", "5"),
 }
 """The flags by which a program guesses, by its name."""
-
-NO_GUESSES: Mapping[str, Sequence[str]] = {OURS: ("--speculative-config", "off")}
-"""The flags by which a program does not guess; peers need none."""
 
 
 @dataclass(frozen=True)

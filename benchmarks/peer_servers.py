@@ -15,6 +15,11 @@ from benchmarks.instruction_sets import InstructionSet, masked_environment, view
 from benchmarks.servers import Server
 
 OURS, VLLM, OPENVINO = "ours", "vLLM", "OpenVINO"
+
+NO_GUESSES: Mapping[str, Sequence[str]] = {OURS: ("--speculative-config", "off")}
+"""The flags by which a program guesses no tokens; peers need none.  A random network's greedy answers repeat
+themselves, so that guesses would look far too good."""
+
 LISTEN = ("--host", "127.0.0.1", "--port", "{port}")
 VLLM_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 

@@ -41,6 +41,7 @@ from benchmarks.peer_figures import (
     table,
 )
 from benchmarks.peer_servers import (
+    NO_GUESSES,
     OPENVINO,
     OURS,
     PRECISIONS,
@@ -220,7 +221,7 @@ def contenders_of(arguments: argparse.Namespace, checkpoint: Path, scratch: Path
         subprocess.CalledProcessError: a checkpoint could not be exported.
     """
     field = Field(
-        installed=installed(arguments),
+        installed=installed(arguments, NO_GUESSES),
         checkpoint=checkpoint,
         limits=Limits(arguments.max_model_len, arguments.max_num_seqs),
         level=INSTRUCTION_SETS[arguments.instructions],
@@ -236,7 +237,7 @@ def installed(arguments: argparse.Namespace, flags: Mapping[str, Sequence[str]] 
 
     Args:
         arguments: of `add_server_arguments`.
-        flags: more flags, by the name of a program.
+        flags: more flags, by the name of a program; those of the command line come last, and count.
     """
     programs = {OURS: "ours", VLLM: "vllm", OPENVINO: "openvino"}
     more = flags or {}
@@ -246,7 +247,7 @@ def installed(arguments: argparse.Namespace, flags: Mapping[str, Sequence[str]] 
         openvino_script=arguments.openvino_server,
         environments={name: dict(getattr(arguments, f"{flag}_env")) for name, flag in programs.items()},
         flags={
-            name: [*shlex.split(getattr(arguments, f"{flag}_flags")), *more.get(name, ())]
+            name: [*more.get(name, ()), *shlex.split(getattr(arguments, f"{flag}_flags"))]
             for name, flag in programs.items()
         },
     )
