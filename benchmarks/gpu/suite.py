@@ -55,7 +55,7 @@ class Suite:
         sparse_batches: of the steps that are compared with and without skipping.
         sparse_context: their context.
         guess_grid: (batch, context) of the steps with guesses.
-        guess_widths: tokens of a sequence in them, of which the first is no guess.
+        guess_widths: tokens of a sequence in those steps: the last known token and its guesses.
         chain_batches, chain_steps, chain_rounds: of the consecutive steps: batch sizes, how many follow each other, and
             how often.
         prompts: lengths.

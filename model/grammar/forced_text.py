@@ -23,8 +23,8 @@ _SPACE = ord(" ")
 class ForcedText:
     """Follows one answer and finds what its grammar forces next.  Use it from one thread at a time.
 
-    A space that may be left out counts as forced, or as left out, where there is no other choice, as between the items
-    of JSON.  Which of the two is what the answer did last.
+    Where the only choice is whether to write a space, as between the items of JSON, it is taken to be written or left
+    out as it was last time.
 
     Args:
         engine: the compiled grammar at the beginning of an answer; its tokens are bytes, and `END`.
