@@ -362,12 +362,15 @@ class FusedKernels:
         Returns:
             [R] int64, the first of `sampled`.
         """
-        rows, workspace = len(hidden), self._workspaces.sampling
-        if rows <= small_step(head):
+        if len(hidden) <= small_step(head):
+            workspace = self._workspaces.sampling
             tokens, _ = sample_head(hidden, operand_of(head), draw, live, workspace, logits=logits, pdl=self.pdl)
             return tokens
-        all_logits = self.logits(hidden, head, out=logits)
-        tokens, _ = sampling.sample_logits(all_logits, draw, live, workspace, pdl=self.pdl)
+        return self.sample_logits(self.logits(hidden, head, out=logits), draw, live)
+
+    def sample_logits(self, logits: torch.Tensor, draw: DrawInputs, live: torch.Tensor) -> torch.Tensor:
+        """As `sample`, from logits that are there already: [R, vocab_size] float32."""
+        tokens, _ = sampling.sample_logits(logits, draw, live, self._workspaces.sampling, pdl=self.pdl)
         return tokens
 
     def penalize(self, logits: torch.Tensor, penalties: PenaltyInputs) -> None:

@@ -126,6 +126,22 @@ class QuantizedMatrix:
         """Outputs from start to stop, as a view."""
         return replace(self, numbers=self.numbers[start:stop], scales=self.scales[start:stop])
 
+    def columns(self, start: int, stop: int) -> "QuantizedMatrix":
+        """Inputs from start to stop, as a view.
+
+        Raises:
+            ValueError: a group of inputs that share a scale would be divided, unless all inputs of an output do.
+        """
+        count, group_size, scales = stop - start, self.group_size, self.scales
+        if group_size == self.shape[1]:
+            group_size = count
+        elif start % group_size or stop % group_size:
+            raise ValueError(f"inputs {start} to {stop} begin or end within a group of {group_size}")
+        else:
+            scales = scales[:, start // group_size : stop // group_size]
+        numbers = self.numbers[:, start * self.bits // 8 : stop * self.bits // 8]
+        return replace(self, numbers=numbers, scales=scales, group_size=group_size)
+
     def to(self, device: torch.device) -> "QuantizedMatrix":
         """The matrix on a device: itself where it is there already."""
         if self.numbers.device == device:

@@ -18,6 +18,7 @@ from persimmon.model.leftovers import EMBEDDING, HEAD, settle
 from persimmon.model.quantization.compressed_tensors import MatrixScheme, ModuleClass
 from persimmon.model.quantization.stored_matrices import StoredMatrix, equal_matrices, take_matrices
 from persimmon.model.quantization.tensors import quantize_rows, random_matrix
+from persimmon.model.shard import ONLY, WHOLE, Part, Shard
 from persimmon.model.stored import StoredTensor
 from persimmon.model.weight_files import BYTES, Header, WeightFile, and_more, find_weight_files
 
@@ -32,8 +33,10 @@ _NUMBERS_DRAWN = (1 << 20) - 3
 model.  It is a prime, so that no two rows are the same."""
 
 
-def expected_shapes(config: PersimmonConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors of a Persimmon checkpoint by their Hugging Face names, in the order of the network.
+def expected_shapes(config: PersimmonConfig, shard: Shard = ONLY) -> dict[str, tuple[int, ...]]:
+    """The tensors of a Persimmon checkpoint, or of one rank's part of it, in the order of the network.
+
+    They have their Hugging Face names.
 
     Linear weights are [out, in].  The rows of query_key_value are ordered [head, {query, key, value},
     head_dim]: per head, so that a plain split into three has valid shapes and wrong contents.  With
@@ -67,7 +70,8 @@ def expected_shapes(config: PersimmonConfig) -> dict[str, tuple[int, ...]]:
             shapes["score.bias"] = (config.num_labels,)
     elif not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    return shapes
+    parts = {name: shard.part(name, shape, config) for name, shape in shapes.items()}
+    return {name: part.shape(shapes[name]) for name, part in parts.items() if part is not None}
 
 
 def dummy_tensors(
@@ -96,18 +100,23 @@ def dummy_parameters(
     device: torch.device | str,
     seed: int,
     formats: Mapping[str, QuantizedFormat],
+    shard: Shard = ONLY,
 ) -> Iterator[tuple[str, torch.Tensor | QuantizedMatrix]]:
     """`dummy_tensors` of which those with a format are quantized: made so, not rounded, which takes seconds only.
 
-    They come in the order of `Checkpoint.parameters`: quantized ones first, and the largest of each.
+    They come in the order of `Checkpoint.parameters`: quantized ones first, and the largest of each.  Several ranks
+    have the same norms, and what is divided among them is any numbers.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    shapes = expected_shapes(config)
-    for name in largest_first(formats, shapes):
+    shapes = expected_shapes(config, shard)
+    for name in largest_first([name for name in formats if name in shapes], shapes):
         rows, columns = shapes[name]
         yield name, random_matrix((rows, columns), formats[name], generator)
     dense = [name for name in shapes if name not in formats]
+    places = {name: place for place, name in enumerate(expected_shapes(config))}
     for name in sorted(dense, key=lambda name: name not in OF_VOCABULARY):
+        if shard.size > 1 and "norm" in name:
+            generator.manual_seed((seed + places[name]) % 2**63)
         yield name, _normal(name, shapes[name], dtype, generator)
 
 
@@ -221,7 +230,10 @@ class Checkpoint:
         )
 
     def parameters(
-        self, formats: Mapping[str, QuantizedFormat] | None = None, without: Collection[str] = ()
+        self,
+        formats: Mapping[str, QuantizedFormat] | None = None,
+        without: Collection[str] = (),
+        shard: Shard = ONLY,
     ) -> Iterator[tuple[str, torch.Tensor | QuantizedMatrix]]:
         """Every tensor once, except those left out, quantized ones first; the others in the order of the files.
 
@@ -232,6 +244,7 @@ class Checkpoint:
         Args:
             formats: by name, of tensors that are not stored quantized, and become so.
             without: names of tensors that are left out; none of them has a format.
+            shard: the part that is wanted of each; the rest of dense tensors is not read.
 
         Raises:
             CheckpointError: a file has become unreadable since `open`, or a weight cannot be quantized.
@@ -243,23 +256,31 @@ class Checkpoint:
         }
         shapes |= {name: source.shape for name, source in sources.items()}
         for name in largest_first(shapes, shapes):
+            part = shard.part(name, shapes[name], self.config) or WHOLE  # no matrix is left out
             matrix = (
-                self.matrices[name].read()
+                self.matrices[name].read(part)
                 if name in self.matrices
-                else quantize_rows(sources[name], formats[name], name)
+                else quantize_rows(sources[name], formats[name], name, part)
             )
             yield name, matrix.dequantized() if name == SCORE else matrix
             del matrix
         others = {stored for stored, name in self.names.items() if name not in formats and name not in without}
         large = {stored for stored in others if self.names[stored] in OF_VOCABULARY}
-        yield from self._dense(frozenset(large))
-        yield from self._dense(frozenset(others - large))
+        for names in (large, others - large):
+            for name, tensor in self._dense(frozenset(names)):
+                own = shard.part(name, tuple(tensor.shape), self.config)
+                if own is not None:
+                    yield name, _view(tensor, own)
+                del tensor
 
-    def mapped_embedding(self) -> torch.Tensor | QuantizedMatrix:
+    def mapped_embedding(self, shard: Shard = ONLY) -> torch.Tensor | QuantizedMatrix:
         """The embedding [vocab_size, hidden], where it lies in its file and in the form that it has there.
 
         A row takes memory once it is read, and the system may take that back.  While the result is in use, the file
         must not be written to, and must not become shorter: that would end the process.
+
+        Args:
+            shard: the rank whose rows are wanted.
 
         Raises:
             CheckpointError: rows cannot be looked up in the form that the file has, or the file cannot be mapped.
@@ -277,10 +298,11 @@ class Checkpoint:
             raise CheckpointError(
                 f"--embedding-table is file, but in {source.region} {EMBEDDING} {problem}: use --embedding-table memory"
             )
-        table = source.mapped(scattered=True)
+        rows = shard.vocabulary(self.config)
+        table = source.mapped(scattered=True)[rows.start : rows.stop]
         if matrix is None:
             return table
-        scales = matrix.scales.rows(0, matrix.shape[0])
+        scales = matrix.scales.rows(rows.start, rows.stop)
         return QuantizedMatrix(numbers=table, scales=scales, bits=8, group_size=matrix.shape[1])
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -328,6 +350,12 @@ def _stored_name(name: str, config: PersimmonConfig) -> str:
     """The name under which files hold a tensor, or the first of a quantized one's."""
     scheme = scheme_of(config, name)
     return f"{name}_packed" if scheme and scheme.packed else name
+
+
+def _view(tensor: torch.Tensor, part: Part) -> torch.Tensor:
+    """A part of a tensor that is read from its file when it is used, of which the rest is not."""
+    rows = tensor if part.rows is None else tensor[part.rows.start : part.rows.stop]
+    return rows if part.columns is None else rows[:, part.columns.start : part.columns.stop]
 
 
 def _read(file: WeightFile, name: str) -> torch.Tensor:

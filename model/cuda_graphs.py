@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from persimmon.kernels.fused import FusedKernels
-from persimmon.model.fused_sampler import finish_draw
+from persimmon.model.fused_sampler import draw_tokens, finish_draw, gather_of
 from persimmon.model.graphs import Graphs, Record, Replayable
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.persimmon import Persimmon, Step
@@ -54,6 +54,7 @@ class DecodeGraphs:
         self._model = model
         self._cache = cache
         self._kernels = kernels
+        self._draw = partial(draw_tokens, kernels, model.head, gather_of(model))
         self.graphs = Graphs(sizes, self._run)
         self.with_guesses = Graphs(guess_sizes, partial(self._run, shared=True))
         self._redraws = Graphs([*sizes, *guess_sizes], self._redraw)
@@ -123,7 +124,7 @@ class DecodeGraphs:
         self._staging.send(host.size(0, 0))
         inputs, logits = self._buffer.inputs(rows), self._logits[:rows]
         wanted = any(needs_logits(own) for own in params)
-        self._kernels.sample(hidden, self._model.head, inputs.draw, inputs.live, logits if wanted else None)
+        self._draw(hidden, inputs, logits if wanted else None)
         return self._finish(params)
 
     def _finish(self, params: Sequence[RowSampling]) -> Samples:
@@ -138,7 +139,7 @@ class DecodeGraphs:
         plan = self._kernels.plan_decode(inputs.live, inputs.lengths, self._block_tables[:size], shared=shared)
         step = Step(token_ids=inputs.token_ids, attention=plan, logits_rows=None, sampled=self.sampled)
         hidden = self._model.forward(step, self._cache)
-        self._kernels.sample(hidden, self._model.head, inputs.draw, inputs.live, self._logits[:size])
+        self._draw(hidden, inputs, self._logits[:size])
 
     def _redraw(self, size: int) -> None:
         inputs = self._buffer.inputs(size)

@@ -17,6 +17,7 @@ from persimmon.model.kv_cache import KVCache
 from persimmon.model.native_draw import NativeDraw
 from persimmon.model.persimmon import Persimmon, Step
 from persimmon.model.recorded_network import RecordedNetwork
+from persimmon.model.recorded_shard import RecordedShard
 from persimmon.model.row_sampling import RowSampling
 from persimmon.model.sampler import Samples, sample
 
@@ -182,7 +183,7 @@ class TorchExecutor(Executor):
 
 
 class NativeExecutor(Executor):
-    """A CPU with the C kernels: the network is a program that one call runs."""
+    """A CPU with the C kernels: the network is a program that one call runs, or a few that ranks sum between."""
 
     kernels: NativeKernels
 
@@ -194,14 +195,18 @@ class NativeExecutor(Executor):
     def start(
         self, model: Persimmon, cache: KVCache, progress: Callable[[Sequence[int]], Iterable[int]] = iter
     ) -> Self:
-        """Records the network, unless it sums over ranks between operations: then each operation is a call."""
-        self._recorded = None if model.sums_over_ranks else RecordedNetwork(model, cache, self.kernels)
+        """Records the network."""
+        self._recorded = (
+            RecordedNetwork(model, cache, self.kernels)
+            if model.ranks is None
+            else RecordedShard(model=model, ranks=model.ranks, cache=cache, kernels=self.kernels)
+        )
         self._draw = NativeDraw(self.kernels)
         return super().start(model, cache, progress)
 
     def forward(self, step: Step) -> torch.Tensor:
-        """The program, or operation by operation."""
-        return self.model.forward(step, self.cache) if self._recorded is None else self._recorded.forward(step)
+        """The program, or a program up to each sum over ranks."""
+        return self._recorded.forward(step)
 
     def sample(self, hidden: torch.Tensor, params: Sequence[RowSampling]) -> Samples:
         """From the logits, in C."""

@@ -11,7 +11,7 @@ from persimmon.kernels.fused import SMALL_STEP, FusedKernels, FusedPlan
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.cuda_graphs import DecodeGraphs
 from persimmon.model.executor import Executor
-from persimmon.model.fused_sampler import FusedSampler
+from persimmon.model.fused_sampler import FusedSampler, gather_of
 from persimmon.model.graph_sizes import graph_bytes, guess_sizes, mixed_sizes
 from persimmon.model.graphs import GraphRecorder, Record, capture_all
 from persimmon.model.host_copy import pack, unpack
@@ -94,7 +94,12 @@ class FusedExecutor(Executor):
         super().start(model, cache, progress)
         self._sampled = torch.zeros(0, dtype=torch.int64, device=cache.device)
         if model.config.generates:
-            self._sampler = FusedSampler(self.kernels, model.head)
+            self._sampler = FusedSampler(
+                kernels=self.kernels,
+                head=model.head,
+                vocab_size=model.config.vocab_size,
+                gather=gather_of(model),
+            )
         if self._graph_sizes and self._limits is not None:
             longest, most = self._limits.max_model_len, self._limits.max_num_seqs
             self.graphs = DecodeGraphs(

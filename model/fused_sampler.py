@@ -14,9 +14,13 @@ from persimmon.kernels.fused import FusedKernels
 from persimmon.kernels.fused_weight import GpuWeight
 from persimmon.kernels.launch import upload
 from persimmon.model.adjustments import adjust_
+from persimmon.model.persimmon import Persimmon
 from persimmon.model.row_sampling import RowSampling
 from persimmon.model.sampler import Samples, row_logprobs
-from persimmon.model.step_inputs import StepBuffer, needs_another_draw, needs_logits, write_draw
+from persimmon.model.step_inputs import StepBuffer, StepInputs, needs_another_draw, needs_logits, write_draw
+
+Gather = Callable[[torch.Tensor], torch.Tensor | None]
+"""[R, hidden] states to [R, vocab_size] float32 logits, of which each rank makes a part; None on all but the first."""
 
 
 class FusedSampler:
@@ -25,11 +29,17 @@ class FusedSampler:
     Args:
         kernels: the operations, with their buffers reserved.
         head: lm_head, of shape (vocab_size, hidden).
+        vocab_size: of the network.
+        gather: where ranks share the network, of whose lm_head `head` is a part.
     """
 
-    def __init__(self, kernels: FusedKernels, head: GpuWeight) -> None:
+    def __init__(
+        self, kernels: FusedKernels, head: GpuWeight, vocab_size: int | None = None, gather: Gather | None = None
+    ) -> None:
         self._kernels = kernels
         self._head = head
+        self._vocab_size = vocab_size or head.shape[0]
+        self._gather = gather
 
     def __call__(self, hidden: torch.Tensor, params: Sequence[RowSampling]) -> Samples:
         """Draws one token per row: [R, hidden] and R settings to tokens in memory that the next step overwrites."""
@@ -40,12 +50,55 @@ class FusedSampler:
         buffer.words.copy_(host.words, non_blocking=True)
         inputs = buffer.inputs(rows)
         wanted = any(needs_logits(own) for own in params)
-        logits = torch.empty(rows, self._head.shape[0], dtype=torch.float32, device=device) if wanted else None
-        tokens = self._kernels.sample(hidden, self._head, inputs.draw, inputs.live, logits)
+        logits = torch.empty(rows, self._vocab_size, dtype=torch.float32, device=device) if wanted else None
+        draw_tokens(self._kernels, self._head, self._gather, hidden, inputs, logits)
         if logits is None:
-            return Samples(tokens)
+            return Samples(self._kernels.sampled[:rows])
         redraw = partial(self._kernels.sample_truncated, logits, inputs.draw, inputs.truncation, inputs.live)
         return finish_draw(self._kernels, logits, params, redraw)
+
+
+def gather_of(model: Persimmon) -> Gather | None:
+    """How a network's logits are gathered; None where this rank is the only one."""
+    ranks = model.ranks
+    if ranks is None:
+        return None
+    draws = ranks.shard.rank == 0
+
+    def gather(hidden: torch.Tensor) -> torch.Tensor | None:
+        logits = model.logits(hidden)
+        return logits if draws else None
+
+    return gather
+
+
+def draw_tokens(
+    kernels: FusedKernels,
+    head: GpuWeight,
+    gather: Gather | None,
+    hidden: torch.Tensor,
+    inputs: StepInputs,
+    logits: torch.Tensor | None,
+) -> None:
+    """Draws a token a row into the kernels' buffer: while lm_head is multiplied, or from gathered logits.
+
+    Args:
+        kernels: the operations.
+        head: lm_head, or this rank's part of it.
+        gather: see `Gather`; None where this rank is the only one.
+        hidden: [R, hidden].
+        inputs: how each row draws.
+        logits: [R, vocab_size] float32, written for rows that want theirs; None when none does.
+    """
+    if gather is None:
+        kernels.sample(hidden, head, inputs.draw, inputs.live, logits)
+        return
+    gathered = gather(hidden)
+    if gathered is None:
+        return
+    if logits is not None:
+        logits.copy_(gathered)
+    kernels.sample_logits(gathered, inputs.draw, inputs.live)
 
 
 def finish_draw(

@@ -11,10 +11,11 @@ from persimmon.kernels.cache_types import allocate_layer, row_bytes
 from persimmon.kernels.cpu.pages import advise_large_pages, populate
 from persimmon.kernels.launch import upload
 from persimmon.model.config import PersimmonConfig
+from persimmon.model.shard import ONLY, Shard
 
 
 def block_bytes(config: PersimmonConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block: keys and values of `block_size` tokens in every layer, with their scales."""
+    """Bytes of one block: keys and values of `block_size` tokens in every layer, with their scales, on all ranks."""
     rows = config.num_hidden_layers * block_size * config.num_attention_heads
     return 2 * rows * row_bytes(dtype, config.head_dim)
 
@@ -33,14 +34,15 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        shard: Shard = ONLY,
     ) -> "KVCache":
         """Blocks with nothing in them: no kernel reads a row that its sequence has not written.
 
-        `dtype` is that of keys and values, one that `Kernels.cache_dtypes` offers.
+        `dtype` is that of keys and values, one that `Kernels.cache_dtypes` offers; the heads are those of `shard`.
 
         On a CPU the system hands out the memory as it is first written, or as `populate` asks for it.
         """
-        shape = (num_blocks, config.num_attention_heads, block_size, config.head_dim)
+        shape = (num_blocks, shard.num_heads(config), block_size, config.head_dim)
 
         def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
             tensor = torch.empty(shape, dtype=dtype, device=device)

@@ -18,6 +18,7 @@ from persimmon.model.leftovers import EMBEDDING
 from persimmon.model.memory_limits import MemoryLeft, memory_left
 from persimmon.model.persimmon import is_lookup_table, is_matrix, parameter_dtype
 from persimmon.model.sampler import rows_at_once
+from persimmon.model.shard import Shard
 from persimmon.model.sizes import readable
 
 WeightBytes = Callable[[tuple[int, int], torch.dtype | QuantizedFormat], int]
@@ -52,7 +53,7 @@ class _Step:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes by purpose.
+    """Bytes by purpose, of all ranks together.
 
     Attributes:
         available: what the server may use in all.
@@ -103,6 +104,7 @@ def plan_memory(
     embedding_in_file: bool = False,
     cache_dtypes: Sequence[torch.dtype] = (),
     limited_by: object = "left of this machine's memory",
+    ranks: int = 1,
 ) -> MemoryPlan:
     """Divides the memory.
 
@@ -118,7 +120,7 @@ def plan_memory(
         max_num_batched_tokens: tokens in the largest step.
         max_model_len: None for as much as the model is made for and the cache holds.
         kv_cache_bytes: None for what is left.
-        step_buffers: bytes of kernels' workspaces and CUDA graphs.
+        step_buffers: bytes of kernels' workspaces and CUDA graphs, of all ranks.
         weight_bytes: of the matrix of a product; by default its numbers in `dtype`.
         tied_bytes: of an embedding that is lm_head too, what that takes beyond the table; by default nothing.
         stored: what they are given a parameter in, by its name: a format where it is quantized, or the dtype that they
@@ -127,6 +129,7 @@ def plan_memory(
         cache_dtypes: what keys and values may be stored in: first the type to use, by default `dtype`, then others,
             which advice may name.
         limited_by: what makes `available` what it is, for messages.
+        ranks: processes that share the network; each is counted as the first, which has the largest part.
 
     Raises:
         MemoryPlanError: it does not fit.
@@ -136,10 +139,13 @@ def plan_memory(
         raise MemoryPlanError(
             f"--max-model-len is {max_model_len} but the model supports {made_for} tokens: give at most {made_for}"
         )
-    weights = _parameter_bytes(config, dtype, weight_bytes, tied_bytes, stored or {}, embedding_in_file)
+    shard = Shard(0, ranks)
+    weights = ranks * _parameter_bytes(
+        config, dtype, weight_bytes, tied_bytes, stored or {}, embedding_in_file, shard=shard
+    )
     step = _Step(max_num_seqs, max_num_batched_tokens, max_model_len or made_for)
     cache_dtype = cache_dtypes[0] if cache_dtypes else dtype
-    activations = _activations(config, dtype, cache_dtype, step)
+    activations = _activations(config, dtype, cache_dtype, step, ranks)
     per_block = block_bytes(config, block_size, cache_dtype)
     taken = weights + activations + step_buffers
     left = max(0, available - taken)
@@ -149,9 +155,8 @@ def plan_memory(
         def needs(other: _Step) -> int:
             # A length that is asked for has to fit into the cache.
             length = other.max_model_len if max_model_len or other.max_model_len != step.max_model_len else 1
-            return (
-                _activations(config, dtype, cache_dtype, other) + -(-length // block_size) * block_size * tokens_bytes
-            )
+            cached = -(-length // block_size) * block_size * tokens_bytes
+            return _activations(config, dtype, cache_dtype, other, ranks) + cached
 
         advice = _advice(step, needs, available - weights - step_buffers)
         if advice is None:
@@ -219,41 +224,45 @@ def _parameter_bytes(
     tied_bytes: WeightBytes | None,
     stored: Mapping[str, torch.dtype | QuantizedFormat],
     embedding_in_file: bool,
+    shard: Shard,
 ) -> int:
     total = 0
+    table = len(shard.vocabulary(config)), config.hidden_size
     if tied_bytes is not None and config.generates and config.tie_word_embeddings:
-        total += tied_bytes((config.vocab_size, config.hidden_size), stored.get(EMBEDDING, dtype))
-    for name, shape in expected_shapes(config).items():
+        total += tied_bytes(table, stored.get(EMBEDDING, dtype))
+    for name, shape in expected_shapes(config, shard).items():
         form = stored.get(name, dtype)
         if weight_bytes is not None and is_matrix(name):
             rows, columns = shape
             total += weight_bytes((rows, columns), form)
         elif name == EMBEDDING:
-            total += _embedding_bytes(config, dtype, form, in_file=embedding_in_file)
+            kept = dtype if isinstance(form, QuantizedFormat) or not is_lookup_table(EMBEDDING, config) else form
+            total += _embedding_bytes(table, kept, form, in_file=embedding_in_file)
         else:
             total += math.prod(shape) * parameter_dtype(name, dtype).itemsize
     return total
 
 
 def _embedding_bytes(
-    config: PersimmonConfig, dtype: torch.dtype, form: torch.dtype | QuantizedFormat, *, in_file: bool
+    shape: tuple[int, int], kept: torch.dtype, form: torch.dtype | QuantizedFormat, *, in_file: bool
 ) -> int:
-    rows, columns = config.vocab_size, config.hidden_size
+    """Of a table [rows, hidden] that is stored in `form`; its numbers, or scales, are kept in `kept`."""
+    rows, columns = shape
     if isinstance(form, QuantizedFormat):
-        whole = replace(form, scale_dtype=dtype).nbytes((rows, columns))
+        whole = replace(form, scale_dtype=kept).nbytes(shape)
         return whole - rows * columns * form.bits // 8 if in_file else whole
-    own = form if is_lookup_table(EMBEDDING, config) else dtype
-    return 0 if in_file else rows * columns * own.itemsize
+    return 0 if in_file else rows * columns * kept.itemsize
 
 
-def _activations(config: PersimmonConfig, dtype: torch.dtype, cache_dtype: torch.dtype, step: _Step) -> int:
-    return activation_bytes(
+def _activations(config: PersimmonConfig, dtype: torch.dtype, cache_dtype: torch.dtype, step: _Step, ranks: int) -> int:
+    return ranks * activation_bytes(
         config,
         dtype,
         step.max_num_seqs,
         step.max_num_batched_tokens,
         step.max_model_len,
         cache_dtype=cache_dtype,
+        ranks=ranks,
     )
 
 
@@ -293,8 +302,9 @@ def activation_bytes(
     max_model_len: int,
     *,
     cache_dtype: torch.dtype | None = None,
+    ranks: int = 1,
 ) -> int:
-    """An upper estimate of the intermediate results alive at once in the largest step.
+    """An upper estimate of the intermediate results alive at once in the largest step, on one rank.
 
     Per token: residual, norm, fused QKV, float32 queries and keys while they are normalized and rotated, attention
     output, and the MLP's activation; for the longest context: its keys and values, gathered and once more packed
@@ -304,13 +314,19 @@ def activation_bytes(
     sums, of 8 bytes each, that top-p sorts out; or, before that, per row of a prompt that is read for log-probabilities
     at once, its logits and two further copies.  A classifier makes no logits: per row that it scores there are its
     hidden state and the scores, in float32.
+
+    A rank among several has its heads' part of what attention makes, and its part of the MLP's activation; and what
+    it sends of a sum and gets, in the network's dtype, with the sum in float32.
     """
-    square_in_float32 = 2 * config.intermediate_size * 4 if dtype.itemsize == 2 else 0
-    per_token = (8 * config.hidden_size + config.intermediate_size) * dtype.itemsize
-    per_token += 3 * 2 * config.hidden_size * 4 + square_in_float32
+    attended, inner = config.hidden_size // ranks, config.intermediate_size // ranks
+    square_in_float32 = 2 * inner * 4 if dtype.itemsize == 2 else 0
+    per_token = (4 * config.hidden_size + 4 * attended + inner) * dtype.itemsize
+    per_token += 3 * 2 * attended * 4 + square_in_float32
+    if ranks > 1:
+        per_token += config.hidden_size * (3 * dtype.itemsize + 4)
     eight_bits = cache_dtype is not None and cache_dtype.itemsize == 1
     number_bytes = torch.float32.itemsize if eight_bits else dtype.itemsize
-    context = max_model_len * 2 * config.hidden_size * (2 * number_bytes + eight_bits)
+    context = max_model_len * 2 * attended * (2 * number_bytes + eight_bits)
     mask = min(max_num_batched_tokens, max_model_len) * max_model_len * (1 + number_bytes)
     if config.generates:
         at_once = rows_at_once(config.vocab_size)

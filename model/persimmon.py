@@ -5,7 +5,7 @@ Everything `forward` reads comes in as an argument.  Knows nothing of requests, 
 Pre-norm blocks with sequential residuals: x += attention(norm(x)); x += mlp(norm(x)), as in Adept's release.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,9 @@ from persimmon.kernels import Activation, Kernels, Linear, Norm, QuantizedMatrix
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.leftovers import EMBEDDING
+from persimmon.model.ranks import Ranks
 from persimmon.model.rotary import rotary_of_tokens, rotary_table
+from persimmon.model.shard import ONLY
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +81,12 @@ class Persimmon:
         max_model_len: maximum tokens of a sequence; the network's own by default.
         embedding: used where it lies, such as in a file, instead of one among the tensors; of a type that
             `Kernels.stored_dtype` keeps.
-        sum_over_ranks: makes of what this rank has of a product, [T, hidden], the sum over all that share the network;
-            None where there are no others, and kernels add a product to the residual stream in one launch.
+        ranks: the ranks that share the network, of whose parameters `tensors` are this one's, see `Shard.part`; None
+            where there are no others, and kernels add a product to the residual stream in one launch.
+
+    Attributes:
+        config, dtype, device, ranks: as given.
+        layers: the parameters of each layer.
     """
 
     def __init__(
@@ -92,10 +98,11 @@ class Persimmon:
         kernels: Kernels[Any, Any],
         max_model_len: int | None = None,
         embedding: torch.Tensor | QuantizedMatrix | None = None,
-        sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config = config
-        self._sum_over_ranks = sum_over_ranks
+        self.ranks = ranks
+        self._shard = ONLY if ranks is None else ranks.shard
         self.dtype = dtype
         self.device = device
         self._kernels = kernels
@@ -137,7 +144,7 @@ class Persimmon:
 
     @property
     def head(self) -> Any:
-        """lm_head, a `Weight` of the network's kernels and of shape (vocab_size, hidden).
+        """lm_head, a `Weight` of the network's kernels and of shape (vocab_size, hidden), or this rank's rows of it.
 
         Raises:
             ValueError: the network classifies, see `PersimmonConfig.generates`.
@@ -169,22 +176,25 @@ class Persimmon:
         return Norm(parameters[f"{name}.weight"], parameters[f"{name}.bias"], self.config.layer_norm_eps)
 
     @torch.inference_mode()
-    def forward(self, step: Step, cache: KVCache, kernels: Kernels[Any, Any] | None = None) -> torch.Tensor:
+    def forward(
+        self, step: Step, cache: KVCache, kernels: Kernels[Any, Any] | None = None, ranks: Ranks | None = None
+    ) -> torch.Tensor:
         """Runs one step and writes its keys and values into the cache.
 
         Args:
             step: what to compute.
-            cache: of keys and values.
+            cache: of keys and values; of this rank's heads.
             kernels: operations instead of the network's own, on the same form of weights: such as record them.
+            ranks: instead of the network's own, where those are recorded.
 
         Returns:
             [R, hidden], the final LayerNorm's output at `step.logits_rows`: the last hidden state of Transformers'
             PersimmonModel, of which `logits` makes logits, and `scores` a classifier's scores.
         """
-        kernels, plan = kernels or self._kernels, step.attention
-        heads, head_dim = self.config.num_attention_heads, self.config.head_dim
+        kernels, ranks, plan = kernels or self._kernels, ranks or self.ranks, step.attention
+        heads, head_dim = self._shard.num_heads(self.config), self.config.head_dim
         rotary = step.rotary or kernels.rotary_at(self._rotary, plan)
-        x = kernels.embed(step.token_ids, step.sampled, self._embedding, plan)
+        x = self._embed(step, kernels, ranks)
         if step.embedded:
             place_spans(x.values, step.embedded)
             x = Residual(x.values)  # what kernels have noted of its rows is no longer true
@@ -192,23 +202,38 @@ class Persimmon:
             qkv = kernels.norm_linear(x, layer.attention_norm, layer.query_key_value, plan)
             qkv = qkv.view(-1, heads, 3, head_dim)
             attended = kernels.attention(qkv, layer.qk_norm, rotary, layer_cache, plan, ahead=layer.attention_out)
-            self._add_product_(kernels, x, Activation(attended), layer.attention_out, plan)
+            _add_product_(x, Activation(attended), layer.attention_out, plan, kernels, ranks)
             inner = kernels.norm_linear_relu_squared(x, layer.mlp_norm, layer.mlp_up, plan)
-            self._add_product_(kernels, x, inner, layer.mlp_down, plan)
+            _add_product_(x, inner, layer.mlp_down, plan, kernels, ranks)
         return kernels.norm_rows(x, self._final_norm, step.logits_rows)
 
-    @property
-    def sums_over_ranks(self) -> bool:
-        """Whether the products are sums over ranks, which are made between one operation and the next."""
-        return self._sum_over_ranks is not None
+    def _embed(self, step: Step, kernels: Kernels[Any, Any], ranks: Ranks | None) -> Residual:
+        if ranks is None:
+            return kernels.embed(step.token_ids, step.sampled, self._embedding, step.attention)
+        rows, elsewhere = self.rows_of_table(step.token_ids, step.sampled, ranks)
+        own = kernels.embed(rows, None, self._embedding, step.attention).values
+        return Residual(ranks.sum(own.masked_fill_(elsewhere, 0)))
 
-    def _add_product_(
-        self, kernels: Kernels[Any, Any], x: Residual, inputs: Activation, linear: Linear[Any], plan: Any
-    ) -> None:
-        if self._sum_over_ranks is None:
-            kernels.add_product_(x, inputs, linear, plan)
-        else:
-            kernels.add_(x, self._sum_over_ranks(kernels.product(inputs, linear, plan)), plan)
+    def rows_of_table(
+        self, token_ids: torch.Tensor, sampled: torch.Tensor | None, ranks: Ranks
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where tokens' embeddings lie in this rank's rows of the table.
+
+        Args:
+            token_ids, sampled: as in a step; only the first rank reads `sampled`, and sends the others what it says.
+            ranks: those that share the network.
+
+        Returns:
+            [T] int64 rows, 0 for a token whose embedding another rank has, and [T, 1] bool, which those are.  The sum
+            over ranks is exact, because all but one add zeros.
+        """
+        if sampled is not None:
+            if ranks.shard.rank == 0 and len(sampled):
+                token_ids = torch.where(token_ids < 0, sampled[(-1 - token_ids).clamp_min(0)], token_ids)
+            token_ids = ranks.broadcast(token_ids)
+        own = ranks.shard.vocabulary(self.config)
+        elsewhere = (token_ids < own.start) | (token_ids >= own.stop)
+        return (token_ids - own.start).masked_fill_(elsewhere, 0), elsewhere[:, None]
 
     def rotary_of_tokens(self, positions: torch.Tensor, lengths: torch.Tensor) -> Rotary:
         """The angles of a step's tokens where frequencies depend on the length, see `PersimmonConfig.rope_limit`.
@@ -221,12 +246,13 @@ class Persimmon:
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, vocab_size] float32 logits of what `forward` returned.
+        """[R, vocab_size] float32 logits of what `forward` returned; on ranks but the first only their own columns.
 
         Raises:
             ValueError: the network classifies.
         """
-        return self._kernels.logits(hidden, self.head)
+        logits = self._kernels.logits(hidden, self.head)
+        return logits if self.ranks is None else self.ranks.gather(logits, self.config)
 
     @torch.inference_mode()
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -257,6 +283,15 @@ def place_spans(embeddings: torch.Tensor, spans: Iterable[EmbeddedSpan]) -> None
                 f"tokens takes [n, {hidden}] within it"
             )
         embeddings[span.start : end] = span.vectors
+
+
+def _add_product_(
+    x: Residual, inputs: Activation, linear: Linear[Any], plan: Any, kernels: Kernels[Any, Any], ranks: Ranks | None
+) -> None:
+    if ranks is None:
+        kernels.add_product_(x, inputs, linear, plan)
+    else:
+        kernels.add_(x, ranks.sum(kernels.product(inputs, linear, plan)), plan)
 
 
 def _with_scales(table: torch.Tensor | QuantizedMatrix, dtype: torch.dtype) -> torch.Tensor | QuantizedMatrix:
@@ -294,4 +329,5 @@ def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def _linear(parameters: dict[str, torch.Tensor], weights: dict[str, Any], name: str) -> Linear[Any]:
-    return Linear(weights[f"{name}.weight"], parameters[f"{name}.bias"])
+    # The bias of a product that is summed over ranks is on the first one only.
+    return Linear(weights[f"{name}.weight"], parameters.get(f"{name}.bias"))

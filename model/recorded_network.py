@@ -29,14 +29,14 @@ class RecordedNetwork:
         max_tokens: of a step; a larger one makes the buffers grow.
 
     Raises:
-        ValueError: the network sums over ranks, which cannot happen in the middle of a call.
+        ValueError: the network is one of several ranks', which sum in the middle of it: `RecordedShard` is for that.
     """
 
     def __init__(self, model: Persimmon, cache: KVCache, kernels: NativeKernels, max_tokens: int = 64) -> None:
-        if model.sums_over_ranks:
+        if model.ranks is not None:
             raise ValueError(
-                "this network sums over ranks between operations, and a recorded program runs them all in one call; "
-                "use Persimmon.forward"
+                "ranks that share this network sum between operations, and a recorded program runs them all in one "
+                "call; use RecordedShard"
             )
         self._model = model
         self._cache = cache
@@ -48,9 +48,7 @@ class RecordedNetwork:
         """As `Persimmon.forward`."""
         plan = step.attention
         if plan.num_tokens > self._program.max_tokens:
-            # To the next power of two, so that it happens seldom.
-            max_tokens = 1 << (plan.num_tokens - 1).bit_length()
-            self._record(max_tokens)
+            self._record(grown(plan.num_tokens))
         rows = plan.num_tokens if step.logits_rows is None else len(step.logits_rows)
         program = self._program if 2 * rows > plan.num_tokens else self._program_of_rows
         width = self._model.config.hidden_size
@@ -65,20 +63,21 @@ class RecordedNetwork:
         )
         if step.embedded:
             # In two calls, so that the embeddings can be changed between them.
-            program.part(_embeds).run(native_step)
+            program.part(embeds).run(native_step)
             place_spans(program.buffer(RESIDUAL_BUFFER, width)[: plan.num_tokens], step.embedded)
-            program.part(lambda operation: not _embeds(operation)).run(native_step)
+            program.part(lambda operation: not embeds(operation)).run(native_step)
         else:
             program.run(native_step)
         return hidden
 
     def _record(self, max_tokens: int) -> None:
         self._program = record(self._model, self._cache, self._kernels, max_tokens)
-        layer = self._program.buffer(LAYER_BUFFER, _layer_width(self._model))
+        layer = self._program.buffer(LAYER_BUFFER, width_of_layers(self._model))
         self._program_of_rows = self._program.of_wanted_rows(layer.view(-1))
 
 
-def _embeds(operation: library.Operation) -> bool:
+def embeds(operation: library.Operation) -> bool:
+    """Whether an operation looks embeddings up."""
     return bool(operation.kind == library.EMBED)
 
 
@@ -90,8 +89,15 @@ def record(model: Persimmon, cache: KVCache, kernels: NativeKernels, max_tokens:
     def forward(recorder: NativeKernels, plan: NativePlan) -> None:
         model.forward(Step(nothing, plan, None), cache, recorder)
 
-    return kernels.record(max_tokens, forward, _layer_width(model))
+    return kernels.record(max_tokens, forward, width_of_layers(model))
 
 
-def _layer_width(model: Persimmon) -> int:
-    return layer_width(model.config.hidden_size, model.config.intermediate_size)
+def width_of_layers(model: Persimmon) -> int:
+    """As `layer_width`, of the part of the network that this rank has."""
+    layer = model.layers[0]
+    return layer_width(layer.attention_out.weight.shape[1], layer.mlp_up.weight.shape[0])
+
+
+def grown(tokens: int) -> int:
+    """Tokens to record a program for when a step has more than the last one: a power of two, so that it is seldom."""
+    return 1 << (tokens - 1).bit_length()

@@ -25,7 +25,7 @@ ENGINE_BYTES_PER_TOKEN = 512
 """Of the vocabulary: what answers with a grammar need, which is made after the plan."""
 
 
-def check_memory(config: PersimmonConfig, api_workers: int, left: MemoryLeft) -> None:
+def check_memory(config: PersimmonConfig, api_workers: int, left: MemoryLeft, ranks: int = 1) -> None:
     """Checks that there is room for the processes, before any is started.
 
     Whether the model fits too is found out when it is planned, in the engine.
@@ -34,17 +34,19 @@ def check_memory(config: PersimmonConfig, api_workers: int, left: MemoryLeft) ->
         config: the network, for its vocabulary.
         api_workers: how many there will be.
         left: what may be taken.
+        ranks: processes of the engine.
 
     Raises:
         SettingsError: there is not.
     """
     # This process is the supervisor, and has most of its memory already.
-    needed = ENGINE_BYTES + ENGINE_GROWTH_BYTES + api_workers * WORKER_BYTES
+    needed = ranks * (ENGINE_BYTES + ENGINE_GROWTH_BYTES) + api_workers * WORKER_BYTES
     needed += (ENGINE_BYTES_PER_TOKEN + api_workers * WORKER_BYTES_PER_TOKEN) * config.vocab_size
     if left.bytes < needed:
+        engine = "an engine" if ranks == 1 else f"an engine of {ranks} ranks"
         workers = f"{api_workers} API worker{'s' if api_workers != 1 else ''}"
         raise SettingsError(
-            f"not enough memory: an engine and {workers} take about {readable(needed)} before any model is loaded, "
+            f"not enough memory: {engine} and {workers} take about {readable(needed)} before any model is loaded, "
             f"but only {readable(left.bytes)} are {left}: raise that limit, or use a larger machine"
         )
 

@@ -12,6 +12,7 @@ from persimmon.model.chat import chat_format
 from persimmon.model.config import PersimmonConfig, check_vocabulary
 from persimmon.model.hub import resolve
 from persimmon.model.memory_limits import memory_left
+from persimmon.model.shard import check_divides
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.model.vocabulary import VocabularyMap
 from persimmon.server.config import Settings
@@ -58,7 +59,8 @@ class ServedModel:
             name = settings.served_model_name or Path(settings.model).resolve().name
             what = str(settings.model)
         config = PersimmonConfig.from_folder(folder)
-        check_memory(config, api_workers, memory_left())
+        check_divides(config, settings.tensor_parallel_size)
+        check_memory(config, api_workers, memory_left(), ranks=settings.tensor_parallel_size)
         tokenizer = Tokenizer.from_folder(folder, add_bos=settings.add_bos_token)
         vocabulary = VocabularyMap.from_folder(folder, config)
         check_vocabulary(folder, vocabulary.original(config) if vocabulary else config, tokenizer.vocab_size)

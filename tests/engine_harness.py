@@ -22,6 +22,7 @@ from persimmon.model.kv_cache import KVCache
 from persimmon.model.persimmon import Persimmon
 from persimmon.model.runner import Runner
 from persimmon.model.sampling_params import SamplingParams
+from persimmon.model.shard import ONLY
 from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.server.engine.blocks import BlockPool
 from persimmon.server.engine.guesses import Speculation
@@ -52,7 +53,8 @@ def runner_of(model: Persimmon, cache: KVCache, operations: Kernels[Any, Any] | 
 
 def poisoned_cache(model: Persimmon, num_blocks: int, block_size: int, dtype: torch.dtype | None = None) -> KVCache:
     """A KV cache of a type, the model's by default, full of NaN; of int8 its scales are."""
-    cache = KVCache.allocate(model.config, num_blocks, block_size, dtype or model.dtype, CPU)
+    shard = ONLY if model.ranks is None else model.ranks.shard
+    cache = KVCache.allocate(model.config, num_blocks, block_size, dtype or model.dtype, CPU, shard)
     for tensor in cache.tensors:
         tensor.fill_(-128 if tensor.dtype == torch.int8 else float("nan"))
     return cache

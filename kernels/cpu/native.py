@@ -25,6 +25,9 @@ from persimmon.kernels.quantized import QuantizedFormat, QuantizedMatrix
 RESIDUAL_BUFFER = "x"
 """Name of a program's buffer that holds the residual stream."""
 
+PRODUCT_BUFFER = "product"
+"""Name of a program's buffer for a product that is summed over ranks before it is added to the residual stream."""
+
 LAYER_BUFFER = "layer"
 """Name of a program's buffer for what a layer makes on the way."""
 
@@ -114,9 +117,11 @@ class NativeKernels:
 
     def workspace_bytes(self, limits: StepLimits) -> int:
         """Bytes of the buffers of a recorded program, and of a product's inputs next to them."""
-        hidden, inner = limits.hidden_size, limits.intermediate_size
+        hidden, attended, inner = limits.hidden_size, limits.num_heads * limits.head_dim, limits.intermediate_size
         # x, then what a layer makes; then the widest input once more.
-        per_token = hidden + layer_width(hidden, inner) + max(hidden, inner)
+        per_token = hidden + layer_width(attended, inner) + max(hidden, inner)
+        if attended < hidden:  # one of several ranks
+            per_token += hidden
         return limits.max_num_batched_tokens * per_token * torch.float32.itemsize
 
     def reserve(self, limits: StepLimits) -> None:
@@ -324,7 +329,7 @@ class NativeKernels:
 
     def product(self, inputs: Activation, linear: Linear[NativeWeight], plan: NativePlan) -> torch.Tensor:
         """As `reference.product`; with few rows, inputs of a sparse weight that are zero in all are left out."""
-        out = self._buffer("product", plan.num_tokens, linear.weight.shape[0])
+        out = self._buffer(PRODUCT_BUFFER, plan.num_tokens, linear.weight.shape[0])
         self._linear(inputs.values, None, linear, out, library.STORE, step_of_plan(plan))
         return out
 
@@ -416,8 +421,8 @@ class NativeKernels:
         Args:
             max_tokens: of the steps that the program is for.
             forward: one pass of the network through the kernels it is given.  It gets a plan that stands for all, and
-                returns nothing that means anything.  Only what the kernels do becomes part of the program, so it calls
-                no `add_` and computes nothing by itself.
+                returns nothing that means anything.  Only what the kernels do becomes part of the program; `add_` is
+                where one of its `parts` ends, and is left to whoever runs those.
             width: of what a layer makes, see `layer_width`; 0 where nothing but products are recorded.
         """
         program = Program(self.library, max_tokens)
@@ -457,14 +462,23 @@ class _Recorder(NativeKernels):
         place = layer[-size:] if name == "attended" else layer[:size]
         return place.view(-1, width)
 
+    def add_(self, x: Residual, update: torch.Tensor, plan: NativePlan) -> None:
+        del x, update, plan
+        self._program.cut()
+
     def _run(self, operation: library.Operation, step: library.Step, *operands: object) -> None:
         del step
         self._program.append(operation, operands)
 
 
-def layer_width(hidden_size: int, intermediate_size: int) -> int:
-    """Numbers of a token that a layer has at once: qkv and what attention makes of it, or the MLP's inner values."""
-    return max(3 * hidden_size + hidden_size, intermediate_size)
+def layer_width(attended: int, inner: int) -> int:
+    """Numbers of a token that a layer has at once: qkv and what attention makes of it, or the MLP's inner values.
+
+    Args:
+        attended: of what attention makes, all heads together; qkv has three times as many.
+        inner: of the MLP's inner values.
+    """
+    return max(3 * attended + attended, inner)
 
 
 def _check_table(table: QuantizedMatrix) -> None:

@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -26,6 +27,7 @@ class Program:
         self._operands: list[Sequence[object]] = []
         self._buffers: dict[str, torch.Tensor] = {}
         self._ready: tuple[ctypes.Array[library.Operation], torch.Tensor, int, int] | None = None
+        self._cuts: list[int] = []
 
     def buffer(self, name: str, width: int) -> torch.Tensor:
         """[max_tokens, width] float32, the same for the same name; only what is written takes memory."""
@@ -52,6 +54,22 @@ class Program:
             if wanted(operation):
                 part.append(operation, operands)
         return part
+
+    def cut(self) -> None:
+        """Begins another of `parts` with the operation that comes next."""
+        self._cuts.append(len(self._operations))
+
+    def parts(self) -> "list[Program]":
+        """The operations between the cuts, as programs on the same buffers: something else happens between them."""
+        borders = [0, *self._cuts, len(self._operations)]
+        parts = []
+        for first, end in pairwise(borders):
+            part = Program(self._functions, self.max_tokens)
+            part._buffers = self._buffers
+            for place in range(first, end):
+                part.append(self._operations[place], self._operands[place])
+            parts.append(part)
+        return parts
 
     def of_wanted_rows(self, spare: torch.Tensor) -> "Program":
         """The same for steps of which few rows are wanted: after the last attention it computes those alone.

@@ -18,6 +18,7 @@ from persimmon.kernels import QuantizedFormat, QuantizedMatrix
 from persimmon.model.errors import CheckpointError
 from persimmon.model.quantization.compressed_tensors import MatrixScheme
 from persimmon.model.quantization.tensors import slices
+from persimmon.model.shard import WHOLE, Part
 from persimmon.model.stored import StoredTensor
 from persimmon.model.weight_files import BYTES, Header, WeightFile
 
@@ -46,19 +47,27 @@ class StoredMatrix:
         group_size = None if self.scheme.group_size == self.shape[1] else self.scheme.group_size
         return QuantizedFormat(self.scheme.bits, group_size, self.scales.dtype)
 
-    def read(self, start: int = 0, stop: int | None = None) -> QuantizedMatrix:
-        """Rows start to stop, by default all, in memory of their own; some are read at a time.
+    def read(self, part: Part = WHOLE) -> QuantizedMatrix:
+        """Some rows and columns, by default all, in memory of their own; some rows are read at a time.
 
         Raises:
             CheckpointError: a file has become unreadable.
         """
-        stop, columns = self.shape[0] if stop is None else stop, self.shape[1]
+        columns, group_size = self.shape[1], self.scheme.group_size or self.shape[1]
         bits, packed = self.scheme.bits, self.scheme.packed
-        result = QuantizedMatrix.empty((stop - start, columns), self.format)
-        for first, last in slices(stop - start, columns):
-            part = self.numbers.rows(start + first, start + last)
-            result.numbers[first:last] = unpacked(part, bits, columns) if packed else part
-            result.scales[first:last] = self.scales.rows(start + first, start + last)
+        rows = range(self.shape[0]) if part.rows is None else part.rows
+        wanted = range(columns) if part.columns is None else part.columns
+        result = QuantizedMatrix.empty((len(rows), len(wanted)), self.format)
+        for first, last in slices(len(rows), columns):
+            stored = self.numbers.rows(rows.start + first, rows.start + last)
+            read = QuantizedMatrix(
+                numbers=unpacked(stored, bits, columns) if packed else stored,
+                scales=self.scales.rows(rows.start + first, rows.start + last),
+                bits=bits,
+                group_size=group_size,
+            ).columns(wanted.start, wanted.stop)
+            result.numbers[first:last] = read.numbers
+            result.scales[first:last] = read.scales
         return result
 
 
@@ -66,7 +75,8 @@ def equal_matrices(first: StoredMatrix, second: StoredMatrix) -> bool:
     """Whether two matrices have the same format, numbers and scales; some rows at a time."""
     if first.shape != second.shape or first.format != second.format:
         return False
-    pairs = ((first.read(*rows), second.read(*rows)) for rows in slices(*first.shape))
+    parts = (Part(rows=range(*rows)) for rows in slices(*first.shape))
+    pairs = ((first.read(part), second.read(part)) for part in parts)
     return all(torch.equal(a.numbers, b.numbers) and torch.equal(a.scales, b.scales) for a, b in pairs)
 
 

@@ -10,30 +10,43 @@ import torch
 from persimmon.kernels import QuantizedFormat, QuantizedMatrix
 from persimmon.model.errors import CheckpointError
 from persimmon.model.quantization.rounding import quantize_into
+from persimmon.model.shard import WHOLE, Part
 from persimmon.model.stored import StoredTensor
 
 _NUMBERS_AT_ONCE = 1 << 20
 """Numbers of a matrix that are read at once, 4 MiB in float32."""
 
 
-def quantize_rows(source: StoredTensor, form: QuantizedFormat, name: str) -> QuantizedMatrix:
-    """A matrix [out, in] of a file in a quantized format, on the CPU; some rows are read and rounded at a time.
+def quantize_rows(source: StoredTensor, form: QuantizedFormat, name: str, part: Part = WHOLE) -> QuantizedMatrix:
+    """Some rows and columns of a matrix [out, in] of a file in a quantized format, on the CPU, by default all.
+
+    Some rows are read and rounded at a time, each as a whole, so a part has the numbers that it has among all.
 
     Args:
         source: floating point.
         form: its group size divides `in`.
         name: of the tensor, for messages.
+        part: what is wanted of it; its columns begin and end at the border of a group.
 
     Raises:
         CheckpointError: the file cannot be read, or a weight is not finite or too large for its scale.
     """
-    rows, columns = source.shape
-    result = QuantizedMatrix.empty((rows, columns), form)
-    for start, stop in slices(rows, columns):
+    columns = source.shape[1]
+    rows = range(source.shape[0]) if part.rows is None else part.rows
+    own_columns = columns if part.columns is None else len(part.columns)
+    result = QuantizedMatrix.empty((len(rows), own_columns), form)
+    for start, stop in slices(len(rows), columns):
+        into = result.rows(start, stop)
+        whole = into if part.columns is None else QuantizedMatrix.empty((stop - start, columns), form)
         try:
-            quantize_into(source.rows(start, stop), result.rows(start, stop), first_row=start)
+            first_row = rows.start + start
+            quantize_into(source.rows(first_row, rows.start + stop), whole, first_row=first_row)
         except CheckpointError as error:
             raise CheckpointError(f"{source.region}: tensor {name}: {error}") from None
+        if part.columns is not None:
+            own = whole.columns(part.columns.start, part.columns.stop)
+            into.numbers.copy_(own.numbers)
+            into.scales.copy_(own.scales)
     return result
 
 

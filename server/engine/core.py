@@ -36,7 +36,7 @@ from persimmon.server.engine.sequence import Sequence
 from persimmon.server.engine.step_cost import StepCostModel
 from persimmon.server.engine.step_counts import StepCounts
 from persimmon.server.engine.step_plan import Advance, StepPlan
-from persimmon.server.engine.step_runner import LaunchedStep, StepRunner
+from persimmon.server.engine.step_runner import EngineBrokenError, LaunchedStep, StepRunner
 from persimmon.server.engine.submitted import SequenceKey, key_of, sequence_of
 from persimmon.server.logs import with_fields
 
@@ -333,9 +333,9 @@ class Engine:
         plan = step.plan
         try:
             outcome = step.launched.wait()
-        except Exception:
+        except Exception as error:
             self._failed_steps += 1
-            if self._failed_steps >= MAX_FAILED_STEPS:
+            if self._failed_steps >= MAX_FAILED_STEPS or isinstance(error, EngineBrokenError):
                 raise
             failed_requests = sorted({item.sequence.request_id for item in plan.scheduled})
             logger.exception(

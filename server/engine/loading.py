@@ -3,44 +3,36 @@
 With core.py the only part of the server that imports torch, and like it runs only in the engine process.
 """
 
-import logging
-import os
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from persimmon import kernels
-from persimmon.kernels import QuantizedFormat, QuantizedMatrix
-from persimmon.kernels.cache_types import cache_choice, chosen_dtype
-from persimmon.model.checkpoint import Checkpoint, dummy_parameters
+from persimmon.kernels.cache_types import cache_choice
 from persimmon.model.config import PersimmonConfig
-from persimmon.model.cores import usable_cores
-from persimmon.model.errors import CheckpointError
-from persimmon.model.executor import Executor, executor_for
-from persimmon.model.graph_sizes import MIXED_SIZES, default_sizes
-from persimmon.model.kv_cache import KVCache, block_bytes
-from persimmon.model.leftovers import EMBEDDING
+from persimmon.model.executor import Executor
+from persimmon.model.graph_sizes import MIXED_SIZES
+from persimmon.model.kv_cache import block_bytes
 from persimmon.model.memory import MemoryPlan, available_memory, plan_memory
-from persimmon.model.persimmon import Persimmon
-from persimmon.model.quantization.scheme import described, formats_of_config, quantized_formats
+from persimmon.model.quantization.scheme import described
+from persimmon.model.ranks import DistributedRanks
 from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import PooledStates, PromptLogprobs, Report, Runner, SequenceInput
 from persimmon.model.sampling_params import SamplingParams
+from persimmon.model.shard import Shard
 from persimmon.model.sizes import readable
 from persimmon.model.token_counts import TokenCounts
-from persimmon.progress import progress_bar
+from persimmon.server.engine.followers import Followers, LeadingRunner
 from persimmon.server.engine.guess_memory import guess_bytes
-from persimmon.server.memory_need import still_to_be_taken
+from persimmon.server.engine.model_build import build, phase, table_bytes
+from persimmon.server.engine.model_setup import ModelSetup, serving_device, set_up
+from persimmon.server.engine.rank_cores import cores_of_ranks
+from persimmon.server.memory_need import ENGINE_GROWTH_BYTES, still_to_be_taken
+from persimmon.server.runtime_folder import runtime_folder
 from persimmon.server.settings.engine import EngineSettings
 from persimmon.server.settings.speculation import SpeculativeConfig
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +43,7 @@ class LoadedModel:
         runner, plan, dtype, executor: of the model.
         weights: how they are quantized, for people.
         speculation: how next tokens are guessed; None for only what grammars force.
+        followers: the other ranks; None where there are none.
     """
 
     runner: Runner
@@ -59,10 +52,19 @@ class LoadedModel:
     executor: Executor
     weights: str
     speculation: SpeculativeConfig | None
+    followers: Followers | None = None
+
+    @property
+    def device(self) -> str:
+        """What computes, for people."""
+        ranks = 1 if self.followers is None else 1 + len(self.followers)
+        return self.executor.name if ranks == 1 else f"{self.executor.name}, {ranks} ranks"
 
 
 def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str], None]) -> LoadedModel:
     """Loads a checkpoint and makes it ready to serve.
+
+    With several ranks it starts the others, which end with this process; see `Followers`.
 
     Args:
         settings: of the engine.
@@ -70,247 +72,102 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         print_line: takes one line of progress for the console.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or not Persimmon's.
+        CheckpointError: the checkpoint is damaged or not Persimmon's, or cannot be divided among the ranks.
         KernelsUnavailableError: this machine cannot compute it, or not as asked.
         MemoryPlanError: it does not fit as asked.
+        RankLostError: another rank has ended before it was ready.
     """
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    if "OMP_NUM_THREADS" not in os.environ:  # by which torch counts its threads
-        torch.set_num_threads(usable_cores())
-    # cuBLAS would otherwise add up split products in 16 bits, which squared ReLU's magnitudes do not survive.
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    config = PersimmonConfig.from_folder(folder)
-    dtype = choose_dtype(settings.dtype, config.dtype, device, cpu_bfloat16=kernels.cpu_multiplies_bfloat16())
-    operations = kernels.for_device(
-        device,
-        dtype,
-        batch_invariant=settings.batch_invariant,
-        allow_old_triton=settings.allow_old_triton,
-        quantized_activations=settings.quantized_activations,
-    )
-    cache_dtypes = choose_cache_dtypes(settings.kv_cache_dtype, operations.cache_dtypes(dtype), device)
-    speculation = choose_speculation(settings, config, device)
-    guesses = _max_guesses(speculation, config)
-    executor = executor_for(operations, device, _graph_sizes(settings, config), guesses=guesses)
-    longest = settings.max_model_len or config.context_length
-    with _phase("checkpoint", print_line):
-        checkpoint = Checkpoint.open(folder, config) if settings.load_format == "auto" else None
-    if checkpoint is not None:
-        config = checkpoint.config
-        for note in checkpoint.notes:
-            print_line(f"  {'':<12} {note}")
-    check_batch_invariance(settings, config, device)
-    table = None
-    if checkpoint is not None and settings.embedding_table == "file":
-        table = embedding_in_file(checkpoint, operations, dtype, device)
-    formats = formats_to_make(settings, config, dtype if checkpoint is None else checkpoint.dtype)
-    if table is not None:
-        formats.pop(EMBEDDING, None)
-    stored: dict[str, torch.dtype | QuantizedFormat] = {} if checkpoint is None else dict(checkpoint.stored)
-    for name, kept in (stored | formats).items():
-        stored[name] = kept if isinstance(kept, QuantizedFormat) else operations.stored_dtype(kept, dtype)
-    quantized = any(isinstance(form, QuantizedFormat) for form in stored.values())
-    looks_up = speculation is not None and speculation.method != "off"
+    ranks = settings.tensor_parallel_size
+    own, *others = cores_of_ranks(ranks, serving_device(Shard(0, ranks)))
+    if not others:
+        own.take()
+        return _load(settings, folder, print_line)
+    with runtime_folder() as meeting_place:
+        followers = Followers(settings, folder, cores=others, rendezvous=meeting_place / "ranks")
+        try:
+            own.take()
+            return _load(settings, folder, print_line, followers)
+        except BaseException:
+            followers.close()
+            raise
+
+
+def _load(
+    settings: EngineSettings,
+    folder: Path,
+    print_line: Callable[[str], None],
+    followers: Followers | None = None,
+) -> LoadedModel:
+    with phase("checkpoint", print_line):
+        setup = set_up(settings, folder, Shard(0, settings.tensor_parallel_size))
+    for note in () if setup.checkpoint is None else setup.checkpoint.notes:
+        print_line(f"  {'':<12} {note}")
+    others_free = None if followers is None else followers.agree(setup.agreement)
+    looks_up = setup.speculation is not None and setup.speculation.method != "off"
+    longest = settings.max_model_len or setup.config.context_length
     for_guesses = guess_bytes(settings.max_num_seqs, longest) if looks_up else 0
+    plan = _plan(settings, setup, for_guesses, others_free)
+    weights = described(setup.stored, setup.config)
+    _print_plan(plan, setup, weights, print_line)
+    if for_guesses:
+        print_line(f"               guesses take up to {readable(for_guesses)} more while sequences run")
+    if setup.table is not None:
+        print_line(f"               the embedding, {readable(table_bytes(setup))}, stays in its file")
+        if setup.formats and isinstance(setup.table, torch.Tensor):  # which --quantization rounds otherwise
+            weights = f"{str(setup.table.dtype).removeprefix('torch.')} embedding, {weights}"
+    ranks = None
+    if followers is not None:
+        followers.build(plan)
+        ranks = DistributedRanks.join(setup.shard, followers.rendezvous, setup.device)
+    executor = build(settings, setup, plan, ranks, print_line)
+    runner = Runner(executor) if followers is None else LeadingRunner(executor, followers)
+    with phase("warm-up", print_line):
+        for batch in warm_up_steps(plan, settings, setup.config, compiles=executor.compiles):
+            runner.run(batch)
+    return LoadedModel(
+        runner=runner,
+        plan=plan,
+        dtype=setup.dtype,
+        executor=executor,
+        weights=weights,
+        speculation=setup.speculation,
+        followers=followers,
+    )
+
+
+def _plan(settings: EngineSettings, setup: ModelSetup, for_guesses: int, others_free: int | None) -> MemoryPlan:
+    """The plan for all ranks.
+
+    Args:
+        settings: of the engine.
+        setup: of the first rank.
+        for_guesses: bytes of the host's memory that guesses may take.
+        others_free: of the other ranks the fewest bytes that one may use of its GPU; None where that has no say.
+    """
+    config, device, operations, ranks = setup.config, setup.device, setup.kernels, setup.shard.size
     reserved = still_to_be_taken(config, settings.api_workers, settings.max_body_size) + for_guesses
+    reserved += (ranks - 1) * ENGINE_GROWTH_BYTES
     left = available_memory(device, settings.gpu_memory_utilization, reserved)
-    plan = plan_memory(
+    limits = setup.limits(settings, settings.max_model_len or config.context_length)
+    return plan_memory(
         config,
-        available=left.bytes,
+        available=left.bytes if others_free is None else ranks * min(left.bytes, others_free),
         limited_by="--gpu-memory-utilization of the GPU's" if device.type == "cuda" else left,
-        dtype=dtype,
+        dtype=setup.dtype,
         device=device,
         block_size=settings.block_size,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=settings.max_model_len,
         kv_cache_bytes=settings.kv_cache_memory,
-        step_buffers=executor.step_buffers(config, dtype, _limits(settings, config, longest, quantized=quantized)),
+        step_buffers=ranks * setup.executor.step_buffers(config, setup.dtype, limits),
         weight_bytes=operations.weight_bytes,
         tied_bytes=operations.tied_bytes,
-        stored=stored,
-        embedding_in_file=table is not None,
-        cache_dtypes=cache_dtypes,
+        stored=setup.stored,
+        embedding_in_file=setup.table is not None,
+        cache_dtypes=setup.cache_dtypes,
+        ranks=ranks,
     )
-    weights = described(stored, config)
-    _print_plan(plan, config, dtype, cache_dtypes, weights, print_line)
-    if for_guesses:
-        print_line(f"               guesses take up to {readable(for_guesses)} more while sequences run")
-    if table is not None:
-        print_line(f"               the embedding, {readable(table.nbytes)}, stays in its file")
-        if formats and isinstance(table, torch.Tensor):  # which --quantization rounds otherwise
-            weights = f"{str(table.dtype).removeprefix('torch.')} embedding, {weights}"
-
-    def allocate() -> KVCache:
-        with _phase("KV cache", print_line):
-            return KVCache.allocate(config, plan.num_blocks, plan.block_size, cache_dtypes[0], device)
-
-    cache = None
-    if device.type == "cpu":
-        # It gets its memory while weights are read: no step must wait for that, and what is short of memory is so now.
-        cache = allocate()
-        cache.populate(threads=max(1, usable_cores() // 2))
-    with _phase("weights", print_line):
-        if checkpoint is not None:
-            total = plan.weights if formats else checkpoint.total_bytes - (0 if table is None else table.nbytes)
-            without = () if table is None else (EMBEDDING,)
-            tensors = _with_progress_bar(checkpoint.parameters(formats, without), total)
-        else:
-            dummies = dummy_parameters(config, dtype, device, settings.seed, formats)
-            tensors = _with_progress_bar(dummies, plan.weights)
-        model = Persimmon(
-            config=config,
-            tensors=tensors,
-            dtype=dtype,
-            device=device,
-            kernels=operations,
-            max_model_len=plan.max_model_len,
-            embedding=table,
-        )
-        if device.type == "cuda":
-            # What loading has borrowed beyond the weights is the KV cache's.
-            torch.cuda.empty_cache()
-    cache = cache or allocate()
-    executor.reserve(_limits(settings, config, plan.max_model_len, quantized=quantized))
-    with _phase(executor.preparation, print_line) if executor.preparation else nullcontext():
-        executor.start(model, cache, _graph_progress)
-    runner = Runner(executor)
-    with _phase("warm-up", print_line):
-        for batch in warm_up_steps(plan, settings, config, compiles=executor.compiles):
-            runner.run(batch)
-    return LoadedModel(
-        runner=runner, plan=plan, dtype=dtype, executor=executor, weights=weights, speculation=speculation
-    )
-
-
-def check_batch_invariance(settings: EngineSettings, config: PersimmonConfig, device: torch.device) -> None:
-    """Makes sure that with --batch-invariant no product of the network depends on the number of rows.
-
-    Raises:
-        KernelsUnavailableError: one does.
-    """
-    if settings.batch_invariant and config.tie_word_embeddings and device.type == "cpu":
-        raise kernels.KernelsUnavailableError(
-            "--batch-invariant does not hold on a CPU for a checkpoint with tie_word_embeddings: its lm_head is the "
-            "embedding, whose products torch adds up in an order that depends on the number of rows. Serve it without "
-            "the flag, or on a GPU"
-        )
-
-
-def embedding_in_file(
-    checkpoint: Checkpoint, operations: kernels.Kernels[Any, Any], dtype: torch.dtype, device: torch.device
-) -> torch.Tensor | QuantizedMatrix:
-    """The embedding for --embedding-table file: see `Checkpoint.mapped_embedding`.
-
-    Raises:
-        KernelsUnavailableError: the device or its kernels cannot read it there.
-        CheckpointError: it cannot be read there in the form that the file has, or is read whole.
-    """
-    if device.type != "cpu":
-        raise kernels.KernelsUnavailableError(
-            "--embedding-table is file, which a GPU cannot read: leave it out, or hide the GPU with "
-            "CUDA_VISIBLE_DEVICES="
-        )
-    if checkpoint.config.generates and checkpoint.config.tie_word_embeddings:
-        raise CheckpointError(
-            "--embedding-table is file, but with tie_word_embeddings each step reads the whole embedding as lm_head: "
-            "leave the flag out"
-        )
-    table = checkpoint.mapped_embedding()
-    if isinstance(table, torch.Tensor) and operations.stored_dtype(table.dtype, dtype) != table.dtype:
-        stored, used = (str(each).removeprefix("torch.") for each in (table.dtype, dtype))
-        raise kernels.KernelsUnavailableError(
-            f"--embedding-table is file, but the file's embedding is {stored}, which is not looked up as it is when "
-            f"activations are {used}: use --dtype {stored}, or leave the flag out"
-        )
-    return table
-
-
-def choose_speculation(
-    settings: EngineSettings, config: PersimmonConfig, device: torch.device
-) -> SpeculativeConfig | None:
-    """How next tokens are guessed; None for only what grammars force.
-
-    Without --speculative-config none are on a GPU, and on a CPU as many as pay, where no steps overlap.
-    """
-    if settings.speculative_config is not None:
-        return settings.speculative_config
-    if device.type != "cpu":
-        return SpeculativeConfig(method="off")
-    return None if settings.async_scheduling == "on" or not config.generates else SpeculativeConfig(method="auto")
-
-
-def _graph_sizes(settings: EngineSettings, config: PersimmonConfig) -> list[int]:
-    # A classifier only computes prompts, which no graph is made for.
-    if settings.enforce_eager or not config.generates:
-        return []
-    return list(settings.cuda_graph_sizes or default_sizes(settings.max_num_seqs))
-
-
-def _max_guesses(speculation: SpeculativeConfig | None, config: PersimmonConfig) -> int:
-    """Maximum guesses of a sequence in a step, of those that are not only what grammars force."""
-    if speculation is None or speculation.method == "off" or not config.generates:
-        return 0
-    return speculation.max_guesses
-
-
-def _limits(
-    settings: EngineSettings, config: PersimmonConfig, max_model_len: int, *, quantized: bool = False
-) -> kernels.StepLimits:
-    return kernels.StepLimits(
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        max_model_len=max_model_len,
-        num_heads=config.num_attention_heads,
-        head_dim=config.head_dim,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        # What draws takes grows with it, and a classifier draws nothing.
-        vocab_size=config.vocab_size if config.generates else 0,
-        quantized=quantized,
-    )
-
-
-def choose_dtype(asked: str, stored: str | None, device: torch.device, *, cpu_bfloat16: bool) -> torch.dtype:
-    """The type to compute in.
-
-    `auto` is the checkpoint's own 16-bit type on a GPU, or float16 for one stored in float32; on a CPU it is bfloat16
-    for a checkpoint stored in that, where the processor multiplies it, and otherwise float32, the exact choice.
-
-    Args:
-        asked: the setting.
-        stored: the checkpoint's type, None where it does not say.
-        device: that computes.
-        cpu_bfloat16: whether the processor multiplies bfloat16 numbers.
-    """
-    if asked == "auto":
-        if device.type == "cpu":
-            return torch.bfloat16 if stored == "bfloat16" and cpu_bfloat16 else torch.float32
-        asked = stored if stored in ("float16", "bfloat16") else "float16"
-    return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[asked]
-
-
-def choose_cache_dtypes(asked: str, offered: Sequence[torch.dtype], device: torch.device) -> list[torch.dtype]:
-    """The type to keep keys and values in, and after it the others that could be used.
-
-    Args:
-        asked: the setting.
-        offered: what the kernels can keep them in, the network's own type first.
-        device: that computes.
-
-    Raises:
-        KernelsUnavailableError: the kernels do not offer what is asked for.
-    """
-    chosen = chosen_dtype(asked, offered[0])
-    if chosen not in offered:
-        names = [cache_choice(own, offered[0]) for own in offered]
-        raise kernels.KernelsUnavailableError(
-            f"--kv-cache-dtype is {asked}, which this {'GPU' if device.type == 'cuda' else 'CPU'}'s kernels do not "
-            f"have for --dtype {str(offered[0]).removeprefix('torch.')}: use "
-            f"{' or '.join(filter(None, (', '.join(names[:-1]), names[-1])))}"
-        )
-    return [chosen, *(own for own in offered if own != chosen)]
 
 
 def warm_up_steps(
@@ -409,21 +266,8 @@ def _first_blocks(tokens: int, plan: MemoryPlan) -> list[int]:
     return list(range(-(-tokens // plan.block_size)))
 
 
-@contextmanager
-def _phase(name: str, print_line: Callable[[str], None]) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    print_line(f"  {name:<12} {time.perf_counter() - started:6.2f} s")
-
-
-def _print_plan(
-    plan: MemoryPlan,
-    config: PersimmonConfig,
-    dtype: torch.dtype,
-    cache_dtypes: Sequence[torch.dtype],
-    weights: str,
-    print_line: Callable[[str], None],
-) -> None:
+def _print_plan(plan: MemoryPlan, setup: ModelSetup, weights: str, print_line: Callable[[str], None]) -> None:
+    config = setup.config
     parts = {
         f"weights ({weights})" if weights else "weights": plan.weights,
         "activations": plan.activations,
@@ -435,8 +279,10 @@ def _print_plan(
         f"               of {readable(plan.available)} available; {plan.num_blocks:,} KV blocks of {plan.block_size} "
         f"hold {plan.kv_tokens:,} tokens"
     )
-    if len(cache_dtypes) > 1:
-        print_line("               " + _cache_choices(plan, config, dtype, cache_dtypes))
+    if setup.shard.size > 1:
+        print_line(f"               in equal parts on {setup.shard.size} ranks")
+    if len(setup.cache_dtypes) > 1:
+        print_line("               " + _cache_choices(plan, config, setup.dtype, setup.cache_dtypes))
     if plan.max_model_len < config.context_length:
         print_line(
             f"               sequences are limited to {plan.max_model_len:,} tokens "
@@ -454,42 +300,3 @@ def _cache_choices(
         for name, size in sizes.items()
     ]
     return f"tokens by --kv-cache-dtype: {', '.join(choices)}"
-
-
-def formats_to_make(
-    settings: EngineSettings, config: PersimmonConfig, stored: torch.dtype
-) -> dict[str, QuantizedFormat]:
-    """The formats that tensors get while they are loaded, by name: those of --quantization, or of dummies a file's own.
-
-    Args:
-        settings: of the engine.
-        config: the network.
-        stored: the dtype of the checkpoint's tensors.
-
-    Raises:
-        CheckpointError: the checkpoint is quantized already, or a matrix cannot be quantized as asked.
-    """
-    if settings.quantization == "none":
-        return formats_of_config(config, stored) if settings.load_format == "dummy" else {}
-    if config.quantization is not None:
-        raise CheckpointError(
-            f"--quantization is {settings.quantization}, but the checkpoint's weights are quantized already "
-            f"(quantization_config in its config.json): serve it without --quantization"
-        )
-    return quantized_formats(config, settings.quantization, settings.quantization_group_size)
-
-
-def _with_progress_bar(
-    tensors: Iterator[tuple[str, torch.Tensor | QuantizedMatrix]], total: int
-) -> Iterator[tuple[str, torch.Tensor | QuantizedMatrix]]:
-    with progress_bar("weights", total, "B") as bar:
-        for name, tensor in tensors:
-            yield name, tensor
-            bar.update(tensor.nbytes)
-
-
-def _graph_progress(sizes: Sequence[int]) -> Iterator[int]:
-    with progress_bar("CUDA graphs", len(sizes), "graph") as bar:
-        for size in sizes:
-            yield size
-            bar.update()

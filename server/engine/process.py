@@ -86,7 +86,7 @@ def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Pat
         max_model_len=plan.max_model_len,
         block_size=plan.block_size,
         total_blocks=plan.num_blocks,
-        device=loaded.executor.name,
+        device=loaded.device,
         dtype=str(loaded.dtype).removeprefix("torch."),
         stats=scheduler.stats(),
         weights=loaded.weights,

@@ -8,6 +8,10 @@ from persimmon.server.engine.sequence import Sequence
 from persimmon.server.engine.step_plan import StepPlan
 
 
+class EngineBrokenError(RuntimeError):
+    """A step failed in a way that no later step can succeed after."""
+
+
 class LaunchedStep(Protocol):
     """A step that has been started."""
 

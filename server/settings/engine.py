@@ -81,6 +81,16 @@ class EngineSettings(LogSettings):
         le=256,
     )
 
+    tensor_parallel_size: int = setting(
+        1,
+        "Processes (ranks) that share the network: each has an equal part of the attention heads, the MLP and the "
+        "vocabulary, and of the KV cache. Must divide the heads and intermediate_size. Each rank needs its own GPU "
+        "(not yet run on GPUs), or at least a core: they divide those of the engine.",
+        "model",
+        "N",
+        ge=1,
+        le=64,
+    )
     max_model_len: int | None = setting(
         None,
         "Maximum length of a sequence, prompt and answer together. Default: the model's context length (times the "
@@ -198,7 +208,8 @@ class EngineSettings(LogSettings):
     )
     kv_cache_memory: ByteSize | None = setting(
         None,
-        "Size of the KV cache, for example 4GiB or 800MB, allocated at start. Default on a GPU: what "
+        "Size of the KV cache, of all ranks together, for example 4GiB or 800MB, allocated at start. Default on a GPU: "
+        "what "
         "--gpu-memory-utilization leaves. Default on a CPU: room for --max-num-seqs full sequences, but at most a "
         "quarter of the free memory, and at most 1 GiB or four times the weights, whichever is more; never less than "
         "one sequence of the given --max-model-len.",

@@ -35,7 +35,8 @@ from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import PooledStates, PromptLogprobs, Report, Runner, SequenceInput
 from persimmon.model.token_counts import TokenCounts
 from persimmon.server.config import Settings
-from persimmon.server.engine.loading import _graph_sizes, _limits, _max_guesses, warm_up_steps
+from persimmon.server.engine.loading import warm_up_steps
+from persimmon.server.engine.model_setup import graph_sizes, limits_of, max_guesses
 from persimmon.server.settings.speculation import SpeculativeConfig
 from tests.kernels.ahead_of_time import launches_compile
 from tests.model.rows import row_with
@@ -105,10 +106,10 @@ def make_runner(settings: Settings, config: PersimmonConfig, bits: Bits | None =
     """As the server makes it, on a GPU that is not there."""
     kernels = (InvariantKernels if settings.batch_invariant else FusedKernels)(META)
     executor = MetaExecutor(
-        kernels, _graph_sizes(settings, config), guesses=_max_guesses(settings.speculative_config, config)
+        kernels, graph_sizes(settings, config), guesses=max_guesses(settings.speculative_config, config)
     )
     model = Persimmon(config, tensors_of(config, bits), torch.float16, META, kernels)
-    executor.reserve(_limits(settings, config, _max_model_len(settings), quantized=bits is not None))
+    executor.reserve(limits_of(settings, config, _max_model_len(settings), quantized=bits is not None))
     cache_dtype = EIGHT_BIT_CACHES.get(settings.kv_cache_dtype, torch.float16)
     cache = KVCache.allocate(config, NUM_BLOCKS, BLOCK_SIZE, cache_dtype, META)
     return MetaRunner(executor.start(model, cache))

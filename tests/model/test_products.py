@@ -1,6 +1,7 @@
 """A product, its reduction over ranks and the residual: three operations that are together what one launch does."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from persimmon.model.executor import NativeExecutor, TorchExecutor
 from persimmon.model.persimmon import Persimmon
 from persimmon.model.recorded_network import RecordedNetwork
 from persimmon.model.runner import Runner, SequenceInput
+from persimmon.model.shard import ONLY, Shard
 from tests.engine_harness import CPU, poisoned_cache
 from tests.model.checkpoints import make_checkpoint
 from tests.model.rows import row_with
@@ -59,12 +61,30 @@ def operations(request: pytest.FixtureRequest) -> Kernels[Any, Any]:
     return NativeKernels(library.builds()[0])
 
 
+@dataclass
+class OneRank:
+    """A single rank, whose sums are what a function makes of its own part."""
+
+    total: Callable[[torch.Tensor], torch.Tensor]
+    shard: Shard = ONLY
+
+    def sum(self, part: torch.Tensor) -> torch.Tensor:
+        return self.total(part)
+
+    def gather(self, part: torch.Tensor, config: PersimmonConfig) -> torch.Tensor:
+        return part
+
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
 def load(
-    folder: Path, operations: Kernels[Any, Any], sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None
+    folder: Path, operations: Kernels[Any, Any], total: Callable[[torch.Tensor], torch.Tensor] | None
 ) -> Persimmon:
     config = PersimmonConfig.from_folder(folder)
     tensors = Checkpoint.open(folder, config).tensors()
-    return Persimmon(config, tensors, torch.float32, CPU, operations, sum_over_ranks=sum_over_ranks)
+    ranks = None if total is None else OneRank(total)
+    return Persimmon(config, tensors, torch.float32, CPU, operations, ranks=ranks)
 
 
 def logits_of(model: Persimmon, operations: Kernels[Any, Any]) -> torch.Tensor:
@@ -85,8 +105,8 @@ def test_three_operations_are_the_one_that_does_them_all(checkpoint: Path, opera
     together = logits_of(load(checkpoint, operations, None), operations)
     apart = logits_of(load(checkpoint, operations, alone), operations)
     torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-4)
-    # Attention's product and the MLP's, of each step.
-    assert reduced == [(70, HIDDEN)] * 2 + [(3, HIDDEN)] * 2
+    # The embeddings, attention's product and the MLP's, of each step.
+    assert reduced == [(70, HIDDEN)] * 3 + [(3, HIDDEN)] * 3
 
 
 def test_what_is_reduced_is_what_enters_the_residual_stream(checkpoint: Path, operations: Kernels[Any, Any]) -> None:
@@ -126,14 +146,15 @@ def test_ranks_with_half_of_the_columns_each_sum_to_the_product(operations: Kern
 
 
 @pytest.mark.skipif(not library.builds(), reason="no build of the C kernels for this processor")
-def test_a_network_that_sums_over_ranks_runs_operation_by_operation(checkpoint: Path) -> None:
+@pytest.mark.parametrize("tokens", [1, 18, 90])  # more than buffers are first made for
+def test_programs_between_the_sums_are_the_operations_one_by_one(checkpoint: Path, tokens: int) -> None:
     native = NativeKernels(library.builds()[0])
-    model = load(checkpoint, native, lambda product: 2 * product)
-    cache = poisoned_cache(model, 2, 16)
-    with pytest.raises(ValueError, match="sums over ranks between operations"):
+    model = load(checkpoint, native, lambda product: product.clamp(min=0))
+    cache = poisoned_cache(model, 6, 16)
+    with pytest.raises(ValueError, match="sum between operations"):
         RecordedNetwork(model, cache, native)
-    part = SequenceInput(range(2, 20), 0, [1, 0], (row_with(),))
+    part = SequenceInput(range(2, 2 + tokens), 0, [1, 0, 4, 2, 5, 3], (row_with(),))
     ours = Runner(NativeExecutor(native).start(model, cache)).logits([part])
-    torch.testing.assert_close(ours, Runner(TorchExecutor(native).start(model, cache)).logits([part]))
+    assert torch.equal(ours, Runner(TorchExecutor(native).start(model, cache)).logits([part]))
     once = load(checkpoint, native, None)
     assert not torch.allclose(ours, Runner(NativeExecutor(native).start(once, cache)).logits([part]), atol=1e-2)

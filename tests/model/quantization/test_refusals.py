@@ -17,7 +17,7 @@ from persimmon.model.errors import CheckpointError
 from persimmon.model.json_object import JsonObject
 from persimmon.model.quantization.compressed_tensors import MatrixScheme, read_compressed_tensors
 from persimmon.server.config import read_settings
-from persimmon.server.engine.loading import formats_to_make
+from persimmon.server.engine.model_setup import formats_to_make
 from tests.model.quantization.compressed import TOKEN_INPUTS, edit_config, quantization, weights, write_compressed
 
 GROUP = "quantization_config.config_groups.group_0."

@@ -19,7 +19,8 @@ from persimmon.model.convert.quantize import QuantizationRequest
 from persimmon.model.errors import CheckpointError
 from persimmon.model.leftovers import EMBEDDING
 from persimmon.server.config import read_settings
-from persimmon.server.engine.loading import LoadedModel, embedding_in_file, load_model
+from persimmon.server.engine.loading import LoadedModel, load_model
+from persimmon.server.engine.model_setup import embedding_in_file
 from tests.engine_harness import CPU
 from tests.model.checkpoints import make_checkpoint
 from tests.model.forward_pass import hidden_states

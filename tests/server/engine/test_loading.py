@@ -18,14 +18,13 @@ from persimmon.model.rope_scaling import RopeScaling
 from persimmon.model.runner import PooledStates
 from persimmon.server.config import read_settings
 from persimmon.server.engine.guesses import Speculation
-from persimmon.server.engine.loading import (
-    _graph_sizes,
-    _limits,
+from persimmon.server.engine.loading import load_model, warm_up_steps
+from persimmon.server.engine.model_setup import (
     check_batch_invariance,
     choose_cache_dtypes,
     choose_speculation,
-    load_model,
-    warm_up_steps,
+    graph_sizes,
+    limits_of,
 )
 from persimmon.server.settings.speculation import SpeculativeConfig
 from tests.model.checkpoints import make_checkpoint
@@ -60,9 +59,9 @@ SMALL = {"kv_cache_memory": "1MiB", "max_model_len": "64", "block_size": "16"}
 )
 def test_graphs_are_those_asked_for_and_only_on_a_gpu(asked: dict[str, str], sizes: list[int]) -> None:
     settings = read_settings({"max_num_seqs": "5", **asked})
-    assert _graph_sizes(settings, GENERATOR) == sizes
-    assert _graph_sizes(settings, CLASSIFIER) == []
-    limits = _limits(settings, GENERATOR, 512)
+    assert graph_sizes(settings, GENERATOR) == sizes
+    assert graph_sizes(settings, CLASSIFIER) == []
+    limits = limits_of(settings, GENERATOR, 512)
     with_sizes, without = (executor_for(kernels.for_device(CPU), CPU, own) for own in (sizes, []))
     assert with_sizes.preparation is None
     assert with_sizes.step_buffers(GENERATOR, torch.float16, limits) == without.step_buffers(
@@ -178,8 +177,8 @@ def test_buffers_for_quantized_weights_are_planned_and_made_wherever_those_come_
 
 
 def test_a_classifier_has_no_buffers_for_draws() -> None:
-    assert _limits(read_settings({}), GENERATOR, 512).vocab_size == 64
-    assert _limits(read_settings({}), CLASSIFIER, 512).vocab_size == 0
+    assert limits_of(read_settings({}), GENERATOR, 512).vocab_size == 64
+    assert limits_of(read_settings({}), CLASSIFIER, 512).vocab_size == 0
 
 
 @pytest.mark.parametrize(("compiles", "lengths"), [(True, {1, 20, 40, 80, 299}), (False, set())])

@@ -30,6 +30,7 @@ from persimmon.model.token_counts import TokenCounts
 from persimmon.server.config import read_settings
 from persimmon.server.engine import loading
 from persimmon.server.engine.guesses import Speculation
+from persimmon.server.engine.model_setup import limits_of
 from persimmon.server.engine.profiling import ProfiledRunner
 from persimmon.server.engine.proposers import Proposal
 from persimmon.server.engine.sequence import Sequence
@@ -76,17 +77,22 @@ OTHERWISE = {
     "return torch.mm(hidden, columns, out=out)": "float32",
     "return torch.mm(x, columns, out=out)": "float32",
     "names = [cache_choice(own, offered[0]) for own in offered]": "a CPU has two types of cache",
-    "table = embedding_in_file(checkpoint, operations, dtype, device)": "a CPU",
+    "table = embedding_in_file(checkpoint, operations, dtype, device, shard)": "a CPU",
     "formats.pop(EMBEDDING, None)": "a CPU",
-    'print_line(f"               guesses take up to {readable(guesses)} more while sequences run")': "a CPU",
-    'print_line(f"               the embedding, {readable(table.nbytes)}, stays in its file")': "a CPU",
-    "if formats and isinstance(table, torch.Tensor):  # which --quantization rounds otherwise": "a CPU",
-    "weights = f\"{str(table.dtype).removeprefix('torch.')} embedding, {weights}\"": "a CPU",
+    'return torch.device("cpu")': "a CPU",
+    "return Samples(self._kernels.sampled[:rows])": "draws from unchanged logits, of more rows than graphs hold",
+    "torch.cuda.set_device(device)  # where Triton launches": "several GPUs",
+    "draws = ranks.shard.rank == 0": "several ranks",
+    "logits = model.logits(hidden)": "several ranks",
+    "return logits if draws else None": "several ranks",
+    "return gather": "several ranks",
+    "gathered = gather(hidden)": "several ranks",
+    "if gathered is None:": "several ranks",
+    "return": "several ranks",
+    "if logits is not None:": "several ranks",
+    "logits.copy_(gathered)": "several ranks",
+    "kernels.sample_logits(gathered, inputs.draw, inputs.live)": "several ranks",
     "return NativeExecutor(kernels) if isinstance(kernels, NativeKernels) else TorchExecutor(kernels)": "a CPU",
-    "torch.set_num_threads(usable_cores())": "OMP_NUM_THREADS is set here",
-    "print_line(f\"  {'':<12} {note}\")": "a checkpoint that needs a remark",
-    "dummies = dummy_parameters(config, dtype, device, settings.seed, formats)": "dummy weights",
-    "tensors = _with_progress_bar(dummies, plan.weights)": "dummy weights",
 }
 """Statements that tests on a CPU run, and when."""
 
@@ -163,7 +169,7 @@ def on_cpu(folder: Path, sizes: tuple[int, ...] = ()) -> tuple[Persimmon, Runner
     config, kernels = PersimmonConfig.from_folder(folder), FusedKernels(CPU)
     model = Persimmon(config, Checkpoint.open(folder, config).tensors(), torch.float16, CPU, kernels)
     executor = FusedExecutor(kernels, sizes)
-    executor.reserve(loading._limits(SETTINGS, config, 96))
+    executor.reserve(limits_of(SETTINGS, config, 96))
     return model, Runner(executor.start(model, poisoned_cache(model, NUM_BLOCKS, SETTINGS.block_size, torch.int8)))
 
 
