@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 # Installed again when one of these changes; the last are the C kernels, which the installation compiles.
 INSTALLED_FROM := pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*.[ch])
 
-.PHONY: serve test test-fast compat exhaustive lint types contracts format docs audit clean
+.PHONY: serve test test-fast compat distributed exhaustive lint types contracts format docs audit clean
 
 serve: $(VENV)/.installed
 	$(BIN)/persimmon serve $(ARGS)
@@ -27,6 +27,10 @@ test-fast: $(VENV)/.installed-dev
 
 compat: $(VENV)/.installed-compat
 	$(BIN)/python -m pytest tests/compat $(ARGS)
+
+# Several engines, ranks and machines, in real processes; the last ones are a Ray cluster on this machine.
+distributed: $(VENV)/.installed-ray
+	$(BIN)/python -m pytest $(or $(ARGS),tests/distributed)
 
 # More cases of what `make test` checks of the GPU kernels: before a release, and after a change in kernels/.  CI does not
 # run it: it takes longer than all the rest.
@@ -53,10 +57,11 @@ docs: $(VENV)/.installed-dev
 
 # Asks PyPI's database of vulnerabilities, which mirrors need not have, so CI does not run it: run it by hand before a
 # release.  Its own environment, because it is not part of what is audited.
-audit: constraints.txt constraints-compat.txt
+audit: constraints.txt constraints-compat.txt constraints-ray.txt
 	test -x $(VENV)-audit/bin/pip-audit || $(PYTHON) -m venv $(VENV)-audit
 	$(VENV)-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
-	$(VENV)-audit/bin/pip-audit --requirement constraints.txt --requirement constraints-compat.txt --no-deps --disable-pip --strict
+	$(VENV)-audit/bin/pip-audit --requirement constraints.txt --requirement constraints-compat.txt \
+	--requirement constraints-ray.txt --no-deps --disable-pip --strict
 
 clean:
 	rm -rf $(VENV) $(VENV)-audit .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info build dist kernels/cpu/*.so
@@ -79,4 +84,9 @@ $(VENV)/.installed-dev: $(INSTALLED_FROM) | $(BIN)/python
 $(VENV)/.installed-compat: $(INSTALLED_FROM) constraints-compat.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 	--constraint constraints-compat.txt --editable '.[dev,compat]'
+	@touch $@ $(VENV)/.installed-dev $(VENV)/.installed
+
+$(VENV)/.installed-ray: $(INSTALLED_FROM) constraints-compat.txt constraints-ray.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	--constraint constraints-compat.txt --constraint constraints-ray.txt --editable '.[dev,ray]'
 	@touch $@ $(VENV)/.installed-dev $(VENV)/.installed

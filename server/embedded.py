@@ -8,12 +8,14 @@ import atexit
 import contextlib
 import multiprocessing
 import os
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from prometheus_client import Metric
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from persimmon.server.child_process import CannotStart
@@ -23,18 +25,20 @@ from persimmon.server.engine.load import Load
 from persimmon.server.entry_points import engine_main
 from persimmon.server.http.app import application
 from persimmon.server.http.middleware.gate import Gate
+from persimmon.server.metrics import Metrics
 from persimmon.server.runtime_folder import runtime_folder
 from persimmon.server.served_model import ServedModel
 from persimmon.server.settings.section import SettingsError
+from persimmon.server.step_watch import step_limit
 from persimmon.server.vitals import Vitals
 
 
 class EngineFailedError(RuntimeError):
-    """The engine process could not start, or has ended.
+    """The engine process could not start, has ended, or hangs.
 
     Attributes:
         exit_code: of the process: 2 where the checkpoint, the GPU or the settings do not allow a start; negative
-            after a signal.
+            after a signal; None if it has not ended, but hangs.
     """
 
     def __init__(self, message: str, exit_code: int | None) -> None:
@@ -129,6 +133,31 @@ class EmbeddedServer:
         running = self._started()
         await running.ended.wait()
         return running.failure()
+
+    def check_health(self) -> None:
+        """Returns if the engine serves or still loads; for a program that replaces it otherwise.
+
+        Raises:
+            EngineFailedError: the engine process has ended, or hangs: it has work, and has ended no step for 30 s on a
+                GPU, 300 s on a CPU, or PERSIMMON_STEP_TIMEOUT from the environment.
+        """
+        running = self._started()
+        if running.ended.is_set():
+            raise running.failure()
+        info, overdue = running.client.info, running.gate.load.overdue_seconds
+        if info is not None and overdue > step_limit(self.settings.step_timeout, info.device):
+            raise EngineFailedError(f"the engine has work but has not finished a step for {overdue:.0f} s", None)
+
+    def metrics(self) -> Iterator[Metric]:
+        """All metrics of docs/reference/metrics.md as they are now, for a program that exports them itself."""
+        metrics: Metrics = self._started().app.state.metrics
+        return metrics.families()
+
+    @property
+    def kv_cache_tokens(self) -> int:
+        """Tokens that the KV cache holds; 0 until the model is loaded."""
+        info = self._started().client.info
+        return 0 if info is None else info.total_blocks * info.block_size
 
     async def drain(self, seconds: float | None = None) -> bool:
         """Refuses new requests with status 503 from here on, and waits for the open ones.

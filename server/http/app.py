@@ -160,6 +160,7 @@ def create_app(
         lifespan=lambda _: siblings.listening(),
         redirect_slashes=False,  # see `Addresses`
     )
+    app.state.metrics = metrics  # for a program around it
     bodies = BodyReader(access.max_body_bytes, access.read_timeout)
     for endpoint in endpoints:
         served = _served(endpoint, service, bodies)

@@ -1,8 +1,9 @@
-"""The form of what operators add to Kubernetes: the Prometheus operator's ServiceMonitor and KEDA's ScaledObject.
+"""The form of what operators add to Kubernetes: ServiceMonitor, ScaledObject (KEDA) and RayService (KubeRay).
 
 Written after the operators' documentation: the API reference of the Prometheus operator, KEDA's "ScaledObject
-specification" and its Prometheus scaler.  Holds the fields that have little inside; any other is refused, like a
-misspelt one, until it is looked up there and added here.  What is Kubernetes' own is left to Kubernetes' schemas.
+specification" and its Prometheus scaler, and KubeRay's API reference.  Holds the fields that have little inside; any
+other is refused, like a misspelt one, until it is looked up there and added here.  What is Kubernetes' own is left to
+Kubernetes' schemas.
 """
 
 from collections.abc import Iterator, Mapping
@@ -124,7 +125,41 @@ SCALED_OBJECT = _resource(
         "triggers",
     ),
 )
-SCHEMAS: Mapping[str, Schema] = {"ServiceMonitor": SERVICE_MONITOR, "ScaledObject": SCALED_OBJECT}
+_POD_GROUP = {"rayStartParams": {"type": "object", "additionalProperties": TEXT}, "template": KUBERNETES_OWN}
+WORKER_GROUP = _closed(
+    {
+        **_POD_GROUP,
+        **dict.fromkeys(("idleTimeoutSeconds", "maxReplicas", "minReplicas", "numOfHosts", "replicas"), NUMBER),
+        "groupName": TEXT,
+    },
+    "groupName",
+    "template",
+)
+RAY_SERVICE = _resource(
+    "ray.io/v1",
+    "RayService",
+    _closed(
+        {
+            "serveConfigV2": TEXT,
+            "rayClusterConfig": _closed(
+                {
+                    "rayVersion": TEXT,
+                    "enableInTreeAutoscaling": SWITCH,
+                    "headGroupSpec": _closed(_POD_GROUP, "template"),
+                    "workerGroupSpecs": {"type": "array", "items": WORKER_GROUP},
+                },
+                "headGroupSpec",
+            ),
+        },
+        "serveConfigV2",
+        "rayClusterConfig",
+    ),
+)
+SCHEMAS: Mapping[str, Schema] = {
+    "RayService": RAY_SERVICE,
+    "ScaledObject": SCALED_OBJECT,
+    "ServiceMonitor": SERVICE_MONITOR,
+}
 
 
 def validate(resource: Any, version: str) -> None:
@@ -146,6 +181,12 @@ def _kubernetes_own(resource: Any) -> Iterator[Any]:
     """Resources of Kubernetes' own kinds that hold what this one has of theirs."""
     metadata, spec = resource["metadata"], resource["spec"]
     yield {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata}
+    cluster = spec.get("rayClusterConfig", {})
+    for group in (*cluster.get("workerGroupSpecs", ()), *([cluster["headGroupSpec"]] if cluster else ())):
+        labels = {"matchLabels": {"group": "any"}}
+        pods = group["template"] | {"metadata": {"labels": labels["matchLabels"]}}
+        deployment = {"selector": labels, "template": pods}
+        yield {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata, "spec": deployment}
     if "selector" in spec:
         yield {"apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "spec": {"selector": spec["selector"]}}
     behavior = spec.get("advanced", {}).get("horizontalPodAutoscalerConfig", {}).get("behavior")

@@ -56,6 +56,13 @@ async def until_submitted(server: persimmon.EmbeddedServer) -> None:
         await asyncio.sleep(0)
 
 
+async def until_unhealthy(server: persimmon.EmbeddedServer) -> None:
+    """Raises what `check_health` raises, as soon as it does."""
+    while True:
+        server.check_health()
+        await asyncio.sleep(0)
+
+
 def test_the_example_of_the_guide_answers(tmp_path):
     program = tmp_path / "program.py"  # without a guard: the engine process must not run it again
     program.write_text(examples()[0])
@@ -105,10 +112,13 @@ def test_an_engine_that_dies_fails_open_requests_and_later_ones():
         async with persimmon.EmbeddedServer(**SMALL) as server, calling(server.app) as client:
             request = complete(client, 2000)
             await until_submitted(server)
+            server.check_health()
             engines()[0].kill()
             failure = await server.engine_failed()
             assert failure.exit_code == -9
             assert str(failure) == "the engine process ended with code -9"
+            with pytest.raises(persimmon.EngineFailedError, match="ended with code -9"):
+                server.check_health()
             response = await request
             assert response.status_code == 503
             assert "engine" in response.json()["error"]["message"]
@@ -118,6 +128,26 @@ def test_an_engine_that_dies_fails_open_requests_and_later_ones():
 
     asyncio.run(main())
     assert not engines()
+
+
+def test_an_engine_that_hangs_fails_the_health_check(monkeypatch):
+    monkeypatch.setenv("PERSIMMON_STEP_TIMEOUT", "0.1")
+
+    async def main() -> None:
+        async with persimmon.EmbeddedServer(**SMALL) as server, calling(server.app) as client:
+            names = {family.name for family in server.metrics()}
+            assert {"persimmon_requests_running", "persimmon_http_requests"} <= names
+            assert server.kv_cache_tokens > 0
+            request = complete(client, 500)
+            await until_submitted(server)
+            engines()[0].suspend()
+            with pytest.raises(persimmon.EngineFailedError, match="has work but has not finished a step"):
+                await until_unhealthy(server)
+            engines()[0].resume()
+            assert (await request).status_code == 200
+            server.check_health()
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize(

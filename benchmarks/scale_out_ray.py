@@ -1,0 +1,198 @@
+"""What Ray's proxy costs: one replica on Ray against `persimmon serve` with the same engine, in turns.
+
+    python -m benchmarks.scale_out_ray --streams 32 --rounds 3 --out benchmarks/results/NAME.json
+
+Both have one engine of one thread, so that on two cores the other one is left to all that is not the engine: API worker
+or Ray's processes, and this client.  The network is random, and nothing is guessed.  First tokens are measured with one
+stream too, where nothing waits.  Needs the extra `ray`.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from benchmarks.checkpoint import write_checkpoint
+from benchmarks.machine import device
+from benchmarks.serve import Workload, measure_warm
+from benchmarks.servers import RunningServer, Server, running
+from persimmon.server.bench.report import Report
+
+START_SECONDS = 180.0
+PLAIN = "persimmon serve"
+SETTINGS = {
+    "kv_cache_memory": "512MB",
+    "max_num_seqs": "64",
+    "speculative_config": "off",
+}
+"""Of both engines."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One server in one round.
+
+    Attributes:
+        server: its name: "persimmon serve", or "Ray" with the milliseconds between two chunks.
+        alone: with one stream.
+        report: with all streams.
+        cpu_ms_per_token: processor time of all processes of the server, with all streams.
+    """
+
+    server: str
+    alone: Report[Workload]
+    report: Report[Workload]
+    cpu_ms_per_token: float
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A server, over all rounds: medians.
+
+    Attributes:
+        server: its name.
+        ttft_ms: time to first token with one stream.
+        tokens_per_s: with all streams.
+        share: of what `persimmon serve` gives.
+        chunks_per_token: with all streams.
+        cpu_ms_per_token: with all streams.
+    """
+
+    server: str
+    ttft_ms: float
+    tokens_per_s: float
+    share: float
+    chunks_per_token: float
+    cpu_ms_per_token: float
+
+
+def contenders(join_chunks_ms: Sequence[float]) -> Iterator[Server]:
+    """The servers, in the order in which they run."""
+    threads = {"OMP_NUM_THREADS": "1"}
+    flags = [word for name, value in SETTINGS.items() for word in (f"--{name.replace('_', '-')}", value)]
+    yield Server(
+        name=PLAIN,
+        program=(sys.executable, "-m", "persimmon.server.cli"),
+        shown_program="persimmon",
+        arguments=("serve", "--port", "{port}", "--model", "{checkpoint}", *flags),
+        environment=threads,
+    )
+    for milliseconds in join_chunks_ms:
+        given = [f"{name}={value}" for name, value in SETTINGS.items()]
+        yield Server(
+            name=f"Ray, {milliseconds:g} ms",
+            program=(sys.executable, "-m", "benchmarks.ray_server"),
+            shown_program="python -m benchmarks.ray_server",
+            arguments=(
+                *("--port", "{port}", "model={checkpoint}", "num_replicas=1", f"join_chunks_ms={milliseconds:g}"),
+                *given,
+            ),
+            environment=threads,
+        )
+
+
+def measure(server: RunningServer, workload: Workload, alone: int) -> Measurement:
+    """Measures a running server.
+
+    Args:
+        server: which.
+        workload: with all streams.
+        alone: requests with one stream.
+    """
+    first = uvloop.run(measure_warm(server.endpoint, None, replace(workload, streams=1, prompts=alone)))
+    busy = server.cpu_seconds()
+    report = uvloop.run(measure_warm(server.endpoint, None, workload)).report
+    warm_up_tokens = min(workload.prompts, 2 * workload.streams) * workload.output_len[0]
+    tokens = report.output_tokens + warm_up_tokens
+    return Measurement(
+        server=server.name,
+        alone=first.report,
+        report=report,
+        cpu_ms_per_token=(server.cpu_seconds() - busy) * 1e3 / tokens,
+    )
+
+
+def summarize(measurements: Sequence[Measurement]) -> list[Figures]:
+    """The medians over the rounds, in the order in which the servers ran."""
+    rounds: dict[str, list[Measurement]] = {}
+    for each in measurements:
+        rounds.setdefault(each.server, []).append(each)
+    plain = statistics.median(each.report.output_tokens_per_s for each in rounds[PLAIN])
+    figures = []
+    for server, own in rounds.items():
+        speed = statistics.median(each.report.output_tokens_per_s for each in own)
+        figures.append(
+            Figures(
+                server=server,
+                ttft_ms=statistics.median(each.alone.ttft_ms.median for each in own if each.alone.ttft_ms),
+                tokens_per_s=speed,
+                share=round(speed / plain, 4),
+                chunks_per_token=statistics.median(each.report.chunks_per_token for each in own),
+                cpu_ms_per_token=round(statistics.median(each.cpu_ms_per_token for each in own), 4),
+            )
+        )
+    return figures
+
+
+def table(figures: Sequence[Figures]) -> str:
+    """The figures for people."""
+    head = "| server | TTFT alone, ms | tokens/s | share | chunks per token | processor time per token, ms |"
+    rows = (
+        f"| {own.server} | {own.ttft_ms:.1f} | {own.tokens_per_s:.0f} | {own.share:.0%} | "
+        f"{own.chunks_per_token:.2f} | {own.cpu_ms_per_token:.2f} |"
+        for own in figures
+    )
+    return "\n".join([head, "| --- | ---: | ---: | ---: | ---: | ---: |", *rows])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale_out_ray", description=__doc__.splitlines()[0])
+    parser.add_argument("--streams", type=int, default=32, help="at the same time [default: %(default)s]")
+    parser.add_argument("--prompts", type=int, default=96, help="requests in all [default: %(default)s]")
+    parser.add_argument("--alone", type=int, default=20, help="requests with one stream [default: %(default)s]")
+    parser.add_argument("--output-len", type=int, default=128, help="tokens of an answer [default: %(default)s]")
+    parser.add_argument("--rounds", type=int, default=3, help="in which all run in turn [default: %(default)s]")
+    parser.add_argument(
+        "--join-chunks-ms", type=float, nargs="+", default=[0, 20], help="between two chunks [default: 0 20]"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    arguments = parser.parse_args()
+    measurements, commands = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "checkpoint"
+        write_checkpoint(checkpoint)
+        for number in range(arguments.rounds):
+            for server in contenders(arguments.join_chunks_ms):
+                commands[server.name] = server.shown_command
+                workload = Workload(
+                    prompts=arguments.prompts,
+                    streams=arguments.streams,
+                    output_len=(arguments.output_len, arguments.output_len),
+                    seed=number,
+                )
+                with running(server, checkpoint, Path(folder) / "log", START_SECONDS) as own:
+                    measurements.append(measure(own, workload, arguments.alone))
+    figures = summarize(measurements)
+    print(table(figures))
+    if arguments.out is not None:
+        record: dict[str, Any] = {
+            "device": device(),
+            "ray": version("ray"),
+            "commands": commands,
+            "figures": [asdict(own) for own in figures],
+            "rounds": [asdict(own) for own in measurements],
+        }
+        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+    return 1 if any(each.report.errors or each.alone.errors for each in measurements) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

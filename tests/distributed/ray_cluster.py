@@ -1,0 +1,131 @@
+"""A real Ray cluster on this machine, on loopback and in a folder of its own, with the server deployed on it."""
+
+import contextlib
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import httpx
+import psutil
+import ray
+from ray import serve
+
+from benchmarks.ray_server import APPLICATION, ray_cluster
+
+PATIENCE_SECONDS = 90.0
+CPUS = 4
+"""That Ray believes in: as many replicas, whatever the machine has."""
+
+GAUGE = re.compile(r"^persimmon_(\w+)(?:\{engine=\S+\})? (\S+)$", re.MULTILINE)
+
+
+class Cluster:
+    """The server on a cluster.
+
+    Attributes:
+        url: of Ray's proxy.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+
+    def replicas(self) -> list[Any]:
+        """The replicas that serve or start, as actors."""
+        named = ray.util.list_named_actors(all_namespaces=True)
+        names = [each for each in named if each["name"].startswith(f"SERVE_REPLICA::{APPLICATION}#")]
+        return [ray.get_actor(each["name"], namespace=each["namespace"]) for each in names]
+
+    def known_prefixes(self) -> list[set[str]]:
+        """The keys of prompts' beginnings that each replica reports."""
+        reports = ray.get([replica.record_routing_stats.remote() for replica in self.replicas()])
+        return [set(report["prefixes"].split()) for report in reports]
+
+    def gauges(self) -> dict[str, float]:
+        """The gauges of a replica, whichever answers."""
+        text = httpx.get(f"{self.url}/metrics", timeout=PATIENCE_SECONDS).text
+        return {name: float(value) for name, value in GAUGE.findall(text)}
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """The processes of the cluster whose command line begins with a text."""
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if " ".join(process.cmdline()).startswith(title):
+                    found.append(process)
+        return found
+
+    def replica_processes(self) -> list[psutil.Process]:
+        """The processes of the replicas."""
+        return self.processes(f"ray::ServeReplica:{APPLICATION}:")
+
+    def engines(self) -> list[psutil.Process]:
+        """The engine processes."""
+        children = [child for replica in self.replica_processes() for child in replica.children()]
+        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+
+    def wait_for_replicas(self, number: int, without: psutil.Process | None = None) -> None:
+        """Returns when so many replicas serve, and no others are left.
+
+        Args:
+            number: how many.
+            without: the engine of a replica that is to be replaced.
+        """
+
+        def serving() -> bool:
+            status = serve.status().applications[APPLICATION].deployments[APPLICATION]
+            engines = self.engines()
+            return status.replica_states == {"RUNNING": number} and len(engines) == number and without not in engines
+
+        until(serving)
+
+    def wait_until_idle(self) -> None:
+        """Returns when no replica has a request, and every block is free."""
+
+        def idle() -> bool:
+            # Requests of no session are spread at random, so these reach all replicas.
+            return all(_is_idle(self.gauges()) for _ in range(12))
+
+        until(idle)
+
+
+def _is_idle(gauges: Mapping[str, float]) -> bool:
+    return (
+        not gauges["open_streams"]
+        and not gauges["requests_running"]
+        and not gauges["requests_waiting"]
+        and gauges["kv_blocks_free"] == gauges["kv_blocks"]
+    )
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Returns when a condition holds; fails when it takes too long."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"{condition.__name__} has not come true"
+
+
+@contextlib.contextmanager
+def cluster(**arguments: Any) -> Iterator[Cluster]:
+    """A cluster for the length of a block; nothing of it is left afterwards.
+
+    Args:
+        arguments: of the application.
+    """
+    port = free_port()
+    with ray_cluster(port, arguments, CPUS):
+        yield Cluster(port)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def client(cluster: Cluster) -> httpx.AsyncClient:
+    """A client with as many connections as it needs."""
+    return httpx.AsyncClient(base_url=cluster.url, timeout=PATIENCE_SECONDS, limits=httpx.Limits(max_connections=None))
