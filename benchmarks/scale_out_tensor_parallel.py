@@ -17,22 +17,16 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
-
-import torch
 
 from benchmarks.checkpoint import RANDOM, write_checkpoint
 from benchmarks.machine import device
+from benchmarks.rank_sums import SumFigures, measure_sums
 from persimmon.kernels.cpu.pages import POPULATE
 from persimmon.model.config import PersimmonConfig
-from persimmon.model.ranks import DistributedRanks, bytes_of_step
 from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import Runner, SequenceInput
 from persimmon.model.sampling_params import SamplingParams
-from persimmon.model.shard import Shard
-from persimmon.server.children import spawn
 from persimmon.server.config import read_settings
 from persimmon.server.engine.loading import load_model
 
@@ -43,6 +37,9 @@ BLOCK_SIZE = 32
 CONTEXT = 128
 STEPS = ((1, 1), (8, 1), (64, 1), (1, 512))
 """Sequences of a step, and tokens of each: decodes behind CONTEXT tokens, and a prompt."""
+
+ROWS = [sequences * tokens for sequences, tokens in STEPS]
+"""Tokens of each step."""
 
 
 @dataclass(frozen=True)
@@ -59,21 +56,6 @@ class StepFigures:
     sequences: int
     tokens: int
     tokens_per_s: float
-
-
-@dataclass(frozen=True)
-class SumFigures:
-    """The sums of one step over two ranks that do nothing else; the median of the repetitions.
-
-    Attributes:
-        rows: tokens of the step.
-        us: microseconds of all its sums.
-        sent_bytes: that a rank sends for them.
-    """
-
-    rows: int
-    us: float
-    sent_bytes: int
 
 
 def median_seconds(repeated: Callable[[], object], seconds: float) -> float:
@@ -138,45 +120,6 @@ def run_as_first_rank(ranks: int, folder: Path, seconds: float) -> list[float]:
             loaded.followers.close()
 
 
-def measure_sums(config: PersimmonConfig, seconds: float, size: int = 2) -> list[SumFigures]:
-    """The sums of each of STEPS, over ranks that do nothing else."""
-    with tempfile.TemporaryDirectory(prefix="persimmon-ranks-") as scratch:
-        pipes, processes = [], []
-        try:
-            for rank in range(size):
-                pipe, end = get_context("spawn").Pipe(duplex=False)
-                with end:
-                    shard, meeting = Shard(rank, size), Path(scratch) / "ranks"
-                    processes.append(spawn(f"rank-{rank}", _sum_on_rank, shard, meeting, config, seconds, end))
-                pipes.append(pipe)
-            times, *_ = [pipe.recv() for pipe in pipes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
-    rows = [sequences * tokens for sequences, tokens in STEPS]
-    sent = [bytes_of_step(config, Shard(0, size), tokens=own, logits_rows=0, itemsize=4) for own in rows]
-    return [SumFigures(own, 1e6 * took, count) for own, took, count in zip(rows, times, sent, strict=True)]
-
-
-def _sum_on_rank(shard: Shard, meeting: Path, config: PersimmonConfig, seconds: float, to: Connection) -> None:
-    torch.set_num_threads(1)
-    ranks = DistributedRanks.join(shard, meeting, torch.device("cpu"))
-    times = []
-    for sequences, tokens in STEPS:
-        part = torch.ones(sequences * tokens, config.hidden_size)
-        end, own = torch.zeros(1), []
-        # All ranks stop after the same repetition, which the first decides.
-        while not end:
-            begin = time.perf_counter()
-            for _ in range(1 + 2 * config.num_hidden_layers):
-                ranks.sum(part)
-            own.append(time.perf_counter() - begin)
-            end = ranks.broadcast(torch.tensor([float(len(own) >= 3 and sum(own) > seconds)]))
-        times.append(statistics.median(own))
-    to.send(times)
-
-
 def measure(folder: Path, rounds: int, seconds: float) -> list[StepFigures]:
     """All cases in turns."""
     rates: dict[str, list[list[float]]] = {name: [] for name in CASES}
@@ -221,7 +164,7 @@ def main() -> None:
         folder = Path(scratch)
         write_checkpoint(folder, shape=arguments.shape)
         steps = measure(folder, arguments.rounds, arguments.seconds)
-        sums = measure_sums(PersimmonConfig.from_folder(folder), arguments.seconds)
+        sums = measure_sums(PersimmonConfig.from_folder(folder), ROWS, arguments.seconds)
     print(table(steps, sums))
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
