@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import scale_out_tensor_parallel as benchmark
+from benchmarks.rank_sums import measure_sums
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.ranks import bytes_of_sum
 from tests.model.checkpoints import make_checkpoint
@@ -21,7 +22,7 @@ def test_cases_take_turns_and_sums_are_measured_alone(tmp_path: Path, monkeypatc
         (case, *kind) for case in cases for kind in benchmark.STEPS
     ]
     assert all(own.tokens_per_s > 0 for own in steps)
-    sums = benchmark.measure_sums(PersimmonConfig.from_folder(folder), benchmark.ROWS, seconds=0.0)
+    sums = measure_sums(PersimmonConfig.from_folder(folder), benchmark.ROWS, seconds=0.0)
     assert [own.rows for own in sums] == benchmark.ROWS
     assert all(own.us > 0 for own in sums)
     # The embedding's and two of the layer's.

@@ -10,22 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from persimmon.kernels import reference
-from persimmon.model.checkpoint import Checkpoint, expected_shapes
-from persimmon.model.config import PersimmonConfig
-from persimmon.model.executor import TorchExecutor
-from persimmon.model.following_runner import FollowingRunner
-from persimmon.model.kv_cache import KVCache
-from persimmon.model.persimmon import Persimmon
-from persimmon.model.ranks import ONE_SHOT_BYTES, DistributedRanks, bytes_of_gather, bytes_of_sum
-from persimmon.model.runner import PooledStates, Runner, SequenceInput
+from persimmon.model.checkpoint import expected_shapes
+from persimmon.model.ranks import bytes_of_gather, bytes_of_sum
+from persimmon.model.runner import PooledStates, SequenceInput
+from tests.distributed.rank_functions import exchange, plain_torch_logits
 from tests.distributed.rank_processes import call_on_ranks
-from tests.engine_harness import CPU
 from tests.model import transformers_reference
 from tests.model.checkpoints import make_checkpoint
 from tests.model.quantization.compressed import load_decompressed, quantization, weights, write_compressed
 from tests.model.quantization.test_while_loading import CONFIG, write_zeros
-from tests.model.rows import row_with
 from tests.model.test_parity import random_prompts
 from tests.model.test_rope_scaling import scaled
 from tests.ranks import harness_on, on_ranks
@@ -100,28 +93,9 @@ def test_a_classifier_scores_on_the_first_rank(tmp_path: Path) -> None:
     np.testing.assert_allclose(scores(2), scores(1), atol=1e-4)
 
 
-def exchange(ranks: DistributedRanks) -> dict[str, Any]:
-    """Sums of few and of many numbers, gathered logits and a broadcast, of numbers that only this rank has."""
-    generator = torch.Generator().manual_seed(ranks.shard.rank)
-    few, many = (torch.randn(rows, 48, generator=generator) for rows in (3, 1 + ONE_SHOT_BYTES // (4 * 48)))
-    config = replace(CONFIG, vocab_size=99)
-    logits = torch.randn(5, len(ranks.shard.vocabulary(config)), generator=generator)
-    results: dict[str, Any] = {"few": few, "many": many, "logits": logits}
-    for name, call in {
-        "sum of few": lambda: ranks.sum(few.clone()),
-        "sum of many": lambda: ranks.sum(many.clone()),
-        "gathered": lambda: ranks.gather(logits, config),
-        "broadcast": lambda: ranks.broadcast(torch.full((4,), ranks.shard.rank)),
-    }.items():
-        before = ranks.bytes_sent
-        results[name] = call()
-        results[f"{name}, bytes"] = ranks.bytes_sent - before
-    return results
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_ranks_exchange_numbers_in_order_and_as_many_bytes_as_they_count(tmp_path: Path, size: int) -> None:
-    answers = call_on_ranks(size, tmp_path, exchange)
+def test_ranks_exchange_numbers_in_order_and_as_many_bytes_as_they_count(tmp_path: Path) -> None:
+    size, config = 3, replace(CONFIG, vocab_size=100)
+    answers = call_on_ranks(size, tmp_path, exchange, config)
     for name in ("few", "many"):
         total = answers[0][name].clone()
         for other in answers[1:]:
@@ -130,26 +104,13 @@ def test_ranks_exchange_numbers_in_order_and_as_many_bytes_as_they_count(tmp_pat
             assert torch.equal(own[f"sum of {name}"], total)
             assert own[f"sum of {name}, bytes"] == bytes_of_sum(total.nbytes, size)
     assert torch.equal(answers[0]["gathered"], torch.cat([own["logits"] for own in answers], dim=1))
-    sent = bytes_of_gather(5, replace(CONFIG, vocab_size=99), size)
+    sent = bytes_of_gather(5, config, size)
     assert [own["gathered, bytes"] for own in answers] == [0] + [sent] * (size - 1)
     assert all(own["broadcast"].tolist() == [0] * 4 for own in answers)
 
 
-def plain_torch_logits(ranks: DistributedRanks, folder: Path) -> torch.Tensor:
-    """Of a prompt and of a token after it, by the operations in plain torch."""
-    config = PersimmonConfig.from_folder(folder)
-    parameters = Checkpoint.open(folder, config).parameters(shard=ranks.shard)
-    model = Persimmon(config, parameters, torch.float32, CPU, reference, ranks=ranks)
-    cache = KVCache.allocate(config, 8, 16, torch.float32, CPU, ranks.shard)
-    executor = TorchExecutor(reference).start(model, cache)
-    runner = Runner(executor) if ranks.shard.rank == 0 else FollowingRunner(executor)
-    steps = [SequenceInput(PROMPTS[5], 0, [2, 0], (row_with(),)), SequenceInput([7], 31, [2, 0], (row_with(),))]
-    return torch.cat([runner.logits([step]) for step in steps])
-
-
 def test_plain_torch_gives_transformers_logits(four_heads: Path, tmp_path: Path) -> None:
-    assert len(PROMPTS[5]) == 31
-    first, *_ = call_on_ranks(2, tmp_path, plain_torch_logits, four_heads)
+    first, *_ = call_on_ranks(2, tmp_path, plain_torch_logits, four_heads, PROMPTS[5])
     (expected,) = transformers_reference.logits(transformers_reference.load(four_heads), [[*PROMPTS[5], 7]])
     torch.testing.assert_close(first, expected[-2:], rtol=0, atol=1e-4)
 
