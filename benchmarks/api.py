@@ -338,7 +338,7 @@ def serving(workers: int, settings: Settings | None = None) -> Iterator[Bench]:
                     settings or Settings(),
                     CHECKPOINT,
                     MODEL,
-                    address,
+                    [address],
                     listener,
                     place,
                     report_end,

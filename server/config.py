@@ -47,6 +47,7 @@ GROUPS = {
     "http": "HTTP",
     "access": "API keys",
     "log": "logs and traces",
+    "parallel": "several engines",
     "engine": "scheduling and answers",
     "gpu": "GPU",
     "load": "overload, health, shutdown",

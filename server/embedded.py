@@ -22,6 +22,7 @@ from persimmon.server.child_process import CannotStart
 from persimmon.server.children import spawn
 from persimmon.server.config import EMBEDDED_GROUPS, Settings, listed, read_settings
 from persimmon.server.engine.load import Load
+from persimmon.server.engine_places import EnginePlace
 from persimmon.server.entry_points import engine_main
 from persimmon.server.http.app import application
 from persimmon.server.http.middleware.gate import Gate
@@ -144,7 +145,7 @@ class EmbeddedServer:
         running = self._started()
         if running.ended.is_set():
             raise running.failure()
-        info, overdue = running.client.info, running.gate.load.overdue_seconds
+        info, overdue = running.client.info, running.gate.load.overdue_seconds()
         if info is not None and overdue > step_limit(self.settings.step_timeout, info.device):
             raise EngineFailedError(f"the engine has work but has not finished a step for {overdue:.0f} s", None)
 
@@ -246,13 +247,14 @@ class _Running:
         address, path = f"ipc://{runtime}/engine", runtime / "vitals"
         vitals = Vitals.create(path, workers=1)
         self.gate = Gate(Load(vitals))
-        self.app, self.client = application(settings, served.folder, served.name, address, gate=self.gate)
+        self.app, self.client = application(settings, served.folder, served.name, [address], gate=self.gate)
         # Requests may wait for any time.
         own = settings.of_engine().model_copy(update={"queue_timeout": 0.0})
         self._report, end = multiprocessing.get_context("spawn").Pipe(duplex=False)
         stack.callback(self._report.close)
         with end:
-            self.engine = spawn("persimmon-engine", engine_main, own, served.folder, address, path, end)
+            place = EnginePlace(address, path)
+            self.engine = spawn("persimmon-engine", engine_main, own, served.folder, place, end)
         stack.callback(_end, self.engine)
         self.ended = asyncio.Event()
         self._loop = asyncio.get_running_loop()

@@ -6,10 +6,15 @@ from typing import TYPE_CHECKING
 from persimmon.server.settings import ENVIRONMENT_PREFIX
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+    from pathlib import Path
+
+    from persimmon.server.engine_places import EnginePlace
     from persimmon.server.http.middleware.credentials import Credentials
+    from persimmon.server.settings.engine import EngineSettings
 
 
-def engine_main(*args: object) -> None:
+def engine_main(settings: "EngineSettings", folder: "Path", place: "EnginePlace", report: "Connection") -> None:
     """Entry point of the engine process; see `persimmon.server.engine.process.run_engine` for its arguments."""
     # Its settings are among the arguments; the variables may hold API keys.
     for name in [name for name in os.environ if name.startswith(ENVIRONMENT_PREFIX)]:
@@ -19,9 +24,10 @@ def engine_main(*args: object) -> None:
     # Some microseconds bridge the gap between two operations just as well.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    place.share.take()
     from persimmon.server.engine.process import run_engine
 
-    run_engine(*args)  # type: ignore[arg-type]
+    run_engine(settings, folder, place, report)
 
 
 def worker_main(credentials: "Credentials", *args: object) -> None:

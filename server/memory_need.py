@@ -4,6 +4,8 @@ The numbers are the private memory of each process with the demo (RssAnon in /pr
 the engine and the API workers grow with the vocabulary.
 """
 
+from dataclasses import replace
+
 import psutil
 
 from persimmon.model.config import PersimmonConfig
@@ -25,7 +27,7 @@ ENGINE_BYTES_PER_TOKEN = 512
 """Of the vocabulary: what answers with a grammar need, which is made after the plan."""
 
 
-def check_memory(config: PersimmonConfig, api_workers: int, left: MemoryLeft, ranks: int = 1) -> None:
+def check_memory(config: PersimmonConfig, api_workers: int, left: MemoryLeft, ranks: int = 1, engines: int = 1) -> None:
     """Checks that there is room for the processes, before any is started.
 
     Whether the model fits too is found out when it is planned, in the engine.
@@ -34,19 +36,21 @@ def check_memory(config: PersimmonConfig, api_workers: int, left: MemoryLeft, ra
         config: the network, for its vocabulary.
         api_workers: how many there will be.
         left: what may be taken.
-        ranks: processes of the engine.
+        ranks: processes of an engine.
+        engines: how many there will be.
 
     Raises:
         SettingsError: there is not.
     """
     # This process is the supervisor, and has most of its memory already.
-    needed = ranks * (ENGINE_BYTES + ENGINE_GROWTH_BYTES) + api_workers * WORKER_BYTES
-    needed += (ENGINE_BYTES_PER_TOKEN + api_workers * WORKER_BYTES_PER_TOKEN) * config.vocab_size
+    needed = engines * ranks * (ENGINE_BYTES + ENGINE_GROWTH_BYTES) + api_workers * WORKER_BYTES
+    needed += (engines * ENGINE_BYTES_PER_TOKEN + api_workers * WORKER_BYTES_PER_TOKEN) * config.vocab_size
     if left.bytes < needed:
-        engine = "an engine" if ranks == 1 else f"an engine of {ranks} ranks"
+        processes = "an engine" if engines == 1 else f"{engines} engines"
+        processes += f" of {ranks} ranks" if ranks > 1 else ""
         workers = f"{api_workers} API worker{'s' if api_workers != 1 else ''}"
         raise SettingsError(
-            f"not enough memory: {engine} and {workers} take about {readable(needed)} before any model is loaded, "
+            f"not enough memory: {processes} and {workers} take about {readable(needed)} before any model is loaded, "
             f"but only {readable(left.bytes)} are {left}: raise that limit, or use a larger machine"
         )
 
@@ -59,9 +63,49 @@ def still_to_be_taken(config: PersimmonConfig, api_workers: int, max_body_bytes:
         api_workers: how many there are.
         max_body_bytes: of one request; each worker may receive several of them at once.
     """
-    worker = WORKER_BYTES + WORKER_BYTES_PER_TOKEN * config.vocab_size + BODIES_TOGETHER * max_body_bytes
-    others = SUPERVISOR_BYTES + api_workers * worker
-    return ENGINE_GROWTH_BYTES + ENGINE_BYTES_PER_TOKEN * config.vocab_size + max(0, others - _taken_by_others())
+    others = SUPERVISOR_BYTES + api_workers * _worker_bytes(config, max_body_bytes)
+    return _growth_bytes(config) + max(0, others - _taken_by_others())
+
+
+def share_of_memory(
+    config: PersimmonConfig, engines: int, ranks: int, api_workers: int, max_body_bytes: int, left: MemoryLeft
+) -> int:
+    """Bytes of the host's memory that each of several engines may plan with, from before any process is started.
+
+    An engine that plans with what it finds free would take what another, which starts at the same time, has planned
+    with but not taken yet.
+
+    Args:
+        config: the network, for its vocabulary.
+        engines: how many there will be.
+        ranks: processes of an engine.
+        api_workers: how many there will be.
+        max_body_bytes: of one request.
+        left: what may be taken by all processes.
+    """
+    needed = api_workers * _worker_bytes(config, max_body_bytes)
+    own = ranks * ENGINE_BYTES + (ranks - 1) * ENGINE_GROWTH_BYTES + _growth_bytes(config)
+    return max(0, (left.bytes - needed) // engines - own)
+
+
+def within_share(left: MemoryLeft, share: int | None, reserved: int) -> MemoryLeft:
+    """What an engine may plan with.
+
+    Args:
+        left: what is left on its device.
+        share: of `share_of_memory`; None for no bound.
+        reserved: bytes of the share that are for other things.
+    """
+    return left if share is None else replace(left, bytes=max(0, min(left.bytes, share - reserved)))
+
+
+def _worker_bytes(config: PersimmonConfig, max_body_bytes: int) -> int:
+    return WORKER_BYTES + WORKER_BYTES_PER_TOKEN * config.vocab_size + BODIES_TOGETHER * max_body_bytes
+
+
+def _growth_bytes(config: PersimmonConfig) -> int:
+    """What the first rank of an engine takes after it has planned, beyond its plan."""
+    return ENGINE_GROWTH_BYTES + ENGINE_BYTES_PER_TOKEN * config.vocab_size
 
 
 def _taken_by_others() -> int:

@@ -7,7 +7,7 @@ of them are in `vllm_metrics`.
 
 import itertools
 import operator
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import msgspec
@@ -19,7 +19,7 @@ from persimmon.server import vllm_metrics
 from persimmon.server.engine.messages import STEP_SECONDS, STEP_TOKENS, EngineStats, Ready
 from persimmon.server.histogram import LocalHistogram, histogram_family, merged
 from persimmon.server.sequence_metrics import INTER_TOKEN_SECONDS, FinishedHistograms, FinishedSequence
-from persimmon.server.vllm_metrics import UnderVllmNames
+from persimmon.server.vllm_metrics import ENGINE_LABEL, UnderVllmNames
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -94,7 +94,7 @@ class Metrics:
     """The metrics of one API worker, in a registry of their own.
 
     Args:
-        engine: read at each scrape.
+        engines: read at each scrape, in the order of their numbers.
         model_name: the served model's name in the API.
         open_paths: of the endpoints that need no key, for which vLLM has no counters.
 
@@ -109,16 +109,16 @@ class Metrics:
         request_duration: from arrival to the last byte, of every request except probes, by endpoint.
     """
 
-    def __init__(self, engine: EngineView, model_name: str, open_paths: Collection[str] = ()) -> None:
+    def __init__(self, engines: Sequence[EngineView], model_name: str, open_paths: Collection[str] = ()) -> None:
         self._registry = CollectorRegistry()
-        self._engine = _EngineCollector(engine)
+        self._engines = _EngineCollector(engines)
         self._model_name = model_name
         self._open_paths = open_paths
         Gauge(
             "persimmon_open_streams",
             "Unfinished sequences of the API workers.",
             registry=self._registry,
-        ).set_function(lambda: engine.open_streams)
+        ).set_function(lambda: sum(engine.open_streams for engine in engines))
         self.http_requests = Counter(
             "persimmon_http_requests",
             "HTTP requests answered; status 499 means that the client disconnected before the answer.",
@@ -201,7 +201,7 @@ class Metrics:
 
     def families(self) -> Iterator[Metric]:
         """All metrics under our names, with only this worker's own counts."""
-        return itertools.chain(self._engine.collect(), self._registry.collect())
+        return itertools.chain(self._engines.collect(), self._registry.collect())
 
     def snapshot(self) -> bytes:
         """What this worker has counted until now, for `exposition` of any worker."""
@@ -225,13 +225,14 @@ class Metrics:
         """
         registry = CollectorRegistry()
         sums = _Sums(list(itertools.chain.from_iterable(map(_decode, snapshots))))
-        for source in (self._engine, sums):
+        for source in (self._engines, sums):
             registry.register(source)
             registry.register(
                 UnderVllmNames(
                     source=source,
                     model_name=self._model_name,
-                    max_model_len=self._engine.max_model_len,
+                    max_model_len=self._engines.max_model_len,
+                    num_engines=self._engines.count,
                     open_paths=self._open_paths,
                 )
             )
@@ -259,57 +260,77 @@ class _Sums(Collector):
 
 
 class _EngineCollector(Collector):
-    """Turns the engine's last report into metrics when Prometheus asks, so that a step costs nothing."""
+    """Turns the engines' last reports into metrics when Prometheus asks, so that a step costs nothing.
 
-    def __init__(self, engine: EngineView) -> None:
-        self._engine = engine
+    Each series has the number of its engine as a label, as vLLM's have, also where there is only one engine.
+    """
+
+    def __init__(self, engines: Sequence[EngineView]) -> None:
+        self._engines = engines
+
+    @property
+    def count(self) -> int:
+        """How many engines there are."""
+        return len(self._engines)
 
     @property
     def max_model_len(self) -> int | None:
-        """The longest sequence; None while the engine has not said."""
-        info = self._engine.info
-        return None if info is None else info.max_model_len
+        """The longest sequence that all engines serve; None while none has said."""
+        described = [engine.info for engine in self._engines]  # once: a scrape has a thread of its own
+        return min((info.max_model_len for info in described if info is not None), default=None)
 
     def collect(self) -> Iterator[Metric]:
-        yield _gauge("persimmon_engine_ready", "1 while the engine serves, else 0.", self._engine.ready)
-        info = self._engine.info
-        if info is not None:
-            config = {
-                "block_size": str(info.block_size),
-                "cache_dtype": info.cache_dtype,
-                "num_gpu_blocks": str(info.total_blocks),
-            }
-            described = GaugeMetricFamily(
-                "persimmon_kv_cache_config", "Always 1; its labels describe the KV cache.", labels=list(config)
-            )
-            described.add_metric(list(config.values()), 1.0)
-            yield described
-        stats = self._engine.stats
-        if stats is None:
-            return
-        used = stats.total_blocks - stats.free_blocks
-        yield _gauge("persimmon_requests_running", "Sequences that hold KV blocks.", stats.running)
-        yield _gauge("persimmon_requests_waiting", "Sequences queued for admission.", stats.waiting)
-        yield _gauge("persimmon_kv_blocks", "KV blocks in the pool.", stats.total_blocks)
-        yield _gauge("persimmon_kv_blocks_free", "KV blocks that no sequence holds.", stats.free_blocks)
-        yield _gauge(
-            "persimmon_kv_cache_usage_ratio",
-            "Share of the KV blocks that sequences hold, 0 to 1.",
-            used / stats.total_blocks if stats.total_blocks else 0.0,
+        families: dict[str, Metric] = {}
+        for number, engine in enumerate(self._engines):
+            for family in _engine_families(engine):
+                merged_family = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                for sample in family.samples:
+                    labels = {ENGINE_LABEL: str(number), **sample.labels}
+                    merged_family.add_sample(sample.name, labels, sample.value)
+        yield from families.values()
+
+
+def _engine_families(engine: EngineView) -> Iterator[Metric]:
+    """What is known of one engine."""
+    yield _gauge("persimmon_engine_ready", "1 while the engine serves, else 0.", engine.ready)
+    info = engine.info
+    if info is not None:
+        config = {
+            "block_size": str(info.block_size),
+            "cache_dtype": info.cache_dtype,
+            "num_gpu_blocks": str(info.total_blocks),
+        }
+        described = GaugeMetricFamily(
+            "persimmon_kv_cache_config", "Always 1; its labels describe the KV cache.", labels=list(config)
         )
-        for name, (field, help) in _COUNTERS.items():
-            yield CounterMetricFamily(name, help, value=getattr(stats, field))
-        for name, help, bounds, counts, total in (
-            ("persimmon_step_seconds", "Time of an engine step.", STEP_SECONDS, stats.step_counts, stats.step_seconds),
-            (
-                "persimmon_step_tokens",
-                "Tokens that an engine step computes.",
-                STEP_TOKENS,
-                stats.step_token_counts,
-                stats.step_tokens,
-            ),
-        ):
-            yield histogram_family(name, help, bounds, counts, total)
+        described.add_metric(list(config.values()), 1.0)
+        yield described
+    stats = engine.stats
+    if stats is None:
+        return
+    used = stats.total_blocks - stats.free_blocks
+    yield _gauge("persimmon_requests_running", "Sequences that hold KV blocks.", stats.running)
+    yield _gauge("persimmon_requests_waiting", "Sequences queued for admission.", stats.waiting)
+    yield _gauge("persimmon_kv_blocks", "KV blocks in the pool.", stats.total_blocks)
+    yield _gauge("persimmon_kv_blocks_free", "KV blocks that no sequence holds.", stats.free_blocks)
+    yield _gauge(
+        "persimmon_kv_cache_usage_ratio",
+        "Share of the KV blocks that sequences hold, 0 to 1.",
+        used / stats.total_blocks if stats.total_blocks else 0.0,
+    )
+    for name, (field, help) in _COUNTERS.items():
+        yield CounterMetricFamily(name, help, value=getattr(stats, field))
+    for name, help, bounds, counts, total in (
+        ("persimmon_step_seconds", "Time of an engine step.", STEP_SECONDS, stats.step_counts, stats.step_seconds),
+        (
+            "persimmon_step_tokens",
+            "Tokens that an engine step computes.",
+            STEP_TOKENS,
+            stats.step_token_counts,
+            stats.step_tokens,
+        ),
+    ):
+        yield histogram_family(name, help, bounds, counts, total)
 
 
 def _gauge(name: str, help: str, value: float) -> GaugeMetricFamily:
@@ -340,7 +361,7 @@ class _ExampleEngine:
 def metrics_table() -> str:
     """Every metric as a Markdown table, for docs/reference/metrics.md."""
     lines = ["| Metric | vLLM's name | Type | |", "| --- | --- | --- | --- |"]
-    for family in Metrics(_ExampleEngine(), "").families():
+    for family in Metrics([_ExampleEngine()], "").families():
         total = "_total" if family.type == "counter" else ""
         shown = ", ".join(f"`{name}{total}`" for name in vllm_metrics.names_of(family.name))
         lines.append(f"| `{family.name}{total}` | {shown} | {family.type} | {family.documentation} |")

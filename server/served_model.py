@@ -39,12 +39,13 @@ class ServedModel:
     notices: tuple[str, ...]
 
     @classmethod
-    def find(cls, settings: Settings, api_workers: int) -> "ServedModel":
+    def find(cls, settings: Settings, api_workers: int, engines: int = 1) -> "ServedModel":
         """The checkpoint of --model, which is downloaded if it is on the Hub.
 
         Args:
             settings: of the server.
-            api_workers: processes that there must be memory for, next to the engine.
+            api_workers: processes that there must be memory for, next to the engines.
+            engines: how many there are.
 
         Raises:
             CheckpointError: it cannot be found, or is not one that this server serves.
@@ -60,7 +61,8 @@ class ServedModel:
             what = str(settings.model)
         config = PersimmonConfig.from_folder(folder)
         check_divides(config, settings.tensor_parallel_size)
-        check_memory(config, api_workers, memory_left(), ranks=settings.tensor_parallel_size)
+        ranks = settings.tensor_parallel_size
+        check_memory(config, api_workers, memory_left(), ranks=ranks, engines=engines)
         tokenizer = Tokenizer.from_folder(folder, add_bos=settings.add_bos_token)
         vocabulary = VocabularyMap.from_folder(folder, config)
         check_vocabulary(folder, vocabulary.original(config) if vocabulary else config, tokenizer.vocab_size)

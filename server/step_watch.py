@@ -58,25 +58,27 @@ class _Attention:
 
 
 class StepWatch:
-    """Watches the engine; it must be looked at every second or so.
+    """Watches an engine; it must be looked at every second or so.
 
     Args:
         vitals: where the heart beats.
+        engine: its number.
         clock: seconds.
     """
 
-    def __init__(self, vitals: Vitals, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, vitals: Vitals, engine: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         self._vitals = vitals
+        self._engine = engine
         self._attention = _Attention(clock)
 
     def restart(self) -> None:
-        """Starts to watch another engine."""
+        """Starts to watch another engine of this number."""
         self._attention.restart()
 
     def overdue_seconds(self) -> float:
         """Seconds of watching in which there was work and no step ended."""
         watched = self._attention.seconds()
-        return min(self._vitals.overdue_seconds, watched)
+        return min(self._vitals.overdue_seconds(self._engine), watched)
 
 
 class WorkerWatch:

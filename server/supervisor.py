@@ -1,4 +1,4 @@
-"""Starts the engine process and the API workers, watches them, starts them again, and ends them in order.
+"""Starts the engine processes and the API workers, watches them, starts them again, and ends them in order.
 
 Knows processes and signals; what they say to each other is theirs.
 """
@@ -9,14 +9,17 @@ import signal
 import socket
 import time
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
 from typing import Self
 
 from persimmon.model.identity import change, identity
+from persimmon.server.child_process import CannotStart
 from persimmon.server.children import Child, kill
 from persimmon.server.config import Settings
 from persimmon.server.engine.messages import Ready
+from persimmon.server.engine_places import EnginePlace, MachineShare
 from persimmon.server.entry_points import engine_main, worker_main
 from persimmon.server.http.endpoints.model_use import ModelUse
 from persimmon.server.http.middleware.credentials import Credentials, reads_files_again
@@ -48,7 +51,9 @@ REPEAT_SECONDS = 0.1
 wrapper such as timeout(1) passes the signal on as well."""
 
 
-def supervise(settings: Settings, folder: Path, served_model_name: str, use: ModelUse) -> int:
+def supervise(
+    settings: Settings, folder: Path, served_model_name: str, use: ModelUse, shares: Sequence[MachineShare]
+) -> int:
     """Runs the server until it is asked to stop or cannot continue.
 
     A process that dies is started again, unless it has never served or has died too often.  SIGHUP has the
@@ -59,6 +64,7 @@ def supervise(settings: Settings, folder: Path, served_model_name: str, use: Mod
         folder: the checkpoint's, checked already as far as is quick.
         served_model_name: the model's name in the API.
         use: what the model is for.
+        shares: what each engine may use of the machine.
 
     Returns:
         The exit code: 0 after SIGTERM or Ctrl-C; 2 when the checkpoint or the settings do not allow a start,
@@ -80,7 +86,24 @@ def supervise(settings: Settings, folder: Path, served_model_name: str, use: Mod
         for listener in listeners:
             stack.enter_context(listener)
         runtime = stack.enter_context(runtime_folder())
-        return _Supervisor(settings, folder, served_model_name, use, listeners, runtime, signals).run()
+        return _Supervisor(settings, folder, served_model_name, use, shares, listeners, runtime, signals).run()
+
+
+@dataclass(slots=True)
+class _Engine:
+    """An engine process and its successors.
+
+    Attributes:
+        child: the process.
+        name: for people.
+        watch: sees when it hangs.
+        ready: its description of itself; None while it loads, and while there is none.
+    """
+
+    child: Child
+    name: str
+    watch: StepWatch
+    ready: Ready | None = None
 
 
 class _Supervisor:
@@ -92,6 +115,7 @@ class _Supervisor:
         folder: Path,
         served_model_name: str,
         use: ModelUse,
+        shares: Sequence[MachineShare],
         listeners: Sequence[socket.socket],
         runtime: Path,
         signals: "_Signals",
@@ -103,21 +127,33 @@ class _Supervisor:
         self._use = use
         self._listeners = listeners
         self._signals = signals
-        address, vitals, count = f"ipc://{runtime}/engine", runtime / "vitals", len(listeners)
-        self._vitals = Vitals.create(vitals, count)
-        self._watch = StepWatch(self._vitals)
+        vitals, count = runtime / "vitals", len(listeners)
+        names = ["engine"] if len(shares) == 1 else [f"engine-{index}" for index in range(len(shares))]
+        addresses = [f"ipc://{runtime}/{name}" for name in names]
+        self._vitals = Vitals.create(vitals, count, len(shares))
         self._worker_watches = [WorkerWatch(self._vitals, index, settings.worker_timeout) for index in range(count)]
-        # The engine's description of itself; None while it loads.
-        self._ready: Ready | None = None
         self._announced = False
+        # Whether it has been printed why the engines cannot start; all of several say the same.
+        self._refused = False
         # A worker that takes another's place gets what this holds then: its siblings', whatever the files have.
         self._credentials = Credentials.read(settings)
-        self._engine = Child(
-            name="persimmon-engine",
-            title="the engine process",
-            main=engine_main,
-            arguments=(settings.of_engine(), folder, address, vitals),
-        )
+        self._engines = [
+            _Engine(
+                child=Child(
+                    name=f"persimmon-{name}",
+                    title="the engine process" if len(shares) == 1 else f"engine process {index}",
+                    main=engine_main,
+                    arguments=(
+                        settings.of_engine(),
+                        folder,
+                        EnginePlace(address, vitals, index=index, count=len(shares), share=share),
+                    ),
+                ),
+                name="the engine" if len(shares) == 1 else f"engine {index}",
+                watch=StepWatch(self._vitals, index),
+            )
+            for index, (name, address, share) in enumerate(zip(names, addresses, shares, strict=True))
+        ]
         started = int(time.time())
         self._workers = [
             Child(
@@ -129,14 +165,14 @@ class _Supervisor:
                     settings,
                     folder,
                     served_model_name,
-                    address,
+                    addresses,
                     listener,
                     WorkerPlace(index=index, count=count, folder=runtime, started=started, vitals=vitals),
                 ),
             )
             for index, listener in enumerate(listeners)
         ]
-        self._children = [self._engine, *self._workers]
+        self._children = [*(engine.child for engine in self._engines), *self._workers]
 
     def run(self) -> int:
         """Watches the processes until the server ends; returns its exit code."""
@@ -162,12 +198,12 @@ class _Supervisor:
                     self._read_files_again()
             for child in running:
                 if child.report in happened:
-                    self._hear(child.receive())
+                    self._hear(child, child.receive())
                     if self._has_read_other_files():
                         return 1
                 if child.sentinel in happened and (code := self._on_exit(child)) is not None:
                     return code
-            self._look_at_engine()
+            self._look_at_engines()
             self._look_at_workers()
 
     def _wait(self, for_what: Iterable[connection.Connection | int], seconds: float) -> Collection[object]:
@@ -237,30 +273,42 @@ class _Supervisor:
         self._end()
         return True
 
-    def _hear(self, message: object) -> None:
-        """Takes what a child says when it is ready."""
-        if isinstance(message, Ready):
-            self._ready = message
-            self._watch.restart()
+    def _hear(self, child: Child, message: object) -> None:
+        """Takes what a child says when it is ready, or cannot start."""
+        engine = next((engine for engine in self._engines if engine.child is child), None)
+        if engine is not None and isinstance(message, Ready):
+            engine.ready = message
+            engine.watch.restart()
             if self._announced:
-                print_line("The engine is serving again")
-        all_serve = all(child.has_served for child in self._children)
-        if all_serve and self._ready is not None and not self._announced:
+                print_line(f"{engine.name[0].upper()}{engine.name[1:]} is serving again")
+        # A single engine prints it itself.
+        if isinstance(message, CannotStart) and len(self._engines) > 1 and not self._refused:
+            self._refused = not self._announced
+            print_line(f"persimmon: error: {message.reason}")
+        if not self._announced and all(child.has_served for child in self._children) and self._ready is not None:
             self._announced = True
             self._announce(self._ready)
             notify("READY=1")
 
+    @property
+    def _ready(self) -> Ready | None:
+        """The description of an engine that serves; None where none does."""
+        return next((engine.ready for engine in self._engines if engine.ready is not None), None)
+
     def _on_exit(self, child: Child) -> int | None:
         """Plans the successor of a child that has ended; the server's exit code where there is none."""
         exit_code = child.join()
-        if child is self._engine:
-            self._ready = None
-            self._vitals.forget_engine()
-        else:
+        if child in self._workers:
             self._vitals.forget_worker(self._workers.index(child))
-        if exit_code == 2 and not child.has_served:  # it could not start, and has said why
+        else:
+            index, engine = next((index, own) for index, own in enumerate(self._engines) if own.child is child)
+            engine.ready = None
+            self._vitals.forget_engine(index)
+        # What cannot start now has served before, and other engines go on.
+        again = child.has_served or (self._announced and len(self._engines) > 1 and child not in self._workers)
+        if exit_code == 2 and not again:  # it could not start, and has said why
             return 2
-        delay = child.plan_restart() if child.has_served else None
+        delay = child.plan_restart() if again else None
         if delay is None:
             # What libraries do that cannot start a thread or map memory, after a line of their own.
             advice = f"; {ADVICE}" if exit_code == -signal.SIGABRT else ""
@@ -276,23 +324,27 @@ class _Supervisor:
         shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
         url = f"{'http' if self._settings.ssl_certfile is None else 'https'}://{shown}:{port}"
         kind = f"{ready.dtype}, {ready.weights} weights" if ready.weights else ready.dtype
+        if len(self._engines) > 1:
+            kind = f"{len(self._engines)} engines, {kind}"
         print_line(f"Serving {self._served_model_name} on {url} ({kind}, {ready.device}). Try:")
         endpoint, body = self._use.example
         keys = self._settings.api_key or self._settings.api_key_file
         key = " -H 'Authorization: Bearer KEY'" if keys else ""
         print_line(f"  curl {url}{endpoint}{key} -H 'Content-Type: application/json' -d '{body}'")
 
-    def _look_at_engine(self) -> None:
-        """Kills an engine that hangs, so that it is started again."""
-        if self._ready is None:
-            return
-        overdue = self._watch.overdue_seconds()
-        if overdue > step_limit(self._settings.step_timeout, self._ready.device):
-            print_line(
-                f"persimmon: error: the engine has work but has not finished a step for {overdue:.1f} s; killing it"
-            )
-            self._ready = None
-            self._kill_hung(self._engine)
+    def _look_at_engines(self) -> None:
+        """Kills engines that hang, so that they are started again."""
+        for engine in self._engines:
+            if engine.ready is None:
+                continue
+            overdue = engine.watch.overdue_seconds()
+            if overdue > step_limit(self._settings.step_timeout, engine.ready.device):
+                print_line(
+                    f"persimmon: error: {engine.name} has work but has not finished a step for {overdue:.1f} s; "
+                    f"killing it"
+                )
+                engine.ready = None
+                self._kill_hung(engine.child)
 
     def _look_at_workers(self) -> None:
         """Kills workers that hang, so that they are started again."""
@@ -320,8 +372,8 @@ class _Supervisor:
         return 0
 
     def _end(self) -> None:
-        """Lets workers tell their clients that the engine is gone, and ends them."""
-        kill([self._engine])
+        """Lets workers tell their clients that the engines are gone, and ends them."""
+        kill([engine.child for engine in self._engines])
         self._signal_workers(signal.SIGTERM)
         self._wait_for_workers(FLUSH_SECONDS)
 

@@ -1,7 +1,8 @@
 """The metrics under vLLM's names, which its dashboards, inference-perf, gateways and autoscalers read.
 
 Knows vLLM's names, labels and buckets, and which metric of ours each one is.  Nothing is counted twice: a metric is
-translated when it is scraped.  vLLM's own have the labels model_name and engine.
+translated when it is scraped.  vLLM's own have the labels model_name and engine; what our API workers count for several
+engines together has no engine's number.
 """
 
 from collections import defaultdict
@@ -30,6 +31,11 @@ REQUEST_TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 
 """vLLM ends them at the longest sequence that it serves."""
 HTTP_SECONDS = (0.1, 0.5, 1)
 
+ENGINE_LABEL = "engine"
+
+ALL_ENGINES = "all"
+"""The label of what API workers count for several engines together."""
+
 COMPUTED, CACHED = "local_compute", "local_cache_hit"
 """Where a prompt's tokens came from, in vLLM's words."""
 
@@ -46,9 +52,9 @@ def _cached_only(samples: Iterable[Sample]) -> Iterator[Sample]:
 
 def _by_reason(samples: Iterable[Sample]) -> Iterator[Sample]:
     for sample in samples:
-        yield sample._replace(labels={"reason": "capacity"})
+        yield sample._replace(labels={**sample.labels, "reason": "capacity"})
         # What vLLM defers waits for adapters or for a transfer of keys and values; there is neither here.
-        yield sample._replace(labels={"reason": "deferred"}, value=0.0)
+        yield sample._replace(labels={**sample.labels, "reason": "deferred"}, value=0.0)
 
 
 def _awake(samples: Iterable[Sample]) -> Iterator[Sample]:
@@ -56,7 +62,7 @@ def _awake(samples: Iterable[Sample]) -> Iterator[Sample]:
     for sample in samples:
         if sample.value:
             for state, value in (("awake", 1.0), ("weights_offloaded", 0.0), ("discard_all", 0.0)):
-                yield sample._replace(labels={"sleep_state": state}, value=value)
+                yield sample._replace(labels={**sample.labels, "sleep_state": state}, value=value)
 
 
 def _by_class(samples: Iterable[Sample]) -> Iterator[Sample]:
@@ -156,13 +162,19 @@ class UnderVllmNames(Collector):
         model_name: the served model's name.
         max_model_len: the longest sequence, where vLLM's buckets of token counts end; None where it is not known yet.
         open_paths: of the endpoints that need no key.
+        num_engines: how many engines the server has.
     """
 
     def __init__(
-        self, source: Collector, model_name: str, max_model_len: int | None, open_paths: Collection[str]
+        self,
+        source: Collector,
+        model_name: str,
+        max_model_len: int | None,
+        open_paths: Collection[str],
+        num_engines: int = 1,
     ) -> None:
         self._source = source
-        self._model = {"model_name": model_name, "engine": "0"}
+        self._model = {"model_name": model_name, ENGINE_LABEL: "0" if num_engines == 1 else ALL_ENGINES}
         self._max_model_len = max_model_len
         self._open_paths = open_paths
 

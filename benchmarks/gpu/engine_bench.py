@@ -23,7 +23,7 @@ from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.step_outcome import StepOutcome
 from persimmon.server.engine.blocks import BlockPool
 from persimmon.server.engine.core import Engine
-from persimmon.server.engine.messages import EngineStats, FromEngine, Hello, Ready, StepOutput, Submit
+from persimmon.server.engine.messages import EngineStats, FromEngine, Hello, PrefixChange, Ready, StepOutput, Submit
 from persimmon.server.engine.plan_runner import PlanRunner
 from persimmon.server.engine.scheduler import TYPICAL_OUTPUT, Scheduler
 from persimmon.server.engine.sequence import Sequence as EngineSequence
@@ -294,6 +294,8 @@ class _Connection:
         stats = None
         while self._worker.poll(0):
             message = self._decoder.decode(self._worker.recv())
+            if isinstance(message, PrefixChange):
+                continue  # only where there are several engines
             stats = message.stats
             for output in message.outputs if isinstance(message, StepOutput) else ():
                 answer = answers[output.sequence_id]

@@ -21,12 +21,14 @@ from persimmon.server.engine.messages import (
     EngineStats,
     FromEngine,
     Hello,
+    PrefixChange,
     Ready,
     SequenceOutput,
     StepOutput,
     Submit,
     ToEngine,
 )
+from persimmon.server.engine.routing import Router
 from persimmon.server.round_robin import RoundRobin
 
 logger = logging.getLogger(__name__)
@@ -72,15 +74,25 @@ class SequenceStream:
         prompt_tokens: number of tokens that the engine has to read before its first output; counted for only one sample
             of a prompt.
         owner: the client that asked for it.
+        cached_tokens: of its prompt tokens those that the engine is expected to have cached.
 
     Attributes:
         prompt_tokens: those that are still to be read.
+        computed_tokens: of these, those that are not expected to be cached.
     """
 
-    def __init__(self, sequence_id: int, abort: Callable[[int], None], prompt_tokens: int = 0, owner: str = "") -> None:
+    def __init__(
+        self,
+        sequence_id: int,
+        abort: Callable[[int], None],
+        prompt_tokens: int = 0,
+        owner: str = "",
+        cached_tokens: int = 0,
+    ) -> None:
         self.sequence_id = sequence_id
         self.owner = owner
         self.prompt_tokens = prompt_tokens
+        self.computed_tokens = prompt_tokens - cached_tokens
         self._abort = abort
         self.finished = False
         self._arrived: list[SequenceOutput] = []
@@ -202,6 +214,8 @@ class EngineClient:
         vocabulary: of a trimmed checkpoint: callers speak in token ids, the engine in rows of its embedding.
         load: where it counts what it wants of the engine.
         warm_up: what each engine must do, from here and back, before it is ready.
+        number: the engine's among those of the server.
+        router: is to know what the engine has cached; None for none.
 
     Attributes:
         info: the engine's description of itself; None while it loads, and after it ended until the next one is ready.
@@ -215,10 +229,14 @@ class EngineClient:
         vocabulary: VocabularyMap | None = None,
         load: Load | None = None,
         warm_up: Submit = GENERATES,
+        number: int = 0,
+        router: Router | None = None,
     ) -> None:
         self._address = address
         self._vocabulary = vocabulary
         self._warm_up = warm_up
+        self._number = number
+        self._router = router
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         self._next_id = WARM_UP_ID + 1
@@ -241,6 +259,11 @@ class EngineClient:
         return self.info is not None and not self.dead
 
     @property
+    def engines(self) -> "Sequence[EngineClient]":
+        """The connections to all engines of the server: this one."""
+        return (self,)
+
+    @property
     def open_streams(self) -> int:
         """Sequences submitted and neither finished nor aborted."""
         return len(self._streams)
@@ -261,11 +284,12 @@ class EngineClient:
             self._connection.close()
 
     @contextlib.contextmanager
-    def submit(self, submit: Submit) -> Iterator[list[SequenceStream]]:
+    def submit(self, submit: Submit, cached_tokens: int = 0) -> Iterator[list[SequenceStream]]:
         """Starts the samples of one prompt; leaving the block aborts those that have not finished.
 
         Args:
             submit: what is wanted; its `sequence_id` is chosen here.
+            cached_tokens: tokens of the prompt that the engine is expected to have cached.
 
         Raises:
             EngineNotReadyError: the model is still loading.
@@ -275,13 +299,15 @@ class EngineClient:
         submit = msgspec.structs.replace(submit, sequence_id=self._next_id)
         self._next_id += submit.samples
         # The prompt is read once, for the first sample.
-        tokens = [len(submit.token_ids)] + [0] * (submit.samples - 1)
+        prompts = [(len(submit.token_ids), cached_tokens)] + [(0, 0)] * (submit.samples - 1)
         streams = [
-            SequenceStream(sequence_id=own, abort=self._abort, prompt_tokens=count, owner=submit.owner)
-            for own, count in zip(submit.sequence_ids, tokens, strict=True)
+            SequenceStream(
+                sequence_id=own, abort=self._abort, prompt_tokens=count, owner=submit.owner, cached_tokens=cached
+            )
+            for own, (count, cached) in zip(submit.sequence_ids, prompts, strict=True)
         ]
         self._streams |= {stream.sequence_id: stream for stream in streams}
-        self.load.add(len(streams), len(submit.token_ids), submit.owner)
+        self._count(len(streams), len(submit.token_ids), len(submit.token_ids) - cached_tokens, submit.owner)
         try:
             self._send(submit if self._vocabulary is None else _in_rows(submit, self._vocabulary))
             yield streams
@@ -320,7 +346,7 @@ class EngineClient:
             return
         for stream in streams:
             self._read_prompt(stream)
-            self.load.add(-1, 0, stream.owner)
+            self._count(-1, 0, 0, stream.owner)
         if not self.dead:
             self._send(Abort([stream.sequence_id for stream in streams]))
 
@@ -341,6 +367,9 @@ class EngineClient:
         if isinstance(message, Ready):
             self._candidate = message
             self._send(self._warm_up)
+        elif isinstance(message, PrefixChange):
+            if self._router is not None:
+                self._router.change(self._number, message.entered, message.left)
         elif self._candidate is not None:
             self._watch_warm_up(self._candidate, message)
         elif not self.dead:
@@ -380,15 +409,21 @@ class EngineClient:
             stream = self._streams.pop(output.sequence_id, None)
             if stream is not None:
                 self.load.end_one(stream.owner)
+                self.load.submit(self._number, -1, 0)
         if stream is not None:  # aborted here since it came
             if stream.prompt_tokens and (output.token_ids or output.finish_reason is not None):
                 self._read_prompt(stream)
             stream.put(output if self._vocabulary is None else _in_ids(output, self._vocabulary))
 
+    def _count(self, sequences: int, prompt_tokens: int, computed_tokens: int, owner: str) -> None:
+        """Counts more work for the engine, or less; of the prompt tokens, `computed_tokens` are not cached."""
+        self.load.add(sequences, prompt_tokens, owner)
+        self.load.submit(self._number, sequences, computed_tokens)
+
     def _read_prompt(self, stream: SequenceStream) -> None:
         """Nothing is to be read of its prompt any more."""
-        self.load.add(0, -stream.prompt_tokens, stream.owner)
-        stream.prompt_tokens = 0
+        self._count(0, -stream.prompt_tokens, -stream.computed_tokens, stream.owner)
+        stream.prompt_tokens = stream.computed_tokens = 0
 
     def _die(self, reason: str) -> None:
         while self._arrived:
@@ -398,10 +433,12 @@ class EngineClient:
             if self._streams:
                 logger.error("%s; %d open sequences end with an error", reason, len(self._streams))
         self.info = self.stats = self._candidate = None
+        if self._router is not None:
+            self._router.forget(self._number)
         streams, self._streams = list(self._streams.values()), {}
         for stream in streams:
-            self.load.add(-1, -stream.prompt_tokens, stream.owner)
-            stream.prompt_tokens = 0
+            self._count(-1, -stream.prompt_tokens, -stream.computed_tokens, stream.owner)
+            stream.prompt_tokens = stream.computed_tokens = 0
             stream.fail(EngineDeadError(reason))
 
 

@@ -9,9 +9,10 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -19,12 +20,15 @@ import zmq
 
 from persimmon.model.step_outcome import StepOutcome
 from persimmon.model.token_logprobs import TokenLogprobs
+from persimmon.server.engine.blocks import BlockPool
 from persimmon.server.engine.intake import Intake, Submission
 from persimmon.server.engine.messages import (
+    MAX_PREFIXES_SENT,
     Abort,
     EngineStats,
     FromEngine,
     Hello,
+    PrefixChange,
     Ready,
     SequenceOutput,
     StepOutput,
@@ -102,6 +106,7 @@ class Engine:
             asynchronously; on a device where the host itself computes, it would report every token one step late.
         queue_timeout: seconds after which a sequence that has not been begun ends with "expired"; 0 for never.
         graph_replays: how many steps were CUDA graphs so far.
+        reported_pool: the blocks, which track their changes, if workers are to know what is cached; else None.
         beat: called before and after each step as a sign of life, with whether the engine has work.
         clock: seconds, for everything the engine times.
     """
@@ -118,6 +123,7 @@ class Engine:
         queue_timeout: float = 0.0,
         beat: Callable[[bool], None] = lambda busy: None,
         graph_replays: Callable[[], int] = lambda: 0,
+        reported_pool: BlockPool | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._socket = socket
@@ -129,6 +135,7 @@ class Engine:
         self._costs = costs
         self._overlap = overlap
         self._queue_timeout = queue_timeout
+        self._reported_pool = reported_pool
         self._beat = beat
         self._clock = clock
         # When each sequence must have been begun, the earliest first; of those behind the first that has not been, some
@@ -224,6 +231,8 @@ class Engine:
             case Hello():
                 self._workers.setdefault(worker, set())
                 self._send(worker, msgspec.structs.replace(self._limits, stats=self._stats()))
+                if self._reported_pool is not None:
+                    self._report_prefixes([worker], dict.fromkeys(self._reported_pool.indexed, True))
             case _ if worker not in self._workers:
                 # It does not keep to the protocol, or sent this before it went and that was noticed first.
                 logger.warning("ignored a message from an API worker that is not connected")
@@ -430,11 +439,24 @@ class Engine:
             outputs.setdefault(worker, []).append(output)
 
     def _publish(self, outputs: Outputs) -> None:
+        if self._reported_pool is not None:
+            self._report_prefixes(list(self._workers), self._reported_pool.take_changes())
         stats = self._stats()
         reached = [self._send(worker, StepOutput(outputs.get(worker, []), stats)) for worker in list(self._workers)]
         if not all(reached):
             # Perhaps no step follows that would tell the others what is free now.
             self._publish({})
+
+    def _report_prefixes(self, workers: Iterable[bytes], changes: Mapping[bytes, bool]) -> None:
+        """Tells workers which blocks can be found in the prefix cache now, and which no more."""
+        left = iter(changes.items())
+        while piece := dict(islice(left, MAX_PREFIXES_SENT)):
+            change = PrefixChange(
+                entered=[block_hash for block_hash, present in piece.items() if present],
+                left=[block_hash for block_hash, present in piece.items() if not present],
+            )
+            for worker in workers:
+                self._send(worker, change)
 
     def _stats(self) -> EngineStats:
         return msgspec.structs.replace(

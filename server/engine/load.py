@@ -1,4 +1,4 @@
-"""What one API worker wants of the engine, counted as it changes, and how soon that will be done.
+"""What one API worker wants of the engines, counted as it changes, and how soon that will be done.
 
 Knows no request: sequences and tokens come in and go out.
 """
@@ -32,10 +32,13 @@ class Load:
         self._worker = worker
         self._clock = clock
         self._own = WorkerLoad(0, 0)
+        self._submitted = [WorkerLoad(0, 0)] * self._vitals.engines
         self._owners: dict[str, WorkerLoad] = {}
         self._ended = 0.0  # sequences, an older one counting less
         self._ended_at = clock()
         self._vitals.tell(worker, self._own)
+        for engine, load in enumerate(self._submitted):
+            self._vitals.tell_of(worker, engine, load)
 
     @property
     def own(self) -> WorkerLoad:
@@ -48,13 +51,16 @@ class Load:
         return self._vitals.load
 
     def of(self, owner: str) -> WorkerLoad:
-        """What one client, by the name of its key, wants of the engine through this worker."""
+        """What one client, by the name of its key, wants of the engines through this worker."""
         return self._owners.get(owner, _NOTHING)
 
-    @property
-    def overdue_seconds(self) -> float:
-        """For how long the engine has had work and ended no step."""
-        return self._vitals.overdue_seconds
+    def of_engine(self, engine: int) -> WorkerLoad:
+        """What all workers have submitted to an engine; of its prompts only the tokens that it has to compute."""
+        return self._vitals.load_of(engine)
+
+    def overdue_seconds(self, engine: int = 0) -> float:
+        """For how long an engine has had work and ended no step."""
+        return self._vitals.overdue_seconds(engine)
 
     def add(self, sequences: int, prompt_tokens: int, owner: str = "") -> None:
         """Counts more work; negative numbers are work that has ended.
@@ -71,8 +77,19 @@ class Load:
                 del self._owners[owner]
         self._vitals.tell(self._worker, self._own)
 
+    def submit(self, engine: int, sequences: int, computed_tokens: int) -> None:
+        """Counts what an engine has more to do; negative numbers are work that has ended.
+
+        Args:
+            engine: its number.
+            sequences: how many more.
+            computed_tokens: how many more prompt tokens it has to compute, beyond those that it has cached.
+        """
+        self._submitted[engine] = changed = _plus(self._submitted[engine], sequences, computed_tokens)
+        self._vitals.tell_of(self._worker, engine, changed)
+
     def end_one(self, owner: str = "") -> None:
-        """The engine has finished a sequence of a client."""
+        """An engine has finished a sequence of a client."""
         self._decay()
         self._ended += 1
         self.add(-1, 0, owner)

@@ -29,7 +29,7 @@ from persimmon.server.engine.guess_memory import guess_bytes
 from persimmon.server.engine.model_build import build, phase, table_bytes
 from persimmon.server.engine.model_setup import ModelSetup, serving_device, set_up
 from persimmon.server.engine.rank_cores import cores_of_ranks
-from persimmon.server.memory_need import ENGINE_GROWTH_BYTES, still_to_be_taken
+from persimmon.server.memory_need import ENGINE_GROWTH_BYTES, still_to_be_taken, within_share
 from persimmon.server.runtime_folder import runtime_folder
 from persimmon.server.settings.engine import EngineSettings
 from persimmon.server.settings.speculation import SpeculativeConfig
@@ -61,7 +61,9 @@ class LoadedModel:
         return self.executor.name if ranks == 1 else f"{self.executor.name}, {ranks} ranks"
 
 
-def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str], None]) -> LoadedModel:
+def load_model(
+    settings: EngineSettings, folder: Path, print_line: Callable[[str], None], memory_share: int | None = None
+) -> LoadedModel:
     """Loads a checkpoint and makes it ready to serve.
 
     With several ranks it starts the others, which end with this process; see `Followers`.
@@ -70,6 +72,7 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
         settings: of the engine.
         folder: the checkpoint's.
         print_line: takes one line of progress for the console.
+        memory_share: bytes of the host's memory that all ranks may plan with on a CPU; None for all that is free.
 
     Raises:
         CheckpointError: the checkpoint is damaged or not Persimmon's, or cannot be divided among the ranks.
@@ -81,12 +84,12 @@ def load_model(settings: EngineSettings, folder: Path, print_line: Callable[[str
     own, *others = cores_of_ranks(ranks, serving_device(Shard(0, ranks)))
     if not others:
         own.take()
-        return _load(settings, folder, print_line)
+        return _load(settings, folder, print_line, memory_share)
     with runtime_folder() as meeting_place:
         followers = Followers(settings, folder, cores=others, rendezvous=meeting_place / "ranks")
         try:
             own.take()
-            return _load(settings, folder, print_line, followers)
+            return _load(settings, folder, print_line, memory_share, followers)
         except BaseException:
             followers.close()
             raise
@@ -96,6 +99,7 @@ def _load(
     settings: EngineSettings,
     folder: Path,
     print_line: Callable[[str], None],
+    memory_share: int | None,
     followers: Followers | None = None,
 ) -> LoadedModel:
     with phase("checkpoint", print_line):
@@ -106,7 +110,7 @@ def _load(
     looks_up = setup.speculation is not None and setup.speculation.method != "off"
     longest = settings.max_model_len or setup.config.context_length
     for_guesses = guess_bytes(settings.max_num_seqs, longest) if looks_up else 0
-    plan = _plan(settings, setup, for_guesses, others_free)
+    plan = _plan(settings, setup, for_guesses, others_free, memory_share)
     weights = described(setup.stored, setup.config)
     _print_plan(plan, setup, weights, print_line)
     if for_guesses:
@@ -135,7 +139,13 @@ def _load(
     )
 
 
-def _plan(settings: EngineSettings, setup: ModelSetup, for_guesses: int, others_free: int | None) -> MemoryPlan:
+def _plan(
+    settings: EngineSettings,
+    setup: ModelSetup,
+    for_guesses: int,
+    others_free: int | None,
+    memory_share: int | None,
+) -> MemoryPlan:
     """The plan for all ranks.
 
     Args:
@@ -143,11 +153,12 @@ def _plan(settings: EngineSettings, setup: ModelSetup, for_guesses: int, others_
         setup: of the first rank.
         for_guesses: bytes of the host's memory that guesses may take.
         others_free: of the other ranks the fewest bytes that one may use of its GPU; None where that has no say.
+        memory_share: as `load_model` has it.
     """
     config, device, operations, ranks = setup.config, setup.device, setup.kernels, setup.shard.size
     reserved = still_to_be_taken(config, settings.api_workers, settings.max_body_size) + for_guesses
     reserved += (ranks - 1) * ENGINE_GROWTH_BYTES
-    left = available_memory(device, settings.gpu_memory_utilization, reserved)
+    left = within_share(available_memory(device, settings.gpu_memory_utilization, reserved), memory_share, for_guesses)
     limits = setup.limits(settings, settings.max_model_len or config.context_length)
     return plan_memory(
         config,

@@ -1,7 +1,8 @@
 """What crosses the process boundary between API workers and the engine: msgspec structs, encoded as msgpack.
 
 An API worker speaks first (`Hello`), then submits and aborts sequences.  The engine answers with one `Ready` per
-`Hello` and, after each step, at most one `StepOutput` per worker.  Text never crosses: only token ids do.
+`Hello` and, after each step, at most one `StepOutput` per worker; where there are several engines, also with what
+enters and leaves their prefix indexes (`PrefixChange`).  Text never crosses: only token ids do.
 """
 
 from typing import Annotated, Literal
@@ -76,6 +77,11 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag="su
     def sequence_ids(self) -> range:
         """Of all samples, in their order."""
         return range(self.sequence_id, self.sequence_id + self.samples)
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether blocks of the prompt may come from the prefix cache: not where its tokens are reported on."""
+        return self.prompt_logprobs is None and self.pooling in (None, "last")
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
@@ -177,6 +183,24 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     stats: EngineStats
 
 
+MAX_PREFIXES_SENT = 1024
+"""Hashes in one message, so that a worker's event loop has its turn between two of them."""
+
+
+class PrefixChange(msgspec.Struct, frozen=True, array_like=True, tag="prefixes"):
+    """What has changed in an engine's prefix index; sent only where there are several engines to choose from.
+
+    After its `Ready`, a worker gets the whole index in pieces; then, before each step's output, what the step changed.
+
+    Attributes:
+        entered: hashes of blocks that can be found now, each of HASH_BYTES.
+        left: hashes of blocks that cannot be found any more.
+    """
+
+    entered: list[bytes]
+    left: list[bytes] = []
+
+
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     """The engine has loaded the model, run it once and serves.
 
@@ -189,6 +213,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
         stats: the engine's state now.
         weights: how they are quantized, for people, like "int4 in groups of 32 and int8"; empty where they are not.
         cache_dtype: the value of --kv-cache-dtype that the KV cache follows.
+        rope_limit: prompts longer than this share blocks only with prompts of their own length; None for no such limit.
     """
 
     max_model_len: int
@@ -199,7 +224,8 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     stats: EngineStats
     weights: str = ""
     cache_dtype: str = "auto"
+    rope_limit: int | None = None
 
 
 ToEngine = Hello | Submit | Abort
-FromEngine = Ready | StepOutput
+FromEngine = Ready | StepOutput | PrefixChange

@@ -6,6 +6,7 @@ Knows what the parts of the engine are, and puts them together.
 import gc
 import signal
 import sys
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NoReturn
@@ -31,6 +32,7 @@ from persimmon.server.engine.profiling import ProfiledRunner
 from persimmon.server.engine.scheduler import Scheduler
 from persimmon.server.engine.step_cost import StepCostModel
 from persimmon.server.engine.step_runner import StepRunner
+from persimmon.server.engine_places import EnginePlace
 from persimmon.server.free_memory import return_free_memory
 from persimmon.server.settings.engine import EngineSettings
 from persimmon.server.vitals import Vitals
@@ -40,19 +42,20 @@ COLLECTOR_THRESHOLDS = (50_000, 20, 100)
 loop's time, up to a millisecond at once, and found nothing; cycles, which errors may leave, it finds all the same."""
 
 
-def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Path | None, report: Connection) -> None:
+def run_engine(settings: EngineSettings, folder: Path, place: EnginePlace, report: Connection) -> None:
     """Entry point of the process.
 
     Args:
         settings: of the engine.
         folder: the checkpoint's.
-        address: the ZeroMQ endpoint to bind, like "ipc:///run/persimmon/engine".
-        vitals: the file that its heart beats in; None for nowhere.
+        place: the engine's among those of its server.
         report: gets one `Ready` when the model is loaded and has run, or `CannotStart`.
 
-    Exits with code 2, after one line on the console, when the checkpoint, the GPU or the settings do not allow a start.
+    Exits with code 2 when the checkpoint, the GPU or the settings do not allow a start, after one line on the console
+    unless there are other engines, which say the same: then it is for the supervisor to print.
     """
-    logs.configure("engine", settings.log_format, settings.log_level)
+    several = place.count > 1
+    logs.configure(f"engine {place.index}" if several else "engine", settings.log_format, settings.log_level)
     follow_supervisor()
     # Sent to all processes of a service at once; the supervisor ends this one when the open requests have ended.
     ignore({signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2})
@@ -60,18 +63,20 @@ def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Pat
     # Unbounded on purpose: what is in flight is bounded by admission, and a dropped message is a lost answer.
     socket.set_hwm(0)
     # Bound before the model loads, so that a worker's hello waits here and is answered at once.
-    socket.bind(address)
+    socket.bind(place.address)
     if settings.profile_steps is not None:
         try:
             settings.profile_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            _cannot_start(f"--profile-dir {settings.profile_dir} is not a folder: {error.strerror}", report)
+            _cannot_start(f"--profile-dir {settings.profile_dir} is not a folder: {error.strerror}", place, report)
     try:
-        loaded = load_model(settings, folder, logs.print_line)
+        loaded = load_model(settings, folder, partial(_print_progress, place), place.share.memory_bytes)
     except (CheckpointError, KernelsUnavailableError, MemoryPlanError) as error:
-        _cannot_start(str(error), report)
+        _cannot_start(str(error), place, report)
     plan = loaded.plan
-    pool = BlockPool(plan.num_blocks, plan.block_size, prefix_caching=settings.enable_prefix_caching)
+    pool = BlockPool(
+        plan.num_blocks, plan.block_size, prefix_caching=settings.enable_prefix_caching, tracks_changes=several
+    )
     speculation = Speculation.of(loaded.speculation, settings.max_num_seqs, plan.max_model_len)
     scheduler = Scheduler(
         pool,
@@ -91,6 +96,7 @@ def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Pat
         stats=scheduler.stats(),
         weights=loaded.weights,
         cache_dtype=settings.kv_cache_dtype,
+        rope_limit=loaded.runner.rope_limit,
     )
     # At the start, because with a large vocabulary it takes a second in which no step could run.
     runner: StepRunner = PlanRunner(loaded.runner, _grammar_compiler(folder), guess_forced=speculation is not None)
@@ -106,6 +112,7 @@ def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Pat
     return_free_memory()  # what the start has borrowed
     # A CPU is the host itself: nothing would run at the same time.
     overlap = {"on": True, "off": False, "auto": loaded.executor.overlaps}[settings.async_scheduling]
+    vitals = Vitals.private() if place.vitals is None else Vitals.open(place.vitals)
     costs = StepCostModel(None if settings.max_itl_ms is None else settings.max_itl_ms / 1000)
     Engine(
         socket=socket,
@@ -116,12 +123,18 @@ def run_engine(settings: EngineSettings, folder: Path, address: str, vitals: Pat
         overlap=overlap,
         queue_timeout=settings.queue_timeout,
         graph_replays=lambda: loaded.runner.graph_replays,
-        beat=(Vitals.private() if vitals is None else Vitals.open(vitals)).beat,
+        reported_pool=pool if several else None,
+        beat=partial(vitals.beat, engine=place.index),
     ).serve_forever()
 
 
-def _cannot_start(reason: str, report: Connection) -> NoReturn:
-    logs.print_line(f"persimmon: error: {reason}")
+def _print_progress(place: EnginePlace, line: str) -> None:
+    logs.print_line(f"engine {place.index}: {line.strip()}" if place.count > 1 else line)
+
+
+def _cannot_start(reason: str, place: EnginePlace, report: Connection) -> NoReturn:
+    if place.count == 1:
+        logs.print_line(f"persimmon: error: {reason}")
     report.send(CannotStart(reason))
     sys.exit(2)
 

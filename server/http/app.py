@@ -19,7 +19,9 @@ from persimmon.model.config import Architecture, PersimmonConfig
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.model.vocabulary import VocabularyMap
 from persimmon.server.config import Settings
-from persimmon.server.engine.client import CLASSIFIES, GENERATES, EngineClient
+from persimmon.server.engine.client import CLASSIFIES, GENERATES
+from persimmon.server.engine.engines import EngineAccess, connected
+from persimmon.server.engine.load import Load
 from persimmon.server.http import errors
 from persimmon.server.http.endpoints import documentation
 from persimmon.server.http.endpoints.endpoint import Call, Endpoint
@@ -38,26 +40,27 @@ from persimmon.server.http.schemas.parsing import parse
 from persimmon.server.http.transport.body import BodyReader
 from persimmon.server.http.transport.siblings import Siblings, WorkerPlace
 from persimmon.server.metrics import Metrics
+from persimmon.server.vitals import Vitals
 
 
 def application(
     settings: Settings,
     folder: Path,
     served_model_name: str,
-    engine_address: str,
+    engine_addresses: Sequence[str],
     place: WorkerPlace | None = None,
     gate: Gate | None = None,
     access: Access | None = None,
     tracing: Tracing | None = None,
     key_check: KeyCheck | None = None,
-) -> tuple[FastAPI, EngineClient]:
-    """The application for a checkpoint, and its connection to the engine, which the caller starts and closes.
+) -> tuple[FastAPI, EngineAccess]:
+    """The application for a checkpoint, and its access to the engines, which the caller starts and closes.
 
     Args:
         settings: of the server.
         folder: the checkpoint, of which config.json and the tokenizer are read.
         served_model_name: the model's name in the API.
-        engine_address: the engine's ZeroMQ endpoint.
+        engine_addresses: the ZeroMQ endpoints of the engines.
         place: the worker's among others; None for a single one.
         gate: which requests are admitted; None for all.
         access: what is asked of clients; None for nothing.
@@ -73,8 +76,14 @@ def application(
         config = vocabulary.original(config)
     tokenizer = Tokenizer.from_folder(folder, settings.add_bos_token)
     warm_up = GENERATES if config.architecture is Architecture.CAUSAL_LM else CLASSIFIES
-    engine = EngineClient(
-        address=engine_address, vocabulary=vocabulary, load=None if gate is None else gate.load, warm_up=warm_up
+    engine = connected(
+        engine_addresses,
+        vocabulary,
+        Load(Vitals.private(engines=len(engine_addresses))) if gate is None else gate.load,
+        warm_up,
+        block_size=settings.block_size,
+        prefix_caching=settings.enable_prefix_caching,
+        worker=0 if place is None else place.index,
     )
     app = create_app(
         engine,
@@ -95,7 +104,7 @@ def application(
 
 
 def create_app(
-    engine: EngineClient,
+    engine: EngineAccess,
     tokenizer: Tokenizer,
     config: PersimmonConfig,
     served_model_name: str,
@@ -113,7 +122,7 @@ def create_app(
     """The application of one API worker.
 
     Args:
-        engine: the connection to the engine, which the caller starts and closes.
+        engine: the connection to the engine, or to all engines, which the caller starts and closes.
         tokenizer: the served model's.
         config: the served model's, its token ids those of the tokenizer.
         served_model_name: its name in the API.
@@ -133,7 +142,7 @@ def create_app(
     key_check = key_check or access.key_check(place)
     gate = gate or Gate(engine.load)
     open_paths = frozenset(each.path for each in endpoints if each.open_without_key)
-    metrics = Metrics(engine, served_model_name, open_paths)
+    metrics = Metrics(engine.engines, served_model_name, open_paths)
     siblings = Siblings(place, metrics.snapshot)
     # Every worker takes its own part of one sequence, so that no two give requests the same seed.
     seeds = itertools.islice(endless_seeds(seed), place.index, None, place.count)

@@ -10,6 +10,7 @@ import logging
 import shutil
 import signal
 import socket
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import uvloop
 from persimmon.server import logs
 from persimmon.server.child_process import follow_supervisor
 from persimmon.server.config import Settings
-from persimmon.server.engine.client import EngineClient
+from persimmon.server.engine.engines import EngineAccess
 from persimmon.server.engine.load import Load
 from persimmon.server.free_memory import return_free_memory
 from persimmon.server.http.app import application
@@ -52,7 +53,7 @@ def run_api_worker(
     settings: Settings,
     folder: Path,
     served_model_name: str,
-    engine_address: str,
+    engine_addresses: Sequence[str],
     listener: socket.socket,
     place: WorkerPlace,
     report: Connection,
@@ -68,7 +69,7 @@ def run_api_worker(
         settings: of the server.
         folder: the checkpoint, of which config.json and the tokenizer are read.
         served_model_name: the model's name in the API.
-        engine_address: the engine's ZeroMQ endpoint.
+        engine_addresses: the ZeroMQ endpoints of the engines.
         listener: bound and listening.
         place: which of the API workers it is.
         report: gets READY when connections are accepted and the engine answers.
@@ -95,7 +96,7 @@ def run_api_worker(
         gate = Gate(load, Limits.of(settings), lambda: place.count * len(key_check.keys.keys))
         tracing = Tracing.from_environment(served_model_name) if settings.tracing else None
         app, engine = application(
-            settings, folder, served_model_name, engine_address, place, gate, access, tracing, key_check
+            settings, folder, served_model_name, engine_addresses, place, gate, access, tracing, key_check
         )
         server = HttpServer(
             app,
@@ -163,7 +164,7 @@ def _read_files_again_at_hangup(
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
 
-async def _report_ready(server: HttpServer, engine: EngineClient, report: Connection) -> None:
+async def _report_ready(server: HttpServer, engine: EngineAccess, report: Connection) -> None:
     await server.accepting.wait()
     await engine.wait_until_ready()
     _settle_garbage_collector()
@@ -186,7 +187,7 @@ def _settle_garbage_collector() -> None:
 
 async def _serve(
     server: HttpServer,
-    engine: EngineClient,
+    engine: EngineAccess,
     gate: Gate,
     listener: socket.socket,
     drain_seconds: float,

@@ -17,6 +17,18 @@ class HttpSettings(Section):
         gt=0,
     )
 
+    data_parallel_size: int = setting(
+        1,
+        "Engine processes behind this server, each with its own copy of the model and its own KV cache. A prompt goes "
+        "where most of it is cached, unless that engine is busier by more than this saves. With GPUs each engine has "
+        "one, on a CPU a part of the cores. Other limits, such as --max-num-seqs and --kv-cache-memory, hold for each "
+        "engine.",
+        "parallel",
+        "N",
+        ge=1,
+        le=256,
+    )
+
     access_log: bool = setting(
         True,
         "Log one line per request. Health probes and metrics scrapes get a line only when their answer changes.",
@@ -40,7 +52,7 @@ class HttpSettings(Section):
     max_num_queued_reqs: int | None = setting(
         None,
         "Maximum sequences in the server, running ones included; each of a request's n counts. Beyond it requests get "
-        "a 429. Default: five times --max-num-seqs, so that the last one waits for about four answers.",
+        "a 429. Default: five times --max-num-seqs for each engine, so that the last one waits for about four answers.",
         "load",
         "N",
         ge=1,
@@ -48,7 +60,7 @@ class HttpSettings(Section):
     max_num_queued_tokens: int | None = setting(
         None,
         "Maximum prompt tokens that wait to be computed. Beyond it requests get a 429. Default: 256 times "
-        "--max-num-batched-tokens, which is 256 full steps.",
+        "--max-num-batched-tokens for each engine, which is 256 full steps.",
         "load",
         "TOKENS",
         ge=1,

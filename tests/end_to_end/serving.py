@@ -96,12 +96,14 @@ class Server(Start):
         self.url, self.name = serving["url"], serving["name"]
 
     def children(self) -> dict[str, int]:
-        """Process ids of the engine and the API workers ("api", "api-1" …), distinguished by the modules they have
-        loaded."""
-        ids = self.spawned()
-        (engine,) = (pid for pid in ids if _has_torch(pid))
-        first, *others = sorted(pid for pid in ids if pid != engine)
-        return {"engine": engine, "api": first} | {f"api-{index}": pid for index, pid in enumerate(others, 1)}
+        """Process ids of the engines ("engine", "engine-1" …) and the API workers ("api", "api-1" …), distinguished by
+        the modules they have loaded; each kind in the order of its ids."""
+        ids = sorted(self.spawned())
+        engines = [pid for pid in ids if _has_torch(pid)]
+        kinds = {"engine": engines, "api": [pid for pid in ids if pid not in engines]}
+        return {
+            f"{kind}-{index}" if index else kind: pid for kind, own in kinds.items() for index, pid in enumerate(own)
+        }
 
     def spawned(self) -> list[int]:
         """Process ids of engine and API workers, also of those that have loaded nothing yet."""
@@ -112,9 +114,12 @@ class Server(Start):
         ]
 
     def metrics(self) -> dict[str, float]:
-        """Every series without labels."""
+        """Every series whose only label is the engine's number, if it has one: the sum over the engines."""
         text = httpx.get(f"{self.url}/metrics", timeout=30).text
-        return {name: float(value) for name, value in re.findall(r"^(persimmon_\w+) (\S+)$", text, flags=re.MULTILINE)}
+        sums: dict[str, float] = {}
+        for name, value in re.findall(r'^(persimmon_\w+)(?:{engine="\d+"})? (\S+)$', text, flags=re.MULTILINE):
+            sums[name] = sums.get(name, 0.0) + float(value)
+        return sums
 
     def wait_until_idle(self, seconds: float = 60.0) -> dict[str, float]:
         """The metrics once nothing runs, nothing waits and every block is free."""

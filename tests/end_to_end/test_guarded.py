@@ -195,7 +195,7 @@ def test_the_flood_of_one_key_leaves_another_its_place(guarded):
         urgent = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 4, "priority": -1})
         assert (urgent.status_code, urgent.json()["error"]["param"]) == (400, "priority")
         metrics = client.get("/metrics").text.splitlines()
-        (waiting,) = [float(line.split()[1]) for line in metrics if line.startswith("persimmon_requests_waiting ")]
+        (waiting,) = [float(line.split()[1]) for line in metrics if line.startswith("persimmon_requests_waiting{")]
         assert waiting > 400
 
 

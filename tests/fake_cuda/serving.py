@@ -1,9 +1,11 @@
 """The engine process on a simulated GPU; started in place of `persimmon.server.entry_points.engine_main`."""
 
+from typing import Any
+
 from persimmon.server import entry_points
 
 
-def engine_main(*arguments: object) -> None:
+def engine_main(*arguments: Any) -> None:
     """Entry point of the process; TRITON_INTERPRET=1 has to be in its environment.
 
         monkeypatch.setattr("persimmon.server.embedded.engine_main", engine_main)

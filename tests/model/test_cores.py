@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from persimmon.model.cores import usable_cores
+from persimmon.model.cores import core_shares, usable_cores
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +66,26 @@ class TestControlGroups:
         for path in mount.iterdir():
             path.write_text(content)
         assert usable_cores(process(tmp_path / "proc", version, mount)) == 8
+
+
+def describe_cores(folder: Path, places: dict[int, tuple[int, int]]) -> Path:
+    """The files that give each core's socket, and its number there."""
+    for core, (socket, number) in places.items():
+        topology = folder / f"cpu{core}" / "topology"
+        topology.mkdir(parents=True)
+        (topology / "physical_package_id").write_text(f"{socket}\n")
+        (topology / "core_id").write_text(f"{number}\n")
+    return folder
+
+
+def test_the_threads_of_a_core_and_the_cores_of_a_socket_stay_together(tmp_path: Path) -> None:
+    cpus = describe_cores(tmp_path, {core: (core // 2 % 2, core % 2) for core in range(8)})
+    assert core_shares(2, cpus) == [{0, 1, 4, 5}, {2, 3, 6, 7}]
+    assert core_shares(4, cpus) == [{0, 4}, {1, 5}, {2, 6}, {3, 7}]
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_every_core_is_in_one_part_and_parts_differ_by_at_most_one(tmp_path: Path, count: int) -> None:
+    shares = core_shares(count, tmp_path)
+    assert sorted(core for share in shares for core in share) == list(range(8))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1

@@ -6,8 +6,19 @@ import psutil
 import pytest
 
 from persimmon.model.config import PersimmonConfig
-from persimmon.server.memory_need import ENGINE_BYTES_PER_TOKEN, WORKER_BYTES_PER_TOKEN, still_to_be_taken
+from persimmon.model.memory_limits import MemoryLeft
+from persimmon.server.memory_need import (
+    ENGINE_BYTES,
+    ENGINE_BYTES_PER_TOKEN,
+    SUPERVISOR_BYTES,
+    WORKER_BYTES_PER_TOKEN,
+    check_memory,
+    share_of_memory,
+    still_to_be_taken,
+    within_share,
+)
 from persimmon.server.settings.engine import BODIES_TOGETHER, EngineSettings
+from persimmon.server.settings.section import SettingsError
 from tests.model.checkpoints import DEMO
 
 CONFIG = PersimmonConfig.from_folder(DEMO)
@@ -34,3 +45,25 @@ def test_a_larger_vocabulary_takes_more_in_the_engine_than_in_each_worker(api_wo
     larger = replace(CONFIG, vocab_size=CONFIG.vocab_size + 1000)
     more = still_to_be_taken(larger, api_workers, 0) - still_to_be_taken(CONFIG, api_workers, 0)
     assert more == 1000 * (ENGINE_BYTES_PER_TOKEN + api_workers * WORKER_BYTES_PER_TOKEN)
+
+
+@pytest.mark.parametrize("engines", [2, 3])
+def test_engines_share_what_is_left_after_the_workers(engines: int) -> None:
+    left = MemoryLeft(10 * 2**30)
+    one = share_of_memory(CONFIG, 1, 1, 2, 2**25, left)
+    share = share_of_memory(CONFIG, engines, 1, 2, 2**25, left)
+    own = still_to_be_taken(CONFIG, 0, 0) - SUPERVISOR_BYTES + ENGINE_BYTES  # what each takes beyond its plan
+    assert engines * (share + own) == pytest.approx(one + own, abs=engines)
+    assert share_of_memory(CONFIG, engines, 2, 2, 2**25, left) < share - ENGINE_BYTES  # two processes each
+    assert share_of_memory(CONFIG, engines, 1, 2, 2**25, MemoryLeft(2**20)) == 0
+
+
+def test_processes_that_cannot_all_start_are_refused() -> None:
+    with pytest.raises(SettingsError, match="not enough memory: 2 engines and 1 API worker take about"):
+        check_memory(CONFIG, 1, MemoryLeft(2 * ENGINE_BYTES), engines=2)
+    check_memory(CONFIG, 1, MemoryLeft(2 * ENGINE_BYTES))
+
+
+@pytest.mark.parametrize(("share", "planned"), [(None, 1000), (2000, 1000), (500, 400), (50, 0)])
+def test_an_engine_plans_with_no_more_than_its_share(share: int | None, planned: int) -> None:
+    assert within_share(MemoryLeft(1000), share, reserved=100).bytes == planned

@@ -39,52 +39,57 @@ def vitals(clock: Clock) -> Vitals:
 IDLE, BUSY = WorkerLoad(0, 0), WorkerLoad(3, 40)
 
 
+def submit(vitals: Vitals, worker: int, load: WorkerLoad, engine: int = 0) -> None:
+    vitals.tell(worker, load)
+    vitals.tell_of(worker, engine, load)
+
+
 def test_an_engine_without_work_is_never_overdue(vitals: Vitals, clock: Clock) -> None:
     vitals.beat(False)
     clock.seconds += 10_000
-    assert vitals.overdue_seconds == 0
+    assert vitals.overdue_seconds() == 0
 
 
 def test_an_engine_is_overdue_from_its_last_step_on(vitals: Vitals, clock: Clock) -> None:
-    vitals.tell(0, BUSY)
+    submit(vitals, 0, BUSY)
     clock.seconds += 5
     vitals.beat(True)
     clock.seconds += 7
-    assert vitals.overdue_seconds == 7
+    assert vitals.overdue_seconds() == 7
     vitals.beat(True)
-    assert vitals.overdue_seconds == 0
+    assert vitals.overdue_seconds() == 0
 
 
 def test_an_idle_engine_is_overdue_from_when_there_was_work(vitals: Vitals, clock: Clock) -> None:
     vitals.beat(False)
     clock.seconds += 1000
-    vitals.tell(1, BUSY)
+    submit(vitals, 1, BUSY)
     clock.seconds += 2
-    vitals.tell(0, BUSY)
+    submit(vitals, 0, BUSY)
     clock.seconds += 1
-    assert vitals.overdue_seconds == 3
-    vitals.tell(1, IDLE)
-    assert vitals.overdue_seconds == 1
+    assert vitals.overdue_seconds() == 3
+    submit(vitals, 1, IDLE)
+    assert vitals.overdue_seconds() == 1
 
 
 def test_an_engine_that_hangs_in_a_step_whose_clients_have_left_is_overdue(vitals: Vitals, clock: Clock) -> None:
-    vitals.tell(0, BUSY)
+    submit(vitals, 0, BUSY)
     vitals.beat(True)
-    vitals.tell(0, IDLE)
+    submit(vitals, 0, IDLE)
     clock.seconds += 4
-    assert vitals.overdue_seconds == 4
+    assert vitals.overdue_seconds() == 4
 
 
 def test_what_a_dead_process_has_told_is_forgotten(vitals: Vitals, clock: Clock) -> None:
     vitals.beat(True)
-    vitals.tell(0, BUSY)
-    vitals.tell(1, WorkerLoad(1, 2))
+    submit(vitals, 0, BUSY)
+    submit(vitals, 1, WorkerLoad(1, 2))
     vitals.forget_engine()
     vitals.forget_worker(0)
     assert vitals.load == WorkerLoad(1, 2)
     vitals.forget_worker(1)
     clock.seconds += 100
-    assert vitals.overdue_seconds == 0
+    assert vitals.overdue_seconds() == 0
 
 
 def tell(path: Path) -> None:
@@ -101,8 +106,8 @@ def test_processes_see_what_the_others_tell(tmp_path: Path) -> None:
 
 
 def test_who_was_stopped_with_the_engine_gives_it_time(vitals: Vitals, clock: Clock) -> None:
-    watch = StepWatch(vitals, clock)
-    vitals.tell(0, BUSY)
+    watch = StepWatch(vitals, clock=clock)
+    submit(vitals, 0, BUSY)
     clock.seconds += 1
     assert watch.overdue_seconds() == 1
     clock.seconds += 3600  # the whole server was stopped
@@ -164,3 +169,35 @@ def test_the_heartbeat_of_a_dead_worker_is_forgotten(vitals: Vitals) -> None:
     assert vitals.silent_seconds(1) == 0
     vitals.forget_worker(1)
     assert vitals.silent_seconds(1) is None
+
+
+def test_each_engine_has_its_own_heartbeat_and_load(clock: Clock) -> None:
+    vitals = Vitals.private(2, clock.nanoseconds, engines=3)
+    vitals.tell_of(0, 0, WorkerLoad(1, 5))
+    vitals.tell_of(1, 2, BUSY)
+    vitals.tell_of(0, 2, WorkerLoad(2, 2))
+    assert [vitals.load_of(engine) for engine in range(3)] == [WorkerLoad(1, 5), IDLE, WorkerLoad(5, 42)]
+    clock.seconds += 4
+    vitals.beat(True, engine=0)
+    assert [vitals.overdue_seconds(engine) for engine in range(3)] == [0, 0, 4]
+    assert [StepWatch(vitals, engine, clock).overdue_seconds() for engine in range(3)] == [0, 0, 0]
+    vitals.forget_worker(1)
+    assert vitals.load_of(2) == WorkerLoad(2, 2)
+    clock.seconds += 1
+    vitals.forget_engine(0)
+    assert [vitals.overdue_seconds(engine) for engine in range(3)] == [5, 0, 5]
+
+
+def test_what_is_not_submitted_yet_is_no_engines_work(vitals: Vitals, clock: Clock) -> None:
+    vitals.tell(0, BUSY)
+    clock.seconds += 1000
+    assert vitals.load == BUSY
+    assert vitals.load_of(0) == IDLE
+    assert vitals.overdue_seconds() == 0
+
+
+def test_the_number_of_engines_is_in_the_file(tmp_path: Path) -> None:
+    Vitals.create(tmp_path / "vitals", workers=2, engines=3).tell_of(1, 2, BUSY)
+    opened = Vitals.open(tmp_path / "vitals")
+    assert opened.engines == 3
+    assert opened.load_of(2) == BUSY

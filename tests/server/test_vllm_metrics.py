@@ -100,7 +100,7 @@ class Engine:
 @pytest.fixture
 def metrics() -> Metrics:
     """After one sequence of one request."""
-    metrics = Metrics(Engine(), "demo", {"/health"})
+    metrics = Metrics([Engine()], "demo", {"/health"})
     metrics.http_requests.labels("/v1/completions", 200).inc()
     metrics.request_duration.labels("/v1/completions").observe(0.4)
     metrics.inter_token_latency.observe(0.012)
@@ -202,11 +202,18 @@ def test_the_values_of_levels_and_counters_are_ours(metrics: Metrics) -> None:
 
 def test_an_engine_that_serves_is_awake_and_one_that_does_not_has_no_state() -> None:
     for ready, states in ((True, {"awake": 1, "weights_offloaded": 0, "discard_all": 0}), (False, {})):
-        family = exposed(Metrics(Engine(ready=ready), "demo"))["vllm:engine_sleep_state"]
+        family = exposed(Metrics([Engine(ready=ready)], "demo"))["vllm:engine_sleep_state"]
         assert values(family, label="sleep_state") == states
 
 
 def test_before_the_engine_has_loaded_there_are_names_all_the_same() -> None:
-    families = exposed(Metrics(Engine(ready=False, stats=None, info=None), "demo"))
+    families = exposed(Metrics([Engine(ready=False, stats=None, info=None)], "demo"))
     assert "vllm:request_prompt_tokens" in families
     assert "vllm:num_requests_running" not in families
+
+
+def test_engines_have_their_numbers_and_what_workers_count_for_all_of_them_has_none() -> None:
+    families = exposed(Metrics([Engine(), Engine()], "demo"))
+    running = {sample.labels["engine"]: sample.value for sample in families["vllm:num_requests_running"].samples}
+    assert running == {"0": STATS.running, "1": STATS.running}
+    assert {sample.labels["engine"] for sample in families["vllm:request_success"].samples} == {"all"}

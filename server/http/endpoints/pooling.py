@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from persimmon.server.engine.client import EngineClient, SequenceStream
+from persimmon.server.engine.client import SequenceStream
+from persimmon.server.engine.engines import EngineAccess
 from persimmon.server.engine.messages import Pooling, Submit
 from persimmon.server.http.endpoints.service import MAX_CHOICES, Service, expected_tokens
 from persimmon.server.http.errors import bad_request, context_length_exceeded, generation_failed, given_up
@@ -83,7 +84,7 @@ async def prepare(service: Service, request: PoolingRequest, record: RequestReco
 
 
 async def pooled(
-    engine: EngineClient,
+    engine: EngineAccess,
     prompts: Iterable[list[int]],
     pooling: Pooling,
     width: int,

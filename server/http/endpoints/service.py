@@ -12,7 +12,7 @@ from persimmon.model.config import Architecture, PersimmonConfig
 from persimmon.model.grammar import GrammarCompiler
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.model.vocabulary import VocabularyMap
-from persimmon.server.engine.client import EngineClient
+from persimmon.server.engine.engines import EngineAccess
 from persimmon.server.http.endpoints.model_use import USES
 from persimmon.server.http.errors import bad_request, model_not_found
 from persimmon.server.http.generation.generator import Generator
@@ -38,7 +38,7 @@ class Service:
     """What the endpoints share.
 
     Attributes:
-        engine: the connection to the engine.
+        engine: the connection to the engine, or to all engines.
         tokenizer: the served model's.
         config: the served model's.
         served_model_name: its name in the API.
@@ -54,7 +54,7 @@ class Service:
         additional_properties: whether objects of JSON schemas are open where neither schema nor request says.
     """
 
-    engine: EngineClient
+    engine: EngineAccess
     tokenizer: Tokenizer
     config: PersimmonConfig
     served_model_name: str

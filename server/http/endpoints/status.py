@@ -9,10 +9,11 @@ from importlib.metadata import version
 from fastapi.responses import PlainTextResponse
 from msgspec import UNSET
 
-from persimmon.server.engine.client import EngineDeadError, EngineNotReadyError
+from persimmon.server.engine.client import EngineClient, EngineDeadError, EngineNotReadyError
 from persimmon.server.http.endpoints.endpoint import Call
 from persimmon.server.http.endpoints.model_use import USES
 from persimmon.server.http.endpoints.service import Service
+from persimmon.server.http.middleware.gate import Gate
 from persimmon.server.http.request_record import RequestRecord
 from persimmon.server.http.schemas.adept import AdeptHealth
 from persimmon.server.http.schemas.status import Health, Model, ModelList, Version
@@ -38,7 +39,7 @@ async def live(service: Service, call: Call[None]) -> JsonResponse[Health]:
 
 
 async def ready(service: Service, call: Call[None]) -> JsonResponse[Health]:
-    """200 while the server serves; 503 while it loads or stops, and while its engine is dead or hung."""
+    """200 while an engine serves; 503 while the server loads or stops, and while all engines are dead or hung."""
     health = _noted(_health(service), call.record)
     return JsonResponse(health, 200 if health.ready else 503)
 
@@ -66,21 +67,33 @@ def _health(service: Service) -> Health:
     gate = service.gate
     if gate.draining:
         return Health("draining", "the server is shutting down")
+    engines = service.engine.engines
+    each = [_engine_health(engine, gate, number) for number, engine in enumerate(engines)]
+    serving = sum(health.ready for health in each)
+    if serving in (0, len(each)):
+        return each[0]
+    reasons = [f"engine {number}: {health.reason}" for number, health in enumerate(each) if not health.ready]
+    verb = "serves" if serving == 1 else "serve"
+    return Health("degraded", f"{serving} of {len(each)} engines {verb}; {', '.join(reasons)}")
+
+
+def _engine_health(engine: EngineClient, gate: Gate, number: int) -> Health:
+    """Of one engine: "ready", "loading", "dead" or "hung"."""
     try:
-        engine = service.engine.check_ready()
+        info = engine.check_ready()
     except EngineNotReadyError as error:
         return Health("loading", str(error))
     except EngineDeadError as error:
         return Health("dead", str(error))
-    overdue = gate.load.overdue_seconds
-    if overdue > step_limit(gate.limits.step_timeout, engine.device):
+    overdue = gate.load.overdue_seconds(number)
+    if overdue > step_limit(gate.limits.step_timeout, info.device):
         return Health("hung", f"the engine has work but has not finished a step for {overdue:.0f} s")
     return Health("ready")
 
 
 def _noted(health: Health, record: RequestRecord) -> Health:
     """Leaves the state in the request's record, where it is not good: the access log shows when it changes."""
-    if not health.ready:
+    if health.status != "ready":
         record.error = health.status
     return health
 

@@ -15,7 +15,8 @@ import msgspec
 
 from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.model.tokenizer import Tokenizer
-from persimmon.server.engine.client import EngineClient, SequenceStream
+from persimmon.server.engine.client import SequenceStream
+from persimmon.server.engine.engines import EngineAccess
 from persimmon.server.engine.load import Load
 from persimmon.server.http.errors import given_up
 from persimmon.server.http.generation.generation import Generation, Prompt
@@ -109,7 +110,7 @@ class Generator:
         metrics: where latencies are recorded.
     """
 
-    def __init__(self, engine: EngineClient, tokenizer: Tokenizer, metrics: Metrics) -> None:
+    def __init__(self, engine: EngineAccess, tokenizer: Tokenizer, metrics: Metrics) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._metrics = metrics

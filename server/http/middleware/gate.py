@@ -49,10 +49,11 @@ class Limits:
 
     @classmethod
     def of(cls, settings: Settings) -> "Limits":
-        """What the settings say, or what follows from how much the engine does at once."""
+        """What the settings say, or what follows from how much the engines do at once."""
+        engines = settings.data_parallel_size
         return cls(
-            sequences=settings.max_num_queued_reqs or BATCHES_IN_FLIGHT * settings.max_num_seqs,
-            prompt_tokens=settings.max_num_queued_tokens or STEPS_QUEUED * settings.max_num_batched_tokens,
+            sequences=settings.max_num_queued_reqs or BATCHES_IN_FLIGHT * settings.max_num_seqs * engines,
+            prompt_tokens=settings.max_num_queued_tokens or STEPS_QUEUED * settings.max_num_batched_tokens * engines,
             step_timeout=settings.step_timeout,
             ping_interval=settings.sse_ping_interval,
         )

@@ -8,13 +8,13 @@ from msgspec import UNSET, Struct, UnsetType
 class Health(Struct, frozen=True):
     """The answer of the probes."""
 
-    status: Literal["alive", "ready", "loading", "dead", "hung", "draining"]
+    status: Literal["alive", "ready", "degraded", "loading", "dead", "hung", "draining"]
     reason: str | UnsetType = UNSET
 
     @property
     def ready(self) -> bool:
-        """Whether requests are served."""
-        return self.status == "ready"
+        """Whether requests are served: by all engines, or by some."""
+        return self.status in ("ready", "degraded")
 
 
 class Version(Struct, frozen=True):

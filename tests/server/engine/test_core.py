@@ -17,13 +17,15 @@ import zmq
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.step_outcome import StepOutcome
 from persimmon.model.token_logprobs import TokenLogprobs
-from persimmon.server.engine.blocks import BlockPool
+from persimmon.server.engine.blocks import BlockPool, block_hashes
 from persimmon.server.engine.core import MAX_FAILED_STEPS, MAX_INTAKE_SECONDS, Engine
 from persimmon.server.engine.messages import (
+    MAX_PREFIXES_SENT,
     Abort,
     EngineStats,
     FromEngine,
     Hello,
+    PrefixChange,
     Ready,
     SequenceOutput,
     StepOutput,
@@ -64,6 +66,16 @@ class Worker:
             messages.append(self.receive())
         return messages
 
+    def report(self) -> Ready | StepOutput:
+        """The next message, of an engine that says nothing of its prefix index."""
+        message = self.receive()
+        assert not isinstance(message, PrefixChange)
+        return message
+
+    def reports(self) -> list[Ready | StepOutput]:
+        """What has come until now, but for changes of the prefix index."""
+        return [message for message in self.received() if not isinstance(message, PrefixChange)]
+
     def outputs(self) -> list[SequenceOutput]:
         """What has come until now of sequences."""
         steps = [message for message in self.received() if isinstance(message, StepOutput)]
@@ -81,6 +93,7 @@ class House:
         max_num_seqs: int = 4,
         overlap: bool = False,
         costs: StepCostModel | None = None,
+        reports_prefixes: bool = False,
         **more: Any,
     ) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -88,7 +101,7 @@ class House:
         self.socket = self.context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.bind(address)
-        self.pool = BlockPool(-(-max_model_len // 4) + 8, 4)
+        self.pool = BlockPool(-(-max_model_len // 4) + 8, 4, tracks_changes=reports_prefixes)
         self.scheduler = Scheduler(
             self.pool, max_num_seqs=max_num_seqs, max_num_batched_tokens=64, max_model_len=max_model_len
         )
@@ -108,7 +121,16 @@ class House:
         self.overlap = overlap
         self.launched = 0
         self.failed_launches_to_come = 0
-        self.engine = Engine(self.socket, self.scheduler, self, ready, costs=costs, overlap=overlap, **more)
+        self.engine = Engine(
+            self.socket,
+            self.scheduler,
+            self,
+            ready,
+            costs=costs,
+            overlap=overlap,
+            reported_pool=self.pool if reports_prefixes else None,
+            **more,
+        )
 
     def worker(self) -> Worker:
         """A worker that has been welcomed."""
@@ -229,7 +251,7 @@ def tokens_of(outputs: list[SequenceOutput], sequence_id: int) -> list[int]:
 
 
 def last_stats(worker: Worker) -> EngineStats:
-    return worker.received()[-1].stats
+    return worker.reports()[-1].stats
 
 
 def test_a_hello_is_answered_with_the_limits_and_the_state(reachable_house: House) -> None:
@@ -309,7 +331,7 @@ def test_every_worker_hears_of_the_state_after_each_step(house: House) -> None:
     busy.send(submit(1, [1], 2))
     house.first_step()
     house.finish()
-    messages = idle.received()
+    messages = idle.reports()
     assert [message.stats.generated_tokens for message in messages][-2:] == [1, 2]
     assert [message.stats.running for message in messages][-2:] == [1, 0]
     assert all(isinstance(message, StepOutput) and not message.outputs for message in messages)
@@ -548,7 +570,7 @@ def test_the_other_workers_hear_of_blocks_that_a_gone_one_leaves(reachable_house
     house.turn_until(lambda: house.scheduler.num_running == 1)
     gone.socket.close()
     house.turn_until(house.is_empty)
-    while stays.receive().stats.free_blocks != house.scheduler.stats().free_blocks:
+    while stays.report().stats.free_blocks != house.scheduler.stats().free_blocks:
         pass  # earlier outputs
 
 
@@ -783,7 +805,7 @@ def test_steps_are_counted_with_their_time_their_tokens_and_the_graphs_among_the
     worker.send(submit(1, list(range(9)), 3))
     house.turn()
     house.turn_until(house.is_empty)
-    last = worker.received()[-1].stats
+    last = worker.reports()[-1].stats
     house.close()
     assert sum(last.step_counts) == last.steps == 3
     assert last.step_seconds > 0
@@ -874,3 +896,63 @@ def test_steps_go_on_while_a_worker_submits_without_end() -> None:
         assert len({output.sequence_id for output in worker.outputs()}) == 100
     finally:
         house.close()
+
+
+@pytest.fixture(params=[False, True], ids=["", "overlap"])
+def reporting(request: pytest.FixtureRequest) -> Iterator[House]:
+    """An engine next to others, whose workers want to know what it has cached."""
+    house = House("inproc://engine", overlap=request.param, max_model_len=8 * MAX_PREFIXES_SENT, reports_prefixes=True)
+    yield house
+    house.close()
+
+
+def prefixes(messages: list[FromEngine]) -> list[PrefixChange]:
+    return [message for message in messages if isinstance(message, PrefixChange)]
+
+
+def test_workers_hear_what_enters_the_prefix_index_before_the_output_of_the_step(reporting: House) -> None:
+    one, other = reporting.worker(), reporting.worker()
+    one.received()
+    one.send(submit(1, list(range(10)), 3))
+    reporting.turn()
+    reporting.finish()
+    messages = one.received()
+    first = next(place for place, message in enumerate(messages) if isinstance(message, StepOutput) and message.outputs)
+    known = [block_hash for change in prefixes(messages[:first]) for block_hash in change.entered]
+    assert known == list(block_hashes(range(10), 4))
+    assert prefixes(other.received()) == prefixes(messages)
+
+
+def test_workers_hear_what_leaves_the_prefix_index(reporting: House) -> None:
+    worker = reporting.worker()
+    length = 4 * (reporting.pool.num_blocks - 2)
+    tokens = [number % 251 for number in range(length + 5)]
+    for begin in (0, 5):
+        worker.send(submit(begin, tokens[begin : begin + length], 1))
+        reporting.turn()
+        reporting.finish()
+    known: set[bytes] = set()
+    for change in prefixes(worker.received()):
+        known = known.union(change.entered).difference(change.left)
+    assert known == set(reporting.pool.indexed)
+    assert known.isdisjoint(list(block_hashes(tokens[:length], 4))[3:])
+
+
+def test_a_worker_that_comes_later_gets_the_whole_index_in_pieces(reporting: House) -> None:
+    worker = reporting.worker()
+    tokens = [number % 251 for number in range(4 * (MAX_PREFIXES_SENT + 5))]
+    worker.send(submit(1, tokens, 1))
+    reporting.turn()
+    reporting.finish()
+    later = reporting.worker()
+    pieces = prefixes(later.received())
+    assert [len(piece.entered) for piece in pieces] == [MAX_PREFIXES_SENT, 5]
+    assert {block_hash for piece in pieces for block_hash in piece.entered} == set(block_hashes(tokens, 4))
+
+
+def test_a_single_engine_tells_nothing_of_its_prefix_index(house: House) -> None:
+    worker = house.worker()
+    worker.send(submit(1, list(range(10)), 3))
+    house.turn()
+    house.finish()
+    assert prefixes(worker.received()) == []

@@ -1,5 +1,6 @@
 """What the engine process is given, and what it imports."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from persimmon.model.config import Architecture
 from persimmon.server import supervisor
 from persimmon.server.children import Child
 from persimmon.server.config import read_settings
+from persimmon.server.engine_places import WHOLE_MACHINE, EnginePlace
 from persimmon.server.entry_points import engine_main
 from persimmon.server.http.endpoints.model_use import USES
+from persimmon.server.settings.engine import EngineSettings
 
 DEMO = Path(model.__path__[0]) / "demo"
 HTTP_MODULES = ("fastapi", "starlette", "uvicorn", "httptools", "jinja2", "pydantic_settings", "persimmon.server.http")
@@ -62,6 +65,7 @@ def test_the_engine_process_is_given_no_key_and_no_path_of_a_file_of_keys(tmp_pa
             folder=DEMO,
             served_model_name="demo",
             use=use,
+            shares=[WHOLE_MACHINE],
             listeners=[],
             runtime=tmp_path,
             signals=signals,
@@ -75,7 +79,9 @@ def test_the_engine_process_is_given_no_key_and_no_path_of_a_file_of_keys(tmp_pa
 def test_the_engine_process_forgets_the_variables_of_settings(monkeypatch):
     monkeypatch.setenv("PERSIMMON_API_KEY", "secret")
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
-    monkeypatch.setattr("persimmon.server.engine.process.run_engine", lambda: None)
-    engine_main()
+    monkeypatch.setattr("persimmon.server.engine.process.run_engine", lambda *arguments: None)
+    read, write = multiprocessing.Pipe(duplex=False)
+    with read, write:
+        engine_main(EngineSettings(), DEMO, EnginePlace("ipc:///unused"), write)
     assert "PERSIMMON_API_KEY" not in os.environ
     assert os.environ["OMP_WAIT_POLICY"] == "passive"

@@ -18,7 +18,9 @@ from persimmon.server.engine.messages import (
     STEP_TOKENS,
     Abort,
     EngineStats,
+    FromEngine,
     Hello,
+    PrefixChange,
     Ready,
     SequenceOutput,
     StepOutput,
@@ -59,6 +61,7 @@ Script = Callable[[Sample], Sequence[SequenceOutput]]
 """The outputs that a submitted sequence gets, one step each."""
 
 MAX_MODEL_LEN = 2048
+BLOCK_SIZE = 32
 ONLY_TEXT = {
     "reasoning_tokens": 0,
     "audio_tokens": 0,
@@ -132,11 +135,18 @@ class FakeEngine:
         address: where it listens.
     """
 
-    def __init__(self, script: Script = silent, ready: bool = True, address: str = "tcp://127.0.0.1:*") -> None:
+    def __init__(
+        self,
+        script: Script = silent,
+        ready: bool = True,
+        address: str = "tcp://127.0.0.1:*",
+        rope_limit: int | None = None,
+    ) -> None:
         self.script = script
         self.submitted: list[Sample] = []
         self.aborted: list[int] = []
         self._ready = ready
+        self._rope_limit = rope_limit
         self.workers: list[bytes] = []
         self._owners: dict[int, bytes] = {}
         self._changed = asyncio.Condition()
@@ -182,6 +192,11 @@ class FakeEngine:
         """A step's output for several sequences of one worker."""
         await self._send(self._owners[outputs[0].sequence_id], StepOutput(list(outputs), STATS))
 
+    async def send_prefixes(self, entered: Sequence[bytes], left: Sequence[bytes] = ()) -> None:
+        """Tells all workers what has entered and left the prefix index."""
+        for worker in self.workers:
+            await self._send(worker, PrefixChange(list(entered), list(left)))
+
     async def until(self, condition: Callable[[Self], bool]) -> None:
         """Returns once the condition holds; the workers' messages may make it true."""
         async with asyncio.timeout(20), self._changed:
@@ -220,7 +235,15 @@ class FakeEngine:
                 self._changed.notify_all()
 
     def _welcome(self) -> Ready:
-        return Ready(MAX_MODEL_LEN, block_size=32, total_blocks=100, device="cpu", dtype="float32", stats=STATS)
+        return Ready(
+            MAX_MODEL_LEN,
+            block_size=BLOCK_SIZE,
+            total_blocks=100,
+            device="cpu",
+            dtype="float32",
+            stats=STATS,
+            rope_limit=self._rope_limit,
+        )
 
-    async def _send(self, worker: bytes, message: Ready | StepOutput) -> None:
+    async def _send(self, worker: bytes, message: FromEngine) -> None:
         await self._socket.send_multipart([worker, self._encoder.encode(message)])

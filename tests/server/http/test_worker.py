@@ -41,7 +41,7 @@ if __name__ == "__main__":
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
     listener = socket.create_server(("127.0.0.1", 0))
-    arguments = (Settings(), pathlib.Path(sys.argv[1]), "demo", sys.argv[2], listener, WorkerPlace(), sender)
+    arguments = (Settings(), pathlib.Path(sys.argv[1]), "demo", [sys.argv[2]], listener, WorkerPlace(), sender)
     spawn.Process(target=run_api_worker, args=arguments).start()
     receiver.recv()
     print(listener.getsockname()[1], flush=True)
@@ -69,7 +69,7 @@ async def worker(
             api_key_file=key_file,
             forwarded_allow_ips=proxies,
         )
-        arguments = (settings, DEMO, "demo", engine.address, listener, WorkerPlace(), sender)
+        arguments = (settings, DEMO, "demo", [engine.address], listener, WorkerPlace(), sender)
         process = spawn.Process(target=run_api_worker, args=arguments)
         with blocking({signal.SIGHUP}):  # as the supervisor starts it
             process.start()

@@ -232,9 +232,11 @@ async def test_health_is_false_when_the_engine_hangs_and_true_when_it_is_busy(
             await engine.send(submit.sequence_id, [5], "length")
 
 
-def test_the_bounds_follow_from_what_the_engine_does_at_once() -> None:
+def test_the_bounds_follow_from_what_the_engines_do_at_once() -> None:
     limits = Limits.of(Settings(max_num_seqs=10, max_num_batched_tokens=100))
     assert (limits.sequences, limits.prompt_tokens) == (50, 25_600)
+    limits = Limits.of(Settings(max_num_seqs=10, max_num_batched_tokens=100, data_parallel_size=3))
+    assert (limits.sequences, limits.prompt_tokens) == (150, 76_800)
     limits = Limits.of(Settings(max_num_queued_reqs=7, max_num_queued_tokens=8))
     assert (limits.sequences, limits.prompt_tokens) == (7, 8)
 

@@ -1,0 +1,160 @@
+"""Real servers of two engines: what clients see when one dies, hangs or is stopped, and where their prompts go."""
+
+import contextlib
+import json
+import os
+import re
+import select
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.end_to_end.serving import Server, Start, serving
+
+STREAM = {"max_tokens": 2000, "ignore_eos": True, "stream": True}
+BLOCK = 32
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """Two engines and two API workers, which notice soon when an engine hangs."""
+    arguments = ("--data-parallel-size", "2", "--api-workers", "2", "--kv-cache-memory", "48MB", "--step-timeout", "4")
+    with serving(*arguments) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def whole(server: Server) -> None:
+    """Each test begins with both engines."""
+    wait_until(lambda: status(server) == (200, "ready"))
+
+
+def wait_until(happened: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Asks until it is so.  Asking is a request to the server, which takes its time; there is nothing to sleep for."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline
+
+
+def status(server: Server) -> tuple[int, str]:
+    health = httpx.get(f"{server.url}/health", timeout=30)
+    return health.status_code, health.json()["status"]
+
+
+def of_engines(server: Server, name: str) -> dict[int, float]:
+    """A metric of each engine."""
+    text = httpx.get(f"{server.url}/metrics", timeout=30).text
+    return {int(number): float(value) for number, value in re.findall(rf'^{name}{{engine="(\d+)"}} (\S+)$', text, re.M)}
+
+
+def complete(server: Server, prompt: list[int], max_tokens: int = 8) -> dict[str, Any]:
+    body = {"prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "temperature": 0, "return_token_ids": True}
+    response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    assert response.status_code == 200, response.text
+    return dict(response.json())
+
+
+class Stream:
+    """A long answer that is being streamed."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self._lines = (line for line in response.iter_lines() if line.startswith("data: "))
+
+    def next(self) -> str:
+        return next(self._lines, "")
+
+    def rest(self) -> list[str]:
+        return list(self._lines)
+
+
+@contextlib.contextmanager
+def streams(server: Server, count: int) -> Iterator[list[Stream]]:
+    """Streams that have begun, as many at one engine as at the other."""
+    wait_until(lambda: status(server) == (200, "ready"))
+    with contextlib.ExitStack() as stack:
+        opened = []
+        for number in range(count):
+            body = STREAM | {"prompt": [300 + number] * 3}
+            response = stack.enter_context(httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60))
+            opened.append(Stream(response))
+            assert opened[-1].next()
+        wait_until(lambda: of_engines(server, "persimmon_requests_running") == {0: count // 2, 1: count // 2})
+        yield opened
+
+
+def test_both_engines_compute(server: Server) -> None:
+    before = of_engines(server, "persimmon_generated_tokens_total")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: complete(server, [300 + number] * 5), range(8)))
+    after = of_engines(server, "persimmon_generated_tokens_total")
+    assert sum(after.values()) - sum(before.values()) == 64
+    assert all(after[number] > before[number] for number in (0, 1))
+
+
+def test_the_turns_of_a_conversation_come_back_to_their_prefix(server: Server) -> None:
+    def converse(number: int) -> None:
+        conversation = [400 + number, 401] * 40
+        known = 0
+        for turn in range(4):
+            answer = complete(server, conversation)
+            usage = answer["usage"]
+            assert usage["prompt_tokens_details"]["cached_tokens"] >= known
+            conversation += [*answer["choices"][0]["token_ids"], *[500 + turn] * 40]
+            known = usage["prompt_tokens"] // BLOCK * BLOCK
+
+    with ThreadPoolExecutor(6) as pool:
+        for conversation in [pool.submit(converse, number) for number in range(6)]:
+            conversation.result()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_engine_that_dies_or_hangs_ends_its_own_streams_and_no_others(
+    server: Server, number: signal.Signals
+) -> None:
+    with streams(server, 4) as opened:
+        engines = [pid for name, pid in server.children().items() if name.startswith("engine")]
+        os.kill(engines[1], number)
+        wait_until(lambda: status(server) == (200, "degraded"))
+        wait_until(lambda: sorted(of_engines(server, "persimmon_engine_ready").values()) == [0, 1])
+        complete(server, [600, 601])
+        ends = [stream.rest()[-1] for stream in opened]
+    failed = [json.loads(end.removeprefix("data: "))["error"]["code"] for end in ends if "error" in end]
+    assert failed == ["engine_dead"] * 2
+    assert ends.count("data: [DONE]") == 2
+    wait_until(lambda: status(server) == (200, "ready"))
+    assert engines[0] in server.spawned()
+    assert engines[1] not in server.spawned()
+    assert any(re.search(r"engine process \d ended with code -9", line) for line in server.lines)
+    server.wait_until_idle()
+
+
+def test_a_drain_lets_the_answers_of_all_engines_end() -> None:
+    with serving("--data-parallel-size", "2", "--kv-cache-memory", "48MB") as server, streams(server, 2) as opened:
+        server.process.send_signal(signal.SIGTERM)
+        assert [stream.rest()[-1] for stream in opened] == ["data: [DONE]"] * 2
+        assert server.wait() == 0
+        assert server.processes() == set()
+
+
+def test_no_engine_outlives_a_killed_supervisor_not_even_a_stopped_one() -> None:
+    with serving("--data-parallel-size", "2", "--kv-cache-memory", "48MB") as server:
+        descriptors = [os.pidfd_open(pid) for pid in server.spawned()]
+        assert len(descriptors) == 3
+        for pid in server.spawned():
+            os.kill(pid, signal.SIGSTOP)
+        server.process.kill()
+        for descriptor in descriptors:
+            assert select.select([descriptor], [], [], 30)[0]
+            os.close(descriptor)
+
+
+def test_a_start_that_the_settings_do_not_allow_is_explained_once() -> None:
+    start = Start("--data-parallel-size", "2", "--kv-cache-memory", "100TB")
+    assert start.wait() == 2
+    (error,) = [line for line in start.lines if "error" in line]
+    assert "--kv-cache-memory is" in error
