@@ -3,8 +3,8 @@
     python -m benchmarks.scale_out_ray --streams 32 --rounds 3 --out benchmarks/results/NAME.json
 
 Both have one engine of one thread, so that on two cores the other one is left to all that is not the engine: API worker
-or Ray's processes, and this client.  The network is random, and nothing is guessed.  First tokens are measured with one
-stream too, where nothing waits.  Needs the extra `ray`.
+or Ray's processes, and this client.  The network is random unless one is given, and nothing is guessed.  First tokens
+are measured with one stream too, where nothing waits.  Needs the extra `ray`.
 """
 
 import argparse
@@ -76,14 +76,15 @@ class Figures:
 
 def contenders(join_chunks_ms: Sequence[float]) -> Iterator[Server]:
     """The servers, in the order in which they run."""
-    threads = {"OMP_NUM_THREADS": "1"}
+    # The second is Ray's way to say that its processes listen on loopback.
+    environment = {"OMP_NUM_THREADS": "1", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     flags = [word for name, value in SETTINGS.items() for word in (f"--{name.replace('_', '-')}", value)]
     yield Server(
         name=PLAIN,
         program=(sys.executable, "-m", "persimmon.server.cli"),
         shown_program="persimmon",
         arguments=("serve", "--port", "{port}", "--model", "{checkpoint}", *flags),
-        environment=threads,
+        environment=environment,
     )
     for milliseconds in join_chunks_ms:
         given = [f"{name}={value}" for name, value in SETTINGS.items()]
@@ -95,7 +96,7 @@ def contenders(join_chunks_ms: Sequence[float]) -> Iterator[Server]:
                 *("--port", "{port}", "model={checkpoint}", "num_replicas=1", f"join_chunks_ms={milliseconds:g}"),
                 *given,
             ),
-            environment=threads,
+            environment=environment,
         )
 
 
@@ -155,6 +156,7 @@ def table(figures: Sequence[Figures]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale_out_ray", description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="to serve [default: a random one]")
     parser.add_argument("--streams", type=int, default=32, help="at the same time [default: %(default)s]")
     parser.add_argument("--prompts", type=int, default=96, help="requests in all [default: %(default)s]")
     parser.add_argument("--alone", type=int, default=20, help="requests with one stream [default: %(default)s]")
@@ -167,8 +169,9 @@ def main() -> int:
     arguments = parser.parse_args()
     measurements, commands = [], {}
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = Path(folder) / "checkpoint"
-        write_checkpoint(checkpoint)
+        checkpoint = arguments.checkpoint or Path(folder) / "checkpoint"
+        if arguments.checkpoint is None:
+            write_checkpoint(checkpoint)
         for number in range(arguments.rounds):
             for server in contenders(arguments.join_chunks_ms):
                 commands[server.name] = server.shown_command

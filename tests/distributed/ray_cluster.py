@@ -104,6 +104,7 @@ def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert time.monotonic() < deadline, f"{condition.__name__} has not come true"
+        time.sleep(0.1)  # the machine is to do something else meanwhile
 
 
 @contextlib.contextmanager

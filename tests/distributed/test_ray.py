@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,9 +12,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import ray
 
 from benchmarks.ray_server import deploy
-from tests.distributed.ray_cluster import Cluster, client, cluster
+from tests.distributed.ray_cluster import Cluster, client, cluster, until
 from tests.end_to_end.test_disconnects import leave
 
 pytestmark = pytest.mark.anyio
@@ -137,6 +139,16 @@ async def test_what_dies_ends_its_own_streams_with_an_error_and_is_replaced(two_
     assert {each for each in ended if isinstance(each, int)} == {STREAMED}
     await asyncio.to_thread(two_replicas.wait_for_replicas, 2, engines[0])
     assert await stream_tokens(two_replicas, "human: galaxy?\n\nadept:", begun) == STREAMED
+
+
+async def test_ray_exports_the_servers_metrics(two_replicas: Cluster):
+    def exported() -> bool:
+        text = httpx.get(f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics", timeout=30).text
+        usage = re.findall(r"^ray_persimmon_kv_cache_usage_ratio\{.*replica=\"(\w+)\"", text, re.MULTILINE)
+        generated = re.findall(r"^ray_persimmon_generated_tokens_total\{.* (\d+\.\d+)$", text, re.MULTILINE)
+        return len(set(usage)) >= 2 and sum(map(float, generated)) > 0
+
+    await asyncio.to_thread(until, exported)
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
