@@ -10,12 +10,13 @@ one engine and of several, each engine with one thread, in turn.
 import argparse
 import asyncio
 import json
+import re
 import statistics
 import sys
 import tempfile
 import time
 import timeit
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,12 @@ import uvloop
 
 from benchmarks.checkpoint import DEMO, write_checkpoint
 from benchmarks.machine import device
-from benchmarks.overload import SETTLE_SECONDS, figures
 from benchmarks.routed_conversations import BLOCK_SIZE, Conversations, run
 from benchmarks.servers import RunningServer, Server, running
-from persimmon.server.bench.http_client import Connection
+from persimmon.server.bench.http_client import Connection, Response
 from persimmon.server.bench.load import ClosedLoop, Limits, drive
 from persimmon.server.bench.probe import served_model
-from persimmon.server.bench.workload import RandomWorkload, Request, request
+from persimmon.server.bench.workload import RandomWorkload, request
 from persimmon.server.engine.blocks import block_hashes
 from persimmon.server.engine.load import Load
 from persimmon.server.engine.routing import SEQUENCE_TOKENS, Router
@@ -207,22 +207,30 @@ def _server(engines: int, streams: int) -> Server:
 
 
 async def _throughput(server: RunningServer, seed: int, arguments: argparse.Namespace) -> tuple[float, int]:
-    """Tokens of whole answers a second, and how many requests failed."""
+    """Tokens that the engines generate in a second, and how many requests failed."""
     async with asyncio.timeout(300), Connection(server.endpoint) as connection:
         while json.loads((await connection.get("/health")).body)["status"] != "ready":  # noqa: ASYNC110
             await asyncio.sleep(0.1)
     model = await served_model(server.endpoint)
     lengths = (max(1, arguments.output_len // 2), max(1, 3 * arguments.output_len // 2))
     workload = RandomWorkload((arguments.input_len,) * 2, lengths, token_ids=(300, 4000))
+    requests = (request(model, prompt, ignore_eos=True) for prompt in workload.prompts(seed))
+    limits = Limits(duration_s=arguments.settle + arguments.seconds)
+    driving = asyncio.create_task(drive(server.endpoint, requests, ClosedLoop(arguments.streams), limits))
+    await asyncio.sleep(arguments.settle)
+    first, began = await _generated(server), time.perf_counter()
+    await asyncio.sleep(arguments.seconds)
+    last, ended = await _generated(server), time.perf_counter()
+    exchanges = (await driving).exchanges
+    answered = sum(isinstance(each.outcome, Response) and each.outcome.status == 200 for each in exchanges)
+    return round((last - first) / (ended - began), 1), len(exchanges) - answered
 
-    def requests(own: int) -> Iterator[Request]:
-        return (request(model, prompt, ignore_eos=True) for prompt in workload.prompts(own))
 
-    seconds = arguments.seconds + SETTLE_SECONDS
-    result = await drive(server.endpoint, requests(seed), ClosedLoop(arguments.streams), Limits(duration_s=seconds))
-    counted = figures(result, None, seconds, {})
-    failures = counted.refused + counted.server_errors + sum(counted.other_failures.values())
-    return counted.goodput_tokens_per_s, failures
+async def _generated(server: RunningServer) -> float:
+    """Tokens that all engines of a server have generated."""
+    async with Connection(server.endpoint) as connection:
+        text = (await connection.get("/metrics")).body.decode()
+    return sum(map(float, re.findall(r"^persimmon_generated_tokens_total\S* (\S+)$", text, re.MULTILINE)))
 
 
 PARTS: Mapping[str, Callable[[argparse.Namespace], Any]] = {
@@ -281,7 +289,8 @@ def main() -> int:
     parser.add_argument("--input-len", type=int, default=64, help="token ids of a prompt [default: %(default)s]")
     parser.add_argument("--output-len", type=int, default=64, help="of an answer, on average [default: %(default)s]")
     parser.add_argument("--rounds", type=int, default=3, help="of all servers in turn [default: %(default)s]")
-    parser.add_argument("--seconds", type=float, default=30, help="of each load [default: %(default)s]")
+    parser.add_argument("--settle", type=float, default=10, help="seconds of a load before [default: %(default)s]")
+    parser.add_argument("--seconds", type=float, default=30, help="of a load that count [default: %(default)s]")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     arguments = parser.parse_args()
     measured = {part: PARTS[part](arguments) for part in arguments.parts}
