@@ -160,20 +160,31 @@ async def run_phase(name: str, one: Callable[[int], Awaitable[str]], count: int,
 
 
 async def idle_metrics(endpoint: Endpoint) -> dict[str, float]:
-    """The engine's levels when nothing is in flight, or those that there are after a minute."""
+    """The levels of all engines together when nothing is in flight, or those that there are after a minute."""
     deadline = time.monotonic() + IDLE_SECONDS
     async with Connection(endpoint) as connection:
         while True:
             text = (await connection.get("/metrics")).body.decode()
             metrics = {
-                name: float(value)
-                for name, value in re.findall(r"^persimmon_(\w+) (\S+)$", text, flags=re.MULTILINE)
-                if name in ("requests_running", "requests_waiting", "open_streams", "kv_blocks_free", "kv_blocks")
+                name: _sum(text, name)
+                for name in ("requests_running", "requests_waiting", "open_streams", "kv_blocks_free", "kv_blocks")
             }
             busy = metrics["requests_running"] + metrics["requests_waiting"] + metrics["open_streams"]
             if not busy or time.monotonic() > deadline:
                 return metrics
             await asyncio.sleep(0.1)
+
+
+def _sum(text: str, name: str) -> float:
+    """A metric in Prometheus' text format, added up over its series.
+
+    Raises:
+        LookupError: there is none of this name.
+    """
+    values = re.findall(rf"^persimmon_{name}(?:{{\S+}})? (\S+)$", text, flags=re.MULTILINE)
+    if not values:
+        raise LookupError(f"/metrics has no persimmon_{name}")
+    return sum(map(float, values))
 
 
 async def soak(endpoint: Endpoint, command: str, process_id: int, disconnects: int, requests: int) -> Result:
