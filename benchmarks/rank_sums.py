@@ -36,7 +36,7 @@ class SumFigures:
 
 
 def measure_sums(config: PersimmonConfig, rows: Sequence[int], seconds: float, size: int = 2) -> list[SumFigures]:
-    """The sums of steps with so many tokens.
+    """The sums of steps with this many tokens.
 
     Args:
         config: the network.

@@ -20,7 +20,7 @@ SMALL = {"block_size": "16", "max_num_seqs": "32", "max_model_len": "512", "kv_c
 
 @contextlib.contextmanager
 def on_ranks(count: int, folder: Path, **settings: str) -> Iterator[LoadedModel]:
-    """Loads a checkpoint as an engine of so many ranks does, each with one thread, for the length of a block."""
+    """Loads a checkpoint as an engine of this many ranks does, each with one thread, for the length of a block."""
     asked = read_settings(SMALL | {"tensor_parallel_size": str(count)} | settings).of_engine()
     cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
     try:

@@ -422,7 +422,7 @@ class NativeKernels:
             max_tokens: of the steps that the program is for.
             forward: one pass of the network through the kernels it is given.  It gets a plan that stands for all, and
                 returns nothing that means anything.  Only what the kernels do becomes part of the program; `add_` is
-                where one of its `parts` ends, and is left to whoever runs those.
+                where one of its `parts` ends, and is left to the caller that runs those.
             width: of what a layer makes, see `layer_width`; 0 where nothing but products are recorded.
         """
         program = Program(self.library, max_tokens)

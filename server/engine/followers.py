@@ -1,7 +1,7 @@
 """The other ranks of an engine, as the first one has them: processes that do what each step needs of them.
 
 The first rank plans, draws and reports.  It sends each step over a pipe, because a process that waits in a collective
-operation of torch.distributed can wait only for so long, and an engine may be idle for days.
+operation of torch.distributed has a time limit, and an engine may be idle for days.
 """
 
 import logging

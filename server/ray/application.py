@@ -60,8 +60,8 @@ class Placement(BaseModel):
     """The arguments of `app` that are not settings of the server.
 
     Attributes:
-        num_replicas: of the server; at least so many with autoscaling.
-        max_replicas: with which Ray scales up to so many; None for a fixed number.
+        num_replicas: of the server; the minimum with autoscaling.
+        max_replicas: the maximum with autoscaling; None for a fixed number.
         num_cpus: cores of a replica, and threads of its engine on a CPU; None for one for each rank.
         num_gpus: of a replica.
         join_chunks_ms: milliseconds between two chunks of a stream.

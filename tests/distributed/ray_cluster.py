@@ -66,7 +66,7 @@ class Cluster:
         return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
 
     def wait_for_replicas(self, number: int, without: psutil.Process | None = None) -> None:
-        """Returns when so many replicas serve, and no others are left.
+        """Returns when this many replicas serve, and no others are left.
 
         Args:
             number: how many.
@@ -100,11 +100,10 @@ def _is_idle(gauges: Mapping[str, float]) -> bool:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Returns when a condition holds; fails when it takes too long."""
+    """Returns when a condition holds; fails when it takes too long.  Asking takes its time, so there is no pause."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert time.monotonic() < deadline, f"{condition.__name__} has not come true"
-        time.sleep(0.1)  # the machine is to do something else meanwhile
 
 
 @contextlib.contextmanager
@@ -120,7 +119,7 @@ def cluster(**arguments: Any) -> Iterator[Cluster]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -16,14 +16,18 @@ import pytest
 
 from tests.end_to_end.serving import Server, Start, serving
 
-STREAM = {"max_tokens": 2000, "ignore_eos": True, "stream": True}
+# The demo repeats itself, so with guesses an answer of 2,000 tokens would end within a few steps.
+STREAM = {"max_tokens": 2000, "ignore_eos": True, "stream": True, "speculate": False}
 BLOCK = 32
+
+CLIENT = httpx.Client(timeout=60)
+"""For all requests: to make a client takes longer than a long answer."""
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """Two engines and two API workers, which notice soon when an engine hangs."""
-    arguments = ("--data-parallel-size", "2", "--api-workers", "2", "--kv-cache-memory", "48MB", "--step-timeout", "4")
+    arguments = ("--data-parallel-size", "2", "--api-workers", "2", "--kv-cache-memory", "128MB", "--step-timeout", "4")
     with serving(*arguments) as server:
         yield server
 
@@ -42,22 +46,19 @@ def wait_until(happened: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 def status(server: Server) -> tuple[int, str]:
-    health = httpx.get(f"{server.url}/health", timeout=30)
+    health = CLIENT.get(f"{server.url}/health")
     return health.status_code, health.json()["status"]
 
 
 def of_engines(server: Server, name: str) -> dict[int, float]:
     """A metric of each engine."""
-    text = httpx.get(f"{server.url}/metrics", timeout=30).text
+    text = CLIENT.get(f"{server.url}/metrics").text
     return {int(number): float(value) for number, value in re.findall(rf'^{name}{{engine="(\d+)"}} (\S+)$', text, re.M)}
 
 
-def complete(
-    server: Server, prompt: list[int], max_tokens: int = 8, client: httpx.Client | None = None
-) -> dict[str, Any]:
+def complete(server: Server, prompt: list[int], max_tokens: int = 8, client: httpx.Client = CLIENT) -> dict[str, Any]:
     body = {"prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "temperature": 0, "return_token_ids": True}
-    post = httpx.post if client is None else client.post
-    response = post(f"{server.url}/v1/completions", json=body, timeout=60)
+    response = client.post(f"{server.url}/v1/completions", json=body, timeout=60)
     assert response.status_code == 200, response.text
     return dict(response.json())
 
@@ -83,7 +84,7 @@ def streams(server: Server, count: int) -> Iterator[list[Stream]]:
         opened = []
         for number in range(count):
             body = STREAM | {"prompt": [300 + number] * 3}
-            response = stack.enter_context(httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60))
+            response = stack.enter_context(CLIENT.stream("POST", f"{server.url}/v1/completions", json=body))
             opened.append(Stream(response))
             assert opened[-1].next()
         wait_until(lambda: of_engines(server, "persimmon_requests_running") == {0: count // 2, 1: count // 2})
@@ -134,7 +135,7 @@ def test_an_engine_that_dies_or_hangs_ends_its_own_streams_and_no_others(
 
 
 def test_a_drain_lets_the_answers_of_all_engines_end() -> None:
-    with serving("--data-parallel-size", "2", "--kv-cache-memory", "48MB") as server, streams(server, 2) as opened:
+    with serving("--data-parallel-size", "2", "--kv-cache-memory", "128MB") as server, streams(server, 2) as opened:
         server.process.send_signal(signal.SIGTERM)
         assert [stream.rest()[-1] for stream in opened] == ["data: [DONE]"] * 2
         assert server.wait() == 0
@@ -142,7 +143,7 @@ def test_a_drain_lets_the_answers_of_all_engines_end() -> None:
 
 
 def test_no_engine_outlives_a_killed_supervisor_not_even_a_stopped_one() -> None:
-    with serving("--data-parallel-size", "2", "--kv-cache-memory", "48MB") as server:
+    with serving("--data-parallel-size", "2", "--kv-cache-memory", "128MB") as server:
         descriptors = [os.pidfd_open(pid) for pid in server.spawned()]
         assert len(descriptors) == 3
         for pid in server.spawned():

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 ARGUMENTS = {"kv_cache_memory": "128MB", "max_num_seqs": 32, "speculative_config": "off"}
 WORDS = ["galaxy", "river", "tree", "house", "music", "bread", "winter", "paper", "horse", "garden", "silver", "window"]
 STREAMED = 500
-"""Tokens of an answer that takes so long that something can be killed meanwhile."""
+"""Tokens of an answer that is long enough for something to be killed before its end."""
 
 
 @pytest.fixture
