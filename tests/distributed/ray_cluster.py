@@ -49,12 +49,8 @@ class Cluster:
 
     def processes(self, title: str) -> list[psutil.Process]:
         """The processes of the cluster whose command line begins with a text."""
-        found = []
-        for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if " ".join(process.cmdline()).startswith(title):
-                    found.append(process)
-        return found
+        children = psutil.Process().children(recursive=True)
+        return [process for process in children if _command(process).startswith(title)]
 
     def replica_processes(self) -> list[psutil.Process]:
         """The processes of the replicas."""
@@ -62,8 +58,8 @@ class Cluster:
 
     def engines(self) -> list[psutil.Process]:
         """The engine processes."""
-        children = [child for replica in self.replica_processes() for child in replica.children()]
-        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        children = [child for replica in self.replica_processes() for child in _children(replica)]
+        return [child for child in children if "spawn_main" in _command(child)]
 
     def wait_for_replicas(self, number: int, without: psutil.Process | None = None) -> None:
         """Returns when this many replicas serve, and no others are left.
@@ -88,6 +84,22 @@ class Cluster:
             return all(_is_idle(self.gauges()) for _ in range(12))
 
         until(idle)
+
+
+def _command(process: psutil.Process) -> str:
+    """The command line of a process; empty if it has ended, also if nobody has asked for its exit code yet."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    """What a process has started; nothing if it has ended."""
+    try:
+        return list(process.children())
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _is_idle(gauges: Mapping[str, float]) -> bool:
