@@ -4,7 +4,7 @@
 
 hits: the share of prompts found in prefix caches, by one engine and by several with the same memory in all; without a
 model (see `routed_conversations`).  router: the time in which a prompt's engine is chosen.  engines: real servers of
-one engine and of several, each engine with one thread, in turn.
+one engine and of several, each engine with one thread, in turn; no more engines than there are cores.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from benchmarks.checkpoint import DEMO, write_checkpoint
 from benchmarks.machine import device
 from benchmarks.routed_conversations import BLOCK_SIZE, Conversations, run
 from benchmarks.servers import RunningServer, Server, running
+from persimmon.model.cores import usable_cores
 from persimmon.server.bench.http_client import Connection, Response
 from persimmon.server.bench.load import ClosedLoop, Limits, drive
 from persimmon.server.bench.probe import served_model
@@ -172,7 +173,8 @@ def measure_engines(arguments: argparse.Namespace) -> dict[str, Any]:
         if arguments.checkpoint != "demo":
             checkpoint = folder / "checkpoint"
             write_checkpoint(checkpoint, shape=arguments.checkpoint)
-        servers = {count: _server(count, arguments.streams) for count in (1, *arguments.engines)}
+        counts = [count for count in arguments.engines if count <= usable_cores()]
+        servers = {count: _server(count, arguments.streams) for count in (1, *counts)}
         tokens: Mapping[int, list[float]] = {count: [] for count in servers}
         failed = dict.fromkeys(servers, 0)
         for number in range(arguments.rounds):
