@@ -116,13 +116,16 @@ def precision_flags(program: str, precision: str) -> tuple[str, ...]:
 
     OpenVINO's weights have theirs from the export; by default it would compute in bfloat16 where the processor does.
     Its defaults choose a cache of 16 bits next to float32 weights and one of 8 bits next to quantized ones, so this
-    server gets the same.
+    server gets the same.  vLLM keeps its own default, a cache in the type of the weights: with float16 next to float32
+    its CPU build 0.32.0 answers other tokens than Transformers.
     """
     if program == OPENVINO:
         return ("--precision", "f32") if precision == "float32" else ("--kv-cache-precision", "u8")
     if precision in QUANTIZED:
         return ("--quantization", precision, "--kv-cache-dtype", "int8")
-    return ("--dtype", precision, *(("--kv-cache-dtype", "float16") if precision == "float32" else ()))
+    if program == OURS and precision == "float32":
+        return ("--dtype", precision, "--kv-cache-dtype", "float16")
+    return ("--dtype", precision)
 
 
 def export_to_openvino(python: Path, checkpoint: Path, precision: str, scratch: Path) -> Path:
