@@ -158,6 +158,33 @@ class Sequence:
         """Whether it will get no more tokens."""
         return self.finish_reason is not None
 
+    def check(self, max_model_len: int) -> None:
+        """Makes sure that a sequence, with its forks, can ever run.
+
+        Raises:
+            ValueError: it is empty, could outgrow max_model_len, has forks but no new tokens, or has spans that are out
+                of order or not within its prompt.
+        """
+        if self.prompt_length < 1 or self.max_tokens < 0:
+            raise ValueError(
+                f"{self.prompt_length} prompt tokens and {self.max_tokens} new ones; expected at least one prompt token"
+            )
+        if self.prompt_length + self.max_tokens > max_model_len:
+            raise ValueError(
+                f"{self.prompt_length} prompt tokens and {self.max_tokens} new ones "
+                f"exceed the maximum length of a sequence, {max_model_len}"
+            )
+        if self.forks and self.max_tokens == 0:
+            raise ValueError(f"{len(self.family)} samples with no new tokens; only one is allowed")
+        begin = 0
+        for span in self.spans:
+            if span.start < begin or span.length < 1 or span.start + span.length > self.prompt_length:
+                raise ValueError(
+                    f"a span of {span.length} tokens from {span.start} on must hold a token, begin at {begin} or later "
+                    f"and end within the {self.prompt_length} tokens of the prompt"
+                )
+            begin = span.start + span.length
+
     def hand_over(self, successor: "Sequence") -> None:
         """Gives its blocks and forks to a sequence of the same prompt; neither has output yet."""
         successor.forks, self.forks = self.forks, []

@@ -7,9 +7,13 @@ is for and how long it may take; knows neither blocks nor tokens.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Ordered
+from typing import NamedTuple
 
 from persimmon.server.engine.sequence import Sequence
 from persimmon.server.engine.shares import Share
+from persimmon.server.engine.step_cost import StepCosts
+from persimmon.server.engine.waiting import WaitingQueue
 
 SHORT_SHARE = 0.25
 """Short steps between two full ones may take this share of the time that the full one takes."""
@@ -36,6 +40,18 @@ def clients_with_little(running: Iterable[Sequence], waiting: Mapping[Share, int
     return frozenset(share for share, count in counts.items() if count < part * share.weight)
 
 
+class ShortStep(NamedTuple):
+    """A step that leaves clients out.
+
+    Attributes:
+        clients: whose sequences are in it.
+        prompt_seconds: time that it has for prompts.
+    """
+
+    clients: frozenset[Share]
+    prompt_seconds: float
+
+
 class ShortSteps:
     """The time that is left for short steps until the next full one."""
 
@@ -47,6 +63,25 @@ class ShortSteps:
     def seconds(self) -> float:
         """The time that the next short step may take; 0 where the next step is for all."""
         return self._seconds if self._steps else 0.0
+
+    def next(self, running: Ordered[Sequence], waiting: WaitingQueue, costs: StepCosts) -> ShortStep | None:
+        """The short step to run now; None where the next step is for all.
+
+        Args:
+            running: sequences that hold blocks.
+            waiting: sequences that wait.
+            costs: what steps cost.
+        """
+        seconds = self.seconds
+        if seconds <= costs.step or not waiting:
+            return None
+        clients = clients_with_little(running, waiting.counts)
+        own = [sequence for sequence in running if sequence.share in clients]
+        joins = next(waiting.in_order()).share in clients
+        quiet = costs.step + sum([costs.decode + costs.decode_context * one.num_computed for one in own])
+        if not (own or joins) or seconds <= quiet:
+            return None
+        return ShortStep(clients, seconds - quiet - costs.chunks)
 
     def count_full(self, seconds: float, longest: float | None) -> None:
         """Records a full step.

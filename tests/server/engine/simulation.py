@@ -96,27 +96,25 @@ class Preemption:
     for_blocks: bool
 
 
-class WatchedScheduler(Scheduler):
-    """A scheduler that records its preemptions: a sequence that comes straight back may get the blocks that it gave up.
+def watch_preemptions(scheduler: Scheduler) -> list[Preemption]:
+    """A list that gets the scheduler's preemptions: a sequence that comes straight back may get the blocks it gave up."""
+    batch = scheduler._running
+    preempt, seen = batch.preempt, list[Preemption]()
 
-    Attributes:
-        preempted: since it was last cleared.
-    """
-
-    preempted: list[Preemption]
-
-    def _preempt(self, victim: Sequence) -> None:
-        others = [(own, len(own.block_table)) for own in self._running if own is not victim]
-        self.preempted.append(
+    def noted(victim: Sequence) -> None:
+        seen.append(
             Preemption(
                 victim=victim,
                 blocks=len(victim.block_table),
-                others=others,
-                samples={own: len(own.family) for own in self._running},
-                for_blocks=self._missing_blocks() > 0,
+                others=[(own, len(own.block_table)) for own in batch.sequences if own is not victim],
+                samples={own: len(own.family) for own in batch.sequences},
+                for_blocks=scheduler._tables.missing(batch.sequences) > 0,
             )
         )
-        super()._preempt(victim)
+        preempt(victim)
+
+    vars(batch)["preempt"] = noted
+    return seen
 
 
 @dataclass(frozen=True)
@@ -250,7 +248,7 @@ class Simulation:
         max_guess_rows: int | None = None,
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching)
-        self.scheduler = WatchedScheduler(
+        self.scheduler = Scheduler(
             self.pool,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -276,6 +274,7 @@ class Simulation:
         self._max_guess_rows = max_guess_rows
         self._model = FakeModel(num_blocks, block_size)
         self._overlap = overlap
+        self._preemptions = watch_preemptions(self.scheduler)
         # Ended while steps were under way that may write their blocks.
         self._leaving: list[Sequence] = []
         self._started_before: list[Sequence] = []
@@ -400,7 +399,7 @@ class Simulation:
         must_wait = any(own.draws_from_output and own.num_pending for own in self.running)
         must_wait |= any(item.guesses for plan in self.under_way for item in plan.scheduled)
         may_wait = any(own.proposer is not None for own in decoding)  # for tokens behind which guesses are expected
-        self.scheduler.preempted = []
+        self._preemptions.clear()
         plan = self.scheduler.plan_ahead(self.costs) if ahead else self.scheduler.plan(self.costs)
         if plan is None:
             several_clients = len({own.owner for own in self.live.values()}) > 1
@@ -408,7 +407,7 @@ class Simulation:
             self.check()
             return None
         assert not (ahead and must_wait)
-        preemptions = self.scheduler.preempted
+        preemptions = list(self._preemptions)
         preempted = [each.victim for each in preemptions]
         self._account_for(before, plan, preempted)
         assert not (preempted and ahead), "a sequence was preempted while a step was under way"
@@ -543,7 +542,7 @@ class Simulation:
         assert not self.live, f"sequences {list(self.live)} never finished"
         assert not self.scheduler.has_work
         assert self.pool.num_free == self.pool.num_blocks
-        assert not self.scheduler._promised
+        assert not self.scheduler._tables._promises
 
     def check(self) -> None:
         """What holds at any moment."""
