@@ -1,3 +1,8 @@
 import pytest
 
-pytest.register_assert_rewrite("tests.server.engine.simulation")
+pytest.register_assert_rewrite(
+    "tests.server.engine.expectations",
+    "tests.server.engine.fake_model",
+    "tests.server.engine.preemptions",
+    "tests.server.engine.simulation",
+)

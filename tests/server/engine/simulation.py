@@ -1,225 +1,26 @@
-"""A scheduler driven step by step, with a fake model and every promise checked at every step.
-
-The fake model keeps, in place of keys and values, the tokens they would have been computed from, so a block that is
-stale, wrongly shared or overwritten is seen by the first step that reads it.  It computes as late as it may: a step's
-reads and writes happen when the step is waited for, after the next was planned where steps overlap.
-"""
+"""A scheduler driven step by step, with a model without numbers and every promise checked at every step."""
 
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass
 from operator import attrgetter
-from zlib import crc32
-
-import msgspec
 
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.server.engine.blocks import BlockPool
 from persimmon.server.engine.guesses import Speculation
 from persimmon.server.engine.messages import EngineStats, Pooling
-from persimmon.server.engine.proposers import NO_PROPOSAL, Proposal
 from persimmon.server.engine.scheduler import Scheduler
 from persimmon.server.engine.sequence import Sequence
+from persimmon.server.engine.shares import Holdings
 from persimmon.server.engine.short_steps import MAX_SHORT_STEPS
 from persimmon.server.engine.step_cost import StepCosts
 from persimmon.server.engine.step_plan import Advance, ScheduledSequence, StepPlan
+from tests.server.engine.expectations import ExpectedStats, expected_advances
+from tests.server.engine.fake_model import VOCABULARY, FakeModel, OneProposal, Oracle, generate_alone, next_token
+from tests.server.engine.preemptions import check_preemption, watch_preemptions
 
 _rank = attrgetter("rank")
 _age = attrgetter("age")
-
-VOCABULARY = 3
-"""So few tokens that prompts and answers often share prefixes."""
-
-
-def next_token(token_ids: Ids[int], sample_index: int = 0) -> int:
-    """What the fake model says after these tokens; samples of one prompt differ."""
-    return crc32(bytes([*token_ids, *[255] * sample_index])) % VOCABULARY
-
-
-def generate_alone(
-    prompt: Ids[int], max_tokens: int, stop_token_ids: Iterable[int] = (), sample_index: int = 0
-) -> tuple[list[int], str]:
-    """The answer and finish reason of a sequence that has the machine to itself."""
-    token_ids, stops = list(prompt), set(stop_token_ids)
-    for _ in range(max_tokens):
-        token_ids.append(next_token(token_ids, sample_index))
-        if token_ids[-1] in stops:
-            return token_ids[len(prompt) :], "stop"
-    return token_ids[len(prompt) :], "length"
-
-
-@dataclass(frozen=True)
-class OneProposal:
-    """Guesses once: what comes after a sequence of this many tokens."""
-
-    num_tokens: int
-    guesses: list[int]
-
-    def propose(self, token_ids: Ids[int], count: int) -> Proposal:
-        assert count > 0
-        return Proposal(self.guesses[:count], 1) if len(token_ids) == self.num_tokens else NO_PROPOSAL
-
-
-@dataclass(frozen=True)
-class Oracle:
-    """Makes guesses in every step; those at regular intervals are wrong."""
-
-    sample_index: int
-    max_guesses: int
-    right_in_a_row: int
-
-    def propose(self, token_ids: Ids[int], count: int) -> Proposal:
-        known = list(token_ids)
-        for _ in range(min(count, self.max_guesses)):
-            right = next_token(known, self.sample_index)
-            known.append(right if len(known) % (self.right_in_a_row + 1) else (right + 1) % VOCABULARY)
-        return Proposal(known[len(token_ids) :], 1)
-
-
-@dataclass(frozen=True)
-class Preemption:
-    """A preemption as it happened.
-
-    Attributes:
-        victim: the sequence that lost its blocks.
-        blocks: how many it had.
-        others: those that ran with it, with their blocks.
-        samples: of each of them and of the victim, how many it had: itself and its forks, which may begin in this plan.
-        for_blocks: whether blocks were missing; else it made room for another client.
-    """
-
-    victim: Sequence
-    blocks: int
-    others: list[tuple[Sequence, int]]
-    samples: dict[Sequence, int]
-    for_blocks: bool
-
-
-def watch_preemptions(scheduler: Scheduler) -> list[Preemption]:
-    """A list that gets the scheduler's preemptions: a sequence that comes straight back may get the blocks it gave up."""
-    batch = scheduler._running
-    preempt, seen = batch.preempt, list[Preemption]()
-
-    def noted(victim: Sequence) -> None:
-        seen.append(
-            Preemption(
-                victim=victim,
-                blocks=len(victim.block_table),
-                others=[(own, len(own.block_table)) for own in batch.sequences if own is not victim],
-                samples={own: len(own.family) for own in batch.sequences},
-                for_blocks=scheduler._tables.missing(batch.sequences) > 0,
-            )
-        )
-        preempt(victim)
-
-    vars(batch)["preempt"] = noted
-    return seen
-
-
-@dataclass(frozen=True)
-class LaunchedPart:
-    """A part of a step as a device gets it: what it knows of the sequence does not change any more."""
-
-    item: ScheduledSequence
-    token_ids: list[int]
-    pending_row: int | None
-    block_table: list[int]
-
-    @classmethod
-    def of(cls, item: ScheduledSequence) -> "LaunchedPart":
-        sequence = item.sequence
-        known = [*sequence.token_ids[: item.end], *item.guesses]
-        assert len(known) == item.end - (item.pending_row is not None)
-        return cls(item=item, token_ids=known, pending_row=item.pending_row, block_table=list(sequence.block_table))
-
-    def tokens(self, sampled_before: list[int]) -> list[int]:
-        """The sequence up to the end of the part."""
-        if self.pending_row is None:
-            return self.token_ids
-        return [*self.token_ids, *sampled_before[self.pending_row : self.pending_row + 1]]
-
-
-class FakeModel:
-    """Runs plans over a cache whose slots remember which tokens their content depends on."""
-
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self._block_size = block_size
-        self._slots: list[tuple[int, ...] | None] = [None] * (num_blocks * block_size)
-        self._launched: deque[tuple[list[tuple[int, int]], list[LaunchedPart]]] = deque()
-        self._sampled: list[int] = []
-
-    def launch(self, plan: StepPlan) -> None:
-        """Takes a step, which will be computed when it is waited for."""
-        self._launched.append((list(plan.copies), [LaunchedPart.of(item) for item in plan.scheduled]))
-
-    def blocks_to_write(self) -> set[int]:
-        """The blocks that launched steps have not written yet."""
-        size = self._block_size
-        blocks = {target for copies, _ in self._launched for _, target in copies}
-        for _, parts in self._launched:
-            for part in parts:
-                blocks |= set(part.block_table[part.item.start // size : -(-part.item.end // size)])
-        return blocks
-
-    def wait(self) -> list[list[int]]:
-        """Computes the oldest launched step and samples, reading the cache before and after all writes of the step."""
-        copies, parts = self._launched.popleft()
-        self._copy(copies)
-        for part in parts:
-            self._read(part, part.item.start)
-        for part in parts:
-            token_ids = part.tokens(self._sampled)
-            for position in range(part.item.start, part.item.end):
-                self._slots[self._slot(part, position)] = tuple(token_ids[: position + 1])
-        for part in parts:
-            self._read(part, part.item.end)
-        drawn = [
-            [
-                next_token(part.tokens(self._sampled)[: part.item.end - later], sample.sample_index)
-                for later in range(part.item.draws - 1, -1, -1)
-            ]
-            for part in parts
-            for sample in part.item.samples
-        ]
-        self._sampled = [tokens[-1] for tokens in drawn]
-        return drawn
-
-    def fail(self) -> None:
-        """The oldest launched step computes nothing."""
-        self._launched.popleft()
-        self._sampled = []
-
-    def _copy(self, copies: list[tuple[int, int]]) -> None:
-        size = self._block_size
-        targets = [target for _, target in copies]
-        assert len(set(targets)) == len(targets), "two blocks are copied into one"
-        before = list(self._slots)
-        for source, target in copies:
-            self._slots[target * size : (target + 1) * size] = before[source * size : (source + 1) * size]
-
-    def _read(self, part: LaunchedPart, end: int) -> None:
-        if all(own.finished for own in part.item.members):
-            return  # its results are not used
-        token_ids = part.tokens(self._sampled)
-        for position in range(end):
-            held = self._slots[self._slot(part, position)]
-            wanted = tuple(token_ids[: position + 1])
-            assert held == wanted, f"position {position} of {part.item.sequence.key} attends to {held}, not {wanted}"
-
-    def _slot(self, part: LaunchedPart, position: int) -> int:
-        return part.block_table[position // self._block_size] * self._block_size + position % self._block_size
-
-
-def _counting(sequence: Sequence, item: ScheduledSequence, drawn: list[int]) -> list[int]:
-    """The tokens that count of those drawn at a sequence's guesses."""
-    counting = []
-    for place, token in enumerate(drawn):
-        counting.append(token)
-        ends = token in sequence.stop_token_ids or sequence.num_output_tokens + len(counting) == sequence.max_tokens
-        if ends or item.guesses[place : place + 1] != [token]:
-            break
-    return counting
 
 
 class Simulation:
@@ -279,15 +80,8 @@ class Simulation:
         self._leaving: list[Sequence] = []
         self._started_before: list[Sequence] = []
         self._short_in_a_row = 0
-        self._first_hits: dict[int, int] = {}
-        self._families: dict[int, int] = {}
-        self._counted: set[int] = set()
         self._reported: Counter[Hashable] = Counter()
-        self._expected = EngineStats(
-            running=0, waiting=0, free_blocks=num_blocks, total_blocks=num_blocks, steps=0, prompt_tokens=0,
-            generated_tokens=0, cached_tokens=0, queried_tokens=0, preemptions=0, recomputed_tokens=0, drafts=0,
-            draft_tokens=0, accepted_tokens=0,
-        )  # fmt: skip
+        self._expected = ExpectedStats(num_blocks)
 
     @property
     def stats(self) -> EngineStats:
@@ -357,10 +151,10 @@ class Simulation:
             )
 
         sequence = sample(0, pooling, [sample(index) for index in range(1, samples)])
-        family, first = sequence.family, self.arrivals
+        family = sequence.family
         self.scheduler.add(sequence)
+        self._expected.add(range(self.arrivals, self.arrivals + samples))
         for own in family:
-            self._families[self.arrivals] = first
             self.live[self.arrivals] = own
             self.arrivals += 1
         self.check()
@@ -409,55 +203,19 @@ class Simulation:
         assert not (ahead and must_wait)
         preemptions = list(self._preemptions)
         preempted = [each.victim for each in preemptions]
-        self._account_for(before, plan, preempted)
+        self._expected.count_plan(self.live, before, plan, preempted)
         assert not (preempted and ahead), "a sequence was preempted while a step was under way"
         assert missing > 0 or not any(each.for_blocks for each in preemptions), "there were enough blocks"
         assert sum(not each.for_blocks for each in preemptions) <= 1
         done_before = {own: before[key][0] for key, own in self.live.items()}
         for each in preemptions:
-            self._check_preemption(each, done_before)
+            check_preemption(each, done_before, self.live.values(), Holdings(self._max_num_seqs, self.pool.num_blocks))
         self._check_plan(plan, [sequence for sequence in decoding if sequence not in preempted], ahead=ahead)
         if plan.scheduled:
             self._model.launch(plan)
             self.under_way.append(plan)
         self.check()
         return plan
-
-    def _check_preemption(self, preemption: Preemption, done: dict[Sequence, int]) -> None:
-        victim = preemption.victim
-        everyone = [(victim, preemption.blocks), *preemption.others]
-        slots, blocks = Counter[str](), Counter[str]()
-        for own, count in everyone:
-            slots[own.owner] += preemption.samples[own]
-            blocks[own.owner] += count
-        weights = {own.owner: own.weight for own in self.live.values()}
-        equals = [own for own, _ in preemption.others if (own.owner, own.priority) == (victim.owner, victim.priority)]
-        if preemption.for_blocks:
-            oldest, *others = sorted([own for own, _ in everyone], key=_age)
-            assert victim is not oldest, "the oldest is preempted"
-            assert all(victim.priority >= own.priority for own in others), "a lower priority is preempted first"
-            rivals = [own.owner for own in others if own.priority == victim.priority]
-            held = {owner: blocks[owner] / weights[owner] for owner in rivals}
-            assert held[victim.owner] == max(held.values()), "the client that holds most is preempted first"
-            assert all(done[victim] <= done[own] for own in equals if own is not oldest), "it had not computed least"
-            return
-        oldest = min([own for own, _ in everyone if own.owner == victim.owner], key=_age)
-        assert victim is not oldest, "the oldest of a client is preempted for another client"
-        # Without one that holds more the client might hold less than the newcomer's, so it is no candidate.
-        held_by = dict(preemption.others)
-        for own in equals:
-            as_small = preemption.samples[own] <= preemption.samples[victim] and held_by[own] <= preemption.blocks
-            assert own is oldest or not as_small or done[victim] <= done[own], "it had not computed least"
-
-        def part(owner: str, more_slots: int, more_blocks: int) -> float:
-            of_slots = (slots[owner] + more_slots) / self._max_num_seqs
-            return max(of_slots, (blocks[owner] + more_blocks) / self.pool.num_blocks) / weights[owner]
-
-        newcomers = {
-            own.owner for own in self.live.values() if own.owner != victim.owner and own.priority <= victim.priority
-        }
-        left = part(victim.owner, -preemption.samples[victim], -preemption.blocks)
-        assert any(part(owner, 1, 0) <= left for owner in newcomers), "no other client has less than its share"
 
     def fail(self) -> None:
         """The oldest step under way comes to nothing."""
@@ -477,32 +235,10 @@ class Simulation:
         """Computes the oldest step under way and ends it."""
         plan = self.under_way.popleft()
         drawn = self._model.wait()
-        expected = []
-        row = 0
-        for item in plan.scheduled:
-            for sample in item.samples:
-                if not sample.finished:
-                    expected.append(Advance(sample, _counting(sample, item, drawn[row]), row))
-                row += 1
-            sequence = item.sequence
-            if not sequence.finished and sequence.max_tokens == 0 and item.end == sequence.prompt_length:
-                expected.append(Advance(sequence, [], row))
-            if item.guesses and not sequence.finished:
-                right = sum(token == guess for token, guess in zip(expected[-1].tokens, item.guesses, strict=False))
-                self._expected = msgspec.structs.replace(
-                    self._expected,
-                    drafts=self._expected.drafts + 1,
-                    draft_tokens=self._expected.draft_tokens + len(item.guesses),
-                    accepted_tokens=self._expected.accepted_tokens + right,
-                )
+        expected = expected_advances(plan, drawn)
         advanced = self.scheduler.commit(plan, drawn)
         assert advanced == expected
-        generated = sum(len(advance.tokens) for advance in advanced)
-        self._expected = msgspec.structs.replace(
-            self._expected,
-            steps=self._expected.steps + 1,
-            generated_tokens=self._expected.generated_tokens + generated,
-        )
+        self._expected.count_step(plan, advanced)
         for advance in advanced:
             sequence = advance.sequence
             assert sequence.token_ids[sequence.num_tokens - len(advance.tokens) :] == list(advance.tokens)
@@ -569,13 +305,10 @@ class Simulation:
                 new = [own for own in started if own in of_it and own not in self._started_before]
                 assert not waits or all(own.rank < waits[0].rank for own in new)
         self._started_before = started
-        self._expected = msgspec.structs.replace(
-            self._expected,
-            running=len(started),
-            waiting=len(waiting),
-            free_blocks=self.pool.num_blocks - len(references),
+        self._expected.set_levels(
+            running=len(started), waiting=len(waiting), free_blocks=self.pool.num_blocks - len(references)
         )
-        assert self.stats == self._expected
+        assert self.stats == self._expected.stats
 
     def _steps_left(self) -> int:
         # Each step computes at least a token of the oldest that runs, which is never preempted.  What it has computed
@@ -647,53 +380,11 @@ class Simulation:
         )
         alone = generate_alone(prompt, sequence.max_tokens, sequence.stop_token_ids, sequence.sample_index)
         assert (output, sequence.finish_reason) == alone
-        if key in self._first_hits:
-            assert sequence.cached_tokens == self._first_hits[key]
+        if key in self._expected.first_hits:
+            assert sequence.cached_tokens == self._expected.first_hits[key]
         assert sequence.num_reported == sequence.prompt_length
         self.finished[key] = self.live.pop(key)
         self._leaving.append(sequence)
-
-    def _account_for(self, before: dict[int, tuple[int, list[int]]], plan: StepPlan, preempted: list[Sequence]) -> None:
-        """Adds to the expected totals what a plan did, as seen from the block tables before and after it.
-
-        Who was preempted may have come straight back: where twins had computed the same prefix side by side, one can
-        share the other's blocks.
-        """
-        begun = [fork for item in plan.scheduled for fork in item.samples[1:]]
-        starts = {item.sequence.key: item.start for item in plan.scheduled}
-        prompt_tokens = cached_tokens = queried_tokens = recomputed_tokens = 0
-        for key, sequence in self.live.items():
-            if sequence in begun:
-                continue
-            num_computed, block_table = before[key]
-            computed = starts.get(key, sequence.num_computed)
-            kept = block_table != [] and sequence not in preempted
-            if kept:
-                assert computed == num_computed
-                assert len(sequence.block_table) >= len(block_table)
-                assert all(
-                    now == then or (then, now) in plan.copies
-                    for now, then in zip(sequence.block_table, block_table, strict=False)
-                )
-            elif block_table:
-                recomputed_tokens += num_computed
-            if sequence.block_table and not kept:
-                cached_tokens += computed
-                queried_tokens += sequence.num_tokens
-                # The prompt of several samples counts once, and so do the hits of the first that is admitted.
-                if self._families[key] not in self._counted:
-                    self._counted.add(self._families[key])
-                    self._first_hits[key] = computed
-                    prompt_tokens += sequence.prompt_length
-        totals = self._expected
-        self._expected = msgspec.structs.replace(
-            totals,
-            prompt_tokens=totals.prompt_tokens + prompt_tokens,
-            cached_tokens=totals.cached_tokens + cached_tokens,
-            queried_tokens=totals.queried_tokens + queried_tokens,
-            preemptions=totals.preemptions + len(preempted),
-            recomputed_tokens=totals.recomputed_tokens + recomputed_tokens,
-        )
 
     def _needs_a_block(self, sequence: Sequence) -> bool:
         """Whether its next token fits into no block of its own."""

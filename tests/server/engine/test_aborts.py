@@ -16,7 +16,7 @@ from persimmon.server.engine.proposers import Proposal
 from persimmon.server.engine.scheduler import Scheduler
 from persimmon.server.engine.sequence import Sequence
 from persimmon.server.engine.step_plan import StepPlan
-from tests.server.engine.simulation import VOCABULARY, generate_alone, next_token
+from tests.server.engine.fake_model import VOCABULARY, generate_alone, next_token
 
 ABORTS = 5_000
 """With steps that overlap, and as many without."""

@@ -36,7 +36,7 @@ from persimmon.server.engine.scheduler import Scheduler
 from persimmon.server.engine.sequence import Sequence
 from persimmon.server.engine.step_cost import StepCostModel, StepCosts, StepWork
 from persimmon.server.engine.step_plan import ScheduledSequence, StepPlan
-from tests.server.engine.simulation import generate_alone, next_token
+from tests.server.engine.fake_model import generate_alone, next_token
 
 PATIENCE_MS = 10_000
 LONG = 10_000

@@ -3,7 +3,8 @@
 import pytest
 
 from persimmon.server.engine.step_cost import GuessCosts, StepCosts
-from tests.server.engine.simulation import OneProposal, Simulation
+from tests.server.engine.fake_model import OneProposal
+from tests.server.engine.simulation import Simulation
 
 
 def simulation(*, max_guesses: int = 4, adaptive: bool = False, max_guess_rows: int | None = None) -> Simulation:

@@ -15,7 +15,8 @@ from persimmon.server.engine.scheduler import Scheduler
 from persimmon.server.engine.sequence import Sequence
 from persimmon.server.engine.step_cost import GuessCosts, StepCosts
 from persimmon.server.engine.step_plan import Advance
-from tests.server.engine.simulation import VOCABULARY, Simulation, generate_alone
+from tests.server.engine.fake_model import VOCABULARY, generate_alone
+from tests.server.engine.simulation import Simulation
 
 STEMS = [[0, 1, 2, 0, 2, 1] * 5, [2, 2, 1, 0, 0, 1] * 5]
 """What prompts begin with, so that they meet in the prefix cache."""
