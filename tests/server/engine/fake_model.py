@@ -17,6 +17,9 @@ from persimmon.server.engine.step_plan import ScheduledSequence, StepPlan
 VOCABULARY = 3
 """So few tokens that prompts and answers often share prefixes."""
 
+STEMS = [[0, 1, 2, 0, 2, 1] * 5, [2, 2, 1, 0, 0, 1] * 5]
+"""What prompts begin with, so that they meet in the prefix cache."""
+
 
 def next_token(token_ids: Ids[int], sample_index: int = 0) -> int:
     """What the fake model says after these tokens; samples of one prompt differ."""
