@@ -6,7 +6,7 @@ from concurrent.futures import Future
 import pytest
 
 from persimmon.server.engine.messages import Submit
-from tests.server.engine.test_core import LONG, House
+from tests.server.engine.engine_turns import LONG, House
 
 TIMEOUT = 60.0
 
