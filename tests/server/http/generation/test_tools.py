@@ -1,96 +1,34 @@
+"""Calls in answers: how they are found, streamed, cut off and sent back."""
+
 import json
-from collections.abc import Callable
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from persimmon.model.grammar import GrammarSpec
-from persimmon.model.tool_calls import Function, calls_schema, describe
+from persimmon.model.tool_calls import describe
 from tests.server.http.conftest import LiveServer
 from tests.server.http.fake_engine import FakeEngine, Sample, says
+from tests.server.http.generation.tool_calls import (
+    ASK,
+    CALL,
+    CHAT,
+    EOS,
+    FIND,
+    NAMED,
+    NOW,
+    TOOLS,
+    TWO_CALLS,
+    Tokens,
+    answer,
+    assistant,
+    one_call,
+    streamed,
+    without_ids,
+)
 
 pytestmark = pytest.mark.anyio
-
-EOS = 1
-CHAT = "/v1/chat/completions"
-ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
-PARAMETERS = {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]}
-FIND, NOW = Function("find", "Finds a word.", PARAMETERS), Function("now")
-TOOLS = [
-    {"type": "function", "function": {"name": "find", "description": "Finds a word.", "parameters": PARAMETERS}},
-    {"type": "function", "function": {"name": "now"}},
-]
-UNSUPPORTED = "is not supported; list the allowed values instead"
-NOT = {"not": {"required": ["a"]}}
-NAMED = {"type": "function", "function": {"name": "find"}}
-
-
-def allowed(mode: str, *names: str) -> dict[str, Any]:
-    """The choice among some of the functions, as OpenAI writes it."""
-    tools = [{"type": "function", "function": {"name": name}} for name in names]
-    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
-
-
-CALL = '[{"name": "find", "arguments": {"word": "a"}}]'
-TWO_CALLS = '[{"name": "find", "arguments": {"word": "a"}}, {"name": "now", "arguments": {}}]'
-Tokens = Callable[[str], list[int]]
-
-
-async def answer(http: httpx.AsyncClient, **body: object) -> dict[str, Any]:
-    response = await http.post(CHAT, json=ASK | {"tools": TOOLS} | body)
-    assert response.status_code == 200, response.text
-    return response.json()
-
-
-async def streamed(http: httpx.AsyncClient, **body: object) -> tuple[list[dict[str, Any]], str]:
-    """The deltas of a stream, and why it ended."""
-    response = await http.post(CHAT, json=ASK | {"tools": TOOLS, "stream": True} | body)
-    assert response.status_code == 200, response.text
-    events = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
-    assert events[-1] == "[DONE]"
-    choices = [json.loads(event)["choices"][0] for event in events[:-1]]
-    assert choices[-1]["delta"] == {}
-    return [choice["delta"] for choice in choices[:-1]], choices[-1]["finish_reason"]
-
-
-def without_ids(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    ids = [call.pop("id") for call in calls if "id" in call]
-    assert all(each.startswith("call_") for each in ids)
-    assert len(set(ids)) == len(ids)
-    return calls
-
-
-def one_call(arguments: str) -> list[dict[str, Any]]:
-    return [{"type": "function", "function": {"name": "find", "arguments": arguments}}]
-
-
-def schema_of(grammar: GrammarSpec | None) -> Any:
-    assert grammar is not None
-    assert (grammar.kind, grammar.leading_space) == ("json_schema", True)
-    return json.loads(grammar.text)
-
-
-async def test_only_allowed_tools_are_called(http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens) -> None:
-    other = '[{"name": "now", "arguments": {}}]'
-    engine.script = says(tokens(other), EOS)
-    [whole] = (await answer(http, tool_choice=allowed("auto", "find")))["choices"]
-    assert whole["message"]["content"] == other
-    assert "tool_calls" not in whole["message"]
-    assert engine.submitted[-1].sampling.grammar is None
-    engine.script = says(tokens(CALL), EOS)
-    for mode in ("auto", "required"):
-        [whole] = (await answer(http, tool_choice=allowed(mode, "find")))["choices"]
-        assert without_ids(whole["message"]["tool_calls"]) == one_call('{"word": "a"}')
-    assert schema_of(engine.submitted[-1].sampling.grammar) == calls_schema([FIND], parallel=True)
-
-
-async def test_nulls_in_a_choice_say_nothing(http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens) -> None:
-    engine.script = says(tokens('{"word": "a"}'), EOS)
-    choice = {"type": "function", "function": {"name": "find", "strict": None}, "cache_control": None}
-    [whole] = (await answer(http, tool_choice=choice))["choices"]
-    assert without_ids(whole["message"]["tool_calls"]) == one_call('{"word": "a"}')
 
 
 async def test_the_model_is_told_of_tools_before_the_conversation(
@@ -168,56 +106,6 @@ async def test_a_list_of_calls_ends_the_answer(http: httpx.AsyncClient, engine: 
     assert (await streamed(http, max_tokens=200))[1] == "tool_calls"
 
 
-async def test_the_engine_forces_calls_where_they_are_required(
-    http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens
-) -> None:
-    engine.script = says(tokens(CALL), EOS)
-    [choice] = (await answer(http, tool_choice="required"))["choices"]
-    assert choice["finish_reason"] == "tool_calls"
-    assert choice["message"]["content"] is None
-    assert without_ids(choice["message"]["tool_calls"]) == one_call('{"word": "a"}')
-    assert schema_of(engine.submitted[-1].sampling.grammar) == calls_schema([FIND, NOW], parallel=True)
-    [first, *_], reason = await streamed(http, tool_choice="required", parallel_tool_calls=False)
-    assert (first, reason) == ({"role": "assistant", "content": None}, "tool_calls")
-    assert schema_of(engine.submitted[-1].sampling.grammar) == calls_schema([FIND, NOW], parallel=False)
-
-
-async def test_a_named_function_is_called_with_arguments_that_fit_it(
-    http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens
-) -> None:
-    engine.script = says(tokens('{"word": "a"}'), EOS)
-    [choice] = (await answer(http, tool_choice=NAMED))["choices"]
-    assert choice["finish_reason"] == "stop"  # as OpenAI says it where the function is named
-    assert choice["message"]["content"] is None
-    assert without_ids(choice["message"]["tool_calls"]) == one_call('{"word": "a"}')
-    sent = engine.submitted[-1]
-    assert schema_of(sent.sampling.grammar) == PARAMETERS
-    text = f'{describe([FIND, NOW])}\n\nhuman: Hi\n\nadept: [{{"name": "find", "arguments":'
-    assert sent.token_ids == [1, *tokens(text)]
-    [first, begin, *deltas], reason = await streamed(http, tool_choice=NAMED)
-    assert (first, reason) == ({"role": "assistant", "content": None}, "stop")
-    assert without_ids(begin["tool_calls"]) == [
-        {"index": 0, "type": "function", "function": {"name": "find", "arguments": ""}}
-    ]
-    pieces = [call["function"]["arguments"] for delta in deltas for call in delta["tool_calls"]]
-    assert "".join(pieces) == '{"word": "a"}'
-    assert len(pieces) > 2
-
-
-async def test_arguments_are_an_object_even_where_parameters_do_not_say_so(
-    http: httpx.AsyncClient, engine: FakeEngine
-) -> None:
-    engine.script = says([9])
-    for parameters, schema in [
-        (None, {"type": "object", "properties": {}, "additionalProperties": False}),
-        ({}, {"type": "object"}),
-        ({"type": ["null", "object"], "title": "T"}, {"type": "object", "title": "T"}),
-    ]:
-        tools = [{"type": "function", "function": {"name": "find", "parameters": parameters}}]
-        await answer(http, tools=tools, tool_choice=NAMED, max_tokens=1)
-        assert schema_of(engine.submitted[-1].sampling.grammar) == schema
-
-
 @pytest.mark.parametrize(
     ("choice", "text", "content", "arguments"),
     [
@@ -269,26 +157,6 @@ async def test_each_of_several_answers_has_its_own_calls(
     assert without_ids(second["message"]["tool_calls"]) == one_call('{"word": "a"}')
 
 
-async def test_with_a_response_format_an_answer_is_calls_or_of_that_format(
-    http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens
-) -> None:
-    schema = {"type": "object", "properties": {"a": {"$ref": "#/$defs/b"}}, "$defs": {"b": {"type": "null"}}}
-    form = schema_format(schema)
-    engine.script = says(tokens('{"a": null}'), EOS)
-    [choice] = (await answer(http, response_format=form))["choices"]
-    assert choice["message"] == {"role": "assistant", "content": '{"a": null}', "refusal": None}
-    assert schema_of(engine.submitted[-1].sampling.grammar) == calls_schema([FIND, NOW], True, schema)
-    engine.script = says(tokens(CALL), EOS)
-    [choice] = (await answer(http, response_format={"type": "json_object"}))["choices"]
-    assert without_ids(choice["message"]["tool_calls"]) == one_call('{"word": "a"}')
-    assert schema_of(engine.submitted[-1].sampling.grammar) == calls_schema([FIND, NOW], True, {"type": "object"})
-    # A call that is forced has no content, which is what the format is about.
-    await answer(http, response_format=form, tool_choice="required")
-    assert schema_of(engine.submitted[-1].sampling.grammar) == calls_schema([FIND, NOW], True)
-    await answer(http, response_format=form, tool_choice="none")
-    assert schema_of(engine.submitted[-1].sampling.grammar) == schema
-
-
 async def test_tokens_of_calls_are_reported_too(http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens) -> None:
     engine.script = says(tokens(CALL), EOS)
     [choice] = (await answer(http, return_token_ids=True))["choices"]
@@ -296,14 +164,6 @@ async def test_tokens_of_calls_are_reported_too(http: httpx.AsyncClient, engine:
     response = await http.post(CHAT, json=ASK | {"tools": TOOLS, "stream": True, "return_token_ids": True})
     events = [json.loads(line.removeprefix("data: ")) for line in response.text.split("\n\n") if "{" in line]
     assert [token for event in events for token in event["choices"][0].get("token_ids", [])] == tokens(CALL)
-
-
-def assistant(*calls: tuple[str, str, str], content: object = None) -> dict[str, Any]:
-    made = [
-        {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
-        for id, name, arguments in calls
-    ]
-    return {"role": "assistant", "content": content, "tool_calls": made, "refusal": None}
 
 
 async def test_earlier_calls_and_their_results_are_turns(
@@ -374,182 +234,6 @@ async def test_openais_client_runs_a_tool_and_goes_on(server: LiveServer, engine
             await client.chat.completions.create(**ask | {"messages": messages, "tool_choice": "none"})
             text = f"human: Hi\n\nadept: {CALL}\n\nhuman: Result of find: found\n\nadept:"
             assert engine.submitted[-1].token_ids == [1, *tokens(text)]
-
-
-def function(**fields: object) -> dict[str, Any]:
-    return {"tools": [{"type": "function", "function": {"name": "find"} | fields}]}
-
-
-def schema_format(schema: object) -> dict[str, Any]:
-    return {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
-
-
-BAD_CHOICES: list[object] = ["any", 5, {}, {"type": "function"}, NAMED | {"x": 1}]
-BAD_CHOICES += [{"type": "allowed_tools"}, allowed("auto"), allowed("any", "find"), allowed("auto", "find") | {"x": 1}]
-CHOICES = (
-    'Invalid \'tool_choice\': it must be "none", "auto", "required", the choice of a function like '
-    '{"type": "function", "function": {"name": "..."}}, or of several like {"type": "allowed_tools", "allowed_tools": '
-    '{"mode": "auto", "tools": [{"type": "function", "function": {"name": "..."}}]}}.'
-)
-
-
-@pytest.mark.parametrize(
-    ("body", "param", "message"),
-    [
-        ({"tools": [None]}, "tools[0]", None),
-        ({"tools": [{}]}, "tools[0].type", None),
-        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type", None),
-        ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name", None),
-        (function(name="a b"), "tools[0].function.name", None),
-        (function(name="a" * 65), "tools[0].function.name", None),
-        (function(parameters="object"), "tools[0].function.parameters", None),
-        (
-            function(parameters={"type": "array"}),
-            "tools[0].function.parameters",
-            "Invalid 'tools[0].function.parameters': its type must be \"object\", since arguments have names.",
-        ),
-        ({"tools": TOOLS * 2}, "tools", "Invalid 'tools': two functions have the name 'find'."),
-        ({"tools": [TOOLS[1]] * 129}, "tools", None),
-        *(({"tools": TOOLS, "tool_choice": choice}, "tool_choice", CHOICES) for choice in BAD_CHOICES),
-        (
-            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "other"}}},
-            "tool_choice",
-            "Invalid 'tool_choice': no function in tools has the name 'other'.",
-        ),
-        (
-            {"tools": TOOLS, "tool_choice": allowed("auto", "now", "other")},
-            "tool_choice",
-            "Invalid 'tool_choice': no function in tools has the name 'other'.",
-        ),
-        ({"tool_choice": NAMED}, "tool_choice", "Invalid 'tool_choice': no function in tools has the name 'find'."),
-        (
-            {"tool_choice": "required"},
-            "tool_choice",
-            "Invalid 'tool_choice': it is 'required', but there are no tools to call.",
-        ),
-        ({"tools": TOOLS, "parallel_tool_calls": "no"}, "parallel_tool_calls", None),
-        (
-            {"tools": TOOLS, "structured_outputs": {"regex": "a"}},
-            "structured_outputs",
-            "Invalid 'structured_outputs': with tools it is only allowed when tool_choice is 'none'.",
-        ),
-        (
-            {"tools": [*TOOLS, *function(name="c", strict=True, parameters=NOT)["tools"]]},
-            "tools[2].function.parameters",
-            f"Invalid 'tools[2].function.parameters': the JSON schema at /not {UNSUPPORTED}.",
-        ),
-        (
-            function(parameters=NOT) | {"tool_choice": NAMED},
-            "tools[0].function.parameters",
-            f"Invalid 'tools[0].function.parameters': the JSON schema at /not {UNSUPPORTED}.",
-        ),
-        (
-            {"tools": [*TOOLS, *function(name="c", parameters=NOT)["tools"]], "tool_choice": "required"},
-            "tools[2].function.parameters",
-            f"Invalid 'tools[2].function.parameters': the JSON schema at /not {UNSUPPORTED}.",
-        ),
-        (
-            {"tools": TOOLS, "response_format": schema_format(NOT)},
-            "response_format.json_schema.schema",
-            None,
-        ),
-        (
-            {"functions": [{"name": "find"}]},
-            "functions",
-            "'functions' is not supported by this server: OpenAI replaced it; use tools.",
-        ),
-        (
-            {"function_call": {"name": "find"}},
-            "function_call",
-            "'function_call' is not supported by this server: OpenAI replaced it; use tool_choice.",
-        ),
-        (
-            {"messages": [*ASK["messages"], {"role": "tool", "content": "a"}]},
-            "messages[1].tool_call_id",
-            "Missing required parameter: 'messages[1].tool_call_id'.",
-        ),
-        (
-            {"messages": [*ASK["messages"], {"role": "tool", "content": "a", "tool_call_id": "x"}]},
-            "messages[1].tool_call_id",
-            "Invalid 'messages[1].tool_call_id': no earlier message makes a call with this id.",
-        ),
-        ({"messages": [{"role": "user", "content": "a", "tool_call_id": "x"}]}, "messages[0].tool_call_id", None),
-        ({"messages": [assistant(("x", "find", "{}")) | {"role": "user"}]}, "messages[0].tool_calls", None),
-        ({"messages": [{"role": "tool", "tool_call_id": "x"}]}, "messages[0].content", None),
-        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].id", None),
-        ({"messages": [*ASK["messages"], assistant(("x", "find", "{}"))]}, "messages", None),
-    ],
-)  # fmt: skip
-async def test_what_cannot_be_asked_of_tools_is_a_400_that_names_the_field(
-    http: httpx.AsyncClient, engine: FakeEngine, body: dict[str, Any], param: str, message: str | None
-) -> None:
-    response = await http.post(CHAT, json=ASK | body)
-    assert response.status_code == 400
-    error = response.json()["error"]
-    assert (error["type"], error["param"]) == ("invalid_request_error", param)
-    if message is not None:
-        assert error["message"] == message
-    assert engine.submitted == []
-
-
-async def test_the_models_own_calls_are_held_to_the_parameters_of_strict_functions(
-    http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens
-) -> None:
-    engine.script = says(tokens("Hello!\n\nhuman: Bye"))
-    strict = function(strict=True, parameters=PARAMETERS)["tools"]
-    [choice] = (await answer(http, tools=[*strict, TOOLS[1]], parallel_tool_calls=False))["choices"]
-    assert choice["message"] == {"role": "assistant", "content": "Hello!", "refusal": None}
-    grammar = engine.submitted[-1].sampling.grammar
-    assert grammar is not None
-    assert (grammar.kind, grammar.leading_space) == ("text_or_calls", True)
-    assert json.loads(grammar.text) == {"functions": {"find": PARAMETERS, "now": {"type": "object"}}, "max_calls": 1}
-    await answer(http, tools=strict, tool_choice="none")
-    assert engine.submitted[-1].sampling.grammar is None
-
-
-async def test_tools_whose_schemas_cannot_be_forced_may_be_called_by_the_model_itself(
-    http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens
-) -> None:
-    engine.script = says(tokens(CALL), EOS)
-    [choice] = (await answer(http, **function(parameters={"not": {"required": ["x"]}})))["choices"]
-    assert choice["finish_reason"] == "tool_calls"
-
-
-@pytest.mark.parametrize(
-    "body",
-    [{"tool_choice": "required"}, {"tools": [*function(strict=True, name="now")["tools"], TOOLS[0]]}],
-    ids=["required", "strict"],
-)
-async def test_what_would_end_an_answer_does_not_cut_enforced_calls(
-    http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens, body: dict[str, Any]
-) -> None:
-    engine.script = says(tokens(CALL), EOS)
-    body |= {"stop": ["find", '"'], "stop_token_ids": tokens(":"), "ignore_eos": True, "min_tokens": 90}
-    [choice] = (await answer(http, **body))["choices"]
-    assert choice["finish_reason"] == "tool_calls"
-    assert without_ids(choice["message"]["tool_calls"]) == one_call('{"word": "a"}')
-    assert engine.submitted[-1].stop_token_ids == [EOS]
-    assert engine.submitted[-1].sampling.min_tokens == 0
-    deltas, reason = await streamed(http, **body)
-    assert "".join(call["function"]["arguments"] for delta in deltas for call in delta.get("tool_calls", ())) == (
-        '{"word": "a"}'
-    )
-    assert reason == "tool_calls"
-
-
-@pytest.mark.parametrize(
-    ("text", "content"),
-    [("Hello! Bye.", "Hello"), ("[1] Bye", "[1] Bye"), ("[{! Bye", "[{"), ('[{"na', '[{"na'), ("Hello", "Hello")],
-)
-async def test_stop_strings_end_a_text_that_may_come_instead_of_strict_calls(
-    http: httpx.AsyncClient, engine: FakeEngine, tokens: Tokens, text: str, content: str
-) -> None:
-    engine.script = says(tokens(text), EOS)
-    body: dict[str, Any] = {"tools": function(strict=True)["tools"], "stop": ["! "], "logprobs": True}
-    [choice] = (await answer(http, **body))["choices"]
-    assert (choice["message"]["content"], choice["finish_reason"]) == (content, "stop")
-    deltas, reason = await streamed(http, **body)
-    assert ("".join(delta.get("content") or "" for delta in deltas), reason) == (content, "stop")
 
 
 async def test_min_tokens_and_ignore_eos_hold_where_a_text_may_come_instead_of_calls(
