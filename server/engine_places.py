@@ -69,25 +69,26 @@ def machine_shares(engines: int, ranks: int = 1) -> list[MachineShare]:
         ranks: processes of an engine, each of which needs a GPU or a core.
 
     Raises:
-        SettingsError: there are fewer GPUs, or fewer cores, than engines need.
+        SettingsError: there are fewer GPUs, or fewer cores, than the engines and their ranks need.
     """
+    needed = engines * ranks
+    if needed == 1:
+        return [WHOLE_MACHINE]
+    sizes = {"--data-parallel-size": engines, "--tensor-parallel-size": ranks}
+    asked = " and ".join(f"{flag} is {size}" for flag, size in sizes.items() if size > 1)
+    gpus = [] if version("torch").endswith("+cpu") else visible_gpus()
+    if gpus and needed > len(gpus):
+        raise SettingsError(
+            f"{asked}, which needs {needed} GPUs, but {_counted(len(gpus), 'GPU')} visible: lower it, or "
+            f"hide GPUs with CUDA_VISIBLE_DEVICES= to serve on the CPU"
+        )
+    cores = usable_cores()
+    if not gpus and needed > cores:
+        raise SettingsError(f"{asked}, which needs {needed} cores, but {_counted(cores, 'core')} usable: lower it")
     if engines == 1:
         return [WHOLE_MACHINE]
-    asked = f"--data-parallel-size is {engines}" + (f" and --tensor-parallel-size {ranks}" if ranks > 1 else "")
-    gpus = [] if version("torch").endswith("+cpu") else visible_gpus()
     if gpus:
-        if engines * ranks > len(gpus):
-            raise SettingsError(
-                f"{asked}, which needs {engines * ranks} GPUs, but {_counted(len(gpus), 'GPU')} visible: lower it, or "
-                f"hide GPUs with CUDA_VISIBLE_DEVICES= to serve on the CPU"
-            )
-        begins = range(0, engines * ranks, ranks)
-        return [MachineShare(gpus=",".join(gpus[begin : begin + ranks])) for begin in begins]
-    cores = usable_cores()
-    if engines * ranks > cores:
-        raise SettingsError(
-            f"{asked}, which needs {engines * ranks} cores, but {_counted(cores, 'core')} usable: lower it"
-        )
+        return [MachineShare(gpus=",".join(gpus[begin : begin + ranks])) for begin in range(0, needed, ranks)]
     if cores < len(os.sched_getaffinity(0)):
         # A control group limits the time on cores that others use too, so no core is anyone's own.
         return [MachineShare(threads=cores // engines)] * engines

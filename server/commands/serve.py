@@ -26,7 +26,7 @@ def run(given: dict[str, Any]) -> int:
 
     Raises:
         SettingsError: a setting is invalid, keys or certificates cannot be read, a package is missing, or there are
-            fewer GPUs or cores than engines.
+            fewer GPUs or cores than engines and their ranks.
         CheckpointError: the checkpoint cannot be found, or is not one that this server serves.
         ListenError: the address cannot be listened on.
         RuntimeFolderError: the folder for the sockets of the server's processes cannot be created.

@@ -76,6 +76,22 @@ def test_a_size_that_is_none_is_refused(value: str, capfd: pytest.CaptureFixture
     assert f"--data-parallel-size (or PERSIMMON_DATA_PARALLEL_SIZE) is {value}:" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("ranks", "reason"),
+    [
+        ("3", "--tensor-parallel-size is 3, which does not divide this model's 4 attention heads"),
+        ("16", "--tensor-parallel-size is 16, which needs 16 cores, but only 8 cores are usable: lower it"),
+        ("0", "--tensor-parallel-size (or PERSIMMON_TENSOR_PARALLEL_SIZE) is 0: "),
+    ],
+)
+def test_ranks_that_cannot_be_are_refused_on_one_line(
+    ranks: str, reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["serve", "--tensor-parallel-size", ranks]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"persimmon: error: {reason}")
+
+
 def test_an_embedded_server_has_one_engine(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SettingsError, match="data_parallel_size is not a setting of EmbeddedServer"):
         EmbeddedServer(data_parallel_size=2)
@@ -104,8 +120,11 @@ def test_a_process_keeps_to_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_ranks_of_an_engine_have_neighbouring_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     set_gpus(monkeypatch, "0", "1", "2", "3")
     assert machine_shares(2, ranks=2) == [MachineShare(gpus="0,1"), MachineShare(gpus="2,3")]
-    with pytest.raises(SettingsError, match="is 2 and --tensor-parallel-size 3, which needs 6 GPUs"):
+    assert machine_shares(1, ranks=4) == [WHOLE_MACHINE]
+    with pytest.raises(SettingsError, match="is 2 and --tensor-parallel-size is 3, which needs 6 GPUs"):
         machine_shares(2, ranks=3)
+    with pytest.raises(SettingsError, match="--tensor-parallel-size is 8, which needs 8 GPUs, but only 4 GPUs"):
+        machine_shares(1, ranks=8)
     set_gpus(monkeypatch)
-    with pytest.raises(SettingsError, match="is 4 and --tensor-parallel-size 3, which needs 12 cores"):
+    with pytest.raises(SettingsError, match="is 4 and --tensor-parallel-size is 3, which needs 12 cores"):
         machine_shares(4, ranks=3)
