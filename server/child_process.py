@@ -83,6 +83,11 @@ def _shortage_explained() -> Iterator[None]:
         os._exit(2)  # an orderly exit may fail for the same reason
 
 
+def prctl(option: int, value: int) -> None:
+    """Changes an attribute of this process, as the system call of this name does."""
+    ctypes.CDLL(None).prctl(option, value)
+
+
 def ignore(numbers: Collection[signal.Signals]) -> None:
     """Ignores signals that this process was started with blocked."""
     for number in numbers:
@@ -103,9 +108,8 @@ def follow_supervisor(orphaned: Callable[[], None] | None = None) -> None:
     parent = parent_process()
     if parent is None:
         return
-    libc = ctypes.CDLL(None, use_errno=True)
     # Of the thread that started this process: the supervisor's main one.
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL if orphaned is None else signal.SIGCONT)
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL if orphaned is None else signal.SIGCONT)
     if orphaned is not None:
         _at_orphaned.append(orphaned)
     if any(thread.name == _FOLLOWER for thread in threading.enumerate()):

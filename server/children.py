@@ -18,6 +18,8 @@ from types import ModuleType
 from persimmon.server import child_process
 from persimmon.server.restarts import WINDOW_SECONDS, Restarts
 
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+
 HELD_BACK = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2})
 """Signals that wait, in a new process, until it has decided what to do with them."""
 
@@ -228,6 +230,27 @@ def _pipe(
     """A pipe from a new process; its end is closed here, so that the end of the process is the end of the pipe."""
     read, write = multiprocessing.get_context("spawn").Pipe(duplex=False)
     return ours.enter_context(read), theirs.enter_context(write)
+
+
+def adopt_orphans() -> None:
+    """Makes this process the parent of what its children have started when they end before it, as an init would be.
+
+    `reap_orphans` then has to be called now and then.
+    """
+    child_process.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def reap_orphans(children: Collection[Child]) -> None:
+    """Collects the exit codes of adopted processes that have ended, which otherwise remain as zombies.
+
+    Args:
+        children: those of this process, whose exit codes are for multiprocessing to collect.
+    """
+    own = {child.process.pid for child in children if child.process is not None and child.due is None}
+    with contextlib.suppress(ChildProcessError):  # there are no children at all
+        # An ended child of our own hides others until it has been joined; they come the next time.
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in own:
+            os.waitpid(ended.si_pid, 0)
 
 
 def kill(children: Collection[Child]) -> None:

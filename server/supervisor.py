@@ -16,7 +16,7 @@ from typing import Self
 
 from persimmon.model.identity import change, identity
 from persimmon.server.child_process import CannotStart
-from persimmon.server.children import Child, kill
+from persimmon.server.children import Child, adopt_orphans, kill, reap_orphans
 from persimmon.server.config import Settings
 from persimmon.server.engine.messages import Ready
 from persimmon.server.engine_places import EnginePlace, MachineShare
@@ -176,6 +176,7 @@ class _Supervisor:
 
     def run(self) -> int:
         """Watches the processes until the server ends; returns its exit code."""
+        adopt_orphans()
         try:
             return self._run()
         finally:
@@ -203,6 +204,7 @@ class _Supervisor:
                         return 1
                 if child.sentinel in happened and (code := self._on_exit(child)) is not None:
                     return code
+            reap_orphans(self._children)
             self._look_at_engines()
             self._look_at_workers()
 
