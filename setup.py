@@ -7,6 +7,7 @@ computes in their place, slower.
 import platform
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 # The names are those of kernels/cpu/library.py, which picks one when the server starts.
 FLAGS = {
@@ -35,7 +36,23 @@ HEADERS = (
     "vectors",
     "weight_rounding",
 )
-SHARED = ["kernels/cpu/network.c", *(f"kernels/cpu/{name}.h" for name in HEADERS)]
+SHARED = ["setup.py", "kernels/cpu/network.c", *(f"kernels/cpu/{name}.h" for name in HEADERS)]
+
+
+class BuildExtensions(build_ext):
+    """Compiles the extensions side by side, and for an editable installation only those whose sources have changed.
+
+    Each editable installation has a temporary build folder of its own, so it would compile everything again.  `make`
+    has several of them, one for each set of extras.
+    """
+
+    def finalize_options(self) -> None:
+        """Sets what is not given otherwise."""
+        if self.editable_mode:
+            self.build_lib = "build/editable"
+        if self.parallel is None:
+            self.parallel = True
+        super().finalize_options()
 
 
 def _extension(build: str, flags: list[str]) -> Extension:
@@ -49,4 +66,7 @@ def _extension(build: str, flags: list[str]) -> Extension:
 
 
 is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-setup(ext_modules=[_extension(build, flags) for build, flags in FLAGS.items()] if is_x86 else [])
+setup(
+    cmdclass={"build_ext": BuildExtensions},
+    ext_modules=[_extension(build, flags) for build, flags in FLAGS.items()] if is_x86 else [],
+)

@@ -57,12 +57,7 @@ class Installation:
 @pytest.fixture(scope="module")
 def installation(tmp_path_factory) -> Installation:
     source, builder, folder = map(tmp_path_factory.mktemp, ("source", "builder", "installation"))
-    skipped = shutil.ignore_patterns("*.so", "__pycache__")
-    for name in SOURCES:
-        if (PROJECT / name).is_dir():
-            shutil.copytree(PROJECT / name, source / name, symlinks=True, ignore=skipped)
-        else:
-            shutil.copy(PROJECT / name, source)
+    _copy_sources(source)
     _install_setuptools(builder)
     # Without a compiler, which the C kernels are installed without too: compiling them takes most of a minute.
     _pip(builder, "wheel", "--no-build-isolation", f"--wheel-dir={source}", str(source), CC="false")
@@ -72,6 +67,16 @@ def installation(tmp_path_factory) -> Installation:
     [packages] = folder.glob("lib/python*/site-packages")
     (packages / "others.pth").write_text("\n".join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}))
     return Installation(folder, wheel)
+
+
+def _copy_sources(to: Path) -> None:
+    """Copies what an installation is made from."""
+    skipped = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in SOURCES:
+        if (PROJECT / name).is_dir():
+            shutil.copytree(PROJECT / name, to / name, symlinks=True, ignore=skipped)
+        else:
+            shutil.copy(PROJECT / name, to)
 
 
 def _pip(environment: Path, command: str, *arguments: str, **variables: str) -> None:
@@ -125,3 +130,31 @@ def test_its_commands_run_from_any_folder(installation, tmp_path):
     ended = installation.run("persimmon", "generate", str(requests), str(answers), "--kv-cache-memory", "64MB")
     assert ended.returncode == 0, ended.stderr
     assert json.loads(answers.read_text())["response"]["body"]["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="without a C compiler nothing is compiled")
+def test_an_editable_installation_compiles_only_what_has_changed(tmp_path):
+    source, builder = tmp_path / "source", tmp_path / "builder"
+    source.mkdir()
+    _copy_sources(source)
+    _install_setuptools(builder)
+    folder = source / "kernels" / "cpu"
+    for file in folder.glob("*.c"):
+        file.write_text("")  # the kernels themselves take most of a minute
+
+    def install() -> dict[str, int]:
+        """The libraries next to their sources afterwards, and when each was compiled."""
+        build = "from setuptools import build_meta; build_meta.build_editable('.')"
+        subprocess.run([builder / "bin" / "python", "-c", build], cwd=source, check=True)
+        return {library.name: library.stat().st_mtime_ns for library in folder.glob("*.so")}
+
+    first = install()
+    assert first
+    assert install() == first
+    [source_of_one] = folder.glob("avx2.c")
+    source_of_one.touch()
+    second = install()
+    assert {name for name in first if second[name] != first[name]} == {n for n in first if n.startswith("_avx2.")}
+    (folder / "tiles.h").touch()
+    third = install()
+    assert all(third[name] > second[name] for name in first)
