@@ -1,6 +1,7 @@
 """Real servers of two engines: what clients see when one dies, hangs or is stopped, and where their prompts go."""
 
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import pytest
 from tests.end_to_end.serving import Server, Start, serving
 
 # The demo repeats itself, so with guesses an answer of 2,000 tokens would end within a few steps.
-STREAM = {"max_tokens": 2000, "ignore_eos": True, "stream": True, "speculate": False}
+STREAM = {"ignore_eos": True, "stream": True, "speculate": False}
 BLOCK = 32
 
 CLIENT = httpx.Client(timeout=60)
@@ -35,7 +36,7 @@ def server() -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def whole(server: Server) -> None:
     """Each test begins with both engines."""
-    wait_until(lambda: status(server) == (200, "ready"))
+    wait_until(lambda: is_ready(server))
 
 
 def wait_until(happened: Callable[[], bool], seconds: float = 60.0) -> None:
@@ -48,6 +49,18 @@ def wait_until(happened: Callable[[], bool], seconds: float = 60.0) -> None:
 def status(server: Server) -> tuple[int, str]:
     health = CLIENT.get(f"{server.url}/health")
     return health.status_code, health.json()["status"]
+
+
+def is_ready(server: Server) -> bool:
+    """Whether both engines serve, as all API workers see it: the kernel spreads new connections among them."""
+    port = httpx.URL(server.url).port
+
+    def seen() -> str:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+            connection.request("GET", "/health")
+            return str(json.load(connection.getresponse())["status"])
+
+    return all(seen() == "ready" for _ in range(20))
 
 
 def of_engines(server: Server, name: str) -> dict[int, float]:
@@ -77,13 +90,13 @@ class Stream:
 
 
 @contextlib.contextmanager
-def streams(server: Server, count: int) -> Iterator[list[Stream]]:
+def streams(server: Server, count: int, max_tokens: int = 2000) -> Iterator[list[Stream]]:
     """Streams that have begun, as many at one engine as at the other."""
-    wait_until(lambda: status(server) == (200, "ready"))
+    wait_until(lambda: is_ready(server))
     with contextlib.ExitStack() as stack:
         opened = []
         for number in range(count):
-            body = STREAM | {"prompt": [300 + number] * 3}
+            body = STREAM | {"prompt": [300 + number] * 3, "max_tokens": max_tokens}
             response = stack.enter_context(CLIENT.stream("POST", f"{server.url}/v1/completions", json=body))
             opened.append(Stream(response))
             assert opened[-1].next()
@@ -127,7 +140,7 @@ def test_an_engine_that_dies_or_hangs_ends_its_own_streams_and_no_others(
     failed = [json.loads(end.removeprefix("data: "))["error"]["code"] for end in ends if "error" in end]
     assert failed == ["engine_dead"] * 2
     assert ends.count("data: [DONE]") == 2
-    wait_until(lambda: status(server) == (200, "ready"))
+    wait_until(lambda: is_ready(server))
     assert engines[0] in server.spawned()
     assert engines[1] not in server.spawned()
     assert any(re.search(r"engine process \d ended with code -9", line) for line in server.lines)
