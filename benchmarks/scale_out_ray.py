@@ -9,15 +9,17 @@ are measured with one stream too, where nothing waits.  Needs the extra `ray`.
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import uvloop
 
 from benchmarks.checkpoint import write_checkpoint
@@ -25,6 +27,7 @@ from benchmarks.machine import device
 from benchmarks.serve import Workload, measure_warm
 from benchmarks.servers import RunningServer, Server, running
 from persimmon.server.bench.report import Report
+from persimmon.server.ray.application import MAX_CHUNKS_PER_SECOND
 
 START_SECONDS = 180.0
 PLAIN = "persimmon serve"
@@ -35,22 +38,33 @@ SETTINGS = {
 }
 """Of both engines."""
 
+RAY_DEFAULTS = {
+    "RAY_SERVE_PROXY_USE_GRPC": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "1",
+}
+"""Of the variables of `persimmon.server.ray.environment` that change what a chunk costs."""
+
+PARTS = ("engine", "application", "proxy", "rest")
+"""Of a server's processes: the application is the API worker, or a replica on Ray; the rest on Ray are raylet, GCS,
+controller and agents."""
+
 
 @dataclass(frozen=True)
 class Measurement:
     """One server in one round.
 
     Attributes:
-        server: its name: "persimmon serve", or "Ray" with the milliseconds between two chunks.
+        server: its name.
         alone: with one stream.
         report: with all streams.
-        cpu_ms_per_token: processor time of all processes of the server, with all streams.
+        cpu_ms_per_token: processor time of each of PARTS, with all streams.
     """
 
     server: str
     alone: Report[Workload]
     report: Report[Workload]
-    cpu_ms_per_token: float
+    cpu_ms_per_token: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,7 @@ class Figures:
         tokens_per_s: with all streams.
         share: of what `persimmon serve` gives.
         chunks_per_token: with all streams.
-        cpu_ms_per_token: with all streams.
+        cpu_ms_per_token: of each of PARTS, with all streams.
     """
 
     server: str
@@ -71,10 +85,10 @@ class Figures:
     tokens_per_s: float
     share: float
     chunks_per_token: float
-    cpu_ms_per_token: float
+    cpu_ms_per_token: Mapping[str, float]
 
 
-def contenders(join_chunks_ms: Sequence[float]) -> Iterator[Server]:
+def contenders(max_chunks_per_second: float) -> Iterator[Server]:
     """The servers, in the order in which they run."""
     # The second is Ray's way to say that its processes listen on loopback.
     environment = {"OMP_NUM_THREADS": "1", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
@@ -86,17 +100,18 @@ def contenders(join_chunks_ms: Sequence[float]) -> Iterator[Server]:
         arguments=("serve", "--port", "{port}", "--model", "{checkpoint}", *flags),
         environment=environment,
     )
-    for milliseconds in join_chunks_ms:
-        given = [f"{name}={value}" for name, value in SETTINGS.items()]
+    for name, rate, variables in (
+        (f"Ray, {max_chunks_per_second:g} chunks/s", max_chunks_per_second, {}),
+        ("Ray, a chunk for each token", math.inf, {}),
+        ("Ray with its defaults, a chunk for each token", math.inf, RAY_DEFAULTS),
+    ):
+        given = SETTINGS | {"model": "{checkpoint}", "num_replicas": "1", "max_chunks_per_second": f"{rate:g}"}
         yield Server(
-            name=f"Ray, {milliseconds:g} ms",
+            name=name,
             program=(sys.executable, "-m", "benchmarks.ray_server"),
             shown_program="python -m benchmarks.ray_server",
-            arguments=(
-                *("--port", "{port}", "model={checkpoint}", "num_replicas=1", f"join_chunks_ms={milliseconds:g}"),
-                *given,
-            ),
-            environment=environment,
+            arguments=("--port", "{port}", *(f"{name}={value}" for name, value in given.items())),
+            environment=environment | variables,
         )
 
 
@@ -109,16 +124,43 @@ def measure(server: RunningServer, workload: Workload, alone: int) -> Measuremen
         alone: requests with one stream.
     """
     first = uvloop.run(measure_warm(server.endpoint, None, replace(workload, streams=1, prompts=alone)))
-    busy = server.cpu_seconds()
+    processes = _parts(server.process_id)
+    busy = _cpu_seconds(processes)
     report = uvloop.run(measure_warm(server.endpoint, None, workload)).report
-    warm_up_tokens = min(workload.prompts, 2 * workload.streams) * workload.output_len[0]
-    tokens = report.output_tokens + warm_up_tokens
+    taken = {part: seconds - busy[part] for part, seconds in _cpu_seconds(processes).items()}
+    tokens = report.output_tokens + min(workload.prompts, 2 * workload.streams) * workload.output_len[0]
     return Measurement(
         server=server.name,
         alone=first.report,
         report=report,
-        cpu_ms_per_token=(server.cpu_seconds() - busy) * 1e3 / tokens,
+        cpu_ms_per_token={part: round(seconds * 1e3 / tokens, 4) for part, seconds in taken.items()},
     )
+
+
+def _parts(first: int) -> dict[psutil.Process, str]:
+    """The processes of a server, and which of PARTS each is."""
+    parent = psutil.Process(first)
+    return {process: _part(process) for process in (parent, *parent.children(recursive=True))}
+
+
+def _part(process: psutil.Process) -> str:
+    command = " ".join(process.cmdline())
+    if command.startswith("ray::ServeReplica:"):
+        return "application"
+    if command.startswith("ray::ProxyActor"):
+        return "proxy"
+    if "spawn_main" not in command:
+        return "rest"
+    return "engine" if any("libtorch" in mapped.path for mapped in process.memory_maps()) else "application"
+
+
+def _cpu_seconds(processes: Mapping[psutil.Process, str]) -> dict[str, float]:
+    """Processor time of each of PARTS since the processes started."""
+    seconds = dict.fromkeys(PARTS, 0.0)
+    for process, part in processes.items():
+        times = process.cpu_times()
+        seconds[part] += times.user + times.system
+    return seconds
 
 
 def summarize(measurements: Sequence[Measurement]) -> list[Figures]:
@@ -137,7 +179,9 @@ def summarize(measurements: Sequence[Measurement]) -> list[Figures]:
                 tokens_per_s=speed,
                 share=round(speed / plain, 4),
                 chunks_per_token=statistics.median(each.report.chunks_per_token for each in own),
-                cpu_ms_per_token=round(statistics.median(each.cpu_ms_per_token for each in own), 4),
+                cpu_ms_per_token={
+                    part: round(statistics.median(each.cpu_ms_per_token[part] for each in own), 4) for part in PARTS
+                },
             )
         )
     return figures
@@ -145,13 +189,14 @@ def summarize(measurements: Sequence[Measurement]) -> list[Figures]:
 
 def table(figures: Sequence[Figures]) -> str:
     """The figures for people."""
-    head = "| server | TTFT alone, ms | tokens/s | share | chunks per token | processor time per token, ms |"
+    head = "| server | TTFT alone, ms | tokens/s | share | chunks per token | processor time per token, ms: "
     rows = (
-        f"| {own.server} | {own.ttft_ms:.1f} | {own.tokens_per_s:.0f} | {own.share:.0%} | "
-        f"{own.chunks_per_token:.2f} | {own.cpu_ms_per_token:.2f} |"
+        f"| {own.server} | {own.ttft_ms:.1f} | {own.tokens_per_s:.0f} | {own.share:.0%} | {own.chunks_per_token:.2f} | "
+        + " | ".join(f"{own.cpu_ms_per_token[part]:.3f}" for part in PARTS)
+        + " |"
         for own in figures
     )
-    return "\n".join([head, "| --- | ---: | ---: | ---: | ---: | ---: |", *rows])
+    return "\n".join([head + " | ".join(PARTS) + " |", "| --- " + "| ---: " * (4 + len(PARTS)) + "|", *rows])
 
 
 def main() -> int:
@@ -163,7 +208,10 @@ def main() -> int:
     parser.add_argument("--output-len", type=int, default=128, help="tokens of an answer [default: %(default)s]")
     parser.add_argument("--rounds", type=int, default=3, help="in which all run in turn [default: %(default)s]")
     parser.add_argument(
-        "--join-chunks-ms", type=float, nargs="+", default=[0, 20], help="between two chunks [default: 0 20]"
+        "--max-chunks-per-second",
+        type=float,
+        default=MAX_CHUNKS_PER_SECOND,
+        help="of the replica, in all streams [default: %(default)s]",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     arguments = parser.parse_args()
@@ -173,7 +221,7 @@ def main() -> int:
         if arguments.checkpoint is None:
             write_checkpoint(checkpoint)
         for number in range(arguments.rounds):
-            for server in contenders(arguments.join_chunks_ms):
+            for server in contenders(arguments.max_chunks_per_second):
                 commands[server.name] = server.shown_command
                 workload = Workload(
                     prompts=arguments.prompts,

@@ -65,8 +65,8 @@ CLASSIFIES = Submit(token_ids=[0], max_tokens=0, pooling="last", scores=True, se
 class SequenceStream:
     """The outputs of one sequence, as an async iterator.
 
-    Ends after the output that carries a finish_reason.  Outputs that arrived while the reader was busy come
-    merged into one.  Raises EngineDeadError when the engine dies first.
+    Ends after the output that carries a finish_reason.  Outputs that arrived while the reader was busy, or in a pause,
+    come merged into one.  Raises EngineDeadError when the engine dies first.
 
     Args:
         sequence_id: the sequence's.
@@ -75,6 +75,7 @@ class SequenceStream:
             of a prompt.
         owner: the client that asked for it.
         cached_tokens: of its prompt tokens those that the engine is expected to have cached.
+        pause: seconds that are to pass between tokens and the next ones; the end does not wait.  None for none.
 
     Attributes:
         prompt_tokens: those that are still to be read.
@@ -88,12 +89,15 @@ class SequenceStream:
         prompt_tokens: int = 0,
         owner: str = "",
         cached_tokens: int = 0,
+        pause: Callable[[], float] | None = None,
     ) -> None:
         self.sequence_id = sequence_id
         self.owner = owner
         self.prompt_tokens = prompt_tokens
         self.computed_tokens = prompt_tokens - cached_tokens
         self._abort = abort
+        self._pause = pause
+        self._pausing = False
         self.finished = False
         self._arrived: list[SequenceOutput] = []
         self._wakeup = asyncio.Event()
@@ -105,7 +109,8 @@ class SequenceStream:
         if len(self._arrived) >= _KEPT_APART:
             # Its reader waits for a client that reads slowly.
             self._arrived = [_merged(self._arrived)]
-        self._wakeup.set()
+        if self._due:
+            self._wakeup.set()
 
     def fail(self, error: Exception) -> None:
         """Ends the stream with an error; only the client calls it."""
@@ -122,7 +127,7 @@ class SequenceStream:
     async def __anext__(self) -> SequenceOutput:
         if self.finished:
             raise StopAsyncIteration
-        while not self._arrived:
+        while not self._due:
             if self._failure is not None:
                 raise self._failure
             self._wakeup.clear()
@@ -130,7 +135,22 @@ class SequenceStream:
         arrived, self._arrived = self._arrived, []
         merged = _merged(arrived)
         self.finished = merged.finish_reason is not None
+        if self._pause is not None and merged.token_ids and not self.finished:
+            self._pausing = True
+            asyncio.get_running_loop().call_later(self._pause(), self._resume)
         return merged
+
+    @property
+    def _due(self) -> bool:
+        """Whether there is an output that may be read now."""
+        if not self._arrived:
+            return False
+        return not self._pausing or self._arrived[-1].finish_reason is not None or self._failure is not None
+
+    def _resume(self) -> None:
+        self._pausing = False
+        if self._arrived:
+            self._wakeup.set()
 
 
 def _merged(outputs: Sequence[SequenceOutput]) -> SequenceOutput:
@@ -216,6 +236,7 @@ class EngineClient:
         warm_up: what each engine must do, from here and back, before it is ready.
         number: the engine's among those of the server.
         router: is to know what the engine has cached; None for none.
+        max_chunks_per_second: how often all streams of the engine together get tokens, at most; None for any number.
 
     Attributes:
         info: the engine's description of itself; None while it loads, and after it ended until the next one is ready.
@@ -231,12 +252,14 @@ class EngineClient:
         warm_up: Submit = GENERATES,
         number: int = 0,
         router: Router | None = None,
+        max_chunks_per_second: float | None = None,
     ) -> None:
         self._address = address
         self._vocabulary = vocabulary
         self._warm_up = warm_up
         self._number = number
         self._router = router
+        self._max_chunks_per_second = max_chunks_per_second
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         self._next_id = WARM_UP_ID + 1
@@ -302,7 +325,12 @@ class EngineClient:
         prompts = [(len(submit.token_ids), cached_tokens)] + [(0, 0)] * (submit.samples - 1)
         streams = [
             SequenceStream(
-                sequence_id=own, abort=self._abort, prompt_tokens=count, owner=submit.owner, cached_tokens=cached
+                sequence_id=own,
+                abort=self._abort,
+                prompt_tokens=count,
+                owner=submit.owner,
+                cached_tokens=cached,
+                pause=self._pause if self._max_chunks_per_second else None,
             )
             for own, (count, cached) in zip(submit.sequence_ids, prompts, strict=True)
         ]
@@ -326,6 +354,10 @@ class EngineClient:
         if self.info is None:
             raise EngineNotReadyError("the model is still loading")
         return self.info
+
+    def _pause(self) -> float:
+        """Seconds between two outputs of a stream, as many streams as there are."""
+        return self.stats.running / self._max_chunks_per_second if self.stats and self._max_chunks_per_second else 0.0
 
     def _connect(self) -> None:
         # A connection of its own for each engine: nothing that was meant for one reaches the next.

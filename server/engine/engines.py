@@ -26,6 +26,7 @@ class Engines:
         block_size: tokens in a block of the engines' KV caches.
         prefix_caching: whether engines keep the blocks of prompts for other prompts.
         worker: this worker's number.
+        max_chunks_per_second: how often the streams of each engine together get tokens, at most; None for any number.
 
     Attributes:
         engines: the connection to each engine.
@@ -41,6 +42,7 @@ class Engines:
         block_size: int,
         prefix_caching: bool = True,
         worker: int = 0,
+        max_chunks_per_second: float | None = None,
     ) -> None:
         self._vocabulary = vocabulary
         self._prefix_caching = prefix_caching
@@ -54,6 +56,7 @@ class Engines:
                 warm_up=warm_up,
                 number=number,
                 router=self._router,
+                max_chunks_per_second=max_chunks_per_second,
             )
             for number, address in enumerate(addresses)
         ]
@@ -165,10 +168,17 @@ def connected(
     block_size: int,
     prefix_caching: bool,
     worker: int,
+    max_chunks_per_second: float | None,
 ) -> EngineAccess:
     """Access to the engines at these addresses; see `Engines` for the arguments."""
     if len(addresses) == 1:
-        return EngineClient(address=addresses[0], vocabulary=vocabulary, load=load, warm_up=warm_up)
+        return EngineClient(
+            address=addresses[0],
+            vocabulary=vocabulary,
+            load=load,
+            warm_up=warm_up,
+            max_chunks_per_second=max_chunks_per_second,
+        )
     return Engines(
         addresses,
         vocabulary=vocabulary,
@@ -177,4 +187,5 @@ def connected(
         block_size=block_size,
         prefix_caching=prefix_caching,
         worker=worker,
+        max_chunks_per_second=max_chunks_per_second,
     )

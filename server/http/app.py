@@ -84,6 +84,7 @@ def application(
         block_size=settings.block_size,
         prefix_caching=settings.enable_prefix_caching,
         worker=0 if place is None else place.index,
+        max_chunks_per_second=settings.max_chunks_per_second,
     )
     app = create_app(
         engine,

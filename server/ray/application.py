@@ -20,13 +20,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from persimmon.model.errors import CheckpointError
 from persimmon.server.config import EMBEDDED_GROUPS, Settings, listed, read_settings
-from persimmon.server.embedded import EmbeddedServer
+from persimmon.server.embedded import EmbeddedServer, EngineFailedError
 from persimmon.server.http.middleware.gate import BATCHES_IN_FLIGHT, MAX_RETRY_SECONDS
 from persimmon.server.http.request_record import REQUEST_ID_HEADER
 from persimmon.server.ray import proxy
 from persimmon.server.ray.autoscaling import KV_CACHE_USAGE, wanted_replicas
+from persimmon.server.ray.environment import ENVIRONMENT
 from persimmon.server.ray.exporter import RayMetrics
-from persimmon.server.ray.joined_chunks import JoinedChunks
 from persimmon.server.ray.prefixes import BYTES_PER_TOKEN, RecentPrefixes
 from persimmon.server.ray.request_router import PREFIXES, PrefixRouter
 from persimmon.server.settings.section import SettingsError
@@ -43,17 +43,14 @@ METRICS_SECONDS = 5.0
 REPORTED_KEYS = 2000
 """Of prompts' beginnings, in a report; Ray's controller passes 34 KB on to every proxy then."""
 
+MAX_CHUNKS_PER_SECOND = 1000
+"""Of a replica, in all its streams: each chunk takes processor time of replica and proxy, whatever its size."""
+
 DRAIN_SECONDS = 120.0
 """For open requests of a replica that ends, as in deploy/kubernetes."""
 
 CONSTRUCTOR_RETRIES = 2
 """Of a replica that cannot start, for a reason that another attempt seldom changes."""
-
-LOCAL_ENVIRONMENT = {
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{proxy.__name__}:{proxy.middlewares.__name__}",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
-"""Variables of Ray's processes, set for a cluster that this process starts; another cluster must bring them."""
 
 
 class Placement(BaseModel):
@@ -64,7 +61,6 @@ class Placement(BaseModel):
         max_replicas: the maximum with autoscaling; None for a fixed number.
         num_cpus: cores of a replica, and threads of its engine on a CPU; None for one for each rank.
         num_gpus: of a replica.
-        join_chunks_ms: milliseconds between two chunks of a stream.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -73,7 +69,6 @@ class Placement(BaseModel):
     max_replicas: int | None = Field(None, ge=1)
     num_cpus: float | None = Field(None, gt=0)
     num_gpus: float = Field(0, ge=0)
-    join_chunks_ms: float = Field(20, ge=0, le=1000)
 
     @model_validator(mode="after")
     def _bounds(self) -> "Placement":
@@ -97,14 +92,13 @@ class Replica:
 
     Args:
         settings: of the `EmbeddedServer`.
-        join_seconds: between two chunks of a stream.
     """
 
-    def __init__(self, settings: Mapping[str, Any], join_seconds: float) -> None:
+    def __init__(self, settings: Mapping[str, Any]) -> None:
         self._server = EmbeddedServer(**settings)
-        self._join_seconds = join_seconds
         self._prefixes = RecentPrefixes(0)
         self._exporting: asyncio.Task[None] | None = None
+        self._failed_checks = 0
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Ray Serve: what answers, when the model is loaded."""
@@ -112,11 +106,27 @@ class Replica:
         await self._server.ready()
         self._prefixes = RecentPrefixes(self._server.kv_cache_tokens * BYTES_PER_TOKEN)
         self._exporting = asyncio.create_task(self._export())
-        return JoinedChunks(self._app, self._join_seconds)
+
+        # Not a method: uvicorn, which runs the lifespan, takes one for an application of ASGI 2.
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http" and (keys := Headers(scope=scope).get(proxy.SESSION_HEADER)):
+                self._prefixes.add(keys.split(","))
+            await self._server.app(scope, receive, _without_request_id(send))
+
+        return app
 
     async def check_health(self) -> None:
         """Ray Serve: raises the reason why the replica must be replaced."""
-        self._server.check_health()
+        try:
+            self._server.check_health()
+        except EngineFailedError:
+            # Ray drains a replica before it ends it, but the streams of a hung engine do not end by themselves.  One
+            # failure may also mean that the whole machine was paused.
+            self._failed_checks += 1
+            if self._failed_checks > 1:
+                await self._server.stop()
+            raise
+        self._failed_checks = 0
 
     async def record_routing_stats(self) -> dict[str, str]:
         """Ray Serve: what the routers get to know."""
@@ -132,11 +142,6 @@ class Replica:
         if self._exporting is not None:
             self._exporting.cancel()
         await self._server.stop()
-
-    async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (keys := Headers(scope=scope).get(proxy.SESSION_HEADER)):
-            self._prefixes.add(keys.split(","))
-        await self._server.app(scope, receive, _without_request_id(send))
 
     async def _export(self) -> None:
         exporter = RayMetrics()
@@ -167,7 +172,7 @@ def app(arguments: dict[str, Any]) -> Application:
         InvalidArgumentsError: one of them is invalid, or the checkpoint is here and cannot be served.
     """
     if not ray.is_initialized():
-        for name, value in LOCAL_ENVIRONMENT.items():
+        for name, value in ENVIRONMENT.items():  # of the cluster that this process starts next
             os.environ.setdefault(name, value)
     try:
         placement, settings = _checked(arguments)
@@ -193,11 +198,13 @@ def app(arguments: dict[str, Any]) -> Application:
             ),
             **_number(placement, settings),
         )
-    ).bind(_of_server(arguments), placement.join_chunks_ms / 1000)
+    ).bind(_of_server(arguments))
 
 
 def _of_server(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in arguments.items() if name not in Placement.model_fields}
+    """The settings of the `EmbeddedServer`."""
+    own = {name: value for name, value in arguments.items() if name not in Placement.model_fields}
+    return {"max_chunks_per_second": MAX_CHUNKS_PER_SECOND, **own}
 
 
 def _checked(arguments: Mapping[str, Any]) -> tuple[Placement, Settings]:

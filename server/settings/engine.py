@@ -124,6 +124,15 @@ class EngineSettings(LogSettings):
         "MILLISECONDS",
         gt=0,
     )
+    max_chunks_per_second: float | None = setting(
+        None,
+        "Limit on the chunks of all streams of an engine together: while N sequences run, a stream gets tokens at most "
+        "every N / this many seconds, and then all of that time. Its first token and its end do not wait. Saves "
+        "processor time of API workers and proxies. Default: no limit.",
+        "engine",
+        "N",
+        gt=0,
+    )
     async_scheduling: Literal["auto", "on", "off"] = setting(
         "auto",
         "Plan and launch each step while the one before it runs. auto: on with a GPU; off on a CPU, where every token "

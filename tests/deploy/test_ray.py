@@ -1,5 +1,6 @@
 """The RayService: of the right form, and with what the server's own code says about Ray."""
 
+import re
 import tomllib
 from functools import reduce
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 from persimmon.server.config import EMBEDDED_GROUPS, listed
+from persimmon.server.ray.environment import ENVIRONMENT
 from tests.deploy import operators
 from tests.deploy.files import DEPLOY, ROOT, read_yaml
 
@@ -56,12 +58,14 @@ def test_the_form_of_a_ray_service_refuses(service: Any, path: tuple[str | int, 
         operators.validate(service, VERSION)
 
 
-def test_every_process_of_ray_names_the_beginnings_of_prompts_and_does_not_phone_home(cluster: Any):
+def test_every_process_of_ray_has_the_variables_of_a_cluster_that_the_application_starts(cluster: Any):
     for container in containers(cluster):
-        assert {each["name"]: each["value"] for each in container["env"]} == {
-            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "persimmon.server.ray.proxy:middlewares",
-            "RAY_USAGE_STATS_ENABLED": "0",
-        }
+        assert {each["name"]: each["value"] for each in container["env"]} == ENVIRONMENT
+
+
+def test_the_guide_lists_the_variables():
+    guide = (ROOT / "docs" / "guides" / "ray.md").read_text()
+    assert dict(re.findall(r"^\| `(RAY_\w+)=(\S+)` \|", guide, re.MULTILINE)) == ENVIRONMENT
 
 
 def test_ray_has_the_version_that_is_tested(cluster: Any):
@@ -77,5 +81,5 @@ def test_a_pod_of_the_group_holds_the_replica_that_is_asked_for(service: Any, cl
     assert int(container["resources"]["requests"]["cpu"]) == arguments["num_cpus"]
     assert (group["minReplicas"], group["maxReplicas"]) == (arguments["num_replicas"], arguments["max_replicas"])
     assert [mount["mountPath"] for mount in container["volumeMounts"]] == [arguments["model"]]
-    of_placement = {"num_replicas", "max_replicas", "num_cpus", "num_gpus", "join_chunks_ms"}
+    of_placement = {"num_replicas", "max_replicas", "num_cpus", "num_gpus"}
     assert set(arguments) <= of_placement | {name for name, _ in listed(EMBEDDED_GROUPS)}

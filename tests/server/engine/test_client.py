@@ -439,6 +439,52 @@ async def test_outputs_that_come_while_the_reader_is_busy_are_merged() -> None:
     assert stream.finished
 
 
+async def test_what_comes_in_a_pause_is_read_after_it_and_the_end_at_once() -> None:
+    pauses = iter((0.001, 60.0))
+    stream = SequenceStream(1, lambda sequence_id: None, pause=lambda: next(pauses))
+    stream.put(SequenceOutput(1, [4]))
+    assert (await read(stream)).token_ids == [4]
+    stream.put(SequenceOutput(1, [5]))
+    stream.put(SequenceOutput(1, [6]))
+    assert (await read(stream)).token_ids == [5, 6]
+    stream.put(SequenceOutput(1, [7]))
+    reading = asyncio.create_task(read(stream))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not reading.done()
+    stream.put(SequenceOutput(1, [8], "length"))
+    assert (await reading).token_ids == [7, 8]
+
+
+async def test_the_end_of_the_engine_does_not_wait_for_a_pause() -> None:
+    stream = SequenceStream(1, lambda sequence_id: None, pause=lambda: 60.0)
+    stream.put(SequenceOutput(1, [4]))
+    assert (await read(stream)).token_ids == [4]
+    stream.put(SequenceOutput(1, [5]))
+    stream.fail(EngineDeadError("the engine process has ended"))
+    assert (await read(stream)).token_ids == [5]
+    with pytest.raises(EngineDeadError):
+        await read(stream)
+
+
+async def test_streams_pause_the_longer_the_more_sequences_run(engine: FakeEngine) -> None:
+    client = EngineClient(engine.address, max_chunks_per_second=STATS.running / 60)
+    await client.start()
+    async with asyncio.timeout(PATIENCE):
+        await client.wait_until_ready()
+    with client.submit(Submit(token_ids=[1], max_tokens=9, samples=2)) as (stream, other):
+        await engine.submissions(2)
+        await engine.send(stream.sequence_id, [4])
+        assert (await read(stream)).token_ids == [4]
+        reading = asyncio.create_task(read(stream))
+        await engine.send(stream.sequence_id, [5])
+        await engine.send(other.sequence_id, [7])
+        assert (await read(other)).token_ids == [7]  # so what was sent before has come
+        await engine.send(stream.sequence_id, [6], "length")
+        assert (await reading).token_ids == [5, 6]
+    await client.close()
+
+
 async def test_what_came_before_the_engine_died_is_read_first() -> None:
     stream = SequenceStream(1, lambda sequence_id: None)
     stream.put(SequenceOutput(1, [4]))
