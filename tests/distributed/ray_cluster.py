@@ -12,7 +12,7 @@ import psutil
 import ray
 from ray import serve
 
-from benchmarks.ray_server import APPLICATION, ray_cluster
+from benchmarks.ray_server import APPLICATION, deploy, ray_cluster
 
 PATIENCE_SECONDS = 90.0
 CPUS = 4
@@ -24,12 +24,28 @@ GAUGE = re.compile(r"^persimmon_(\w+)(?:\{engine=\S+\})? (\S+)$", re.MULTILINE)
 class Cluster:
     """The server on a cluster.
 
+    Args:
+        port: of Ray's proxy.
+        arguments: with which the application has been deployed.
+
     Attributes:
         url: of Ray's proxy.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, arguments: Mapping[str, Any]) -> None:
         self.url = f"http://127.0.0.1:{port}"
+        self._deployed: tuple[Mapping[str, Any], Mapping[str, Any]] = (arguments, {})
+
+    def deploy(self, arguments: Mapping[str, Any], **options: Any) -> None:
+        """Deploys the application in another form, unless it has this one, and returns when it serves.
+
+        Args:
+            arguments: of the application.
+            options: of its deployment.
+        """
+        if (arguments, options) != self._deployed:
+            deploy(arguments, **options)
+            self._deployed = (arguments, options)
 
     def replicas(self) -> list[Any]:
         """The replicas that serve or start, as actors."""
@@ -58,8 +74,7 @@ class Cluster:
 
     def engines(self) -> list[psutil.Process]:
         """The engine processes."""
-        children = [child for replica in self.replica_processes() for child in _children(replica)]
-        return [child for child in children if "spawn_main" in _command(child)]
+        return [child for replica in self.replica_processes() for child in spawned(replica)]
 
     def wait_for_replicas(self, number: int, without: psutil.Process | None = None) -> None:
         """Returns when this many replicas serve, and no others are left.
@@ -84,6 +99,16 @@ class Cluster:
             return all(_is_idle(self.gauges()) for _ in range(12))
 
         until(idle)
+
+
+def spawned(process: psutil.Process) -> list[psutil.Process]:
+    """The processes of the server that a process of it has started."""
+    return [child for child in _children(process) if "spawn_main" in _command(child)]
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Whether a process has ended, also if nobody has asked for its exit code yet."""
+    return not _command(process)
 
 
 def _command(process: psutil.Process) -> str:
@@ -127,7 +152,7 @@ def cluster(**arguments: Any) -> Iterator[Cluster]:
     """
     port = free_port()
     with ray_cluster(port, arguments, CPUS):
-        yield Cluster(port)
+        yield Cluster(port, arguments)
 
 
 def free_port() -> int:
