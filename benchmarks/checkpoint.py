@@ -100,6 +100,20 @@ def write_checkpoint(folder: Path, seed: int = 0, *, shape: str = "random", zero
     return sum(tensor.numel() for tensor in tensors.values())
 
 
+def checkpoint_named(name: str, folder: Path) -> Path:
+    """The folder of a checkpoint that a command line names.
+
+    Args:
+        name: "demo", or one of RANDOM.
+        folder: where a random one is written, unless it is there.
+    """
+    if name == "demo":
+        return DEMO
+    if not (folder / "model.safetensors").exists():
+        write_checkpoint(folder, shape=name)
+    return folder
+
+
 CONFIG_OUTLIERS: dict[str, Any] = CONFIG | {
     "vocab_size": 4096,
     "hidden_size": 256,

@@ -27,7 +27,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
 
-from benchmarks.checkpoint import DEMO, write_checkpoint
+from benchmarks.checkpoint import checkpoint_named
 from benchmarks.machine import device, measure_rates
 from persimmon import kernels
 from persimmon.kernels import Kernels, reference
@@ -264,11 +264,7 @@ def main() -> None:
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
     with tempfile.TemporaryDirectory(prefix="persimmon-cpu-step-") as scratch:
-        folder = DEMO
-        if arguments.checkpoint == "random":
-            folder = Path(scratch)
-            write_checkpoint(folder)
-        timings = measure(folder, dtype, arguments.runs)
+        timings = measure(checkpoint_named(arguments.checkpoint, Path(scratch)), dtype, arguments.runs)
     rates = measure_rates(dtype)
     print(f"{'':<26} {'step':<11} {'C, us':>12}{'torch, us':>12}")
     for timing in timings:

@@ -10,7 +10,6 @@ worker at the other end of the socket runs between the turns and is not counted;
 import argparse
 import gc
 import itertools
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ import msgspec
 import torch
 import zmq
 
-from benchmarks.machine import device
+from benchmarks.machine import write_figures
 from persimmon.model.runner import Runner, SequenceInput
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.step_inputs import StepBuffer, write_step
@@ -419,10 +418,8 @@ def main() -> None:
     if arguments.guesses:
         print("\nWhat guessing adds to plan, translation and commit, microseconds a sequence and step:\n")
         print(added_by_guesses(budgets))
-    if arguments.out:
-        figures = [asdict(own) | {"total": round(own.total, 3)} for own in budgets]
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({"device": device(), "budgets": figures}, indent=2) + "\n")
+    figures = [asdict(own) | {"total": round(own.total, 3)} for own in budgets]
+    write_figures(arguments.out, {"budgets": figures})
 
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ from pathlib import Path
 import uvloop
 
 from benchmarks.checkpoint import DEMO
-from benchmarks.machine import device
-from benchmarks.servers import RunningServer, Server, running
+from benchmarks.machine import write_figures
+from benchmarks.servers import RunningServer, own_server, read_metrics, running
 from persimmon.server.bench.http_client import Connection
 from persimmon.server.bench.report import Distribution
 
 COMPLETIONS = "/v1/completions"
+WAITING = "requests_waiting"
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,7 @@ async def measure(
 async def _until_full(server: RunningServer) -> None:
     """Returns when sequences wait in the engine."""
     async with asyncio.timeout(60), Connection(server.endpoint) as connection:
-        while True:
-            metrics = (await connection.get("/metrics")).body.decode()
-            waiting = [
-                line.split()[-1] for line in metrics.splitlines() if line.startswith("persimmon_requests_waiting")
-            ]
-            if waiting and float(waiting[-1]) > 0:
-                return
+        while not (await read_metrics(connection, WAITING))[WAITING]:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
 
@@ -136,30 +131,14 @@ def main() -> int:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         keys = folder / "keys"
         keys.write_text("flood:flood\nsmall:small\n")
-        server = Server(
-            name="persimmon",
-            program=(sys.executable, "-m", "persimmon.server.cli"),
-            shown_program="persimmon",
-            arguments=(
-                "serve",
-                "--model",
-                "{checkpoint}",
-                "--port",
-                "{port}",
-                "--no-access-log",
-                "--api-key-file",
-                str(keys),
-            ),
-            environment={},
-        )
+        server = own_server("--no-access-log", "--api-key-file", str(keys))
         started = stack.enter_context(running(server, DEMO, folder / "log", 120))
         shown = server.shown_command.replace(str(keys), "KEYS")
         result = uvloop.run(
             measure(started, shown, arguments.sequences, arguments.flood_tokens, arguments.tokens, arguments.requests)
         )
     print(describe(result))
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"device": device()} | asdict(result), indent=2) + "\n")
+    write_figures(arguments.out, asdict(result))
     return 0
 
 

@@ -24,8 +24,8 @@ from pathlib import Path
 import uvloop
 
 from benchmarks.checkpoint import DEMO
-from benchmarks.machine import device
-from benchmarks.servers import RunningServer, Server, running
+from benchmarks.machine import write_figures
+from benchmarks.servers import RunningServer, own_server, running
 from persimmon.server.bench.http_client import Connection, Endpoint
 from persimmon.server.bench.report import Distribution
 
@@ -183,21 +183,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     parser.add_argument("arguments", nargs="*", help="more for persimmon serve, after --")
     arguments = parser.parse_args()
-    server = Server(
-        name="persimmon",
-        program=(sys.executable, "-m", "persimmon.server.cli"),
-        shown_program="persimmon",
-        arguments=("serve", "--model", "{checkpoint}", "--port", "{port}", *arguments.arguments),
-        environment={},
-    )
+    server = own_server(*arguments.arguments)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         started = stack.enter_context(running(server, DEMO, folder / "log", 120))
         pressure = Pressure(arguments.clients, arguments.tokens, arguments.fresh)
         result = measure(started, server.shown_command, pressure, arguments.seconds)
     print(describe(result))
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"device": device()} | asdict(result), indent=2) + "\n")
+    write_figures(arguments.out, asdict(result))
     return 0
 
 

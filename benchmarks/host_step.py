@@ -11,7 +11,6 @@ Exits with 1 where a step of 32 decodes and a chunk that graphs hold takes longe
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
@@ -19,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from benchmarks.machine import device
+from benchmarks.machine import write_figures
 from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import Runner, SequenceInput
 from persimmon.model.sampling_params import SamplingParams
@@ -160,10 +159,7 @@ def main() -> int:
     arguments = parser.parse_args()
     found = measure_all(Settings(enforce_eager=arguments.eager), arguments.layers, arguments.repeats)
     print(table(found))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        figures = {"device": device(), "layers": arguments.layers, "steps": [asdict(own) for own in found]}
-        arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
+    write_figures(arguments.out, {"layers": arguments.layers, "steps": [asdict(own) for own in found]})
     late = [own for own in found if not own.holds]
     for own in late:
         print(f"{own.step}: {own.milliseconds} ms, but at most {own.bound_ms} ms are allowed", file=sys.stderr)

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import device
+from benchmarks.machine import write_figures
 
 HERE = Path(__file__).parents[1]
 
@@ -104,14 +104,12 @@ def main() -> None:
         after.append(run(arguments.after.resolve(), arguments.benchmark, arguments.arguments))
     figures = compare(before, after)
     print(table(figures))
-    if arguments.out is not None:
-        record = {
-            "device": device(),
-            "benchmark": [arguments.benchmark, *arguments.arguments],
-            "turns": arguments.turns,
-            "figures": [asdict(own) | {"ratio": own.ratio} for own in figures],
-        }
-        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+    record = {
+        "benchmark": [arguments.benchmark, *arguments.arguments],
+        "turns": arguments.turns,
+        "figures": [asdict(own) | {"ratio": own.ratio} for own in figures],
+    }
+    write_figures(arguments.out, record)
 
 
 if __name__ == "__main__":

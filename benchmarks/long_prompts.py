@@ -27,7 +27,7 @@ import zmq
 from pydantic import ByteSize
 
 from benchmarks.checkpoint import CONFIG, write_checkpoint
-from benchmarks.machine import device
+from benchmarks.machine import write_figures
 from persimmon.kernels.cpu.pages import POPULATE
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.server.config import Settings
@@ -257,15 +257,12 @@ def main() -> None:
                 thread.join()
         measured = [measure(loaded, settings, arguments, bounded=bounded) for bounded in (True, False)]
     print(table(measured))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        result = {
-            "device": device(),
-            "streams": arguments.streams,
-            "prompt_len": arguments.prompt_len,
-            "measured": [asdict(own) for own in measured],
-        }
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    figures = {
+        "streams": arguments.streams,
+        "prompt_len": arguments.prompt_len,
+        "measured": [asdict(own) for own in measured],
+    }
+    write_figures(arguments.out, figures)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m benchmarks.machine
 
 A decode step cannot end before every weight has been read once and every row multiplied by it; a prompt not before its
-rows are multiplied.  Also names the machine in reports.  Knows nothing of servers.
+rows are multiplied.  Also names the machine in files of figures.  Knows nothing of servers.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -115,6 +115,18 @@ def device() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "torch": version("torch"),
     }
+
+
+def write_figures(out: Path | None, figures: Mapping[str, Any]) -> None:
+    """Writes figures as JSON, behind what the machine is.
+
+    Args:
+        out: the file, whose folder is made if need be; None writes nothing.
+        figures: by name.
+    """
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({"device": device(), **figures}, indent=2) + "\n")
 
 
 def _best_seconds(work: Callable[[], object]) -> float:

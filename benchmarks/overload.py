@@ -11,7 +11,6 @@ some of its own and the client is started on others; so the figures say which co
 import argparse
 import asyncio
 import contextlib
-import json
 import math
 import sys
 import tempfile
@@ -23,10 +22,11 @@ from pathlib import Path
 import psutil
 import uvloop
 
-from benchmarks.checkpoint import DEMO, write_checkpoint
-from benchmarks.machine import device
+from benchmarks.checkpoint import checkpoint_named
+from benchmarks.machine import write_figures
 from benchmarks.processes import Family, Sample, watch
-from benchmarks.servers import RunningServer, Server, running
+from benchmarks.serve import spread_around
+from benchmarks.servers import RunningServer, own_server, running
 from persimmon.server.bench.answer import Answer, RequestFailedError
 from persimmon.server.bench.http_client import Response
 from persimmon.server.bench.load import ClosedLoop, Exchange, Limits, Load, OpenLoop, Run, drive
@@ -268,23 +268,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     arguments = parser.parse_args()
     taskset = () if arguments.server_cores is None else ("taskset", "-c", arguments.server_cores)
-    limits = ("--max-num-seqs", str(arguments.streams))
-    server = Server(
-        name="persimmon",
-        program=(*taskset, sys.executable, "-m", "persimmon.server.cli"),
-        shown_program=" ".join([*taskset, "persimmon"]),
-        arguments=("serve", "--model", "{checkpoint}", "--port", "{port}", "--no-access-log", *limits),
-        environment={},
-    )
-    # Answers of one length end together, and a closed loop would ask in waves, which cost less than an open loop.
-    lengths = (max(1, arguments.output_len // 2), max(1, 3 * arguments.output_len // 2))
+    server = own_server("--no-access-log", "--max-num-seqs", str(arguments.streams), before=taskset)
+    lengths = spread_around(arguments.output_len)
     workload = RandomWorkload((arguments.input_len,) * 2, lengths, 0, token_ids=(300, 4000))
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        checkpoint = DEMO
-        if arguments.checkpoint == "random":
-            checkpoint = folder / "checkpoint"
-            write_checkpoint(checkpoint)
+        checkpoint = checkpoint_named(arguments.checkpoint, folder / "checkpoint")
         started = stack.enter_context(running(server, checkpoint, folder / "log", 120))
         result = uvloop.run(
             measure(
@@ -297,8 +286,7 @@ def main() -> int:
             )
         )
     print(describe(result))
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"device": device()} | asdict(result), indent=2) + "\n")
+    write_figures(arguments.out, asdict(result))
     return 0
 
 

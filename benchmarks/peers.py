@@ -27,7 +27,7 @@ import psutil
 import torch
 import uvloop
 
-from benchmarks.checkpoint import DEMO, RANDOM, write_checkpoint
+from benchmarks.checkpoint import RANDOM, checkpoint_named
 from benchmarks.instruction_sets import INSTRUCTION_SETS
 from benchmarks.machine import device, measure_rates
 from benchmarks.peer_figures import (
@@ -143,11 +143,7 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         subprocess.CalledProcessError: a checkpoint could not be exported.
     """
     started = now()
-    checkpoint = DEMO
-    if arguments.checkpoint != "demo":
-        checkpoint = scratch / arguments.checkpoint
-        if not checkpoint.exists():
-            write_checkpoint(checkpoint, shape=arguments.checkpoint)
+    checkpoint = checkpoint_named(arguments.checkpoint, scratch / arguments.checkpoint)
     config = PersimmonConfig.from_folder(checkpoint)
     contenders = contenders_of(arguments, checkpoint, scratch)
     measurements: list[Measurement] = []

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from persimmon.server.engine.blocks import BlockPool
-from persimmon.server.engine.routing import SEQUENCE_TOKENS, Route, Router
+from persimmon.server.engine.routing import Route, Router, tokens_to_compute
 from persimmon.server.engine.scheduler import Scheduler
 from persimmon.server.engine.sequence import Sequence
 
@@ -140,7 +140,7 @@ def run(asked: Conversations, engines: int, num_blocks: int, *, round_robin: boo
             conversation = conversations[number]
             max_tokens = conversation.ask(asked)
             tokens = list(conversation.tokens)
-            loads = {engine: to_compute[engine] + SEQUENCE_TOKENS * running[engine] for engine in range(engines)}
+            loads = {engine: tokens_to_compute(to_compute[engine], running[engine]) for engine in range(engines)}
             route = router.route(tokens, loads)
             if round_robin:
                 route = Route(engine=sum(requests) % engines, cached_tokens=0, token_ids=tokens, missing=None)

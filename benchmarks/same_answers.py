@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import device
+from benchmarks.machine import write_figures
 from persimmon.server.bench.answer import RequestFailedError, error_message
 from persimmon.server.bench.http_client import Connection, Endpoint, Response
 from persimmon.server.bench.probe import served_model
@@ -152,10 +152,7 @@ def main() -> int:
         for text, reason in each.answers:
             print(f"    {reason}: {text!r}")
     print(f"{len(comparisons) - len(different)} of {len(comparisons)} answers are the same")
-    if arguments.out:
-        arguments.out.write_text(
-            json.dumps({"device": device(), "comparisons": [asdict(each) for each in comparisons]}, indent=2) + "\n"
-        )
+    write_figures(arguments.out, {"comparisons": [asdict(each) for each in comparisons]})
     return 1 if different else 0
 
 

@@ -10,7 +10,6 @@ one engine and of several, each engine with one thread, in turn; no more engines
 import argparse
 import asyncio
 import json
-import re
 import statistics
 import sys
 import tempfile
@@ -23,10 +22,11 @@ from typing import Any
 
 import uvloop
 
-from benchmarks.checkpoint import DEMO, write_checkpoint
-from benchmarks.machine import device
+from benchmarks.checkpoint import checkpoint_named
+from benchmarks.machine import write_figures
 from benchmarks.routed_conversations import BLOCK_SIZE, Conversations, run
-from benchmarks.servers import RunningServer, Server, running
+from benchmarks.serve import spread_around
+from benchmarks.servers import RunningServer, Server, own_server, read_metrics, running
 from persimmon.model.cores import usable_cores
 from persimmon.server.bench.http_client import Connection, Response
 from persimmon.server.bench.load import ClosedLoop, Limits, drive
@@ -34,13 +34,14 @@ from persimmon.server.bench.probe import served_model
 from persimmon.server.bench.workload import RandomWorkload, request
 from persimmon.server.engine.blocks import block_hashes
 from persimmon.server.engine.load import Load
-from persimmon.server.engine.routing import SEQUENCE_TOKENS, Router
+from persimmon.server.engine.routing import Router, tokens_to_compute
 from persimmon.server.vitals import Vitals
 
 PROMPT_LENGTHS = (64, 256, 512, 1024, 4096)
 KNOWN_BLOCKS = 50_000
 """Blocks of other prompts that each engine has cached while the router is measured."""
 
+GENERATED = "generated_tokens_total"
 REPEATS = 15
 """Of each measurement of the router, of which the shortest counts: the longer ones lost the caches to others."""
 
@@ -129,7 +130,7 @@ def _router_cost(engines: int, length: int) -> RouterCost:
             loads = {}
             for engine in range(engines):
                 own = load.of_engine(engine)
-                loads[engine] = own.prompt_tokens + SEQUENCE_TOKENS * own.sequences
+                loads[engine] = tokens_to_compute(own.prompt_tokens, own.sequences)
             route = router.route(token_ids, loads)
             router.begin(route)
             router.end(route)
@@ -169,10 +170,7 @@ class Throughput:
 def measure_engines(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        checkpoint = DEMO
-        if arguments.checkpoint != "demo":
-            checkpoint = folder / "checkpoint"
-            write_checkpoint(checkpoint, shape=arguments.checkpoint)
+        checkpoint = checkpoint_named(arguments.checkpoint, folder / "checkpoint")
         counts = [count for count in arguments.engines if count <= usable_cores()]
         servers = {count: _server(count, arguments.streams) for count in (1, *counts)}
         tokens: Mapping[int, list[float]] = {count: [] for count in servers}
@@ -197,13 +195,10 @@ def measure_engines(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _server(engines: int, streams: int) -> Server:
-    arguments = ["serve", "--model", "{checkpoint}", "--port", "{port}", "--no-access-log"]
-    arguments += ["--max-num-seqs", str(streams), "--speculative-config", "off"]
-    return Server(
+    return own_server(
+        *("--no-access-log", "--max-num-seqs", str(streams), "--speculative-config", "off"),
+        *("--data-parallel-size", str(engines)),
         name=f"persimmon with {engines} engines" if engines > 1 else "persimmon",
-        program=(sys.executable, "-m", "persimmon.server.cli"),
-        shown_program="persimmon",
-        arguments=(*arguments, "--data-parallel-size", str(engines)),
         environment={"OMP_NUM_THREADS": "1"},
     )
 
@@ -214,7 +209,7 @@ async def _throughput(server: RunningServer, seed: int, arguments: argparse.Name
         while json.loads((await connection.get("/health")).body)["status"] != "ready":  # noqa: ASYNC110
             await asyncio.sleep(0.1)
     model = await served_model(server.endpoint)
-    lengths = (max(1, arguments.output_len // 2), max(1, 3 * arguments.output_len // 2))
+    lengths = spread_around(arguments.output_len)
     workload = RandomWorkload((arguments.input_len,) * 2, lengths, token_ids=(300, 4000))
     requests = (request(model, prompt, ignore_eos=True) for prompt in workload.prompts(seed))
     limits = Limits(duration_s=arguments.settle + arguments.seconds)
@@ -231,8 +226,7 @@ async def _throughput(server: RunningServer, seed: int, arguments: argparse.Name
 async def _generated(server: RunningServer) -> float:
     """Tokens that all engines of a server have generated."""
     async with Connection(server.endpoint) as connection:
-        text = (await connection.get("/metrics")).body.decode()
-    return sum(map(float, re.findall(r"^persimmon_generated_tokens_total\S* (\S+)$", text, re.MULTILINE)))
+        return (await read_metrics(connection, GENERATED))[GENERATED]
 
 
 PARTS: Mapping[str, Callable[[argparse.Namespace], Any]] = {
@@ -297,8 +291,7 @@ def main() -> int:
     arguments = parser.parse_args()
     measured = {part: PARTS[part](arguments) for part in arguments.parts}
     print(describe(measured))
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"device": device()} | measured, indent=2) + "\n")
+    write_figures(arguments.out, measured)
     return 0
 
 

@@ -67,6 +67,14 @@ class Workload:
         return [request(model, prompt, ignore_eos=True) for prompt in prompts]
 
 
+def spread_around(mean: int) -> tuple[int, int]:
+    """(least, most) tokens of answers of this mean length.
+
+    Answers of one length end together, and a closed loop would ask in waves, which cost less than an open loop.
+    """
+    return max(1, mean // 2), max(1, 3 * mean // 2)
+
+
 def describe(report: Report[Workload]) -> str:
     """A report in lines for people."""
     lines = [

@@ -7,9 +7,11 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -137,6 +139,47 @@ def running(server: Server, checkpoint: Path, log: Path, start_timeout_s: float)
         )
     finally:
         _stop(process)
+
+
+def own_server(
+    *flags: str, name: str = "persimmon", environment: Mapping[str, str] | None = None, before: tuple[str, ...] = ()
+) -> Server:
+    """This project's server, run by this interpreter.
+
+    Args:
+        flags: of `persimmon serve`, after the checkpoint and the port.
+        name: a short name for tables.
+        environment: variables to add.
+        before: words in front of the command, as of taskset.
+    """
+    return Server(
+        name=name,
+        program=(*before, sys.executable, "-m", "persimmon.server.cli"),
+        shown_program=" ".join([*before, "persimmon"]),
+        arguments=("serve", "--model", "{checkpoint}", "--port", "{port}", *flags),
+        environment=environment or {},
+    )
+
+
+async def read_metrics(connection: Connection, *names: str) -> dict[str, float]:
+    """Metrics of this project's server, each added up over its series.
+
+    Args:
+        connection: to the server.
+        names: without persimmon_.
+
+    Raises:
+        LookupError: there is none of a name.
+    """
+    text = (await connection.get("/metrics")).body.decode()
+    return {name: _sum(text, name) for name in names}
+
+
+def _sum(text: str, name: str) -> float:
+    values = re.findall(rf"^persimmon_{name}(?:{{\S+}})? (\S+)$", text, flags=re.MULTILINE)
+    if not values:
+        raise LookupError(f"/metrics has no persimmon_{name}")
+    return sum(map(float, values))
 
 
 def _free_port() -> int:

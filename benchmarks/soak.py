@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import json
 import random
-import re
 import sys
 import tempfile
 import time
@@ -22,15 +21,16 @@ from pathlib import Path
 
 import uvloop
 
-from benchmarks.machine import device
+from benchmarks.machine import write_figures
 from benchmarks.processes import Family, Sample, watch
-from benchmarks.servers import Server, running
+from benchmarks.servers import own_server, read_metrics, running
 from persimmon.model import demo
 from persimmon.server.bench.http_client import Connection, Endpoint
 from persimmon.server.bench.workload import COMPLETIONS
 
 ABORTED_SHARE = 0.1
 IDLE_SECONDS = 60.0
+LEVELS = ("requests_running", "requests_waiting", "open_streams", "kv_blocks_free", "kv_blocks")
 
 
 @dataclass(frozen=True)
@@ -164,27 +164,11 @@ async def idle_metrics(endpoint: Endpoint) -> dict[str, float]:
     deadline = time.monotonic() + IDLE_SECONDS
     async with Connection(endpoint) as connection:
         while True:
-            text = (await connection.get("/metrics")).body.decode()
-            metrics = {
-                name: _sum(text, name)
-                for name in ("requests_running", "requests_waiting", "open_streams", "kv_blocks_free", "kv_blocks")
-            }
+            metrics = await read_metrics(connection, *LEVELS)
             busy = metrics["requests_running"] + metrics["requests_waiting"] + metrics["open_streams"]
             if not busy or time.monotonic() > deadline:
                 return metrics
             await asyncio.sleep(0.1)
-
-
-def _sum(text: str, name: str) -> float:
-    """A metric in Prometheus' text format, added up over its series.
-
-    Raises:
-        LookupError: there is none of this name.
-    """
-    values = re.findall(rf"^persimmon_{name}(?:{{\S+}})? (\S+)$", text, flags=re.MULTILINE)
-    if not values:
-        raise LookupError(f"/metrics has no persimmon_{name}")
-    return sum(map(float, values))
 
 
 async def soak(endpoint: Endpoint, command: str, process_id: int, disconnects: int, requests: int) -> Result:
@@ -223,15 +207,9 @@ def main() -> int:
     parser.add_argument("--api-workers", type=int, default=1, help="of the server [default: %(default)s]")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     arguments = parser.parse_args()
-    server = Server(
-        name="persimmon",
-        program=(sys.executable, "-m", "persimmon.server.cli"),
-        shown_program="persimmon",
-        arguments=(
-            *("serve", "--model", "{checkpoint}", "--port", "{port}", "--no-access-log", "--max-num-seqs", "32"),
-            *("--kv-cache-memory", "64MB", "--api-workers", str(arguments.api_workers)),
-        ),
-        environment={},
+    server = own_server(
+        *("--no-access-log", "--max-num-seqs", "32", "--kv-cache-memory", "64MB"),
+        *("--api-workers", str(arguments.api_workers)),
     )
     checkpoint = Path(next(iter(demo.__path__)))
     with tempfile.TemporaryDirectory() as folder, running(server, checkpoint, Path(folder) / "log", 120) as started:
@@ -245,8 +223,7 @@ def main() -> int:
             )
         )
     print(describe(result))
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"device": device()} | asdict(result), indent=2) + "\n")
+    write_figures(arguments.out, asdict(result))
     left = result.metrics
     clean = left["kv_blocks_free"] == left["kv_blocks"] and left["open_streams"] == 0
     return 0 if clean else 1

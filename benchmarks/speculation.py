@@ -25,8 +25,8 @@ import msgspec
 import zmq
 from pydantic import ByteSize
 
-from benchmarks.checkpoint import DEMO, RANDOM, write_checkpoint
-from benchmarks.machine import device
+from benchmarks.checkpoint import DEMO, RANDOM, checkpoint_named
+from benchmarks.machine import write_figures
 from persimmon.kernels.cpu.pages import POPULATE
 from persimmon.model.grammar import GrammarCompiler, GrammarSpec
 from persimmon.model.sampling_params import SamplingParams
@@ -337,10 +337,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all results as JSON")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="persimmon-speculation-") as scratch:
-        folder = DEMO
-        if arguments.checkpoint != "demo":
-            folder = Path(scratch)
-            write_checkpoint(folder, shape=arguments.checkpoint)
+        folder = checkpoint_named(arguments.checkpoint, Path(scratch))
         settings = Settings(
             model=str(folder),
             quantization=arguments.quantization,
@@ -354,17 +351,14 @@ def main() -> None:
                 thread.join()
         measured = measure(loaded, settings, arguments)
     print(table(measured))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        result = {
-            "device": device(),
-            "checkpoint": arguments.checkpoint,
-            "quantization": arguments.quantization,
-            "methods": {method: METHODS[method] for method in arguments.methods},
-            "rounds": arguments.rounds,
-            "measured": [asdict(own) for own in measured],
-        }
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    figures = {
+        "checkpoint": arguments.checkpoint,
+        "quantization": arguments.quantization,
+        "methods": {method: METHODS[method] for method in arguments.methods},
+        "rounds": arguments.rounds,
+        "measured": [asdict(own) for own in measured],
+    }
+    write_figures(arguments.out, figures)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from persimmon.server.engine.blocks import salted_with_length
 from persimmon.server.engine.client import EngineClient, EngineDeadError, EngineNotReadyError, SequenceStream
 from persimmon.server.engine.load import Load
 from persimmon.server.engine.messages import Ready, Submit
-from persimmon.server.engine.routing import SEQUENCE_TOKENS, Route, Router
+from persimmon.server.engine.routing import Route, Router, tokens_to_compute
 
 
 class Engines:
@@ -138,7 +138,7 @@ class Engines:
         for number, engine in enumerate(self.engines):
             if engine.ready:
                 load = self.load.of_engine(number)
-                loads[number] = load.prompt_tokens + SEQUENCE_TOKENS * load.sequences
+                loads[number] = tokens_to_compute(load.prompt_tokens, load.sequences)
         token_ids, salt = self._cacheable(submit)
         return self._router.route(token_ids, loads, salt)
 

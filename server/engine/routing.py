@@ -22,6 +22,16 @@ MAX_BLOCKS = 1 << 18
 """Blocks that are known of each engine, in some 30 MB of memory; of a larger index, the rest is not known."""
 
 
+def tokens_to_compute(prompt_tokens: int, sequences: int) -> int:
+    """What an engine has to do before a new prompt's tokens, in prompt tokens to compute.
+
+    Args:
+        prompt_tokens: of the prompts there, those that are not cached.
+        sequences: there.
+    """
+    return prompt_tokens + SEQUENCE_TOKENS * sequences
+
+
 @dataclass(eq=False, slots=True)
 class Route:
     """The engine that is chosen for a prompt.
