@@ -18,13 +18,14 @@ from persimmon.kernels import QuantizedFormat, reference
 from persimmon.model.checkpoint import dummy_tensors, expected_shapes
 from persimmon.model.config import Architecture, PersimmonConfig
 from persimmon.model.kv_cache import KVCache, block_bytes
-from persimmon.model.memory import GIB, MemoryPlan, MemoryPlanError, activation_bytes, available_memory, plan_memory
+from persimmon.model.memory import GIB, MemoryPlan, MemoryPlanError, activation_bytes, available_memory
 from persimmon.model.memory_limits import MemoryLeft
 from persimmon.model.persimmon import Persimmon
 from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import PooledStates, PromptLogprobs, SequenceInput
 from persimmon.model.token_counts import TokenCounts
 from tests.engine_harness import runner_of
+from tests.model import memory_plans
 from tests.model.forward_pass import hidden_states
 from tests.model.rows import changed, row_with
 
@@ -61,17 +62,7 @@ def classifier(architecture: Architecture) -> PersimmonConfig:
 
 
 def plan(config: PersimmonConfig = SMALL, **changes: Any) -> MemoryPlan:
-    arguments: dict[str, Any] = {
-        "available": GIB,
-        "dtype": torch.float32,
-        "device": CPU,
-        "block_size": 16,
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 256,
-        "max_model_len": None,
-        "kv_cache_bytes": None,
-    }
-    return plan_memory(config, **(arguments | changes))
+    return memory_plans.plan(config, **changes)
 
 
 class TestPlan:

@@ -15,14 +15,14 @@ from persimmon.model.checkpoint import Checkpoint, dummy_parameters, expected_sh
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.errors import CheckpointError
 from persimmon.model.leftovers import EMBEDDING, HEAD
-from persimmon.model.memory import MemoryPlan, plan_memory
+from persimmon.model.memory import MemoryPlan
 from persimmon.model.quantization.rounding import quantize
 from persimmon.model.quantization.scheme import quantized_formats
 from persimmon.model.ranks import bytes_of_sum, sum_in_order
 from persimmon.model.shard import ONLY, WHOLE, Part, Shard, check_divides, check_groups
 from tests.model.checkpoints import make_checkpoint
+from tests.model.memory_plans import plan
 
-CPU = torch.device("cpu")
 CONFIG = PersimmonConfig(
     vocab_size=99,
     hidden_size=256,
@@ -157,18 +157,7 @@ def test_norms_of_dummies_are_the_same_on_all_ranks() -> None:
 class TestMemory:
     @staticmethod
     def plan(ranks: int) -> MemoryPlan:
-        return plan_memory(
-            CONFIG,
-            available=1 << 30,
-            dtype=torch.float32,
-            device=CPU,
-            block_size=16,
-            max_num_seqs=4,
-            max_num_batched_tokens=64,
-            max_model_len=64,
-            kv_cache_bytes=1 << 20,
-            ranks=ranks,
-        )
+        return plan(CONFIG, kv_cache_bytes=1 << 20, ranks=ranks)
 
     def test_the_same_cache_holds_the_same_tokens_on_any_number_of_ranks(self) -> None:
         one, four = self.plan(1), self.plan(4)

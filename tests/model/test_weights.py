@@ -17,10 +17,10 @@ from persimmon.kernels.reference import ReferenceWeight
 from persimmon.model.checkpoint import Checkpoint
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.leftovers import EMBEDDING, HEAD
-from persimmon.model.memory import plan_memory
 from persimmon.model.persimmon import Layer, Persimmon, is_matrix
 from persimmon.model.runner import SequenceInput
 from tests.engine_harness import CPU, poisoned_cache, runner_of
+from tests.model.memory_plans import plan
 from tests.model.rows import row_with
 
 
@@ -133,23 +133,11 @@ def test_the_memory_plan_counts_what_weights_say_they_take(
     config, tensors = tensors_of(random_checkpoint)
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     stored = kernels.stored_dtype(dtype, torch.float32)
-    plan = plan_memory(
-        config,
-        available=1 << 30,
-        dtype=torch.float32,
-        device=CPU,
-        block_size=16,
-        max_num_seqs=4,
-        max_num_batched_tokens=64,
-        max_model_len=None,
-        kv_cache_bytes=None,
-        weight_bytes=kernels.weight_bytes,
-        stored=dict.fromkeys(tensors, stored),
-    )
+    planned = plan(config, weight_bytes=kernels.weight_bytes, stored=dict.fromkeys(tensors, stored))
     model = Persimmon(config, tensors.items(), torch.float32, CPU, kernels)
     embedding = tensors[EMBEDDING].numel() * stored.itemsize
     others = sum(4 * tensor.numel() for name, tensor in tensors.items() if not is_matrix(name) and name != EMBEDDING)
-    assert plan.weights == embedding + others + sum(weight.nbytes for weight in weights_of(model))
+    assert planned.weights == embedding + others + sum(weight.nbytes for weight in weights_of(model))
     for weight, name in zip(weights_of(model)[-2:], ("mlp.dense_4h_to_h", "lm_head"), strict=True):
         assert weight.shape == next(tuple(t.shape) for key, t in tensors.items() if key.endswith(f"{name}.weight"))
 

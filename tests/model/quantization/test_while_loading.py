@@ -21,12 +21,12 @@ from persimmon.model.checkpoint import Checkpoint, dummy_parameters, expected_sh
 from persimmon.model.config import Architecture, PersimmonConfig
 from persimmon.model.errors import CheckpointError
 from persimmon.model.leftovers import EMBEDDING
-from persimmon.model.memory import plan_memory
 from persimmon.model.persimmon import Persimmon
 from persimmon.model.quantization import tensors
 from persimmon.model.quantization.rounding import quantize
 from persimmon.model.quantization.scheme import Quantization, described, quantized_formats
 from tests.engine_harness import CPU
+from tests.model.memory_plans import plan
 from tests.model.test_weights import logits_of
 
 CONFIG = PersimmonConfig(
@@ -156,21 +156,8 @@ def planned_weights(
     config: PersimmonConfig, dtype: torch.dtype, stored: Mapping[str, QuantizedFormat], operations: Kernels[Any, Any]
 ) -> int:
     """Bytes of the parameters in the memory plan."""
-    plan = plan_memory(
-        config,
-        available=1 << 30,
-        dtype=dtype,
-        device=CPU,
-        block_size=16,
-        max_num_seqs=4,
-        max_num_batched_tokens=64,
-        max_model_len=None,
-        kv_cache_bytes=None,
-        weight_bytes=operations.weight_bytes,
-        tied_bytes=operations.tied_bytes,
-        stored=stored,
-    )
-    return plan.weights
+    sizes = {"weight_bytes": operations.weight_bytes, "tied_bytes": operations.tied_bytes}
+    return plan(config, dtype=dtype, stored=stored, **sizes).weights
 
 
 @pytest.mark.parametrize("tied", [False, True])
