@@ -11,32 +11,24 @@ import argparse
 import itertools
 import json
 import statistics
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import msgspec
-import zmq
 from pydantic import ByteSize
 
 from benchmarks.checkpoint import CONFIG, write_checkpoint
+from benchmarks.local_engine import LocalEngine, load
 from benchmarks.machine import write_figures
-from persimmon.kernels.cpu.pages import POPULATE
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.server.config import Settings
-from persimmon.server.engine.blocks import BlockPool
-from persimmon.server.engine.core import Engine
-from persimmon.server.engine.loading import LoadedModel, load_model
-from persimmon.server.engine.messages import FromEngine, Hello, Ready, StepOutput, Submit
+from persimmon.server.engine.loading import LoadedModel
+from persimmon.server.engine.messages import Submit
 from persimmon.server.engine.plan_runner import PlanRunner
-from persimmon.server.engine.scheduler import Scheduler
 from persimmon.server.engine.step_cost import StepCostModel
 
 ENDLESS = 100_000
@@ -73,36 +65,12 @@ class Client:
     """An engine and a worker that times its tokens."""
 
     def __init__(self, loaded: LoadedModel, settings: Settings, *, bounded: bool) -> None:
-        plan = loaded.plan
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        router, self._worker = self._context.socket(zmq.ROUTER), self._context.socket(zmq.DEALER)
-        router.bind("inproc://engine")
-        self._worker.connect("inproc://engine")
-        scheduler = Scheduler(
-            BlockPool(plan.num_blocks, plan.block_size, prefix_caching=False),
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            max_model_len=plan.max_model_len,
-        )
-        ready = Ready(
-            max_model_len=plan.max_model_len,
-            block_size=plan.block_size,
-            total_blocks=plan.num_blocks,
-            device="cpu",
-            dtype="float32",
-            stats=scheduler.stats(),
-        )
         costs = StepCostModel() if bounded else None
-        self._engine = Engine(
-            socket=router, scheduler=scheduler, run=PlanRunner(loaded.runner), limits=ready, costs=costs
-        )
-        self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+        self._engine = LocalEngine(loaded, settings, PlanRunner(loaded.runner), costs=costs)
         self._random = Random(0)
         self._submitted: list[float] = []
         self.times: list[list[float]] = []
         """When the tokens of each sequence came, in seconds."""
-        self._worker.send(msgspec.msgpack.encode(Hello()))
-        self.turn()
 
     def submit(self, prompt_length: int, max_tokens: int) -> int:
         """Sends a prompt; its number."""
@@ -111,19 +79,15 @@ class Client:
         submit = Submit(
             sequence_id=number, token_ids=prompt, max_tokens=max_tokens, sampling=SamplingParams(temperature=0.0)
         )
-        self._worker.send(msgspec.msgpack.encode(submit))
+        self._engine.submit(submit)
         self.times.append([])
         self._submitted.append(time.perf_counter())
         return number
 
     def turn(self) -> None:
         """One turn of the engine."""
-        self._engine.turn()
-        while self._worker.poll(0):
-            message = self._decoder.decode(self._worker.recv())
-            now = time.perf_counter()
-            for output in message.outputs if isinstance(message, StepOutput) else ():
-                self.times[output.sequence_id] += [now] * len(output.token_ids)
+        for now, output in self._engine.turn():
+            self.times[output.sequence_id] += [now] * len(output.token_ids)
 
     def until_begun(self, numbers: list[int]) -> None:
         """Turns until these have their first tokens."""
@@ -145,26 +109,15 @@ class Client:
     def close(self) -> None:
         """Gives everything back."""
         self._engine.close()
-        self._context.destroy(linger=0)
-
-
-@contextmanager
-def serving(loaded: LoadedModel, settings: Settings, *, bounded: bool) -> Iterator[Client]:
-    """An engine and its client."""
-    client = Client(loaded, settings, bounded=bounded)
-    try:
-        yield client
-    finally:
-        client.close()
 
 
 def measure(loaded: LoadedModel, settings: Settings, arguments: argparse.Namespace, *, bounded: bool) -> Latencies:
     """Measures one way of planning."""
-    with serving(loaded, settings, bounded=bounded) as client:
+    with closing(Client(loaded, settings, bounded=bounded)) as client:
         alone = client.submit(arguments.prompt_len, 1)
         client.until_begun([alone])
         alone_ttft = client.ttft_ms(alone)
-    with serving(loaded, settings, bounded=bounded) as client:
+    with closing(Client(loaded, settings, bounded=bounded)) as client:
         room = settings.max_model_len or ENDLESS
         streams = [client.submit(SHORT, room - SHORT) for _ in range(arguments.streams)]
         client.until_begun(streams)
@@ -251,10 +204,7 @@ def main() -> None:
             max_num_seqs=arguments.streams + 8,
             kv_cache_memory=ByteSize(tokens * 8 * 2 * 512 * 4),
         )
-        loaded = load_model(settings, folder, lambda line: print(line, file=sys.stderr))
-        for thread in threading.enumerate():
-            if thread.name == POPULATE:  # it would take its share of the first figures
-                thread.join()
+        loaded = load(settings, folder)
         measured = [measure(loaded, settings, arguments, bounded=bounded) for bounded in (True, False)]
     print(table(measured))
     figures = {

@@ -14,32 +14,25 @@ import random
 import statistics
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import msgspec
-import zmq
 from pydantic import ByteSize
 
 from benchmarks.checkpoint import DEMO, RANDOM, checkpoint_named
+from benchmarks.local_engine import LocalEngine, load
 from benchmarks.machine import write_figures
-from persimmon.kernels.cpu.pages import POPULATE
 from persimmon.model.grammar import GrammarCompiler, GrammarSpec
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.step_outcome import StepOutcome
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.server.config import Settings
-from persimmon.server.engine.blocks import BlockPool
-from persimmon.server.engine.core import Engine
 from persimmon.server.engine.guesses import Speculation
-from persimmon.server.engine.loading import LoadedModel, load_model
-from persimmon.server.engine.messages import FromEngine, Hello, Ready, StepOutput, Submit
+from persimmon.server.engine.loading import LoadedModel
+from persimmon.server.engine.messages import Submit
 from persimmon.server.engine.plan_runner import PlanRunner
-from persimmon.server.engine.scheduler import Scheduler
 from persimmon.server.engine.step_cost import StepCostModel
 from persimmon.server.engine.step_plan import StepPlan
 from persimmon.server.engine.step_runner import LaunchedStep
@@ -177,36 +170,16 @@ class Client:
     """An engine that guesses in one way, and a worker that times its tokens."""
 
     def __init__(self, loaded: LoadedModel, settings: Settings, method: str, compiler: GrammarCompiler) -> None:
-        plan = loaded.plan
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        router, self._worker = self._context.socket(zmq.ROUTER), self._context.socket(zmq.DEALER)
-        router.bind("inproc://engine")
-        self._worker.connect("inproc://engine")
-        self._scheduler = Scheduler(
-            BlockPool(plan.num_blocks, plan.block_size, prefix_caching=False),
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            max_model_len=plan.max_model_len,
-            speculation=Speculation.of(
-                SpeculativeConfig.from_json(METHODS[method]), settings.max_num_seqs, plan.max_model_len
-            ),
-        )
-        ready = Ready(
-            max_model_len=plan.max_model_len,
-            block_size=plan.block_size,
-            total_blocks=plan.num_blocks,
-            device="cpu",
-            dtype="float32",
-            stats=self._scheduler.stats(),
-        )
+        config = SpeculativeConfig.from_json(METHODS[method])
         self._run = GivenAnswers(PlanRunner(loaded.runner, compiler, guess_forced=method != "none"))
-        self._engine = Engine(
-            socket=router, scheduler=self._scheduler, run=self._run, limits=ready, costs=StepCostModel()
+        self._engine = LocalEngine(
+            loaded,
+            settings,
+            self._run,
+            costs=StepCostModel(),
+            speculation=Speculation.of(config, settings.max_num_seqs, loaded.plan.max_model_len),
         )
-        self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
         self._submitted = 0
-        self._worker.send(msgspec.msgpack.encode(Hello()))
-        self._engine.turn()
 
     def run(self, asked: list[tuple[list[int], list[int]]], name: str) -> Figures:
         """Answers these side by side."""
@@ -222,20 +195,16 @@ class Client:
                     temperature=1.0, seed=self._submitted, grammar=SCHEMA if name == "schema" else None
                 ),
             )
-            self._worker.send(msgspec.msgpack.encode(submit))
+            self._engine.submit(submit)
             self._submitted += 1
         times: list[list[tuple[float, int]]] = [[] for _ in asked]
-        before = self._scheduler.stats()
+        before = self._engine.scheduler.stats()
         left = len(asked)
         while left:
-            self._engine.turn()
-            while self._worker.poll(0):
-                message = self._decoder.decode(self._worker.recv())
-                now = time.perf_counter()
-                for output in message.outputs if isinstance(message, StepOutput) else ():
-                    times[output.sequence_id - first].append((now, len(output.token_ids)))
-                    left -= output.finish_reason is not None
-        after = self._scheduler.stats()
+            for now, output in self._engine.turn():
+                times[output.sequence_id - first].append((now, len(output.token_ids)))
+                left -= output.finish_reason is not None
+        after = self._engine.scheduler.stats()
         # With many streams, the prompts of the others and the last ones alone count too.
         begin, end = min(own[0][0] for own in times), max(own[-1][0] for own in times)
         counts = [count for own in times for at, count in own if at > begin]
@@ -258,7 +227,6 @@ class Client:
     def close(self) -> None:
         """Gives everything back."""
         self._engine.close()
-        self._context.destroy(linger=0)
 
 
 @contextmanager
@@ -345,10 +313,7 @@ def main() -> None:
             max_num_seqs=max(arguments.streams),
             kv_cache_memory=ByteSize(2 << 30),
         )
-        loaded = load_model(settings, folder, lambda line: print(line, file=sys.stderr))
-        for thread in threading.enumerate():
-            if thread.name == POPULATE:  # it would take its share of the first figures
-                thread.join()
+        loaded = load(settings, folder)
         measured = measure(loaded, settings, arguments)
     print(table(measured))
     figures = {
