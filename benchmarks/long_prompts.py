@@ -191,6 +191,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all results as JSON")
     arguments = parser.parse_args()
+    if 2 * arguments.prompt_len <= 8 * SHORT:
+        parser.error(f"--prompt-len is {arguments.prompt_len}; expected more than {4 * SHORT}")
     with tempfile.TemporaryDirectory(prefix="persimmon-long-prompts-") as scratch:
         folder = Path(scratch)
         write_checkpoint(folder)

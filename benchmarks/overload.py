@@ -210,6 +210,8 @@ async def measure(
     # As many again wait, so that no place stays empty for a moment.
     closed = await loaded(2, ClosedLoop(2 * streams), None)
     rate = factor * closed.answered_per_s
+    if not rate:
+        sys.exit(f"no request was answered in {seconds:g} s of the load before: give a larger --seconds")
     watching = asyncio.create_task(watch(family, seconds / 5, memory))
     opened = await loaded(3, OpenLoop(rate), round(rate, 2))
     watching.cancel()
