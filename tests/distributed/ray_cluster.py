@@ -107,12 +107,12 @@ def spawned(process: psutil.Process) -> list[psutil.Process]:
 
 
 def has_ended(process: psutil.Process) -> bool:
-    """Whether a process has ended, also if nobody has asked for its exit code yet."""
+    """Whether a process has ended, even if its parent has not collected its exit code yet."""
     return not _command(process)
 
 
 def _command(process: psutil.Process) -> str:
-    """The command line of a process; empty if it has ended, also if nobody has asked for its exit code yet."""
+    """The command line of a process; empty if it has ended, even if its parent has not collected its exit code yet."""
     try:
         return " ".join(process.cmdline())
     except psutil.NoSuchProcess:

@@ -1,4 +1,4 @@
-"""The engine and its workers: those that go, come back, or send what is no message."""
+"""The engine and its workers: some leave, come back, or send messages that cannot be read."""
 
 import msgspec
 import pytest
