@@ -25,6 +25,9 @@ OUTLIER = 4.0
 QUIET_SHARE = 0.75
 """Prompt chunks may make a step longer by this share of what it takes without them."""
 
+PROMPTS_AS_ONE = 4
+"""Up to so many prompts that are computed at once share the time of one; more get more, in proportion."""
+
 SHARED_SECONDS = 0.2
 """Time that a step has for prompts while several clients share the engine: one that joins waits for the step's end."""
 
@@ -138,13 +141,14 @@ class StepCosts:
 
     def chunk_tokens(self, decodes: int, prompts: int) -> float:
         """The tokens that chunks may have whatever they take; see `chunk_seconds`."""
-        return self.most_tokens * max(1.0, prompts / decodes) if decodes else inf
+        return self.most_tokens * self._crowding(decodes, prompts) if decodes else inf
 
     def chunk_seconds(self, decodes: int, decode_context: int, prompts: int) -> float:
         """The time that a step has for prompt chunks.
 
-        Decoding sequences wait for it.  While more prompts are being computed than sequences decode, it is longer by
-        their ratio: otherwise the first of many who come together would hold up all others.
+        Decoding sequences wait for it.  It is longer while many prompts are being computed.  If it were not, then under
+        steady load prompts would pile up until few sequences decode, and on a GPU, where a step of few takes nearly as
+        long as one of many, throughput would halve.
 
         Args:
             decodes: sequences that decode in the step.
@@ -155,7 +159,16 @@ class StepCosts:
             return inf
         quiet = self.step + self.decode * decodes + self.decode_context * decode_context
         share = QUIET_SHARE * quiet if self.longest is None else self.longest - quiet
-        return share * max(1.0, prompts / decodes) - self.chunks
+        return share * self._crowding(decodes, prompts) - self.chunks
+
+    def _crowding(self, decodes: int, prompts: int) -> float:
+        """What the time for prompts is multiplied by.
+
+        An explicit limit gives way only where more prompts are being computed than sequences decode: otherwise the
+        first of many who come together would hold up all others.
+        """
+        crowding = max(1.0, prompts / decodes)
+        return crowding if self.longest is not None else max(crowding, prompts / PROMPTS_AS_ONE)
 
     def reach(self, start: int) -> float:
         """Seconds that a chunk after `start` tokens takes however short it is."""

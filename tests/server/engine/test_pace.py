@@ -1,7 +1,10 @@
 """While long prompts arrive, streams keep their pace and no newcomer starves; on a machine with a clock of its own."""
 
+from dataclasses import replace
 from itertools import pairwise
 from random import Random
+
+import pytest
 
 from persimmon.server.engine.blocks import BlockPool
 from persimmon.server.engine.scheduler import Scheduler
@@ -23,12 +26,13 @@ class Server:
     Args:
         machine: what steps take there.
         longest: the limit on the time between two tokens.
+        max_num_seqs: of the scheduler.
     """
 
-    def __init__(self, machine: StepCosts = MACHINE, longest: float | None = None) -> None:
+    def __init__(self, machine: StepCosts = MACHINE, longest: float | None = None, max_num_seqs: int = 128) -> None:
         self.scheduler = Scheduler(
             BlockPool(8192, 32, prefix_caching=False),
-            max_num_seqs=128,
+            max_num_seqs=max_num_seqs,
             max_num_batched_tokens=2048,
             max_model_len=3 * LONG,
         )
@@ -127,6 +131,40 @@ def test_those_who_come_together_do_not_wait_for_the_pace_of_the_first() -> None
         StepWork(decodes=0, decode_context=0, chunk_tokens=64 * SHORT, chunk_context=64 * SHORT * SHORT // 2)
     )
 
+
+def test_prompts_that_keep_coming_do_not_leave_few_sequences_to_decode() -> None:
+    server = Server(FIXED, max_num_seqs=256)
+    rng = Random(1)
+
+    def add() -> Sequence:
+        return server.add(rng.randint(16, 384), rng.randint(16, 256))
+
+    live = [add() for _ in range(256)]
+    server.steps.clear()
+    while len(server.times) < 768:
+        server.step()
+        live = [add() if own.finished else own for own in live]
+    in_turn = sorted(server.ttft(own) for own in server.times)
+    decodes = [plan.work.decodes for plan, _ in server.steps[len(server.steps) // 4 :]]
+    assert sum(decodes) / len(decodes) > 0.75 * 256
+    assert in_turn[int(0.9 * len(in_turn))] < 2.0
+
+
+def test_few_prompts_leave_streams_their_pace_and_many_take_more_time() -> None:
+    alone = MACHINE.chunk_seconds(32, 0, 1) + MACHINE.chunks
+    assert MACHINE.chunk_seconds(32, 0, 4) == MACHINE.chunk_seconds(32, 0, 1)
+    assert MACHINE.chunk_seconds(32, 0, 8) + MACHINE.chunks == pytest.approx(2 * alone)
+
+
+def test_many_prompts_keep_an_explicit_limit() -> None:
+    costs = replace(MACHINE, longest=0.02)
+    assert costs.chunk_seconds(32, 0, 32) == costs.chunk_seconds(32, 0, 1)
+
+
+FIXED = StepCosts(
+    step=12e-3, decode=2e-5, decode_context=2e-8, chunks=1e-3, chunk_token=3e-5, chunk_context=1e-9, chunk_reach=1e-7
+)
+"""As on a GPU, a step of 16 streams takes nearly as long as one of 256."""
 
 CPU = StepCosts(
     step=1e-3, decode=4e-4, decode_context=2e-8, chunks=1e-4, chunk_token=2e-4, chunk_context=1e-9, chunk_reach=1e-7

@@ -70,7 +70,7 @@ def test_chunks_beside_decodes_at_most_double_from_step_to_step() -> None:
         model.observe(StepWork(8, 800), 0.5)
     assert model.costs.chunk_tokens(decodes=8, prompts=1) == FIRST_CHUNK
     assert model.costs.chunk_tokens(decodes=0, prompts=1) == inf
-    assert model.costs.chunk_tokens(decodes=8, prompts=16) == 2 * FIRST_CHUNK
+    assert model.costs.chunk_tokens(decodes=8, prompts=16) == 4 * FIRST_CHUNK
     model.observe(StepWork(8, 800, 200), 1.0)
     assert model.costs.chunk_tokens(decodes=8, prompts=1) == 400
     model.observe(StepWork(0, 0, 2000), 1.0)
@@ -122,7 +122,10 @@ def test_chunks_have_all_the_time_while_nobody_decodes_and_a_share_of_it_while_s
     assert TRUE.affordable(inf, 5) == inf
     quiet = TRUE.seconds(StepWork(32, 32_000))
     assert TRUE.chunk_seconds(32, 32_000, 1) == pytest.approx(QUIET_SHARE * quiet - TRUE.chunks)
-    assert TRUE.chunk_seconds(32, 32_000, 96) == pytest.approx(3 * QUIET_SHARE * quiet - TRUE.chunks)
+    assert TRUE.chunk_seconds(32, 32_000, 8) == pytest.approx(2 * QUIET_SHARE * quiet - TRUE.chunks)
+    assert TRUE.chunk_seconds(2, 32_000, 3) == pytest.approx(
+        1.5 * QUIET_SHARE * TRUE.seconds(StepWork(2, 32_000)) - TRUE.chunks
+    )
     assert TRUE.affordable(-1.0, 5) == 0
 
 
