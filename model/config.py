@@ -51,6 +51,33 @@ _PLACEHOLDER_IDS = {"bos_token_id": 1, "eos_token_id": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """How images become embeddings: patches of pixels, each projected by one matrix into the first layer.
+
+    Attributes:
+        patch_size: height and width of a patch, in pixels.
+        num_channels: numbers of a pixel; only 3, red, green and blue, is supported.
+        image_token_id: the id that stands for a patch among the token ids of a prompt.
+
+    Raises:
+        ValueError: a value is not supported.
+    """
+
+    patch_size: int = 30
+    num_channels: int = 3
+    image_token_id: int = 71011
+
+    def __post_init__(self) -> None:
+        if self.num_channels != 3:
+            raise ValueError(f"num_channels is {self.num_channels}; only 3 (red, green and blue) is supported")
+
+    @property
+    def patch_numbers(self) -> int:
+        """Numbers of a patch, in the order height, width, channel."""
+        return self.patch_size**2 * self.num_channels
+
+
+@dataclass(frozen=True, kw_only=True)
 class PersimmonConfig:
     """The shape of a Persimmon network and what its files say about its token ids.
 
