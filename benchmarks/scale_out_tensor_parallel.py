@@ -106,9 +106,7 @@ def run_case(ranks: int, threads: int, folder: Path, seconds: float) -> list[flo
 
 def run_as_first_rank(ranks: int, folder: Path, seconds: float) -> list[float]:
     """Loads the network as the engine does, and measures its steps."""
-    settings = read_settings(
-        {"tensor_parallel_size": str(ranks), "kv_cache_memory": "3GiB", "max_model_len": "1024"}
-    )
+    settings = read_settings({"tensor_parallel_size": str(ranks), "kv_cache_memory": "3GiB", "max_model_len": "1024"})
     loaded = load_model(settings.of_engine(), folder, lambda line: print(line, file=sys.stderr))
     for thread in threading.enumerate():
         if thread.name == POPULATE:  # it would take its share of the first figures
