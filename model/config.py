@@ -7,37 +7,41 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal
 
+from persimmon.model.classifier_config import ProblemType, read_labels, read_pad_token_id, read_problem_type
 from persimmon.model.errors import CheckpointError
 from persimmon.model.json_object import JsonObject, shown
 from persimmon.model.quantization.compressed_tensors import CompressedTensors, read_compressed_tensors
 from persimmon.model.rope_scaling import RopeScaling, read_rope_scaling, rope_tables
 
 MODEL_TYPE = "persimmon"
+FUYU_MODEL_TYPE = "fuyu"
 DTYPES = ("float16", "bfloat16", "float32")
 
-ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 ScoreFunction = Literal["softmax", "sigmoid", "none"]
-
-MAX_LABELS = 1 << 20
-"""More labels than this are a mistake in the file, which is found here before a name is made for each."""
-
 
 MAX_LAYERS = 10_000
 """More layers than this are a mistake in the file, which is found here before their tensors are listed."""
+
+
+MAX_PATCH_SIZE = 4096
+"""Larger patches are a mistake in the file, which is found here before memory is planned for their matrix."""
 
 
 class Architecture(StrEnum):
     """What stands on the network's hidden states, by the names of Transformers' classes."""
 
     CAUSAL_LM = "PersimmonForCausalLM"
-    """lm_head: logits of the next token."""
+    """lm_head: logits of the next token.  FuyuForCausalLM is this network with a `VisionConfig`."""
     SEQUENCE_CLASSIFICATION = "PersimmonForSequenceClassification"
     """A score for each label, of a sequence's last token."""
     TOKEN_CLASSIFICATION = "PersimmonForTokenClassification"  # noqa: S105
     """A score for each label, of every token."""
 
+
+FUYU = "FuyuForCausalLM"
+"""Transformers' class of the network that reads images too."""
 
 # Adept published one vocabulary, of this size, in which |ENDOFTEXT| begins and ends every document.
 ADEPT_VOCAB_SIZE = 262144
@@ -48,6 +52,16 @@ ADAPTER_FILE = "adapter_config.json"
 
 # What Transformers' PersimmonConfig writes by default, as in its own conversion of Adept's release.
 _PLACEHOLDER_IDS = {"bos_token_id": 1, "eos_token_id": 2}
+
+# What a text_config means that lacks a key: the defaults of Transformers' PersimmonConfig.
+_TEXT_DEFAULTS = {
+    "vocab_size": ADEPT_VOCAB_SIZE,
+    "hidden_size": 4096,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 64,
+    "max_position_embeddings": 16384,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +123,7 @@ class PersimmonConfig:
         pad_token_id: a sequence classifier's padding, see `pooled_token`; None where it has none.
         rope_scaling: how the rotary embedding is stretched to longer contexts; None where it is not.
         quantization: which of the checkpoint's matrices are quantized; None where none is.
+        vision: how it reads images; None where it reads text only.
 
     Raises:
         ValueError: a value is not supported, or two contradict each other.
@@ -136,6 +151,7 @@ class PersimmonConfig:
     pad_token_id: int | None = None
     rope_scaling: RopeScaling | None = None
     quantization: CompressedTensors | None = None
+    vision: VisionConfig | None = None
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -164,6 +180,11 @@ class PersimmonConfig:
             raise ValueError(
                 "problem_type is 'single_label_classification', but there is only one label; expected two or more, or "
                 "'regression'"
+            )
+        if self.vision is not None and self.vision.image_token_id >= self.vocab_size:
+            raise ValueError(
+                f"image_token_id is {self.vision.image_token_id}; expected a token id below vocab_size "
+                f"{self.vocab_size}"
             )
 
     @property
@@ -238,7 +259,9 @@ class PersimmonConfig:
 
         The end-of-text ids are those of both files.  With Adept's vocabulary, 1 and 2 are not end-of-text: they are
         Transformers' defaults, and a server that used them would never stop. There the id is |ENDOFTEXT|'s unless the
-        files name another.
+        files name another.  (Fuyu's documents do begin with 1, `<s>`.)
+
+        Fuyu's network is in its text_config, or in older files at the top level.
 
         Args:
             folder: a checkpoint in Hugging Face layout.
@@ -259,38 +282,40 @@ class PersimmonConfig:
                 "(config.json, tokenizer.model, model.safetensors)"
             )
         architecture = _architecture(file)
-        vocab_size = file.positive_integer("vocab_size")
+        network = _network(file)
+        vocab_size = network.positive_integer("vocab_size")
         token_id_files = [file]
         if (generation := JsonObject.read(folder / "generation_config.json")) is not None:
             token_id_files.append(generation)
-        rotary = rope_tables(file)
+        rotary = rope_tables(network)
         # What a file says of labels means nothing where text is generated.
         generates = architecture is Architecture.CAUSAL_LM
         try:
             config = cls(
                 vocab_size=vocab_size,
-                hidden_size=file.positive_integer("hidden_size"),
-                intermediate_size=file.positive_integer("intermediate_size"),
-                num_hidden_layers=file.positive_integer("num_hidden_layers", MAX_LAYERS),
-                num_attention_heads=file.positive_integer("num_attention_heads"),
-                max_position_embeddings=file.positive_integer("max_position_embeddings"),
-                layer_norm_eps=_positive_number([file], "layer_norm_eps", cls.layer_norm_eps),
+                hidden_size=network.positive_integer("hidden_size"),
+                intermediate_size=network.positive_integer("intermediate_size"),
+                num_hidden_layers=network.positive_integer("num_hidden_layers", MAX_LAYERS),
+                num_attention_heads=network.positive_integer("num_attention_heads"),
+                max_position_embeddings=network.positive_integer("max_position_embeddings"),
+                layer_norm_eps=_positive_number([network], "layer_norm_eps", cls.layer_norm_eps),
                 rope_theta=_positive_number(rotary, "rope_theta", cls.rope_theta),
                 partial_rotary_factor=_positive_number(rotary, "partial_rotary_factor", cls.partial_rotary_factor),
-                hidden_act=file.text("hidden_act") or cls.hidden_act,
-                qk_layernorm=file.flag("qk_layernorm", cls.qk_layernorm),
+                hidden_act=network.text("hidden_act") or cls.hidden_act,
+                qk_layernorm=network.flag("qk_layernorm", cls.qk_layernorm),
                 tie_word_embeddings=file.flag("tie_word_embeddings", cls.tie_word_embeddings),
                 bos_token_id=next(iter(_token_ids(token_id_files, "bos_token_id", vocab_size)), None),
                 eos_token_ids=_token_ids(token_id_files, "eos_token_id", vocab_size),
                 dtype=file.text("dtype") or file.text("torch_dtype"),
                 architecture=architecture,
-                labels=() if generates else _labels(file),
-                problem_type=None if generates else _problem_type(file),
+                labels=() if generates else read_labels(file),
+                problem_type=None if generates else read_problem_type(file),
                 token_classification_bias=file.flag("token_classification_bias", cls.token_classification_bias),
-                pad_token_id=None if generates else _pad_token_id(file, vocab_size),
+                pad_token_id=None if generates else read_pad_token_id(file, vocab_size),
                 quantization=read_compressed_tensors(file),
+                vision=_vision(file),
             )
-            scaling = read_rope_scaling(file, config.max_position_embeddings, config.rotary_dim)
+            scaling = read_rope_scaling(network, config.max_position_embeddings, config.rotary_dim)
             return replace(config, rope_scaling=scaling)
         except CheckpointError:
             raise
@@ -337,50 +362,42 @@ def _architecture(file: JsonObject) -> Architecture:
     names = file.values.get("architectures")
     model_type = file.values.get("model_type")
     # A configuration saved on its own, without a model, has no architectures; one of the two must be there.
-    if model_type == MODEL_TYPE or (model_type is None and names is not None):
+    if model_type in (MODEL_TYPE, FUYU_MODEL_TYPE) or (model_type is None and names is not None):
         if names is None:
             return Architecture.CAUSAL_LM
-        served = [name for name in names if name in tuple(Architecture)] if isinstance(names, list) else []
-        if served:
+        listed = names if isinstance(names, list) else []
+        if model_type == FUYU_MODEL_TYPE:
+            if FUYU in listed:
+                return Architecture.CAUSAL_LM
+        elif served := [name for name in listed if name in tuple(Architecture)]:
             return Architecture(served[0])
     raise CheckpointError(
         f"{file.path}: architectures is {shown(names)} and model_type {shown(model_type)}; "
-        f"this server serves only {', '.join(Architecture)} (model_type {MODEL_TYPE!r})"
+        f"this server serves only {', '.join(Architecture)} (model_type {MODEL_TYPE!r}) and {FUYU} "
+        f"(model_type {FUYU_MODEL_TYPE!r})"
     )
 
 
-def _labels(file: JsonObject) -> tuple[str, ...]:
-    """A classifier's labels in the order of their numbers.
-
-    Transformers writes id2label unless there are two labels with the names it gives by itself, LABEL_0 and LABEL_1.
-    """
-    stored = file.table("id2label")
-    count = None if file.values.get("num_labels") is None else file.positive_integer("num_labels")
-    if count is not None and count > MAX_LABELS:
-        raise file.error("num_labels", f"at most {MAX_LABELS}")
-    if stored is None:
-        return tuple(f"LABEL_{number}" for number in range(count or 2))
-    names = [stored.text(str(number)) for number in range(len(stored.values))]
-    labels = tuple(name for name in names if name is not None)
-    if not labels or len(labels) < len(names):
-        raise file.error("id2label", "a name for each number from 0 on, without gaps")
-    if count not in (None, len(labels)):
-        raise file.error("num_labels", f"{len(labels)}, the number of labels in id2label")
-    return labels
+def _network(file: JsonObject) -> JsonObject:
+    """Where config.json describes the network: of a model that reads images that may be a table."""
+    text = file.table("text_config") if file.values.get("model_type") == FUYU_MODEL_TYPE else None
+    if text is None:
+        return file
+    if text.values.get("model_type") not in (None, MODEL_TYPE):
+        raise text.error("model_type", f"{MODEL_TYPE!r}")
+    given = {key: value for key, value in text.values.items() if value is not None}
+    return replace(text, values=_TEXT_DEFAULTS | given)
 
 
-def _problem_type(file: JsonObject) -> ProblemType | None:
-    value = file.text("problem_type")
-    if value is not None and value not in get_args(ProblemType):
-        raise file.error("problem_type", f"one of {', '.join(get_args(ProblemType))}")
-    return cast("ProblemType | None", value)
-
-
-def _pad_token_id(file: JsonObject, vocab_size: int) -> int | None:
-    token_ids = file.token_ids("pad_token_id")
-    if len(token_ids) > 1 or any(token_id >= vocab_size for token_id in token_ids):
-        raise file.error("pad_token_id", f"one token id below vocab_size {vocab_size}")
-    return next(iter(token_ids), None)
+def _vision(file: JsonObject) -> VisionConfig | None:
+    if file.values.get("model_type") != FUYU_MODEL_TYPE:
+        return None
+    given = {key: file.values.get(key) for key in ("patch_size", "num_channels")}
+    sizes = {key: file.positive_integer(key, MAX_PATCH_SIZE) for key, value in given.items() if value is not None}
+    token_ids = file.token_ids("image_token_id")
+    if len(token_ids) > 1:
+        raise file.error("image_token_id", "a single token id")
+    return VisionConfig(**sizes, **({"image_token_id": token_ids[0]} if token_ids else {}))
 
 
 def _positive_number(places: Sequence[JsonObject], key: str, default: float) -> float:
@@ -395,7 +412,8 @@ def _token_ids(files: Sequence[JsonObject], key: str, vocab_size: int) -> tuple[
             if token_id >= vocab_size:
                 raise file.error(key, f"below vocab_size {vocab_size}: higher ids have no row in the embedding")
             token_ids[token_id] = None
-    if vocab_size == ADEPT_VOCAB_SIZE:
+    fuyu = files[0].values.get("model_type") == FUYU_MODEL_TYPE
+    if vocab_size == ADEPT_VOCAB_SIZE and not (fuyu and key == "bos_token_id"):
         token_ids.pop(_PLACEHOLDER_IDS[key], None)
         return tuple(token_ids) or (ADEPT_END_OF_TEXT,)
     return tuple(token_ids)

@@ -129,9 +129,13 @@ def _renumbered(
     def one(token_id: int | None) -> int | None:
         return None if token_id is None else renumber([token_id])[0]
 
+    vision = config.vision
+    if vision is not None:
+        vision = replace(vision, image_token_id=renumber([vision.image_token_id])[0])
     return replace(
         config,
         vocab_size=vocab_size,
+        vision=vision,
         bos_token_id=one(config.bos_token_id),
         eos_token_ids=tuple(renumber(config.eos_token_ids)),
         pad_token_id=one(config.pad_token_id),

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from persimmon.model.config import MAX_LABELS, Architecture, PersimmonConfig, check_vocabulary
+from persimmon.model.classifier_config import MAX_LABELS
+from persimmon.model.config import Architecture, PersimmonConfig, VisionConfig, check_vocabulary
 from persimmon.model.errors import CheckpointError
 from tests.model.checkpoints import DEMO
 
@@ -224,7 +225,7 @@ def test_number_has_to_be_positive(tmp_path: Path, key: str, value: Any) -> None
     ("changes", "message"),
     [
         ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "LlamaForCausalLM"),
-        ({"architectures": ["FuyuForCausalLM"], "model_type": "fuyu"}, "model_type 'fuyu'"),
+        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "model_type 'mistral'"),
         ({"model_type": "llama"}, "model_type 'llama'"),
         ({"architectures": ABSENT, "model_type": ABSENT}, "architectures is None"),
         ({"architectures": "PersimmonForCausalLM"}, "architectures is 'PersimmonForCausalLM'"),
@@ -271,8 +272,75 @@ def test_other_architecture_is_told_what_is_served(tmp_path: Path) -> None:
     assert error(tmp_path, architectures=["LlamaForCausalLM"], model_type="llama") == (
         f"{tmp_path}/config.json: architectures is ['LlamaForCausalLM'] and model_type 'llama'; "
         "this server serves only PersimmonForCausalLM, PersimmonForSequenceClassification, "
-        "PersimmonForTokenClassification (model_type 'persimmon')"
+        "PersimmonForTokenClassification (model_type 'persimmon') and FuyuForCausalLM (model_type 'fuyu')"
     )
+
+
+# What the public checkpoint of Fuyu-8B says at the top level.
+FUYU: dict[str, Any] = {
+    "architectures": ["FuyuForCausalLM"],
+    "model_type": "fuyu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "image_size": 300,
+    "num_channels": 3,
+    "patch_size": 30,
+}
+OF_THE_NETWORK = ("hidden_act", "layer_norm_eps", "qk_layernorm", "rope_scaling", "rope_theta", *REQUIRED)
+
+
+class TestVision:
+    def test_fuyu_is_persimmons_network_that_reads_images(self, tmp_path: Path) -> None:
+        config = read(tmp_path, **FUYU)
+        assert config.vision == VisionConfig(patch_size=30, num_channels=3, image_token_id=71011)
+        assert config.vision.patch_numbers == 2700
+        # Unlike Persimmon's, its prompts do begin with <s>, which is 1; |ENDOFTEXT| ends them.
+        assert (config.bos_token_id, config.eos_token_ids) == (1, (71013,))
+        assert replace(config, vision=None, bos_token_id=71013) == read(tmp_path)
+
+    def test_a_text_config_is_the_network(self, tmp_path: Path) -> None:
+        flat = read(tmp_path, **FUYU)
+        text = {"model_type": "persimmon", **{key: PUBLIC[key] for key in OF_THE_NETWORK}}
+        others = dict.fromkeys(OF_THE_NETWORK, ABSENT)
+        assert read(tmp_path, **FUYU | others, text_config=text) == flat
+        # Transformers reads what it lacks as its defaults, not as what the top level says.
+        text = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3, "qk_layernorm": False}
+        config = read(tmp_path, **FUYU, text_config=text)
+        assert (config.num_hidden_layers, config.qk_layernorm, config.intermediate_size) == (3, False, 16384)
+
+    def test_is_the_one_that_transformers_writes(self, tmp_path: Path) -> None:
+        from transformers import FuyuConfig
+
+        rope = {"rope_type": "default", "rope_theta": 777.0, "partial_rotary_factor": 0.25}
+        shape = {"vocab_size": 500, "hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3}
+        written = FuyuConfig(**shape, rope_parameters=rope, patch_size=14, image_token_id=7, qk_layernorm=False)
+        written.save_pretrained(tmp_path)
+        config = PersimmonConfig.from_folder(tmp_path)
+        assert config.vision == VisionConfig(patch_size=14, image_token_id=7)
+        assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (500, 64, 3)
+        assert (config.rope_theta, config.partial_rotary_factor, config.qk_layernorm) == (777.0, 0.25, False)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"image_token_id": 262144}, "image_token_id is 262144; expected a token id below vocab_size 262144"),
+            ({"vocab_size": 1000, "eos_token_id": 5}, "image_token_id is 71011; expected a token id below vocab_size"),
+            ({"image_token_id": [1, 2]}, "image_token_id is [1, 2]; expected a single token id"),
+            ({"num_channels": 1}, "num_channels is 1; only 3 (red, green and blue) is supported"),
+            ({"patch_size": 0}, "patch_size is 0; expected a positive integer"),
+            ({"patch_size": 10**6}, "patch_size is 1000000; expected at most 4,096"),
+            ({"text_config": {"model_type": "llama"}}, "text_config.model_type is 'llama'; expected 'persimmon'"),
+            ({"text_config": {"vocab_size": "a"}}, "text_config.vocab_size is 'a'; expected a positive integer"),
+            ({"model_type": "persimmon"}, "architectures is ['FuyuForCausalLM'] and model_type 'persimmon'"),
+            ({"architectures": ["PersimmonForCausalLM"]}, "and model_type 'fuyu'; this server serves only"),
+        ],
+    )
+    def test_value_that_cannot_be_served_is_named_with_its_file(
+        self, tmp_path: Path, changes: dict[str, Any], message: str
+    ) -> None:
+        found = error(tmp_path, **FUYU | changes)
+        assert found.startswith(f"{tmp_path}/config.json: ")
+        assert message in found
 
 
 class TestArchitecture:
