@@ -103,7 +103,7 @@ class Kernels(Protocol[Plan, W]):
         self, x: Residual, norm: Norm, linear: Linear[W], plan: Plan
     ) -> Activation: ...
 
-    def product(self, inputs: Activation, linear: Linear[W], plan: Plan) -> torch.Tensor: ...  # noqa: D102
+    def product(self, inputs: Activation, linear: Linear[W]) -> torch.Tensor: ...  # noqa: D102
 
     def add_(self, x: Residual, update: torch.Tensor, plan: Plan) -> None: ...  # noqa: D102
 

@@ -285,9 +285,8 @@ class FusedKernels:
             prefill_attention(q, cache, plan.chunks, out=out[first:], pdl=self.pdl)
         return out
 
-    def product(self, inputs: Activation, linear: Linear[GpuWeight], plan: FusedPlan) -> torch.Tensor:
+    def product(self, inputs: Activation, linear: Linear[GpuWeight]) -> torch.Tensor:
         """As `reference.product`."""
-        del plan
         return self._linear(inputs.values, linear)
 
     def add_(self, x: Residual, update: torch.Tensor, plan: FusedPlan) -> None:
@@ -299,7 +298,7 @@ class FusedKernels:
         """As `reference.add_product_`; of a small step in one launch, which also makes the statistics."""
         values, weight = inputs.values, linear.weight
         if len(values) > small_step(weight):
-            self.add_(x, self.product(inputs, linear, plan), plan)
+            self.add_(x, self.product(inputs, linear), plan)
             return
         columns = is_columns(weight)
         alive = inputs.alive if columns and len(values) <= self.sparse_step else None

@@ -116,9 +116,8 @@ class InvariantKernels(FusedKernels):
             chunk_attention(q, cache, plan.chunks, out=out[first:], pdl=self.pdl)
         return out
 
-    def product(self, inputs: Activation, linear: Linear[GpuWeight], plan: FusedPlan) -> torch.Tensor:
+    def product(self, inputs: Activation, linear: Linear[GpuWeight]) -> torch.Tensor:
         """As `reference.product`."""
-        del plan
         weight = linear.weight
         if isinstance(weight, PackedWeight):
             config = packed_projection.added_config(weight.packing)

@@ -274,8 +274,8 @@ def norm_linear_relu_squared(
     return Activation(relu_squared(norm_linear(x, norm, linear, plan)))
 
 
-def product(inputs: Activation, linear: Linear[ReferenceWeight], plan: AttentionPlan) -> torch.Tensor:
-    """What this rank has of a product that goes into the residual stream.
+def product(inputs: Activation, linear: Linear[ReferenceWeight]) -> torch.Tensor:
+    """What this rank has of a product that goes into the residual stream, of any number of rows.
 
     Ranks that share a network have some input columns of the weight each, and one of them has the bias, so the product
     is the sum over all ranks.  One rank has it whole.
@@ -283,12 +283,10 @@ def product(inputs: Activation, linear: Linear[ReferenceWeight], plan: Attention
     Args:
         inputs: [T, in] of these columns.
         linear: the weight of these columns, and the bias or None.
-        plan: the step's.
 
     Returns:
         [T, out] in the dtype of the inputs.
     """
-    del plan
     return project(inputs.values, linear)
 
 
@@ -300,7 +298,7 @@ def add_(x: Residual, update: torch.Tensor, plan: AttentionPlan) -> None:
 
 def add_product_(x: Residual, inputs: Activation, linear: Linear[ReferenceWeight], plan: AttentionPlan) -> None:
     """`product`, then `add_`: what one rank does, which kernels may do in one launch."""
-    add_(x, product(inputs, linear, plan), plan)
+    add_(x, product(inputs, linear), plan)
 
 
 def norm_rows(x: Residual, norm: Norm, rows: torch.Tensor | None) -> torch.Tensor:

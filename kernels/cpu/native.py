@@ -327,10 +327,11 @@ class NativeKernels:
         self._linear(x.values, norm, linear, inner, library.STORE_RELU_SQUARED, step_of_plan(plan))
         return Activation(inner)
 
-    def product(self, inputs: Activation, linear: Linear[NativeWeight], plan: NativePlan) -> torch.Tensor:
+    def product(self, inputs: Activation, linear: Linear[NativeWeight]) -> torch.Tensor:
         """As `reference.product`; with few rows, inputs of a sparse weight that are zero in all are left out."""
-        out = self._buffer(PRODUCT_BUFFER, plan.num_tokens, linear.weight.shape[0])
-        self._linear(inputs.values, None, linear, out, library.STORE, step_of_plan(plan))
+        rows = len(inputs.values)
+        out = self._buffer(PRODUCT_BUFFER, rows, linear.weight.shape[0])
+        self._linear(inputs.values, None, linear, out, library.STORE, step_of(rows))
         return out
 
     def add_(self, x: Residual, update: torch.Tensor, plan: NativePlan) -> None:

@@ -74,7 +74,7 @@ def product(
 ) -> torch.Tensor:
     operations = NativeKernels(build, quantized_activations=activations)
     linear = Linear(operations.prepare_weight(weight, sparse_input=sparse_input), None)
-    return operations.product(Activation(rows), linear, plan(len(rows)))
+    return operations.product(Activation(rows), linear)
 
 
 def modelled(weight: QuantizedMatrix, rows: torch.Tensor) -> torch.Tensor:

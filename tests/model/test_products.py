@@ -134,8 +134,7 @@ def test_ranks_with_half_of_the_columns_each_sum_to_the_product(operations: Kern
     operations.add_product_(whole, Activation(inputs), linear(slice(None), bias), plan)
     halves = [(slice(0, INNER // 2), bias), (slice(INNER // 2, INNER), None)]
     parts = [
-        operations.product(Activation(inputs[:, columns].contiguous()), linear(columns, own), plan)
-        for columns, own in halves
+        operations.product(Activation(inputs[:, columns].contiguous()), linear(columns, own)) for columns, own in halves
     ]
     summed = Residual(x.clone())
     operations.add_(summed, parts[0] + parts[1], plan)
