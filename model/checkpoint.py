@@ -20,7 +20,8 @@ from persimmon.model.quantization.stored_matrices import StoredMatrix, equal_mat
 from persimmon.model.quantization.tensors import quantize_rows, random_matrix
 from persimmon.model.shard import ONLY, WHOLE, Part, Shard
 from persimmon.model.stored import StoredTensor
-from persimmon.model.weight_files import BYTES, Header, WeightFile, and_more, find_weight_files
+from persimmon.model.tensor_names import PATCH_PROJECTION, module_name, network_name, stored_name
+from persimmon.model.weight_files import BYTES, Header, RenamedFile, WeightFile, and_more, find_weight_files
 
 SCORE = "score.weight"
 
@@ -36,7 +37,8 @@ model.  It is a prime, so that no two rows are the same."""
 def expected_shapes(config: PersimmonConfig, shard: Shard = ONLY) -> dict[str, tuple[int, ...]]:
     """The tensors of a Persimmon checkpoint, or of one rank's part of it, in the order of the network.
 
-    They have their Hugging Face names.
+    They have their Hugging Face names; those of a network that reads images too are Persimmon's, see
+    `persimmon.model.tensor_names`.
 
     Linear weights are [out, in].  The rows of query_key_value are ordered [head, {query, key, value},
     head_dim]: per head, so that a plain split into three has valid shapes and wrong contents.  With
@@ -53,6 +55,8 @@ def expected_shapes(config: PersimmonConfig, shard: Shard = ONLY) -> dict[str, t
         shapes[f"{name}.weight"] = (width_out, width_in)
         shapes[f"{name}.bias"] = (width_out,)
 
+    if config.vision is not None:
+        linear(PATCH_PROJECTION, hidden, config.vision.patch_numbers)
     for layer in (f"model.layers.{number}" for number in range(config.num_hidden_layers)):
         norm(f"{layer}.input_layernorm", hidden)
         linear(f"{layer}.self_attn.query_key_value", 3 * hidden, hidden)
@@ -136,7 +140,7 @@ def scheme_of(config: PersimmonConfig, name: str) -> MatrixScheme | None:
     if config.quantization is None or not name.endswith(".weight") or "norm" in name:
         return None
     kind: ModuleClass = "Embedding" if name == EMBEDDING else "Linear"
-    return config.quantization.scheme(name.removesuffix(".weight"), kind)
+    return config.quantization.scheme(module_name(name.removesuffix(".weight"), config), kind)
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,9 @@ class Checkpoint:
                 missing, unexpected, in two shards, of another shape or type; a scale is not finite.
         """
         listing, files, index = find_weight_files(folder)
+        if config.vision is not None:
+            files = tuple(RenamedFile(file, lambda stored: network_name(stored, config)) for file in files)
+            index = {network_name(stored, config): shard for stored, shard in index.items()}
         found: dict[str, tuple[WeightFile, Header]] = {}
         for file in files:
             headers = file.headers()
@@ -349,7 +356,7 @@ def equal_rows(first: torch.Tensor, second: torch.Tensor) -> bool:
 def _stored_name(name: str, config: PersimmonConfig) -> str:
     """The name under which files hold a tensor, or the first of a quantized one's."""
     scheme = scheme_of(config, name)
-    return f"{name}_packed" if scheme and scheme.packed else name
+    return stored_name(f"{name}_packed" if scheme and scheme.packed else name, config)
 
 
 def _view(tensor: torch.Tensor, part: Part) -> torch.Tensor:

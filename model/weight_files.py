@@ -6,7 +6,7 @@ Knows the formats, safetensors and PyTorch's pickled files, and nothing of the n
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -129,6 +129,49 @@ class _PickledFile:
         if len(tensors) > MAX_TENSORS:
             raise CheckpointError(f"{self.path} holds {len(tensors):,} tensors; at most {MAX_TENSORS:,} are read")
         return tensors
+
+
+@dataclass(frozen=True)
+class RenamedFile:
+    """A file whose tensors have other names in it.
+
+    Attributes:
+        file: as it lies there.
+        rename: the name to use for one in the file.
+    """
+
+    file: WeightFile
+    rename: Callable[[str], str]
+
+    @property
+    def path(self) -> Path:
+        """As in `WeightFile`."""
+        return self.file.path
+
+    def headers(self) -> dict[str, Header]:
+        """As in `WeightFile`.
+
+        Raises:
+            CheckpointError: two tensors would have the same name.
+        """
+        headers: dict[str, Header] = {}
+        for stored, header in self.file.headers().items():
+            name = self.rename(stored)
+            if name in headers:
+                raise CheckpointError(f"{self.path}: tensor {stored} is there twice, under two spellings of its name")
+            headers[name] = header
+        return headers
+
+    def tensors(self, names: frozenset[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """As in `WeightFile`."""
+        stored = frozenset(name for name in self.file.headers() if self.rename(name) in names)
+        for name, tensor in self.file.tensors(stored):
+            yield self.rename(name), tensor
+            del tensor
+
+    def stored(self) -> Mapping[str, StoredTensor]:
+        """As in `WeightFile`."""
+        return {self.rename(name): tensor for name, tensor in self.file.stored().items()}
 
 
 MAX_SHARDS = 10_000

@@ -31,8 +31,8 @@ def quantized_formats(
     """The formats of the tensors that are quantized, by name.
 
     They are the matrices of all layers, in 8 bits with a scale for each output or in 4 bits with a scale for each group
-    of inputs, and the embedding and lm_head, in 8 bits with a scale for each row.  Norms, biases and a classifier's
-    score stay as they are.
+    of inputs, and the embedding and lm_head, in 8 bits with a scale for each row.  Norms, biases, a classifier's score
+    and the projection of image patches stay as they are.
 
     Args:
         config: the network.
