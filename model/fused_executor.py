@@ -210,6 +210,6 @@ class FusedExecutor(Executor):
 
 def _is_decode(batch: Sequence[SequenceInput]) -> bool:
     return all(
-        len(item.token_ids) == len(item.samplings) == 1 + item.guesses and item.report is None and not item.embedded
+        len(item.token_ids) == len(item.samplings) == 1 + item.guesses and item.report is None and not item.patches
         for item in batch
     )

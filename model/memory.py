@@ -16,6 +16,7 @@ from persimmon.model.config import Architecture, PersimmonConfig
 from persimmon.model.kv_cache import block_bytes
 from persimmon.model.leftovers import EMBEDDING
 from persimmon.model.memory_limits import MemoryLeft, memory_left
+from persimmon.model.patches import PATCHES_AT_ONCE
 from persimmon.model.persimmon import is_lookup_table, is_matrix, parameter_dtype
 from persimmon.model.sampler import rows_at_once
 from persimmon.model.shard import Shard
@@ -315,6 +316,9 @@ def activation_bytes(
     at once, its logits and two further copies.  A classifier makes no logits: per row that it scores there are its
     hidden state and the scores, in float32.
 
+    Where images are read: pixels of the step, on the host and on the device, and in float32 those that are projected at
+    once, as the product takes them, and what it makes of them.
+
     A rank among several has its heads' part of what attention makes, and its part of the MLP's activation; and what
     it sends of a sum and gets, in the network's dtype, with the sum in float32.
     """
@@ -328,6 +332,11 @@ def activation_bytes(
     number_bytes = torch.float32.itemsize if eight_bits else dtype.itemsize
     context = max_model_len * 2 * attended * (2 * number_bytes + eight_bits)
     mask = min(max_num_batched_tokens, max_model_len) * max_model_len * (1 + number_bytes)
+    patches = 0
+    if config.vision is not None:
+        numbers = config.vision.patch_numbers
+        at_once = min(max_num_batched_tokens, PATCHES_AT_ONCE)
+        patches = 2 * max_num_batched_tokens * numbers + at_once * (3 * 4 * numbers + 2 * 4 * config.hidden_size)
     if config.generates:
         at_once = rows_at_once(config.vocab_size)
         drawing = min(max_num_seqs, at_once) * (5 * 4 + 1 + 4 * 8)
@@ -337,7 +346,7 @@ def activation_bytes(
         of_every_token = config.architecture is Architecture.TOKEN_CLASSIFICATION
         rows = max_num_batched_tokens if of_every_token else max_num_seqs
         results = rows * (config.hidden_size + config.num_labels) * 4
-    return max_num_batched_tokens * per_token + context + mask + results
+    return max_num_batched_tokens * per_token + context + mask + patches + results
 
 
 def available_memory(device: torch.device, gpu_memory_utilization: float, reserved: int = 0) -> MemoryLeft:

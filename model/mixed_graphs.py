@@ -72,7 +72,7 @@ class MixedGraphs:
             return False
         chunks = sum(len(item.token_ids) != 1 for item in batch)
         return chunks <= max_chunks(self.graphs.size(tokens)) and not any(
-            item.embedded or item.guesses or item.start < item.prompt_length - 1 for item in batch
+            item.patches or item.guesses or item.start < item.prompt_length - 1 for item in batch
         )
 
     @torch.inference_mode()

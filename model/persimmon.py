@@ -5,7 +5,7 @@ Everything `forward` reads comes in as an argument.  Knows nothing of requests, 
 Pre-norm blocks with sequential residuals: x += attention(norm(x)); x += mlp(norm(x)), as in Adept's release.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,22 +16,11 @@ from persimmon.kernels import Activation, Kernels, Linear, Norm, QuantizedMatrix
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.leftovers import EMBEDDING
+from persimmon.model.patches import PATCHES_AT_ONCE, Patches, normalized
 from persimmon.model.ranks import Ranks
 from persimmon.model.rotary import rotary_of_tokens, rotary_table
 from persimmon.model.shard import ONLY
-
-
-@dataclass(frozen=True, slots=True)
-class EmbeddedSpan:
-    """Neighbouring tokens of one sequence that do not get their embeddings from the table, such as those of an image.
-
-    Attributes:
-        start: the first of them, among the tokens of the sequence's part of a step, or of the step.
-        vectors: [n, hidden], their embeddings; their token ids say nothing, but are in the vocabulary.
-    """
-
-    start: int
-    vectors: torch.Tensor
+from persimmon.model.tensor_names import PATCH_PROJECTION
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +33,7 @@ class Step:
         logits_rows: [R] int64, the tokens whose next-token logits are wanted; None for all.
         sampled: [*] int64 tokens that the device knows before the host does.
         rotary: the tokens' angles, see `Persimmon.rotary_of_tokens`; None for those of their positions.
-        embedded: the tokens among the T that do not get their embeddings from the table.
+        patches: the tokens among the T that stand for image patches; None where none does.
     """
 
     token_ids: torch.Tensor
@@ -52,7 +41,7 @@ class Step:
     logits_rows: torch.Tensor | None
     sampled: torch.Tensor | None = None
     rotary: Rotary | None = None
-    embedded: Sequence[EmbeddedSpan] = ()
+    patches: Patches | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +122,7 @@ class Persimmon:
         self._embedding = _with_scales(table, dtype)
         self.layers = [self._layer(parameters, weights, index) for index in range(config.num_hidden_layers)]
         self._final_norm = self._norm(parameters, "model.final_layernorm")
+        self._patch_projection = None if config.vision is None else _linear(parameters, weights, PATCH_PROJECTION)
         self._head: Any = None
         self._score: tuple[torch.Tensor, torch.Tensor | None] | None = None
         if config.generates:
@@ -195,8 +185,8 @@ class Persimmon:
         heads, head_dim = self._shard.num_heads(self.config), self.config.head_dim
         rotary = step.rotary or kernels.rotary_at(self._rotary, plan)
         x = self._embed(step, kernels, ranks)
-        if step.embedded:
-            place_spans(x.values, step.embedded)
+        if step.patches is not None:
+            self.place_patches(x.values, step.patches)
             x = Residual(x.values)  # what kernels have noted of its rows is no longer true
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             qkv = kernels.norm_linear(x, layer.attention_norm, layer.query_key_value, plan)
@@ -213,6 +203,25 @@ class Persimmon:
         rows, elsewhere = self.rows_of_table(step.token_ids, step.sampled, ranks)
         own = kernels.embed(rows, None, self._embedding, step.attention).values
         return Residual(ranks.sum(own.masked_fill_(elsewhere, 0)))
+
+    def place_patches(self, embeddings: torch.Tensor, patches: Patches) -> None:
+        """Overwrites a step's embeddings where its tokens stand for image patches.
+
+        Args:
+            embeddings: [T, hidden], as the table has given them.
+            patches: of the step.
+
+        Raises:
+            ValueError: the network reads text only.
+        """
+        projection = self._patch_projection
+        if projection is None:
+            raise ValueError("this network reads text only, and a step has image patches")
+        for places, pixels in zip(
+            torch.split(patches.places, PATCHES_AT_ONCE), torch.split(patches.pixels, PATCHES_AT_ONCE), strict=True
+        ):
+            values = normalized(pixels).to(embeddings.dtype)
+            embeddings[places] = self._kernels.product(Activation(values), projection)
 
     def rows_of_table(
         self, token_ids: torch.Tensor, sampled: torch.Tensor | None, ranks: Ranks
@@ -268,30 +277,13 @@ class Persimmon:
         return F.linear(hidden.float(), *self._score)
 
 
-def place_spans(embeddings: torch.Tensor, spans: Iterable[EmbeddedSpan]) -> None:
-    """Overwrites a step's embeddings [T, hidden] where spans say so.
-
-    Raises:
-        ValueError: a span's vectors do not fit.
-    """
-    tokens, hidden = embeddings.shape
-    for span in spans:
-        end = span.start + len(span.vectors)
-        if span.start < 0 or end > tokens or span.vectors.shape[1:] != (hidden,):
-            raise ValueError(
-                f"a span has {list(span.vectors.shape)} numbers for tokens from {span.start} on; a step of {tokens} "
-                f"tokens takes [n, {hidden}] within it"
-            )
-        embeddings[span.start : end] = span.vectors
-
-
 def _add_product_(
     x: Residual, inputs: Activation, linear: Linear[Any], plan: Any, kernels: Kernels[Any, Any], ranks: Ranks | None
 ) -> None:
     if ranks is None:
         kernels.add_product_(x, inputs, linear, plan)
     else:
-        kernels.add_(x, ranks.sum(kernels.product(inputs, linear, plan)), plan)
+        kernels.add_(x, ranks.sum(kernels.product(inputs, linear)), plan)
 
 
 def _with_scales(table: torch.Tensor | QuantizedMatrix, dtype: torch.dtype) -> torch.Tensor | QuantizedMatrix:

@@ -16,7 +16,7 @@ from persimmon.kernels.cpu.native import (
 )
 from persimmon.kernels.cpu.program import Program
 from persimmon.model.kv_cache import KVCache
-from persimmon.model.persimmon import Persimmon, Step, place_spans
+from persimmon.model.persimmon import Persimmon, Step
 
 
 class RecordedNetwork:
@@ -61,10 +61,10 @@ class RecordedNetwork:
             rows=step.logits_rows,
             hidden=hidden,
         )
-        if step.embedded:
+        if step.patches is not None:
             # In two calls, so that the embeddings can be changed between them.
             program.part(embeds).run(native_step)
-            place_spans(program.buffer(RESIDUAL_BUFFER, width)[: plan.num_tokens], step.embedded)
+            self._model.place_patches(program.buffer(RESIDUAL_BUFFER, width)[: plan.num_tokens], step.patches)
             program.part(lambda operation: not embeds(operation)).run(native_step)
         else:
             program.run(native_step)

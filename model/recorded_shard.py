@@ -8,7 +8,7 @@ import torch
 from persimmon.kernels.cpu.native import PRODUCT_BUFFER, RESIDUAL_BUFFER, NativeKernels, NativePlan, step_of_plan
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.kv_cache import KVCache
-from persimmon.model.persimmon import Persimmon, Step, place_spans
+from persimmon.model.persimmon import Persimmon, Step
 from persimmon.model.ranks import Ranks
 from persimmon.model.recorded_network import embeds, grown, width_of_layers
 from persimmon.model.shard import Shard
@@ -47,8 +47,8 @@ class RecordedShard:
         x, product = self._x[:tokens], self._product[:tokens]
         self._embedding.run(native_step)
         x.copy_(self._ranks.sum(x.masked_fill_(elsewhere, 0)))
-        if step.embedded:
-            place_spans(x, step.embedded)
+        if step.patches is not None:
+            self._model.place_patches(x, step.patches)
         for up_to_a_product in self._layers:
             up_to_a_product.run(native_step)
             x += self._ranks.sum(product)

@@ -13,9 +13,11 @@ import torch
 
 from persimmon.kernels import Rotary
 from persimmon.kernels.launch import upload
+from persimmon.model.config import VisionConfig
 from persimmon.model.executor import Executor
 from persimmon.model.logprobs import LogprobRows
-from persimmon.model.persimmon import EmbeddedSpan, Step
+from persimmon.model.patches import Patches, PatchSpan
+from persimmon.model.persimmon import Step
 from persimmon.model.row_sampling import RowSampling
 from persimmon.model.sampler import Samples, rows_at_once
 from persimmon.model.step_outcome import StepOutcome
@@ -75,7 +77,7 @@ class SequenceInput:
         report: what else is wanted of these tokens.
         prompt_length: how many of the sequence's first tokens are its prompt, where that is more than the network's
             `rope_limit`; 0 where not.
-        embedded: the tokens among them that do not get their embeddings from the table.
+        patches: the tokens among them that stand for image patches.
         guesses: how many of the last tokens are guesses at what follows the known ones.
     """
 
@@ -85,7 +87,7 @@ class SequenceInput:
     samplings: Sequence[RowSampling]
     report: Report | None = None
     prompt_length: int = 0
-    embedded: Sequence[EmbeddedSpan] = ()
+    patches: Sequence[PatchSpan] = ()
     guesses: int = 0
 
     @property
@@ -192,6 +194,11 @@ class Runner:
         self._cache = executor.cache
         self._forward: Callable[[Step], torch.Tensor] = executor.forward
         self._sampler: Callable[[torch.Tensor, Sequence[RowSampling]], Samples] = executor.sample
+
+    @property
+    def vision(self) -> VisionConfig | None:
+        """How the network reads images; None where it does not."""
+        return self._model.config.vision
 
     @property
     def rope_limit(self) -> int | None:
@@ -341,8 +348,33 @@ class Runner:
             # Without earlier samples a compiled embedding is another kernel, so it gets them in every step.
             sampled=self._executor.sampled if self._executor.compiles or min(token_ids) < 0 else None,
             rotary=self._rotary(inputs),
-            embedded=_spans(inputs),
+            patches=self._patches(inputs),
         )
+
+    def _patches(self, inputs: Sequence[SequenceInput]) -> Patches | None:
+        """The sequences' patches among the tokens of the step.
+
+        Raises:
+            ValueError: some do not fit.
+        """
+        width = 0 if self.vision is None else self.vision.patch_numbers
+        places: list[np.ndarray] = []
+        begin = 0
+        for item in inputs:
+            for span in item.patches:
+                end = span.start + len(span.pixels)
+                if span.start < 0 or end > len(item.token_ids) or span.pixels.shape[1:] != (width,):
+                    raise ValueError(
+                        f"a span of patches has {list(span.pixels.shape)} numbers for tokens from {span.start} on; "
+                        f"expected [n, {width}] within the {len(item.token_ids)} tokens"
+                    )
+                places.append(np.arange(begin + span.start, begin + end))
+            begin += len(item.token_ids)
+        if not places:
+            return None
+        pixels = np.concatenate([span.pixels for item in inputs for span in item.patches])
+        device = self._cache.device
+        return Patches(places=upload(np.concatenate(places), device), pixels=upload(pixels, device))
 
     def _rotary(self, inputs: Sequence[SequenceInput]) -> Rotary | None:
         """The tokens' angles, where some are of a prompt that is too long for those of their positions.
@@ -379,16 +411,6 @@ def _wanted_rows(inputs: Sequence[SequenceInput]) -> tuple[list[int], list[int]]
             reported += [begin + row for row in item.report.rows]
         begin = end
     return sampling, reported
-
-
-def _spans(inputs: Sequence[SequenceInput]) -> list[EmbeddedSpan]:
-    """The sequences' spans among the tokens of the step."""
-    spans: list[EmbeddedSpan] = []
-    begin = 0
-    for item in inputs:
-        spans += [replace(span, start=begin + span.start) for span in item.embedded]
-        begin += len(item.token_ids)
-    return spans
 
 
 def _places(batch: Sequence[SequenceInput], order: Sequence[int]) -> list[int]:

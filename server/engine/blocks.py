@@ -36,17 +36,25 @@ def _packing(block_size: int) -> Callable[..., bytes]:
     return Struct(f"{block_size}i").pack
 
 
-def block_hashes(token_ids: Sequence[int], block_size: int, parent: bytes = ROOT_HASH) -> Iterator[bytes]:
-    """What `hash_block` makes of each full block of tokens that the embedding table embeds, one block after the other.
+def block_hashes(
+    token_ids: Sequence[int],
+    block_size: int,
+    parent: bytes = ROOT_HASH,
+    spans: Callable[[int, int], bytes] | None = None,
+) -> Iterator[bytes]:
+    """What `hash_block` makes of each full block of a prompt, one block after the other.
 
     Args:
-        token_ids: a prompt.
+        token_ids: the prompt.
         block_size: tokens in a block.
         parent: of the first block.
+        spans: what `hash_block` gets for the block between two of its tokens; None for nothing.
     """
     pack = _packing(block_size)
     for begin in range(0, len(token_ids) - block_size + 1, block_size):
         tokens = pack(*token_ids[begin : begin + block_size])
+        if spans is not None:
+            tokens += spans(begin, begin + block_size)
         parent = blake2b(tokens, digest_size=HASH_BYTES, key=parent).digest()
         yield parent
 

@@ -40,7 +40,7 @@ from persimmon.server.engine.sequence import Sequence
 from persimmon.server.engine.step_cost import StepCostModel
 from persimmon.server.engine.step_counts import StepCounts
 from persimmon.server.engine.step_plan import Advance, StepPlan
-from persimmon.server.engine.step_runner import EngineBrokenError, LaunchedStep, StepRunner
+from persimmon.server.engine.step_runner import EngineBrokenError, LaunchedStep, NoRoomError, StepRunner
 from persimmon.server.engine.submitted import SequenceKey, key_of, sequence_of
 from persimmon.server.logs import with_fields
 
@@ -252,7 +252,8 @@ class Engine:
             self._scheduler.check(first)
             prepared = self._run.prepare(first)
         except ValueError as error:
-            self._refuse([(worker, sequence_id) for sequence_id in submit.sequence_ids], str(error), outputs)
+            ending = "expired" if isinstance(error, NoRoomError) else "error"
+            self._refuse([(worker, sequence_id) for sequence_id in submit.sequence_ids], str(error), outputs, ending)
             return
         self._workers[worker] |= set(submit.sequence_ids)
         if self._queue_timeout:

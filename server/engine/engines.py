@@ -140,7 +140,7 @@ class Engines:
                 load = self.load.of_engine(number)
                 loads[number] = tokens_to_compute(load.prompt_tokens, load.sequences)
         token_ids, salt = self._cacheable(submit)
-        return self._router.route(token_ids, loads, salt)
+        return self._router.route(token_ids, loads, salt, submit.spans)
 
     def _cacheable(self, submit: Submit) -> tuple[Sequence[int], bytes]:
         """The tokens of a prompt that engines may have cached, as they number them, and the salt before them."""
@@ -150,8 +150,6 @@ class Engines:
         limit = next(engine.info.rope_limit for engine in self.engines if engine.ready and engine.info is not None)
         if limit is not None and len(token_ids) > limit:
             salt = salted_with_length(salt, len(token_ids))
-        if submit.spans:  # other things than tokens count from there on
-            token_ids = token_ids[: submit.spans[0].start]
         return token_ids if self._vocabulary is None else self._vocabulary.to_rows(token_ids), salt
 
 

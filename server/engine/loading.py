@@ -4,7 +4,7 @@ With core.py the only part of the server that imports torch, and like it runs on
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from persimmon.model.executor import Executor
 from persimmon.model.graph_sizes import MIXED_SIZES
 from persimmon.model.kv_cache import block_bytes
 from persimmon.model.memory import MemoryPlan, available_memory, plan_memory
+from persimmon.model.patches import PatchSpan
 from persimmon.model.quantization.scheme import described
 from persimmon.model.ranks import DistributedRanks
 from persimmon.model.row_sampling import RowSampling
@@ -26,6 +27,7 @@ from persimmon.model.sizes import readable
 from persimmon.model.token_counts import TokenCounts
 from persimmon.server.engine.followers import Followers, LeadingRunner
 from persimmon.server.engine.guess_memory import guess_bytes
+from persimmon.server.engine.image_spans import held_bytes
 from persimmon.server.engine.model_build import build, phase, table_bytes
 from persimmon.server.engine.model_setup import ModelSetup, serving_device, set_up
 from persimmon.server.engine.rank_cores import cores_of_ranks
@@ -110,11 +112,14 @@ def _load(
     looks_up = setup.speculation is not None and setup.speculation.method != "off"
     longest = settings.max_model_len or setup.config.context_length
     for_guesses = guess_bytes(settings.max_num_seqs, longest) if looks_up else 0
-    plan = _plan(settings, setup, for_guesses, others_free, memory_share)
+    for_images = held_bytes(setup.config.vision, longest)
+    plan = _plan(settings, setup, for_guesses + for_images, others_free, memory_share)
     weights = described(setup.stored, setup.config)
     _print_plan(plan, setup, weights, print_line)
     if for_guesses:
         print_line(f"               guesses take up to {readable(for_guesses)} more while sequences run")
+    if for_images:
+        print_line(f"               images take up to {readable(for_images)} more while sequences wait and run")
     if setup.table is not None:
         print_line(f"               the embedding, {readable(table_bytes(setup))}, stays in its file")
         if setup.formats and isinstance(setup.table, torch.Tensor):  # which --quantization rounds otherwise
@@ -142,7 +147,7 @@ def _load(
 def _plan(
     settings: EngineSettings,
     setup: ModelSetup,
-    for_guesses: int,
+    for_requests: int,
     others_free: int | None,
     memory_share: int | None,
 ) -> MemoryPlan:
@@ -151,14 +156,14 @@ def _plan(
     Args:
         settings: of the engine.
         setup: of the first rank.
-        for_guesses: bytes of the host's memory that guesses may take.
+        for_requests: bytes of the host's memory that guesses and images may take.
         others_free: of the other ranks the fewest bytes that one may use of its GPU; None where that has no say.
         memory_share: as `load_model` has it.
     """
     config, device, operations, ranks = setup.config, setup.device, setup.kernels, setup.shard.size
-    reserved = still_to_be_taken(config, settings.api_workers, settings.max_body_size) + for_guesses
+    reserved = still_to_be_taken(config, settings.api_workers, settings.max_body_size) + for_requests
     reserved += (ranks - 1) * ENGINE_GROWTH_BYTES
-    left = within_share(available_memory(device, settings.gpu_memory_utilization, reserved), memory_share, for_guesses)
+    left = within_share(available_memory(device, settings.gpu_memory_utilization, reserved), memory_share, for_requests)
     limits = setup.limits(settings, settings.max_model_len or config.context_length)
     return plan_memory(
         config,
@@ -238,6 +243,11 @@ def warm_up_steps(
             yield [chunk(length, report=PromptLogprobs(0, [0] * length, top=1))]
         else:
             yield [chunk(length, report=PooledStates(every_token, total=False, scores=True))]
+    if config.vision is not None:
+        # Without the statistics of the embedding kernel, which not all rows come from.
+        for length in (*lengths, 1):
+            pixels = np.zeros((length, config.vision.patch_numbers), dtype=np.uint8)
+            yield [replace(chunk(length), patches=[PatchSpan(0, pixels)])]
     if compiles and config.rope_limit is not None:
         # Angles by token, of a chunk and of a single token, and of single tokens next to a chunk.
         prompt_length = config.rope_limit + 2

@@ -5,6 +5,9 @@ An API worker speaks first (`Hello`), then submits and aborts sequences.  The en
 enters and leaves their prefix indexes (`PrefixChange`).  Text never crosses: only token ids do.
 """
 
+import struct
+from bisect import bisect_right
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -24,11 +27,36 @@ class PromptSpan(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
         length: how many; at least one.
         content: identifies what is embedded there, a hash of it for example: spans with different contents never share
             a block of the prefix cache, though their token ids are equal.
+        pixels: of an image's patches, one a token, the numbers of each in the order height, width, channel: uint8,
+            length * `VisionConfig.patch_numbers` bytes.
     """
 
     start: int
     length: int
     content: bytes
+    pixels: bytes = b""
+
+    @property
+    def end(self) -> int:
+        """The token after the last of them."""
+        return self.start + self.length
+
+
+def spans_within(spans: Sequence[PromptSpan], start: int, end: int) -> Sequence[PromptSpan]:
+    """Those of a prompt's spans, which are in order, that overlap its tokens from `start` to `end`."""
+    first = bisect_right(spans, start, key=lambda span: span.end)
+    stop = first
+    while stop < len(spans) and spans[stop].start < end:
+        stop += 1
+    return spans[first:stop]
+
+
+def bytes_of_spans(spans: Sequence[PromptSpan], start: int, end: int) -> bytes:
+    """What overlaps a block, as bytes that differ if a span, or its place in the block, does; see `hash_block`."""
+    return b"".join(
+        struct.pack("<qqq", span.start - start, span.length, len(span.content)) + span.content
+        for span in spans_within(spans, start, end)
+    )
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag="submit"):
@@ -102,7 +130,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
         token_ids: new tokens, in order; empty when the step computed a part of the prompt, or the sequence ended
             without one.
         finish_reason: None while it runs; "stop" (a stop token came), "length", "error", or "expired" (it has waited
-            too long, and was not begun).
+            too long, or there is no room for its images, and was not begun).
         cached_tokens: prompt tokens served from the prefix cache; meaningful from the first token on.
         error: with finish_reason "error" or "expired", a sentence for the client.
         logprobs: one for each of token_ids where the sequence asked for them, else empty.

@@ -20,6 +20,7 @@ from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import PendingStep, PooledStates, PromptLogprobs, Report, Runner, SequenceInput
 from persimmon.model.step_outcome import StepOutcome
 from persimmon.model.token_counts import SeenTokens, TokenCounts
+from persimmon.server.engine.image_spans import ImageSpans, patches_within
 from persimmon.server.engine.sequence import Sequence
 from persimmon.server.engine.step_plan import ScheduledSequence, StepPlan
 from persimmon.server.engine.step_runner import LaunchedStep
@@ -51,6 +52,7 @@ class PlanRunner:
         self._compiling = ThreadPoolExecutor(1, thread_name_prefix="grammar-compiler")
         self._masking = ThreadPoolExecutor(1, thread_name_prefix="grammar-masks")
         self._compiled: OrderedDict[GrammarSpec, Future[_Compiled]] = OrderedDict()
+        self._images = ImageSpans()
 
     def prepare(self, sequence: Sequence) -> "Future[_Compiled] | None":
         """Starts what a sequence and its forks need before they run; None when that is nothing.
@@ -59,10 +61,11 @@ class PlanRunner:
             Done when they may run; fails with a GrammarError when they cannot.
 
         Raises:
-            ValueError: parts of the prompt are not tokens, and this model has nothing that embeds them.
+            NoRoomError: there is no room for its images.
+            ValueError: the prompt has image patches that this model does not read, or not as they are.
         """
         if sequence.spans:
-            raise ValueError("this model reads text only; leave out what stands for anything else in the prompt")
+            self._images.admit(sequence, self._runner.vision)
         grammar = sequence.sampling.grammar
         if grammar is None:
             return None
@@ -92,7 +95,14 @@ class PlanRunner:
 
     def _input(self, item: ScheduledSequence) -> SequenceInput:
         sequence, state = item.sequence, _state(item.sequence)
-        if item.count == 1 and item.samples == (sequence,) and state.is_plain and item.report_from is None:
+        patches = patches_within(sequence, item.start, item.end) if sequence.spans else []
+        if (
+            not patches
+            and item.count == 1
+            and item.samples == (sequence,)
+            and state.is_plain
+            and item.report_from is None
+        ):
             return state.decode(item)
         token_ids = sequence.token_ids[item.start : item.end]
         if item.guesses:
@@ -107,6 +117,7 @@ class PlanRunner:
             samplings=samplings,
             report=_report(item),
             prompt_length=self._long_prompt(sequence),
+            patches=patches,
             guesses=len(item.guesses),
         )
 

@@ -6,7 +6,9 @@ How tokens are drawn stays on the first rank.
 from collections.abc import Sequence
 
 import msgspec
+import numpy as np
 
+from persimmon.model.patches import PatchSpan
 from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import PooledStates, PromptLogprobs, Report, SequenceInput
 from persimmon.model.sampling_params import SamplingParams
@@ -22,6 +24,7 @@ class RankSequence(msgspec.Struct, frozen=True, array_like=True):
         reported: how many states are reported; 0 for none.
         first_reported: the first of them, among the sequence's tokens in this step.
         logprobs: whether what is reported are log-probabilities, for which logits are made.
+        patches: for each span of image patches its start, how many they are, and their pixels.
     """
 
     token_ids: list[int]
@@ -33,16 +36,11 @@ class RankSequence(msgspec.Struct, frozen=True, array_like=True):
     reported: int
     first_reported: int
     logprobs: bool
+    patches: list[tuple[int, int, bytes]] = []
 
     @classmethod
     def of(cls, item: SequenceInput) -> "RankSequence":
-        """What other ranks need of a sequence.
-
-        Raises:
-            ValueError: some of its embeddings do not come from the table.
-        """
-        if item.embedded:
-            raise ValueError("spans that are embedded elsewhere are not sent to other ranks")
+        """What other ranks need of a sequence."""
         rows = range(0) if item.report is None else item.report.rows
         return cls(
             token_ids=list(item.token_ids),
@@ -54,6 +52,7 @@ class RankSequence(msgspec.Struct, frozen=True, array_like=True):
             reported=len(rows),
             first_reported=rows.start,
             logprobs=isinstance(item.report, PromptLogprobs),
+            patches=[(span.start, len(span.pixels), span.pixels.tobytes()) for span in item.patches],
         )
 
     @property
@@ -73,6 +72,10 @@ class RankSequence(msgspec.Struct, frozen=True, array_like=True):
             report=report,
             prompt_length=self.prompt_length,
             guesses=self.guesses,
+            patches=[
+                PatchSpan(start, np.frombuffer(pixels, np.uint8).reshape(count, -1))
+                for start, count, pixels in self.patches
+            ],
         )
 
 

@@ -9,8 +9,11 @@ engine is the busier one by more than the prefix saves.
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 
 from persimmon.server.engine.blocks import block_hashes
+from persimmon.server.engine.messages import PromptSpan, bytes_of_spans
 
 SEQUENCE_TOKENS = 64
 """What a sequence in an engine counts for, in prompt tokens to compute: the tokens that it will still get, about.
@@ -41,12 +44,14 @@ class Route:
         cached_tokens: tokens of the prompt that are cached there, or will be when the prompt's turn comes.
         token_ids: the prompt's.
         missing: the hash of the first block that no engine has cached; None where there is none.
+        spans: start, length and content of the prompt's; it keeps no pixels, since a request may take minutes.
     """
 
     engine: int
     cached_tokens: int
     token_ids: Sequence[int]
     missing: bytes | None
+    spans: Sequence[tuple[int, int, bytes]] = ()
 
 
 class Router:
@@ -86,20 +91,27 @@ class Router:
             if not coming:
                 del self._coming[missing]
 
-    def route(self, token_ids: Sequence[int], loads: Mapping[int, int], salt: bytes = b"") -> Route:
+    def route(
+        self,
+        token_ids: Sequence[int],
+        loads: Mapping[int, int],
+        salt: bytes = b"",
+        spans: Sequence[PromptSpan] = (),
+    ) -> Route:
         """Chooses the engine for a prompt.
 
         Args:
             token_ids: the prompt's, as far as they may come from the prefix cache.  The last one is always computed.
             loads: of each engine that serves, the tokens that it has to compute before this prompt.
             salt: stands before the prompt's first block in the prefix cache.
+            spans: the parts of the prompt that the embedding table does not embed, in order.
 
         Raises:
             ValueError: no engine serves.
         """
         if not loads:
             raise ValueError("no engine serves; at least one is expected in loads")
-        cached, missing = self._lookup(token_ids, loads.keys(), salt)
+        cached, missing = self._lookup(token_ids, loads.keys(), salt, spans)
 
         def cost(engine: int) -> tuple[int, int, int]:
             load = loads[engine]
@@ -107,7 +119,13 @@ class Router:
 
         engine = min(loads, key=cost)
         self._next = (engine + 1) % self._num_engines
-        return Route(engine=engine, cached_tokens=cached[engine], token_ids=token_ids, missing=missing)
+        return Route(
+            engine=engine,
+            cached_tokens=cached[engine],
+            token_ids=token_ids,
+            missing=missing,
+            spans=_without_pixels(spans),
+        )
 
     def begin(self, route: Route) -> None:
         """The prompt of a route has been submitted: others with its prefix may follow it."""
@@ -125,7 +143,7 @@ class Router:
                 del self._coming[route.missing]
 
     def _lookup(
-        self, token_ids: Sequence[int], engines: Collection[int], salt: bytes
+        self, token_ids: Sequence[int], engines: Collection[int], salt: bytes, spans: Sequence[PromptSpan]
     ) -> tuple[dict[int, int], bytes | None]:
         """The tokens that each engine has cached, or will have; and the hash of the first block that none has."""
         size = self._block_size
@@ -133,7 +151,7 @@ class Router:
         cached = dict.fromkeys(engines, reusable)
         having = [(engine, self._cached[engine]) for engine in engines]
         tokens = 0
-        for block_hash in block_hashes(token_ids, size, salt):
+        for block_hash in block_hashes(token_ids, size, salt, partial(bytes_of_spans, spans) if spans else None):
             for _, known in having:
                 if block_hash not in known:
                     break
@@ -147,10 +165,24 @@ class Router:
             if not having:
                 for engine, other in self._coming.get(block_hash, {}).items():
                     if engine in cached:
-                        cached[engine] = min(_common_tokens(token_ids, other.token_ids, tokens, size), reusable)
+                        common = _common_tokens(token_ids, other.token_ids, tokens, size)
+                        differ = _first_difference(_without_pixels(spans), other.spans)
+                        cached[engine] = min(common, reusable, common if differ is None else differ // size * size)
                 return cached, block_hash
             tokens += size
         return cached, None
+
+
+def _without_pixels(spans: Sequence[PromptSpan]) -> Sequence[tuple[int, int, bytes]]:
+    return [(span.start, span.length, span.content) for span in spans]
+
+
+def _first_difference(one: Sequence[tuple[int, int, bytes]], other: Sequence[tuple[int, int, bytes]]) -> int | None:
+    """The first token from which two prompts have different spans; None where they have none."""
+    for own, its in zip_longest(one, other):
+        if own != its:
+            return min(span[0] for span in (own, its) if span is not None)
+    return None
 
 
 def _common_tokens(one: Sequence[int], other: Sequence[int], begin: int, block_size: int) -> int:

@@ -1,6 +1,5 @@
 """One sequence: its tokens, its stop rules, where its keys and values are."""
 
-import struct
 from collections.abc import Hashable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from persimmon.model.sampling_params import SamplingParams
 from persimmon.server.engine.acceptance import Acceptance
 from persimmon.server.engine.blocks import ROOT_HASH, hash_block
 from persimmon.server.engine.grammar_proposer import ForcedTokens
-from persimmon.server.engine.messages import Pooling, PromptSpan
+from persimmon.server.engine.messages import Pooling, PromptSpan, bytes_of_spans, spans_within
 from persimmon.server.engine.proposers import Proposer
 from persimmon.server.engine.shares import NO_SHARE, Share
 
@@ -208,17 +207,13 @@ class Sequence:
             start = len(hashes) * block_size
             parent = hashes[-1] if hashes else self.cache_salt
             end = start + block_size
-            spans = self._spans_within(start, end) if self.spans else b""
+            spans = bytes_of_spans(self.spans, start, end) if self.spans else b""
             hashes.append(hash_block(parent, self.token_ids[start:end], spans))
         return hashes[:count]
 
-    def _spans_within(self, start: int, end: int) -> bytes:
-        """The spans that overlap a block, as bytes that differ if any of them, or its place, does."""
-        return b"".join(
-            struct.pack("<qqq", span.start - start, span.length, len(span.content)) + span.content
-            for span in self.spans
-            if span.start < end and start < span.start + span.length
-        )
+    def spans_within(self, start: int, end: int) -> Ids[PromptSpan]:
+        """The spans that overlap some of its tokens."""
+        return spans_within(self.spans, start, end)
 
     def accept(self, drawn: list[int], guesses: Ids[int]) -> list[int]:
         """Takes the tokens drawn at the last known token and at guesses that follow it, as far as they count.

@@ -12,6 +12,10 @@ class EngineBrokenError(RuntimeError):
     """A step failed in a way that no later step can succeed after."""
 
 
+class NoRoomError(ValueError):
+    """There is no room for a sequence now; a sentence for the client, who may try again."""
+
+
 class LaunchedStep(Protocol):
     """A step that has been started."""
 
@@ -32,5 +36,8 @@ class StepRunner(Protocol):
 
         Returns:
             Done when they may run; fails with a ValueError, a sentence for the client, when they cannot.
+
+        Raises:
+            ValueError: they cannot, as is known at once: a sentence for the client.
         """
         ...

@@ -82,6 +82,16 @@ def make_checkpoint(
         model = getattr(transformers, architecture)(config)
     model = model.to_empty(device="cpu")
     model.tie_weights()
+    draw_parameters(model, seed)
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    if vocab_size >= DEMO_VOCAB_SIZE:
+        for name in _TOKENIZER_FILES:
+            shutil.copyfile(DEMO / name, folder / name)
+    return folder
+
+
+def draw_parameters(model: torch.nn.Module, seed: int) -> None:
+    """Draws the parameters of a model of Transformers, as `make_checkpoint` describes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -89,14 +99,10 @@ def make_checkpoint(
                 parameter.uniform_(0.5, 1.5, generator=generator)
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.2, generator=generator)
-            elif name == "model.embed_tokens.weight":
+            elif name.endswith(".embed_tokens.weight"):
                 parameter.normal_(0, 1, generator=generator)
             else:
                 parameter.normal_(0, 1 / math.sqrt(parameter.shape[-1]), generator=generator)
-            if any(part in name for part in ("q_layernorm", "k_layernorm", "self_attn.dense.weight")):
+            # The numbers of a patch are within -1 and 1.
+            if any(part in name for part in ("q_layernorm", "k_layernorm", "self_attn.dense.weight", "vision")):
                 parameter.mul_(2)
-    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
-    if vocab_size >= DEMO_VOCAB_SIZE:
-        for name in _TOKENIZER_FILES:
-            shutil.copyfile(DEMO / name, folder / name)
-    return folder

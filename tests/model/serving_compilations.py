@@ -23,12 +23,13 @@ from persimmon.kernels.fused import FusedKernels
 from persimmon.kernels.invariant import InvariantKernels
 from persimmon.kernels.quantized import Bits, QuantizedMatrix
 from persimmon.model.checkpoint import expected_shapes
-from persimmon.model.config import Architecture, PersimmonConfig
+from persimmon.model.config import Architecture, PersimmonConfig, VisionConfig
 from persimmon.model.fused_executor import FusedExecutor
 from persimmon.model.graphs import Record
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.leftovers import EMBEDDING
 from persimmon.model.memory import MemoryPlan
+from persimmon.model.patches import PatchSpan
 from persimmon.model.persimmon import Persimmon, is_matrix
 from persimmon.model.rope_scaling import RopeScaling
 from persimmon.model.row_sampling import RowSampling
@@ -137,7 +138,8 @@ def random_step(dice: random.Random, settings: Settings, config: PersimmonConfig
         # Of a prompt that goes on behind its chunk, the angles may be those of its length.
         limit = config.rope_limit or 0
         prompt_length = limit + 1 if not samplings and start + count < limit else 0
-        batch.append(SequenceInput([0] * count, start, table, samplings, report, prompt_length))
+        patches = random_patches(dice, count, config)
+        batch.append(SequenceInput([0] * count, start, table, samplings, report, prompt_length, patches))
     if settings.speculative_config is not None and chunks == 0 and dice.random() < 0.5:
         return [with_guesses(item, dice.choice([0, 1, 4])) for item in batch[:12]]
     return batch
@@ -158,6 +160,13 @@ def random_report(dice: random.Random, count: int, config: PersimmonConfig) -> R
     if config.generates and dice.random() < 0.5:
         return PromptLogprobs(first, [0] * (count - first), dice.choice([0, 5]))
     return PooledStates(range(first, count), dice.random() < 0.5, not config.generates and dice.random() < 0.5)
+
+
+def random_patches(dice: random.Random, count: int, config: PersimmonConfig) -> list[PatchSpan]:
+    if config.vision is None or dice.random() < 0.5:
+        return []
+    first = dice.randrange(count)
+    return [PatchSpan(first, np.zeros((dice.randint(1, count - first), config.vision.patch_numbers), np.uint8))]
 
 
 def token_counts(prompt: int, output: int) -> TokenCounts:
@@ -190,6 +199,8 @@ SERVERS: dict[str, tuple[Settings, dict[str, Any]]] = {
     "int4": (Settings(max_num_seqs=66), {}),
     "short": (Settings(enforce_eager=True, max_num_seqs=32, max_model_len=40), {}),
     "long prompts": (Settings(max_num_seqs=8), {"rope_scaling": SCALING, "max_position_embeddings": 512}),
+    "images": (Settings(max_num_seqs=8), {"vision": VisionConfig()}),
+    "images, batch-invariant": (Settings(max_num_seqs=8, batch_invariant=True), {"vision": VisionConfig()}),
     "classifier": (Settings(), {"architecture": Architecture.TOKEN_CLASSIFICATION, "labels": ("calm", "glad", "sad")}),
 }
 """By name, what was asked for and how the network differs from GENERATOR."""

@@ -18,13 +18,15 @@ from persimmon.kernels.fused import FusedKernels
 from persimmon.kernels.invariant import InvariantKernels
 from persimmon.model.fused_executor import FusedExecutor
 from persimmon.model.kv_cache import KVCache
-from persimmon.model.persimmon import EmbeddedSpan, Persimmon
+from persimmon.model.patches import PatchSpan
+from persimmon.model.persimmon import Persimmon
 from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import PromptLogprobs, Runner, SequenceInput
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.token_logprobs import TokenLogprobs
 from persimmon.server.engine.sequence import Sequence as EngineSequence
 from tests.engine_harness import CPU, GREEDY, Harness, load_model, new_tokens, poisoned_cache
+from tests.fuyu import make_fuyu, random_image
 from tests.interpreter import keep_language_patched, multiply_as_matrix_units
 from tests.model.checkpoints import make_checkpoint
 
@@ -181,21 +183,21 @@ class TestPrompts:
         assert beside == alone
         assert torch.equal(stored_beside, stored)
 
-    def test_with_embeddings_of_their_own_have_the_same_bits_however_they_are_cut(self, checkpoint: Path) -> None:
-        machine, own = Machine(checkpoint), tokens(30)
-        vectors = torch.randn(6, 128, generator=torch.Generator().manual_seed(3)).half()
+    def test_with_images_have_the_same_bits_however_they_are_cut(self, tmp_path: Path) -> None:
+        machine, own = Machine(make_fuyu(tmp_path, patch_size=4, num_hidden_layers=1, hidden_size=128)), tokens(80)
+        pixels = random_image(1, 66, 3, patch_numbers=48)[0]
 
         def stored(chunks: Sequence[int]) -> torch.Tensor:
             sequence = machine.sequence(own)
             for count in chunks:
                 first = sequence.done
                 part = sequence.part(count)
-                inside = [i for i in range(6) if first <= 10 + i < first + count]
-                spans = [EmbeddedSpan(10 + inside[0] - first, vectors[inside])] if inside else []
-                machine.runner.launch([replace(part, embedded=spans)]).wait()
+                inside = [i for i in range(66) if first <= 10 + i < first + count]
+                spans = [PatchSpan(10 + inside[0] - first, pixels[inside])] if inside else []
+                machine.runner.launch([replace(part, patches=spans)]).wait()
             return sequence.stored()
 
-        assert torch.equal(stored([12, 1, 17]), stored([30]))
+        assert torch.equal(stored([12, 1, 67]), stored([80]))
 
 
 class TestDecodes:

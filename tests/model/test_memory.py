@@ -16,10 +16,11 @@ from torch.profiler import ProfilerActivity, profile
 from persimmon import kernels
 from persimmon.kernels import QuantizedFormat, reference
 from persimmon.model.checkpoint import dummy_tensors, expected_shapes
-from persimmon.model.config import Architecture, PersimmonConfig
+from persimmon.model.config import Architecture, PersimmonConfig, VisionConfig
 from persimmon.model.kv_cache import KVCache, block_bytes
 from persimmon.model.memory import GIB, MemoryPlan, MemoryPlanError, activation_bytes, available_memory
 from persimmon.model.memory_limits import MemoryLeft
+from persimmon.model.patches import PatchSpan
 from persimmon.model.persimmon import Persimmon
 from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import PooledStates, PromptLogprobs, SequenceInput
@@ -336,6 +337,21 @@ class TestActivations:
         peak = _peak_bytes(profiler)
         assert peak > 0
         assert peak <= activation_bytes(SMALL, dtype, sequences, tokens, context + tokens)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_estimate_is_not_below_what_a_step_with_images_allocates(self, dtype: torch.dtype) -> None:
+        config = replace(SMALL, vision=VisionConfig(image_token_id=5))
+        operations = kernels.for_device(CPU)
+        model = Persimmon(config, dummy_tensors(config, dtype, CPU, 0), dtype, CPU, operations)
+        runner = runner_of(model, KVCache.allocate(config, 32, 16, dtype, CPU), operations)
+        patches = [PatchSpan(0, np.zeros((512, 2700), np.uint8))]
+        batch = [SequenceInput([5] * 512, 0, range(32), (row_with(),), patches=patches)]
+        runner.run(batch)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            runner.run(batch)
+        peak = _peak_bytes(profiler)
+        # What is projected at once is most of it.
+        assert 256 * 2700 * 4 < peak <= activation_bytes(config, dtype, 1, 512, 512)
 
     @pytest.mark.parametrize(
         "report",

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from persimmon.kernels.chunk_plan import CONFIGS
 from persimmon.model.graph_sizes import mixed_sizes
 from persimmon.model.mixed_inputs import MAX_CHUNKS, MixedBuffer, write_mixed
-from persimmon.model.persimmon import EmbeddedSpan
+from persimmon.model.patches import PatchSpan
 from persimmon.model.runner import PooledStates, PromptLogprobs, SequenceInput
 from persimmon.model.step_outcome import StepOutcome
 from tests.engine_harness import CPU
@@ -105,7 +106,7 @@ class TestSteps:
         assert fused.mixed is not None
         plain = SequenceInput([3] * 5, 0, [0], ())
         assert fused.mixed.takes([plain])
-        assert not fused.mixed.takes([replace(plain, embedded=[EmbeddedSpan(0, torch.zeros(1, 64))])])
+        assert not fused.mixed.takes([replace(plain, patches=[PatchSpan(0, np.zeros((1, 48), np.uint8))])])
         assert not fused.mixed.takes([replace(plain, prompt_length=20)])
 
     def test_have_sizes_up_to_what_a_step_may_have(self) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from persimmon.server.engine.blocks import block_hashes, salted_with_length
 from persimmon.server.engine.client import GENERATES, EngineDeadError, EngineNotReadyError
 from persimmon.server.engine.engines import Engines
 from persimmon.server.engine.load import Load
-from persimmon.server.engine.messages import PromptSpan, Submit
+from persimmon.server.engine.messages import PromptSpan, Submit, bytes_of_spans
 from persimmon.server.vitals import Vitals, WorkerLoad
 from tests.server.http.fake_engine import BLOCK_SIZE, FakeEngine
 
@@ -69,9 +70,16 @@ def submitted(fakes: Sequence[FakeEngine]) -> list[int]:
     return [len(fake.submitted) for fake in fakes]
 
 
-async def knows(engines: Engines, number: int, fake: FakeEngine, token_ids: Sequence[int], salt: bytes = b"") -> None:
+async def knows(
+    engines: Engines,
+    number: int,
+    fake: FakeEngine,
+    token_ids: Sequence[int],
+    salt: bytes = b"",
+    spans: Sequence[PromptSpan] = (),
+) -> None:
     """An engine has cached some tokens, and the worker has heard of it."""
-    hashes = list(block_hashes(token_ids, BLOCK_SIZE, salt))
+    hashes = list(block_hashes(token_ids, BLOCK_SIZE, salt, partial(bytes_of_spans, spans)))
     await fake.send_prefixes(hashes)
     await until(lambda: set(hashes) <= engines._router._cached[number])
 
@@ -136,12 +144,15 @@ async def test_prompts_that_take_nothing_from_the_cache_are_not_attracted(fakes:
             assert engines.load.of_engine(0).prompt_tokens + engines.load.of_engine(1).prompt_tokens == len(PREFIX) + 1
 
 
-async def test_only_what_stands_before_a_span_is_looked_up(engines: Engines, fakes: list[FakeEngine]) -> None:
-    await knows(engines, 1, fakes[1], PREFIX)
-    span = PromptSpan(start=2 * BLOCK_SIZE + 1, length=3, content=b"image")
-    with engines.submit(prompt(PREFIX, spans=[span])):
+async def test_a_prompt_with_an_image_goes_where_that_image_is_cached(
+    engines: Engines, fakes: list[FakeEngine]
+) -> None:
+    own, other = (PromptSpan(start=2 * BLOCK_SIZE + 1, length=3, content=content) for content in (b"cat", b"dog"))
+    await knows(engines, 0, fakes[0], PREFIX, spans=[other])
+    await knows(engines, 1, fakes[1], PREFIX, spans=[own])
+    with engines.submit(prompt(PREFIX, spans=[own])):
         await fakes[1].submissions(1)
-        assert engines.load.of_engine(1).prompt_tokens == len(PREFIX) - 2 * BLOCK_SIZE
+        assert engines.load.of_engine(1).prompt_tokens == BLOCK_SIZE  # the last block, with the last token
 
 
 async def test_prompts_beyond_the_rope_limit_share_only_with_those_of_their_length(tmp_path: Path) -> None:

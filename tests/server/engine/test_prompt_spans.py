@@ -1,12 +1,15 @@
 """Spans of a prompt that something other than the table embeds: prompts share a block if all of it is equal."""
 
+from functools import partial
+
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persimmon.server.engine.blocks import BlockPool
-from persimmon.server.engine.messages import PromptSpan, Submit, ToEngine
+from persimmon.server.engine.blocks import BlockPool, block_hashes
+from persimmon.server.engine.messages import PromptSpan, Submit, ToEngine, bytes_of_spans
+from persimmon.server.engine.routing import Router
 from persimmon.server.engine.scheduler import Scheduler
 from persimmon.server.engine.sequence import Sequence
 
@@ -93,6 +96,28 @@ def test_spans_that_are_not_parts_of_the_prompt_in_order_are_refused(wrong: list
         scheduler().check(Sequence("key", [PLACEHOLDER] * 8, 1, spans=wrong))
 
 
+def test_an_engine_is_chosen_by_the_hashes_of_its_sequences() -> None:
+    token_ids = [PLACEHOLDER] * 23
+    own = [span(1, 2, b"cat"), span(3, 7, b"dog"), span(15, 1, b"cat"), span(20, 3, b"dog")]
+    hashes = Sequence("key", token_ids, 1, spans=own).block_hashes(5, BLOCK_SIZE)
+    assert list(block_hashes(token_ids, BLOCK_SIZE, spans=partial(bytes_of_spans, own))) == hashes
+
+
+@given(prompts(), prompts())
+def test_a_prompt_that_is_being_computed_counts_up_to_the_first_difference(
+    one: tuple[list[int], list[PromptSpan], list[PromptSpan]], two: tuple[list[int], list[PromptSpan], list[PromptSpan]]
+) -> None:
+    router = Router(1, BLOCK_SIZE)
+    (token_ids, first, _), (other_ids, _, second) = one, two
+    router.begin(router.route(token_ids, {0: 0}, spans=first))
+    length = min(len(token_ids), len(other_ids))
+    pairs = zip(embedded(token_ids, first)[:length], embedded(other_ids, second)[:length], strict=True)
+    equal = next((place for place, (own, its) in enumerate(pairs) if own != its), length)
+    expected = min(equal, len(other_ids) - 1) // BLOCK_SIZE * BLOCK_SIZE
+    assert router.route(other_ids, {0: 0}, spans=second).cached_tokens == expected
+
+
 def test_spans_reach_the_engine() -> None:
-    submit = Submit(token_ids=[PLACEHOLDER] * 8, spans=[span(2, 3, b"cat")], max_tokens=1)
+    own = PromptSpan(start=2, length=3, content=b"cat", pixels=bytes(range(9)))
+    submit = Submit(token_ids=[PLACEHOLDER] * 8, spans=[own], max_tokens=1)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(submit), type=ToEngine) == submit

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -17,13 +18,14 @@ from persimmon.kernels.cpu import library
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.errors import CheckpointError
 from persimmon.model.grammar import GrammarCompiler
+from persimmon.model.patches import PatchSpan
 from persimmon.model.ranks import DistributedRanks, bytes_of_step
 from persimmon.model.runner import PooledStates, SequenceInput
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.server.config import read_settings
 from persimmon.server.engine import rank_cores
 from persimmon.server.engine.loading import LoadedModel
-from persimmon.server.engine.rank_messages import RankSequence
+from persimmon.server.engine.rank_messages import RankStep
 from persimmon.server.served_model import ServedModel
 from tests.engine_harness import CPU, Harness, load_model, new_tokens
 from tests.model.rows import row_with
@@ -179,10 +181,15 @@ class TestRefusals:
             "--tensor-parallel-size is 4, but the engine may use 3 cores, and each rank needs one: give at most 3"
         )
 
-    def test_spans_that_are_embedded_elsewhere(self) -> None:
-        item = SequenceInput([1, 2], 0, [0], (), embedded=[object()])  # type: ignore[list-item]
-        with pytest.raises(ValueError, match="not sent to other ranks"):
-            RankSequence.of(item)
+
+def test_patches_reach_the_other_ranks() -> None:
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 12)
+    item = SequenceInput([1, 7, 7], 0, [0], (), patches=[PatchSpan(1, pixels)])
+    message = msgspec.msgpack.encode(RankStep.of([item]))
+    (received,) = msgspec.msgpack.decode(message, type=RankStep).sequences
+    ((start, sent),) = ((span.start, span.pixels) for span in received.input.patches)
+    assert start == 1
+    assert np.array_equal(sent, pixels)
 
 
 def test_ranks_divide_cores_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
