@@ -29,6 +29,8 @@ _DESCRIPTION_FILES = [
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "preprocessor_config.json",
+    "processor_config.json",
     ADAPTER_FILE,
     VOCABULARY_FILE,
 ]

@@ -19,7 +19,7 @@ from persimmon.model.convert.kept import keep_quantized
 from persimmon.model.convert.openvino import plan_from_openvino
 from persimmon.model.convert.quantize import QuantizationRequest, formats, quantize_conversion
 from persimmon.model.convert.trim import trim_vocabulary
-from persimmon.model.convert.writer import Conversion, write
+from persimmon.model.convert.writer import Conversion, with_stored_names, write
 from persimmon.model.errors import CheckpointError
 from persimmon.model.hub import resolve
 from persimmon.model.tokenizer import Tokenizer
@@ -85,7 +85,7 @@ def convert_checkpoint(
         conversion = quantize_conversion(original, quantization, forms)
         if quantization.calibration is not None:
             conversion = calibrate_conversion(conversion, original, forms, quantization.calibration)
-    write(conversion, out, print_line)
+    write(with_stored_names(conversion), out, print_line)
     reason = refusal(out)
     if reason is None:
         print_line(f"Done: persimmon serve --model {out}")

@@ -18,6 +18,7 @@ from persimmon.kernels import QuantizedFormat, QuantizedMatrix
 from persimmon.model.convert.sources import TensorSource
 from persimmon.model.convert.writer import CHUNK_BYTES, Conversion
 from persimmon.model.leftovers import EMBEDDING, HEAD
+from persimmon.model.tensor_names import module_name
 
 _PACKED, _INTEGERS, _MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 
@@ -153,7 +154,7 @@ def with_quantized(
         parts: the tensors of each, see `stored_parts`.
     """
     values = json.loads(conversion.files["config.json"])
-    values["quantization_config"] = _quantization_config(forms, conversion.tensors)
+    values["quantization_config"] = _quantization_config(forms, conversion)
     tensors: dict[str, TensorSource] = {}
     for name, tensor in conversion.tensors.items():
         tensors |= parts.get(name, {name: tensor})
@@ -165,7 +166,7 @@ def with_quantized(
     )
 
 
-def _quantization_config(forms: Mapping[str, QuantizedFormat], tensors: Mapping[str, TensorSource]) -> dict[str, Any]:
+def _quantization_config(forms: Mapping[str, QuantizedFormat], conversion: Conversion) -> dict[str, Any]:
     """The quantization_config of config.json.
 
     What most weights of layers are stored in is the format of the class Linear.  Other modules are named, since a name
@@ -173,14 +174,19 @@ def _quantization_config(forms: Mapping[str, QuantizedFormat], tensors: Mapping[
 
     Args:
         forms: of the quantized matrices, by name.
-        tensors: all of the checkpoint, by the same names.
+        conversion: has all tensors of the checkpoint, by the same names.
     """
+
+    def module(name: str) -> str:
+        return module_name(name.removesuffix(".weight"), conversion.config)
+
+    tensors = conversion.tensors
     modules: dict[tuple[QuantizedFormat, bool], list[str]] = defaultdict(list)
     sizes: dict[tuple[QuantizedFormat, bool], int] = defaultdict(int)
     for name, form in forms.items():
         # Modules whose scales differ in type only have one scheme.
         kind = QuantizedFormat(form.bits, form.group_size, torch.bfloat16), is_packed(name, form)
-        modules[kind].append(name.removesuffix(".weight"))
+        modules[kind].append(module(name))
         sizes[kind] += math.prod(tensors[name].shape) if name not in (EMBEDDING, HEAD) else 0
     most = max(sizes, key=sizes.__getitem__)
     groups = {
@@ -194,7 +200,7 @@ def _quantization_config(forms: Mapping[str, QuantizedFormat], tensors: Mapping[
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": [
-            name.removesuffix(".weight")
+            module(name)
             for name, tensor in tensors.items()
             if len(tensor.shape) == 2 and name != EMBEDDING and name not in forms
         ],

@@ -21,6 +21,7 @@ from persimmon.model.leftovers import EMBEDDING, HEAD, settle
 from persimmon.model.regular_file import check_regular
 from persimmon.model.safetensors_file import read_safetensors_file
 from persimmon.model.stored import Region, small_file
+from persimmon.model.tensor_names import network_name
 from persimmon.model.torch_file import named_tensors
 from persimmon.model.vocabulary import VOCABULARY_FILE, VocabularyMap
 from persimmon.model.weight_files import find_weight_files
@@ -31,6 +32,7 @@ _COMPARED_ROWS = 4096
 _OTHER_FILES = (
     *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "adept_vocab.*"),
     *("chat_template*", f"{TEMPLATE_FOLDER}/*.jinja", "LICENSE*", "NOTICE*", "README*", VOCABULARY_FILE),
+    *("preprocessor_config.json", "processor_config.json"),
 )
 
 
@@ -58,9 +60,10 @@ def plan_from_hugging_face(folder: Path, dtype: torch.dtype | None, max_shard_by
     tensors: dict[str, TensorSource] = {}
     places: dict[str, Path] = {}
     for path in paths:
-        for name, tensor in _read(path).items():
+        for stored, tensor in _read(path).items():
+            name = network_name(stored, config)
             if name in tensors:
-                raise CheckpointError(f"{path}: tensor {name} is also in {places[name].name}")
+                raise CheckpointError(f"{path}: tensor {stored} is also in {places[name].name}")
             tensors[name], places[name] = tensor, path
     settled = settle(tensors, config, lambda: same_head(tensors))
     config = settled.config

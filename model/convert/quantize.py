@@ -18,6 +18,7 @@ from persimmon.model.errors import CheckpointError
 from persimmon.model.leftovers import EMBEDDING, HEAD
 from persimmon.model.quantization.rounding import quantize
 from persimmon.model.quantization.scheme import DEFAULT_GROUP_SIZE, Quantization, quantized_formats
+from persimmon.model.tensor_names import PATCH_PROJECTION
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def formats(conversion: Conversion, request: QuantizationRequest) -> dict[str, Q
             f"do not share quantized: leave out --quantize-vocab"
         )
     for name, (_, columns) in ((n, t.shape) for n, t in conversion.tensors.items() if len(t.shape) == 2):
-        if columns % 8:
+        if columns % 8 and not name.startswith(PATCH_PROJECTION):
             raise CheckpointError(f"{source}: {name} has {columns} inputs; expected a multiple of 8")
     # Transformers and vLLM give scales the network's own type.
     stored = conversion.dtype or _dtype(conversion.tensors)

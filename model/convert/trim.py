@@ -107,11 +107,22 @@ def _trimmed(conversion: Conversion, vocabulary: VocabularyMap, pieces: int) -> 
         name: _in_rows(content, vocabulary, config) if name in _FILES_WITH_IDS else content
         for name, content in conversion.files.items()
     }
-    files["config.json"] = _json(json.loads(files["config.json"]) | {"vocab_size": config.vocab_size})
+    files["config.json"] = _config_json(files["config.json"], config)
     if vocabulary.kept_ids != (range(config.vocab_size),) or pieces > config.vocab_size:
         files[VOCABULARY_FILE] = _json(vocabulary.content)
     origin = {**conversion.origin, "kept_ids": vocabulary.content["kept_ids"]}
     return replace(conversion, origin=origin, config=config, tensors=tensors, files=files)
+
+
+def _config_json(content: bytes, config: PersimmonConfig) -> bytes:
+    values = json.loads(content)
+    for network in (values, values.get("text_config")):
+        if network is not None:
+            network["vocab_size"] = config.vocab_size
+    if config.vision is not None:
+        # Older files leave it out, where it is an id of the whole vocabulary.
+        values["image_token_id"] = config.vision.image_token_id
+    return _json(values)
 
 
 def _in_rows(content: bytes, vocabulary: VocabularyMap, config: PersimmonConfig) -> bytes:
@@ -125,9 +136,10 @@ def _in_rows(content: bytes, vocabulary: VocabularyMap, config: PersimmonConfig)
         return vocabulary.to_rows([token_id])[0] if type(token_id) is int and vocabulary.kept(token_id) else token_id
 
     values = json.loads(content)
-    for key, value in values.items():
-        if key.endswith("_token_id"):
-            values[key] = [*map(row_of, value)] if isinstance(value, list) else row_of(value)
+    for network in (values, values.get("text_config") or {}):
+        for key, value in network.items():
+            if key.endswith("_token_id"):
+                network[key] = [*map(row_of, value)] if isinstance(value, list) else row_of(value)
     ends = config.eos_token_ids
     values["bos_token_id"] = config.bos_token_id
     values["eos_token_id"] = list(ends) if len(ends) > 1 else next(iter(ends), None)

@@ -23,6 +23,9 @@ _NEVER_IN_TEXT = (_Piece.CONTROL, _Piece.UNUSED)
 _NETWORK_FILES = ("config.json", "generation_config.json")
 _TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
 
+_IMAGE_PIECES = ("|SPEAKER|", "|NEWLINE|", "<s>")
+"""What FuyuProcessor makes a prompt's images of."""
+
 _MAX_RUNS_SHOWN = 4
 
 _Contents = Mapping[str, Mapping[str, Any]]
@@ -58,9 +61,10 @@ class Vocabulary:
         self._named = {
             *(trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id),
             *(config.bos_token_id, *config.eos_token_ids),
+            *(() if config.vision is None else (config.vision.image_token_id,)),
             *_ids_under_keys(contents),
             *(id for id in _added_ids(contents) if id >= len(model.pieces)),
-            *_ids_of_named_pieces(model.pieces, contents, templates),
+            *_ids_of_named_pieces(model.pieces, contents, templates, () if config.vision is None else _IMAGE_PIECES),
         }
 
     def follow(self, tokenizer: Tokenizer) -> None:
@@ -166,12 +170,14 @@ def _added_ids(contents: _Contents) -> Iterator[int]:
             yield token["id"]
 
 
-def _ids_of_named_pieces(pieces: Sequence[Any], contents: _Contents, templates: Sequence[str]) -> Iterator[int]:
+def _ids_of_named_pieces(
+    pieces: Sequence[Any], contents: _Contents, templates: Sequence[str], more: Sequence[str]
+) -> Iterator[int]:
     """The pieces that have a role in the tokenizer's settings, or that a chat template contains.
 
     Those that are only listed among the added tokens are not: Transformers lists every control piece there.
     """
-    names, templates = {END_OF_TEXT}, [*templates]
+    names, templates = {END_OF_TEXT, *more}, [*templates]
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         settings = {key: value for key, value in contents.get(name, {}).items() if key != "added_tokens_decoder"}
         names.update(special_tokens(settings))

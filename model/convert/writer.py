@@ -10,7 +10,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +22,7 @@ from persimmon.model.convert.sources import TensorSource
 from persimmon.model.errors import CheckpointError
 from persimmon.model.safetensors_file import DTYPES, read_safetensors_file
 from persimmon.model.sizes import readable
+from persimmon.model.tensor_names import stored_name
 from persimmon.progress import progress_bar
 
 MARKER = "conversion-in-progress.json"
@@ -95,6 +96,19 @@ class Conversion:
         return {
             f"model-{number:05}-of-{len(shards):05}.safetensors": names for number, names in enumerate(shards, start=1)
         }
+
+
+def with_stored_names(conversion: Conversion) -> Conversion:
+    """The conversion whose tensors have the names that Transformers gives them, where the network has others."""
+
+    def stored(name: str) -> str:
+        return stored_name(name, conversion.config)
+
+    return replace(
+        conversion,
+        tensors={stored(name): tensor for name, tensor in conversion.tensors.items()},
+        unchanged=frozenset(map(stored, conversion.unchanged)),
+    )
 
 
 def write(conversion: Conversion, out: Path, print_line: Callable[[str], None]) -> None:
