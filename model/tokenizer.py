@@ -6,7 +6,7 @@ network, and imports no torch: API workers use it too.
 
 import codecs
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -15,7 +15,7 @@ from persimmon.model.sentencepiece_backend import MODEL_FILES, SentencePieceBack
 from persimmon.model.token_backend import Frame, TokenBackend
 from persimmon.model.token_finder import Part, TokenFinder
 from persimmon.model.tokenizer_json import TOKENIZER_JSON, TokenizerJson
-from persimmon.model.tokenizer_settings import END_OF_TEXT, SETTINGS_FILE, TokenizerSettings
+from persimmon.model.tokenizer_settings import END_OF_TEXT, SETTINGS_FILE, AddedToken, TokenizerSettings
 from persimmon.model.tokenizers_backend import TokenizersBackend
 
 __all__ = ["END_OF_TEXT", "IncrementalDetokenizer", "Tokenizer"]
@@ -151,10 +151,16 @@ class Tokenizer:
             begin = (self.bos_token_id,)
         return [*begin, *ids, *self._frame.end]
 
-    def special_finder(self) -> TokenFinder:
-        """Finds every special token, control tokens too, in what a chat template has written."""
+    def special_finder(self, placeholders: Iterable[int] = ()) -> TokenFinder:
+        """Finds every special token, control tokens too, in what a chat template has written.
+
+        Args:
+            placeholders: ids of further tokens to find: those that stand for something else, special or not.
+        """
+        named = {token_id: AddedToken(token_id, self._backend.name(token_id)) for token_id in placeholders}
+        tokens = {**named, **{token.token_id: token for token in self._backend.specials.values()}}
         # One of a single character could not be hidden in a message.
-        return TokenFinder(token for token in self._backend.specials.values() if len(token.content) > 1)
+        return TokenFinder(token for token in tokens.values() if len(token.content) > 1)
 
     def decode(self, token_ids: Sequence[int], from_start: bool = False) -> str:
         """The text of some tokens.
@@ -182,6 +188,10 @@ class Tokenizer:
         """
         return [self._backend.name(token_id) for token_id in token_ids]
 
+    def token_id(self, name: str) -> int | None:
+        """The id of a token by its name in the vocabulary; None where there is none of that name."""
+        return self._backend.token_id(name)
+
     def token_bytes(self, token_id: int) -> bytes:
         """What a token of the vocabulary adds to a text, in UTF-8; a special token nothing."""
         return self._token_bytes[token_id]
@@ -190,6 +200,11 @@ class Tokenizer:
         """What each token adds to a text, in UTF-8; nothing where no text is made of it: special tokens, and <unk>."""
         unknown = self._backend.unknown_ids
         return [b"" if token_id in unknown else text for token_id, text in enumerate(self._token_bytes)]
+
+    @property
+    def all_token_bytes(self) -> Sequence[bytes]:
+        """What each token adds to a text, in UTF-8, by its id."""
+        return self._token_bytes
 
     def detokenizer(self) -> "IncrementalDetokenizer":
         """A detokenizer for one new stream of tokens."""
