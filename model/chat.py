@@ -1,4 +1,4 @@
-"""How a checkpoint's conversations become prompts: by its own chat template, or in Adept's format.
+"""How a checkpoint's conversations become prompts: by its own chat template, in Adept's format, or in Fuyu's.
 
 Determines at start what a template does, by rendering a few conversations with it.  Knows nothing of HTTP.
 """
@@ -10,10 +10,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from persimmon.model.chat_format import STOP, Turn, render
+from persimmon.model.chat_format import STOP, Turn, check_roles, render
+from persimmon.model.chat_prompt import ChatPart, ChatPrompt, ImageTokens
 from persimmon.model.chat_template_files import ChatTemplateError, TemplateSources
 from persimmon.model.config import Architecture, PersimmonConfig
 from persimmon.model.errors import CheckpointError
+from persimmon.model.images import ImagePatches
 from persimmon.model.token_finder import Part, TokenFinder
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.model.tokenizer_settings import TokenizerSettings
@@ -50,43 +52,6 @@ _PROBE_TOOL = {
 
 
 @dataclass(frozen=True)
-class ChatPrompt:
-    """A conversation as the model reads it.
-
-    Attributes:
-        parts: its text, and the ids of special tokens that a template has written.
-        begin: ids before it.
-    """
-
-    parts: tuple[Part, ...]
-    begin: tuple[int, ...] = ()
-
-    def __len__(self) -> int:
-        """Characters of its text."""
-        return sum(len(part) for part in self.parts if isinstance(part, str))
-
-    def followed_by(self, text: str) -> "ChatPrompt":
-        """The same conversation with a text after it."""
-        *others, last = self.parts
-        parts = (*others, last + text) if isinstance(last, str) else (*self.parts, text)
-        return replace(self, parts=parts)
-
-    def token_ids(self, tokenizer: Tokenizer, add_bos: bool | None = None) -> list[int]:
-        """Its token ids.
-
-        Args:
-            tokenizer: the checkpoint's.
-            add_bos: False leaves out the ids that no template has written.
-        """
-        begin = () if add_bos is False else self.begin
-        return [*begin, *tokenizer.encode_parts(self.parts, add_bos=False)]
-
-    def text(self, tokenizer: Tokenizer) -> str:
-        """Its text, with special tokens spelled out."""
-        return "".join(part if isinstance(part, str) else tokenizer.pieces([part])[0] for part in self.parts)
-
-
-@dataclass(frozen=True)
 class Chat:
     """The chat format of a checkpoint.
 
@@ -102,6 +67,8 @@ class Chat:
         takes_system: whether the template shows system messages.
         takes_tools: whether the template shows tools, in its own form.
         takes_parts: whether the template reads contents as lists of parts only.
+        image_tokens: with which images are written; None where the model reads none.
+        takes_images: whether images have a place in prompts: they lack one in some templates.
     """
 
     tokenizer: Tokenizer
@@ -115,6 +82,20 @@ class Chat:
     takes_system: bool = True
     takes_tools: bool = False
     takes_parts: bool = False
+    image_tokens: ImageTokens | None = None
+    takes_images: bool = False
+
+    @classmethod
+    def fuyus(cls, tokenizer: Tokenizer, image_tokens: ImageTokens, add_bos: bool | None = None) -> Self:
+        """Fuyu's format: texts and images one after the other, then the token that begins an answer.
+
+        Args:
+            tokenizer: the checkpoint's.
+            image_tokens: the model's.
+            add_bos: False leaves out the BOS before a text that a prompt begins with.
+        """
+        begin = () if add_bos is False else (image_tokens.begin,)
+        return cls(tokenizer, begin=begin, stop=(), image_tokens=image_tokens, takes_images=True)
 
     @classmethod
     def adepts(cls, tokenizer: Tokenizer) -> Self:
@@ -122,28 +103,33 @@ class Chat:
         return cls(tokenizer, begin=tokenizer.begin)
 
     @classmethod
-    def from_folder(cls, folder: Path, tokenizer: Tokenizer, add_bos: bool | None = None) -> Self:
+    def from_folder(
+        cls, folder: Path, tokenizer: Tokenizer, add_bos: bool | None = None, image_tokens: ImageTokens | None = None
+    ) -> Self:
         """The chat format of a checkpoint folder.
 
         A template that renders plain conversations like Adept's format is not used, so that features that only Adept's
-        format has, like tools, are available; only whether it writes BOS counts.
+        format has, like tools, are available; only whether it writes BOS counts.  (A model that reads images uses its
+        template in any case.)
 
         Args:
             folder: the checkpoint.
             tokenizer: the folder's.
             add_bos: begin with BOS, or not; None does what the template does.
+            image_tokens: of a model that reads images.
 
         Raises:
             CheckpointError: the template is not valid, cannot render a user message, or leaves out its content.
         """
         sources = TemplateSources.from_folder(folder)
         if sources is None:
-            return cls.adepts(tokenizer)
+            return cls.adepts(tokenizer) if image_tokens is None else cls.fuyus(tokenizer, image_tokens, add_bos)
         from persimmon.model.chat_template import ChatTemplate  # brings Jinja2
 
         template = ChatTemplate(sources, TokenizerSettings.from_folder(folder).named)
         bos: tuple[int, ...] = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
-        chat = cls(tokenizer, template, begin=bos if add_bos else (), drops_bos=add_bos is False)
+        begin = bos if add_bos else ()
+        chat = cls(tokenizer, template, begin=begin, drops_bos=add_bos is False, image_tokens=image_tokens)
         try:
             chat._rendered(_messages(_PLAIN_CONVERSATIONS[0]))
         except ChatTemplateError as error:
@@ -158,41 +144,98 @@ class Chat:
                     f"{folder}: its chat template ignores the content of user messages; repair the template, or "
                     f"remove it to use Adept's format"
                 )
-        written = chat._before_adepts_format()
+        written = chat._before_adepts_format() if image_tokens is None else None
         if written is None:
             return chat._probed()
         return cls(tokenizer, written=written if add_bos is None else bos if add_bos else ())
 
-    def of_turns(self, turns: Sequence[Turn]) -> ChatPrompt:
-        """A conversation in Adept's format.
+    def of_turns(self, turns: Sequence[Turn], begin_answer: bool = True) -> ChatPrompt:
+        """A conversation of texts in Adept's format, or in Fuyu's.
+
+        Args:
+            turns: at least one.
+            begin_answer: end with the beginning of an answer.
 
         Raises:
             ChatFormatError: the format cannot hold it.
         """
-        return ChatPrompt((*self.written, render(turns)), self.begin)
+        if self.image_tokens is not None:
+            return self.of_contents([(turn.role, [turn.content]) for turn in turns], begin_answer)
+        return ChatPrompt((*self.written, render(turns, begin_answer)), self.begin)
+
+    def of_contents(
+        self, contents: Sequence[tuple[str, Sequence[str | ImagePatches]]], begin_answer: bool = True
+    ) -> ChatPrompt:
+        """A conversation in Fuyu's format.
+
+        Texts and images stand in their order, and each message ends with a line break.
+
+        Args:
+            contents: the role of each message, and its texts and images; at least one.
+            begin_answer: end with the beginning of an answer.
+
+        Raises:
+            ChatFormatError: the format cannot hold it.
+        """
+        if self.image_tokens is None:
+            raise ValueError("only a model that reads images has Fuyu's format")
+        check_roles([role for role, _ in contents])
+        parts: list[ChatPart] = []
+        for _, content in contents:
+            for part in (*content, "\n"):
+                if isinstance(part, str) and parts and isinstance(before := parts[-1], str):
+                    parts[-1] = before + part
+                else:
+                    parts.append(part)
+        # An image ends with BOS, so that none is needed before it.
+        begin = () if isinstance(parts[0], ImagePatches) else self.begin
+        if begin_answer:
+            parts.append((self.image_tokens.answer,))
+        return ChatPrompt(tuple(parts), begin, self.image_tokens)
 
     def of_messages(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         options: Mapping[str, Any] | None = None,
+        images: Sequence[ImagePatches] = (),
+        begin_answer: bool = True,
     ) -> ChatPrompt:
         """A conversation as the checkpoint's template renders it.
 
         The content of messages, tools and options stays text, even if it spells a special token.
 
         Args:
-            messages: in the form of OpenAI's API.
+            messages: in the form of OpenAI's API; an image is a part {"type": "image"}.
             tools: likewise; None where there are none.
             options: variables for the template.
+            images: those of the messages, in order.
+            begin_answer: end with the beginning of an answer.
 
         Raises:
             ChatTemplateError: the template does not render it.
         """
-        parts = self._rendered(messages, tools, options=options)
+        parts: list[ChatPart] = list(self._rendered(messages, tools, begin_answer, options))
+        if images:
+            parts = self._with_images(parts, images)
         if not parts or parts[0] != self.tokenizer.bos_token_id:
-            return ChatPrompt(tuple(parts), self.begin)
-        return ChatPrompt(tuple(parts[1:] if self.drops_bos else parts))
+            return ChatPrompt(tuple(parts), self.begin, self.image_tokens)
+        return ChatPrompt(tuple(parts[1:] if self.drops_bos else parts), (), self.image_tokens)
+
+    def _with_images(self, parts: Sequence[ChatPart], images: Sequence[ImagePatches]) -> list[ChatPart]:
+        """The parts with an image in place of each placeholder that the template has written."""
+        tokens = self.image_tokens
+        patch, begin = (None, None) if tokens is None else (tokens.patch, tokens.begin)
+        places = sum(part == patch for part in parts)
+        if places != len(images):
+            raise ChatTemplateError(f"it writes {places} placeholders for {len(images)} images")
+        following = iter(images)
+        placed: list[ChatPart] = []
+        for part in parts:
+            ends_image = bool(placed) and isinstance(placed[-1], ImagePatches) and part == begin
+            if not ends_image:  # an image has its own
+                placed.append(next(following) if part == patch else part)
+        return placed
 
     def allows_role(self, role: str) -> bool:
         """Whether the template accepts a role: a usual one, or one that it names."""
@@ -200,7 +243,8 @@ class Chat:
 
     @cached_property
     def _finder(self) -> TokenFinder:
-        return self.tokenizer.special_finder()
+        placeholders = () if self.image_tokens is None else (self.image_tokens.patch,)
+        return self.tokenizer.special_finder(placeholders)
 
     def _rendered(
         self,
@@ -281,7 +325,19 @@ class Chat:
             leading_space=leading_space,
             takes_system=self._shows([Turn("system", _PROBE), question]),
             takes_tools=self._shows([question], [_PROBE_TOOL]),
+            takes_images=self._places_images(),
         )
+
+    def _places_images(self) -> bool:
+        """Whether the template writes a placeholder for each image."""
+        if self.image_tokens is None:
+            return False
+        image = {"type": "image"}
+        try:
+            parts = self._rendered([{"role": "user", "content": [image, {"type": "text", "text": _PROBE}, image]}])
+        except ChatTemplateError:
+            return False
+        return parts.count(self.image_tokens.patch) == 2
 
     def _puts_space_after(self, last: Sequence[Part]) -> bool:
         """Whether the tokenizer puts a space before a text that follows a special token, and that is the last part."""
@@ -306,7 +362,8 @@ def chat_format(folder: Path, config: PersimmonConfig, tokenizer: Tokenizer, add
     """
     if config.architecture is not Architecture.CAUSAL_LM:
         return Chat.adepts(tokenizer)
-    return Chat.from_folder(folder, tokenizer, add_bos)
+    image_tokens = None if config.vision is None else ImageTokens.of(config.vision, tokenizer)
+    return Chat.from_folder(folder, tokenizer, add_bos, image_tokens)
 
 
 def _parts(content: Any) -> Any:

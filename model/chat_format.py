@@ -32,7 +32,31 @@ class Turn:
     content: str
 
 
-def render(turns: Sequence[Turn]) -> str:
+def check_roles(roles: Sequence[str]) -> None:
+    """Checks that a conversation can be answered, by who speaks in it.
+
+    Args:
+        roles: of its messages.
+
+    Raises:
+        ChatFormatError: no messages, a role that the format lacks, or a final message from the assistant.
+    """
+    for number, role in enumerate(roles):
+        if role not in _LABELS and role not in _SYSTEM_ROLES:
+            raise ChatFormatError(
+                f"messages[{number}] has the role {role!r}, which this model's chat format lacks: "
+                f"allowed are {', '.join([*_SYSTEM_ROLES, *_LABELS])}"
+            )
+    spoken = [role for role in roles if role in _LABELS]
+    if not roles or (spoken and spoken[-1] == "assistant"):
+        found = "the last one is from the assistant" if spoken else "there is none"
+        raise ChatFormatError(
+            f"the conversation must end with a user or tool message for the model to answer, but {found} (apart from "
+            f"system messages)"
+        )
+
+
+def render(turns: Sequence[Turn], begin_answer: bool = True) -> str:
     r"""The prompt whose continuation is the assistant's next answer.
 
     Turns are joined by blank lines: `human: {prompt}\n\nadept: {answer}\n\nhuman: {follow_up}\n\nadept:`.
@@ -47,26 +71,19 @@ def render(turns: Sequence[Turn]) -> str:
 
     A conversation of system messages only is answered right after them.
 
+    Args:
+        turns: at least one.
+        begin_answer: end with `adept:`.
+
     Raises:
-        ChatFormatError: no messages, a role that the format lacks, or a final message from the assistant.
+        ChatFormatError: as `check_roles`.
     """
-    for number, turn in enumerate(turns):
-        if turn.role not in _LABELS and turn.role not in _SYSTEM_ROLES:
-            raise ChatFormatError(
-                f"messages[{number}] has the role {turn.role!r}, which this model's chat format lacks: "
-                f"allowed are {', '.join([*_SYSTEM_ROLES, *_LABELS])}"
-            )
+    check_roles([turn.role for turn in turns])
     spoken = [turn for turn in turns if turn.role in _LABELS]
-    if not turns or (spoken and spoken[-1].role == "assistant"):
-        found = "the last one is from the assistant" if spoken else "there is none"
-        raise ChatFormatError(
-            f"the conversation must end with a user or tool message for the model to answer, but {found} (apart from "
-            f"system messages)"
-        )
     parts = [turn.content for turn in turns if turn.role in _SYSTEM_ROLES and turn.content]
     for label, neighbours in groupby(spoken, key=lambda turn: _LABELS[turn.role]):
         parts.append(f"{label} {_BLANK_LINE.join(turn.content for turn in neighbours)}")
-    return _BLANK_LINE.join([*parts, _LABELS["assistant"]])
+    return _BLANK_LINE.join([*parts, _LABELS["assistant"]] if begin_answer else parts)
 
 
 class AnswerText:
