@@ -109,6 +109,10 @@ class _ErrorResponse(Response):
         await super().__call__(scope, receive, send)
 
 
+class FetchError(ValueError):
+    """A URL that is not fetched, or that gives nothing.  The message goes on after "Invalid 'field': "."""
+
+
 EXPECTED = (ApiError, EngineNotReadyError, EngineDeadError)
 """Exceptions that happen to a healthy server; every other one is a bug and is logged with its traceback."""
 
@@ -128,11 +132,14 @@ def model_not_found(name: str, served: str) -> ApiError:
     )
 
 
-def context_length_exceeded(prompt_tokens: int, max_tokens: int, limit: int, param: str) -> ApiError:
+def context_length_exceeded(
+    prompt_tokens: int, max_tokens: int, limit: int, param: str, image_tokens: int = 0
+) -> ApiError:
     """A 400 for a prompt and an answer that together are longer than the model reads."""
+    images = f", of which {image_tokens} are of images" if image_tokens else ""
     return bad_request(
         f"This model's maximum context length is {limit} tokens. However, you requested "
-        f"{prompt_tokens + max_tokens} tokens ({prompt_tokens} in the prompt, {max_tokens} for the completion)."
+        f"{prompt_tokens + max_tokens} tokens ({prompt_tokens} in the prompt{images}, {max_tokens} for the completion)."
         " Please shorten the prompt or ask for fewer tokens.",
         param,
         "context_length_exceeded",

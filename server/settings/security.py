@@ -10,6 +10,7 @@ from pydantic import SecretStr, field_validator
 from persimmon.server.settings.section import Section, setting
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
+_HOST = re.compile(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")
 
 
 class SecuritySettings(Section):
@@ -28,6 +29,15 @@ class SecuritySettings(Section):
         "pages get a 403. Default: only pages of the server itself.",
         "http",
         "ORIGIN",
+        several=True,
+    )
+    allowed_media_domains: tuple[str, ...] | None = setting(
+        None,
+        "Hosts from which images are fetched, for example images.example.com; each name stands only for itself, not "
+        "for its subdomains. Private addresses are refused whatever their name. Default: none; images come in data: "
+        "URLs.",
+        "http",
+        "HOST",
         several=True,
     )
     forwarded_allow_ips: str = setting(
@@ -95,7 +105,16 @@ class SecuritySettings(Section):
                 )
         return value
 
-    @field_validator("api_key", "allowed_origins", mode="before")
+    @field_validator("allowed_media_domains")
+    @classmethod
+    def _hosts(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        hosts = tuple(host.lower() for host in value or ())
+        for host in hosts:
+            if not _HOST.fullmatch(host):
+                raise ValueError(f"{host!r} is not a host name; give names like images.example.com")
+        return hosts or None
+
+    @field_validator("api_key", "allowed_origins", "allowed_media_domains", mode="before")
     @classmethod
     def _several(cls, value: Any) -> Any:
         # A flag may come several times, each with several values; a variable has commas between them.
