@@ -21,6 +21,8 @@ ENGINE_BYTES = 176 * MIB
 """With torch imported, and nothing loaded."""
 ENGINE_GROWTH_BYTES = 32 * MIB
 """What an engine takes after it has planned, beyond its plan: threads' stacks, and what the allocator cannot reuse."""
+WORKER_IMAGE_BYTES = 320 * MIB
+"""Of a model that reads images: those that are kept, and the largest one while it is decoded."""
 WORKER_BYTES_PER_TOKEN = 256
 """Of the vocabulary: the tokenizer."""
 ENGINE_BYTES_PER_TOKEN = 512
@@ -100,7 +102,8 @@ def within_share(left: MemoryLeft, share: int | None, reserved: int) -> MemoryLe
 
 
 def _worker_bytes(config: PersimmonConfig, max_body_bytes: int) -> int:
-    return WORKER_BYTES + WORKER_BYTES_PER_TOKEN * config.vocab_size + BODIES_TOGETHER * max_body_bytes
+    images = 0 if config.vision is None else WORKER_IMAGE_BYTES
+    return WORKER_BYTES + images + WORKER_BYTES_PER_TOKEN * config.vocab_size + BODIES_TOGETHER * max_body_bytes
 
 
 def _growth_bytes(config: PersimmonConfig) -> int:

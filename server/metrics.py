@@ -30,6 +30,8 @@ _FIRST_TOKEN_SECONDS = merged(
 _QUEUE_SECONDS = merged((0.001, 0.005, 0.02, 0.1, 0.3, 1, 2, 5, 10, 20, 40, 80, 160), vllm_metrics.REQUEST_SECONDS)
 _REQUEST_SECONDS = merged((0.1, 0.2, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600), vllm_metrics.REQUEST_SECONDS)
 
+_IMAGE_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+
 _HTTP_SECONDS = merged((0.01, 5, 30, 120), vllm_metrics.HTTP_SECONDS)
 
 _COUNTERS = {
@@ -166,6 +168,17 @@ class Metrics:
         )
         self._computed = self._prompt_tokens.labels(vllm_metrics.COMPUTED)
         self._cached = self._prompt_tokens.labels(vllm_metrics.CACHED)
+        self._images = Counter("persimmon_images", "Images read from requests.", registry=self._registry)
+        self._image_tokens = Counter(
+            "persimmon_image_tokens",
+            "Tokens of the images read: one for each patch, and one for each row of patches.",
+            registry=self._registry,
+        )
+        self._image_seconds = self._histogram(
+            "persimmon_image_load_seconds",
+            "Time to fetch and decode all images of a request.",
+            _IMAGE_SECONDS,
+        )
         self._finished = FinishedHistograms(self._histogram)
         for reason in ("stop", "length", "abort", "error"):
             self.sequences_finished.labels(reason)  # a series that begins at its first count has no rate until its next
@@ -184,6 +197,18 @@ class Metrics:
         """
         self._computed.inc(prompt_tokens - cached_tokens)
         self._cached.inc(cached_tokens)
+
+    def observe_images(self, count: int, num_tokens: int, seconds: float) -> None:
+        """Records the images of a request.
+
+        Args:
+            count: how many it has.
+            num_tokens: of all of them.
+            seconds: from the first one's beginning to the last one's end.
+        """
+        self._images.inc(count)
+        self._image_tokens.inc(num_tokens)
+        self._image_seconds.observe(seconds)
 
     def observe_sequence(self, sequence: FinishedSequence) -> None:
         """Records the sizes and times of a sequence that ended by itself."""

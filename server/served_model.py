@@ -11,6 +11,7 @@ from persimmon import model
 from persimmon.model.chat import chat_format
 from persimmon.model.config import PersimmonConfig, check_vocabulary
 from persimmon.model.hub import resolve
+from persimmon.model.images import ImageSettings
 from persimmon.model.memory_limits import memory_left
 from persimmon.model.shard import check_divides
 from persimmon.model.tokenizer import Tokenizer
@@ -71,4 +72,8 @@ class ServedModel:
         notices += [f"persimmon: {notice}" for notice in tokenizer.notices]
         if chat.template is not None:
             notices.append("persimmon: conversations use the checkpoint's own chat template")
+        if config.vision is not None:
+            ImageSettings.from_folder(folder, config.vision)
+            if not chat.takes_images:
+                notices.append("persimmon: images are refused, because the chat template has no place for them")
         return cls(folder, name, USES[config.architecture], tuple(notices))

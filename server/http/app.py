@@ -16,6 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from persimmon.model.chat import Chat, chat_format
 from persimmon.model.config import Architecture, PersimmonConfig
+from persimmon.model.images import ImageLimits, ImageReader, ImageSettings
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.model.vocabulary import VocabularyMap
 from persimmon.server.config import Settings
@@ -27,6 +28,7 @@ from persimmon.server.http.endpoints import documentation
 from persimmon.server.http.endpoints.endpoint import Call, Endpoint
 from persimmon.server.http.endpoints.service import Service, endless_seeds
 from persimmon.server.http.endpoints.table import ENDPOINTS, METRICS, addresses
+from persimmon.server.http.generation.image_loader import ImageLoader
 from persimmon.server.http.middleware.access import Access
 from persimmon.server.http.middleware.addresses import Addresses
 from persimmon.server.http.middleware.authentication import Authentication, KeyCheck
@@ -100,8 +102,28 @@ def application(
         key_check,
         chat_format(folder, config, tokenizer, settings.add_bos_token),
         settings.additional_properties,
+        images=_image_loader(settings, folder, config),
     )
     return app, engine
+
+
+def _image_loader(settings: Settings, folder: Path, config: PersimmonConfig) -> ImageLoader | None:
+    """Reads the images of requests as the checkpoint wants them; None for a model that reads none."""
+    if config.vision is None:
+        return None
+    limits = ImageLimits()
+    fetcher = None
+    if settings.allowed_media_domains:
+        from persimmon.server.http.transport.media_fetcher import MediaFetcher  # brings an HTTP client
+
+        fetcher = MediaFetcher(settings.allowed_media_domains, limits.max_bytes)
+    return ImageLoader(
+        ImageReader(ImageSettings.from_folder(folder, config.vision), limits),
+        limits.max_bytes,
+        max_images=None if settings.limit_mm_per_prompt is None else settings.limit_mm_per_prompt.image,
+        fetcher=fetcher,
+        max_body_bytes=settings.max_body_size,
+    )
 
 
 def create_app(
@@ -118,6 +140,7 @@ def create_app(
     key_check: KeyCheck | None = None,
     chat: Chat | None = None,
     additional_properties: bool = False,
+    images: ImageLoader | None = None,
     endpoints: Sequence[Endpoint[Any]] = ENDPOINTS,
 ) -> FastAPI:
     """The application of one API worker.
@@ -136,6 +159,7 @@ def create_app(
         key_check: the keys, if they may change; None for those of `access`.
         chat: the served model's chat format; None for Adept's.
         additional_properties: whether objects of JSON schemas are open where neither schema nor request says.
+        images: reads the images of requests; None where the model reads none.
         endpoints: what is served.
     """
     place = place or WorkerPlace()
@@ -161,6 +185,7 @@ def create_app(
         created=place.started,
         max_priority=access.max_priority,
         additional_properties=additional_properties,
+        images=images,
     )
     app = FastAPI(
         title="Persimmon server",

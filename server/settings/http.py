@@ -1,5 +1,10 @@
 """How the API workers serve HTTP, and how much they take on."""
 
+from typing import Any
+
+from pydantic import field_validator
+
+from persimmon.server.settings.media import MediaLimits
 from persimmon.server.settings.section import Section, setting
 
 
@@ -47,6 +52,13 @@ class HttpSettings(Section):
         "Allow other properties in objects whose JSON schema lists properties but has no additionalProperties. Off, as "
         "in vLLM: models that may add properties seldom stop.",
         "engine",
+    )
+
+    limit_mm_per_prompt: MediaLimits | None = setting(
+        None,
+        'Maximum number of images in a request, in vLLM\'s JSON: {"image": 4}. Default: as many as the context holds.',
+        "engine",
+        "JSON",
     )
 
     max_num_queued_reqs: int | None = setting(
@@ -104,3 +116,8 @@ class HttpSettings(Section):
         "SECONDS",
         ge=0,
     )
+
+    @field_validator("limit_mm_per_prompt", mode="before")
+    @classmethod
+    def _media(cls, value: Any) -> Any:
+        return MediaLimits.from_json(value) if isinstance(value, str) else value

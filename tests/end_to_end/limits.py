@@ -428,8 +428,8 @@ CONVERSATIONS = [
         for content in _NO_CONTENT
     ),
     _wrong_message("a picture", _part("image_url", image_url={"url": "a"}), "text only"),
-    _wrong_message("a sound", _part("input_audio", input_audio={}), "text only"),
-    _wrong_message("a file", _part("file", file={}), "text only"),
+    _wrong_message("a sound", _part("input_audio", input_audio={}), "send parts of the type 'text' or 'image_url'"),
+    _wrong_message("a file", _part("file", file={}), "send parts of the type 'text' or 'image_url'"),
     _wrong_message("a part of an unknown type", _part("other", text="a"), "'other'"),
     _wrong_message("a tool's answer without a call", {"role": "tool", "content": "a"}, "tool_call_id"),
     _wrong_message("an empty call", {"role": "assistant", "tool_calls": [{}]}, "messages[0].tool_calls[0]"),

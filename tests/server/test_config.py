@@ -38,6 +38,10 @@ def test_sizes_are_read_with_their_unit():
         ("port", "http", "an integer"),
         ("read_timeout", "soon", "a number"),
         ("access_log", "perhaps", "true or false"),
+        ("limit_mm_per_prompt", "4", '{"image": 4}'),
+        ("limit_mm_per_prompt", "{'image': 4}", 'expected JSON, for example {"image": 4}'),
+        ("limit_mm_per_prompt", '{"video": 1}', "only the key image"),
+        ("limit_mm_per_prompt", '{"image": -1}', "from 0 on"),
     ],
 )
 def test_an_invalid_value_is_reported_with_flag_variable_and_what_is_allowed(name, value, allowed):
@@ -178,3 +182,20 @@ def test_what_is_not_a_proxys_address_is_refused(allowed: str) -> None:
 def test_an_embedding_in_a_file_needs_one():
     with pytest.raises(SettingsError, match=r"--embedding-table is file, but --load-format dummy reads no file"):
         read_settings({"embedding_table": "file", "load_format": "dummy"})
+
+
+def test_limits_on_media_are_vllms_json():
+    limits = read_settings({"limit_mm_per_prompt": '{"image": 4}'}).limit_mm_per_prompt
+    assert limits is not None
+    assert limits.image == 4
+    assert read_settings({}).limit_mm_per_prompt is None
+
+
+def test_media_domains_are_host_names(monkeypatch):
+    given = {"allowed_media_domains": ["Images.Example.com", "cdn.example.com"]}
+    assert read_settings(given).allowed_media_domains == ("images.example.com", "cdn.example.com")
+    monkeypatch.setenv("PERSIMMON_ALLOWED_MEDIA_DOMAINS", "a.test, b.test")
+    assert read_settings({}).allowed_media_domains == ("a.test", "b.test")
+    for wrong in ("https://a.test", "*.a.test", "a.test:80", "a b"):
+        with pytest.raises(SettingsError, match="is not a host name"):
+            read_settings({"allowed_media_domains": [wrong]})

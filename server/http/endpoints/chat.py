@@ -47,20 +47,28 @@ async def chat_completions(
     that follows a grammar ends where the grammar allows it.
     """
     request = call.request
+    generation = await _prepared(service, call)
+    if request.stream:
+        return EventStream(_stream(service, request, generation), service.gate.limits.ping_interval)
+    return JsonResponse(await until_disconnect(call.receive, _whole(service, request, generation)))
+
+
+async def _prepared(service: Service, call: Call[ChatCompletionRequest]) -> Generation:
+    """What the request asks for.  A function of its own, which forgets the images' pixels when the engine has them."""
+    request = call.request
     form = chat_form(request)
     chat = service.chat
     tools = request.tools if form.calls is not None else ()
-    prompt = await chat_prompt(chat, request.messages, tools, request.chat_template_kwargs)
+    service.check_model(request.model)
+    images = await service.load_images(request.messages, call.receive)
+    prompt = await chat_prompt(chat, request.messages, tools, request.chat_template_kwargs, images)
     if form.calls is not None and form.calls.begun is not None:
         begun = begun_call(form.calls.begun)
         prompt = prompt.followed_by(begun if chat.leading_space else begun.lstrip())
     goes_on = request.ignore_eos and not form.ends_by_grammar
     # JSON and other enforced text may contain what would otherwise be a new turn.
     turn_end = chat.stop if form.may_be_text and not goes_on else ()
-    generation = await prepare(service, request, [prompt], [*request.stop, *turn_end], call.record, form)
-    if request.stream:
-        return EventStream(_stream(service, request, generation), service.gate.limits.ping_interval)
-    return JsonResponse(await until_disconnect(call.receive, _whole(service, request, generation)))
+    return await prepare(service, request, [prompt], [*request.stop, *turn_end], call.record, form)
 
 
 async def _whole(service: Service, request: ChatCompletionRequest, generation: Generation) -> ChatCompletion:

@@ -13,7 +13,13 @@ from persimmon.server.http.endpoints.table import ENDPOINTS
 from persimmon.server.http.schemas.chat_message import ChatMessage
 from persimmon.server.http.schemas.format_fields import StructuredOutputs
 from persimmon.server.http.schemas.generation import StreamOptions
-from persimmon.server.http.schemas.other_fields import REFUSED_PARTS, WITHOUT_EFFECT_IN_PARTS
+from persimmon.server.http.schemas.other_fields import (
+    IMAGE_PARTS,
+    REFUSED_IMAGES,
+    REFUSED_PARTS,
+    WITHOUT_EFFECT_IN_IMAGES,
+    WITHOUT_EFFECT_IN_PARTS,
+)
 from persimmon.server.http.schemas.request_object import Refusal, RequestObject
 from persimmon.server.http.schemas.tool_fields import MessageToolCall, Tool
 
@@ -36,8 +42,14 @@ def field_table(endpoints: Iterable[Endpoint[Any]] = ENDPOINTS) -> str:
         (", ".join(kind for kind, own in REFUSED_PARTS.items() if own == refusal), "types of content parts", refusal)
         for refusal in dict.fromkeys(REFUSED_PARTS.values())
     ]
+    refused.append((", ".join(IMAGE_PARTS), "types of content parts, of models without images", REFUSED_IMAGES))
     ignored = [(name, where, why) for where, kind in kinds.items() for name, why in kind.without_effect.items()]
     ignored += [(name, "content parts", why) for name, why in WITHOUT_EFFECT_IN_PARTS.items()]
+    ignored += [
+        (name, "content parts of images", why)
+        for name, why in WITHOUT_EFFECT_IN_IMAGES.items()
+        if name not in WITHOUT_EFFECT_IN_PARTS
+    ]
     lines = ["| Refused | In | Accepted values | Why, and what to do instead |", "| --- | --- | --- | --- |"]
     for name, where, refusal in _merged((name, where, _Row.of(refusal)) for name, where, refusal in refused):
         lines.append(f"| `{name}` | {where} | {refusal.allowed} | {refusal.why} |")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from persimmon.model.chat import ChatPrompt
+from persimmon.model.chat_prompt import ChatPrompt
 from persimmon.model.config import Architecture
 from persimmon.model.grammar import GrammarSpec
 from persimmon.model.sampling_params import SamplingParams
@@ -12,6 +12,7 @@ from persimmon.server.http.errors import bad_request, context_length_exceeded
 from persimmon.server.http.generation.answer_form import ANY_TEXT, AnswerForm
 from persimmon.server.http.generation.generation import Generation, Prompt
 from persimmon.server.http.generation.prompt_encoder import PromptInput
+from persimmon.server.http.generation.prompt_images import PromptImages, cut_image
 from persimmon.server.http.generation.slices import in_slices
 from persimmon.server.http.generation.stop_strings import StopStrings
 from persimmon.server.http.middleware.keys import salted
@@ -69,9 +70,10 @@ async def prepare(
     service.check_token_ids("logit_bias", request.logit_bias)
 
     def fit(name: str, prompt: PromptInput, token_ids: list[int]) -> list[int]:
+        image_tokens = prompt.num_image_tokens if isinstance(prompt, ChatPrompt) else 0
         if request.truncate_prompt_tokens is not None and token_ids:
             token_ids = _shortened(service, request, prompt, token_ids, limit)
-        _max_tokens(request, name, len(token_ids), limit)
+        _max_tokens(request, name, len(token_ids), limit, image_tokens)
         return token_ids
 
     with service.gate.reserved(len(prompts) * samples, expected_tokens(prompts), record.owner):
@@ -83,11 +85,12 @@ async def prepare(
         min_tokens = 0 if form.ends_by_grammar else request.min_tokens
         checked = [
             Prompt(
-                token_ids,
-                _max_tokens(request, name, len(token_ids), limit),
-                _sampling(service, request, min_tokens, grammar),
+                token_ids=token_ids,
+                max_tokens=_max_tokens(request, name, len(token_ids), limit),
+                sampling=_sampling(service, request, min_tokens, grammar),
+                images=PromptImages.of(prompt, token_ids, name),
             )
-            async for name, token_ids in in_slices(encoded, _PROMPTS_AT_ONCE)
+            async for prompt, (name, token_ids) in in_slices(zip(prompts, encoded, strict=True), _PROMPTS_AT_ONCE)
         ]
     record.prompt_tokens = prompt_tokens
     record.cache_salt = salted(record.cache_salt, request.cache_salt)
@@ -136,7 +139,10 @@ def _shortened(
     begin = int(is_text and token_ids[0] == service.tokenizer.bos_token_id)
     _, asked = request.token_limit
     answer = request.default_max_tokens or 1 if asked is None else asked
-    return request.shortened(token_ids, max(limit - answer, 1), "left", begin)
+    shortened = request.shortened(token_ids, max(limit - answer, 1), "left", begin)
+    if len(shortened) < len(token_ids) and isinstance(prompt, ChatPrompt) and prompt.images:
+        raise cut_image(len(token_ids))
+    return shortened
 
 
 def _answers_begin_with_space(service: Service, request: GenerationRequest, form: AnswerForm) -> bool:
@@ -196,12 +202,12 @@ def _check_echo(request: GenerationRequest, prompt_tokens: int) -> None:
         )
 
 
-def _max_tokens(request: GenerationRequest, name: str, prompt_tokens: int, limit: int) -> int:
+def _max_tokens(request: GenerationRequest, name: str, prompt_tokens: int, limit: int, image_tokens: int = 0) -> int:
     """New tokens that a prompt may get."""
     left = limit - prompt_tokens
     field, asked = request.token_limit
     if left < (asked != 0):
-        raise context_length_exceeded(prompt_tokens, asked or 1, limit, name)
+        raise context_length_exceeded(prompt_tokens, asked or 1, limit, name, image_tokens)
     if asked is None:
         most = left if request.default_max_tokens is None else min(left, request.default_max_tokens)
         if request.min_tokens > most:
@@ -214,5 +220,5 @@ def _max_tokens(request: GenerationRequest, name: str, prompt_tokens: int, limit
     if asked == 0:
         return 0
     if asked > left:
-        raise context_length_exceeded(prompt_tokens, asked, limit, field)
+        raise context_length_exceeded(prompt_tokens, asked, limit, field, image_tokens)
     return asked

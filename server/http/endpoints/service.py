@@ -7,7 +7,10 @@ from functools import cached_property
 from hashlib import blake2b
 from importlib.metadata import version
 
+from starlette.types import Receive
+
 from persimmon.model.chat import Chat
+from persimmon.model.chat_prompt import ChatPrompt
 from persimmon.model.config import Architecture, PersimmonConfig
 from persimmon.model.grammar import GrammarCompiler
 from persimmon.model.tokenizer import Tokenizer
@@ -15,11 +18,16 @@ from persimmon.model.vocabulary import VocabularyMap
 from persimmon.server.engine.engines import EngineAccess
 from persimmon.server.http.endpoints.model_use import USES
 from persimmon.server.http.errors import bad_request, model_not_found
+from persimmon.server.http.generation.conversation import Images
 from persimmon.server.http.generation.generator import Generator
 from persimmon.server.http.generation.grammars import GrammarChecker
+from persimmon.server.http.generation.image_loader import ImageLoader
 from persimmon.server.http.generation.prompt_encoder import Fit, PromptEncoder, PromptInput
 from persimmon.server.http.generation.slices import in_slices
 from persimmon.server.http.middleware.gate import CHARACTERS_PER_TOKEN, Gate
+from persimmon.server.http.schemas.chat_message import ChatMessage
+from persimmon.server.http.schemas.other_fields import REFUSED_IMAGES
+from persimmon.server.http.transport.disconnect import until_disconnect
 from persimmon.server.http.transport.siblings import Siblings
 from persimmon.server.metrics import Metrics
 
@@ -52,6 +60,7 @@ class Service:
         max_priority: how urgent a request may be whose key has no number of its own; None for any urgency.
         grammars: checks what clients want answers to look like.
         additional_properties: whether objects of JSON schemas are open where neither schema nor request says.
+        images: reads the images of requests; None where the model reads none.
     """
 
     engine: EngineAccess
@@ -68,6 +77,7 @@ class Service:
     max_priority: int | None = None
     grammars: GrammarChecker = field(default_factory=lambda: GrammarChecker(GrammarCompiler.for_checking()))
     additional_properties: bool = False
+    images: ImageLoader | None = None
 
     @cached_property
     def encoder(self) -> PromptEncoder:
@@ -113,6 +123,38 @@ class Service:
                 "model",
                 "unsupported_by_model",
             )
+
+    async def load_images(self, messages: Sequence[ChatMessage], receive: Receive) -> Images:
+        """The images in the messages of a request, read.
+
+        Args:
+            messages: of the request.
+            receive: its ASGI channel, its body read to the end.
+
+        Raises:
+            ApiError: the model reads none, or one of them or all together cannot be read.
+            ClientDisconnect: the client left before.
+        """
+        first = next(((number, part) for number, own in enumerate(messages) for part in own.images), None)
+        if first is None:
+            return {}
+        number, part = first
+        place = f"messages[{number}].content[{part.number}]"
+        if self.images is None:
+            raise bad_request(
+                f"'{place}.type' is not supported by this server: {REFUSED_IMAGES.reason}; {REFUSED_IMAGES.instead}.",
+                f"{place}.type",
+                "unsupported_parameter",
+            )
+        if not self.chat.takes_images:
+            raise bad_request(
+                f"'{place}' is an image, but this model's chat template has no place for images; send text only.",
+                place,
+                "unsupported_parameter",
+            )
+        info = self.engine.info
+        limit = self.config.context_length if info is None else info.max_model_len
+        return await until_disconnect(receive, self.images.load(messages, limit, self.metrics))
 
     async def encode_prompts(
         self,
@@ -180,7 +222,14 @@ def _cost_of_check(named: tuple[str, PromptInput]) -> int:
 
 def expected_tokens(prompts: Iterable[PromptInput]) -> int:
     """How many tokens prompts have, about, before anyone has counted them."""
-    return sum(len(prompt) if isinstance(prompt, list) else len(prompt) // CHARACTERS_PER_TOKEN for prompt in prompts)
+
+    def expected(prompt: PromptInput) -> int:
+        if isinstance(prompt, list):
+            return len(prompt)
+        images = prompt.num_image_tokens if isinstance(prompt, ChatPrompt) else 0
+        return images + len(prompt) // CHARACTERS_PER_TOKEN
+
+    return sum(map(expected, prompts))
 
 
 def endless_seeds(seed: int) -> Iterator[int]:

@@ -106,4 +106,5 @@ def _model(service: Service) -> Model:
         USES[config.architecture].task,
         max_model_len=UNSET if info is None else info.max_model_len,
         labels=list(config.labels) or UNSET,
+        input_modalities=("text",) if config.vision is None else ("text", "image"),
     )

@@ -7,7 +7,7 @@ from functools import partial
 
 from msgspec import UNSET
 
-from persimmon.model.chat import ChatPrompt
+from persimmon.model.chat_prompt import ChatPrompt
 from persimmon.server.http.endpoints.endpoint import Call
 from persimmon.server.http.endpoints.service import Service
 from persimmon.server.http.generation.conversation import chat_prompt
@@ -24,7 +24,8 @@ async def tokenize(service: Service, call: Call[TokenizeRequest]) -> JsonRespons
     service.check_model(request.model)
     prompt: str | ChatPrompt
     if request.prompt is None:
-        prompt = await chat_prompt(service.chat, request.messages, request.tools, request.chat_template_kwargs)
+        images = await service.load_images(request.messages, call.receive)
+        prompt = await chat_prompt(service.chat, request.messages, request.tools, request.chat_template_kwargs, images)
     else:
         prompt = request.prompt
     add_bos = None if request.add_special_tokens or request.prompt is None else False

@@ -6,41 +6,55 @@ Knows the requests' fields, the chat formats and the form of tools; nothing of t
 import asyncio
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
-from persimmon.model.chat import ROLES, Chat, ChatPrompt
+from persimmon.model.chat import ROLES, Chat
 from persimmon.model.chat_format import ChatFormatError, Turn
+from persimmon.model.chat_prompt import ChatPrompt
 from persimmon.model.chat_template_files import ChatTemplateError
+from persimmon.model.images import ImagePatches
 from persimmon.model.tool_calls import ToolCall, calls_text, describe, result_text
 from persimmon.server.http.errors import ApiError, bad_request
-from persimmon.server.http.schemas.chat_message import ChatMessage
+from persimmon.server.http.schemas.chat_message import ChatMessage, ImagePart
 from persimmon.server.http.schemas.tool_fields import Tool
+
+Images = Mapping[ImagePart, ImagePatches]
+"""What has been read of the images in messages."""
 
 
 async def chat_prompt(
-    chat: Chat, messages: Sequence[ChatMessage], tools: Sequence[Tool] = (), options: Mapping[str, Any] | None = None
+    chat: Chat,
+    messages: Sequence[ChatMessage],
+    tools: Sequence[Tool] = (),
+    options: Mapping[str, Any] | None = None,
+    images: Images | None = None,
+    begin_answer: bool = True,
 ) -> ChatPrompt:
     """The conversation as the model reads it.
 
     Args:
         chat: the served model's chat format.
         messages: at least one.
-            tools: those described to the model.
+        tools: those described to the model.
         options: variables for the checkpoint's template.
+        images: all of the messages; None where they have none.
+        begin_answer: end with the beginning of an answer.
 
     Raises:
         ApiError: the format cannot hold it: a role that it lacks, an answer at the end, the result of a call that was
             not made, or what a checkpoint's template refuses; or it takes no options, or not one of these.
     """
+    images = images or {}
     if options:
         _check_options(chat, options)
     if chat.template is None:
         turns = _turns(messages)
-        if tools:
-            turns.append(_described(tools))
         try:
-            return chat.of_turns(turns)
+            if chat.image_tokens is not None:
+                return _in_fuyus_format(chat, messages, turns, tools, images, begin_answer)
+            if tools:
+                turns.append(_described(tools))
+            return chat.of_turns(turns, begin_answer)
         except ChatFormatError as error:
             raise bad_request(f"Invalid 'messages': {error}.", "messages") from None
     for number, message in enumerate(messages):
@@ -49,10 +63,10 @@ async def chat_prompt(
     if chat.takes_tools:
         shown, functions = list(_as_sent(messages)), [_as_json(tool) for tool in tools] or None
     else:
-        shown, functions = _as_text(chat, _turns(messages), tools), None
+        shown, functions = _as_text(chat, messages, tools), None
     try:
         # A template is a program: the other requests do not wait for it.
-        return await asyncio.to_thread(chat.of_messages, shown, functions, options)
+        return await asyncio.to_thread(chat.of_messages, shown, functions, options, [*images.values()], begin_answer)
     except ChatTemplateError as error:
         # A template's own words may hold those of a message.
         raise bad_request(
@@ -62,12 +76,31 @@ async def chat_prompt(
         ) from None
 
 
+def _in_fuyus_format(
+    chat: Chat,
+    messages: Sequence[ChatMessage],
+    turns: Sequence[Turn],
+    tools: Sequence[Tool],
+    images: Images,
+    begin_answer: bool,
+) -> ChatPrompt:
+    """A conversation in Fuyu's format, which begins with the description of tools."""
+    described = [f"{_described(tools).content}\n"] if tools else []
+    contents: list[tuple[str, Sequence[str | ImagePatches]]] = []
+    for message, turn in zip(messages, turns, strict=True):
+        content = message.content if isinstance(message.content, tuple) else (turn.content,)
+        parts = [images[part] if isinstance(part, ImagePart) else part for part in content]
+        contents.append((turn.role, parts if contents else [*described, *parts]))
+    return chat.of_contents(contents, begin_answer)
+
+
 def _check_options(chat: Chat, options: Mapping[str, Any]) -> None:
     """Raises the ApiError of options that the chat format does not take."""
     if chat.template is None:
+        name = "Adept" if chat.image_tokens is None else "Fuyu"
         raise bad_request(
-            "'chat_template_kwargs' is not supported with this model: its chats have Adept's format, which takes none; "
-            "leave it out or send {}.",
+            f"'chat_template_kwargs' is not supported with this model: its chats have {name}'s format, which takes "
+            "none; leave it out or send {}.",
             "chat_template_kwargs",
             "unsupported_parameter",
         )
@@ -101,19 +134,36 @@ def _described(tools: Sequence[Tool]) -> Turn:
     return Turn("system", describe([tool.function.function for tool in tools]))
 
 
-def _as_text(chat: Chat, turns: list[Turn], tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """Turns for a template that does not know tools: a system message describes them, results are the user's.
+def _as_text(chat: Chat, messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """Messages for a template that does not know tools: a system message describes them, results are the user's.
 
     Where the template has no system messages either, the first message describes them.
     """
-    if tools:
-        described = _described(tools)
-        if turns[0].role in ("system", "developer") or not chat.takes_system:
-            turns[0] = replace(turns[0], content=f"{turns[0].content}\n\n{described.content}".lstrip("\n"))
-        else:
-            turns.insert(0, described)
     roles = {"developer": "system", "tool": "user"}
-    return [{"role": roles.get(turn.role, turn.role), "content": turn.content} for turn in turns]
+    shown = [
+        {"role": roles.get(turn.role, turn.role), "content": _shown(message, turn.content)}
+        for message, turn in zip(messages, _turns(messages), strict=True)
+    ]
+    if tools:
+        described = _described(tools).content
+        first = shown[0]
+        if first["role"] == "system" or not chat.takes_system:
+            content = first["content"]
+            first["content"] = (
+                f"{content}\n\n{described}".lstrip("\n")
+                if isinstance(content, str)
+                else [*content, {"type": "text", "text": f"\n\n{described}"}]
+            )
+        else:
+            shown.insert(0, {"role": "system", "content": described})
+    return shown
+
+
+def _shown(message: ChatMessage, text: str) -> str | list[dict[str, Any]]:
+    """A message's content for a template: parts where it has images, else a text."""
+    if not isinstance(message.content, tuple):
+        return text
+    return [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in message.content]
 
 
 def _as_sent(messages: Sequence[ChatMessage]) -> Iterator[dict[str, Any]]:
@@ -122,7 +172,7 @@ def _as_sent(messages: Sequence[ChatMessage]) -> Iterator[dict[str, Any]]:
     for message in messages:
         entry: dict[str, Any] = {
             "role": "system" if message.role == "developer" else message.role,
-            "content": message.text,
+            "content": _shown(message, message.text),
         }
         if message.name is not None:
             entry["name"] = message.name

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from persimmon.model.sampling_params import SamplingParams
 from persimmon.model.tool_calls import CallForm
 from persimmon.server.engine.messages import Submit
+from persimmon.server.http.generation.prompt_images import PromptImages
 from persimmon.server.http.generation.stop_strings import StopStrings
 from persimmon.server.http.request_record import RequestRecord
 
@@ -17,11 +18,18 @@ class Prompt:
         token_ids: at least one.
         max_tokens: new tokens per sample, at most.
         sampling: of the prompt's first sample; the others differ only in their sample_index.
+        images: those of the prompt; None where it has none.
     """
 
     token_ids: list[int]
     max_tokens: int
     sampling: SamplingParams
+    images: PromptImages | None = None
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens of its images."""
+        return 0 if self.images is None else self.images.num_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +79,7 @@ class Generation:
         """What the engine is to do for one of the prompts."""
         return Submit(
             token_ids=prompt.token_ids,
+            spans=[] if prompt.images is None else prompt.images.spans,
             max_tokens=prompt.max_tokens,
             stop_token_ids=self.stop_token_ids,
             sampling=prompt.sampling,

@@ -131,6 +131,8 @@ class Generator:
                 prompt_report = _PromptReport(generation.samples)
                 unsubmitted.take(prompt)
                 streams = stack.enter_context(self._engine.submit(generation.submission(prompt)))
+                if prompt.images is not None:
+                    prompt.images.spans.clear()
                 each = generation.samples // len(streams)
                 for stream in streams:
                     sample = self._sample(generation, each * len(samples), stream, prompt, prompt_report)
@@ -176,7 +178,11 @@ class Generator:
         prompt_report: _PromptReport,
     ) -> AsyncGenerator[Piece, None]:
         sample = SampleText(
-            choice=choice, tokenizer=self._tokenizer, generation=generation, min_tokens=prompt.sampling.min_tokens
+            choice=choice,
+            tokenizer=self._tokenizer,
+            generation=generation,
+            min_tokens=prompt.sampling.min_tokens,
+            images=prompt.images,
         )
         record = generation.record
         latency, last = self._metrics.time_to_first_token, record.arrival

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 import msgspec
+from msgspec import UNSET
 
 from persimmon.model.tool_calls import CallDelta, ToolCall
 from persimmon.server.http.generation.generation import Generation
@@ -73,6 +74,7 @@ class UsageCount:
     def __init__(self, generation: Generation) -> None:
         self._samples = generation.samples
         self._prompt_tokens = sum(len(prompt.token_ids) for prompt in generation.prompts)
+        self._image_tokens = sum(prompt.num_image_tokens for prompt in generation.prompts)
         self._completion_tokens = 0
         self._cached_tokens = [0] * len(generation.prompts)
 
@@ -90,5 +92,7 @@ class UsageCount:
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
             total_tokens=self._prompt_tokens + self._completion_tokens,
-            prompt_tokens_details=PromptTokensDetails(sum(self._cached_tokens)),
+            prompt_tokens_details=PromptTokensDetails(
+                sum(self._cached_tokens), image_tokens=self._image_tokens or UNSET
+            ),
         )

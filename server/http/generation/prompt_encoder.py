@@ -6,7 +6,8 @@ Knows the tokenizer; nothing of requests but the names of their fields.
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 
-from persimmon.model.chat import ChatPrompt
+from persimmon.model.chat_prompt import ChatPrompt
+from persimmon.model.coordinate_tags import CoordinateError
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.server.http.errors import bad_request
 
@@ -58,13 +59,15 @@ class PromptEncoder:
             fit: shortens or refuses a prompt, before the next ones are tokenized.
 
         Raises:
-            ApiError: a text is too long for any model, or `fit` refuses a prompt.
+            ApiError: a text is too long for any model, a coordinate has no token, or `fit` refuses a prompt.
         """
         for name, prompt in zip(names, prompts, strict=True):
             self._check_length(name, prompt)
 
         def encode(indices: range) -> list[list[int]]:
-            return [fit(names[index], prompts[index], self._ids(prompts[index], add_bos)) for index in indices]
+            return [
+                fit(names[index], prompts[index], self._ids(names[index], prompts[index], add_bos)) for index in indices
+            ]
 
         encoded: list[list[int]] = []
         for indices, characters in _batches(prompts):
@@ -95,10 +98,13 @@ class PromptEncoder:
         async with self._long_texts:
             return await asyncio.to_thread(decode)
 
-    def _ids(self, prompt: PromptInput, add_bos: bool | None) -> list[int]:
+    def _ids(self, name: str, prompt: PromptInput, add_bos: bool | None) -> list[int]:
         if isinstance(prompt, str):
             return self._tokenizer.encode(prompt, add_bos)
-        return prompt.token_ids(self._tokenizer, add_bos) if isinstance(prompt, ChatPrompt) else prompt
+        try:
+            return prompt.token_ids(self._tokenizer, add_bos) if isinstance(prompt, ChatPrompt) else prompt
+        except CoordinateError as error:
+            raise bad_request(f"Invalid '{name}': {error}.", name, quotation=f": {error}") from None
 
     def _check_length(self, name: str, prompt: PromptInput) -> None:
         if not isinstance(prompt, list) and len(prompt) > self._max_characters:

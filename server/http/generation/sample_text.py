@@ -9,6 +9,7 @@ from persimmon.model.tool_calls import CallDelta, CallReader
 from persimmon.server.engine.messages import SequenceOutput
 from persimmon.server.http.generation.generation import Generation
 from persimmon.server.http.generation.pieces import Piece
+from persimmon.server.http.generation.prompt_images import PromptImages
 from persimmon.server.http.generation.stop_strings import StopChecker
 from persimmon.server.http.generation.token_report import ReportQueue, TokenReport, read_prompt, report
 
@@ -24,12 +25,20 @@ class SampleText:
         tokenizer: of the served model.
         generation: the request.
         min_tokens: stop strings are looked for only after this number of tokens.
+        images: those of the prompt; None where it has none.
     """
 
-    def __init__(self, choice: int, tokenizer: Tokenizer, generation: Generation, min_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        choice: int,
+        tokenizer: Tokenizer,
+        generation: Generation,
+        min_tokens: int = 0,
+        images: PromptImages | None = None,
+    ) -> None:
         self._choice = choice
         self._tokenizer = tokenizer
-        self._detokenizer = tokenizer.detokenizer()
+        self._detokenizer = tokenizer.detokenizer() if images is None else images.detokenizer(tokenizer)
         self._stop = StopChecker(generation.stop_strings)
         # Takes the chat format's own space off.
         self._answer = AnswerText() if generation.is_chat and generation.begins_with_space else None

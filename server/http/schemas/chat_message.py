@@ -1,4 +1,4 @@
-"""A message of a conversation as requests have it: its role, its text, and the tool calls that belong to it.
+"""A message of a conversation as requests have it: its role, its text and images, and its tool calls.
 
 Knows what a well-formed message is; nothing of how a conversation reads.
 """
@@ -8,12 +8,21 @@ from typing import Annotated, Any, Self
 from pydantic import ConfigDict, FailFast, Field, PlainValidator, WithJsonSchema, model_validator
 
 from persimmon.server.http.schemas.other_fields import (
+    IMAGE_PARTS,
     REFUSED_IN_MESSAGES,
     REFUSED_PARTS,
+    WITHOUT_EFFECT_IN_IMAGES,
     WITHOUT_EFFECT_IN_MESSAGES,
     WITHOUT_EFFECT_IN_PARTS,
 )
-from persimmon.server.http.schemas.request_object import RequestObject, invalid, missing, unknown, unsupported
+from persimmon.server.http.schemas.request_object import (
+    RequestObject,
+    WithoutEffect,
+    invalid,
+    missing,
+    unknown,
+    unsupported,
+)
 from persimmon.server.http.schemas.tool_fields import MessageToolCall
 
 MAX_MESSAGES = 16384
@@ -25,18 +34,53 @@ _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "ref
 """The types of parts that hold text, and the field that it is in."""
 
 _CONTENT_FORMS = 'it must be a string or a list of parts like {"type": "text", "text": "..."}'
+_IMAGE_FORM = 'it must be an object like {"url": "data:image/png;base64,..."}'
 
 
-def _message_text(value: object) -> str:
-    """The text of a message's content; of several parts, a line for each."""
+class ImagePart:
+    """An image of a message.
+
+    Args:
+        number: of the part in the message's content.
+        url: a data: URL with the image in it, or an http(s) URL of one.
+    """
+
+    def __init__(self, number: int, url: str) -> None:
+        self.number = number
+        self._url = url
+
+    @property
+    def url_length(self) -> int:
+        """Characters of its URL, 0 once that has been taken."""
+        return len(self._url)
+
+    def take_url(self) -> str:
+        """Its URL, which is forgotten here: a request lives as long as its answer, and URLs may be megabytes."""
+        url, self._url = self._url, ""
+        return url
+
+
+Contents = tuple[str | ImagePart, ...]
+"""The content of a message with images: these in order, and the texts before, between and after them."""
+
+
+def _content(value: object) -> str | Contents:
+    """A message's content; of several texts in a row, a line for each."""
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and value:
-        return "\n".join(_part_text(number, part) for number, part in enumerate(value))
-    raise ValueError(_CONTENT_FORMS)
+    if not isinstance(value, list) or not value:
+        raise ValueError(_CONTENT_FORMS)
+    contents: list[str | ImagePart] = []
+    for number, given in enumerate(value):
+        part = _part(number, given)
+        if isinstance(part, str) and contents and isinstance(before := contents[-1], str):
+            contents[-1] = f"{before}\n{part}"
+        else:
+            contents.append(part)
+    return contents[0] if len(contents) == 1 and isinstance(contents[0], str) else tuple(contents)
 
 
-def _part_text(number: int, part: object) -> str:
+def _part(number: int, part: object) -> str | ImagePart:
     if not isinstance(part, dict):
         raise ValueError(_CONTENT_FORMS)
     kind = part.get("type")
@@ -44,38 +88,77 @@ def _part_text(number: int, part: object) -> str:
         raise missing((number, "type")) if kind is None else invalid((number, "type"), "it must be a string")
     if kind in REFUSED_PARTS:
         raise unsupported((number, "type"), REFUSED_PARTS[kind])
-    if kind not in _TEXT_PARTS:
+    if kind not in _TEXT_PARTS and kind not in IMAGE_PARTS:
         raise invalid((number, "type"), f"{kind[:40]!r} is not a supported content type; send 'text'")
-    field = _TEXT_PARTS[kind]
+    field = _TEXT_PARTS.get(kind, "image_url")
+    without_effect = WITHOUT_EFFECT_IN_IMAGES if kind in IMAGE_PARTS else WITHOUT_EFFECT_IN_PARTS
     for name, given in part.items():
-        if given is not None and name not in ("type", field) and name not in WITHOUT_EFFECT_IN_PARTS:
+        if given is not None and name not in ("type", field) and name not in without_effect:
             raise unknown((number, name))
-    text = part.get(field)
-    if not isinstance(text, str):
-        raise missing((number, field)) if text is None else invalid((number, field), "it must be a string")
-    return text
+    value = part.get(field)
+    if value is None:
+        raise missing((number, field))
+    if kind in IMAGE_PARTS:
+        return ImagePart(number, _image_url((number, field), value))
+    if not isinstance(value, str):
+        raise invalid((number, field), "it must be a string")
+    return value
 
 
+def _image_url(place: tuple[str | int, ...], value: object) -> str:
+    """The URL in an image part: OpenAI's object, or the string of its newer API and of vLLM."""
+    if isinstance(value, dict):
+        for name, given in value.items():
+            if given is not None and name not in ("url", "detail"):
+                raise unknown((*place, name))
+        place = (*place, "url")
+        if (value := value.get("url")) is None:
+            raise missing(place)
+        if not isinstance(value, str):
+            raise invalid(place, "it must be a string")
+    if not isinstance(value, str):
+        raise invalid(place, _IMAGE_FORM)
+    return value
+
+
+def _without_effect(fields: WithoutEffect) -> dict[str, Any]:
+    return {name: {"description": f"Accepted without effect: {reason}."} for name, reason in fields.items()}
+
+
+_ONLY_NULL = {"type": "null"}
+_URL_SCHEMA = {"type": "string", "description": "A data: URL in base64, or an http(s) URL of an allowed host."}
+_URL_OBJECT_SCHEMA = {
+    "type": "object",
+    "required": ["url"],
+    "properties": {"url": _URL_SCHEMA, **_without_effect({"detail": WITHOUT_EFFECT_IN_IMAGES["detail"]})},
+    "additionalProperties": _ONLY_NULL,
+}
+_TEXT_PART_SCHEMA = {
+    "type": "object",
+    "required": ["type", "text"],
+    "properties": {
+        "type": {"enum": ["text", "input_text", "output_text"]},
+        "text": {"type": "string"},
+        **_without_effect(WITHOUT_EFFECT_IN_PARTS),
+    },
+    "additionalProperties": _ONLY_NULL,
+}
+_IMAGE_PART_SCHEMA = {
+    "description": "An image: PNG, JPEG, WebP or GIF. Only in messages of users and systems, and only for models that "
+    "read images.",
+    "type": "object",
+    "required": ["type", "image_url"],
+    "properties": {
+        "type": {"enum": [*IMAGE_PARTS]},
+        "image_url": {"anyOf": [_URL_SCHEMA, _URL_OBJECT_SCHEMA]},
+        **_without_effect(WITHOUT_EFFECT_IN_IMAGES),
+    },
+    "additionalProperties": _ONLY_NULL,
+}
 _CONTENT_SCHEMA = {
     "anyOf": [
         {"type": "string"},
-        {
-            "type": "array",
-            "minItems": 1,
-            "items": {
-                "type": "object",
-                "required": ["type", "text"],
-                "properties": {
-                    "type": {"enum": ["text", "input_text", "output_text"]},
-                    "text": {"type": "string"},
-                    **{
-                        name: {"description": f"Accepted without effect: {reason}."}
-                        for name, reason in WITHOUT_EFFECT_IN_PARTS.items()
-                    },
-                },
-                "additionalProperties": {"type": "null"},
-            },
-        },
+        {"type": "array", "minItems": 1, "items": {"anyOf": [_TEXT_PART_SCHEMA, _IMAGE_PART_SCHEMA]}},
     ]
 }
 
@@ -117,8 +200,8 @@ class ChatMessage(RequestObject):
     without_effect = WITHOUT_EFFECT_IN_MESSAGES
 
     role: str = Field(description='"system" (or "developer"), "user", "assistant" or "tool".')
-    content: Annotated[str | None, PlainValidator(_message_text), WithJsonSchema(_CONTENT_SCHEMA)] = Field(
-        None, description="A string, or text parts, which are joined with newlines."
+    content: Annotated[str | Contents | None, PlainValidator(_content), WithJsonSchema(_CONTENT_SCHEMA)] = Field(
+        None, description="A string, or parts: texts, which are joined with newlines, and images."
     )
     refusal: str | None = Field(None, description="Assistant only: the refusal that stands in place of an answer.")
     name: str | None = Field(None, description="Name of the speaker or the function; the chat format does not use it.")
@@ -138,12 +221,22 @@ class ChatMessage(RequestObject):
             raise missing("tool_call_id")
         if self.content is None and self.role != "assistant":
             raise missing("content")
+        if self.role in ("assistant", "tool") and self.images:
+            place = ("content", self.images[0].number)
+            raise invalid(place, f"only user and system messages may have images; this message's role is {self.role!r}")
         return self
 
     @property
     def text(self) -> str:
-        """What the message says: its content, or an assistant's refusal, or nothing."""
+        """What the message says: its content without images, or an assistant's refusal, or nothing."""
+        if isinstance(self.content, tuple):
+            return "\n".join(part for part in self.content if isinstance(part, str))
         return self.content or self.refusal or ""
+
+    @property
+    def images(self) -> list[ImagePart]:
+        """The images of its content, in order."""
+        return [part for part in self.content if isinstance(part, ImagePart)] if isinstance(self.content, tuple) else []
 
 
 Messages = Annotated[list[ChatMessage], Field(max_length=MAX_MESSAGES), FailFast()]

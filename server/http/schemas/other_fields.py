@@ -8,7 +8,9 @@ implemented.
 from persimmon.server.http.schemas.request_object import Refusal, Refused, WithoutEffect
 
 _NO_REASONING = "the model does not reason before it answers"
-_TEXT_ONLY = "the model reads and writes text only"
+_ANSWERS = "answers are text"
+_AS_THE_CHECKPOINT_SAYS = "images are prepared as the checkpoint says"
+_NO_AUDIO = "the model does not process audio"
 _NO_TRANSFER = "servers do not share their KV caches"
 _STRUCTURED_OUTPUTS = "vLLM replaced it in version 0.12"
 
@@ -17,7 +19,7 @@ WITHOUT_EFFECT: WithoutEffect = {
     "prompt_cache_key": "prompts share cached prefixes by their tokens; cache_salt keeps them apart",
     "prompt_cache_options": "the prefix cache needs no hints",
     "prompt_cache_retention": "the prefix cache keeps what fits",
-    "return_mm_kwargs": _TEXT_ONLY,
+    "return_mm_kwargs": "it does not change the answer",
     "safety_identifier": "it names the end user",
     "session_id": "requests of a conversation share cached prefixes without it",
     "spaces_between_special_tokens": "an answer's text never contains special tokens",
@@ -53,6 +55,12 @@ WITHOUT_EFFECT_IN_PARTS: WithoutEffect = {
     "prompt_cache_breakpoint": "the prefix cache needs no hints",
 }
 
+WITHOUT_EFFECT_IN_IMAGES: WithoutEffect = {
+    **WITHOUT_EFFECT_IN_PARTS,
+    "detail": "the model reads images at their own size, up to its largest",
+    "uuid": "images are known by their content",
+}
+
 WITHOUT_EFFECT_IN_TOOLS: WithoutEffect = {"cache_control": "the prefix cache needs no hints"}
 
 WITHOUT_EFFECT_IN_CALLS: WithoutEffect = {
@@ -80,9 +88,9 @@ REFUSED: Refused = {
     "kv_transfer_params": Refusal(_NO_TRANSFER),
     "length_penalty": Refusal("it belongs to beam search, which is not implemented", (1,)),
     "logprob_token_ids": Refusal("it is not implemented", instead="use logprobs, which gives the most probable tokens"),
-    "media_io_kwargs": Refusal(_TEXT_ONLY, ({},)),
-    "mm_payload": Refusal(_TEXT_ONLY),
-    "mm_processor_kwargs": Refusal(_TEXT_ONLY, ({},)),
+    "media_io_kwargs": Refusal(_AS_THE_CHECKPOINT_SAYS, ({},)),
+    "mm_payload": Refusal("it is not implemented", instead="send images as content parts of messages"),
+    "mm_processor_kwargs": Refusal(_AS_THE_CHECKPOINT_SAYS, ({},)),
     "moderation": Refusal("answers are not moderated"),
     "prompt_logprobs": Refusal("it is not implemented", instead="use completions with echo and logprobs"),
     "repetition_detection": Refusal("it is not implemented", instead="use the penalties and max_tokens"),
@@ -109,7 +117,7 @@ REFUSED_IN_COMPLETIONS: Refused = {
 REFUSED_IN_CHAT: Refused = {
     **REFUSED,
     "add_generation_prompt": Refusal("the answer is a new turn of the assistant", (True,), "use completions"),
-    "audio": Refusal(_TEXT_ONLY),
+    "audio": Refusal(_NO_AUDIO),
     "best_of": Refusal("it is not implemented for chat", (1,), "use completions"),
     "chat_template": Refusal(
         "the server uses the checkpoint's template", instead="use completions with a rendered prompt"
@@ -121,7 +129,7 @@ REFUSED_IN_CHAT: Refused = {
     "echo": Refusal("an answer is always a new message", (False,)),
     "function_call": Refusal("OpenAI replaced it", ("none", "auto"), "use tool_choice"),
     "functions": Refusal("OpenAI replaced it", ([],), "use tools"),
-    "modalities": Refusal(_TEXT_ONLY, (["text"],)),
+    "modalities": Refusal(_ANSWERS, (["text"],)),
     "return_prompt_text": Refusal("it is not implemented", (False,), "use return_token_ids and /detokenize"),
     "web_search_options": Refusal("the server does not search the web"),
 }
@@ -131,17 +139,23 @@ REFUSED_STREAM_OPTIONS: Refused = {
 }
 
 REFUSED_IN_MESSAGES: Refused = {
-    "audio": Refusal(_TEXT_ONLY),
+    "audio": Refusal(_NO_AUDIO),
     "function_call": Refusal("OpenAI replaced it", instead="use tool_calls"),
-    "images": Refusal(_TEXT_ONLY, ([],)),
+    "images": Refusal(_ANSWERS, ([],)),
     "prefix": Refusal("the answer is a new turn of the assistant", (False,)),
 }
 
 REFUSED_PARTS: Refused = dict.fromkeys(
-    ("audio_url", "file", "image", "image_url", "input_audio", "input_file", "input_image", "video_url"),
-    Refusal(_TEXT_ONLY, instead="send parts of the type 'text'"),
+    ("audio_url", "file", "image", "input_audio", "input_file", "video_url"),
+    Refusal("no Persimmon model reads them", instead="send parts of the type 'text' or 'image_url'"),
 )
 """Types of content parts."""
+
+REFUSED_IMAGES = Refusal("the model reads and writes text only", instead="send parts of the type 'text'")
+"""Content parts with images, for a model that reads none."""
+
+IMAGE_PARTS = ("image_url", "input_image")
+"""The types of content parts with an image."""
 
 REFUSED_IN_TOOLS: Refused = {"defer_loading": Refusal("the model sees every tool", (False,))}
 
@@ -166,7 +180,8 @@ REFUSED_IN_POOLING: Refused = {
 
 REFUSED_IN_EMBEDDINGS: Refused = {
     **REFUSED_IN_POOLING,
+    "chat_template": Refusal("the server uses the checkpoint's template", instead="send the text as input"),
+    "continue_final_message": Refusal("it is not implemented", (False,), "send the text as input"),
     "embed_dtype": Refusal("base64 embeddings are float32", ("float32",)),
     "endianness": Refusal("base64 embeddings are little-endian", ("native", "little")),
-    "messages": Refusal("it is not implemented", instead="send the text as input"),
 }

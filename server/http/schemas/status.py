@@ -27,7 +27,7 @@ class Model(Struct, frozen=True, tag_field="object", tag="model"):
     """A model that the server serves.
 
     `task` is its use, in addition to embeddings: "generate", "classify" or "token_classify".  The labels are a
-    classifier's, in the order of its probabilities.
+    classifier's, in the order of its probabilities.  `input_modalities` has "image" if the model reads images.
     """
 
     id: str
@@ -36,6 +36,7 @@ class Model(Struct, frozen=True, tag_field="object", tag="model"):
     max_model_len: int | UnsetType = UNSET
     labels: list[str] | UnsetType = UNSET
     owned_by: str = "persimmon"
+    input_modalities: tuple[str, ...] = ("text",)
 
 
 class ModelList(Struct, frozen=True, tag_field="object", tag="list"):

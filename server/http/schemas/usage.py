@@ -4,14 +4,15 @@ msgspec structs, as all answers are: one is built and encoded for every token.  
 the JSON; what OpenAI calls "object", the kind of answer, is a struct's tag.
 """
 
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 
 class PromptTokensDetails(Struct, frozen=True):
-    """Where the prompt's tokens came from."""
+    """Where the prompt's tokens came from, and how many of them are its images': patches and ends of rows."""
 
     cached_tokens: int
     audio_tokens: int = 0
+    image_tokens: int | UnsetType = UNSET
 
 
 class CompletionTokensDetails(Struct, frozen=True):

@@ -353,7 +353,7 @@ BAD_REQUESTS: list[tuple[str, dict[str, Any], str, str | None, str | None]] = [
     (
         CHAT,
         {"messages": [{"role": "user", "content": "a", "audio": {"id": "b"}}]},
-        "'messages[0].audio' is not supported by this server: the model reads and writes text only; leave it out.",
+        "'messages[0].audio' is not supported by this server: the model does not process audio; leave it out.",
         "messages[0].audio",
         "unsupported_parameter",
     ),

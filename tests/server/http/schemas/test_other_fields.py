@@ -15,6 +15,7 @@ from openai.types.chat import (
     ChatCompletionSystemMessageParam,
     ChatCompletionToolMessageParam,
     ChatCompletionUserMessageParam,
+    chat_completion_content_part_image_param,
     chat_completion_content_part_text_param,
 )
 from openai.types.chat import (
@@ -31,7 +32,12 @@ from persimmon.server.http.schemas import (
     tokens,
     tool_fields,
 )
-from persimmon.server.http.schemas.other_fields import REFUSED_PARTS, WITHOUT_EFFECT_IN_PARTS
+from persimmon.server.http.schemas.other_fields import (
+    IMAGE_PARTS,
+    REFUSED_PARTS,
+    WITHOUT_EFFECT_IN_IMAGES,
+    WITHOUT_EFFECT_IN_PARTS,
+)
 from persimmon.server.http.schemas.request_object import RequestObject
 from tests.server.http.fake_engine import FakeEngine, says
 
@@ -114,9 +120,12 @@ def test_every_field_that_openais_client_can_send_is_implemented_ignored_or_refu
 
 def test_every_content_part_that_openais_client_can_send_is_read_or_refused() -> None:
     kinds = {get_args(get_type_hints(part)["type"])[0] for part in get_args(ChatCompletionContentPartParam)}
-    assert kinds - {"text"} <= REFUSED_PARTS.keys()
+    assert kinds - {"text", *IMAGE_PARTS} <= REFUSED_PARTS.keys()
     text = get_type_hints(chat_completion_content_part_text_param.ChatCompletionContentPartTextParam)
     assert text.keys() - {"type", "text"} <= WITHOUT_EFFECT_IN_PARTS.keys()
+    image = get_type_hints(chat_completion_content_part_image_param.ChatCompletionContentPartImageParam)
+    assert image.keys() - {"type", "image_url"} <= WITHOUT_EFFECT_IN_IMAGES.keys()
+    assert get_type_hints(chat_completion_content_part_image_param.ImageURL).keys() == {"url", "detail"}
 
 
 @pytest.mark.parametrize("kind", VLLM_FIELDS, ids=lambda kind: kind.__name__)
