@@ -11,6 +11,7 @@ from persimmon.server.http.endpoints.endpoint import Call
 from persimmon.server.http.endpoints.pooling import Inputs, pooled, prepare, written
 from persimmon.server.http.endpoints.service import Service
 from persimmon.server.http.errors import bad_request
+from persimmon.server.http.generation.conversation import chat_prompt
 from persimmon.server.http.schemas.embeddings import Embedding, EmbeddingRequest, Embeddings, EmbeddingUsage
 from persimmon.server.http.transport.disconnect import until_disconnect
 from persimmon.server.http.transport.json_response import JsonResponse
@@ -26,8 +27,25 @@ async def create_embeddings(service: Service, call: Call[EmbeddingRequest]) -> J
             f"leave it out or send {width}.",
             "dimensions",
         )
-    inputs = await prepare(service, request, call.record)
+    inputs = await _inputs(service, call)
     return JsonResponse(await until_disconnect(call.receive, _whole(service, request, inputs)))
+
+
+async def _inputs(service: Service, call: Call[EmbeddingRequest]) -> Inputs:
+    """A function of its own, which forgets the images' pixels when the engine has them."""
+    request = call.request
+    if not request.messages:
+        return await prepare(service, request, call.record)
+    service.check_model(request.model)
+    images = await service.load_images(request.messages, call.receive)
+    conversation = await chat_prompt(
+        service.chat,
+        request.messages,
+        options=request.chat_template_kwargs,
+        images=images,
+        begin_answer=request.add_generation_prompt,
+    )
+    return await prepare(service, request, call.record, conversation)
 
 
 async def _whole(service: Service, request: EmbeddingRequest, inputs: Inputs) -> Embeddings:
@@ -39,7 +57,12 @@ async def _whole(service: Service, request: EmbeddingRequest, inputs: Inputs) ->
         return Embedding(index, _base64(embedding) if request.encoding_format == "base64" else embedding.tolist())
 
     states = pooled(
-        service.engine, inputs.prompts, "sum" if mean else "last", service.config.hidden_size, inputs.record
+        service.engine,
+        inputs.prompts,
+        "sum" if mean else "last",
+        service.config.hidden_size,
+        inputs.record,
+        images=inputs.images,
     )
     data = await written(states, entry)
     usage = EmbeddingUsage(inputs.num_tokens, inputs.num_tokens)

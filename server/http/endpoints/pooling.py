@@ -14,12 +14,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from persimmon.model.chat_prompt import ChatPrompt
 from persimmon.server.engine.client import SequenceStream
 from persimmon.server.engine.engines import EngineAccess
 from persimmon.server.engine.messages import Pooling, Submit
 from persimmon.server.http.endpoints.service import MAX_CHOICES, Service, expected_tokens
 from persimmon.server.http.errors import bad_request, context_length_exceeded, generation_failed, given_up
 from persimmon.server.http.generation.prompt_encoder import PromptInput
+from persimmon.server.http.generation.prompt_images import PromptImages, cut_image
 from persimmon.server.http.middleware.keys import salted
 from persimmon.server.http.request_record import RequestRecord
 from persimmon.server.http.schemas.pooling import PoolingRequest
@@ -36,10 +38,12 @@ class Inputs:
     Attributes:
         prompts: at least one, each of at least one token.
         record: of the request.
+        images: of a single prompt that is a conversation; None where there are none.
     """
 
     prompts: Sequence[list[int]]
     record: RequestRecord
+    images: PromptImages | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -47,13 +51,16 @@ class Inputs:
         return sum(map(len, self.prompts))
 
 
-async def prepare(service: Service, request: PoolingRequest, record: RequestRecord) -> Inputs:
+async def prepare(
+    service: Service, request: PoolingRequest, record: RequestRecord, conversation: ChatPrompt | None = None
+) -> Inputs:
     """Checks a request's inputs against the model and tokenizes them.
 
     Args:
         service: what the worker serves with.
         request: well-formed.
         record: of the request; what is found out is written into it.
+        conversation: the only input, in place of the request's.
 
     Raises:
         ApiError: another model's name, too many inputs, an empty one or one that is too long, or a token id outside the
@@ -65,21 +72,27 @@ async def prepare(service: Service, request: PoolingRequest, record: RequestReco
     limit = service.max_model_len
     if len(request.input) > MAX_CHOICES:
         raise bad_request(f"input has {len(request.input)} entries; at most {MAX_CHOICES} are allowed.", "input")
+    field = "input" if conversation is None else "messages"
+    prompts: Sequence[PromptInput] = request.input if conversation is None else [conversation]
+    image_tokens = 0 if conversation is None else conversation.num_image_tokens
 
     def fit(name: str, prompt: PromptInput, token_ids: list[int]) -> list[int]:
-        token_ids = request.shortened(token_ids, limit, "right")
-        if len(token_ids) > limit:
-            raise context_length_exceeded(len(token_ids), 0, limit, name)
-        return token_ids
+        shortened = request.shortened(token_ids, limit, "right")
+        if image_tokens and len(shortened) < len(token_ids):
+            raise cut_image(len(token_ids))
+        if len(shortened) > limit:
+            raise context_length_exceeded(len(shortened), 0, limit, name, image_tokens)
+        return shortened
 
-    at_once = request.input[:MAX_RUNNING]
+    at_once = prompts[:MAX_RUNNING]
     with service.gate.reserved(len(at_once), expected_tokens(at_once), record.owner):
-        encoded = await service.encode_prompts("input", request.input, request.add_bos, fit)
-    inputs = Inputs([token_ids for _, token_ids in encoded], record)
+        encoded = await service.encode_prompts(field, prompts, request.add_bos, fit)
+    images = None if conversation is None else PromptImages.of(conversation, encoded[0][1], field)
+    inputs = Inputs([token_ids for _, token_ids in encoded], record, images)
     record.prompt_tokens = inputs.num_tokens
     record.cache_salt = salted(record.cache_salt, request.cache_salt)
     if record.prompts is not None:
-        record.prompts += request.input
+        record.prompts += request.input if conversation is None else [conversation.text(service.tokenizer)]
     return inputs
 
 
@@ -91,6 +104,7 @@ async def pooled(
     record: RequestRecord,
     *,
     scores: bool = False,
+    images: PromptImages | None = None,
 ) -> AsyncGenerator[np.ndarray, None]:
     """What the engine reports of each prompt, in their order.
 
@@ -103,6 +117,7 @@ async def pooled(
         width: numbers of a row: the hidden size, or how many labels there are.
         record: of the request that they belong to.
         scores: whether rows are a classifier's scores instead of final hidden states.
+        images: of the only prompt.
 
     Yields:
         [rows, width] float32.
@@ -120,6 +135,7 @@ async def pooled(
             for token_ids in islice(waiting, count):
                 submit = Submit(
                     token_ids=token_ids,
+                    spans=[] if images is None else images.spans,
                     max_tokens=0,
                     pooling=pooling,
                     scores=scores,
@@ -131,6 +147,8 @@ async def pooled(
                 running.extend(stack.enter_context(engine.submit(submit)))
 
         start(MAX_RUNNING)
+        if images is not None:
+            images.spans.clear()
         while running:
             yield await _rows(running.popleft(), width)
             start(1)

@@ -5,11 +5,13 @@ from typing import Literal, Self
 from msgspec import Struct
 from pydantic import Field, model_validator
 
+from persimmon.server.http.schemas.chat_message import Messages
+from persimmon.server.http.schemas.field_types import ChatTemplateOptions, Prompts
 from persimmon.server.http.schemas.other_fields import (
     REFUSED_IN_EMBEDDINGS,
 )
 from persimmon.server.http.schemas.pooling import PoolingRequest
-from persimmon.server.http.schemas.request_object import invalid
+from persimmon.server.http.schemas.request_object import invalid, missing
 
 
 class EmbeddingRequest(PoolingRequest):
@@ -17,6 +19,12 @@ class EmbeddingRequest(PoolingRequest):
 
     refused = REFUSED_IN_EMBEDDINGS
 
+    input: Prompts = Field(default=[], description="One or more texts, or lists of token ids.")
+    messages: Messages = Field(default=[], description="A conversation, instead of input; it may hold images.")
+    add_generation_prompt: bool = Field(
+        False, description="End the conversation with the beginning of an answer. Only with messages."
+    )
+    chat_template_kwargs: ChatTemplateOptions = None
     encoding_format: Literal["float", "base64"] = Field(
         "float", description="A list of numbers, or little-endian float32 numbers in base64."
     )
@@ -32,6 +40,17 @@ class EmbeddingRequest(PoolingRequest):
         True, description="Scale each embedding to length 1; false returns it as the model computed it."
     )
     use_activation: bool | None = Field(None, description="vLLM's name for normalize.")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if not self.input and not self.messages:
+            raise missing("input")
+        if self.input and self.messages:
+            raise invalid("messages", "it takes the place of input; give one of the two")
+        for field in ("add_generation_prompt", "chat_template_kwargs"):
+            if getattr(self, field) and not self.messages:
+                raise invalid(field, "it is only allowed with messages")
+        return self
 
     @model_validator(mode="after")
     def _one_wish(self) -> Self:

@@ -162,7 +162,9 @@ async def test_the_hidden_size_is_the_one_number_of_dimensions(http: httpx.Async
         ({"input": "a", "truncate_prompt_tokens": MAX_MODEL_LEN + 1}, "truncate_prompt_tokens"),
         ({"input": "a", "truncation_side": "middle"}, "truncation_side"),
         ({"input": "a", "embed_dtype": "float16"}, "embed_dtype"),
-        ({"input": "a", "messages": []}, "messages"),
+        ({"input": "a", "messages": [{"role": "user", "content": "a"}]}, "messages"),
+        ({"input": "a", "add_generation_prompt": True}, "add_generation_prompt"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "messages"),
         ({"input": [5] * (MAX_MODEL_LEN + 1)}, "input"),
         ({"input": ["a"] * (MAX_CHOICES + 1)}, "input"),
     ],
@@ -175,6 +177,20 @@ async def test_what_cannot_be_is_refused_by_name(
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
     assert engine.submitted == []
+
+
+async def test_a_conversation_is_embedded_without_the_beginning_of_an_answer(
+    http: httpx.AsyncClient, engine: FakeEngine, tokenizer: Tokenizer, width: int
+) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    for body, text in (
+        ({}, "Be brief.\n\nhuman: Hi"),
+        ({"add_generation_prompt": True}, "Be brief.\n\nhuman: Hi\n\nadept:"),
+    ):
+        answer = await http.post(EMBEDDINGS, json={"messages": messages, **body})
+        assert answer.status_code == 200, answer.text
+        assert engine.submitted[-1].token_ids == tokenizer.encode(text)
+        assert len(answer.json()["data"]) == 1
 
 
 async def test_a_prompt_may_fill_the_context(http: httpx.AsyncClient, width: int) -> None:
