@@ -154,3 +154,15 @@ def test_errors_are_openais(demo: Server, chat: ChatOpenAI) -> None:
         ChatOpenAI(**connection(demo) | {"model": "gpt-4"}).invoke(QUESTION)
     with pytest.raises(openai.BadRequestError, match="maximum context length is 2048 tokens"):
         chat.invoke("a word " * 3000)
+
+
+def test_an_image(fuyu: Server, picture: str) -> None:
+    chat = ChatOpenAI(**connection(fuyu), temperature=0, max_completion_tokens=6)
+    for image in (
+        {"type": "image_url", "image_url": {"url": picture}},
+        {"type": "image", "source_type": "base64", "mime_type": "image/png", "data": picture.partition(",")[2]},
+    ):
+        question = HumanMessage([image, {"type": "text", "text": "What is this?"}])
+        plain = chat.invoke([question])
+        assert plain.response_metadata["token_usage"]["prompt_tokens_details"]["image_tokens"] == 8
+        assert "".join(str(chunk.content) for chunk in chat.stream([question])) == plain.content

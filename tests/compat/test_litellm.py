@@ -153,3 +153,21 @@ def test_errors_become_litellms_own(demo: Server, ask: dict[str, Any]) -> None:
         litellm.completion(**ask | {"temperature": 3})
     with pytest.raises(litellm.BadRequestError, match="'temperature'"):
         litellm.completion(**ask | {"temperature": 3}, stream=True)
+
+
+@pytest.mark.parametrize("provider", ["hosted_vllm", "openai"])
+def test_an_image(fuyu: Server, picture: str, provider: str) -> None:
+    parts = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": "What is this?"}]
+    ask = {
+        "model": f"{provider}/{fuyu.name}",
+        "api_base": f"{fuyu.url}/v1",
+        "api_key": "none",
+        "messages": [{"role": "user", "content": parts}],
+        "temperature": 0,
+        "max_tokens": 6,
+        "num_retries": 0,
+    }
+    plain = litellm.completion(**ask)
+    assert plain.usage.prompt_tokens_details.image_tokens == 8
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in litellm.completion(**ask, stream=True))
+    assert streamed == plain.choices[0].message.content
