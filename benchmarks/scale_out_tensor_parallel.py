@@ -19,11 +19,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from benchmarks.checkpoint import RANDOM, write_checkpoint
 from benchmarks.machine import device
 from benchmarks.rank_sums import SumFigures, measure_sums
 from persimmon.kernels.cpu.pages import POPULATE
 from persimmon.model.config import PersimmonConfig
+from persimmon.model.kv_cache import block_bytes
 from persimmon.model.row_sampling import RowSampling
 from persimmon.model.runner import Runner, SequenceInput
 from persimmon.model.sampling_params import SamplingParams
@@ -35,6 +38,8 @@ CASES = {"1 rank, 1 thread": (1, 1), "1 rank, 2 threads": (1, 2), "2 ranks, 1 th
 
 BLOCK_SIZE = 32
 CONTEXT = 128
+MAX_MODEL_LEN = 1024
+SPARE_BLOCKS = 4
 STEPS = ((1, 1), (8, 1), (64, 1), (1, 512))
 """Sequences of a step, and tokens of each: decodes behind CONTEXT tokens, and a prompt."""
 
@@ -70,15 +75,24 @@ def median_seconds(repeated: Callable[[], object], seconds: float) -> float:
     return statistics.median(times)
 
 
+def start_of(tokens: int) -> int:
+    """Tokens before those that a sequence of a step computes."""
+    return CONTEXT if tokens == 1 else 0
+
+
+def blocks_of(tokens: int) -> int:
+    """Blocks of a sequence that computes so many tokens."""
+    return -(-(start_of(tokens) + tokens) // BLOCK_SIZE)
+
+
 def batch(sequences: int, tokens: int) -> list[SequenceInput]:
     """A step whose sequences draw greedily."""
     greedy = [RowSampling(asked=SamplingParams(temperature=0.0))]
-    start = CONTEXT if tokens == 1 else 0
-    blocks = -(-(start + tokens) // BLOCK_SIZE)
+    blocks = blocks_of(tokens)
     return [
         SequenceInput(
             token_ids=[7] * tokens,
-            start=start,
+            start=start_of(tokens),
             block_table=list(range(number * blocks, (number + 1) * blocks)),
             samplings=greedy,
         )
@@ -106,7 +120,17 @@ def run_case(ranks: int, threads: int, folder: Path, seconds: float) -> list[flo
 
 def run_as_first_rank(ranks: int, folder: Path, seconds: float) -> list[float]:
     """Loads the network as the engine does, and measures its steps."""
-    settings = read_settings({"tensor_parallel_size": str(ranks), "kv_cache_memory": "3GiB", "max_model_len": "1024"})
+    blocks = max(sequences * blocks_of(tokens) for sequences, tokens in STEPS)
+    blocks = max(blocks, MAX_MODEL_LEN // BLOCK_SIZE) + SPARE_BLOCKS
+    memory = blocks * block_bytes(PersimmonConfig.from_folder(folder), BLOCK_SIZE, torch.float32)
+    settings = read_settings(
+        {
+            "tensor_parallel_size": str(ranks),
+            "kv_cache_memory": str(memory),
+            "max_model_len": str(MAX_MODEL_LEN),
+            "block_size": str(BLOCK_SIZE),
+        }
+    )
     loaded = load_model(settings.of_engine(), folder, lambda line: print(line, file=sys.stderr))
     for thread in threading.enumerate():
         if thread.name == POPULATE:  # it would take its share of the first figures

@@ -148,7 +148,9 @@ def test_an_engine_that_dies_or_hangs_ends_its_own_streams_and_no_others(
 
 
 def test_a_drain_lets_the_answers_of_all_engines_end() -> None:
-    with serving("--data-parallel-size", "2", "--kv-cache-memory", "128MB") as server, streams(server, 2) as opened:
+    # As much time as a busy machine takes for 2,000 tokens.
+    arguments = ("--data-parallel-size", "2", "--kv-cache-memory", "128MB", "--drain-timeout", "600")
+    with serving(*arguments) as server, streams(server, 2) as opened:
         server.process.send_signal(signal.SIGTERM)
         assert [stream.rest()[-1] for stream in opened] == ["data: [DONE]"] * 2
         assert server.wait() == 0
