@@ -37,16 +37,19 @@ _DESCRIPTION_FILES = [
 _SAFETENSORS_FILES = ["model*.safetensors", "model.safetensors.index.json"]
 _PICKLED_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
+INCLUDED = ("demo", "demo-vision")
+"""The checkpoints that come with the server, which are folders next to this file."""
+
 
 def resolve(path_or_hub_id: str) -> Path:
     """The folder of a checkpoint; one that is on the Hub is fetched into huggingface_hub's cache first.
 
-    A folder that exists wins over a Hub id of the same name.  Pickled weights are fetched only where there
-    are not safetensors.  HF_HUB_OFFLINE, HF_TOKEN, HF_HOME and the library's other variables mean what they always
-    mean.
+    A folder that exists wins over an included checkpoint or a Hub id of the same name.  Pickled weights are fetched
+    only where there are not safetensors.  HF_HUB_OFFLINE, HF_TOKEN, HF_HOME and the library's other variables mean what
+    they always mean.
 
     Args:
-        path_or_hub_id: a folder's path, where ~ is the home folder, or "owner/name".
+        path_or_hub_id: a folder's path, where ~ is the home folder, "owner/name", or one of INCLUDED.
 
     Raises:
         CheckpointError: the folder does not exist, and the Hub has no such model that can be fetched.
@@ -62,6 +65,8 @@ def resolve(path_or_hub_id: str) -> Path:
         raise CheckpointError(f"{path_or_hub_id} cannot be read: {error.strerror}") from error
     if is_file:
         raise CheckpointError(f"{path_or_hub_id} is a file; expected the folder that holds config.json and the weights")
+    if path_or_hub_id in INCLUDED:
+        return Path(__file__).parent / path_or_hub_id
     if path_or_hub_id.startswith(("/", ".", "~")) or path_or_hub_id.count("/") > 1:
         raise CheckpointError(f"{path_or_hub_id}: no such folder")
     if "/" not in path_or_hub_id:

@@ -11,7 +11,7 @@ class ModelSettings(Section):
     model: str | None = setting(
         None,
         "Checkpoint to serve: a folder in Hugging Face layout, or a Hugging Face Hub id. "
-        "Without it, the small demo checkpoint that comes with the server.",
+        "Without it, the small demo checkpoint that comes with the server; demo-vision is one that reads images.",
         "model",
         "PATH_OR_HUB_ID",
     )
