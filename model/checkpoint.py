@@ -218,6 +218,11 @@ class Checkpoint:
         read = {name: found[name] for name in settled.names if name in found}
         quantized = {settled.names[name]: matrix for name, matrix in matrices.items() if name in settled.names}
         _check_table(quantized, listing)
+        if f"{PATCH_PROJECTION}.weight" in quantized:
+            raise CheckpointError(
+                f"{listing}: vision_embed_tokens is quantized; expected its weight in {', '.join(BYTES)}: put it under "
+                f"ignore when you quantize"
+            )
         places = {settled.names[name]: place for name, place in read.items()}
         _compare(listing, places, settled.config, quantized)
         widest = max((header.dtype for _, header in read.values()), key=BYTES.__getitem__)

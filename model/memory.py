@@ -16,11 +16,12 @@ from persimmon.model.config import Architecture, PersimmonConfig
 from persimmon.model.kv_cache import block_bytes
 from persimmon.model.leftovers import EMBEDDING
 from persimmon.model.memory_limits import MemoryLeft, memory_left
-from persimmon.model.patches import PATCHES_AT_ONCE
+from persimmon.model.patches import PATCHES_AT_ONCE, padded
 from persimmon.model.persimmon import is_lookup_table, is_matrix, parameter_dtype
 from persimmon.model.sampler import rows_at_once
 from persimmon.model.shard import Shard
 from persimmon.model.sizes import readable
+from persimmon.model.tensor_names import PATCH_PROJECTION
 
 WeightBytes = Callable[[tuple[int, int], torch.dtype | QuantizedFormat], int]
 """What kernels take for an (out, in) matrix, by what it is stored in: `Kernels.weight_bytes`, `Kernels.tied_bytes`."""
@@ -235,6 +236,7 @@ def _parameter_bytes(
         form = stored.get(name, dtype)
         if weight_bytes is not None and is_matrix(name):
             rows, columns = shape
+            columns = padded(columns) if name.startswith(PATCH_PROJECTION) else columns
             total += weight_bytes((rows, columns), form)
         elif name == EMBEDDING:
             kept = dtype if isinstance(form, QuantizedFormat) or not is_lookup_table(EMBEDDING, config) else form
@@ -336,7 +338,9 @@ def activation_bytes(
     if config.vision is not None:
         numbers = config.vision.patch_numbers
         at_once = min(max_num_batched_tokens, PATCHES_AT_ONCE)
-        patches = 2 * max_num_batched_tokens * numbers + at_once * (3 * 4 * numbers + 2 * 4 * config.hidden_size)
+        patches = 2 * max_num_batched_tokens * numbers + at_once * (
+            3 * 4 * padded(numbers) + 2 * 4 * config.hidden_size
+        )
     if config.generates:
         at_once = rows_at_once(config.vocab_size)
         drawing = min(max_num_seqs, at_once) * (5 * 4 + 1 + 4 * 8)

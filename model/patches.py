@@ -15,6 +15,10 @@ It changes no bit where a product does not depend on the number of rows.
 """
 
 
+_ALIGNMENT = 16
+"""Inputs of the projection are a multiple of it, so that a GPU's kernels read rows 16 bytes at a time."""
+
+
 @dataclass(frozen=True, slots=True)
 class PatchSpan:
     """Neighbouring tokens of a sequence's part of a step that stand for image patches.
@@ -41,6 +45,22 @@ class Patches:
     pixels: torch.Tensor
 
 
-def normalized(pixels: torch.Tensor) -> torch.Tensor:
-    """What the network was trained on: (pixels / 255 - 0.5) / 0.5, float32 from -1 to 1."""
-    return pixels.float().div_(255).sub_(0.5).div_(0.5)
+def padded(numbers: int) -> int:
+    """Inputs of the product that projects patches of this number of pixels' numbers; the last ones are zeros."""
+    return -(-numbers // _ALIGNMENT) * _ALIGNMENT
+
+
+def inputs_of(pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What the network was trained on, (pixels / 255 - 0.5) / 0.5, as its product takes it.
+
+    Args:
+        pixels: [n, patch_numbers] uint8.
+        dtype: of the result.
+
+    Returns:
+        [n, padded(patch_numbers)], from -1 to 1.
+    """
+    count, numbers = pixels.shape
+    inputs = torch.zeros(count, padded(numbers), dtype=dtype, device=pixels.device)
+    inputs[:, :numbers] = pixels.float().div_(255).sub_(0.5).div_(0.5)
+    return inputs

@@ -16,7 +16,7 @@ from persimmon.kernels import Activation, Kernels, Linear, Norm, QuantizedMatrix
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.kv_cache import KVCache
 from persimmon.model.leftovers import EMBEDDING
-from persimmon.model.patches import PATCHES_AT_ONCE, Patches, normalized
+from persimmon.model.patches import PATCHES_AT_ONCE, Patches, inputs_of, padded
 from persimmon.model.ranks import Ranks
 from persimmon.model.rotary import rotary_of_tokens, rotary_table
 from persimmon.model.shard import ONLY
@@ -107,6 +107,8 @@ class Persimmon:
                 stored = kernels.stored_dtype(tensor.dtype, dtype)
                 kept = stored if is_matrix(name) or is_lookup_table(name, config) else parameter_dtype(name, dtype)
                 parameter = tensor.to(device=device, dtype=kept, copy=True)
+                if name == f"{PATCH_PROJECTION}.weight":
+                    parameter = F.pad(parameter, (0, padded(parameter.shape[1]) - parameter.shape[1]))
             if is_matrix(name):
                 # Squared ReLU leaves most of the MLP's activations zero.
                 weights[name] = kernels.prepare_weight(parameter, sparse_input=name.endswith("dense_4h_to_h.weight"))
@@ -220,8 +222,8 @@ class Persimmon:
         for places, pixels in zip(
             torch.split(patches.places, PATCHES_AT_ONCE), torch.split(patches.pixels, PATCHES_AT_ONCE), strict=True
         ):
-            values = normalized(pixels).to(embeddings.dtype)
-            embeddings[places] = self._kernels.product(Activation(values), projection)
+            inputs = Activation(inputs_of(pixels, embeddings.dtype))
+            embeddings[places] = self._kernels.product(inputs, projection)
 
     def rows_of_table(
         self, token_ids: torch.Tensor, sampled: torch.Tensor | None, ranks: Ranks

@@ -102,6 +102,23 @@ def test_a_tensor_in_both_spellings_is_refused(checkpoint: Path, tmp_path: Path)
         opened(folder)
 
 
+def test_a_projection_of_patches_in_fewer_bits_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    tensors = load_file(folder / "model.safetensors")
+    rows = len(tensors["vision_embed_tokens.weight"])
+    tensors["vision_embed_tokens.weight"] = torch.ones(rows, PATCH, dtype=torch.int8)
+    tensors["vision_embed_tokens.weight_scale"] = torch.ones(rows, 1)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    group = {"targets": ["model.vision_embed_tokens"], "weights": weights}
+    settings = {"quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed"}
+    values = json.loads((folder / "config.json").read_text())
+    values["quantization_config"] = settings | {"config_groups": {"group_0": group}}
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="vision_embed_tokens is quantized; expected its weight in float32"):
+        opened(folder)
+
+
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_the_projection_of_patches_stays_as_it_is_under_quantization(checkpoint: Path, quantization: str) -> None:
     config = PersimmonConfig.from_folder(checkpoint)

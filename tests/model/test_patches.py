@@ -18,7 +18,7 @@ from persimmon.model.checkpoint import Checkpoint
 from persimmon.model.config import PersimmonConfig
 from persimmon.model.executor import Executor, NativeExecutor, TorchExecutor
 from persimmon.model.fused_executor import FusedExecutor
-from persimmon.model.patches import PATCHES_AT_ONCE, PatchSpan, normalized
+from persimmon.model.patches import PATCHES_AT_ONCE, PatchSpan, inputs_of
 from persimmon.model.persimmon import Persimmon
 from persimmon.model.runner import PooledStates, Runner, SequenceInput
 from tests.engine_harness import CPU, poisoned_cache
@@ -129,8 +129,9 @@ def test_more_patches_than_are_projected_at_once_have_the_bits_that_each_has_alo
     assert torch.equal(states(image[0, : PATCHES_AT_ONCE + 1]), whole[: PATCHES_AT_ONCE + 1])
 
 
-def test_pixels_go_from_minus_one_to_one() -> None:
-    assert normalized(torch.tensor([0, 255, 51], dtype=torch.uint8)).tolist() == pytest.approx([-1, 1, -0.6])
+def test_pixels_go_from_minus_one_to_one_and_zeros_fill_the_last_16_bytes() -> None:
+    inputs = inputs_of(torch.tensor([[0, 255, 51]], dtype=torch.uint8), torch.float32)
+    assert inputs[0].tolist() == pytest.approx([-1, 1, -0.6, *[0] * 13])
 
 
 @pytest.mark.parametrize(
