@@ -89,10 +89,9 @@ class ImageLoader:
         if not named:
             return {}
         if self._max_images is not None and len(named) > self._max_images:
-            limit = f"at most {self._max_images}" if self._max_images else "none"
             raise bad_request(
-                f"'messages' has {len(named)} images; {limit} may be in a request to this server "
-                "(--limit-mm-per-prompt).",
+                f"'messages' has {len(named)} image{'s' if len(named) > 1 else ''}; a request to this server may have "
+                f"at most {self._max_images} (--limit-mm-per-prompt).",
                 "messages",
             )
         if len(named) * _MIN_TOKENS > max_tokens:

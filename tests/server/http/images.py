@@ -1,5 +1,6 @@
 """A model that reads images in the app of the tests: its tokens, its chat format, and pictures for it."""
 
+import asyncio
 import base64
 import io
 from collections.abc import AsyncIterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+from fastapi import FastAPI
 from PIL import Image
 
 from persimmon.model.chat import Chat
@@ -80,16 +82,57 @@ def loader(**options: Any) -> ImageLoader:
     return ImageLoader(ImageReader(SETTINGS, LIMITS), LIMITS.max_bytes, **options)
 
 
-@asynccontextmanager
-async def serving_images(
+def app_with_images(
     engine_client: EngineClient, tokenizer: Tokenizer, config: PersimmonConfig, **options: Any
-) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of an app whose model reads images; `options` are those of create_app."""
+) -> FastAPI:
+    """An app whose model reads images; `options` are those of create_app."""
     model = reading(config)
     assert model.vision is not None
     chat = Chat.fuyus(tokenizer, ImageTokens.of(model.vision, tokenizer))
     arguments: dict[str, Any] = {"chat": chat, "images": loader()} | options
-    app = create_app(engine_client, tokenizer, model, "demo", **arguments)
+    return create_app(engine_client, tokenizer, model, "demo", **arguments)
+
+
+class Urls:
+    """Fetches made-up URLs, when it may.
+
+    Attributes:
+        asked: what was to be fetched.
+        cancelled: of these, what was given up.
+        may_go_on: lets all of them come.
+        ended: set when one has been given up.
+    """
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.cancelled: list[str] = []
+        self.may_go_on = asyncio.Event()
+        self.ended = asyncio.Event()
+        self._changed = asyncio.Condition()
+
+    async def fetch(self, url: str) -> bytes:
+        self.asked.append(url)
+        async with self._changed:
+            self._changed.notify_all()
+        try:
+            await self.may_go_on.wait()
+        except asyncio.CancelledError:
+            self.cancelled.append(url)
+            self.ended.set()
+            raise
+        return png(2, 2)
+
+    async def until_asked(self, count: int) -> None:
+        async with asyncio.timeout(20), self._changed:
+            await self._changed.wait_for(lambda: len(self.asked) >= count)
+
+
+@asynccontextmanager
+async def serving_images(
+    engine_client: EngineClient, tokenizer: Tokenizer, config: PersimmonConfig, **options: Any
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of `app_with_images`."""
+    app = app_with_images(engine_client, tokenizer, config, **options)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
         yield client

@@ -14,7 +14,7 @@ from persimmon.server.http.generation.image_loader import ImageLoader
 from persimmon.server.http.schemas.chat_message import ChatMessage
 from persimmon.server.http.transport.media_fetcher import MediaFetcher
 from persimmon.server.metrics import Metrics
-from tests.server.http.images import LIMITS, SETTINGS, data_url, part, png, user
+from tests.server.http.images import LIMITS, SETTINGS, Urls, data_url, part, png, user
 
 pytestmark = pytest.mark.anyio
 
@@ -33,31 +33,6 @@ class WatchedReader(ImageReader):
         self.read_in.append(threading.get_ident())
         self._wait()
         return super().read(data)
-
-
-class Urls:
-    """Fetches made-up URLs, when it may."""
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-        self.cancelled: list[str] = []
-        self.may_go_on = asyncio.Event()
-        self._changed = asyncio.Condition()
-
-    async def fetch(self, url: str) -> bytes:
-        self.asked.append(url)
-        async with self._changed:
-            self._changed.notify_all()
-        try:
-            await self.may_go_on.wait()
-        except asyncio.CancelledError:
-            self.cancelled.append(url)
-            raise
-        return png(2, 2)
-
-    async def until_asked(self, count: int) -> None:
-        async with asyncio.timeout(20), self._changed:
-            await self._changed.wait_for(lambda: len(self.asked) >= count)
 
 
 def messages(*images: bytes | str) -> Sequence[ChatMessage]:

@@ -1,5 +1,6 @@
 """Images in conversations, on a fake engine: what it is asked, what comes back, and what is refused."""
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -17,8 +18,11 @@ from persimmon.server.engine.messages import Submit
 from persimmon.server.http.middleware import observer
 from persimmon.server.http.middleware.access import Access
 from tests.fuyu import BOS, NEWLINE, SPEAKER
+from tests.server.http.conftest import LiveServer
 from tests.server.http.fake_engine import MAX_MODEL_LEN, FakeEngine, says
 from tests.server.http.images import (
+    Urls,
+    app_with_images,
     data_url,
     loader,
     part,
@@ -30,6 +34,8 @@ from tests.server.http.images import (
     user,
 )
 from tests.server.http.pooling import pools
+from tests.server.http.raw import listening
+from tests.server.http.transport.test_disconnect import request
 
 pytestmark = pytest.mark.anyio
 
@@ -239,7 +245,7 @@ async def test_the_operator_may_limit_images(
         await ask(http, user(part(SMALL)))
         error = await refusal(http, user(part(SMALL)), user(part(SMALL)))
     assert error["message"] == (
-        "'messages' has 2 images; at most 1 may be in a request to this server (--limit-mm-per-prompt)."
+        "'messages' has 2 images; a request to this server may have at most 1 (--limit-mm-per-prompt)."
     )
 
 
@@ -386,3 +392,26 @@ async def test_a_text_may_not_spell_the_placeholder_of_a_patch_next_to_an_image(
         error = await refusal(http, user(part(SMALL), text("a |SPEAKER| b")))
     assert error["param"] == "messages"
     assert "spells the token that stands for a part of an image" in error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_has_its_answer_aborted(
+    engine_client: EngineClient, engine: FakeEngine, fuyus: Tokenizer, config: PersimmonConfig, stream: bool
+) -> None:
+    async with listening(app_with_images(engine_client, fuyus, config)) as address:
+        async with request(LiveServer(*address), CHAT, messages=[user(part(SMALL))], stream=stream):
+            [sample] = await engine.submissions(1)
+        assert await engine.aborts(1) == [sample.sequence_id]
+
+
+async def test_a_client_that_leaves_ends_the_fetching_of_its_image(
+    engine_client: EngineClient, engine: FakeEngine, fuyus: Tokenizer, config: PersimmonConfig
+) -> None:
+    urls = Urls()
+    async with listening(app_with_images(engine_client, fuyus, config, images=loader(fetcher=urls))) as address:
+        async with request(LiveServer(*address), CHAT, messages=[user(part("http://a.test/1"))]):
+            await urls.until_asked(1)
+        async with asyncio.timeout(20):
+            await urls.ended.wait()
+    assert urls.cancelled == ["http://a.test/1"]
+    assert engine.submitted == []
