@@ -1,11 +1,13 @@
 """Conversations with images: in Fuyu's own format, and by a checkpoint's template that has a place for them."""
 
+import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from persimmon.model.chat import Chat
 from persimmon.model.chat_format import ChatFormatError, Turn
@@ -13,7 +15,7 @@ from persimmon.model.chat_prompt import ImageTokens
 from persimmon.model.chat_template_files import ChatTemplateError
 from persimmon.model.config import VisionConfig
 from persimmon.model.errors import CheckpointError
-from persimmon.model.images import ImagePatches
+from persimmon.model.images import ImagePatches, ImageReader, ImageSettings
 from persimmon.model.tokenizer import Tokenizer
 from tests.fuyu import BOS, NEWLINE, SPEAKER, write_tokenizer
 from tests.model.checkpoints import DEMO
@@ -197,3 +199,37 @@ def test_a_prompt_without_images_has_no_rows(chat: Chat, tokenizer: Tokenizer) -
     prompt = chat.of_turns([Turn("user", "Hi")])
     assert list(prompt.image_rows(prompt.token_ids(tokenizer))) == []
     assert prompt.num_image_tokens == 0
+
+
+@pytest.mark.parametrize("question", ["Describe this.", "", " Two\nlines, 日本 "])
+def test_one_image_and_one_text_are_fuyu_processors_prompt(tmp_path: Path, question: str) -> None:
+    from tokenizers import AddedToken, decoders, models, normalizers
+    from tokenizers import Tokenizer as Library
+    from transformers import FuyuProcessor, PreTrainedTokenizerFast
+    from transformers.models.fuyu.image_processing_pil_fuyu import FuyuImageProcessorPil
+
+    # As in Fuyu-8B, pieces and not special tokens stand for images.
+    names = ["<unk>", "<s>", "|SPEAKER|", "|NEWLINE|", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁th", "is"]
+    library = Library(models.Unigram([(name, 0.0) for name in names], unk_id=0, byte_fallback=True))
+    library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    library.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = [AddedToken(name, normalized=False, special=True) for name in ("<unk>", "<s>", "<0x04>")]
+    library.add_special_tokens(special)
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    processor = FuyuProcessor(
+        image_processor=FuyuImageProcessorPil(), tokenizer=PreTrainedTokenizerFast(tokenizer_object=library)
+    )
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 100, 3), dtype=np.uint8))
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    expected = processor(images=picture, text=f"{question}\n", return_tensors="pt")
+
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    vision = VisionConfig(image_token_id=names.index("|SPEAKER|"))
+    chat = Chat.fuyus(tokenizer, ImageTokens.of(vision, tokenizer))
+    image = ImageReader(ImageSettings()).read(file.getvalue())
+    prompt = chat.of_contents([("user", [image, question])])
+    assert prompt.token_ids(tokenizer) == expected["input_ids"][0].tolist()
