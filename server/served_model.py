@@ -17,7 +17,7 @@ from persimmon.model.shard import check_divides
 from persimmon.model.tokenizer import Tokenizer
 from persimmon.model.vocabulary import VocabularyMap
 from persimmon.server.config import Settings
-from persimmon.server.http.endpoints.model_use import USES, ModelUse
+from persimmon.server.http.endpoints.model_use import ModelUse, use_of
 from persimmon.server.memory_need import check_memory
 
 DEMO_NAME = "persimmon-demo"
@@ -76,4 +76,4 @@ class ServedModel:
             ImageSettings.from_folder(folder, config.vision)
             if not chat.takes_images:
                 notices.append("persimmon: images are refused, because the chat template has no place for them")
-        return cls(folder, name, USES[config.architecture], tuple(notices))
+        return cls(folder, name, use_of(config), tuple(notices))

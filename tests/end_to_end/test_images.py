@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -125,6 +126,14 @@ def test_texts_alone_work_too(client: openai.OpenAI, server: Server) -> None:
     assert completion.usage is not None
     assert chat.usage.completion_tokens > 0
     assert completion.usage.completion_tokens > 0
+
+
+def test_the_request_that_is_printed_at_the_start_has_an_image(server: Server) -> None:
+    command = server.wait_for_line(re.compile(r"curl (\S+) -H 'Content-Type: application/json' -d '(.*)'$"), 20)
+    body = json.loads(command[2]) | {"max_tokens": 4}
+    answer = httpx.post(command[1], json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["prompt_tokens_details"]["image_tokens"] == 6
 
 
 def test_embeddings_see_images(server: Server) -> None:

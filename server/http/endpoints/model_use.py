@@ -1,9 +1,10 @@
-"""What a served model is for: which endpoints can use which architecture. Knows only names."""
+"""What a served model is for: which endpoints can use which architecture, and an example. Knows only names."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from persimmon.model.config import Architecture
+from persimmon.model.config import Architecture, PersimmonConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +44,18 @@ USES: Mapping[Architecture, ModelUse] = {
         example=("/classify/tokens", '{"input": "A persimmon is sweet."}'),
     ),
 }
+
+_RED_SQUARE = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAADwAAAA8AQMAAAAAMksxAAAABlBMVEX/////AADrWueTAAAAG0lEQVR4"
+    "2mNgGCSA8f///z8YGJhg/JHMGCQAAHIKBDHcGlAxAAAAAElFTkSuQmCC"
+)
+
+
+def use_of(config: PersimmonConfig) -> ModelUse:
+    """What can be done with a model; the example for one that reads images has an image."""
+    use = USES[config.architecture]
+    if config.vision is None:
+        return use
+    content = [{"type": "image_url", "image_url": {"url": _RED_SQUARE}}]
+    endpoint, _ = use.example
+    return replace(use, example=(endpoint, json.dumps({"messages": [{"role": "user", "content": content}]})))
