@@ -7,6 +7,8 @@ from typing import ClassVar
 import pytest
 
 from persimmon.server.engine.messages import Abort, Submit
+from persimmon.server.engine.sequence import Sequence
+from persimmon.server.engine.step_runner import NoRoomError
 from tests.server.engine.engine_turns import House, submit, tokens_of
 from tests.server.engine.fake_model import generate_alone
 
@@ -54,6 +56,22 @@ class TestPreparation:
         errors = {output.sequence_id: output.error for output in outputs if output.finish_reason == "error"}
         assert errors == dict.fromkeys((1, 2), "no text fits it")
         assert tokens_of(outputs, 3) == generate_alone([2], 3)[0]
+
+    def test_that_finds_no_room_ends_its_sequences_as_expired(
+        self, house: House, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """So that clients are told to try again."""
+
+        def no_room(house: House, sequence: Sequence) -> None:
+            raise NoRoomError("too many images")
+
+        monkeypatch.setattr(House, "prepare", no_room)
+        worker = house.worker()
+        worker.send(Submit(sequence_id=1, samples=2, token_ids=self.PROMPT, max_tokens=3))
+        house.turn()
+        endings = [(own.sequence_id, own.finish_reason, own.error) for own in worker.outputs()]
+        assert endings == [(1, "expired", "too many images"), (2, "expired", "too many images")]
+        assert house.is_empty()
 
     def test_of_an_aborted_sequence_starts_nothing(self, house: House, prepared: Future[None]) -> None:
         worker = house.worker()
