@@ -6,12 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.end_to_end.serving import Server
+from tests.end_to_end.serving import Server, serving
 from tools import docs
 
 EXAMPLES = sorted(path for path in (docs.ROOT / "examples").iterdir() if path.suffix in (".py", ".sh"))
@@ -46,12 +47,20 @@ def events(text: str) -> list[Any]:
     return [json.loads(line) for line in re.findall(r"^data: (\{.*)$", text, re.MULTILINE)]
 
 
+@pytest.fixture(scope="module")
+def vision_demo() -> Iterator[Server]:
+    with serving("--model", "demo-vision", "--kv-cache-memory", "32MB") as server:
+        yield server
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
-def test_an_example_prints_what_pages_say(demo: Server, example: Path, tmp_path: Path) -> None:
+def test_an_example_prints_what_pages_say(request: pytest.FixtureRequest, example: Path, tmp_path: Path) -> None:
     if example.suffix == ".sh" and shutil.which("curl") is None:
         pytest.skip("curl is not installed")
+    text = example.read_text()
+    server: Server = request.getfixturevalue("vision_demo" if "demo-vision" in text else "demo")
     script = tmp_path / example.name
-    script.write_text(example.read_text().replace("http://127.0.0.1:8000", demo.url))
+    script.write_text(text.replace("http://127.0.0.1:8000", server.url))
     commands = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     program = [sys.executable, "-P"] if example.suffix == ".py" else ["sh"]
     ran = subprocess.run(
