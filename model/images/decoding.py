@@ -4,8 +4,10 @@ Knows formats, transparency and orientation; nothing of patches.  ImageReader im
 images.
 """
 
+import contextlib
 import io
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Callable
@@ -25,6 +27,10 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 ALLOWED = "PNG, JPEG, WebP or GIF"
 BILINEAR = Image.Resampling.BILINEAR
+
+_LARGE_PIXELS = 8_000_000
+_decoding_large = threading.Lock()
+"""Held while an image of more pixels is decoded: Pillow keeps several copies, and a small file may have many pixels."""
 
 # Not Image.open, whose error does not say of which format a damaged image is.
 _CLASSES: dict[str, Callable[[io.BytesIO], ImageFile]] = {
@@ -79,8 +85,10 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     try:
         with _CLASSES[name](io.BytesIO(data)) as image:
             _check_pixels(image, max_pixels)
-            image.load()
-            return _in_rgb(_upright(image))
+            is_large = image.width * image.height > _LARGE_PIXELS
+            with _decoding_large if is_large else contextlib.nullcontext():
+                image.load()
+                return _in_rgb(_upright(image))
     except ImageError:
         raise
     except Image.DecompressionBombError:  # from the few readers that look at a size by themselves
@@ -124,7 +132,7 @@ def _in_rgb(image: Image.Image) -> Image.Image:
         return _from_16_bits(image)
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
-    transparent = image.convert("RGBA")
+    transparent = image if image.mode == "RGBA" else image.convert("RGBA")
     seen = Image.new("RGB", image.size, "white")
     seen.paste(transparent, mask=transparent)
     return seen

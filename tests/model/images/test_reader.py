@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from persimmon.model.images import ImageError, ImageLimits, ImagePatches, ImageReader, ImageSettings
+from persimmon.model.images import ImageError, ImageLimits, ImagePatches, ImageReader, ImageSettings, decoding
 from tests.model.images import files
 
 # Pillow's, of damaged EXIF data; pytest undoes what the server does about them.
@@ -61,6 +61,28 @@ def test_a_large_image_is_resized_to_fit_and_says_by_how_much():
     patches = READER.read(files.file(files.image(2160, 1000, "L")))
     assert (patches.rows, patches.columns) == (36, 17)
     assert (patches.height, patches.width, patches.scale) == (2160, 1000, 0.5)
+
+
+def test_large_images_are_decoded_one_at_a_time(monkeypatch):
+    decoded = []
+
+    in_rgb = decoding._in_rgb
+
+    def recorded(image: Image.Image) -> Image.Image:
+        decoded.append(image.size)
+        return in_rgb(image)
+
+    monkeypatch.setattr(decoding, "_in_rgb", recorded)
+    monkeypatch.setattr(decoding, "_LARGE_PIXELS", 1000)
+    large, small = files.file(files.image(40, 30)), files.file(files.image(20, 30))
+    with ThreadPoolExecutor(2) as threads:
+        with decoding._decoding_large:
+            first = threads.submit(READER.read, large)
+            threads.submit(READER.read, small).result()
+            assert (30, 20) in decoded
+            assert (30, 40) not in decoded
+        assert first.result().num_tokens == 4
+    assert (30, 40) in decoded
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("RGBA", "PNG"), ("LA", "PNG"), ("RGBA", "WEBP")])
