@@ -175,7 +175,7 @@ def _parsed(url: str) -> httpx.URL:
     try:
         return httpx.URL(url)
     except (httpx.InvalidURL, ValueError) as error:
-        raise FetchError(f"its URL is not valid: {' '.join(str(error).split())[:200]}") from None
+        raise FetchError(f"its URL is not valid: {' '.join(str(error).split())[:200].rstrip('.')}") from None
 
 
 async def _addresses(host: str, port: int) -> list[str]:
