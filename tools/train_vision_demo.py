@@ -369,7 +369,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Trains the vision demo.")
     parser.add_argument("out", type=Path, help="folder to write the checkpoint to")
-    numbers = {"steps": 2500, "hidden": 128, "layers": 4, "batch": 32}
+    numbers = {"steps": 3800, "hidden": 128, "layers": 4, "batch": 32}
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default, help="[default: %(default)s]")
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate [default: %(default)s]")
