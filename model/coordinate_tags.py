@@ -17,7 +17,7 @@ from persimmon.model.tokenizer import IncrementalDetokenizer, Tokenizer
 TokenIds = tuple[int, ...]
 """Tokens that stand for themselves; the texts next to them are tokenized apart."""
 
-_NUMBER = r"\s*(?:\d{1,9}(?:\.\d{1,9})?)\s*"
+_NUMBER = r"\s*(?:[0-9]{1,9}(?:\.[0-9]{1,9})?)\s*"
 _TAG = re.compile(rf"<(?:box>(?P<box>{_NUMBER}(?:,{_NUMBER}){{3}})</box|point>(?P<point>{_NUMBER},{_NUMBER})</point)>")
 _DIGITS = re.compile(r"[0-9]{1,9}")
 

@@ -207,7 +207,9 @@ def _decoded(rest: str, max_bytes: int) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise ImageError("the base64 in its data: URL is damaged") from None
+        raise ImageError(
+            "the base64 in its data: URL is damaged; expected letters, digits, +, / and = as padding"
+        ) from None
 
 
 async def _all_or_none(work: Sequence[Coroutine[Any, Any, None]]) -> None:

@@ -146,9 +146,9 @@ REFUSED_IN_MESSAGES: Refused = {
 }
 
 REFUSED_PARTS: Refused = dict.fromkeys(
-    ("audio_url", "file", "image", "input_audio", "input_file", "video_url"),
+    ("audio_url", "file", "input_audio", "input_file", "video_url"),
     Refusal("no Persimmon model reads them", instead="send parts of the type 'text' or 'image_url'"),
-)
+) | {"image": Refusal("OpenAI has images in parts of another type", instead="send parts of the type 'image_url'")}
 """Types of content parts."""
 
 REFUSED_IMAGES = Refusal("the model reads and writes text only", instead="send parts of the type 'text'")
