@@ -81,7 +81,7 @@ def start_of(tokens: int) -> int:
 
 
 def blocks_of(tokens: int) -> int:
-    """Blocks of a sequence that computes so many tokens."""
+    """Blocks of a sequence that computes this many tokens."""
     return -(-(start_of(tokens) + tokens) // BLOCK_SIZE)
 
 

@@ -26,7 +26,7 @@ QUIET_SHARE = 0.75
 """Prompt chunks may make a step longer by this share of what it takes without them."""
 
 PROMPTS_AS_ONE = 4
-"""Up to so many prompts that are computed at once share the time of one; more get more, in proportion."""
+"""Up to this many prompts that are computed at once share the time of one; more get more, in proportion."""
 
 SHARED_SECONDS = 0.2
 """Time that a step has for prompts while several clients share the engine: one that joins waits for the step's end."""

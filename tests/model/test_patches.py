@@ -101,7 +101,7 @@ def test_a_prompt_in_chunks_among_others_has_the_same_logits(
 
 
 def test_the_last_token_may_be_a_patch(checkpoint: Path, kind: str) -> None:
-    """It is no decode step, whose inputs are token ids only."""
+    """A step with images is not a decode step, whose inputs are token ids only."""
     prompt = ImagePrompt.of([7, 8], random_image(1, 1, 3, PATCH))
     del prompt.token_ids[-1]  # the newline
     expected = transformers_logits(load_transformers(checkpoint), prompt)

@@ -60,7 +60,7 @@ class TestPreparation:
     def test_that_finds_no_room_ends_its_sequences_as_expired(
         self, house: House, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """So that clients are told to try again."""
+        """Clients are asked to try again."""
 
         def no_room(house: House, sequence: Sequence) -> None:
             raise NoRoomError("too many images")
